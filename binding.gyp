@@ -1,0 +1,26 @@
+{
+  # Every .cc file of the core and of bind/, found here and in CMakeLists.txt by the same rule: each folder's own
+  # files, none below.
+  'targets': [
+    {
+      'target_name': 'memferry',
+      'sources': [
+        '<!@(ls native/os/*.cc native/page/*.cc native/track/*.cc native/wire/*.cc native/fault/*.cc native/transfer/*.cc native/bind/*.cc)',
+      ],
+      'include_dirs': ['native'],
+      'defines': ['NAPI_VERSION=8', 'NAPI_CPP_EXCEPTIONS'],
+      # As system headers, so that our warnings are about our code.
+      'cflags_cc': [
+        '-std=c++20', '-fexceptions', '-frtti', '-fvisibility=hidden', '-fvisibility-inlines-hidden',
+        '-Wall', '-Wextra', '-Wshadow', '-Wconversion',
+        '-isystem', '<!(node -p "require(\'path\').resolve(require(\'node-addon-api\').include_dir)")',
+      ],
+      'cflags_cc!': ['-fno-exceptions', '-fno-rtti', '-std=gnu++17', '-std=gnu++20', '-Wno-unused-parameter'],
+      'configurations': {
+        'Release': { 'cflags': ['-O3'], 'cflags!': ['-O2'] },
+        'Debug': { 'cflags': ['-O0', '-g'] },
+      },
+      'libraries': ['-pthread'],
+    },
+  ],
+}

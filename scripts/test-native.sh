@@ -1,0 +1,31 @@
+#!/bin/sh
+# Builds the native core and runs its tests: plain (gcc), asan (clang, with UBSan), tsan (clang).
+#   scripts/test-native.sh [plain|asan|tsan] [arguments of ctest...]
+# JOBS sets the number of compilers at once.
+set -eu
+cd "$(dirname "$0")/.."
+kind=${1:-plain}
+[ $# -gt 0 ] && shift
+jobs=${JOBS:-$(nproc)}
+
+case $kind in
+  plain) build=build-native; compiler=${CXX:-g++}; sanitize=; type=Release ;;
+  asan) build=build-native-asan; compiler=${CXX:-clang++}; sanitize=address,undefined; type=Sanitized ;;
+  tsan) build=build-native-tsan; compiler=${CXX:-clang++}; sanitize=thread; type=Sanitized ;;
+  *) echo "usage: $0 [plain|asan|tsan] [ctest arguments]" >&2; exit 2 ;;
+esac
+build=${BUILD_DIR:-$build}
+generator=
+command -v ninja >/dev/null 2>&1 && generator='-G Ninja'
+
+# shellcheck disable=SC2086
+cmake -S . -B "$build" $generator -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE="$type" \
+  -DMEMFERRY_SANITIZE="$sanitize" >/dev/null
+cmake --build "$build" -j "$jobs"
+
+# A race or an overflow must fail the test that has it, and say where.
+export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_string_checks=1}"
+export UBSAN_OPTIONS="${UBSAN_OPTIONS:-print_stacktrace=1}"
+export TSAN_OPTIONS="${TSAN_OPTIONS:-halt_on_error=1:second_deadlock_stack=1}"
+cd "$build"
+exec ctest --output-on-failure "$@"

@@ -1,0 +1,99 @@
+/**
+ * `npm test`: every suite in turn, whatever the one before did, and one line with the sum of them at the end:
+ * `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI runs the first again on another Node.
+ */
+import { spawn } from 'node:child_process';
+import { mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const root = join(dirname(fileURLToPath(import.meta.url)), '..');
+const vitestReport = join(root, 'build/test-results/vitest.json');
+
+/** Each gives its counts; a suite that died before it could count has `failed` 1. */
+const SUITES = {
+  typescript: runVitest,
+  native: () => runCtest('plain'),
+  'native-asan': () => runCtest('asan'),
+  'native-tsan': () => runCtest('tsan'),
+};
+
+const asked = process.argv.slice(2);
+const unknown = asked.filter((name) => !Object.hasOwn(SUITES, name));
+if (unknown.length > 0) {
+  process.stderr.write(`test: no suite '${unknown[0]}': write some of ${Object.keys(SUITES).join(', ')}\n`);
+  process.exit(1);
+}
+
+const sum = { passed: 0, failed: 0, skipped: 0 };
+for (const name of asked.length > 0 ? asked : Object.keys(SUITES)) {
+  process.stdout.write(`\n==> ${name}\n`);
+  const began = Date.now();
+  const counts = await SUITES[name]();
+  process.stdout.write(`==> ${name}: ${line(counts)}, ${((Date.now() - began) / 1000).toFixed(1)} s\n`);
+  for (const key of Object.keys(sum)) sum[key] += counts[key];
+}
+process.stdout.write(`\n${line(sum)}\n`);
+process.exitCode = sum.failed > 0 ? 1 : 0;
+
+async function runVitest() {
+  mkdirSync(dirname(vitestReport), { recursive: true });
+  rmSync(vitestReport, { force: true });
+  const { code } = await run(process.execPath, [
+    'node_modules/vitest/vitest.mjs',
+    'run',
+    '--reporter=default',
+    '--reporter=json',
+    `--outputFile.json=${vitestReport}`,
+  ]);
+  try {
+    const report = JSON.parse(readFileSync(vitestReport, 'utf8'));
+    const counts = {
+      passed: report.numPassedTests,
+      failed: report.numFailedTests,
+      skipped: report.numPendingTests + report.numTodoTests,
+    };
+    // A file that does not load has no tests, and an error outside any test fails the run without failing one.
+    const emptyFailures = report.testResults.filter(
+      (file) => file.status === 'failed' && file.assertionResults.length === 0,
+    );
+    counts.failed += emptyFailures.length;
+    return code === 0 || counts.failed > 0 ? counts : { ...counts, failed: 1 };
+  } catch {
+    return { passed: 0, failed: 1, skipped: 0 };
+  }
+}
+
+async function runCtest(variant) {
+  const { code, output } = await run('bash', ['scripts/test-native.sh', variant]);
+  const summary = /(\d+) tests? failed out of (\d+)/.exec(output);
+  if (!summary) return { passed: 0, failed: 1, skipped: 0 };
+  const failed = Number(summary[1]);
+  const skipped = (output.match(/\*\*\*Skipped/g) ?? []).length;
+  return {
+    passed: Number(summary[2]) - failed - skipped,
+    failed: code !== 0 && failed === 0 ? 1 : failed,
+    skipped,
+  };
+}
+
+/** Shows what the command says while it runs, and keeps it. */
+function run(command, args) {
+  return new Promise((resolve) => {
+    const child = spawn(command, args, { cwd: root, stdio: ['ignore', 'pipe', 'inherit'] });
+    let output = '';
+    child.stdout.setEncoding('utf8').on('data', (text) => {
+      output += text;
+      process.stdout.write(text);
+    });
+    child.once('error', (error) => {
+      process.stderr.write(`test: ${command}: ${error.message}\n`);
+      resolve({ code: 1, output });
+    });
+    child.once('close', (code) => resolve({ code: code ?? 1, output }));
+  });
+}
+
+function line({ passed, failed, skipped }) {
+  return `${passed} passed, ${failed} failed, ${skipped} skipped`;
+}
