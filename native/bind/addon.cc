@@ -1,0 +1,89 @@
+// The addon's entry: everything that src/native.ts declares, for each environment that loads it.
+//
+// Thread: the environment's own.
+#include "bind/engine_handles.h"
+#include "bind/environment.h"
+#include "bind/js_error.h"
+#include "bind/kernel_features.h"
+#include "bind/node_api.h"
+#include "bind/page_functions.h"
+#include "bind/region_handle.h"
+#include "bind/sigbus.h"
+#include "bind/tracker_handle.h"
+#include "bind/values.h"
+#include "os/mapping.h"
+
+namespace memferry::bind {
+
+namespace {
+
+Napi::Value probe_features(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const std::vector<KernelFeature> features = probe_kernel_features();
+    Napi::Array array = Napi::Array::New(env, features.size());
+    for (std::size_t i = 0; i < features.size(); ++i) {
+      Napi::Object feature = Napi::Object::New(env);
+      feature.Set("name", Napi::String::New(env, features[i].name));
+      feature.Set("available", Napi::Boolean::New(env, features[i].available));
+      feature.Set("reason", Napi::String::New(env, features[i].reason));
+      feature.Set("remedy", Napi::String::New(env, features[i].remedy));
+      array.Set(static_cast<std::uint32_t>(i), feature);
+    }
+    return array;
+  });
+}
+
+Napi::Value close_engines(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    Environment::of(info.Env()).shut_down_engines();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value retire_all_regions(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    SharedRegion::retire_all();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value forward_sigbus(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    forward_sigbus_to_webassembly();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  Environment::attach(env);
+  RegionHandle::define(env);
+  TrackerHandle::define(env);
+  SenderHandle::define(env);
+  ReceiverHandle::define(env);
+  ListenerHandle::define(env);
+
+  exports.Set("pageSize", number(env, system_page_size()));
+  exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
+  exports.Set("adopt", Napi::Function::New<RegionHandle::adopt>(env, "adopt"));
+  exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));
+  exports.Set("reservedBytes", Napi::Function::New<RegionHandle::reserved_bytes>(env, "reservedBytes"));
+  exports.Set("probeTrackers", Napi::Function::New<TrackerHandle::probe>(env, "probeTrackers"));
+  exports.Set("probeFeatures", Napi::Function::New<probe_features>(env, "probeFeatures"));
+  exports.Set("makeTracker", Napi::Function::New<TrackerHandle::make>(env, "makeTracker"));
+  define_page_functions(env, exports);
+  exports.Set("createSender", Napi::Function::New<SenderHandle::create>(env, "createSender"));
+  exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
+  exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
+  exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
+  exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));
+  exports.Set("forwardSigbusToWebAssembly",
+              Napi::Function::New<forward_sigbus>(env, "forwardSigbusToWebAssembly"));
+  return exports;
+}
+
+}  // namespace
+
+NODE_API_MODULE(memferry, init)
+
+}  // namespace memferry::bind

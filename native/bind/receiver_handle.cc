@@ -1,0 +1,174 @@
+#include <algorithm>
+
+#include "bind/async_work.h"
+#include "bind/engine_handles.h"
+#include "bind/values.h"
+
+namespace memferry::bind {
+
+namespace {
+
+constexpr napi_type_tag kTag = {0x6d66726563656976ULL, 0x71c50de83ab9f264ULL};
+constexpr std::uint64_t kMaxMissingRuns = 1ULL << 20U;  // 24 MiB of JavaScript objects are enough for anyone
+
+ReceiverConfig config_of(const Napi::Object& config) {
+  ReceiverConfig out;
+  out.migration = fixed_bytes_of<sizeof(wire::MigrationId)>(config.Get("migration"), "migration");
+  out.channels = index_of(config.Get("channels"), "channels");
+  out.tokens = rows_of<sizeof(wire::Token)>(config.Get("tokens"), "tokens");
+  out.discard_first = flag_of(config.Get("discardFirst"), "discardFirst");
+  out.paging_from_start = flag_of(config.Get("pagingFromStart"), "pagingFromStart");
+  out.may_page = flag_of(config.Get("mayPage"), "mayPage");
+  out.keep_page_hashes = flag_of(config.Get("keepPageHashes"), "keepPageHashes");
+  out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
+  out.loss_grace = milliseconds_of(config.Get("lossGraceMs"), "lossGraceMs");
+  return out;
+}
+
+Napi::Object stats_object(Napi::Env env, const ReceiverStats& stats) {
+  Napi::Object faults = Napi::Object::New(env);
+  faults.Set("count", number(env, stats.faults.count));
+  faults.Set("p50Us", Napi::Number::New(env, stats.faults.p50_us));
+  faults.Set("p99Us", Napi::Number::New(env, stats.faults.p99_us));
+  faults.Set("maxUs", Napi::Number::New(env, stats.faults.max_us));
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("bytesReceived", number(env, stats.bytes_received));
+  object.Set("pagesReceived", number(env, stats.pages_received));
+  object.Set("pagesZero", number(env, stats.pages_zero));
+  object.Set("pagesMissing", number(env, stats.pages_missing));
+  object.Set("pagesSuspect", number(env, stats.pages_suspect));
+  object.Set("faults", faults);
+  object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
+  return object;
+}
+
+}  // namespace
+
+void ReceiverHandle::define(Napi::Env env) {
+  const Napi::Function constructor =
+      DefineClass(env, "NativeReceiver",
+                  {
+                      InstanceMethod<&ReceiverHandle::seal>("seal"),
+                      InstanceMethod<&ReceiverHandle::paging>("paging"),
+                      InstanceMethod<&ReceiverHandle::stats>("stats"),
+                      InstanceMethod<&ReceiverHandle::missing>("missing"),
+                      InstanceMethod<&ReceiverHandle::digest>("digest"),
+                      InstanceMethod<&ReceiverHandle::acknowledge_loss>("acknowledgeLoss"),
+                      InstanceMethod<&ReceiverHandle::grow>("grow"),
+                      InstanceMethod<&ReceiverHandle::close>("close"),
+                  });
+  Environment::of(env).receiver_class = Napi::Persistent(constructor);
+}
+
+Napi::Value ReceiverHandle::create(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    return Environment::of(info.Env()).receiver_class.New({object_of(info[0], "config")});
+  });
+}
+
+ReceiverHandle::ReceiverHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<ReceiverHandle>(info) {
+  const Napi::Env env = info.Env();
+  guarded(env, [&] {
+    const Napi::Object object = object_of(info[0], "config");
+    ReceiverConfig config = config_of(object);
+    const Napi::Array regions = array_of(object.Get("regions"), "regions");
+    for (std::uint32_t i = 0; i < regions.Length(); ++i) {
+      holds_.push_back(RegionHandle::hold_of(regions.Get(i)));
+      config.regions.push_back(holds_.back().shared->region_pointer());
+    }
+    events_ = EventQueue::create(env, function_of(object.Get("onEvent"), "onEvent"), "memferry.receiver");
+    config.on_event = [events = events_](const EngineEvent& event) {
+      events->post([event](Napi::Env js, const Napi::Function& callback) {
+        callback.Call({event_object(js, event)});
+      });
+    };
+    try {
+      receiver_ = Receiver::create(std::move(config));
+      Environment::of(env).add(this);
+    } catch (...) {
+      events_->close();
+      if (receiver_) receiver_->close();
+      throw;
+    }
+    Value().TypeTag(&kTag);
+    open_ = true;
+    Ref();
+  });
+}
+
+ReceiverHandle::~ReceiverHandle() { shut_down(); }
+
+std::shared_ptr<Receiver> ReceiverHandle::receiver_of(const Napi::Value& value) {
+  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kTag)) {
+    throw std::invalid_argument("expected a receiver of the addon");
+  }
+  const ReceiverHandle* handle = Unwrap(value.As<Napi::Object>());
+  if (!handle->open_) throw CodedError("CLOSED", "the receiver is closed");
+  return handle->receiver_;
+}
+
+void ReceiverHandle::shut_down() {
+  if (!open_) return;
+  open_ = false;
+  events_->close();
+  receiver_->close();
+  holds_.clear();
+}
+
+Napi::Value ReceiverHandle::seal(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), open_ && receiver().seal());
+}
+
+Napi::Value ReceiverHandle::paging(const Napi::CallbackInfo& info) {
+  return Napi::Boolean::New(info.Env(), open_ && receiver().paging());
+}
+
+Napi::Value ReceiverHandle::stats(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value { return stats_object(info.Env(), receiver().stats()); });
+}
+
+Napi::Value ReceiverHandle::missing(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const std::uint64_t max_runs = std::min(count_of(info[0], "maxRuns"), kMaxMissingRuns);
+    return run_objects(info.Env(), receiver().missing(static_cast<std::size_t>(max_runs)));
+  });
+}
+
+Napi::Value ReceiverHandle::digest(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::uint32_t region = index_of(info[0], "region");
+    return run_async(
+        info.Env(), "memferry.digest", [receiver = receiver_, region] { return receiver->digest(region); },
+        [](Napi::Env env, Hash128 hash) -> Napi::Value {
+          return Napi::String::New(env, hex128(hash.high, hash.low));
+        });
+  });
+}
+
+Napi::Value ReceiverHandle::acknowledge_loss(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().acknowledge_loss();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::grow(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (!open_) throw CodedError("CLOSED", "the receiver is closed");
+    receiver().grow(index_of(info[0], "region"), count_of(info[1], "pages"));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::close(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) {
+      Environment::of(info.Env()).remove(this);
+      shut_down();
+      Unref();
+    }
+    return info.Env().Undefined();
+  });
+}
+
+}  // namespace memferry::bind

@@ -1,0 +1,16 @@
+// The digest of a whole region: XXH3_128 over the hashes of its pages.
+#pragma once
+
+#include <memory>
+
+#include "page/hash.h"
+#include "page/region.h"
+
+namespace memferry::bind {
+
+// Of the pages that the region has at the start. Pages are read by system calls, so that one that cannot be
+// had (poisoned, or missing with nobody to serve it) is an exception and not a signal.
+// Throws CodedError (UNREADABLE), RegionGone, std::bad_alloc.
+[[nodiscard]] Hash128 region_digest(const std::shared_ptr<Region>& region);
+
+}  // namespace memferry::bind

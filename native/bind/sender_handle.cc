@@ -1,0 +1,243 @@
+#include <algorithm>
+#include <functional>
+#include <limits>
+
+#include "bind/async_work.h"
+#include "bind/engine_handles.h"
+#include "bind/values.h"
+
+namespace memferry::bind {
+
+namespace {
+
+SenderConfig config_of(const Napi::Object& config) {
+  SenderConfig out;
+  out.host = text_of(config.Get("host"), "host");
+  const std::uint64_t port = count_of(config.Get("port"), "port");
+  if (port == 0 || port > std::numeric_limits<std::uint16_t>::max())
+    throw std::invalid_argument("port: not a port");
+  out.port = static_cast<std::uint16_t>(port);
+  out.migration = fixed_bytes_of<sizeof(wire::MigrationId)>(config.Get("migration"), "migration");
+  out.channels = index_of(config.Get("channels"), "channels");
+  out.tokens = rows_of<sizeof(wire::Token)>(config.Get("tokens"), "tokens");
+  out.bandwidth = count_of(config.Get("bandwidth"), "bandwidth");
+  out.keep_page_hashes = flag_of(config.Get("keepPageHashes"), "keepPageHashes");
+  out.connect_timeout = milliseconds_of(config.Get("connectTimeoutMs"), "connectTimeoutMs");
+  out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
+  return out;
+}
+
+}  // namespace
+
+void SenderHandle::define(Napi::Env env) {
+  const Napi::Function constructor =
+      DefineClass(env, "NativeSender",
+                  {
+                      InstanceMethod<&SenderHandle::connect>("connect"),
+                      InstanceMethod<&SenderHandle::queue_populated>("queuePopulated"),
+                      InstanceMethod<&SenderHandle::queue_dirty>("queueDirty"),
+                      InstanceMethod<&SenderHandle::queue_dirty_sync>("queueDirtySync"),
+                      InstanceMethod<&SenderHandle::start_round>("startRound"),
+                      InstanceMethod<&SenderHandle::discard_dirty>("discardDirty"),
+                      InstanceMethod<&SenderHandle::switch_over>("switchOver"),
+                      InstanceMethod<&SenderHandle::start_push>("startPush"),
+                      InstanceMethod<&SenderHandle::set_bandwidth>("setBandwidth"),
+                      InstanceMethod<&SenderHandle::stats>("stats"),
+                      InstanceMethod<&SenderHandle::digest>("digest"),
+                      InstanceMethod<&SenderHandle::close>("close"),
+                  });
+  Environment::of(env).sender_class = Napi::Persistent(constructor);
+}
+
+Napi::Value SenderHandle::create(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    return Environment::of(info.Env()).sender_class.New({object_of(info[0], "config")});
+  });
+}
+
+SenderHandle::SenderHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<SenderHandle>(info) {
+  const Napi::Env env = info.Env();
+  guarded(env, [&] {
+    const Napi::Object object = object_of(info[0], "config");
+    SenderConfig config = config_of(object);
+    const Napi::Array regions = array_of(object.Get("regions"), "regions");
+    const Napi::Array trackers = array_of(object.Get("trackers"), "trackers");
+    if (trackers.Length() != regions.Length())
+      throw std::invalid_argument("trackers: one (or null) a region");
+    auto core = std::make_shared<Core>();
+    for (std::uint32_t i = 0; i < regions.Length(); ++i) {
+      holds_.push_back(RegionHandle::hold_of(regions.Get(i)));
+      config.regions.push_back(holds_.back().shared->region_pointer());
+      LentTracker lent = TrackerHandle::lend(trackers.Get(i));
+      config.trackers.push_back(std::move(lent.tracker));
+      if (lent.turn) core->turns.push_back(std::move(lent.turn));
+    }
+    // Two senders that share trackers lock them in one order, and each only once.
+    std::sort(core->turns.begin(), core->turns.end());
+    core->turns.erase(std::unique(core->turns.begin(), core->turns.end()), core->turns.end());
+    events_ = EventQueue::create(env, function_of(object.Get("onEvent"), "onEvent"), "memferry.sender");
+    config.on_event = [events = events_](const EngineEvent& event) {
+      events->post([event](Napi::Env js, const Napi::Function& callback) {
+        callback.Call({event_object(js, event)});
+      });
+    };
+    try {
+      core->sender = std::make_unique<Sender>(std::move(config));
+      Environment::of(env).add(this);
+    } catch (...) {
+      events_->close();
+      throw;
+    }
+    core_ = std::move(core);
+    open_ = true;
+    Ref();
+  });
+}
+
+SenderHandle::~SenderHandle() { shut_down(); }
+
+std::vector<std::unique_lock<std::mutex>> SenderHandle::Core::take_turns() const {
+  std::vector<std::unique_lock<std::mutex>> locks;
+  locks.reserve(turns.size());
+  for (const auto& turn : turns) locks.emplace_back(*turn);
+  return locks;
+}
+
+void SenderHandle::end(bool goodbye) {
+  if (!open_) return;
+  open_ = false;
+  events_->close();
+  core_->sender->close(goodbye);
+  holds_.clear();
+}
+
+void SenderHandle::shut_down() { end(false); }
+
+const std::shared_ptr<SenderHandle::Core>& SenderHandle::core() const {
+  if (!open_) throw CodedError("CLOSED", "the sender is closed");
+  return core_;
+}
+
+Napi::Value SenderHandle::connect(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->connect();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::queue_populated(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return run_async(
+        info.Env(), "memferry.queuePopulated",
+        [core = core(), holds = holds_] {
+          const auto turns = core->take_turns();
+          core->sender->queue_populated();
+          return true;
+        },
+        [](Napi::Env env, bool) -> Napi::Value { return env.Undefined(); });
+  });
+}
+
+Napi::Value SenderHandle::queue_dirty(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return run_async(
+        info.Env(), "memferry.queueDirty",
+        [core = core(), holds = holds_] {
+          const auto turns = core->take_turns();
+          return core->sender->queue_dirty();
+        },
+        [](Napi::Env env, std::uint64_t pages) -> Napi::Value { return number(env, pages); });
+  });
+}
+
+Napi::Value SenderHandle::queue_dirty_sync(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto turns = core()->take_turns();
+    return number(info.Env(), core()->sender->queue_dirty());
+  });
+}
+
+Napi::Value SenderHandle::start_round(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->start_round(count_of(info[0], "tag"));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::discard_dirty(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::uint64_t tag = count_of(info[0], "tag");
+    return run_async(
+        info.Env(), "memferry.discardDirty",
+        [core = core(), holds = holds_, tag] {
+          const auto turns = core->take_turns();
+          return core->sender->discard_dirty(tag);
+        },
+        [](Napi::Env env, std::uint64_t pages) -> Napi::Value { return number(env, pages); });
+  });
+}
+
+Napi::Value SenderHandle::switch_over(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto turns = core()->take_turns();
+    return number(info.Env(), core()->sender->switch_over());
+  });
+}
+
+Napi::Value SenderHandle::start_push(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->start_push();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::set_bandwidth(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->set_bandwidth(count_of(info[0], "bytesPerSecond"));
+    return info.Env().Undefined();
+  });
+}
+
+// Also after close(): the last figures.
+Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const SenderStats stats = core_->sender->stats();
+    Napi::Object object = Napi::Object::New(env);
+    object.Set("bytesOnWire", number(env, stats.bytes_on_wire));
+    object.Set("pagesSent", number(env, stats.pages_sent));
+    object.Set("pagesZero", number(env, stats.pages_zero));
+    object.Set("pagesResent", number(env, stats.pages_resent));
+    object.Set("pagesPending", number(env, stats.pages_pending));
+    object.Set("faultsServed", number(env, stats.faults_served));
+    object.Set("redials", number(env, stats.redials));
+    object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
+    return object;
+  });
+}
+
+Napi::Value SenderHandle::digest(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::uint32_t region = index_of(info[0], "region");
+    if (region >= holds_.size() && open_) throw std::out_of_range("region: no such region");
+    return run_async(
+        info.Env(), "memferry.digest",
+        [core = core(), holds = holds_, region] { return core->sender->digest(region); },
+        [](Napi::Env env, Hash128 hash) -> Napi::Value {
+          return Napi::String::New(env, hex128(hash.high, hash.low));
+        });
+  });
+}
+
+Napi::Value SenderHandle::close(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) {
+      Environment::of(info.Env()).remove(this);
+      end(info[0].IsBoolean() && info[0].As<Napi::Boolean>().Value());
+      Unref();
+    }
+    return info.Env().Undefined();
+  });
+}
+
+}  // namespace memferry::bind

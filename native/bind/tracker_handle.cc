@@ -1,0 +1,141 @@
+#include "bind/tracker_handle.h"
+
+#include <string>
+#include <vector>
+
+#include "bind/js_error.h"
+#include "bind/values.h"
+
+namespace memferry::bind {
+
+namespace {
+
+constexpr napi_type_tag kTag = {0x6d66747261636b65ULL, 0x4d2f90c7a8e1b356ULL};
+
+TrackerKind kind_of(const std::string& name) {
+  if (const auto kind = tracker_kind(name)) return *kind;
+  throw CodedError("TRACKER_UNAVAILABLE", "there is no dirty tracker named '" + name + "'");
+}
+
+}  // namespace
+
+void TrackerHandle::define(Napi::Env env) {
+  const Napi::Function constructor = DefineClass(env, "NativeTracker",
+                                                 {
+                                                     InstanceAccessor<&TrackerHandle::name>("name"),
+                                                     InstanceMethod<&TrackerHandle::arm>("arm"),
+                                                     InstanceMethod<&TrackerHandle::collect>("collect"),
+                                                     InstanceMethod<&TrackerHandle::disarm>("disarm"),
+                                                     InstanceMethod<&TrackerHandle::close>("close"),
+                                                 });
+  Environment::of(env).tracker_class = Napi::Persistent(constructor);
+}
+
+TrackerHandle::TrackerHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<TrackerHandle>(info) {
+  if (info.Length() != 1 || !info[0].IsExternal()) {
+    throw Napi::TypeError::New(info.Env(), "trackers are made by makeTracker");
+  }
+  made_ = std::move(*info[0].As<Napi::External<Made>>().Data());
+  Value().TypeTag(&kTag);
+}
+
+Napi::Value TrackerHandle::make(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const TrackerKind kind = kind_of(text_of(info[0], "name"));
+    Made made;
+    made.hold = RegionHandle::hold_of(info[1]);
+    made.tracker = make_tracker(kind, made.hold.shared->region_pointer());
+    made.turn = std::make_shared<std::mutex>();
+    return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
+  });
+}
+
+Napi::Value TrackerHandle::probe(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const std::vector<TrackerProbe> probes = probe_trackers();
+    Napi::Array array = Napi::Array::New(env, probes.size());
+    for (std::size_t i = 0; i < probes.size(); ++i) {
+      Napi::Object probe = Napi::Object::New(env);
+      probe.Set("name", Napi::String::New(env, probes[i].name));
+      probe.Set("available", Napi::Boolean::New(env, probes[i].available));
+      probe.Set("reason", Napi::String::New(env, probes[i].reason));
+      probe.Set("remedy", Napi::String::New(env, probes[i].remedy));
+      array.Set(static_cast<std::uint32_t>(i), probe);
+    }
+    return array;
+  });
+}
+
+LentTracker TrackerHandle::lend(const Napi::Value& value) {
+  if (value.IsNull()) return {};
+  if (!value.IsObject() || !value.As<Napi::Object>().CheckTypeTag(&kTag)) {
+    throw std::invalid_argument("expected a tracker of the addon, or null");
+  }
+  TrackerHandle* handle = Unwrap(value.As<Napi::Object>());
+  (void)handle->tracker();
+  return {handle->made_.tracker, handle->made_.turn};
+}
+
+DirtyTracker& TrackerHandle::tracker() const {
+  if (!made_.tracker) throw CodedError("TRACKER_CLOSED", "the tracker is closed");
+  if (made_.hold.shared->region().retired()) throw CodedError("REGION_GONE", "the region's memory is gone");
+  return *made_.tracker;
+}
+
+Napi::Value TrackerHandle::name(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    return Napi::String::New(info.Env(), std::string(tracker().name()));
+  });
+}
+
+Napi::Value TrackerHandle::arm(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    DirtyTracker& armed = tracker();
+    const std::lock_guard lock(*made_.turn);
+    armed.arm();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value TrackerHandle::collect(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&] {
+    DirtyTracker& tracker = this->tracker();
+    const std::uint64_t capacity = made_.hold.shared->region().capacity_pages();
+    const PageNumber end{capacity};
+    if (!dirty_) dirty_ = std::make_unique<AtomicBitmap>(capacity);
+    {
+      const std::lock_guard lock(*made_.turn);
+      tracker.collect(*dirty_);
+    }
+    std::vector<PageRun> runs;
+    PageNumber from{0};
+    while (const auto run = dirty_->take_run(from, end, capacity)) {
+      runs.push_back(*run);
+      from = run->end();
+    }
+    return run_pairs(env, runs);
+  });
+}
+
+Napi::Value TrackerHandle::disarm(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (made_.tracker && !made_.hold.shared->region().retired()) {
+      const std::lock_guard lock(*made_.turn);
+      made_.tracker->disarm();
+    }
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value TrackerHandle::close(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    made_ = Made();
+    dirty_.reset();
+    return info.Env().Undefined();
+  });
+}
+
+}  // namespace memferry::bind

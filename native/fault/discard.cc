@@ -1,0 +1,117 @@
+#include "fault/discard.h"
+
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cinttypes>
+#include <cstdio>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+
+#include "os/sys_error.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::size_t kRangesAtOnce = 1024;  // UIO_MAXIOV
+constexpr int kPidfdSelf = -10000;           // PIDFD_SELF (6.14): the calling thread's process
+constexpr int kBusyTries = 100;
+
+long process_madvise(int target, const iovec* ranges, std::size_t count, int advice) {
+  return ::syscall(SYS_process_madvise, target, ranges, count, advice, 0U);
+}
+
+}  // namespace
+
+Backing backing_of(const Region& region) {
+  std::ifstream maps("/proc/self/maps");
+  if (!maps) throw SystemError("open(/proc/self/maps)", errno);
+  std::uint64_t covered = 0;
+  bool shared = false;
+  bool privately = false;
+  const std::vector<Extent> extents = region.extents();
+  for (std::string line; std::getline(maps, line);) {
+    std::uint64_t start = 0;
+    std::uint64_t end = 0;
+    std::uint64_t inode = 0;
+    char permissions[5] = {};
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*x:%*x %" SCNu64, &start, &end,
+                    permissions, &inode) != 4) {
+      continue;
+    }
+    for (const Extent& extent : extents) {
+      const std::uint64_t low = std::max(start, extent.start.value);
+      const std::uint64_t high = std::min(end, extent.start.value + extent.bytes);
+      if (low >= high) continue;
+      covered += high - low;
+      if (permissions[3] == 's') {
+        shared = true;
+      } else if (inode != 0) {
+        throw std::invalid_argument("a private mapping of a file cannot receive pages");
+      } else {
+        privately = true;
+      }
+    }
+  }
+  if (covered != region.bytes()) throw std::invalid_argument("part of the region is not mapped");
+  if (shared && privately) throw std::invalid_argument("a region is either shared or private, not both");
+  return shared ? Backing::kShared : Backing::kPrivate;
+}
+
+Discarder::Discarder(Backing backing) : backing_(backing) {
+  ranges_.reserve(kRangesAtOnce);
+  if (backing_ == Backing::kShared) return;
+  // An empty list says whether the kernel knows the descriptor and the advice for this process.
+  iovec none{nullptr, 0};
+  if (process_madvise(kPidfdSelf, &none, 1, MADV_DONTNEED) == 0) {
+    target_ = kPidfdSelf;
+    batched_ = true;
+    return;
+  }
+  self_.reset(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0U)));
+  if (!self_) return;
+  target_ = self_.get();
+  batched_ = process_madvise(target_, &none, 1, MADV_DONTNEED) == 0;
+}
+
+void Discarder::add(Address start, std::uint64_t bytes) {
+  if (bytes == 0) return;
+  if (!ranges_.empty()) {
+    iovec& last = ranges_.back();
+    if (static_cast<std::byte*>(last.iov_base) + last.iov_len == start.pointer()) {
+      last.iov_len += bytes;
+      return;
+    }
+  }
+  if (ranges_.size() == kRangesAtOnce) flush();
+  ranges_.push_back({start.pointer(), static_cast<std::size_t>(bytes)});
+}
+
+void Discarder::flush() {
+  std::size_t next = 0;
+  if (batched_ && ranges_.size() > 1) {
+    const long advised = process_madvise(target_, ranges_.data(), ranges_.size(), MADV_DONTNEED);
+    // A short count ends inside or before some range: that one is dropped again, which does no harm.
+    for (std::uint64_t left = advised > 0 ? static_cast<std::uint64_t>(advised) : 0;
+         next < ranges_.size() && left >= ranges_[next].iov_len; ++next) {
+      left -= ranges_[next].iov_len;
+    }
+  }
+  for (; next < ranges_.size(); ++next) one(Address::of(ranges_[next].iov_base), ranges_[next].iov_len);
+  ranges_.clear();
+}
+
+void Discarder::one(Address start, std::uint64_t bytes) const {
+  const int advice = backing_ == Backing::kShared ? MADV_REMOVE : MADV_DONTNEED;
+  int status = -1;
+  for (int tries = 0; status != 0 && tries < kBusyTries; ++tries) {
+    status = ::madvise(start.pointer(), static_cast<std::size_t>(bytes), advice);
+    if (status != 0 && errno != EAGAIN) break;
+  }
+  if (status != 0)
+    throw_errno(backing_ == Backing::kShared ? "madvise(MADV_REMOVE)" : "madvise(MADV_DONTNEED)");
+}
+
+}  // namespace memferry

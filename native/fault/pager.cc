@@ -1,0 +1,380 @@
+#include "fault/pager.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <thread>
+
+#include "os/sys_error.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::size_t kEventsAtOnce = 32;
+constexpr int kFaultThreadNice = -20;
+constexpr int kAfterErrorMs = 100;
+// The layout is changing or memory is short: about two seconds of trying, first without sleeping.
+constexpr int kSpinningTries = 64;
+constexpr int kTries = 4096;
+constexpr std::chrono::microseconds kBetweenTries{500};
+
+std::uint64_t wanted_features() {
+  // Without it missing pages are made inaccessible by mprotect() instead.
+  const Userfaultfd::Offer offer = Userfaultfd::probe();
+  return offer.features & abi::kUffdFeaturePoison;
+}
+
+}  // namespace
+
+Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std::string)> broken)
+    : maps_(std::move(maps)),
+      broken_(std::move(broken)),
+      // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
+      uffd_(Userfaultfd::open(wanted_features(), false)) {
+  thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
+}
+
+Pager::~Pager() { stop(); }
+
+void Pager::serve() {
+  for (const ArrivalMap* map : maps_) {
+    map->for_each_part({PageNumber{0}, map->pages()}, [this](std::span<std::byte> part, PageNumber) {
+      uffd_.register_missing(Address::of(part.data()), part.size());
+    });
+  }
+  serving_.store(true, std::memory_order_release);
+}
+
+void Pager::set_online(bool online) {
+  {
+    const std::lock_guard lock(mutex_);
+    online_ = online;
+    waiting_.defer_all();
+  }
+  if (online) thread_.wake();
+}
+
+void Pager::run(WorkerThread& self) {
+  set_this_thread_nice(kFaultThreadNice);
+  std::array<uffd_msg, kEventsAtOnce> events;
+  std::vector<Request> requests;
+  std::array<pollfd, 2> waiting{pollfd{uffd_.fd(), POLLIN, 0}, pollfd{self.wake_fd(), POLLIN, 0}};
+  bool expecting = false;
+  while (!self.stopping()) {
+    const timespec soon{0, std::chrono::nanoseconds(kExpectedWithin).count()};
+    ::ppoll(waiting.data(), waiting.size(), expecting ? &soon : nullptr, nullptr);
+    if ((waiting[1].revents & POLLIN) != 0) self.drain_wake();
+    requests.clear();
+    std::size_t count = 0;
+    try {
+      if ((waiting[0].revents & POLLIN) != 0) count = uffd_.read_events(events);
+      const Clock::time_point now = Clock::now();
+      for (std::size_t i = 0; i < count; ++i) {
+        if (events[i].event == UFFD_EVENT_PAGEFAULT) {
+          on_fault(Address{events[i].arg.pagefault.address}, now, requests);
+        }
+      }
+      const std::lock_guard lock(mutex_);
+      if (online_) {
+        waiting_.request_due(now, [&](const WaitingFault& fault) {
+          requests.push_back({fault.region, {fault.page, fault.window}});
+        });
+      }
+      expecting = online_ && waiting_.any_expected();
+    } catch (const std::exception& error) {
+      break_off("SYSTEM", error.what());
+      self.wait(kAfterErrorMs);  // until stop(): the owner has been told
+    }
+    send(requests);
+  }
+}
+
+bool Pager::faulted_lately() const {
+  const Clock::rep last = last_request_.load(std::memory_order_relaxed);
+  return last != 0 && Clock::now().time_since_epoch() - Clock::duration(last) < kLately;
+}
+
+void Pager::send(const std::vector<Request>& requests) {
+  if (!requests.empty()) {
+    last_request_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  }
+  for (const Request& request : requests) {
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, request.run);
+    wire::seal(header);
+    // What a cut swallows is asked for again by set_online().
+    if (!writer_.send(header)) return;
+  }
+}
+
+// The event may be late: since it was raised the page may have been installed (its waiter is awake already),
+// or installed and then discarded by the guest (its waiter needs zeros).
+void Pager::on_fault(Address address, Clock::time_point now, std::vector<Request>& requests) {
+  std::uint32_t region = 0;
+  std::optional<PageNumber> found;
+  for (; region < maps_.size(); ++region) {
+    found = maps_[region]->region().page_at(address);
+    if (found) break;
+  }
+  if (!found || found->value >= maps_[region]->pages()) return;  // let go of since
+  const PageNumber page = *found;
+  const ArrivalMap& map = *maps_[region];
+  bool zeros = false;
+  bool poisoned = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const bool received = map.received.test(page);
+    if (received && (map.present.test(page) || map.zero.test(page))) {
+      zeros = true;
+    } else if (poisoning_ && !received) {
+      poisoned = true;
+    } else if (!waiting_.contains(region, page)) {
+      WaitingFault fault;
+      fault.region = region;
+      fault.page = page;
+      fault.seen = now;
+      if (received) {
+        // Being installed: UFFDIO_COPY will wake the waiter, or install_zeros() will find this entry.
+        fault.state = WaitingFault::State::kArriving;
+      } else {
+        const auto lacking =
+            map.received.next_clear(page, PageNumber{map.pages()}, SequentialDetector::kLargestWindow);
+        const bool here = lacking && lacking->first == page;
+        const SequentialDetector::Advice advice = detector_.fault(region, page, here ? lacking->count : 1);
+        fault.window = advice.pages;
+        if (advice.expected) {
+          fault.state = WaitingFault::State::kExpected;
+          fault.due = now + kExpectedWithin;
+        } else if (online_) {
+          fault.state = WaitingFault::State::kRequested;
+          fault.remote = true;
+          requests.push_back({region, {page, fault.window}});
+        }
+      }
+      waiting_.add(fault);
+    }
+  }
+  if (zeros) serve_zero(region, page);
+  if (poisoned) poison(region, {page, 1});
+}
+
+// Gives zeros to a page that is absent, and wakes its waiters either way.
+void Pager::serve_zero(std::uint32_t region, PageNumber page) {
+  ArrivalMap& map = *maps_[region];
+  const Address address = map.region().address(page);
+  for (int tries = 0;;) {
+    const PageResult result = uffd_.zeropage(address, map.page_size(), true);
+    switch (result.outcome) {
+      case PageOutcome::kOk:
+        map.present.set(page);
+        return;
+      case PageOutcome::kExists:
+        uffd_.wake(address, map.page_size());
+        return;
+      case PageOutcome::kGone:
+        return;  // completed or unmapped since; whoever let go has woken the waiters
+      default:
+        if (!wait_again(tries)) {
+          break_off("SYSTEM", "no zero page can be installed");
+          return;
+        }
+    }
+  }
+}
+
+Pager::Installed Pager::install(std::uint32_t region, PageRun run, const std::byte* bytes) {
+  ArrivalMap& map = *maps_[region];
+  Installed result;
+  std::uint64_t page = run.first.value;
+  const std::uint64_t end = run.end().value;
+  while (page < end && result.intact) {
+    if (map.received.set(PageNumber{page})) {
+      ++page;
+      continue;
+    }
+    const std::uint64_t first = page++;
+    while (page < end && !map.received.set(PageNumber{page})) ++page;
+    const PageRun claimed{PageNumber{first}, page - first};
+    result.intact = copy_claimed(region, claimed, bytes + (first - run.first.value) * map.page_size());
+    if (result.intact) result.pages += claimed.count;
+    ++page;  // claimed by somebody else, or the end
+  }
+  return result;
+}
+
+bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes) {
+  ArrivalMap& map = *maps_[region];
+  int tries = 0;
+  while (run.count > 0) {
+    const std::span<std::byte> part = map.region().contiguous(run);
+    PageResult result;
+    try {
+      result = uffd_.copy(Address::of(part.data()), bytes, part.size(), true);
+    } catch (const SystemError& error) {
+      map.received.clear_run(run);
+      break_off("SYSTEM", error.what());
+      return false;
+    }
+    const std::uint64_t done = result.bytes_done / map.page_size();
+    if (done > 0) {
+      const PageRun installed{run.first, done};
+      map.present.set_run(installed);
+      arrived(region, installed);
+      run = {PageNumber{run.first.value + done}, run.count - done};
+      bytes += result.bytes_done;
+      tries = 0;
+    }
+    const bool again = result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory;
+    if (result.outcome == PageOutcome::kOk || (again && wait_again(tries))) continue;
+    // Missing again, so that it is poisoned and not read.
+    map.received.clear_run(run);
+    if (result.outcome == PageOutcome::kExists) {
+      // Nobody else installs a page that we have claimed: somebody wrote where only the pager may.
+      break_off("SYSTEM", "page " + std::to_string(run.first.value) + " of region " + std::to_string(region) +
+                              " is populated, though it never arrived");
+    } else if (result.outcome == PageOutcome::kGone) {
+      break_off("REGION_GONE", "the memory of region " + std::to_string(region) + " is not there any more");
+    } else {
+      break_off("SYSTEM", result.outcome == PageOutcome::kNoMemory ? "no memory for a page"
+                                                                   : "a page cannot be installed");
+    }
+    return false;
+  }
+  return true;
+}
+
+// Zeros are installed only where somebody waits: untouched memory costs nothing.
+Pager::Installed Pager::install_zeros(std::uint32_t region, PageRun run) {
+  ArrivalMap& map = *maps_[region];
+  Installed result;
+  std::vector<PageNumber> waited_for;
+  const PageNumber end = run.end();
+  std::uint64_t page = run.first.value;
+  while (page < end.value) {
+    if (map.received.set(PageNumber{page})) {
+      ++page;
+      continue;
+    }
+    const std::uint64_t first = page++;
+    while (page < end.value && !map.received.set(PageNumber{page})) ++page;
+    const PageRun claimed{PageNumber{first}, page - first};
+    map.zero.set_run(claimed);
+    result.pages += claimed.count;
+    // Under the same lock on_fault() looks at the bits: either it sees zeros, or we see its entry.
+    const Clock::time_point now = Clock::now();
+    const std::lock_guard lock(mutex_);
+    waiting_.take(region, claimed, [&](const WaitingFault& fault) {
+      if (fault.remote) latencies_.record(now - fault.seen);
+      waited_for.push_back(fault.page);
+    });
+    ++page;
+  }
+  for (const PageNumber waited : waited_for) serve_zero(region, waited);
+  return result;
+}
+
+void Pager::arrived(std::uint32_t region, PageRun run) {
+  const Clock::time_point now = Clock::now();
+  const std::lock_guard lock(mutex_);
+  waiting_.take(region, run, [&](const WaitingFault& fault) {
+    if (fault.remote) latencies_.record(now - fault.seen);
+  });
+}
+
+void Pager::finish() {
+  for (const ArrivalMap* map : maps_) {
+    map->for_each_part({PageNumber{0}, map->pages()}, [this](std::span<std::byte> part, PageNumber) {
+      uffd_.unregister(Address::of(part.data()), part.size());
+    });
+  }
+  stop();
+}
+
+void Pager::poison_missing() {
+  {
+    const std::lock_guard lock(mutex_);
+    poisoning_ = true;  // whatever is claimed and then fails, or faults later, is poisoned by on_fault()
+  }
+  if (!serving()) return;
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    const PageNumber end{map.pages()};
+    for (PageNumber from{0};;) {
+      const auto missing = map.received.next_clear(from, end, map.pages());
+      if (!missing) break;
+      poison(region, *missing);
+      from = missing->end();
+    }
+  }
+}
+
+void Pager::poison(std::uint32_t region, PageRun run) {
+  ArrivalMap& map = *maps_[region];
+  bool supported = (uffd_.features() & abi::kUffdFeaturePoison) != 0;
+  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
+    int tries = 0;
+    for (std::uint64_t done = 0; done < part.size() && supported;) {
+      PageResult result;
+      try {
+        result = uffd_.poison(Address::of(part.data()).plus(done), part.size() - done, true);
+      } catch (const SystemError&) {
+        supported = false;
+        break;
+      }
+      done += result.bytes_done;
+      if (result.outcome == PageOutcome::kExists) {
+        // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
+        std::byte* page = part.data() + done;
+        if (::madvise(page, map.page_size(), MADV_REMOVE) != 0)
+          ::madvise(page, map.page_size(), MADV_DONTNEED);
+        if (uffd_.poison(Address::of(page), map.page_size(), true).outcome != PageOutcome::kOk)
+          supported = false;
+        done += map.page_size();
+      } else if (result.outcome == PageOutcome::kGone) {
+        break;
+      } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
+        supported = false;
+      }
+    }
+    if (supported) return;
+    // Coarser, but no access goes through. When even this fails (too many mappings), all of the region goes.
+    if (::mprotect(part.data(), part.size(), PROT_NONE) != 0) {
+      map.for_each_part({PageNumber{0}, map.pages()}, [](std::span<std::byte> all, PageNumber) {
+        ::mprotect(all.data(), all.size(), PROT_NONE);
+      });
+    }
+    uffd_.wake(Address::of(part.data()), part.size());
+  });
+  const std::lock_guard lock(mutex_);
+  waiting_.take(region, run, [](const WaitingFault&) {});
+}
+
+void Pager::stop() {
+  thread_.stop();
+  serving_.store(false, std::memory_order_release);
+  uffd_.close();
+}
+
+std::chrono::nanoseconds Pager::longest_wait() const {
+  const Clock::time_point now = Clock::now();
+  const std::lock_guard lock(mutex_);
+  return now - waiting_.oldest(now);
+}
+
+void Pager::break_off(const char* code, const std::string& message) {
+  if (!broken_once_.exchange(true)) broken_(code, message);
+}
+
+bool Pager::wait_again(int& tries) const {
+  if (++tries > kTries) return false;
+  if (tries < kSpinningTries) {
+    ::sched_yield();
+  } else {
+    std::this_thread::sleep_for(kBetweenTries);
+  }
+  return true;
+}
+
+}  // namespace memferry

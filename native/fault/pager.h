@@ -1,0 +1,114 @@
+// The destination's fault handler: it registers the regions with userfaultfd, asks the source for pages that
+// somebody waits for, and installs what arrives, whichever channel brings it. It needs no thread of the
+// owner's: an owner that is blocked on a missing page itself is served like anyone else.
+//
+// Life: construct (idle) -> serve() (from now on what is not received is missing) -> finish() when every page
+// is there, or poison_missing() and then stop(): what is missing fails to be read, and never reads as zeros.
+//
+// Threads: one of its own reads the faults. install*() from the channels' threads; the rest from the owner's
+// and the supervisor's.
+//
+// What the guest itself discards (madvise) while pages are on their way becomes zeros for the guest where the
+// page had arrived, as the guest asked; a page that had not arrived yet still comes from the source, as if
+// the discard had come before the move. Unmapping a part of a region is only legal after close().
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "fault/arrival_map.h"
+#include "fault/demand_writer.h"
+#include "fault/latency_histogram.h"
+#include "fault/sequential_detector.h"
+#include "fault/waiting_faults.h"
+#include "os/userfaultfd.h"
+#include "os/worker_thread.h"
+
+namespace memferry {
+
+class Pager {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // Pages that were asked for as neighbours of another one are given this long before they are asked for by
+  // themselves: the source may have sent them by another channel, or may not send neighbours at all.
+  static constexpr std::chrono::microseconds kExpectedWithin{500};
+
+  // How long after a fault the push still makes room for the next one.
+  static constexpr std::chrono::milliseconds kLately{100};
+
+  // `maps` outlive the pager. `broken` is called at most once, from a thread that installs or serves, when the
+  // memory is not what it should be; it must not block. Throws SystemError (userfaultfd).
+  Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string code, std::string message)> broken);
+  ~Pager();  // stop()
+  Pager(const Pager&) = delete;
+  Pager& operator=(const Pager&) = delete;
+
+  // Registers every region as it is now. Nothing that is not received may be populated. Throws SystemError.
+  void serve();
+  // Requests can be sent (everything that waits is asked for again), or not.
+  void set_online(bool online);
+  [[nodiscard]] DemandWriter& writer() { return writer_; }
+
+  // Installs those of the pages that nobody has claimed yet, gives how many they were. False in `intact`
+  // when one could not be installed: broken() has been called, and the page counts as missing.
+  struct Installed {
+    std::uint64_t pages = 0;
+    bool intact = true;
+  };
+  Installed install(std::uint32_t region, PageRun run, const std::byte* bytes);
+  Installed install_zeros(std::uint32_t region, PageRun run);
+  // Everything has arrived: the memory is ordinary again.
+  void finish();
+  // From now on pages that are not received fail when they are touched, and who waits for one is woken.
+  void poison_missing();
+  void stop();
+
+  [[nodiscard]] bool serving() const { return serving_.load(std::memory_order_acquire); }
+  [[nodiscard]] const LatencyHistogram& latencies() const { return latencies_; }
+  // Whether somebody had to wait for a remote page within the last moments.
+  [[nodiscard]] bool faulted_lately() const;
+  // How long the longest wait for a remote page has lasted.
+  [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
+  [[nodiscard]] FaultScope scope() const { return uffd_.scope(); }
+
+ private:
+  struct Request {
+    std::uint32_t region;
+    PageRun run;
+  };
+
+  void run(WorkerThread& self);
+  void on_fault(Address address, Clock::time_point now, std::vector<Request>& requests);
+  void send(const std::vector<Request>& requests);
+  void serve_zero(std::uint32_t region, PageNumber page);
+  bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes);
+  void arrived(std::uint32_t region, PageRun run);
+  void poison(std::uint32_t region, PageRun run);
+  void break_off(const char* code, const std::string& message);
+  bool wait_again(int& tries) const;
+
+  std::vector<ArrivalMap*> maps_;
+  std::function<void(std::string, std::string)> broken_;
+  std::atomic<bool> broken_once_{false};
+  Userfaultfd uffd_;
+  DemandWriter writer_;
+  LatencyHistogram latencies_;
+  std::atomic<bool> serving_{false};
+  std::atomic<Clock::rep> last_request_{0};  // since the clock's epoch; 0: none yet
+
+  mutable std::mutex mutex_;  // guards the four below; never held during a system call that can block
+  WaitingFaults waiting_;
+  SequentialDetector detector_;
+  bool online_ = false;
+  bool poisoning_ = false;
+
+  WorkerThread thread_;
+};
+
+}  // namespace memferry

@@ -1,0 +1,47 @@
+// How many pages to ask for when one is missing: one, unless the faults walk forward; then 8, 16 and 32.
+// A random reader would pay for neighbours that it does not want (8 pages double its median), a sequential
+// one gains up to six times.
+//
+// Several walks are followed at once, one for each thread that reads its own part of the memory.
+//
+// Threads: none of its own; the caller serialises.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "page/range.h"
+
+namespace memferry {
+
+class SequentialDetector {
+ public:
+  static constexpr std::uint64_t kFirstWindow = 8;
+  static constexpr std::uint64_t kLargestWindow = 32;
+  static constexpr std::size_t kWalks = 8;
+
+  struct Advice {
+    std::uint64_t pages = 1;  // from the faulted page on
+    // The page was part of a window asked for before: its content is probably on its way.
+    bool expected = false;
+  };
+
+  // A fault at `page` of region `region`, of which `lacking` pages from it on (at least 1) are not here: more
+  // is not worth asking for, since the source answers with one run. Pages that arrive by the active push raise no faults, so a walk may
+  // skip some: it goes on at any page up to two windows behind the former one.
+  Advice fault(std::uint32_t region, PageNumber page, std::uint64_t lacking = kLargestWindow);
+
+ private:
+  struct Walk {
+    std::uint32_t region = 0;
+    std::uint64_t first = 0;
+    std::uint64_t end = 0;   // of the window asked for last; 0: not in use
+    std::uint64_t size = 1;  // what it would have been, had all of it been lacking
+    std::uint64_t last_use = 0;
+  };
+  std::array<Walk, kWalks> walks_{};
+  std::uint64_t uses_ = 0;
+};
+
+}  // namespace memferry

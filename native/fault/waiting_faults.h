@@ -1,0 +1,98 @@
+// The faults that somebody waits for, and what was done about each. The kernel delivers a fault once, so
+// what could not be sent (the connection is cut) must be kept until it can.
+//
+// Its size is bounded by the threads (and kernel-side accesses) that can wait at once, since a waiting thread
+// raises no second fault and faults on the same page share an entry; so a flat array serves.
+//
+// Threads: none of its own; the caller serialises.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "page/range.h"
+
+namespace memferry {
+
+struct WaitingFault {
+  enum class State {
+    kDeferred,   // cannot be sent now
+    kExpected,   // inside a window that was asked for: sent only if it has not come by `due`
+    kRequested,  // sent
+    kArriving,   // another thread is installing this page
+  };
+  std::uint32_t region = 0;
+  PageNumber page;
+  std::uint64_t window = 1;
+  State state = State::kDeferred;
+  bool remote = false;                         // was asked for over the demand channel at least once
+  std::chrono::steady_clock::time_point seen;  // when the event was read
+  std::chrono::steady_clock::time_point due;
+};
+
+class WaitingFaults {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  [[nodiscard]] bool contains(std::uint32_t region, PageNumber page) const {
+    for (const WaitingFault& fault : faults_) {
+      if (fault.region == region && fault.page == page) return true;
+    }
+    return false;
+  }
+  void add(const WaitingFault& fault) { faults_.push_back(fault); }
+
+  // Takes out the faults on pages of `run`, calling taken(fault) for each.
+  template <typename Taken>
+  void take(std::uint32_t region, PageRun run, Taken taken) {
+    for (std::size_t i = 0; i < faults_.size();) {
+      WaitingFault& fault = faults_[i];
+      if (fault.region == region && fault.page >= run.first && fault.page < run.end()) {
+        taken(fault);
+        fault = faults_.back();
+        faults_.pop_back();
+      } else {
+        ++i;
+      }
+    }
+  }
+
+  // The connection is gone: everything that had been sent must be sent again.
+  void defer_all() {
+    for (WaitingFault& fault : faults_) {
+      if (fault.state != WaitingFault::State::kArriving) fault.state = WaitingFault::State::kDeferred;
+    }
+  }
+
+  // Marks as requested what must be sent now, calling due(fault) for each.
+  template <typename Due>
+  void request_due(Clock::time_point now, Due due) {
+    for (WaitingFault& fault : faults_) {
+      const bool overdue = fault.state == WaitingFault::State::kExpected && fault.due <= now;
+      if (fault.state != WaitingFault::State::kDeferred && !overdue) continue;
+      fault.state = WaitingFault::State::kRequested;
+      fault.remote = true;
+      due(fault);
+    }
+  }
+
+  [[nodiscard]] bool any_expected() const {
+    for (const WaitingFault& fault : faults_) {
+      if (fault.state == WaitingFault::State::kExpected) return true;
+    }
+    return false;
+  }
+  // When the longest waiting fault was seen; `now` when none waits.
+  [[nodiscard]] Clock::time_point oldest(Clock::time_point now) const {
+    for (const WaitingFault& fault : faults_) now = fault.seen < now ? fault.seen : now;
+    return now;
+  }
+  [[nodiscard]] std::size_t size() const { return faults_.size(); }
+
+ private:
+  std::vector<WaitingFault> faults_;
+};
+
+}  // namespace memferry

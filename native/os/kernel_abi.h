@@ -1,0 +1,100 @@
+// Kernel interfaces newer than the system headers that we build against (Debian 12 ships those of 6.1). The
+// layouts are from the kernel's documentation (admin-guide/mm/userfaultfd, admin-guide/mm/pagemap); names
+// differ from the kernel's macros, so that newer headers do not clash.
+#pragma once
+
+#include <linux/ioctl.h>
+#include <linux/userfaultfd.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace memferry::abi {
+
+// userfaultfd features, with the release that brought each.
+inline constexpr std::uint64_t kUffdFeatureWpHugetlbfsShmem = 1ULL << 12;  // 5.19
+inline constexpr std::uint64_t kUffdFeatureWpUnpopulated = 1ULL << 13;     // 6.4
+inline constexpr std::uint64_t kUffdFeaturePoison = 1ULL << 14;            // 6.6
+inline constexpr std::uint64_t kUffdFeatureWpAsync = 1ULL << 15;           // 6.7
+inline constexpr std::uint64_t kUffdFeatureMove = 1ULL << 16;              // 6.8
+
+inline constexpr unsigned kUffdioMoveNumber = 0x05;
+inline constexpr unsigned kUffdioPoisonNumber = 0x08;
+
+struct UffdioMove {
+  std::uint64_t dst;
+  std::uint64_t src;
+  std::uint64_t len;
+  std::uint64_t mode;
+  std::int64_t move;  // written by the kernel, and not read by it
+};
+inline constexpr std::uint64_t kUffdioMoveDontWake = 1ULL << 0;
+inline constexpr std::uint64_t kUffdioMoveAllowSrcHoles = 1ULL << 1;
+
+struct UffdioPoison {
+  uffdio_range range;
+  std::uint64_t mode;
+  std::int64_t updated;  // written by the kernel, and not read by it
+};
+inline constexpr std::uint64_t kUffdioPoisonDontWake = 1ULL << 0;
+
+inline constexpr unsigned long kUffdioMove = _IOWR(UFFDIO, kUffdioMoveNumber, UffdioMove);
+inline constexpr unsigned long kUffdioPoison = _IOWR(UFFDIO, kUffdioPoisonNumber, UffdioPoison);
+
+// PAGEMAP_SCAN on /proc/PID/pagemap (6.7).
+struct PageRegion {
+  std::uint64_t start;
+  std::uint64_t end;
+  std::uint64_t categories;
+};
+struct PmScanArg {
+  std::uint64_t size;
+  std::uint64_t flags;
+  std::uint64_t start;
+  std::uint64_t end;
+  std::uint64_t walk_end;  // written by the kernel: where it stopped
+  std::uint64_t vec;
+  std::uint64_t vec_len;
+  std::uint64_t max_pages;
+  std::uint64_t category_inverted;
+  std::uint64_t category_mask;
+  std::uint64_t category_anyof_mask;
+  std::uint64_t return_mask;
+};
+inline constexpr unsigned long kPagemapScan = _IOWR('f', 16, PmScanArg);
+
+inline constexpr std::uint64_t kPageIsWpAllowed = 1ULL << 0;
+inline constexpr std::uint64_t kPageIsWritten = 1ULL << 1;
+inline constexpr std::uint64_t kPageIsFile = 1ULL << 2;
+inline constexpr std::uint64_t kPageIsPresent = 1ULL << 3;
+inline constexpr std::uint64_t kPageIsSwapped = 1ULL << 4;
+inline constexpr std::uint64_t kPageIsPfnZero = 1ULL << 5;
+inline constexpr std::uint64_t kPageIsHuge = 1ULL << 6;
+inline constexpr std::uint64_t kPageIsSoftDirty = 1ULL << 7;
+
+inline constexpr std::uint64_t kScanWpMatching = 1ULL << 0;
+inline constexpr std::uint64_t kScanCheckWpAsync = 1ULL << 1;
+
+// One entry of /proc/PID/pagemap.
+inline constexpr std::uint64_t kPagemapPresent = 1ULL << 63;
+inline constexpr std::uint64_t kPagemapSwapped = 1ULL << 62;
+
+inline constexpr int kMadvPopulateRead = 22;   // 5.14
+inline constexpr int kMadvPopulateWrite = 23;  // 5.14
+
+static_assert(sizeof(UffdioMove) == 40);
+static_assert(sizeof(UffdioPoison) == 32);
+static_assert(sizeof(PageRegion) == 24);
+static_assert(sizeof(PmScanArg) == 96);
+static_assert(offsetof(PmScanArg, walk_end) == 32);
+
+#if defined(__x86_64__) || defined(__aarch64__) || defined(__riscv)
+// As the kernel's generic ioctl encoding has them; a few other architectures encode directions differently.
+static_assert(kUffdioMove == 0xc028aa05UL);
+static_assert(kUffdioPoison == 0xc020aa08UL);
+static_assert(kPagemapScan == 0xc0606610UL);
+static_assert(UFFDIO_COPY == 0xc028aa03UL);
+static_assert(UFFDIO_REGISTER == 0xc020aa00UL);
+#endif
+
+}  // namespace memferry::abi

@@ -1,0 +1,79 @@
+// /proc/self/pagemap: which pages of this process are populated, which were written since they were
+// write-protected, both by the PAGEMAP_SCAN ioctl (Linux 6.7); the former also by reading the file.
+//
+// Threads: one at a time; the buffer is reused.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "os/address.h"
+#include "os/kernel_abi.h"
+#include "os/unique_fd.h"
+
+namespace memferry {
+
+struct AddressRange {
+  Address start;
+  Address end;
+  friend bool operator==(const AddressRange&, const AddressRange&) = default;
+};
+
+class Pagemap {
+ public:
+  // Throws SystemError (open).
+  Pagemap();
+
+  // True when PAGEMAP_SCAN is there.
+  [[nodiscard]] bool can_scan() const;
+
+  struct Query {
+    std::uint64_t flags = 0;
+    std::uint64_t category_mask = 0;
+    std::uint64_t category_inverted = 0;
+    std::uint64_t category_anyof_mask = 0;
+    std::uint64_t return_mask = 0;
+  };
+  // Calls visit(const abi::PageRegion&) for every run of matching pages of [start, start + bytes). A page may
+  // come twice: when its last pages match more than 511 runs, the kernel (6.18) gives a walk_end before what
+  // it has reported already. Going on from there is right all the same: with kScanWpMatching a page that
+  // comes again was written again. Throws SystemError (PAGEMAP_SCAN): EPERM when kScanCheckWpAsync finds
+  // memory that is not registered. Memory that is not mapped is skipped silently, as the kernel does it.
+  template <typename Visit>
+  void scan(Address start, std::uint64_t bytes, const Query& query, Visit visit) {
+    std::uint64_t at = start.value;
+    const std::uint64_t end = start.value + bytes;
+    while (at < end) {
+      const Batch batch = scan_once(at, end, query);
+      for (std::size_t i = 0; i < batch.count; ++i) visit(buffer_[i]);
+      at = batch.walk_end;
+    }
+  }
+
+  // The runs of pages whose content may differ from zeros: present (but for the shared page of zeros, where
+  // the kernel can tell) or swapped out. Throws SystemError.
+  // For private anonymous memory: elsewhere a page that is not in the page tables may have content, see
+  // is_private_anonymous(). Pages that userfaultfd has write-protected while they were empty look swapped
+  // out, so that after a tracker was armed this reports too much; DirtyTracker::populated_when_armed() does
+  // not.
+  void populated(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+  // The same without PAGEMAP_SCAN, for kernels before 6.7.
+  void populated_by_reading(Address start, std::uint64_t bytes,
+                            const std::function<void(AddressRange)>& visit);
+
+  [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_.capacity() * sizeof(abi::PageRegion); }
+
+ private:
+  struct Batch {
+    std::size_t count = 0;
+    std::uint64_t walk_end = 0;
+  };
+  Batch scan_once(std::uint64_t start, std::uint64_t end, const Query& query);
+
+  UniqueFd fd_;
+  std::vector<abi::PageRegion> buffer_;
+};
+
+}  // namespace memferry

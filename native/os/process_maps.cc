@@ -1,0 +1,93 @@
+#include "os/process_maps.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <optional>
+#include <string>
+
+#include "os/sys_error.h"
+#include "os/unique_fd.h"
+
+namespace memferry {
+
+namespace {
+
+// "7f12a000-7f12c000 rw-p 00000000 00:00 0     [heap]"
+std::optional<MappedArea> parse(std::string_view line) {
+  MappedArea area;
+  const char* const end = line.data() + line.size();
+  auto number = std::from_chars(line.data(), end, area.start.value, 16);
+  if (number.ec != std::errc() || number.ptr == end || *number.ptr != '-') return std::nullopt;
+  number = std::from_chars(number.ptr + 1, end, area.end.value, 16);
+  if (number.ec != std::errc() || end - number.ptr < 5 || *number.ptr != ' ') return std::nullopt;
+  const char* const permissions = number.ptr + 1;
+  area.readable = permissions[0] == 'r';
+  area.writable = permissions[1] == 'w';
+  area.shared = permissions[3] == 's';
+  // Permissions, offset, device and inode come before the name.
+  std::size_t at = static_cast<std::size_t>(permissions - line.data());
+  for (int field = 0; field < 4 && at != std::string_view::npos; ++field) {
+    at = line.find(' ', at);
+    if (at != std::string_view::npos) at = line.find_first_not_of(' ', at);
+    if (field == 2 && at != std::string_view::npos) area.file = line[at] != '0';
+  }
+  if (at != std::string_view::npos) area.name = line.substr(at);
+  return area;
+}
+
+template <typename Accept>
+std::uint64_t extent_where(Address start, std::uint64_t limit_bytes, Accept accept) {
+  const std::uint64_t limit = start.value + std::min(limit_bytes, ~start.value);
+  std::uint64_t reached = start.value;
+  for_each_mapped_area([&](const MappedArea& area) {
+    if (area.end.value <= reached) return true;
+    if (area.start.value > reached || !accept(area)) return false;
+    reached = std::min(area.end.value, limit);
+    return reached < limit;
+  });
+  return reached - start.value;
+}
+
+}  // namespace
+
+void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit) {
+  const UniqueFd fd(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
+  if (!fd) throw_errno("open(/proc/self/maps)");
+  std::string text;  // what has been read and not yet visited
+  char chunk[16384];
+  for (;;) {
+    const ssize_t got = ::read(fd.get(), chunk, sizeof chunk);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw_errno("read(/proc/self/maps)");
+    if (got == 0) return;
+    text.append(chunk, static_cast<std::size_t>(got));
+    std::size_t from = 0;
+    for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n', from)) {
+      const std::optional<MappedArea> area = parse(std::string_view(text).substr(from, end - from));
+      if (!area) throw SystemError("/proc/self/maps has a line of an unknown form", EIO);
+      if (!visit(*area)) return;
+      from = end + 1;
+    }
+    text.erase(0, from);
+  }
+}
+
+std::uint64_t writable_extent(Address start, std::uint64_t limit_bytes) {
+  return extent_where(start, limit_bytes,
+                      [](const MappedArea& area) { return area.readable && area.writable; });
+}
+
+std::uint64_t mapped_extent(Address start, std::uint64_t limit_bytes) {
+  return extent_where(start, limit_bytes, [](const MappedArea&) { return true; });
+}
+
+bool is_private_anonymous(Address start, std::uint64_t bytes) {
+  return extent_where(start, bytes, [](const MappedArea& area) { return !area.shared && !area.file; }) ==
+         bytes;
+}
+
+}  // namespace memferry

@@ -1,0 +1,36 @@
+// What is mapped around an address, by /proc/self/maps.
+//
+// Threads: any. What it says may be outdated when it is read: other threads map and unmap.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string_view>
+
+#include "os/address.h"
+
+namespace memferry {
+
+struct MappedArea {
+  Address start;
+  Address end;
+  bool readable = false;
+  bool writable = false;
+  bool shared = false;
+  bool file = false;      // has an inode: a file, a memfd, shared anonymous memory
+  std::string_view name;  // valid during the visit
+};
+
+// Calls visit for every mapped area in ascending order until it gives false. Throws SystemError.
+void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit);
+
+// Bytes from `start` on, without a gap, that are readable and writable; at most `limit_bytes`.
+[[nodiscard]] std::uint64_t writable_extent(Address start, std::uint64_t limit_bytes);
+// The same for what is mapped with whatever protection: a WebAssembly memory's reservation, its tail
+// included.
+[[nodiscard]] std::uint64_t mapped_extent(Address start, std::uint64_t limit_bytes);
+// True when all of [start, start + bytes) is mapped private and anonymous. Only there does a page that is not
+// in the page tables hold zeros, and only there does every write of this process go through these addresses.
+[[nodiscard]] bool is_private_anonymous(Address start, std::uint64_t bytes);
+
+}  // namespace memferry

@@ -1,0 +1,125 @@
+#include "os/worker_thread.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+
+#include "os/sys_error.h"
+
+namespace memferry {
+
+namespace {
+
+// Signals belong to the host's own threads: a handler of theirs must not run on ours, where the host
+// expects none. SIGSEGV and SIGBUS stay, since a blocked synchronous signal kills without a handler.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t blocked;
+    sigfillset(&blocked);
+    for (const int synchronous : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) {
+      sigdelset(&blocked, synchronous);
+    }
+    pthread_sigmask(SIG_SETMASK, &blocked, &former_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &former_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t former_{};
+};
+
+}  // namespace
+
+WorkerThread::WorkerThread(const std::string& name, std::function<void(WorkerThread&)> body) {
+  start(name, std::move(body));
+}
+
+void WorkerThread::start(const std::string& name, std::function<void(WorkerThread&)> body) {
+  if (started()) throw std::logic_error("WorkerThread is started already");
+  wake_fd_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!wake_fd_) throw_errno("eventfd");
+  stopping_.store(false, std::memory_order_release);
+  const SignalsBlocked inherited_by_the_new_thread;
+  thread_ = std::thread([this, short_name = name.substr(0, 15), body = std::move(body)] {
+    pthread_setname_np(pthread_self(), short_name.c_str());
+    body(*this);
+  });
+}
+
+void WorkerThread::wake() {
+  if (!wake_fd_) return;
+  const std::uint64_t one = 1;
+  // EAGAIN means that the counter is full, so that the descriptor is readable already.
+  [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
+}
+
+void WorkerThread::request_stop() {
+  stopping_.store(true, std::memory_order_release);
+  wake();
+}
+
+void WorkerThread::stop() {
+  if (!thread_.joinable()) return;
+  request_stop();
+  thread_.join();
+}
+
+void WorkerThread::drain_wake() {
+  std::uint64_t count = 0;
+  [[maybe_unused]] const ssize_t got = ::read(wake_fd_.get(), &count, sizeof count);
+}
+
+bool WorkerThread::wait(int timeout_ms) {
+  pollfd waiting{wake_fd_.get(), POLLIN, 0};
+  // EINTR counts as a timeout: every caller looks at its own state after wait() anyway.
+  const bool woken = ::poll(&waiting, 1, timeout_ms) > 0;
+  if (woken) drain_wake();
+  return woken;
+}
+
+bool set_this_thread_nice(int nice_value) {
+  // Linux keeps nice values per thread, whatever POSIX says.
+  const auto thread = static_cast<id_t>(::syscall(SYS_gettid));
+  return ::setpriority(PRIO_PROCESS, thread, nice_value) == 0;
+}
+
+bool set_this_thread_idle() {
+  const sched_param none{};
+  return ::sched_setscheduler(0, SCHED_IDLE, &none) == 0;
+}
+
+bool set_this_thread_normal() {
+  const sched_param none{};
+  return ::sched_setscheduler(0, SCHED_OTHER, &none) == 0;
+}
+
+CpuCourtesy::CpuCourtesy(std::uint64_t key) {
+  if (::sched_getaffinity(0, sizeof allowed_, &allowed_) != 0) return;
+  const auto count = static_cast<unsigned>(CPU_COUNT(&allowed_));
+  useful_ = count >= 2 && count <= kSmallHost;
+  unsigned skip = static_cast<unsigned>(key % count);
+  for (unsigned cpu = 0; useful_ && cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed_) || skip-- > 0) continue;
+    CPU_SET(cpu, &corner_);
+    break;
+  }
+}
+
+void CpuCourtesy::follow(bool stand_back) {
+  if (!useful_ || stand_back == standing_back_) return;
+  if (::sched_setaffinity(0, sizeof corner_, stand_back ? &corner_ : &allowed_) == 0)
+    standing_back_ = stand_back;
+}
+
+}  // namespace memferry

@@ -1,0 +1,149 @@
+// A region: memory that can move. Page-aligned extents of this process, one page size, numbered as one
+// sequence of pages. Whoever owns the memory (our own mapping, or V8 through a pinned JavaScript object)
+// calls retire() before it goes away; retire() stops every native user first, so that no native thread
+// ever touches memory that has been unmapped.
+//
+// Threads: every method may be called from any thread.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "os/sys_error.h"
+#include "page/range.h"
+
+namespace memferry {
+
+struct Extent {
+  Address start;
+  std::uint64_t bytes = 0;  // a multiple of the page size
+};
+
+// The region has been retired: its memory may be gone.
+class RegionGone : public SystemError {
+ public:
+  explicit RegionGone(const std::string& operation)
+      : SystemError(operation + ": the region is gone", EFAULT) {}
+};
+
+class Region : public std::enable_shared_from_this<Region> {
+ public:
+  // Anonymous private memory of our own, unmapped when the last reference goes. `bytes` is a multiple of
+  // the page size (else std::invalid_argument). Throws SystemError (mmap).
+  static std::shared_ptr<Region> allocate(std::uint64_t bytes);
+
+  // Memory owned by somebody else. `extents` must be page-aligned, not empty, and must not overlap (else
+  // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
+  // own start (>= its bytes): a WebAssembly memory.
+  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
+
+  ~Region();
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+
+  [[nodiscard]] std::uint64_t page_size() const { return page_size_; }
+  [[nodiscard]] std::uint64_t pages() const { return pages_.load(std::memory_order_acquire); }
+  [[nodiscard]] std::uint64_t capacity_pages() const { return capacity_pages_; }
+  [[nodiscard]] std::uint64_t bytes() const { return pages() * page_size_; }
+
+  // The region now has `pages` pages (never fewer than before, never above the capacity; else
+  // std::invalid_argument). Its memory is already there: V8 has grown it in place.
+  void grow(std::uint64_t pages);
+
+  // Extents as they are now.
+  [[nodiscard]] std::vector<Extent> extents() const;
+  // The same with the last one as long as it may become.
+  [[nodiscard]] std::vector<Extent> capacity_extents() const;
+
+  // The address of a page; `page` < pages(), else std::out_of_range.
+  [[nodiscard]] Address address(PageNumber page) const;
+  // The pages of `run` that are contiguous in memory, from its first on. The run's first page must be
+  // inside the region, else std::out_of_range; the span never leaves it.
+  [[nodiscard]] std::span<std::byte> contiguous(PageRun run) const;
+  // The page that holds `address`, if the region does (up to its capacity).
+  [[nodiscard]] std::optional<PageNumber> page_at(Address address) const;
+
+  // Native code that touches the memory registers `stop` and keeps the returned token while it may touch.
+  // `stop` is called at most once, by retire(), from retire()'s thread, and must return only when the user's
+  // threads touch the region no more; the token may live on after that. enlist() gives nullptr when the
+  // region is retired already.
+  //
+  // Dropping the token waits for a `stop` that is running on another thread, so that `stop` never runs on
+  // what its owner has destroyed: a thread that `stop` joins must not be the one to drop the token.
+  class User {
+   public:
+    ~User();
+    User(const User&) = delete;
+    User& operator=(const User&) = delete;
+
+   private:
+    friend class Region;
+    User(std::shared_ptr<Region> region, std::uint64_t key) : region_(std::move(region)), key_(key) {}
+    std::shared_ptr<Region> region_;
+    std::uint64_t key_;
+  };
+  [[nodiscard]] std::unique_ptr<User> enlist(std::function<void()> stop);
+  // Refuses new users, calls every stop (with no lock held) and returns when all of them have returned. May
+  // be called twice, also at once; each call returns when no user is left.
+  void retire();
+  [[nodiscard]] bool retired() const { return retired_.load(std::memory_order_acquire); }
+
+  // One migration at a time: true when the claim was free. release() gives it back.
+  [[nodiscard]] bool claim() { return !claimed_.exchange(true); }
+  void release() { claimed_.store(false); }
+
+ private:
+  Region(std::vector<Extent> extents, std::uint64_t capacity_bytes, bool owned);
+  [[nodiscard]] std::size_t extent_of(PageNumber page) const;
+  [[nodiscard]] std::vector<Extent> extents_for(std::uint64_t pages) const;
+
+  const std::uint64_t page_size_;
+  const bool owned_;                       // unmapped by the destructor
+  std::vector<Extent> extents_;            // as at first: the last one's length now follows from pages_
+  std::vector<std::uint64_t> first_page_;  // of each extent
+  std::uint64_t capacity_pages_ = 0;
+  std::atomic<std::uint64_t> pages_{0};
+  std::atomic<bool> retired_{false};
+  std::atomic<bool> claimed_{false};
+
+  struct Enlisted {
+    std::uint64_t key = 0;
+    std::function<void()> stop;
+    bool stopped = false;         // stop has returned
+    std::thread::id stopping_on;  // while stop runs
+  };
+  std::mutex users_mutex_;  // guards users_, next_key_ and the decision in enlist() against retire()
+  std::condition_variable users_changed_;
+  std::vector<Enlisted> users_;
+  std::uint64_t next_key_ = 1;
+};
+
+// For one operation that touches the memory on the calling thread: retire() waits until it is over, and the
+// operation looks at revoked() now and then, to be over soon.
+class RegionUse {
+ public:
+  // Throws RegionGone.
+  RegionUse(const std::shared_ptr<Region>& region, const char* operation);
+  ~RegionUse();
+  RegionUse(const RegionUse&) = delete;
+  RegionUse& operator=(const RegionUse&) = delete;
+  [[nodiscard]] bool revoked() const { return revoked_.load(std::memory_order_acquire); }
+
+ private:
+  std::atomic<bool> revoked_{false};
+  std::mutex mutex_;  // guards over_
+  std::condition_variable changed_;
+  bool over_ = false;
+  std::unique_ptr<Region::User> user_;
+};
+
+}  // namespace memferry

@@ -1,0 +1,156 @@
+#include "track/uffd_wp_async.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <stdexcept>
+
+#include "os/process_maps.h"
+#include "os/sys_error.h"
+
+namespace memferry {
+
+namespace {
+
+constexpr std::uint64_t kProtectWritten = abi::kScanWpMatching | abi::kScanCheckWpAsync;
+
+// PAGEMAP_SCAN passes over unmapped addresses without a word. MS_ASYNC does nothing at all on Linux but walk
+// the mappings, and says ENOMEM when there is a gap: about a microsecond.
+void check_still_mapped(Address start, std::uint64_t bytes) {
+  if (bytes != 0 && ::msync(start.pointer(), bytes, MS_ASYNC) != 0) {
+    throw SystemError("uffd-wp-async: part of the region is no longer mapped", errno);
+  }
+}
+
+}  // namespace
+
+UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region) : region_(std::move(region)) {}
+
+void UffdWpAsyncTracker::arm() {
+  const RegionUse use(region_, "arm");
+  disarm();
+  const std::uint64_t pages = region_->pages();
+  for (const Extent& extent : region_->extents()) {
+    if (!is_private_anonymous(extent.start, extent.bytes)) {
+      throw SystemError(
+          "uffd-wp-async: the memory is not private and anonymous, and may be written through another "
+          "mapping; "
+          "use hash-diff",
+          EOPNOTSUPP);
+    }
+  }
+  uffd_ = Userfaultfd::open(kFeatures);
+  try {
+    register_memory();
+    populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
+    // Everything newly registered reads as written. What was in a page comes with it, from the same moment at
+    // which the page is protected: looking earlier would miss a first write in between.
+    const std::uint64_t returned =
+        abi::kPageIsWritten | abi::kPageIsPresent | abi::kPageIsSwapped | abi::kPageIsPfnZero;
+    protect(0, pages, returned, [&](PageRun run, std::uint64_t categories) {
+      const bool zeros = (categories & (abi::kPageIsPresent | abi::kPageIsSwapped)) == 0 ||
+                         (categories & abi::kPageIsPfnZero) != 0;
+      if (!zeros) populated_->set_run(run);
+    });
+    armed_pages_ = pages;
+  } catch (...) {
+    disarm();
+    throw;
+  }
+}
+
+// As far as the memory may ever grow, where that is reserved already: V8 grows a WebAssembly memory by
+// mprotect alone, which keeps the registration.
+void UffdWpAsyncTracker::register_memory() {
+  const std::vector<Extent> now = region_->extents();
+  registered_pages_ = 0;
+  for (std::size_t i = 0; i + 1 < now.size(); ++i) uffd_->register_wp(now[i].start, now[i].bytes);
+  const Extent reach = region_->capacity_extents().back();
+  const Extent last = now.back();
+  if (reach.bytes > last.bytes && is_private_anonymous(reach.start, reach.bytes)) {
+    try {
+      uffd_->register_wp(reach.start, reach.bytes);
+      registered_pages_ = region_->capacity_pages();
+      return;
+    } catch (const SystemError&) {
+      // The tail is of a kind that cannot be registered: then each growth is, when collect() sees it.
+    }
+  }
+  if (last.bytes != 0) uffd_->register_wp(last.start, last.bytes);
+  registered_pages_ = region_->capacity_pages() - (reach.bytes - last.bytes) / region_->page_size();
+}
+
+void UffdWpAsyncTracker::register_up_to(std::uint64_t pages) {
+  if (pages <= registered_pages_) return;
+  // Only the last extent grows.
+  const Address start = region_->address(PageNumber{registered_pages_});
+  const std::uint64_t bytes = (pages - registered_pages_) * region_->page_size();
+  if (!is_private_anonymous(start, bytes)) {
+    throw SystemError("uffd-wp-async: the region has grown into memory that is not private and anonymous",
+                      EOPNOTSUPP);
+  }
+  uffd_->register_wp(start, bytes);
+  registered_pages_ = pages;
+}
+
+template <typename Visit>
+void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask,
+                                 Visit visit) {
+  const std::uint64_t page_size = region_->page_size();
+  // With this mask and no other the kernel takes its short way, and a swapped-out page counts too.
+  Pagemap::Query query;
+  query.flags = kProtectWritten;
+  query.category_mask = abi::kPageIsWritten;
+  query.return_mask = return_mask;
+  while (first < end) {
+    const std::span<std::byte> part = region_->contiguous({PageNumber{first}, end - first});
+    const Address start = Address::of(part.data());
+    const std::uint64_t base = first;
+    try {
+      pagemap_.scan(start, part.size(), query, [&](const abi::PageRegion& found) {
+        const std::uint64_t page = base + (found.start - start.value) / page_size;
+        visit(PageRun{PageNumber{page}, (found.end - found.start) / page_size}, found.categories);
+      });
+    } catch (const SystemError& error) {
+      if (error.error() != EPERM) throw;
+      throw SystemError("uffd-wp-async: part of the region was moved or mapped anew and is not tracked",
+                        EPERM);
+    }
+    check_still_mapped(start, part.size());
+    first += part.size() / page_size;
+  }
+}
+
+std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
+  if (!uffd_) throw std::logic_error("uffd-wp-async: collect() without arm()");
+  const RegionUse use(region_, "collect");
+  const std::uint64_t pages = region_->pages();
+  if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
+  std::uint64_t written = 0;
+  protect(0, armed_pages_, abi::kPageIsWritten, [&](PageRun run, std::uint64_t) {
+    dirty.set_run(run);
+    written += run.count;
+  });
+  if (pages > armed_pages_) {
+    // Protected first, reported after: a write in between is in what the reader finds or is reported next
+    // time.
+    register_up_to(pages);
+    protect(armed_pages_, pages, abi::kPageIsWritten, [](PageRun, std::uint64_t) {});
+    dirty.set_run({PageNumber{armed_pages_}, pages - armed_pages_});
+    written += pages - armed_pages_;
+    armed_pages_ = pages;
+  }
+  return written;
+}
+
+// Closing lifts every protection and registration that is still there; what has been unmapped since needs
+// nothing, and may belong to somebody else by now, so it is not named.
+void UffdWpAsyncTracker::disarm() {
+  uffd_.reset();
+  populated_.reset();
+  registered_pages_ = 0;
+  armed_pages_ = 0;
+}
+
+}  // namespace memferry

@@ -1,0 +1,46 @@
+// Dirty tracking by userfaultfd's asynchronous write protection and PAGEMAP_SCAN (Linux 6.7): the kernel
+// lifts the protection of a page when it is first written, and one ioctl finds those pages and protects them
+// again, atomically for each page.
+//
+// What it does not see: io_uring's READ_FIXED into pinned buffers, and writes to shared memory through
+// another mapping; so it refuses memory that is not private and anonymous.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "os/pagemap.h"
+#include "os/userfaultfd.h"
+#include "track/dirty_tracker.h"
+
+namespace memferry {
+
+class UffdWpAsyncTracker final : public DirtyTracker {
+ public:
+  static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
+
+  explicit UffdWpAsyncTracker(std::shared_ptr<Region> region);
+
+  [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
+  void arm() override;
+  std::uint64_t collect(AtomicBitmap& dirty) override;
+  void disarm() override;
+  [[nodiscard]] const AtomicBitmap* populated_when_armed() const override { return populated_.get(); }
+
+ private:
+  void register_memory();
+  void register_up_to(std::uint64_t pages);
+  // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
+  template <typename Visit>
+  void protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask, Visit visit);
+
+  const std::shared_ptr<Region> region_;
+  Pagemap pagemap_;
+  std::optional<Userfaultfd> uffd_;  // armed while it is there
+  std::uint64_t registered_pages_ = 0;
+  std::uint64_t armed_pages_ = 0;
+  std::unique_ptr<AtomicBitmap> populated_;
+};
+
+}  // namespace memferry

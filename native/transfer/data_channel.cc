@@ -1,0 +1,319 @@
+// The two loops of a data channel: one sends what the task says, the other reads the destination's answers.
+#include <algorithm>
+#include <cstring>
+
+#include "os/sys_error.h"
+#include "transfer/sender_impl.h"
+
+namespace memferry {
+
+// What one sending thread needs to send chunks. Lives as long as its thread.
+class Sender::Impl::Push {
+ public:
+  Push(Impl& impl, Epoch& of, DataChannel& channel)
+      : impl_(impl),
+        epoch_(of),
+        channel_(channel),
+        frames_(impl.page_size),
+        courtesy_(wire::shared_key(impl.config.migration)) {
+    for (std::uint32_t region = 0; region < impl.queue.regions(); ++region) {
+      const auto& tracker = impl.config.trackers[region];
+      hash_sinks_.emplace_back();
+      if (tracker && tracker->wants_sent()) {
+        hash_sinks_.back() = [&tracker](PageNumber page, std::uint64_t xxh3) { tracker->sent(page, xxh3); };
+      }
+    }
+  }
+
+  // Sends until nothing is pending: true. False when the thread is to do something else.
+  bool run(bool guest_runs_here) {
+    while (!epoch_.cut && !epoch_.leaving) {
+      if (!impl_.pacer.wait_turn()) return false;
+      courtesy_.follow(!guest_runs_here && impl_.pacer.should_stand_back());
+      // Inside the gate from taking on: what is taken is sent, or the region is gone.
+      const TouchGate::Pass pass(impl_.gate);
+      if (!pass) return false;
+      const bool more = gather(guest_runs_here);
+      if (!frames_.empty() && !send()) return false;
+      if (!more) return true;
+    }
+    return false;
+  }
+
+ private:
+  // A batch of what is pending; several runs when they are short. False when nothing more is pending.
+  bool gather(bool guest_runs_here) {
+    const std::uint64_t largest = wire::max_payload(impl_.page_size);
+    const std::uint64_t limit =
+        std::max<std::uint64_t>(1, impl_.pacer.chunk_bytes(largest) / impl_.page_size);
+    for (std::uint64_t pages = 0; pages < limit && frames_.room() > 0;) {
+      const auto chunk = impl_.queue.take(std::min(limit - pages, frames_.room()));
+      if (!chunk) return false;
+      const PageFrames::OnHash& on_hash = guest_runs_here ? hash_sinks_[chunk->region] : no_sink_;
+      if (chunk->untouched) {
+        gather_untouched(*chunk, on_hash);
+        continue;
+      }
+      for (PageRun left = chunk->run; left.count > 0;) {
+        const auto bytes = impl_.queue.region(chunk->region)->contiguous(left);
+        const PageRun piece{left.first, bytes.size() / impl_.page_size};
+        frames_.add(chunk->region, piece.first, bytes, 0, on_hash);
+        left = PageRun{piece.end(), left.count - piece.count};
+      }
+      pages += chunk->run.count;
+    }
+    return true;
+  }
+
+  // The pages were never touched when they were queued. Those that still are not go as zeros unread; reading
+  // them would populate them. The others, and what does not fit into the batch, are pending again.
+  void gather_untouched(const SendQueue::Chunk& chunk, const PageFrames::OnHash& on_hash) {
+    if (!pagemap_) pagemap_.emplace();
+    const auto add_zeros = [&](PageRun run) {
+      if (run.count == 0) return;
+      if (frames_.room() > 0) {
+        frames_.add_zeros(chunk.region, run, on_hash);
+      } else {
+        impl_.queue.put_back({chunk.region, run, true});
+      }
+    };
+    for (PageRun left = chunk.run; left.count > 0;) {
+      const auto bytes = impl_.queue.region(chunk.region)->contiguous(left);
+      const PageRun piece{left.first, bytes.size() / impl_.page_size};
+      const Address start = Address::of(bytes.data());
+      PageNumber at = piece.first;
+      pagemap_->populated(start, bytes.size(), [&](AddressRange range) {
+        const PageRun touched{
+            PageNumber{piece.first.value + (range.start.value - start.value) / impl_.page_size},
+            (range.end.value - range.start.value) / impl_.page_size};
+        impl_.queue.put_back({chunk.region, touched, false});
+        add_zeros({at, touched.first.value - at.value});
+        at = touched.end();
+      });
+      add_zeros({at, piece.end().value - at.value});
+      left = PageRun{piece.end(), left.count - piece.count};
+    }
+  }
+
+  bool send() {
+    const PageFrames::Sent sent = frames_.send(*channel_.stream);
+    impl_.pacer.debit(sent.bytes);
+    impl_.count_sent(sent);
+    if (sent.result.done()) return true;
+    impl_.report_cut(epoch_, "channel " + std::to_string(channel_.index) + ": " + sent.result.describe());
+    return false;
+  }
+
+  Impl& impl_;
+  Epoch& epoch_;
+  DataChannel& channel_;
+  PageFrames frames_;
+  CpuCourtesy courtesy_;
+  std::optional<Pagemap> pagemap_;              // opened when the first untouched run comes
+  std::vector<PageFrames::OnHash> hash_sinks_;  // empty for trackers that do not compare content
+  const PageFrames::OnHash no_sink_;
+};
+
+void Sender::Impl::count_sent(const PageFrames::Sent& sent) {
+  bytes_on_wire.fetch_add(sent.bytes, std::memory_order_relaxed);
+  pages_sent.fetch_add(sent.content_pages, std::memory_order_relaxed);
+  pages_zero.fetch_add(sent.zero_pages, std::memory_order_relaxed);
+  for (const RegionRun& sent_run : sent.runs) {
+    if (const std::uint64_t again = queue.note_sent(sent_run.region, sent_run.run); again > 0) {
+      pages_resent.fetch_add(again, std::memory_order_relaxed);
+    }
+  }
+}
+
+bool Sender::Impl::send_barrier(Epoch& of, DataChannel& channel, const Task& mine) {
+  {
+    const std::lock_guard lock(mutex);
+    if (task.generation != mine.generation) return false;
+    // Before it is sent: its answer may be faster than this thread.
+    channel.barrier_sent = true;
+    // The clock runs once nothing is being sent any more: a slow link or a low limit is no silence.
+    const bool all =
+        std::all_of(of.data.begin(), of.data.end(), [](const auto& c) { return c->barrier_sent; });
+    if (all || mine.kind == TaskKind::kDiscard) {
+      answer_deadline = Clock::now() + config.answer_timeout;
+      supervisor_changed.notify_all();
+    }
+  }
+  wire::FrameHeader header = wire::make_header(wire::FrameType::kBarrier, 0, {}, mine.tag);
+  wire::seal(header);
+  bytes_on_wire += sizeof header;
+  const wire::IoResult result = channel.stream->send_all(std::as_bytes(std::span(&header, 1)));
+  if (!result.done()) {
+    report_cut(of, "channel " + std::to_string(channel.index) + ": " + result.describe());
+    return false;
+  }
+  if (mine.kind == TaskKind::kPush) {
+    const std::lock_guard lock(mutex);
+    // Nothing is pending, and no data channel has anything in hand: what the demand channel still carries
+    // is before its own barrier.
+    const bool all =
+        std::all_of(of.data.begin(), of.data.end(), [](const auto& c) { return c->barrier_sent; });
+    if (all && task.generation == mine.generation && !of.demand_barrier_sent) {
+      demand_barrier_due = true;
+      supervisor_changed.notify_all();
+    }
+  }
+  return true;
+}
+
+void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
+  const auto say = [&](std::span<const std::byte> bytes) {
+    bytes_on_wire += bytes.size();
+    const wire::IoResult result = channel.stream->send_all(bytes);
+    if (!result.done()) report_cut(of, "channel " + std::to_string(channel.index) + ": " + result.describe());
+    return result.done();
+  };
+  try {
+    Push push(*this, of, channel);
+    std::uint64_t seen = 0;
+    for (;;) {
+      Task mine;
+      {
+        std::unique_lock lock(mutex);
+        work_changed.wait(lock, [&] { return of.cut || of.leaving || task.generation != seen; });
+        if (of.cut || of.leaving) break;
+        mine = task;
+        seen = task.generation;
+      }
+      switch (mine.kind) {
+        case TaskKind::kRound:
+          if (push.run(true)) send_barrier(of, channel, mine);
+          break;
+        case TaskKind::kPush:
+          if (push.run(false)) send_barrier(of, channel, mine);
+          break;
+        case TaskKind::kDiscard:
+          if (channel.index == 0 && (mine.frames->empty() || say(*mine.frames)))
+            send_barrier(of, channel, mine);
+          break;
+        case TaskKind::kSwitch:
+          if (channel.index == 0) {
+            {
+              const std::lock_guard lock(mutex);
+              answer_deadline = Clock::now() + config.answer_timeout;
+              supervisor_changed.notify_all();
+            }
+            say(*mine.frames);
+          }
+          break;
+        case TaskKind::kNone:
+          break;
+      }
+    }
+    if (of.leaving && !of.cut) {
+      wire::FrameHeader header = wire::make_header(wire::FrameType::kGoodbye);
+      wire::seal(header);
+      say(std::as_bytes(std::span(&header, 1)));
+    }
+  } catch (const std::exception& error) {
+    report_broken(of, error.what());
+  }
+  const std::lock_guard lock(mutex);
+  --of.still_sending;
+  work_changed.notify_all();
+}
+
+bool Sender::Impl::receive_frame(Epoch& of, wire::Stream& stream, wire::FrameHeader& header,
+                                 std::vector<std::byte>& payload) {
+  wire::IoResult result = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1)));
+  if (result.done()) {
+    if (const char* wrong = wire::malformed(header, page_size)) {
+      report_violation(of, wrong);
+      return false;
+    }
+    // Of the frames with a payload only these two come this way; kBitmap is read before this loop begins.
+    if (header.payload_bytes > 0 && header.type != static_cast<std::uint16_t>(wire::FrameType::kSuspects)) {
+      report_violation(of, "a frame that a destination does not send");
+      return false;
+    }
+    payload.resize(header.payload_bytes);
+    if (!payload.empty()) result = stream.recv_exact(payload);
+  }
+  if (!result.done()) {
+    report_cut(of, result.describe());
+    return false;
+  }
+  if (wire::payload_checksum(header, payload) != header.checksum) {
+    report_violation(of, "wrong checksum");
+    return false;
+  }
+  return true;
+}
+
+std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
+                                               std::span<const std::byte> payload) {
+  // Only before the answer to this round's barrier, which is when the destination names them.
+  if (task.kind != TaskKind::kRound || !channel.barrier_sent || channel.acknowledged) {
+    return "suspects outside a round";
+  }
+  if (header.region >= queue.regions()) return "suspects in an unknown region";
+  for (std::size_t at = 0; at < payload.size(); at += sizeof(wire::WireRun)) {
+    wire::WireRun run{};
+    std::memcpy(&run, payload.data() + at, sizeof run);
+    if (!wire::run_inside(run.first_page, run.page_count, queue.known_pages(header.region))) {
+      return "suspects outside their region";
+    }
+    suspects[header.region]->set_run(PageRun{PageNumber{run.first_page}, run.page_count});
+    channel.suspects_named += run.page_count;
+  }
+  return {};
+}
+
+std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const wire::FrameHeader& header,
+                                        std::span<const std::byte> payload) {
+  const std::lock_guard lock(mutex);
+  if (&of != epoch.get() || of.cut) return {};
+  switch (static_cast<wire::FrameType>(header.type)) {
+    case wire::FrameType::kSuspects:
+      return note_suspects_locked(channel, header, payload);
+    case wire::FrameType::kBarrierAck:
+      if (!channel.barrier_sent || channel.acknowledged || header.tag != task.tag ||
+          task.kind == TaskKind::kNone) {
+        return "an answer to a barrier that was not sent";
+      }
+      if (header.page_count != channel.suspects_named)
+        return "more or fewer suspect pages counted than named";
+      channel.acknowledged = true;
+      if (answer_deadline) answer_deadline = Clock::now() + config.answer_timeout;
+      finish_if_acknowledged_locked(of);
+      return {};
+    case wire::FrameType::kSwitchAck: {
+      if (channel.index != 0 || phase != Phase::kSwitching || task.kind != TaskKind::kSwitch) {
+        return "an answer to a switch that was not asked for";
+      }
+      phase = Phase::kPostcopy;
+      switch_acknowledged = true;
+      serving_faults = true;
+      work_changed.notify_all();  // a fault may have been faster than this answer
+      task.kind = TaskKind::kNone;
+      answer_deadline.reset();
+      EngineEvent event;
+      event.kind = EngineEventKind::kSwitched;
+      post_locked(std::move(event));
+      if (push_wanted) start_task_locked(TaskKind::kPush, kPushTag, nullptr);
+      return {};
+    }
+    default:
+      return "a frame that a destination does not send here";
+  }
+}
+
+void Sender::Impl::read_loop(Epoch& of, DataChannel& channel) {
+  try {
+    wire::FrameHeader header{};
+    std::vector<std::byte> payload;
+    while (receive_frame(of, *channel.stream, header, payload)) {
+      const std::string wrong = handle_answer(of, channel, header, payload);
+      if (!wrong.empty()) return report_violation(of, wrong);
+    }
+  } catch (const std::exception& error) {
+    report_broken(of, error.what());
+  }
+}
+
+}  // namespace memferry

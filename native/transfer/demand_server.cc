@@ -1,0 +1,97 @@
+// Answers faults: a thread that blocks on the demand channel and takes no lock that a push thread holds.
+#include <algorithm>
+
+#include "transfer/sender_impl.h"
+
+namespace memferry {
+namespace {
+
+// A guest waits for every answer; the push can wait.
+constexpr int kHighestPriority = -20;
+
+}  // namespace
+
+// The faulted page leaves first and alone; what follows it is only a guess.
+std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& request, PageFrames& frames) {
+  if (request.region >= queue.regions()) return "a fault in an unknown region";
+  if (request.first_page >= queue.known_pages(request.region)) return "a fault outside its region";
+  const auto& region = queue.region(request.region);
+  const PageNumber page{request.first_page};
+  const std::uint64_t following = std::min(request.page_count, wire::max_run_pages(page_size)) - 1;
+
+  static const PageFrames::OnHash kNone;
+  std::uint64_t bytes_sent = 0;
+  wire::IoResult result;
+  pacer.fault_begin();
+  {
+    const std::lock_guard writing(of.demand_write);
+    const TouchGate::Pass pass(gate);
+    if (!pass) result = {wire::IoResult::Kind::kCut, ECANCELED};
+    PageRun left{};
+    if (pass) left = queue.take_for_fault(request.region, page, following);
+    const auto send = [&] {
+      const PageFrames::Sent sent = frames.send(*of.demand);
+      count_sent(sent);
+      bytes_sent += sent.bytes;
+      result = sent.result;
+    };
+    for (bool first = true; left.count > 0 && result.done(); first = false) {
+      const auto bytes = region->contiguous(first ? PageRun{page, 1} : left);
+      const PageRun piece{left.first, bytes.size() / page_size};
+      frames.add(request.region, piece.first, bytes, first ? wire::kFlagAnswer : 0, kNone);
+      left = PageRun{piece.end(), left.count - piece.count};
+      if (first) send();
+    }
+    if (!frames.empty() && result.done()) send();
+  }
+  pacer.fault_end(bytes_sent);
+  if (!result.done()) {
+    report_cut(of, "demand channel: " + result.describe());
+  } else {
+    faults_served.fetch_add(1, std::memory_order_relaxed);
+  }
+  return {};
+}
+
+void Sender::Impl::serve_demand(Epoch& of) {
+  set_this_thread_nice(kHighestPriority);
+  try {
+    PageFrames frames(page_size);
+    wire::FrameHeader header{};
+    std::vector<std::byte> payload;
+    while (receive_frame(of, *of.demand, header, payload)) {
+      std::string wrong;
+      switch (static_cast<wire::FrameType>(header.type)) {
+        case wire::FrameType::kFaultRequest:
+          if (!serving_faults) {
+            // The guest still runs here, and what it holds would be outdated at once. The destination waits,
+            // and with it whatever touched that page; one request at a time is read.
+            std::unique_lock lock(mutex);
+            work_changed.wait(lock, [&] { return serving_faults || of.cut || of.leaving; });
+            if (!serving_faults) return;
+          }
+          wrong = answer_fault(of, header, frames);
+          break;
+        case wire::FrameType::kBarrierAck: {
+          const std::lock_guard lock(mutex);
+          if (&of != epoch.get() || of.cut) break;
+          if (!of.demand_barrier_sent || of.demand_acknowledged || header.tag != task.tag) {
+            wrong = "an answer to a barrier that was not sent";
+            break;
+          }
+          of.demand_acknowledged = true;
+          finish_if_acknowledged_locked(of);
+          break;
+        }
+        default:
+          wrong = "a frame that a destination does not send here";
+          break;
+      }
+      if (!wrong.empty()) return report_violation(of, wrong);
+    }
+  } catch (const std::exception& error) {
+    report_broken(of, error.what());
+  }
+}
+
+}  // namespace memferry

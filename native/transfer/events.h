@@ -1,0 +1,49 @@
+// What the engine tells its owner. Called from native threads, in order for each engine, never with a lock
+// held; the callback must not block and must not call close() of the engine that calls it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "page/range.h"
+
+namespace memferry {
+
+struct RegionRun {
+  std::uint32_t region;
+  PageRun run;
+};
+
+enum class EngineEventKind {
+  // source
+  kConnected,  // every channel is up
+  kRoundDone,  // tag: every page of the round is in the destination's memory
+  kSwitched,   // the destination has discarded what was to be discarded, and its pager serves
+  kEvicted,    // every page is in the destination's memory
+  // destination
+  kFirstChannel,  // the first authenticated connection is there
+  kComplete,      // every page is there, and the pager has let go of the regions
+  kLost,          // the source did not come back in time; `lost` has the pages, which are poisoned after
+                  // acknowledge_loss() or the grace period
+  // both
+  kPaused,     // post-copy: the connections were cut; redialling (source) or waiting (destination)
+  kRecovered,  // post-copy: going on after kPaused
+  kFailed,     // over: `code` and `message` say why
+};
+
+struct EngineEvent {
+  EngineEventKind kind;
+  std::uint64_t tag = 0;
+  std::uint64_t suspects =
+      0;             // kRoundDone: pages that the destination could not verify; already queued again
+  std::string code;  // kFailed: CHANNEL_LOST, CONNECT_FAILED, PROTOCOL, REFUSED, CHECKSUM,
+                     // RECOVERY_TIMEOUT, REGION_GONE, SYSTEM
+  std::string message;
+  std::vector<RegionRun> lost;
+};
+
+using EngineCallback = std::function<void(const EngineEvent&)>;
+
+}  // namespace memferry

@@ -1,0 +1,128 @@
+#include "transfer/fill.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "os/kernel_abi.h"
+#include "os/sys_error.h"
+#include "page/hash.h"
+
+namespace memferry {
+namespace {
+
+// Small enough to be hashed from the L2 cache, large enough for the system call not to count.
+constexpr std::uint64_t kPieceBytes = 64 * 1024;
+// Zeroing costs less than dropping and touching again, up to about this much.
+constexpr std::uint64_t kDropBytes = 64 * 1024;
+
+}  // namespace
+
+Filler::Filler(const std::vector<Backing>& backings, TouchAhead* ahead) : ahead_(ahead) {
+  discarders_.reserve(backings.size());
+  for (const Backing backing : backings) discarders_.emplace_back(backing);
+}
+
+wire::IoResult Filler::pages(const Read& read, const wire::FrameHeader& header, ArrivalMap& map,
+                             bool& verified) {
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  const std::uint64_t page_size = map.page_size();
+  const std::uint64_t piece_pages = std::max<std::uint64_t>(kPieceBytes / page_size, 1);
+  hashes_.resize(run.count);
+  map.zero.clear_run(run);
+  populate(map, run);
+  std::uint64_t done = 0;
+  while (done < run.count) {
+    const PageRun piece{PageNumber{run.first.value + done}, std::min(piece_pages, run.count - done)};
+    const std::span<std::byte> memory = map.region().contiguous(piece);
+    const wire::IoResult io = read(memory);
+    if (!io.done()) {
+      // Neither the old content nor the new: it must come again, should this migration go on at all.
+      map.received.clear_run(run);
+      return io;
+    }
+    hash_pages(memory, page_size, hashes_.data() + done);
+    done += memory.size() / page_size;
+  }
+  verified = wire::pages_checksum(header, hashes_) == header.checksum;
+  if (!verified) {
+    map.received.clear_run(run);
+    map.suspect.set_run(run);
+    map.unnamed.set_run(run);
+    return {};
+  }
+  map.keep_hashes(run, hashes_);
+  map.suspect.clear_run(run);
+  map.received.set_run(run);
+  if (ahead_ != nullptr) ahead_->arrived(header.region, run);
+  return {};
+}
+
+// One system call for the run instead of a fault for each page.
+void Filler::populate(ArrivalMap& map, PageRun run) const {
+  if (map.present.count(run) == run.count) return;
+  map.present.set_run(run);  // first: should this fail in the middle, some of it is populated
+  map.for_each_part(run, [](std::span<std::byte> part, PageNumber) {
+    if (::madvise(part.data(), part.size(), abi::kMadvPopulateWrite) == 0) return;
+    // EINVAL: a kernel before 5.14; receiving touches the pages then. EAGAIN, EINTR: likewise.
+    if (errno == ENOMEM || errno == EFAULT || errno == EHWPOISON) throw_errno("madvise(MADV_POPULATE_WRITE)");
+  });
+}
+
+void Filler::zeros(std::uint32_t region, ArrivalMap& map, PageRun run) {
+  const PageNumber end = run.end();
+  const std::uint64_t drop_pages = std::max<std::uint64_t>(kDropBytes / map.page_size(), 1);
+  for (PageNumber from = run.first;;) {
+    const auto present = map.present.next_set(from, end, run.count);
+    if (!present) break;
+    if (present->count >= drop_pages) {
+      drop_present(region, map, *present);
+    } else {
+      map.for_each_part(
+          *present, [](std::span<std::byte> part, PageNumber) { std::memset(part.data(), 0, part.size()); });
+    }
+    from = present->end();
+  }
+  sweep();
+  map.keep_zero_hashes(run);
+  map.zero.set_run(run);
+  map.suspect.clear_run(run);
+  map.received.set_run(run);
+}
+
+std::uint64_t Filler::discard(std::uint32_t region, ArrivalMap& map, PageRun run) {
+  const std::uint64_t received = map.received.clear_run(run);
+  map.zero.clear_run(run);
+  map.suspect.clear_run(run);
+  for (PageNumber from = run.first;;) {
+    const auto present = map.present.next_set(from, run.end(), run.count);
+    if (!present) return received;
+    drop_present(region, map, *present);
+    from = present->end();
+  }
+}
+
+void Filler::discard_unreceived(std::uint32_t region, ArrivalMap& map) {
+  const PageNumber end{map.pages()};
+  for (PageNumber from{0};;) {
+    const auto missing = map.received.next_clear(from, end, map.pages());
+    if (!missing) break;
+    discard(region, map, *missing);
+    from = missing->end();
+  }
+  sweep();
+}
+
+void Filler::drop_present(std::uint32_t region, ArrivalMap& map, PageRun run) {
+  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
+    discarders_[region].add(Address::of(part.data()), part.size());
+  });
+  map.present.clear_run(run);
+}
+
+void Filler::sweep() {
+  for (Discarder& discarder : discarders_) discarder.flush();
+}
+
+}  // namespace memferry

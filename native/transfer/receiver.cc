@@ -1,0 +1,366 @@
+#include "transfer/receiver.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "os/mapping.h"
+#include "os/sys_error.h"
+#include "transfer/receiver_impl.h"
+
+namespace memferry {
+
+Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), page_size(system_page_size()) {
+  if (config.regions.empty()) throw std::invalid_argument("a migration has at least one region");
+  if (config.channels < 1 || config.channels > 16) throw std::invalid_argument("channels: 1 to 16");
+  if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
+    throw std::invalid_argument("tokens: whole rows of one for each channel and the demand channel");
+  }
+  used.resize(config.tokens.size());
+  // start() enlists for good; until then a retire() waits for this constructor.
+  std::vector<std::unique_ptr<RegionUse>> uses;
+  const bool may_page = config.may_page || config.paging_from_start;
+  for (const auto& region : config.regions) {
+    if (!region) throw std::invalid_argument("a region is missing");
+    uses.push_back(std::make_unique<RegionUse>(region, "receive"));
+    backings.push_back(backing_of(*region));
+    maps.push_back(std::make_unique<ArrivalMap>(region, config.discard_first, config.keep_page_hashes));
+  }
+  std::vector<ArrivalMap*> all;
+  for (std::size_t i = 0; i < maps.size(); ++i) {
+    ArrivalMap& map = *maps[i];
+    all.push_back(&map);
+    Discarder discarder(backings[i]);
+    map.for_each_part({PageNumber{0}, map.pages()}, [&](std::span<std::byte> part, PageNumber) {
+      // Half of a huge page cannot be dropped, and one that forms later would populate what is missing.
+      // EINVAL: a kernel without huge pages.
+      if (may_page) ::madvise(part.data(), part.size(), MADV_NOHUGEPAGE);
+      // What is there is none of the guest's, and while paging present means arrived.
+      if (config.discard_first || config.paging_from_start)
+        discarder.add(Address::of(part.data()), part.size());
+    });
+    discarder.flush();
+    if (config.paging_from_start) map.present.clear_run({PageNumber{0}, map.pages()});
+  }
+  if (may_page) {
+    pager = std::make_unique<Pager>(
+        all, [this](std::string code, std::string message) { fail(std::move(code), std::move(message)); });
+  } else {
+    ahead = std::make_unique<TouchAhead>(all);
+  }
+  if (config.paging_from_start) {
+    pager->serve();
+    state = State::kPaging;
+  }
+  for (unsigned i = 0; i <= config.channels; ++i) {
+    auto channel = std::make_unique<Channel>();
+    channel->index = i;
+    channel->demand = i == config.channels;
+    channel->filler = std::make_unique<Filler>(backings, ahead.get());
+    channels.push_back(std::move(channel));
+  }
+}
+
+Receiver::Impl::~Impl() { close(); }
+
+void Receiver::Impl::start() {
+  for (const auto& channel : channels) {
+    Channel& own = *channel;
+    own.thread.start(own.demand ? "mf-demand" : "mf-recv-" + std::to_string(own.index),
+                     [this, &own](WorkerThread&) { channel_main(own); });
+  }
+  supervisor.start("mf-receiver", [this](WorkerThread&) { supervise(); });
+  // Last, since a retire() may call region_gone() at once; nobody touches the memory before a connection is
+  // attached.
+  std::vector<std::unique_ptr<Region::User>> enlisted;
+  for (const auto& region : config.regions) {
+    enlisted.push_back(region->enlist([this] { region_gone(); }));
+    if (!enlisted.back()) throw std::invalid_argument("a region is gone already");
+  }
+  const std::lock_guard lock(mutex);
+  users = std::move(enlisted);
+}
+
+// Who waits for a page that will not come is woken first; then everything ends. A second caller waits until
+// the first is done. The regions' tokens are dropped last: dropping one waits for a retire() that is calling
+// region_gone() right now, and that one waits for `closed`.
+void Receiver::Impl::close() {
+  std::vector<std::unique_ptr<Region::User>> released;
+  {
+    std::unique_lock lock(mutex);
+    if (closing) {
+      changed.wait(lock, [this] { return closed; });
+      return;
+    }
+    closing = true;
+    shut_down_all_locked();
+    changed.notify_all();
+  }
+  // Completion belongs to the supervisor, so let it end first: it may be letting go of the memory right now.
+  supervisor.stop();
+  const bool incomplete = pager && pager->serving() && state != State::kComplete;
+  if (incomplete) pager->poison_missing();
+  for (const auto& channel : channels) channel->thread.stop();
+  // A channel may have claimed a page and failed to install it meanwhile.
+  if (incomplete) pager->poison_missing();
+  if (pager) pager->stop();
+  if (ahead) ahead->stop();
+  {
+    const std::lock_guard lock(mutex);
+    closed = true;
+    // One that was attached while closing began was taken by nobody; a closed receiver may be kept for long.
+    for (const auto& channel : channels) channel->next = channel->current = nullptr;
+    released.swap(users);
+    changed.notify_all();
+  }
+}
+
+void Receiver::Impl::region_gone() {
+  {
+    const std::lock_guard lock(mutex);
+    if (!closing && state != State::kComplete) fail_locked("REGION_GONE", "the memory of a region went away");
+  }
+  close();
+}
+
+void Receiver::Impl::push(EngineEvent event) {
+  events.push_back(std::move(event));
+  changed.notify_all();
+}
+
+void Receiver::Impl::fail(std::string code, std::string message) {
+  const std::lock_guard lock(mutex);
+  fail_locked(std::move(code), std::move(message));
+}
+
+void Receiver::Impl::fail_locked(std::string code, std::string message) {
+  if (closing || state == State::kFailed || state == State::kLost || state == State::kComplete) return;
+  // While paging a page can no longer be had, so somebody may be blocked on one: fail that access, soon.
+  if (pager && pager->serving()) poison_at = Clock::now() + config.loss_grace;
+  state = State::kFailed;
+  recover_by = Clock::time_point::max();
+  shut_down_all_locked();
+  EngineEvent event{};
+  event.kind = EngineEventKind::kFailed;
+  event.code = std::move(code);
+  event.message = std::move(message);
+  push(std::move(event));
+}
+
+void Receiver::Impl::lose_locked(std::string code, std::string message) {
+  if (lost_due || state != State::kPaging) return;
+  lost_due = true;
+  lost_code = std::move(code);
+  lost_message = std::move(message);
+  changed.notify_all();
+}
+
+void Receiver::Impl::check_complete() {
+  if (!switched.load() || state.load() != State::kPaging) return;
+  std::uint64_t all = 0;
+  for (const auto& map : maps) all += map->pages();
+  if (settled.load(std::memory_order_acquire) != all) return;
+  const std::lock_guard lock(mutex);
+  complete_due = true;
+  changed.notify_all();
+}
+
+std::vector<RegionRun> Receiver::Impl::missing_runs(std::size_t max_runs) const {
+  std::vector<RegionRun> runs;
+  for (std::uint32_t region = 0; region < maps.size(); ++region) {
+    const ArrivalMap& map = *maps[region];
+    const PageNumber end{map.pages()};
+    for (PageNumber from{0}; runs.size() < max_runs;) {
+      const auto run = map.received.next_clear(from, end, map.pages());
+      if (!run) break;
+      runs.push_back({region, *run});
+      from = run->end();
+    }
+  }
+  return runs;
+}
+
+bool Receiver::Impl::filled() const {
+  return filling_frames == 0 && suspects() == 0 && missing_runs(1).empty();
+}
+
+std::uint64_t Receiver::Impl::suspects() const {
+  std::uint64_t pages = 0;
+  for (const auto& map : maps) pages += map->suspect.count();
+  return pages;
+}
+
+// The supervisor: whatever takes time or has a deadline, and every event, in order.
+void Receiver::Impl::supervise() {
+  std::unique_lock lock(mutex);
+  for (;;) {
+    if (!events.empty()) {
+      const EngineEvent event = std::move(events.front());
+      events.pop_front();
+      lock.unlock();
+      if (config.on_event) config.on_event(event);
+      lock.lock();
+      continue;
+    }
+    if (closing) return;
+    const Clock::time_point now = Clock::now();
+    if (complete_due && state == State::kPaging) {
+      lock.unlock();
+      std::string problem;
+      try {
+        pager->finish();
+      } catch (const std::exception& error) {
+        problem = error.what();
+      }
+      lock.lock();
+      if (!problem.empty()) {
+        fail_locked("SYSTEM", problem);
+        continue;
+      }
+      state = State::kComplete;
+      paused = false;
+      recover_by = Clock::time_point::max();
+      EngineEvent event{};
+      event.kind = EngineEventKind::kComplete;
+      push(std::move(event));
+      continue;
+    }
+    if (state == State::kPaging && (lost_due || now >= recover_by)) {
+      if (lost_code.empty()) {
+        lost_code = "RECOVERY_TIMEOUT";
+        lost_message = "the source did not come back in time";
+      }
+      state = State::kLost;
+      recover_by = Clock::time_point::max();
+      poison_at = now + config.loss_grace;
+      shut_down_all_locked();
+      EngineEvent event{};
+      event.kind = EngineEventKind::kLost;
+      event.code = lost_code;
+      event.message = lost_message;
+      // Channels may still be installing what they have received: those pages are reported, and then not
+      // poisoned, which errs on the safe side.
+      event.lost = missing_runs(kMostLostRuns);
+      push(std::move(event));
+      continue;
+    }
+    if (now >= poison_at) {
+      poison_at = Clock::time_point::max();
+      lock.unlock();
+      pager->poison_missing();
+      lock.lock();
+      continue;
+    }
+    Clock::time_point until = std::min(recover_by, poison_at);
+    if (state == State::kPaging && switched && !paused) {
+      if (pager->longest_wait() > kAnswerWithin) {
+        cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "no answer to a fault in time"});
+        continue;
+      }
+      until = std::min(until, now + kAnswerWithin / 8);
+    }
+    if (until == Clock::time_point::max()) {
+      changed.wait(lock);
+    } else {
+      changed.wait_until(lock, until);
+    }
+  }
+}
+
+Receiver::Receiver() = default;
+Receiver::~Receiver() { close(); }
+
+std::shared_ptr<Receiver> Receiver::create(ReceiverConfig config) {
+  std::shared_ptr<Receiver> receiver(new Receiver());
+  receiver->impl_ = std::make_unique<Impl>(std::move(config));
+  receiver->impl_->start();
+  return receiver;
+}
+
+const wire::MigrationId& Receiver::migration() const { return impl_->config.migration; }
+bool Receiver::attach(const wire::Hello& hello, UniqueFd& fd) { return impl_->attach(hello, fd); }
+
+bool Receiver::ready() const {
+  const Impl::State state = impl_->state;
+  if (state == Impl::State::kComplete) return true;
+  if (state == Impl::State::kPaging) return impl_->switched;
+  return state == Impl::State::kFilling && impl_->filled();
+}
+
+bool Receiver::seal() {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->state == Impl::State::kPaging) return impl_->switched;
+  if (impl_->state == Impl::State::kComplete) return true;
+  if (impl_->state != Impl::State::kFilling) return false;
+  // First the state, then the look: a frame announces itself before it looks at the state, so whichever of the
+  // two comes second sees the other.
+  impl_->state = Impl::State::kComplete;
+  if (impl_->filled()) return true;
+  impl_->state = Impl::State::kFilling;
+  return false;
+}
+
+bool Receiver::paging() const {
+  return impl_->state == Impl::State::kPaging || impl_->state == Impl::State::kLost;
+}
+
+ReceiverStats Receiver::stats() const {
+  ReceiverStats stats;
+  stats.bytes_received = impl_->bytes_received;
+  stats.pages_received = impl_->pages_received;
+  stats.pages_zero = impl_->pages_zero;
+  stats.pages_suspect = impl_->suspects();
+  const std::uint64_t payload = wire::max_payload(impl_->page_size);
+  for (const auto& map : impl_->maps) {
+    stats.pages_missing += map->missing();
+    stats.extra_memory_bytes += map->extra_bytes();
+  }
+  stats.extra_memory_bytes += impl_->channels.size() * payload * (impl_->pager ? 2 : 1);
+  if (impl_->pager) {
+    const LatencyHistogram& latencies = impl_->pager->latencies();
+    const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
+    stats.faults.count = latencies.count();
+    stats.faults.p50_us = us(latencies.quantile(0.5));
+    stats.faults.p99_us = us(latencies.quantile(0.99));
+    stats.faults.max_us = us(latencies.max());
+  }
+  return stats;
+}
+
+std::vector<RegionRun> Receiver::missing(std::size_t max_runs) const { return impl_->missing_runs(max_runs); }
+
+Hash128 Receiver::digest(std::uint32_t region) const {
+  if (region >= impl_->maps.size()) throw std::invalid_argument("no such region");
+  return impl_->maps[region]->digest();
+}
+
+void Receiver::acknowledge_loss() {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->poison_at == Impl::Clock::time_point::max()) return;
+  impl_->poison_at = Impl::Clock::now();
+  impl_->changed.notify_all();
+}
+
+void Receiver::grow(std::uint32_t region, std::uint64_t pages) {
+  if (region >= impl_->maps.size()) throw std::invalid_argument("no such region");
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->state != Impl::State::kFilling) throw std::logic_error("a region grows only while it is filled");
+  ArrivalMap& map = *impl_->maps[region];
+  if (pages < map.pages()) throw std::invalid_argument("a region never shrinks");
+  if (pages > map.region().pages()) map.region().grow(pages);
+  const PageRun tail{PageNumber{map.pages()}, pages - map.pages()};
+  Discarder discarder(impl_->backings[region]);
+  map.for_each_part(tail, [&](std::span<std::byte> part, PageNumber) {
+    if (impl_->pager) ::madvise(part.data(), part.size(), MADV_NOHUGEPAGE);
+    if (impl_->config.discard_first) discarder.add(Address::of(part.data()), part.size());
+  });
+  discarder.flush();
+  map.grow(pages, impl_->config.discard_first);
+}
+
+void Receiver::close() {
+  if (impl_) impl_->close();
+}
+
+}  // namespace memferry

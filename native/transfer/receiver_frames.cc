@@ -1,0 +1,396 @@
+// What a connection says to the receiver. Every field is checked before it is used, whatever the peer: it has
+// shown that it knows the secret, not that it is right.
+#include <algorithm>
+#include <cstring>
+
+#include "os/sys_error.h"
+#include "page/hash.h"
+#include "transfer/receiver_impl.h"
+#include "wire/socket.h"
+
+namespace memferry {
+namespace {
+
+// Answers of the demand channel, a page and its header, are taken in one system call.
+constexpr std::size_t kDemandBufferBytes = 16 * 1024;
+
+template <typename T>
+std::span<std::byte> bytes_of(T& value) {
+  return std::as_writable_bytes(std::span(&value, 1));
+}
+
+}  // namespace
+
+wire::IoResult FrameReader::read(std::span<std::byte> into) {
+  while (!into.empty()) {
+    if (begin_ == end_ && into.size() >= buffer_.size()) {
+      const wire::IoResult io = stream_.recv_exact(into);
+      if (io.done()) received_.fetch_add(into.size(), std::memory_order_relaxed);
+      return io;
+    }
+    if (begin_ == end_) {
+      std::size_t got = 0;
+      const wire::IoResult io = stream_.recv_some(buffer_, got);
+      if (!io.done()) return io;
+      received_.fetch_add(got, std::memory_order_relaxed);
+      begin_ = 0;
+      end_ = got;
+    }
+    const std::size_t take = std::min(into.size(), end_ - begin_);
+    std::memcpy(into.data(), buffer_.data() + begin_, take);
+    begin_ += take;
+    into = into.subspan(take);
+  }
+  return {};
+}
+
+// A channel's hold on the memory that it receives into: nobody else writes there at the same time, and the
+// switch to paging sees that it is in use.
+class FillingHold {
+ public:
+  FillingHold(std::atomic<unsigned>& frames, ArrivalMap& map, PageRun run)
+      : frames_(frames), map_(map), run_(run) {
+    frames_.fetch_add(1);
+  }
+  FillingHold(const FillingHold&) = delete;
+  FillingHold& operator=(const FillingHold&) = delete;
+  ~FillingHold() {
+    if (taken_) map_.arriving.clear_run(run_);
+    frames_.fetch_sub(1);
+  }
+  // When false, some of the bits stay set for good: the migration is over anyway.
+  bool take() { return taken_ = map_.arriving.set_run(run_) == run_.count; }
+
+ private:
+  std::atomic<unsigned>& frames_;
+  ArrivalMap& map_;
+  const PageRun run_;
+  bool taken_ = false;
+};
+
+namespace {
+
+bool is_same_host(const wire::Stream& stream) {
+  try {
+    return wire::is_same_host(stream.fd());
+  } catch (const SystemError&) {
+    return false;  // cut already; reading will say so
+  }
+}
+
+}  // namespace
+
+// One connection while it is served.
+struct Receiver::Impl::Conversation {
+  Channel& channel;
+  wire::Stream& stream;
+  FrameReader reader;
+  ChannelEnd end;
+
+  bool bad(const char* message, const char* code = "PROTOCOL") {
+    end = {ChannelEnd::Kind::kBadFrame, code, message};
+    return false;
+  }
+  bool lost(const wire::IoResult& io) {
+    // EFAULT is our own memory, not the connection.
+    const bool memory = io.kind == wire::IoResult::Kind::kCut && io.error == EFAULT;
+    end = {memory ? ChannelEnd::Kind::kFatal : ChannelEnd::Kind::kCut, memory ? "SYSTEM" : "CHANNEL_LOST",
+           memory ? "no memory for the pages that arrive" : io.describe()};
+    return false;
+  }
+  bool read(std::span<std::byte> into) {
+    const wire::IoResult io = reader.read(into);
+    return io.done() || lost(io);
+  }
+  // Reads the payload into the staging buffer and checks it against the header.
+  bool read_checked_payload(const wire::FrameHeader& header, std::vector<std::byte>& staging) {
+    staging.resize(header.payload_bytes);
+    if (!read(staging)) return false;
+    return wire::payload_checksum(header, staging) == header.checksum ||
+           bad("checksum of a frame", "CHECKSUM");
+  }
+  bool check_no_payload(const wire::FrameHeader& header) {
+    return wire::payload_checksum(header, {}) == header.checksum || bad("checksum of a frame", "CHECKSUM");
+  }
+};
+
+ChannelEnd Receiver::Impl::serve(Channel& channel, wire::Stream& stream) {
+  try {
+    return serve_frames(channel, stream);
+  } catch (const std::exception& error) {
+    return {ChannelEnd::Kind::kFatal, "SYSTEM", error.what()};
+  }
+}
+
+ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) {
+  const bool shares_cpus = !channel.demand && is_same_host(stream);
+  CpuCourtesy courtesy(wire::shared_key(config.migration));
+  Conversation with{
+      channel, stream, FrameReader(stream, channel.demand ? kDemandBufferBytes : 0, bytes_received), {}};
+  for (;;) {
+    // On one host the push and the faults compete for CPUs: who waits for a page goes first.
+    if (shares_cpus) courtesy.follow(state == State::kPaging && pager->faulted_lately());
+    wire::FrameHeader header;
+    if (!with.read(bytes_of(header))) return with.end;
+    if (const char* wrong = wire::malformed(header, page_size)) {
+      with.bad(wrong);
+      return with.end;
+    }
+    bool going_on = false;
+    switch (static_cast<wire::FrameType>(header.type)) {
+      case wire::FrameType::kPages:
+        going_on = on_pages(with, header);
+        break;
+      case wire::FrameType::kZero:
+        going_on = on_zeros(with, header);
+        break;
+      case wire::FrameType::kDiscard:
+        going_on = on_discard(with, header);
+        break;
+      case wire::FrameType::kSwitch:
+        going_on = on_switch(with, header);
+        break;
+      case wire::FrameType::kBarrier:
+        going_on = on_barrier(with, header);
+        break;
+      case wire::FrameType::kGoodbye:
+        if (with.check_no_payload(header)) with.end = {ChannelEnd::Kind::kGoodbye, "", ""};
+        break;
+      default:
+        with.bad("a frame that only the destination sends");
+    }
+    if (!going_on) return with.end;
+  }
+}
+
+bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& header) {
+  if (header.region >= maps.size()) return with.bad("no such region");
+  ArrivalMap& map = *maps[header.region];
+  if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
+    return with.bad("pages outside the region");
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+
+  {
+    FillingHold hold(filling_frames, map, run);
+    if (state == State::kFilling) return fill_pages(with, header, map, hold);
+  }
+  if (state == State::kSwitching) return with.bad("pages while switching to post-copy");
+
+  std::vector<std::byte>& staging = with.channel.staging;
+  if (staging.size() < header.payload_bytes) staging.resize(wire::max_payload(page_size));
+  const std::span<std::byte> payload(staging.data(), header.payload_bytes);
+  if (!with.read(payload)) return false;
+  std::vector<std::uint64_t>& hashes = with.channel.hashes;
+  hashes.resize(run.count);
+  hash_pages(payload, page_size, hashes.data());
+  if (wire::pages_checksum(header, hashes) != header.checksum)
+    return with.bad("checksum of pages", "CHECKSUM");
+  // Everything is here already, or lost: nothing may be overwritten.
+  if (state != State::kPaging) return true;
+  // Before the pages are claimed, so that a complete region has a complete digest. A page that is here
+  // already came with the same content: the source sends each page once after its last change.
+  for (std::uint64_t i = 0; i < run.count; ++i) {
+    const PageNumber page{run.first.value + i};
+    if (!map.received.test(page)) map.keep_hashes({page, 1}, std::span(&hashes[i], 1));
+  }
+  const Pager::Installed installed = pager->install(header.region, run, payload.data());
+  pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
+  account(installed.pages);
+  return true;
+}
+
+bool Receiver::Impl::fill_pages(Conversation& with, const wire::FrameHeader& header, ArrivalMap& map,
+                                FillingHold& hold) {
+  if (!hold.take()) return with.bad("pages that another channel is sending");
+  bool verified = false;
+  const auto read = [&with](std::span<std::byte> into) { return with.reader.read(into); };
+  const wire::IoResult io = with.channel.filler->pages(read, header, map, verified);
+  if (!io.done()) return with.lost(io);
+  if (verified) pages_received.fetch_add(header.page_count, std::memory_order_relaxed);
+  return true;
+}
+
+bool Receiver::Impl::on_zeros(Conversation& with, const wire::FrameHeader& header) {
+  if (header.region >= maps.size()) return with.bad("no such region");
+  ArrivalMap& map = *maps[header.region];
+  if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
+    return with.bad("pages outside the region");
+  if (!with.check_no_payload(header)) return false;
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+
+  {
+    FillingHold hold(filling_frames, map, run);
+    if (state == State::kFilling) {
+      if (!hold.take()) return with.bad("zeros for pages that another channel is sending");
+      with.channel.filler->zeros(header.region, map, run);
+      pages_zero.fetch_add(run.count, std::memory_order_relaxed);
+      return true;
+    }
+  }
+  if (state == State::kSwitching) return with.bad("zeros while switching to post-copy");
+  if (state != State::kPaging) return true;
+  for (PageNumber from = run.first;;) {
+    const auto unclaimed = map.received.next_clear(from, run.end(), run.count);
+    if (!unclaimed) break;
+    map.keep_zero_hashes(*unclaimed);
+    from = unclaimed->end();
+  }
+  const Pager::Installed zeros = pager->install_zeros(header.region, run);
+  pages_zero.fetch_add(zeros.pages, std::memory_order_relaxed);
+  account(zeros.pages);
+  return true;
+}
+
+void Receiver::Impl::account(std::uint64_t settled_pages) {
+  if (settled_pages == 0) return;
+  settled.fetch_add(settled_pages, std::memory_order_acq_rel);
+  check_complete();
+}
+
+bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& header) {
+  if (with.channel.index != 0) return with.bad("discards come on channel 0");
+  if (header.region >= maps.size()) return with.bad("no such region");
+  if (switched || (state != State::kFilling && state != State::kPaging))
+    return with.bad("discards after the switch");
+  std::vector<std::byte>& staging = with.channel.staging;
+  if (!with.read_checked_payload(header, staging)) return false;
+  ArrivalMap& map = *maps[header.region];
+  const std::size_t count = staging.size() / sizeof(wire::WireRun);
+  const auto run_at = [&staging](std::size_t index) {
+    wire::WireRun run;
+    std::memcpy(&run, staging.data() + index * sizeof run, sizeof run);
+    return run;
+  };
+  for (std::size_t i = 0; i < count; ++i) {
+    const wire::WireRun run = run_at(i);
+    if (!wire::run_inside(run.first_page, run.page_count, map.pages()))
+      return with.bad("discards outside the region");
+    if (map.arriving.count({PageNumber{run.first_page}, run.page_count}) > 0) {
+      return with.bad("discards of pages that another channel is sending");
+    }
+  }
+  Filler& filler = *with.channel.filler;
+  std::uint64_t dropped = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const wire::WireRun run = run_at(i);
+    dropped += filler.discard(header.region, map, {PageNumber{run.first_page}, run.page_count});
+  }
+  filler.sweep();
+  if (state == State::kPaging) settled.fetch_sub(dropped, std::memory_order_acq_rel);
+  return true;
+}
+
+bool Receiver::Impl::on_switch(Conversation& with, const wire::FrameHeader& header) {
+  if (with.channel.index != 0) return with.bad("the switch comes on channel 0");
+  if (!with.check_no_payload(header)) return false;
+  if (!pager) return with.bad("a switch to post-copy that was not agreed on");
+  if (!switched) {
+    if (state == State::kFilling) {
+      {
+        const std::lock_guard lock(mutex);
+        if (state != State::kFilling) return with.bad("a switch too late");
+        state = State::kSwitching;
+      }
+      // The source has had every round's barrier answered; pages in flight now would be received into memory
+      // that is being registered.
+      if (filling_frames != 0) return with.bad("a switch while pages are in flight");
+      std::uint64_t here = 0;
+      for (std::uint32_t region = 0; region < maps.size(); ++region) {
+        with.channel.filler->discard_unreceived(region, *maps[region]);
+        here += maps[region]->received.count();
+      }
+      settled = here;
+      pager->serve();
+    } else if (state != State::kPaging) {
+      return with.bad("a switch too late");
+    }
+    const std::lock_guard lock(mutex);
+    if (closing || (state != State::kSwitching && state != State::kPaging))
+      return with.bad("a switch too late");
+    state = State::kPaging;
+    switched = true;
+    pager->set_online(demand_attached);
+    EngineEvent event{};
+    event.kind = EngineEventKind::kSwitched;
+    push(std::move(event));
+  }
+  // Again after a cut, the answer may have been lost.
+  wire::FrameHeader ack = wire::make_header(wire::FrameType::kSwitchAck);
+  wire::seal(ack);
+  const wire::IoResult io = with.stream.send_all(std::as_bytes(std::span(&ack, 1)));
+  if (!io.done()) return with.lost(io);
+  check_complete();
+  return true;
+}
+
+// Each suspect page is named once, by whichever data channel's barrier comes first after it was found, and each
+// answer counts what was named before it on its channel. So when every channel has answered, every page found
+// before any of the barriers has been named, and none twice: naming a page again that is already on its way
+// would have it sent again for nothing.
+bool Receiver::Impl::on_barrier(Conversation& with, const wire::FrameHeader& header) {
+  if (!with.check_no_payload(header)) return false;
+  std::uint64_t named = 0;
+  for (std::uint32_t region = 0; region < maps.size() && !with.channel.demand; ++region) {
+    if (!name_suspects(with, region, header.tag, named)) return false;
+  }
+  wire::FrameHeader ack =
+      wire::make_header(wire::FrameType::kBarrierAck, 0, {PageNumber{0}, named}, header.tag);
+  wire::seal(ack);
+  if (with.channel.demand && pager) {
+    // The pager's requests go out on the same stream.
+    return pager->writer().send(ack) || with.lost({wire::IoResult::Kind::kCut, 0});
+  }
+  const wire::IoResult io = with.stream.send_all(std::as_bytes(std::span(&ack, 1)));
+  return io.done() || with.lost(io);
+}
+
+bool Receiver::Impl::name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag,
+                                   std::uint64_t& named) {
+  ArrivalMap& map = *maps[region];
+  const PageNumber end{map.pages()};
+  const std::size_t most = wire::max_payload(page_size) / sizeof(wire::WireRun);
+  PageNumber from{0};
+  for (;;) {
+    std::vector<wire::WireRun> runs;
+    while (runs.size() < most) {
+      const auto run = map.unnamed.take_run(from, end, map.pages());
+      if (!run) break;
+      runs.push_back({run->first.value, run->count});
+      named += run->count;
+      from = run->end();
+    }
+    if (runs.empty()) return true;
+    const auto payload = std::as_bytes(std::span(runs));
+    wire::FrameHeader list = wire::make_header(wire::FrameType::kSuspects, region, {}, tag);
+    wire::seal(list, payload);
+    std::array<iovec, 2> buffers{iovec{&list, sizeof list}, iovec{runs.data(), payload.size()}};
+    const wire::IoResult io = with.stream.send_all(buffers);
+    if (!io.done()) return with.lost(io);
+  }
+}
+
+bool Receiver::Impl::send_bitmaps(wire::Stream& stream) {
+  const std::uint64_t most = wire::max_payload(page_size) / sizeof(std::uint64_t);
+  std::vector<std::uint64_t> words;
+  for (std::uint32_t region = 0; region < maps.size(); ++region) {
+    const ArrivalMap& map = *maps[region];
+    const std::uint64_t all = (map.pages() + 63) / 64;
+    for (std::uint64_t first = 0; first < all; first += most) {
+      const std::uint64_t count = std::min(most, all - first);
+      words.resize(count);
+      for (std::uint64_t i = 0; i < count; ++i) words[i] = map.received.word(first + i);
+      const std::uint64_t pages = std::min(count * 64, map.pages() - first * 64);
+      wire::FrameHeader header =
+          wire::make_header(wire::FrameType::kBitmap, region, {PageNumber{first * 64}, pages});
+      const auto payload = std::as_bytes(std::span(words));
+      wire::seal(header, payload);
+      std::array<iovec, 2> buffers{iovec{&header, sizeof header}, iovec{words.data(), payload.size()}};
+      if (!stream.send_all(buffers).done()) return false;
+    }
+  }
+  wire::FrameHeader last = wire::make_header(wire::FrameType::kBitmapEnd);
+  wire::seal(last);
+  return stream.send_all(std::as_bytes(std::span(&last, 1))).done();
+}
+
+}  // namespace memferry

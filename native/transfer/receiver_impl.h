@@ -1,0 +1,168 @@
+// The inside of Receiver, shared by its parts: receiver.cc (life, owner's calls), receiver_channels.cc (who is
+// connected; cuts and recovery), receiver_frames.cc (what a connection says).
+//
+// Threads: one for each channel (the demand channel's is the last), one supervisor (events, deadlines,
+// completion, poisoning), the pager's, and one that touches memory ahead. Locks: Impl::mutex before the
+// pager's; no lock is held while a callback runs or a socket blocks.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "fault/arrival_map.h"
+#include "fault/discard.h"
+#include "fault/pager.h"
+#include "os/worker_thread.h"
+#include "transfer/fill.h"
+#include "transfer/receiver.h"
+#include "transfer/touch_ahead.h"
+#include "wire/stream.h"
+
+namespace memferry {
+
+// How a connection ended.
+struct ChannelEnd {
+  enum class Kind {
+    kGoodbye,   // on purpose
+    kCut,       // lost
+    kBadFrame,  // the peer wrote what it must not write
+    kFatal,     // this host cannot go on
+  };
+  Kind kind = Kind::kCut;
+  std::string code;
+  std::string message;
+};
+
+// The bytes of one connection as they are read: small frames of the demand channel come header and payload in
+// one system call, large payloads go straight to where they belong.
+class FrameReader {
+ public:
+  FrameReader(wire::Stream& stream, std::size_t buffer_bytes, std::atomic<std::uint64_t>& received)
+      : stream_(stream), buffer_(buffer_bytes), received_(received) {}
+  wire::IoResult read(std::span<std::byte> into);
+
+ private:
+  wire::Stream& stream_;
+  std::vector<std::byte> buffer_;
+  std::size_t begin_ = 0;
+  std::size_t end_ = 0;
+  std::atomic<std::uint64_t>& received_;
+};
+
+class FillingHold;
+
+struct Receiver::Impl {
+  using Clock = std::chrono::steady_clock;
+  enum class State { kFilling, kSwitching, kPaging, kComplete, kLost, kFailed };
+
+  // A frame that is well-formed and still wrong, this often, and the source is given up.
+  static constexpr unsigned kBadFramesForgiven = 3;
+  // An answer that has not come for this long is taken for a cut, though the connection seems to live.
+  static constexpr std::chrono::seconds kAnswerWithin{30};
+  static constexpr std::size_t kMostLostRuns = 1 << 20;
+
+  struct Channel {
+    unsigned index = 0;
+    bool demand = false;
+    // Guarded by Impl::mutex:
+    std::shared_ptr<wire::Stream> next;     // attached, not yet taken by the thread
+    std::shared_ptr<wire::Stream> current;  // served by the thread
+    std::uint32_t epoch = 0;                // of the newest of the two
+    bool attached = false;                  // in the current epoch, and not ended
+    bool goodbye = false;
+    // The thread's own:
+    std::unique_ptr<Filler> filler;
+    std::vector<std::byte> staging;
+    std::vector<std::uint64_t> hashes;
+    WorkerThread thread;
+  };
+
+  explicit Impl(ReceiverConfig config_in);
+  ~Impl();
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+
+  // receiver.cc
+  void start();
+  void close();
+  void region_gone();
+  void supervise();
+  void push(EngineEvent event);  // with the mutex held
+  void fail(std::string code, std::string message);
+  void fail_locked(std::string code, std::string message);
+  void lose_locked(std::string code, std::string message);
+  void check_complete();
+  [[nodiscard]] std::vector<RegionRun> missing_runs(std::size_t max_runs) const;
+  [[nodiscard]] std::uint64_t suspects() const;
+  [[nodiscard]] bool filled() const;  // nothing in flight, nothing suspect, nothing missing
+
+  // receiver_channels.cc
+  bool attach(const wire::Hello& hello, UniqueFd& fd);
+  void channel_main(Channel& channel);
+  void ended(Channel& channel, std::uint32_t ended_epoch, const ChannelEnd& end);
+  void cut_locked(const ChannelEnd& end);
+  void shut_down_all_locked();
+  bool demand_begins(Channel& channel, const std::shared_ptr<wire::Stream>& stream, std::uint32_t its_epoch);
+  void demand_ends();
+
+  // receiver_frames.cc
+  ChannelEnd serve(Channel& channel, wire::Stream& stream);
+  ChannelEnd serve_frames(Channel& channel, wire::Stream& stream);
+  bool send_bitmaps(wire::Stream& stream);
+  // Each gives false with `end` filled in when the connection is over.
+  struct Conversation;
+  bool on_pages(Conversation& with, const wire::FrameHeader& header);
+  bool fill_pages(Conversation& with, const wire::FrameHeader& header, ArrivalMap& map, FillingHold& hold);
+  bool on_zeros(Conversation& with, const wire::FrameHeader& header);
+  bool on_discard(Conversation& with, const wire::FrameHeader& header);
+  bool on_switch(Conversation& with, const wire::FrameHeader& header);
+  bool on_barrier(Conversation& with, const wire::FrameHeader& header);
+  bool name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag, std::uint64_t& named);
+  void account(std::uint64_t settled_pages);
+
+  const ReceiverConfig config;
+  std::vector<std::unique_ptr<Region::User>> users;
+  std::vector<std::unique_ptr<ArrivalMap>> maps;
+  std::vector<Backing> backings;
+  std::unique_ptr<Pager> pager;  // when it may page
+  std::unique_ptr<TouchAhead> ahead;
+  std::uint64_t page_size = 0;
+
+  std::atomic<State> state{State::kFilling};  // changed with the mutex held, read without
+  std::atomic<bool> switched{false};          // likewise
+  // Frames that are being received straight into memory: none may be while the state changes to paging.
+  std::atomic<unsigned> filling_frames{0};
+  // Paging: pages that are there, their installation finished.
+  std::atomic<std::uint64_t> settled{0};
+  std::atomic<std::uint64_t> bytes_received{0};
+  std::atomic<std::uint64_t> pages_received{0};
+  std::atomic<std::uint64_t> pages_zero{0};
+
+  mutable std::mutex mutex;  // guards everything below, and the marked fields of Channel
+  std::condition_variable changed;
+  std::deque<EngineEvent> events;  // a few in a lifetime: states, never pages
+  std::uint32_t epoch = 0;
+  bool epoch_cut = false;  // no more connections of this epoch
+  std::vector<bool> used;  // tokens
+  bool first_channel = false;
+  bool paused = false;
+  bool demand_attached = false;
+  unsigned bad_frames = 0;
+  bool complete_due = false;
+  bool lost_due = false;
+  std::string lost_code;
+  std::string lost_message;
+  Clock::time_point recover_by = Clock::time_point::max();
+  Clock::time_point poison_at = Clock::time_point::max();
+  bool closing = false;
+  bool closed = false;
+  std::vector<std::unique_ptr<Channel>> channels;
+  WorkerThread supervisor;
+};
+
+}  // namespace memferry

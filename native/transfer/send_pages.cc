@@ -1,0 +1,108 @@
+#include "transfer/send_pages.h"
+
+#include <stdexcept>
+
+#include "page/hash.h"
+#include "page/zero.h"
+
+namespace memferry {
+namespace {
+
+std::uint64_t hash_of_zeros(std::uint64_t page_size) {
+  return xxh3_64(std::vector<std::byte>(static_cast<std::size_t>(page_size)));
+}
+
+}  // namespace
+
+PageFrames::PageFrames(std::uint64_t page_size)
+    : page_size_(page_size), zero_hash_(hash_of_zeros(page_size)) {
+  const auto pages = static_cast<std::size_t>(wire::max_run_pages(page_size));
+  hashes_.resize(pages);
+  // Every page a frame of its own at worst: reserved, since buffers_ points into headers_.
+  headers_.reserve(pages);
+  buffers_.reserve(2 * pages);
+  runs_.reserve(pages);
+}
+
+std::uint64_t PageFrames::memory_bytes() const {
+  return hashes_.size() * sizeof hashes_[0] + headers_.capacity() * sizeof(wire::FrameHeader) +
+         buffers_.capacity() * sizeof(iovec) + runs_.capacity() * sizeof(RegionRun);
+}
+
+void PageFrames::start_batch() {
+  sent_ = false;
+  used_ = 0;
+  content_pages_ = zero_pages_ = 0;
+  views_.clear();
+  headers_.clear();
+  buffers_.clear();
+  runs_.clear();
+}
+
+void PageFrames::put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags) {
+  wire::FrameHeader& header = headers_.emplace_back(wire::make_header(type, region, run));
+  header.flags = flags;
+  buffers_.push_back({&header, sizeof header});
+}
+
+// Hashed first and compared with zeros only where the hash says so: most pages are not zeros, and looking at
+// each before hashing it costs a cache miss a page. A page that a guest writes between the two fails its
+// checksum at the destination, like every torn copy.
+void PageFrames::add(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes,
+                     std::uint16_t flags, const OnHash& on_hash) {
+  if (sent_) start_batch();
+  const std::size_t size = static_cast<std::size_t>(page_size_);
+  const std::size_t pages = bytes.size() / size;
+  if (pages == 0 || pages > room()) throw std::logic_error("a batch of pages that is too long");
+  bytes = views_.emplace_back(bytes).bytes();
+  const std::span<std::uint64_t> hashes(&hashes_[used_], pages);
+  hash_pages(bytes, page_size_, hashes.data());
+  used_ += pages;
+  const auto zero = [&](std::size_t page) {
+    return hashes[page] == zero_hash_ && is_zero(bytes.subspan(page * size, size));
+  };
+  if (on_hash) {
+    for (std::size_t page = 0; page < pages; ++page) on_hash(PageNumber{first.value + page}, hashes[page]);
+  }
+  runs_.push_back({region, {first, pages}});
+  for (std::size_t page = 0; page < pages;) {
+    const bool zeros = zero(page);
+    std::size_t end = page + 1;
+    while (end < pages && zero(end) == zeros) ++end;
+    const PageRun run{PageNumber{first.value + page}, end - page};
+    put_header(zeros ? wire::FrameType::kZero : wire::FrameType::kPages, region, run, flags);
+    if (zeros) {
+      wire::seal(headers_.back());
+      zero_pages_ += run.count;
+    } else {
+      wire::seal_pages(headers_.back(), page_size_, hashes.subspan(page, end - page));
+      const auto payload = bytes.subspan(page * size, (end - page) * size);
+      buffers_.push_back({const_cast<std::byte*>(payload.data()), payload.size()});
+      content_pages_ += run.count;
+    }
+    page = end;
+  }
+}
+
+void PageFrames::add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash) {
+  if (sent_) start_batch();
+  if (room() == 0) throw std::logic_error("a batch of pages that is too long");
+  if (on_hash) {
+    for (PageNumber page = run.first; page < run.end(); ++page.value) on_hash(page, zero_hash_);
+  }
+  ++used_;
+  put_header(wire::FrameType::kZero, region, run, 0);
+  wire::seal(headers_.back());
+  runs_.push_back({region, run});
+  zero_pages_ += run.count;
+}
+
+PageFrames::Sent PageFrames::send(wire::Stream& stream) {
+  Sent sent{{}, 0, content_pages_, zero_pages_, runs_};
+  for (const iovec& buffer : buffers_) sent.bytes += buffer.iov_len;
+  sent.result = stream.send_all(buffers_);
+  sent_ = true;
+  return sent;
+}
+
+}  // namespace memferry

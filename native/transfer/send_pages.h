@@ -1,0 +1,70 @@
+// From pages in memory to frames on a stream: zero pages become kZero runs, the others are hashed once, while
+// they are in the cache, and leave straight from the guest's memory.
+//
+// Threads: one a PageFrames object; each sending thread has its own.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "page/racy_read.h"
+#include "page/range.h"
+#include "transfer/events.h"
+#include "wire/frame.h"
+#include "wire/stream.h"
+
+namespace memferry {
+
+// A batch: pieces are added until it is full(), then sent at once. Scattered dirty pages share a system call.
+class PageFrames {
+ public:
+  using OnHash = std::function<void(PageNumber page, std::uint64_t xxh3)>;
+
+  explicit PageFrames(std::uint64_t page_size);
+
+  // `bytes` are the pages of the region from `first` on, contiguous in memory, at most room() of them; they
+  // must stay where they are until send(). `flags` goes into every frame. `on_hash`, if any, sees every page.
+  void add(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes, std::uint16_t flags,
+           const OnHash& on_hash);
+  // One kZero frame of any length, for pages that were never touched.
+  void add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash);
+
+  // Pages that may still be added.
+  [[nodiscard]] std::uint64_t room() const { return sent_ ? hashes_.size() : hashes_.size() - used_; }
+  [[nodiscard]] bool empty() const { return sent_ || headers_.empty(); }
+
+  struct Sent {
+    wire::IoResult result;
+    std::uint64_t bytes = 0;
+    std::uint64_t content_pages = 0;
+    std::uint64_t zero_pages = 0;
+    std::span<const RegionRun> runs;  // valid until the next call
+  };
+  // Writes the batch; then it is empty, whatever the outcome.
+  Sent send(wire::Stream& stream);
+
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+ private:
+  void start_batch();
+  void put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags);
+
+  const std::uint64_t page_size_;
+  const std::uint64_t zero_hash_;
+  std::vector<std::uint64_t> hashes_;  // of the pages of the batch
+  std::size_t used_ = 0;               // of hashes_; a zero run counts as one page
+  bool sent_ = true;                   // the next add() begins a new batch
+  std::deque<RacyView> views_;
+  std::vector<wire::FrameHeader> headers_;
+  std::vector<iovec> buffers_;
+  std::vector<RegionRun> runs_;
+  std::uint64_t content_pages_ = 0;
+  std::uint64_t zero_pages_ = 0;
+};
+
+}  // namespace memferry

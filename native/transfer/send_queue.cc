@@ -1,0 +1,205 @@
+#include "transfer/send_queue.h"
+
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+
+#include "os/process_maps.h"
+
+namespace memferry {
+namespace {
+
+// Memory in which a page that is not in this process's page table reads as zeros: private and anonymous.
+// A shared mapping may have been filled through another one, a file's pages come from the file.
+std::vector<AddressRange> zero_fill_ranges(Address start, std::uint64_t bytes) {
+  std::vector<AddressRange> ranges;
+  const Address end = start.plus(bytes);
+  for_each_mapped_area([&](const MappedArea& area) {
+    if (area.start >= end) return false;
+    const bool anonymous = area.name.empty() || area.name.front() == '[';
+    if (area.end > start && anonymous && !area.shared) {
+      ranges.push_back({std::max(area.start, start), std::min(area.end, end)});
+    }
+    return true;
+  });
+  return ranges;
+}
+
+}  // namespace
+
+SendQueue::Entry::Entry(std::shared_ptr<Region> r)
+    : region(std::move(r)),
+      pending(region->capacity_pages()),
+      untouched(region->capacity_pages()),
+      at_destination(region->capacity_pages()),
+      ever_sent(region->capacity_pages()) {}
+
+SendQueue::SendQueue(std::vector<std::shared_ptr<Region>> regions) {
+  if (regions.size() >= (1U << (64 - kRegionShift))) throw std::invalid_argument("too many regions");
+  for (auto& region : regions) {
+    if (!region) throw std::invalid_argument("a region is missing");
+    if (region->capacity_pages() >> kRegionShift != 0) throw std::invalid_argument("region too large");
+    entries_.push_back(std::make_unique<Entry>(std::move(region)));
+  }
+}
+
+std::uint64_t SendQueue::known_pages(std::uint32_t index) const {
+  return entries_[index]->known_pages.load(std::memory_order_acquire);
+}
+
+std::optional<SendQueue::Chunk> SendQueue::take_between(std::uint32_t region, PageNumber from, PageNumber end,
+                                                        std::uint64_t max_pages) {
+  Entry& entry = *entries_[region];
+  end = std::min(end, PageNumber{entry.known_pages.load(std::memory_order_acquire)});
+  while (from < end) {
+    const std::optional<PageRun> next = entry.pending.next_set(from, end, max_pages);
+    if (!next) return std::nullopt;
+    const bool untouched = entry.untouched.test(next->first);
+    // One kind of page in a chunk. Untouched runs have no limit: they cost one small frame.
+    const std::optional<PageRun> kind =
+        untouched ? entry.untouched.next_set(next->first, end, end.value) : std::nullopt;
+    std::uint64_t limit = untouched ? kind->count : next->count;
+    if (!untouched) {
+      const auto border = entry.untouched.next_set(next->first, next->end(), 1);
+      if (border) limit = border->first.value - next->first.value;
+    }
+    // Other takers may have been here since: take_run gives what is still there, perhaps further on.
+    const std::optional<PageRun> taken =
+        entry.pending.take_run(next->first, PageNumber{next->first.value + limit}, limit);
+    if (taken) return Chunk{region, *taken, untouched};
+    from = PageNumber{next->first.value + limit};
+  }
+  return std::nullopt;
+}
+
+std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages) {
+  const std::uint64_t seen = cursor_.load(std::memory_order_relaxed);
+  const auto start_region = static_cast<std::uint32_t>(seen >> kRegionShift);
+  const PageNumber start_page{seen & ((1ULL << kRegionShift) - 1)};
+  const auto count = static_cast<std::uint32_t>(entries_.size());
+  // From the cursor to the end of its region, the other regions in order, and at last what lies before it.
+  for (std::uint32_t step = 0; step <= count; ++step) {
+    const std::uint32_t region = (start_region + step) % count;
+    const PageNumber from = step == 0 ? start_page : PageNumber{0};
+    const PageNumber end = step == count ? start_page : PageNumber{known_pages(region)};
+    if (auto chunk = take_between(region, from, end, max_pages)) {
+      // Fails when somebody has moved the cursor meanwhile, a fault perhaps: theirs is the better place.
+      std::uint64_t expected = seen;
+      cursor_.compare_exchange_strong(expected,
+                                      (std::uint64_t{region} << kRegionShift) | chunk->run.end().value,
+                                      std::memory_order_relaxed);
+      return chunk;
+    }
+  }
+  return std::nullopt;
+}
+
+void SendQueue::put_back(const Chunk& chunk) {
+  Entry& entry = *entries_[chunk.region];
+  if (!chunk.untouched) entry.untouched.clear_run(chunk.run);
+  entry.pending.set_run(chunk.run);
+}
+
+PageRun SendQueue::take_for_fault(std::uint32_t region, PageNumber page, std::uint64_t max_following) {
+  Entry& entry = *entries_[region];
+  entry.pending.clear(page);
+  PageRun run{page, 1};
+  const std::uint64_t known = entry.known_pages.load(std::memory_order_acquire);
+  const PageNumber end{std::min(known, page.value + 1 + std::min(max_following, known))};
+  while (run.end() < end && entry.pending.clear(run.end())) ++run.count;
+  cursor_.store((std::uint64_t{region} << kRegionShift) | run.end().value, std::memory_order_relaxed);
+  return run;
+}
+
+std::uint64_t SendQueue::note_sent(std::uint32_t region, PageRun run) {
+  Entry& entry = *entries_[region];
+  entry.at_destination.set_run(run);
+  return run.count - entry.ever_sent.set_run(run);
+}
+
+void SendQueue::mark_all(std::uint32_t region, Pagemap& pagemap) {
+  Entry& entry = *entries_[region];
+  const std::uint64_t pages = entry.region->pages();
+  mark_untouched(region, pagemap);
+  entry.pending.set_run(PageRun{PageNumber{0}, pages});
+  entry.known_pages.store(pages, std::memory_order_release);
+}
+
+void SendQueue::mark_untouched(std::uint32_t region, Pagemap& pagemap) {
+  Entry& entry = *entries_[region];
+  const std::uint64_t pages = entry.region->pages();
+  const std::uint64_t page_size = entry.region->page_size();
+  entry.untouched.clear_run(PageRun{PageNumber{0}, pages});
+  for (PageNumber at{0}; at.value < pages;) {
+    const auto piece = entry.region->contiguous(PageRun{at, pages - at.value});
+    const Address start = Address::of(piece.data());
+    const auto pages_of = [&](AddressRange range) {
+      return PageRun{PageNumber{at.value + (range.start.value - start.value) / page_size},
+                     (range.end.value - range.start.value) / page_size};
+    };
+    for (const AddressRange& range : zero_fill_ranges(start, piece.size())) {
+      entry.untouched.set_run(pages_of(range));
+    }
+    pagemap.populated(start, piece.size(),
+                      [&](AddressRange range) { entry.untouched.clear_run(pages_of(range)); });
+    at.value += piece.size() / page_size;
+  }
+}
+
+void SendQueue::mark_growth(std::uint32_t region) {
+  Entry& entry = *entries_[region];
+  const std::uint64_t known = entry.known_pages.load(std::memory_order_relaxed);
+  const std::uint64_t pages = entry.region->pages();
+  if (pages > known) entry.pending.set_run(PageRun{PageNumber{known}, pages - known});
+  entry.known_pages.store(pages, std::memory_order_release);
+}
+
+void SendQueue::mark_lacking(std::uint32_t region, const AtomicBitmap& have) {
+  Entry& entry = *entries_[region];
+  const std::uint64_t known = known_pages(region);
+  entry.pending.clear_run(PageRun{PageNumber{0}, entry.pending.capacity()});
+  PageNumber at{0};
+  while (const auto lacking = have.next_clear(at, PageNumber{known}, known)) {
+    entry.pending.set_run(*lacking);
+    at = lacking->end();
+  }
+}
+
+void SendQueue::take_discards(std::uint32_t region, std::vector<wire::WireRun>& discards) {
+  Entry& entry = *entries_[region];
+  // Word by word, since both bitmaps are mostly empty by now: this is on the way of a switchover.
+  std::uint64_t first = 0;
+  std::uint64_t count = 0;
+  for (std::uint64_t index = 0; index < entry.pending.words(); ++index) {
+    std::uint64_t bits = entry.pending.word(index) & entry.at_destination.word(index);
+    while (bits != 0) {
+      const auto bit = static_cast<unsigned>(std::countr_zero(bits));
+      const auto length = static_cast<unsigned>(std::countr_one(bits >> bit));
+      const std::uint64_t page = index * 64 + bit;
+      entry.at_destination.clear_run(PageRun{PageNumber{page}, length});
+      if (count > 0 && first + count == page) {
+        count += length;
+      } else {
+        if (count > 0) discards.push_back({first, count});
+        first = page;
+        count = length;
+      }
+      bits = bit + length >= 64 ? 0 : bits & (~0ULL << (bit + length));
+    }
+  }
+  if (count > 0) discards.push_back({first, count});
+}
+
+std::uint64_t SendQueue::pending_pages() const {
+  std::uint64_t pages = 0;
+  for (const auto& entry : entries_) pages += entry->pending.count();
+  return pages;
+}
+
+std::uint64_t SendQueue::memory_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const auto& entry : entries_) bytes += 4 * entry->pending.words() * sizeof(std::uint64_t);
+  return bytes;
+}
+
+}  // namespace memferry

@@ -1,0 +1,89 @@
+// What the source has still to send: a `pending` bitmap for each region and one cursor that all channels
+// share. Which page next is decided here and nowhere else: the next pending one at the cursor, which a fault
+// moves behind the page that it asked for, so that the push goes on where the guest is working.
+//
+// Threads: take(), take_for_fault() and the counters from any thread, without a lock (the demand server must
+// never wait for a push thread of lower priority). Everything that marks pages, only while nobody takes.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "os/pagemap.h"
+#include "page/bitmap.h"
+#include "page/region.h"
+#include "transfer/events.h"
+#include "wire/frame.h"
+
+namespace memferry {
+
+class SendQueue {
+ public:
+  explicit SendQueue(std::vector<std::shared_ptr<Region>> regions);
+
+  [[nodiscard]] std::size_t regions() const { return entries_.size(); }
+  [[nodiscard]] const std::shared_ptr<Region>& region(std::uint32_t index) const {
+    return entries_[index]->region;
+  }
+  // Pages that the queue knows of: the region's, or fewer when it has grown since the last mark.
+  [[nodiscard]] std::uint64_t known_pages(std::uint32_t index) const;
+
+  struct Chunk {
+    std::uint32_t region = 0;
+    PageRun run;
+    // Never touched when it was queued, so most probably zeros; the pagemap must be asked again, since the
+    // guest may have run since.
+    bool untouched = false;
+  };
+  // Takes the next pending run: at most `max_pages`, any length when untouched. nullopt: nothing is pending.
+  [[nodiscard]] std::optional<Chunk> take(std::uint64_t max_pages);
+  // Pending again, by whoever took it; with `untouched` false what was taken as untouched goes with content.
+  void put_back(const Chunk& chunk);
+
+  // A fault takes its page whether it is pending or not, and up to `max_following` pending pages directly
+  // behind it; the cursor moves behind them. Gives the run from `page` on; its first page is always there.
+  [[nodiscard]] PageRun take_for_fault(std::uint32_t region, PageNumber page, std::uint64_t max_following);
+
+  // The destination will hold this run. Gives how many of its pages had been sent before.
+  std::uint64_t note_sent(std::uint32_t region, PageRun run);
+
+  // Every page pending, never-touched ones marked as such.
+  void mark_all(std::uint32_t region, Pagemap& pagemap);
+  // Which pages were never touched, and nothing else: faults may be answered meanwhile.
+  void mark_untouched(std::uint32_t region, Pagemap& pagemap);
+  // Pages that the region has gained since the last mark.
+  void mark_growth(std::uint32_t region);
+  // For a tracker to collect into.
+  [[nodiscard]] AtomicBitmap& pending(std::uint32_t region) { return entries_[region]->pending; }
+  // Pending becomes everything that is not in `have`.
+  void mark_lacking(std::uint32_t region, const AtomicBitmap& have);
+
+  // Pages the destination holds a copy of that will be sent again: what it must forget. Each is given once.
+  void take_discards(std::uint32_t region, std::vector<wire::WireRun>& discards);
+
+  [[nodiscard]] std::uint64_t pending_pages() const;
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+ private:
+  struct Entry {
+    explicit Entry(std::shared_ptr<Region> r);
+    std::shared_ptr<Region> region;
+    AtomicBitmap pending;
+    AtomicBitmap untouched;
+    AtomicBitmap at_destination;  // sent and not discarded since
+    AtomicBitmap ever_sent;
+    std::atomic<std::uint64_t> known_pages{0};
+  };
+  // The cursor in one word, so that it is read and moved without a lock: region in the upper 16 bits.
+  static constexpr unsigned kRegionShift = 48;
+  std::optional<Chunk> take_between(std::uint32_t region, PageNumber from, PageNumber end,
+                                    std::uint64_t max_pages);
+
+  std::vector<std::unique_ptr<Entry>> entries_;
+  std::atomic<std::uint64_t> cursor_{0};
+};
+
+}  // namespace memferry

@@ -1,0 +1,99 @@
+// The source's engine for one migration: data channels, demand service and recovery, each on threads of its
+// own. TypeScript decides what happens next; the sender moves bytes.
+//
+// Work is a `pending` bitmap for each region. Channels take the next run of pending pages at the cursor, a
+// fault takes its page out of turn and moves the cursor behind it. Every page taken goes out exactly once
+// until it is queued again, which is legal only after a barrier (start_round's kRoundDone).
+//
+// Life: construct, connect() -> kConnected, then rounds:
+//   queue_populated()/queue_dirty() ; start_round(tag) -> kRoundDone{tag}
+// stop-and-copy and pre-copy end there. Post-copy and hybrid go on:
+//   discard_dirty()  (any number of times while the guest runs; each is a round of discards only)
+//   ... guest paused ...  switch_over() -> kSwitched   (demand faults are served from here on)
+//   start_push() -> kEvicted
+// Before switch_over() any cut is kFailed. After it, a cut is kPaused, redial with the next epoch, exchange
+// of bitmaps, kRecovered; past recover_timeout kFailed RECOVERY_TIMEOUT (the sender keeps every page).
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "page/hash.h"
+#include "page/region.h"
+#include "track/dirty_tracker.h"
+#include "transfer/events.h"
+#include "wire/frame.h"
+
+namespace memferry {
+
+struct SenderConfig {
+  std::vector<std::shared_ptr<Region>> regions;
+  std::vector<std::shared_ptr<DirtyTracker>> trackers;  // one a region, or nullptr: never collected
+  std::string host;                                     // numeric address
+  std::uint16_t port = 0;
+  wire::MigrationId migration{};
+  unsigned channels = 2;  // 1..16
+  std::vector<wire::Token>
+      tokens;                     // [epoch * (channels + 1) + channel], the demand channel's last in each row
+  std::uint64_t bandwidth = 0;    // bytes/s over all channels; 0: none. Faults debit it but never wait.
+  bool keep_page_hashes = false;  // not needed here: digest() reads the memory itself, which proves more
+  std::chrono::milliseconds connect_timeout{5000};
+  std::chrono::milliseconds recover_timeout{60000};
+  std::chrono::milliseconds answer_timeout{30000};  // for the answer to a barrier or to kSwitch
+  EngineCallback on_event;
+};
+
+struct SenderStats {
+  std::uint64_t bytes_on_wire = 0;  // everything written to data and demand sockets, headers included
+  std::uint64_t pages_sent = 0;     // with content, again counted each time
+  std::uint64_t pages_zero = 0;     // sent as zero runs, never-touched ones included
+  std::uint64_t pages_resent = 0;   // sends of a page that had been sent before (also as zero)
+  std::uint64_t pages_pending = 0;
+  std::uint64_t faults_served = 0;
+  std::uint64_t redials = 0;
+  std::uint64_t extra_memory_bytes = 0;  // peak of what the engine itself holds
+};
+
+class Sender {
+ public:
+  explicit Sender(SenderConfig config);  // throws std::invalid_argument
+  ~Sender();                             // close()
+  Sender(const Sender&) = delete;
+  Sender& operator=(const Sender&) = delete;
+
+  void connect();
+
+  // Marks every page pending: populated ones with content, never-touched ones as zero runs. After
+  // switch_over() and before start_push() it only finds the never-touched ones, which costs no downtime then.
+  void queue_populated();
+  // tracker->collect() of every region (and pages gained by growth) into pending; gives how many pages are
+  // pending now. With `paused` the caller says that the guest no longer writes.
+  std::uint64_t queue_dirty();
+  // Sends all that is pending, then a barrier on every channel.
+  void start_round(std::uint64_t tag);
+
+  // Collects what is dirty, marks it pending and tells the destination to discard it, then a barrier:
+  // kRoundDone{tag}. Gives the number of pages newly marked.
+  std::uint64_t discard_dirty(std::uint64_t tag);
+  // The guest is paused. The last discards (collects by itself), then kSwitch: kSwitched.
+  // Gives the number of pages newly marked by the final scan.
+  std::uint64_t switch_over();
+  void start_push();
+
+  void set_bandwidth(std::uint64_t bytes_per_second);
+  [[nodiscard]] SenderStats stats() const;
+  // XXH3_128 over the page hashes of one region as its memory is now; the guest must be paused for good.
+  // Runs on the caller's thread (bind/ calls it from a worker thread).
+  [[nodiscard]] Hash128 digest(std::uint32_t region) const;
+  // Ends every thread and socket. With `goodbye` the destination sees an end, not a cut. May be called twice.
+  void close(bool goodbye);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace memferry

@@ -1,0 +1,99 @@
+// Sealing and checking of frame headers. Pure; any thread.
+#include "wire/frame.h"
+
+#include <cstring>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+namespace memferry::wire {
+namespace {
+
+constexpr std::size_t kCheckedHeaderBytes = offsetof(FrameHeader, checksum);
+
+// Header and hashes in one buffer, hashed in one go: streaming costs more than the copy for so few bytes.
+constexpr std::size_t kSmallHashes = 64;
+
+std::uint64_t checksum_of(const FrameHeader& header, const void* rest, std::size_t rest_bytes) {
+  if (rest_bytes <= kSmallHashes * sizeof(std::uint64_t)) {
+    std::array<std::byte, kCheckedHeaderBytes + kSmallHashes * sizeof(std::uint64_t)> joined;
+    std::memcpy(joined.data(), &header, kCheckedHeaderBytes);
+    if (rest_bytes > 0) std::memcpy(joined.data() + kCheckedHeaderBytes, rest, rest_bytes);
+    return XXH3_64bits(joined.data(), kCheckedHeaderBytes + rest_bytes);
+  }
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  XXH3_64bits_update(&state, &header, kCheckedHeaderBytes);
+  XXH3_64bits_update(&state, rest, rest_bytes);
+  return XXH3_64bits_digest(&state);
+}
+
+}  // namespace
+
+FrameHeader make_header(FrameType type, std::uint32_t region, PageRun run, std::uint64_t tag) {
+  FrameHeader header{};
+  header.magic = kFrameMagic;
+  header.type = static_cast<std::uint16_t>(type);
+  header.region = region;
+  header.first_page = run.first.value;
+  header.page_count = run.count;
+  header.tag = tag;
+  return header;
+}
+
+std::uint64_t pages_checksum(const FrameHeader& header, std::span<const std::uint64_t> page_hashes) {
+  return checksum_of(header, page_hashes.data(), page_hashes.size_bytes());
+}
+
+std::uint64_t payload_checksum(const FrameHeader& header, std::span<const std::byte> payload) {
+  return checksum_of(header, payload.data(), payload.size());
+}
+
+void seal_pages(FrameHeader& header, std::uint64_t page_size, std::span<const std::uint64_t> page_hashes) {
+  header.payload_bytes = static_cast<std::uint32_t>(page_hashes.size() * page_size);
+  header.checksum = pages_checksum(header, page_hashes);
+}
+
+void seal(FrameHeader& header, std::span<const std::byte> payload) {
+  header.payload_bytes = static_cast<std::uint32_t>(payload.size());
+  header.checksum = payload_checksum(header, payload);
+}
+
+const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
+  if (header.magic != kFrameMagic) return "not a frame: wrong magic";
+  if (header.payload_bytes > max_payload(page_size)) return "payload longer than a frame may carry";
+  switch (static_cast<FrameType>(header.type)) {
+    case FrameType::kPages:
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of a pages frame out of bounds";
+      }
+      return header.payload_bytes == header.page_count * page_size
+                 ? nullptr
+                 : "payload is not page count times page size";
+    case FrameType::kZero:
+    case FrameType::kFaultRequest:
+      if (header.page_count == 0) return "empty run of pages";
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kSwitch:
+    case FrameType::kSwitchAck:
+    case FrameType::kBarrier:
+    case FrameType::kBarrierAck:
+    case FrameType::kBitmapEnd:
+    case FrameType::kGoodbye:
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kDiscard:
+    case FrameType::kSuspects:
+      if (header.payload_bytes == 0 || header.payload_bytes % sizeof(WireRun) != 0) {
+        return "payload is not a list of runs";
+      }
+      return nullptr;
+    case FrameType::kBitmap:
+      if (header.payload_bytes == 0 || header.payload_bytes % sizeof(std::uint64_t) != 0) {
+        return "payload is not a list of bitmap words";
+      }
+      return header.first_page % 64 == 0 ? nullptr : "bitmap does not start at a whole word";
+  }
+  return "unknown frame type";
+}
+
+}  // namespace memferry::wire

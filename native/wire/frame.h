@@ -1,0 +1,140 @@
+// The bytes of a data or demand connection, native to native. docs/protocol.md has the sequences; this file
+// is the one definition of the layout. All integers are little-endian; the numbers here belong to the wire
+// and never change meaning within a version.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "page/range.h"
+
+namespace memferry::wire {
+
+inline constexpr std::uint16_t kVersion = 1;
+
+// The first 8 bytes of every connection to a listener say what it is.
+inline constexpr std::array<char, 8> kControlPreface = {'M', 'F', 'E', 'R', 'R', 'Y', 'C', '1'};
+inline constexpr std::array<char, 8> kDataPreface = {'M', 'F', 'E', 'R', 'R', 'Y', 'D', '1'};
+
+using MigrationId = std::array<std::uint8_t, 16>;
+// HMAC-SHA256 over (session key; "memferry data", migration id, epoch, channel): computed by TypeScript on
+// both sides from the control handshake's nonces, compared here in constant time, good for one connection.
+using Token = std::array<std::uint8_t, 32>;
+
+// Sent by the source when it dials; answered by HelloReply. Channel kDemandChannel is the demand channel,
+// 0 .. channels-1 are data channels. Epoch 0 is the first set of connections; each redial after a cut uses
+// the next one and replaces every connection of the former epoch.
+inline constexpr std::uint16_t kDemandChannel = 0xffff;
+struct Hello {
+  std::array<char, 8> preface;
+  MigrationId migration;
+  std::uint16_t version;
+  std::uint16_t channel;
+  std::uint32_t epoch;
+  Token token;
+};
+static_assert(sizeof(Hello) == 64);
+
+// kRefused is the one answer to every kind of wrong hello: unknown migration, wrong or used token.
+enum class HelloStatus : std::uint32_t { kAccepted = 1, kRefused = 2 };
+struct HelloReply {
+  std::uint32_t magic;  // kFrameMagic
+  std::uint32_t status;
+};
+static_assert(sizeof(HelloReply) == 8);
+
+inline constexpr std::uint32_t kFrameMagic = 0x3146464dU;  // "MFF1"
+
+enum class FrameType : std::uint16_t {
+  kPages = 1,       // payload: page_count pages. Source to destination, data or demand channel.
+  kZero = 2,        // no payload: these pages are zeros (or were never touched)
+  kDiscard = 3,     // payload: WireRun[]: forget these pages, newer content will follow. Channel 0.
+  kSwitch = 4,      // the destination becomes post-copy: what it lacks is missing. Channel 0.
+  kSwitchAck = 5,   // destination to source, on channel 0
+  kBarrier = 6,     // tag: everything before it on this channel must be in memory before the answer
+  kBarrierAck = 7,  // destination to source: tag; page_count: suspect pages named on this channel since its
+                    // last barrier
+  kSuspects = 8,    // destination to source, before a kBarrierAck on a data channel: WireRun[] whose checksum
+                    // did not fit in a pre-copy round; they must go again. Each is named once, on whichever
+                    // channel's barrier comes first after it was found.
+  kFaultRequest = 9,  // destination to source, demand channel: first_page wanted now, page_count is how many
+                      // pages from it on are welcome (1 = just this one)
+  kBitmap = 10,       // destination to source after an epoch > 0 hello on the demand channel: the pages that
+                      // it has, payload: 64-bit words, first_page a multiple of 64. Ends with kBitmapEnd.
+  kBitmapEnd = 11,
+  kGoodbye = 12,  // source: this channel ends here on purpose; a close without it is a cut
+};
+
+inline constexpr std::uint16_t kFlagAnswer =
+    1;  // kPages/kZero on the demand channel: the faulted page itself
+
+struct FrameHeader {
+  std::uint32_t magic;
+  std::uint16_t type;
+  std::uint16_t flags;
+  std::uint32_t region;         // index in the migration's region table
+  std::uint32_t payload_bytes;  // <= max_payload(page size)
+  std::uint64_t first_page;
+  std::uint64_t page_count;
+  std::uint64_t tag;       // round or barrier number; 0 elsewhere
+  std::uint64_t checksum;  // XXH3_64 over the 40 bytes before it, then: kPages the page hashes (one u64 a
+                           // page, XXH3_64 of the page), other types the payload itself
+};
+static_assert(sizeof(FrameHeader) == 48);
+static_assert(offsetof(FrameHeader, checksum) == 40);
+
+// A number that both ends of a migration have in common, for choices that they make alike.
+[[nodiscard]] constexpr std::uint64_t shared_key(const MigrationId& migration) {
+  std::uint64_t key = 0;
+  for (const std::uint8_t byte : migration) key = key * 31 + byte;
+  return key;
+}
+
+struct WireRun {
+  std::uint64_t first_page;
+  std::uint64_t page_count;
+};
+static_assert(sizeof(WireRun) == 16);
+
+// A run of pages carries at most 256 KiB, or one page where pages are larger: the piece that sockets, the
+// L2 cache and UFFDIO_COPY all like.
+inline constexpr std::uint64_t kRunBytes = 256 * 1024;
+[[nodiscard]] constexpr std::uint64_t max_payload(std::uint64_t page_size) {
+  return page_size > kRunBytes ? page_size : kRunBytes;
+}
+[[nodiscard]] constexpr std::uint64_t max_run_pages(std::uint64_t page_size) {
+  return max_payload(page_size) / page_size;
+}
+
+// Structs go over the wire as they lie in memory.
+static_assert(std::endian::native == std::endian::little, "the wire is little-endian");
+
+// A header with its magic and no checksum yet.
+[[nodiscard]] FrameHeader make_header(FrameType type, std::uint32_t region = 0, PageRun run = {},
+                                      std::uint64_t tag = 0);
+
+// The checksum of a kPages frame: header and page hashes. The page bytes themselves are not read again.
+[[nodiscard]] std::uint64_t pages_checksum(const FrameHeader& header,
+                                           std::span<const std::uint64_t> page_hashes);
+// The checksum of every other frame: header and payload.
+[[nodiscard]] std::uint64_t payload_checksum(const FrameHeader& header, std::span<const std::byte> payload);
+
+// Set the checksum; kPages frames get their payload_bytes from `page_size`, others from the payload.
+void seal_pages(FrameHeader& header, std::uint64_t page_size, std::span<const std::uint64_t> page_hashes);
+void seal(FrameHeader& header, std::span<const std::byte> payload = {});
+
+// What is wrong with the form of a header, whatever the state of the migration: magic, type, payload length
+// against type, page count and page size. nullptr when nothing is. Region and page range are the caller's
+// to check (see run_inside), since only the caller knows the regions.
+[[nodiscard]] const char* malformed(const FrameHeader& header, std::uint64_t page_size);
+
+// Whether the run is not empty and lies inside [0, pages), with no overflow whatever the peer wrote.
+[[nodiscard]] constexpr bool run_inside(std::uint64_t first_page, std::uint64_t page_count,
+                                        std::uint64_t pages) {
+  return page_count > 0 && first_page < pages && page_count <= pages - first_page;
+}
+
+}  // namespace memferry::wire

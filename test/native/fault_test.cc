@@ -1,0 +1,148 @@
+// The parts of fault handling that need no fault: windows, histogram, the list of who waits, discarding.
+#include <gtest/gtest.h>
+
+#include <sys/mman.h>
+#include <algorithm>
+#include <cstring>
+#include <random>
+
+#include "fault/discard.h"
+#include "fault/latency_histogram.h"
+#include "fault/sequential_detector.h"
+#include "fault/waiting_faults.h"
+#include "os/mapping.h"
+
+namespace memferry {
+namespace {
+
+TEST(SequentialDetector, WindowsGrowWhileTheFaultsWalkForward) {
+  SequentialDetector detector;
+  std::uint64_t page = 100;
+  for (const std::uint64_t window : {1U, 8U, 16U, 32U, 32U, 32U}) {
+    const auto advice = detector.fault(0, PageNumber{page});
+    EXPECT_EQ(advice.pages, window);
+    EXPECT_FALSE(advice.expected);
+    page += advice.pages;
+  }
+}
+
+TEST(SequentialDetector, AWalkOverHolesStillGrows) {
+  SequentialDetector detector;
+  EXPECT_EQ(detector.fault(0, PageNumber{0}, 20).pages, 1U);
+  EXPECT_EQ(detector.fault(0, PageNumber{1}, 5).pages, 5U);  // 6 is here already
+  const auto behind = detector.fault(0, PageNumber{7}, 40);
+  EXPECT_EQ(behind.pages, 16U);
+  EXPECT_FALSE(behind.expected);
+}
+
+TEST(SequentialDetector, RandomFaultsAskForOnePage) {
+  SequentialDetector detector;
+  std::mt19937_64 random(1);
+  int windows = 0;
+  for (int i = 0; i < 10000; ++i)
+    windows += detector.fault(0, PageNumber{random() % (1 << 20)}).pages > 1 ? 1 : 0;
+  EXPECT_LT(windows, 10);
+}
+
+TEST(SequentialDetector, SeveralWalksAndRegions) {
+  SequentialDetector detector;
+  for (std::uint32_t region = 0; region < 2; ++region) {
+    for (std::uint64_t walk = 0; walk < 3; ++walk)
+      EXPECT_EQ(detector.fault(region, PageNumber{walk * 10000}).pages, 1U);
+  }
+  for (std::uint32_t region = 0; region < 2; ++region) {
+    for (std::uint64_t walk = 0; walk < 3; ++walk)
+      EXPECT_EQ(detector.fault(region, PageNumber{walk * 10000 + 1}).pages, 8U);
+  }
+  EXPECT_TRUE(detector.fault(1, PageNumber{4}).expected);   // inside the window 1..8
+  EXPECT_FALSE(detector.fault(1, PageNumber{9}).expected);  // behind it
+}
+
+TEST(LatencyHistogram, QuantilesAgainstASortedTwin) {
+  LatencyHistogram histogram;
+  EXPECT_EQ(histogram.quantile(0.5).count(), 0);
+  std::mt19937_64 random(2);
+  std::vector<std::int64_t> all;
+  for (int i = 0; i < 20000; ++i) {
+    all.push_back(static_cast<std::int64_t>(random() >> (24 + random() % 36)));
+    histogram.record(std::chrono::nanoseconds{all.back()});
+  }
+  std::sort(all.begin(), all.end());
+  for (const double fraction : {0.01, 0.5, 0.9, 0.99}) {
+    const double exact = static_cast<double>(all[static_cast<std::size_t>(fraction * 20000) - 1]);
+    const double got = static_cast<double>(histogram.quantile(fraction).count());
+    EXPECT_GE(got, exact);
+    EXPECT_LE(got, exact * 1.07 + 1);
+  }
+  EXPECT_EQ(histogram.quantile(1).count(), all.back());
+  EXPECT_EQ(histogram.max().count(), all.back());
+  EXPECT_EQ(histogram.count(), 20000U);
+}
+
+TEST(WaitingFaults, WhatWasSentIsSentAgainAfterACut) {
+  using State = WaitingFault::State;
+  WaitingFaults faults;
+  const auto now = WaitingFaults::Clock::now();
+  std::uint64_t page = 0;
+  for (const State state : {State::kRequested, State::kDeferred, State::kExpected, State::kArriving}) {
+    faults.add(
+        {0, PageNumber{page++}, 1, state, state == State::kRequested, now, now + std::chrono::hours(1)});
+  }
+  std::vector<std::uint64_t> sent;
+  const auto collect = [&](const WaitingFault& fault) { sent.push_back(fault.page.value); };
+  faults.request_due(now, collect);
+  EXPECT_EQ(sent, (std::vector<std::uint64_t>{1}));
+  EXPECT_TRUE(faults.any_expected());
+  faults.request_due(now + std::chrono::hours(2), collect);
+  EXPECT_EQ(sent, (std::vector<std::uint64_t>{1, 2}));
+  sent.clear();
+  faults.defer_all();
+  faults.request_due(now, collect);
+  std::sort(sent.begin(), sent.end());
+  EXPECT_EQ(sent, (std::vector<std::uint64_t>{0, 1, 2}));
+  std::size_t taken = 0;
+  faults.take(0, {PageNumber{1}, 3}, [&](const WaitingFault&) { ++taken; });
+  EXPECT_EQ(taken, 3U);
+  EXPECT_TRUE(faults.contains(0, PageNumber{0}));
+  EXPECT_FALSE(faults.contains(1, PageNumber{0}));
+}
+
+TEST(Discarder, DropsExactlyWhatWasNamed) {
+  const std::uint64_t page_size = system_page_size();
+  const std::uint64_t pages = 8192;
+  auto region = Region::allocate(pages * page_size);
+  std::byte* const memory = region->address(PageNumber{0}).pointer();
+  EXPECT_EQ(backing_of(*region), Backing::kPrivate);
+  ::madvise(memory, pages * page_size, MADV_NOHUGEPAGE);
+  std::memset(memory, 0x42, pages * page_size);
+  Discarder discarder(Backing::kPrivate);
+  const auto dropped = [](std::uint64_t page) { return page % 3 == 1 || (page >= 500 && page < 600); };
+  for (std::uint64_t page = 0; page < pages; ++page) {
+    if (dropped(page)) discarder.add(Address::of(memory + page * page_size), page_size);
+  }
+  discarder.flush();
+  for (std::uint64_t page = 0; page < pages; ++page) {
+    ASSERT_EQ(memory[page * page_size], dropped(page) ? std::byte{0} : std::byte{0x42}) << page;
+  }
+}
+
+TEST(Discarder, PunchesHolesIntoSharedMemory) {
+  const std::uint64_t page_size = system_page_size();
+  void* memory = ::mmap(nullptr, 16 * page_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* const bytes = static_cast<std::byte*>(memory);
+  auto region = Region::adopt({Extent{Address::of(memory), 16 * page_size}}, 16 * page_size);
+  EXPECT_EQ(backing_of(*region), Backing::kShared);
+  std::memset(memory, 0x42, 16 * page_size);
+  Discarder discarder(Backing::kShared);
+  discarder.add(Address::of(bytes + 4 * page_size), 2 * page_size);
+  discarder.flush();
+  EXPECT_EQ(bytes[4 * page_size], std::byte{0});
+  EXPECT_EQ(bytes[3 * page_size], std::byte{0x42});
+  EXPECT_EQ(bytes[6 * page_size], std::byte{0x42});
+  region->retire();
+  ::munmap(memory, 16 * page_size);
+}
+
+}  // namespace
+}  // namespace memferry

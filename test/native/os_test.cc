@@ -1,0 +1,250 @@
+// The small owners of the os layer: descriptors, mappings, threads; and what /proc says about memory.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <functional>
+#include <semaphore>
+#include <utility>
+#include <vector>
+
+#include "lonely_mapping.h"
+#include "os/mapping.h"
+#include "os/pagemap.h"
+#include "os/process_maps.h"
+#include "os/sys_error.h"
+#include "os/unique_fd.h"
+#include "os/worker_thread.h"
+
+namespace memferry {
+namespace {
+
+const std::uint64_t kPage = system_page_size();
+
+bool is_open(int fd) { return ::fcntl(fd, F_GETFD) >= 0; }
+
+TEST(UniqueFdTest, ClosesOnceAndMoves) {
+  int pipe_fds[2];
+  ASSERT_EQ(::pipe2(pipe_fds, O_CLOEXEC), 0);
+  UniqueFd reader(pipe_fds[0]);
+  {
+    UniqueFd writer(pipe_fds[1]);
+    const UniqueFd moved = std::move(writer);
+    EXPECT_FALSE(writer.valid());
+    EXPECT_TRUE(is_open(pipe_fds[1]));
+  }
+  EXPECT_FALSE(is_open(pipe_fds[1]));
+  const int released = reader.release();
+  EXPECT_EQ(released, pipe_fds[0]);
+  EXPECT_TRUE(is_open(released));
+  reader.reset(released);
+  reader.reset();
+  EXPECT_FALSE(is_open(released));
+}
+
+TEST(MappingTest, UnmapsWhenItsOwnerGoes) {
+  Address start;
+  {
+    Mapping mapping = Mapping::anonymous(1024 * kPage);
+    const Mapping moved = std::move(mapping);
+    EXPECT_FALSE(mapping);
+    start = moved.start();
+    EXPECT_EQ(mapped_extent(start, 1024 * kPage), 1024 * kPage);
+    moved.bytes()[1024 * kPage - 1] = std::byte{1};
+  }
+  EXPECT_NE(::msync(start.pointer(), 1024 * kPage, MS_ASYNC), 0);
+  EXPECT_THROW((void)Mapping::anonymous(~0ULL << 13), SystemError);
+}
+
+TEST(WorkerThreadTest, WakesAndStops) {
+  std::atomic<int> woken{0};
+  std::counting_semaphore<> done(0);
+  WorkerThread thread("a-name-longer-than-15", [&](WorkerThread& self) {
+    char name[16] = {};
+    ASSERT_EQ(pthread_getname_np(pthread_self(), name, sizeof name), 0);
+    EXPECT_STREQ(name, "a-name-longer-t");
+    while (!self.stopping()) {
+      if (self.wait(-1) && !self.stopping()) {
+        ++woken;
+        done.release();
+      }
+    }
+  });
+  for (int i = 1; i <= 3; ++i) {
+    thread.wake();
+    done.acquire();
+    EXPECT_EQ(woken.load(), i);
+  }
+  thread.stop();
+  EXPECT_FALSE(thread.started());
+  thread.stop();
+}
+
+// A wake that comes before the body waits must not be lost.
+TEST(WorkerThreadTest, AWakeIsRemembered) {
+  std::binary_semaphore wake_sent(0);
+  std::atomic<bool> saw_wake{false};
+  WorkerThread thread("remembers", [&](WorkerThread& self) {
+    wake_sent.acquire();
+    saw_wake = self.wait(10000);
+  });
+  thread.wake();
+  wake_sent.release();
+  while (!saw_wake) std::this_thread::yield();
+}
+
+TEST(WorkerThreadTest, BlocksTheHostsSignals) {
+  sigset_t seen;
+  sigemptyset(&seen);
+  {
+    WorkerThread thread("signals", [&](WorkerThread&) { pthread_sigmask(SIG_SETMASK, nullptr, &seen); });
+  }
+  EXPECT_EQ(sigismember(&seen, SIGINT), 1);
+  EXPECT_EQ(sigismember(&seen, SIGTERM), 1);
+  EXPECT_EQ(sigismember(&seen, SIGSEGV), 0);
+  EXPECT_EQ(sigismember(&seen, SIGBUS), 0);
+  sigset_t own;
+  pthread_sigmask(SIG_SETMASK, nullptr, &own);
+  EXPECT_EQ(sigismember(&own, SIGINT), 0);
+}
+
+TEST(WorkerThreadTest, SchedulingConcernsTheCallingThreadOnly) {
+  const int before = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)));
+  WorkerThread thread("nice", [&](WorkerThread&) {
+    ASSERT_TRUE(set_this_thread_nice(before + 3));
+    EXPECT_EQ(::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid))), before + 3);
+    ASSERT_TRUE(set_this_thread_idle());
+    EXPECT_EQ(::sched_getscheduler(0), SCHED_IDLE);
+  });
+  thread.stop();
+  EXPECT_EQ(::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid))), before);
+  EXPECT_NE(::sched_getscheduler(0), SCHED_IDLE);
+}
+
+TEST(ProcessMapsTest, MeasuresHowFarMemoryReaches) {
+  const LonelyMapping mapping(16 * kPage);
+  ASSERT_EQ(::mprotect(mapping.start().plus(10 * kPage).pointer(), 6 * kPage, PROT_NONE), 0);
+  EXPECT_EQ(writable_extent(mapping.start(), 16 * kPage), 10 * kPage);
+  EXPECT_EQ(writable_extent(mapping.start().plus(3 * kPage), 4 * kPage), 4 * kPage);
+  EXPECT_EQ(writable_extent(mapping.start().plus(12 * kPage), 4 * kPage), 0U);
+  EXPECT_EQ(mapped_extent(mapping.start(), 16 * kPage), 16 * kPage);
+  // A change of protection in the middle splits the kernel's areas; the extent spans them.
+  ASSERT_EQ(::madvise(mapping.start().plus(2 * kPage).pointer(), kPage, MADV_DONTDUMP), 0);
+  EXPECT_EQ(writable_extent(mapping.start(), 16 * kPage), 10 * kPage);
+  ASSERT_EQ(::munmap(mapping.start().plus(5 * kPage).pointer(), kPage), 0);
+  EXPECT_EQ(writable_extent(mapping.start(), 16 * kPage), 5 * kPage);
+  EXPECT_EQ(mapped_extent(mapping.start().plus(5 * kPage), kPage), 0U);
+}
+
+TEST(ProcessMapsTest, TellsPrivateAnonymousMemory) {
+  const Mapping anonymous = Mapping::anonymous(2 * kPage);
+  EXPECT_TRUE(is_private_anonymous(anonymous.start(), 2 * kPage));
+  const UniqueFd memfd(static_cast<int>(::syscall(SYS_memfd_create, "test", 1U)));
+  ASSERT_TRUE(memfd.valid());
+  ASSERT_EQ(::ftruncate(memfd.get(), static_cast<off_t>(2 * kPage)), 0);
+  const Mapping shared = Mapping::shared(memfd.get(), 2 * kPage);
+  EXPECT_FALSE(is_private_anonymous(shared.start(), 2 * kPage));
+}
+
+TEST(ProcessMapsTest, ReadsEveryArea) {
+  bool heap_or_stack = false;
+  std::uint64_t last_end = 0;
+  for_each_mapped_area([&](const MappedArea& area) {
+    EXPECT_LE(last_end, area.start.value);
+    EXPECT_LT(area.start, area.end);
+    last_end = area.end.value;
+    heap_or_stack = heap_or_stack || area.name == "[stack]";
+    return true;
+  });
+  EXPECT_TRUE(heap_or_stack);
+}
+
+class PagemapTest : public testing::Test {
+ protected:
+  using Pages = std::vector<std::pair<std::uint64_t, std::uint64_t>>;  // [first, end)
+  std::function<void(AddressRange)> collect_into(Pages& pages, const Mapping& memory) {
+    return [&pages, start = memory.start().value](AddressRange range) {
+      pages.emplace_back((range.start.value - start) / kPage, (range.end.value - start) / kPage);
+    };
+  }
+  static void touch(const Mapping& memory, std::uint64_t page) {
+    static_cast<volatile std::byte*>(memory.data())[page * kPage] = std::byte{1};
+  }
+};
+
+TEST_F(PagemapTest, FindsPopulatedPagesInBothWays) {
+  const Mapping memory = Mapping::anonymous(20000 * kPage);
+  ASSERT_EQ(::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE), 0);
+  Pages expected;
+  // Single pages, a run, and the last page; far more than one buffer of the reading way.
+  for (const std::uint64_t page : {0U, 7U, 8U, 9U, 8191U, 8192U, 15000U, 19999U}) {
+    touch(memory, page);
+    if (!expected.empty() && expected.back().second == page) {
+      ++expected.back().second;
+    } else {
+      expected.emplace_back(page, page + 1);
+    }
+  }
+  Pagemap pagemap;
+  Pages read;
+  pagemap.populated_by_reading(memory.start(), memory.size(), collect_into(read, memory));
+  EXPECT_EQ(read, expected);
+  Pages found;
+  pagemap.populated(memory.start(), memory.size(), collect_into(found, memory));
+  EXPECT_EQ(found, expected);
+}
+
+TEST_F(PagemapTest, AScanGoesOnWhenItsBufferIsFull) {
+  Pagemap pagemap;
+  if (!pagemap.can_scan()) GTEST_SKIP() << "this kernel lacks PAGEMAP_SCAN (Linux 6.7)";
+  constexpr std::uint64_t kPages = 2 * 70000;  // every other page: more runs than the buffer's 65536
+  const Mapping memory = Mapping::anonymous(kPages * kPage);
+  ASSERT_EQ(::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE), 0);
+  for (std::uint64_t page = 0; page < kPages; page += 2) touch(memory, page);
+  std::uint64_t runs = 0;
+  std::uint64_t wrong = 0;
+  pagemap.populated(memory.start(), memory.size(), [&](AddressRange range) {
+    const Address expected = memory.start().plus(runs * 2 * kPage);
+    if (range != AddressRange{expected, expected.plus(kPage)}) ++wrong;
+    ++runs;
+  });
+  EXPECT_EQ(runs, kPages / 2);
+  EXPECT_EQ(wrong, 0U);
+}
+
+TEST_F(PagemapTest, ThePageOfZerosIsNotPopulated) {
+  Pagemap pagemap;
+  if (!pagemap.can_scan()) GTEST_SKIP() << "this kernel lacks PAGEMAP_SCAN (Linux 6.7)";
+  const Mapping memory = Mapping::anonymous(8 * kPage);
+  ASSERT_EQ(::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE), 0);
+  const std::byte value = static_cast<volatile std::byte*>(memory.data())[3 * kPage];
+  EXPECT_EQ(value, std::byte{0});
+  Pages found;
+  pagemap.populated(memory.start(), memory.size(), collect_into(found, memory));
+  EXPECT_TRUE(found.empty());
+}
+
+TEST_F(PagemapTest, ScanningUnregisteredMemoryForWritesIsRefused) {
+  Pagemap pagemap;
+  if (!pagemap.can_scan()) GTEST_SKIP() << "this kernel lacks PAGEMAP_SCAN (Linux 6.7)";
+  const Mapping memory = Mapping::anonymous(8 * kPage);
+  Pagemap::Query query;
+  query.flags = abi::kScanWpMatching | abi::kScanCheckWpAsync;
+  query.category_mask = query.return_mask = abi::kPageIsWritten;
+  try {
+    pagemap.scan(memory.start(), memory.size(), query, [](const abi::PageRegion&) {});
+    FAIL() << "no error";
+  } catch (const SystemError& error) {
+    EXPECT_EQ(error.error(), EPERM);
+  }
+}
+
+}  // namespace
+}  // namespace memferry

@@ -1,0 +1,239 @@
+// The push's pace: the token bucket and the rate controller with a clock of their own, and a simulated link.
+#include "wire/pacer.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <thread>
+
+namespace memferry::wire {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr TimePoint kStart{1h};
+
+double seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+TEST(TokenBucket, WithoutARateNobodyWaits) {
+  TokenBucket bucket;
+  bucket.debit(1 << 30, kStart);
+  EXPECT_EQ(bucket.delay(kStart), Duration::zero());
+}
+
+TEST(TokenBucket, DebtIsPaidAtTheRate) {
+  TokenBucket bucket;
+  bucket.set_rate(1e6, 1000, kStart);
+  EXPECT_EQ(bucket.delay(kStart), Duration::zero());
+  bucket.debit(10'000, kStart);
+  EXPECT_NEAR(seconds(bucket.delay(kStart)), 0.01, 0.0001);
+  EXPECT_NEAR(seconds(bucket.delay(kStart + 6ms)), 0.004, 0.0001);
+  EXPECT_EQ(bucket.delay(kStart + 11ms), Duration::zero());
+}
+
+TEST(TokenBucket, WaitingForTheDelayIsEnough) {
+  TokenBucket bucket;
+  bucket.set_rate(123'456'789, 0, kStart);
+  TimePoint now = kStart;
+  for (int i = 0; i < 1000; ++i) {
+    bucket.debit(4096 + static_cast<std::uint64_t>(i), now);
+    now += bucket.delay(now);
+    ASSERT_EQ(bucket.delay(now), Duration::zero()) << i;
+  }
+}
+
+TEST(TokenBucket, ASilenceSavesNoMoreThanTheBurst) {
+  TokenBucket bucket;
+  bucket.set_rate(1e6, 1000, kStart);
+  const TimePoint later = kStart + 1h;
+  bucket.debit(2000, later);
+  EXPECT_NEAR(seconds(bucket.delay(later)), 0.001, 0.0001);
+}
+
+TEST(TokenBucket, TheRateHoldsOverManyUnevenSteps) {
+  TokenBucket bucket;
+  bucket.set_rate(5e6, 10'000, kStart);
+  TimePoint now = kStart;
+  std::uint64_t sent = 0;
+  for (int i = 0; i < 2000; ++i) {
+    const std::uint64_t bytes = 100 + static_cast<std::uint64_t>(i * 7919 % 60'000);
+    bucket.debit(bytes, now);
+    sent += bytes;
+    now += bucket.delay(now);
+  }
+  EXPECT_NEAR(static_cast<double>(sent) / seconds(now - kStart), 5e6, 0.01 * 5e6);
+}
+
+TEST(TokenBucket, AFallingRateKeepsTheDebt) {
+  TokenBucket bucket;
+  bucket.set_rate(1e6, 0, kStart);
+  bucket.debit(1000, kStart);
+  bucket.set_rate(1e5, 0, kStart);
+  EXPECT_NEAR(seconds(bucket.delay(kStart)), 0.01, 0.0001);
+  bucket.set_rate(0, 0, kStart);
+  EXPECT_EQ(bucket.delay(kStart), Duration::zero());
+}
+
+// A link with a queue in front of it, which TCP sees as a longer round trip.
+struct Link {
+  double bytes_a_second;
+  double queue_bytes = 0;
+  double delivered = 0;
+  void step(double offered_bytes, double dt) {
+    queue_bytes += offered_bytes;
+    const double out = std::min(queue_bytes, bytes_a_second * dt);
+    queue_bytes -= out;
+    delivered += out;
+  }
+  // What TCP has not seen acknowledged: what waits, and what is on its way.
+  std::uint64_t queued() const { return static_cast<std::uint64_t>(queue_bytes + bytes_a_second * 40e-6); }
+};
+
+constexpr double kQueueUs = std::chrono::duration<double, std::micro>(RateController::kQueue).count();
+
+struct Outcome {
+  double utilisation;
+  double mean_queue_us;
+};
+
+// Pushes as the controller allows, with faults' answers of `fault_share` of the link on top.
+Outcome run_link(double link_rate, double fault_share, double later_rate = 0) {
+  Link link{link_rate};
+  RateController controller;
+  TimePoint now = kStart;
+  constexpr double kDt = 0.0005;
+  double queue_us = 0;
+  double capacity = 0;
+  double delivered_at_start = 0;
+  int measured = 0;
+  constexpr int kSteps = 16'000;  // 8 s
+  for (int i = 0; i < kSteps; ++i) {
+    if (i == kSteps / 2 && later_rate > 0) link.bytes_a_second = later_rate;
+    const double push = !controller.limiting()          ? 2 * link_rate
+                        : now < controller.drained_at() ? 0
+                                                        : controller.rate();
+    // The bucket: what the faults take, the push does not get.
+    const double faults = fault_share * link.bytes_a_second;
+    const double offered = controller.limiting() ? std::max(push - faults, 0.0) + faults : push;
+    // Before the controller, a queue of finite length, as in a switch.
+    if (link.queue_bytes < 0.005 * link_rate)
+      link.step(offered * kDt, kDt);
+    else
+      link.step(0, kDt);
+    now += std::chrono::duration_cast<Duration>(std::chrono::duration<double>(kDt));
+    if (i % 10 == 9) {
+      controller.sample({now, static_cast<std::uint64_t>(link.delivered), link.queued(), 40us});
+      if (i > 200) controller.start(now);
+    }
+    if (i > kSteps - kSteps / 4) {
+      if (measured == 0) delivered_at_start = link.delivered;
+      queue_us += link.queue_bytes / link.bytes_a_second * 1e6;
+      capacity += link.bytes_a_second * kDt;
+      ++measured;
+    }
+  }
+  return {(link.delivered - delivered_at_start) / capacity, queue_us / measured};
+}
+
+TEST(RateController, FillsALinkOfAnyRateAndNoQueue) {
+  for (const double rate : {1.25e6, 12.5e6, 119.6e6, 1.25e9}) {
+    for (const double faults : {0.0, 0.1}) {
+      const Outcome outcome = run_link(rate, faults);
+      EXPECT_GT(outcome.utilisation, 0.95) << rate;
+      EXPECT_LT(outcome.mean_queue_us, kQueueUs) << rate;
+    }
+  }
+}
+
+TEST(RateController, FollowsALinkThatBecomesSlower) {
+  const Outcome outcome = run_link(119.6e6, 0.1, 60e6);
+  EXPECT_GT(outcome.utilisation, 0.9);
+  EXPECT_LT(outcome.mean_queue_us, 2 * kQueueUs);
+}
+
+// Delivered at 100 MB/s, and this many bytes waiting.
+RateController::Sample sample_at(std::chrono::milliseconds at, std::uint64_t queued_bytes) {
+  return {kStart + at, static_cast<std::uint64_t>(at.count()) * 100'000, queued_bytes, 40us};
+}
+
+TEST(RateController, StartsJustBelowWhatWasDelivered) {
+  RateController controller;
+  controller.start(kStart);
+  EXPECT_FALSE(controller.limiting()) << "nothing measured yet";
+  controller.sample(sample_at(0ms, 0));
+  controller.sample(sample_at(10ms, 197'880));  // 2 ms of 97 MB/s, and the 40 us of the round trip
+  controller.start(kStart + 10ms);
+  EXPECT_NEAR(controller.rate(), 98e6, 1e5);
+  EXPECT_NEAR(seconds(controller.drained_at() - kStart), 0.012, 0.0001);
+  controller.stop();
+  EXPECT_FALSE(controller.limiting());
+}
+
+TEST(RateController, GrowsWhileThereIsNoQueueAndFallsWhenThereIs) {
+  RateController controller;
+  controller.sample(sample_at(0ms, 0));
+  controller.sample(sample_at(10ms, 0));
+  controller.start(kStart + 10ms);
+  controller.sample(sample_at(15ms, 1'000'000));  // the interval after a fall tells nothing
+  const double rate = controller.rate();
+  controller.sample(sample_at(20ms, 4000));  // no more than the round trip holds
+  EXPECT_GT(controller.rate(), rate);
+  EXPECT_LT(controller.rate(), 1.01 * rate);
+  controller.sample(sample_at(25ms, 100'000));  // a millisecond
+  EXPECT_LT(controller.rate(), rate);
+  EXPECT_GE(controller.rate(), RateController::kDeepestFall * rate);
+  EXPECT_GT(controller.drained_at(), kStart + 25ms);
+}
+
+TEST(RateController, AStandstillOfAcknowledgementsDoesNotEndAtAStandstill) {
+  RateController controller;
+  controller.sample(sample_at(0ms, 0));
+  controller.sample(sample_at(10ms, 0));
+  controller.start(kStart + 10ms);
+  for (int i = 0; i < 6; ++i) controller.sample({kStart + 15ms + i * 5ms, 1'000'000, 1'000'000, 40us});
+  EXPECT_GT(controller.rate(), 0.2 * 97e6);
+}
+
+TEST(RateController, SamplesThatGoBackwardsAreHarmless) {
+  RateController controller;
+  controller.sample({kStart, 1000, 0, 40us});
+  controller.sample({kStart, 2000, 0, 40us});
+  controller.sample({kStart - 1ms, 0, 0, 0us});
+  controller.start(kStart + 5ms);
+  EXPECT_FALSE(controller.limiting());
+}
+
+TEST(Pacer, CancelWakesAWaiterAndResetLetsItGoAgain) {
+  Pacer pacer;
+  pacer.set_bandwidth(1);
+  pacer.debit(1000);
+  std::jthread canceller([&] { pacer.cancel(); });
+  EXPECT_FALSE(pacer.wait_turn());
+  EXPECT_FALSE(pacer.wait_turn());
+  canceller.join();
+  pacer.reset();
+  pacer.set_bandwidth(0);
+  EXPECT_TRUE(pacer.wait_turn());
+}
+
+TEST(Pacer, AnswersToFaultsAreDebitedAndNeverWait) {
+  Pacer pacer;
+  pacer.set_bandwidth(10'000'000);
+  pacer.fault_begin();
+  pacer.fault_end(1'000'000);  // a tenth of a second
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_TRUE(pacer.wait_turn());
+  const double waited = seconds(std::chrono::steady_clock::now() - begin);
+  EXPECT_GT(waited, 0.05);
+}
+
+TEST(Pacer, ChunksAreSmallerWhileFaultsAreRecent) {
+  Pacer pacer;
+  EXPECT_EQ(pacer.chunk_bytes(256 * 1024), 256u * 1024);
+  pacer.fault_begin();
+  pacer.fault_end(4096);
+  EXPECT_LT(pacer.chunk_bytes(256 * 1024), 256u * 1024);
+}
+
+}  // namespace
+}  // namespace memferry::wire
