@@ -1,0 +1,37 @@
+#!/usr/bin/env node
+/**
+ * The `memferry` command: one file a command, each loaded when it is the one that was asked for.
+ */
+import { readFileSync } from 'node:fs';
+import { Command } from 'commander';
+import { addBench } from './bench.js';
+import { addDemo } from './demo.js';
+import { addDoctor } from './doctor.js';
+import { describeUsageError, reportError } from './output.js';
+import { addReceive } from './receive.js';
+import { addSend } from './send.js';
+
+function build(): Command {
+  const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+    version: string;
+  };
+  const program = new Command('memferry')
+    .description('Moves live memory between processes and machines while its owner keeps running.')
+    .version(version)
+    .option('--debug', 'show the stack of an error')
+    .configureOutput({ outputError: (text, print) => print(describeUsageError(text)) })
+    .exitOverride();
+  addDemo(program);
+  addDoctor(program);
+  addBench(program);
+  addReceive(program);
+  addSend(program);
+  return program;
+}
+
+const program = build();
+try {
+  await program.parseAsync();
+} catch (error) {
+  process.exitCode = reportError(error, program.opts<{ debug?: boolean }>().debug === true);
+}

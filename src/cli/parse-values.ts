@@ -1,0 +1,58 @@
+/** Values on the command line: numbers within bounds, sizes with their units, modes, NAME=PATH pairs. */
+import { resolve } from 'node:path';
+import { InvalidArgumentError } from 'commander';
+
+export function wholeNumber(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^\d+$/.test(text) || value < least || value > most) {
+      throw new InvalidArgumentError(`write a whole number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}
+
+export function positiveNumber(text: string): number {
+  const value = Number(text);
+  if (!(value > 0) || !Number.isFinite(value)) throw new InvalidArgumentError('write a number above 0.');
+  return value;
+}
+
+const units: Record<string, number> = {
+  '': 1,
+  k: 1e3,
+  m: 1e6,
+  g: 1e9,
+  ki: 2 ** 10,
+  mi: 2 ** 20,
+  gi: 2 ** 30,
+};
+
+/** `100M`, `1.5Gi`, `65536`: bytes. */
+export function byteCount(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*(k|m|g|ki|mi|gi)?b?$/i.exec(text.trim());
+  const unit = units[(match?.[2] ?? '').toLowerCase()];
+  if (!match || unit === undefined) throw new InvalidArgumentError('write bytes, as 65536, 100M or 1.5Gi.');
+  return Math.round(Number(match[1]) * unit);
+}
+
+export interface NamedModule {
+  name: string;
+  path: string;
+}
+
+/** `NAME=PATH`; the path as from here. */
+export function namedModule(text: string): NamedModule {
+  const match = /^([A-Za-z0-9._-]{1,64})=(.+)$/s.exec(text);
+  if (!match)
+    throw new InvalidArgumentError('write NAME=PATH, the name of letters, digits, dots and dashes.');
+  return { name: match[1] as string, path: resolve(match[2] as string) };
+}
+
+export function namedModules(text: string, before: NamedModule[] | undefined): NamedModule[] {
+  const one = namedModule(text);
+  if (before?.some(({ name }) => name === one.name)) {
+    throw new InvalidArgumentError(`there are two modules named ${one.name}.`);
+  }
+  return [...(before ?? []), one];
+}

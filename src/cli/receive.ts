@@ -1,0 +1,124 @@
+/**
+ * `memferry receive`: waits for guests, runs only the modules it was told of, and lets one talk to the guest
+ * that arrived last, line by line.
+ */
+import { pathToFileURL } from 'node:url';
+import type { Command } from 'commander';
+import { figure, mebibytes } from '../demo/table.js';
+import { type Arrival, listen } from '../destination/listen.js';
+import { memferryError } from '../errors.js';
+import { parseAddress } from '../options.js';
+import type { ArrivalReport } from '../report.js';
+import { type WorkerGuest, workerGuests } from '../worker/index.js';
+import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import { GuestConsole } from './guest-console.js';
+import { makeOutput, type Output } from './output.js';
+import { byteCount, type NamedModule, namedModules } from './parse-values.js';
+import { onInterrupt } from './signals.js';
+
+interface ReceiveFlags extends ConnectionFlags {
+  listen: string;
+  module: NamedModule[];
+  maxBytes?: number;
+  json?: boolean;
+  once?: boolean;
+}
+
+export function addReceive(program: Command): void {
+  const command = program
+    .command('receive')
+    .description('wait for guests and run them')
+    .requiredOption('--listen <host:port>', 'where to wait; port 0 takes any and says which')
+    .requiredOption(
+      '--module <name=path>',
+      'a module that may be run here, by its name (repeatable)',
+      namedModules,
+    )
+    .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
+    .option('--once', 'end with the first migration, and its guest with it')
+    .option('--json', 'one JSON object a line');
+  addConnectionFlags(command).action(receive);
+}
+
+async function receive(flags: ReceiveFlags): Promise<void> {
+  const output = makeOutput(flags.json);
+  using interruption = onInterrupt();
+  const guests = new Set<WorkerGuest>();
+  let latest: WorkerGuest | null = null;
+  const listening = await listen({
+    ...parseAddress(flags.listen),
+    ...connectionOptions(flags),
+    ...(flags.maxBytes === undefined ? {} : { maxBytes: flags.maxBytes }),
+    signal: interruption.signal,
+    accept: workerGuests({
+      modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
+      onGuest: (guest) => {
+        guests.add(guest);
+        latest = guest;
+        follow(guest, output);
+      },
+    }),
+  });
+  output.say(`listening on ${listening.host}:${listening.port}; a line asks the guest that came last`);
+  output.line({ type: 'listening', host: listening.host, port: listening.port });
+  const typed = new GuestConsole({ input: process.stdin, output, guest: () => latest });
+  const stop = () => void listening.close();
+  interruption.signal.addEventListener('abort', stop, { once: true });
+  try {
+    for await (const arrival of listening) {
+      const outcome = account(arrival, output);
+      if (flags.once) {
+        await Promise.race([outcome, interrupted(interruption.signal)]);
+        break;
+      }
+      outcome.catch((error: Error & { code?: string }) => {
+        output.say(`failed: ${error.code ?? 'ERROR'}: ${error.message}`);
+        output.line({ type: 'failed', id: arrival.id, code: error.code ?? 'ERROR', message: error.message });
+      });
+    }
+  } finally {
+    typed.close();
+    process.stdin.destroy();
+    await listening.close();
+    await Promise.all([...guests].map((guest) => guest.terminate()));
+  }
+}
+
+/** Says what becomes of one arrival; the promise is its report. */
+async function account(arrival: Arrival, output: Output): Promise<ArrivalReport> {
+  const { id, offer } = arrival;
+  const lengthBytes = offer.regions.reduce((sum, region) => sum + region.lengthBytes, 0);
+  output.say(`guest ${offer.name} is coming: ${mebibytes(lengthBytes)} MiB`);
+  output.line({ type: 'arrival', id, guest: offer.name, regions: offer.regions });
+  arrival.on('state', (state) => output.line({ type: 'state', id, state }));
+  arrival.resumed.then(
+    () => output.say(`guest ${offer.name} runs here`),
+    () => {},
+  );
+  const report = await arrival.complete;
+  output.result(
+    `guest ${offer.name} is complete: ${mebibytes(report.bytesReceived)} MiB received, ` +
+      `${report.remoteFaults.count} remote faults (p50 ${figure(report.remoteFaults.p50Us)} us)`,
+    { type: 'report', ...report },
+  );
+  return report;
+}
+
+function follow(guest: WorkerGuest, output: Output): void {
+  guest.on('message', (value) => {
+    if (output.json) output.line({ type: 'message', guest: guest.name, value });
+    else output.say(`${guest.name}: ${JSON.stringify(value)}`);
+  });
+  guest.on('ended', (error) => {
+    output.say(`guest ${guest.name} ended: ${error.message}`);
+    output.line({ type: 'ended', guest: guest.name, message: error.message });
+  });
+}
+
+function interrupted(signal: AbortSignal): Promise<never> {
+  return new Promise((_, reject) => {
+    const stop = () => reject(memferryError('CANCELLED', 'interrupted', { cause: signal.reason }));
+    if (signal.aborted) stop();
+    else signal.addEventListener('abort', stop, { once: true });
+  });
+}

@@ -1,0 +1,23 @@
+/** Ctrl-C and its relatives as an AbortSignal: the first asks, the second ends the process. */
+
+export interface Interruption {
+  readonly signal: AbortSignal;
+  [Symbol.dispose](): void;
+}
+
+const names = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
+
+export function onInterrupt(): Interruption {
+  const controller = new AbortController();
+  const listener = (name: NodeJS.Signals) => {
+    if (controller.signal.aborted) process.exit(130);
+    controller.abort(new Error(`interrupted by ${name}`));
+  };
+  for (const name of names) process.on(name, listener);
+  return {
+    signal: controller.signal,
+    [Symbol.dispose]() {
+      for (const name of names) process.removeListener(name, listener);
+    },
+  };
+}

@@ -1,0 +1,142 @@
+/**
+ * One of the demo's two hosts, a process of its own: it answers clients over TCP for as long as the guest is
+ * here, takes the guest in when it arrives, and sends it away when the driver says so. Nothing is polled: the
+ * first request after `resume` is answered as soon as the worker has done it.
+ */
+import { createServer, type Server, type Socket } from 'node:net';
+import { type Listening, listen } from '../destination/listen.js';
+import { memferryError } from '../errors.js';
+import type { Mode } from '../options.js';
+import type { MigrationReport } from '../report.js';
+import { migrate } from '../source/migrate.js';
+import { WorkerGuest, workerGuests } from '../worker/index.js';
+import { serve } from './child.js';
+import { type Bulk, countOfFiller, createLedger, itemsOf, singleValue } from './ledger.js';
+import { type LineReply, type LineRequest, receiveLines, sendLine } from './lines.js';
+
+const GUEST_NAME = 'ledger';
+const MODULE = new URL('./sqlite-guest.js', import.meta.url);
+
+export interface HostPorts {
+  clientPort: number;
+  migrationPort: number;
+}
+
+export interface BegunGuest {
+  heapBytes: number;
+  bulk: Bulk;
+}
+
+export interface MigrateCommand {
+  toPort: number;
+  mode: Mode;
+}
+
+/** The guest while it is here, else null. */
+let guest: WorkerGuest | null = null;
+let secret = '';
+let listening: Listening | null = null;
+let clients: Server | null = null;
+const { notify } = serve({ open, begin, migrate: sendAway, close });
+
+async function open(argument: { secret: string }): Promise<HostPorts> {
+  secret = argument.secret;
+  clients = createServer({ noDelay: true }, serveClient).listen(0, '127.0.0.1');
+  await new Promise<void>((resolve, reject) => {
+    clients?.once('listening', resolve).once('error', reject);
+  });
+  const accept = workerGuests({
+    modules: { [GUEST_NAME]: MODULE },
+    // Within `resume` itself: requests that come from now on go to the guest.
+    onGuest: (arrived) => {
+      guest = arrived;
+    },
+  });
+  listening = await listen({ host: '127.0.0.1', port: 0, secret, accept });
+  void takeIn(listening);
+  return { clientPort: portOf(clients), migrationPort: listening.port };
+}
+
+function portOf(server: Server): number {
+  const address = server.address();
+  if (address === null || typeof address === 'string') {
+    throw memferryError('SYSTEM', 'the server for clients has no port');
+  }
+  return address.port;
+}
+
+async function begin({ heapMiB }: { heapMiB: number }): Promise<BegunGuest> {
+  const started = await WorkerGuest.start({ module: { name: GUEST_NAME, url: MODULE } });
+  const databaseBytes = heapMiB * 2 ** 20;
+  const items = itemsOf(databaseBytes);
+  for (const request of createLedger(items)) await started.request(request);
+  await started.request({ op: 'fill', databaseBytes });
+  const fillerRows = singleValue(await started.request(countOfFiller));
+  guest = started;
+  return { heapBytes: bytesOf(started), bulk: { items, fillerRows } };
+}
+
+function bytesOf(of: WorkerGuest): number {
+  return of.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
+}
+
+async function sendAway({ toPort, mode }: MigrateCommand): Promise<MigrationReport> {
+  const leaving = guest;
+  if (!leaving) throw memferryError('INVALID_ARGUMENT', 'the guest is not here');
+  const migration = migrate(leaving, { to: { host: '127.0.0.1', port: toPort }, mode, secret, verify: true });
+  migration.on('state', (state) => notify('state', state));
+  const watching = (async () => {
+    for await (const sample of migration.progress) notify('progress', sample);
+  })();
+  // From the moment it has departed its requests are refused by the guest itself; ours to forget it here.
+  void migration.evicted.then(
+    () => {
+      if (guest === leaving) guest = null;
+    },
+    () => {},
+  );
+  try {
+    const report = await migration.done;
+    if (guest === leaving) guest = null;
+    return report;
+  } finally {
+    await watching.catch(() => {});
+  }
+}
+
+async function takeIn(from: Listening): Promise<void> {
+  for await (const arrival of from) {
+    arrival.complete.then(
+      (report) => notify('complete', report),
+      (error: Error) => notify('failed', error.message),
+    );
+  }
+}
+
+function serveClient(socket: Socket): void {
+  socket.on('error', () => {});
+  receiveLines(socket, (message) => {
+    const { number, request } = message as LineRequest;
+    const here = guest;
+    if (!here) {
+      sendLine(socket, { number, elsewhere: true });
+      return;
+    }
+    here.request(request).then(
+      (value) => sendLine(socket, { number, value }),
+      (error) => sendLine(socket, refusal(number, error)),
+    );
+  });
+}
+
+function refusal(number: number, error: unknown): LineReply {
+  const { code, message } = error as { code?: string; message?: string };
+  if (code === 'GUEST_MOVED') return { number, elsewhere: true };
+  return { number, error: { code: code ?? 'ERROR', message: message ?? String(error) } };
+}
+
+async function close(): Promise<void> {
+  clients?.close();
+  await listening?.close();
+  await guest?.terminate();
+}

@@ -1,0 +1,445 @@
+/**
+ * One guest on its way in, as the destination sees it: the engine receives, the commit's state machine says
+ * what READY, GRANT and a lost connection mean, this file carries it out. JavaScript thread; nothing here is
+ * needed for a page fault to be served.
+ */
+import { EventEmitter } from 'node:events';
+import { markArriving } from '../arrivals.js';
+import { MemferryError } from '../errors.js';
+import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import type { NativeListener, NativeRun } from '../native.js';
+import type { ResolvedListenOptions } from '../options.js';
+import { within } from '../protocol/bounded.js';
+import {
+  type DestinationAction,
+  type DestinationEvent,
+  type DestinationState,
+  initialDestination,
+  stepDestination,
+} from '../protocol/commit-destination.js';
+import { deferred } from '../protocol/deferred.js';
+import type { DestinationMessage, OfferMessage, SourceMessage } from '../protocol/messages.js';
+import { fromPeer, toPeer } from '../protocol/peer-error.js';
+import { NamedTimers } from '../protocol/timers.js';
+import type { Region } from '../region.js';
+import type { ArrivalReport, MigrationState } from '../report.js';
+import { DestinationEngine } from './engine.js';
+
+/** Pages named in one report of a loss; the rest is counted only. */
+const maxLostRuns = 4096;
+
+/** The control connection, as far as an arrival cares. */
+export interface ArrivalLink {
+  /** Tells one connection from another. */
+  readonly channel: object;
+  send(message: DestinationMessage): void;
+  close(): Promise<void>;
+}
+
+export interface ArrivalConfig {
+  offer: OfferMessage;
+  guest: ArrivingGuest;
+  listener: NativeListener;
+  link: ArrivalLink;
+  tokens: Uint8Array;
+  options: ResolvedListenOptions;
+  /** The commit has an outcome: remember it. */
+  decided(state: DestinationState): void;
+  /** Nothing is left of the arrival here. */
+  ended(): void;
+}
+
+export class Arrival extends EventEmitter {
+  readonly id: string;
+  readonly offer: GuestOffer;
+  readonly guest: ArrivingGuest;
+  readonly #executionState = deferred<Uint8Array>();
+  readonly #resumed = deferred<void>();
+  readonly #complete = deferred<ArrivalReport>();
+  readonly #everyPage = deferred<void>();
+  readonly #engine: DestinationEngine;
+  readonly #timers: NamedTimers<'grant' | 'linger'>;
+  readonly #prepareAbort = new AbortController();
+  readonly #migration: Uint8Array;
+  #link: ArrivalLink | null;
+  #commit: DestinationState = initialDestination();
+  readonly #events: DestinationEvent[] = [];
+  #state: MigrationState = 'setup';
+  #prepareMs = 0;
+  #verified: boolean | null = null;
+  #error: MemferryError | null = null;
+  #closed = false;
+
+  constructor(private readonly config: ArrivalConfig) {
+    super();
+    const { offer, guest, options } = config;
+    this.id = offer.migrationId;
+    this.offer = { ...offer.guest, description: offer.guest.description };
+    this.guest = guest;
+    this.#link = config.link;
+    this.#migration = Buffer.from(offer.migrationId, 'hex');
+    this.#timers = new NamedTimers(
+      { grant: options.grantTimeoutMs, linger: options.recoverTimeoutMs },
+      (timer) => (timer === 'grant' ? this.#dispatch({ type: 'timer', timer }) : void this.#end()),
+    );
+    this.#engine = new DestinationEngine(
+      {
+        regions: guest.regions.map((region) => region.native),
+        migration: this.#migration,
+        channels: offer.channels,
+        tokens: config.tokens,
+        discardFirst: true,
+        pagingFromStart: false,
+        mayPage: offer.mayPage,
+        keepPageHashes: offer.verify,
+        recoverTimeoutMs: options.recoverTimeoutMs,
+        lossGraceMs: 250,
+      },
+      {
+        paused: () => this.#to('postcopy-paused'),
+        recovered: () => {
+          this.#to('postcopy-recover');
+          this.#to('postcopy-active');
+        },
+        lost: (runs) => this.#lost(runs),
+        failed: (error) => this.#fail(error),
+      },
+    );
+    config.listener.add(this.#engine.receiver);
+    this.#engine.complete.then(
+      () => this.#everyPage.resolve(),
+      () => {},
+    );
+    for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
+    this.#to('active');
+  }
+
+  get regions(): readonly Region[] {
+    return this.guest.regions;
+  }
+
+  get state(): MigrationState {
+    return this.#state;
+  }
+
+  /** The guest's opaque state, when the source has paused it. Rejects when the migration fails before. */
+  get executionState(): Promise<Uint8Array> {
+    return this.#executionState.promise;
+  }
+
+  /** The guest runs here. Rejects when it never will. */
+  get resumed(): Promise<void> {
+    return this.#resumed.promise;
+  }
+
+  /** Every page is here. Rejects with PAGES_LOST (with the runs), before the pages are poisoned. */
+  get complete(): Promise<ArrivalReport> {
+    return this.#complete.promise;
+  }
+
+  /** A new control connection from the same source. */
+  attach(link: ArrivalLink): void {
+    this.#timers.stop('linger');
+    this.#link = link;
+    if (this.#everyPage.settled) this.#tell({ type: 'complete' });
+  }
+
+  /** The connection over `channel` has ended. */
+  detached(channel: object): void {
+    if (this.#link?.channel !== channel) return;
+    this.#link = null;
+    this.#dispatch({ type: 'connection-lost' });
+    // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
+    if (this.#commit.phase === 'resumed' && this.#everyPage.settled) this.#timers.start('linger');
+  }
+
+  onMessage(message: SourceMessage, binary: Uint8Array | null): void {
+    switch (message.type) {
+      case 'offer':
+      case 'resume-session':
+        this.#fail(new MemferryError('PROTOCOL_ERROR', `'${message.type}' on a connection that is in use`));
+        break;
+      case 'grow':
+        this.#grow(message.region, message.lengthBytes).catch((error) => this.#fail(error));
+        break;
+      case 'state':
+        if (!binary || this.#executionState.settled) {
+          this.#fail(
+            new MemferryError('PROTOCOL_ERROR', 'an execution state that is missing, or a second one'),
+          );
+        } else {
+          this.#to('device');
+          this.#executionState.resolve(binary);
+        }
+        break;
+      case 'evicted':
+        this.#summarise(message.digests).catch((error) => this.#fail(error));
+        break;
+      case 'goodbye':
+        if (this.#commit.phase === 'resumed') void this.#end();
+        break;
+      default:
+        this.#dispatch({ type: 'message', message });
+    }
+  }
+
+  /** Before the commit: the migration fails and the guest runs on at the source. After it: missing pages are lost. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#fail(new MemferryError('CANCELLED', 'the destination closed the arrival'));
+    await this.#end();
+  }
+
+  /** One event at a time: an action that brings the next event about must not overtake the rest of its own step. */
+  #dispatch(event: DestinationEvent): void {
+    this.#events.push(event);
+    if (this.#events.length > 1) return;
+    try {
+      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
+        const { state, actions } = stepDestination(this.#commit, next);
+        const decided =
+          state.phase !== this.#commit.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
+        this.#commit = state;
+        if (decided) this.config.decided(state);
+        for (const action of actions) this.#carryOut(action);
+      }
+    } finally {
+      this.#events.length = 0;
+    }
+  }
+
+  #carryOut(action: DestinationAction): void {
+    switch (action.type) {
+      case 'prepare':
+        void this.#prepare();
+        break;
+      case 'resume':
+        this.#resume();
+        break;
+      case 'abandon':
+        void this.#abandon();
+        break;
+      case 'send':
+        this.#tell(action.message);
+        break;
+      case 'start-timer':
+        this.#timers.start(action.timer);
+        break;
+      case 'stop-timer':
+        this.#timers.stop(action.timer);
+        break;
+      case 'settle':
+        if (action.outcome === 'abandoned') {
+          const error = this.#error ?? fromPeer(action.cause.code, action.cause.message);
+          this.#reject(error, error.code === 'CANCELLED' ? 'cancelled' : 'failed');
+        }
+        break;
+    }
+  }
+
+  async #prepare(): Promise<void> {
+    const started = performance.now();
+    const timeoutMs = this.config.options.prepareTimeoutMs;
+    try {
+      if (!this.#executionState.settled) throw new MemferryError('PROTOCOL_ERROR', 'PREPARE without a state');
+      if (!this.#engine.receiver.seal()) {
+        throw new MemferryError(
+          'PROTOCOL_ERROR',
+          'PREPARE although pages are missing that no pager could fetch',
+        );
+      }
+      const state = await this.#executionState.promise;
+      await within(
+        Promise.resolve(this.guest.prepare(state, { signal: this.#prepareAbort.signal })),
+        timeoutMs,
+        'PREPARE_TIMEOUT',
+        `prepare did not end within ${timeoutMs} ms`,
+      );
+    } catch (error) {
+      const { code, message } = toPeer(error, 'PREPARE_FAILED');
+      this.#fail(
+        error instanceof MemferryError
+          ? error
+          : new MemferryError('PREPARE_FAILED', message, { cause: error }),
+        code,
+      );
+      return;
+    }
+    this.#prepareMs = performance.now() - started;
+    this.#tell({ type: 'prepared', prepareMs: this.#prepareMs });
+    this.#dispatch({ type: 'prepared' });
+  }
+
+  #resume(): void {
+    const paging = this.#engine.receiver.paging() || this.#engine.receiver.stats().pagesMissing > 0;
+    try {
+      this.guest.resume();
+    } catch (error) {
+      // resume() must not fail, and there is no way back: the guest belongs to this side.
+      process.emitWarning(`guest '${this.offer.name}' threw in resume(): ${String(error)}`, {
+        code: 'MEMFERRY_RESUME_THREW',
+      });
+    }
+    this.#to('postcopy-active');
+    if (!paging) this.#everyPage.resolve();
+    this.#resumed.resolve();
+    this.#everyPage.promise.then(
+      () => {
+        this.#tell({ type: 'complete' });
+        if (!this.config.offer.verify) this.#finish();
+        else if (!this.#link) this.#timers.start('linger');
+      },
+      () => {},
+    );
+  }
+
+  async #summarise(digests: string[] | null): Promise<void> {
+    await this.#everyPage.promise;
+    const mismatched: number[] = [];
+    if (digests && this.config.offer.verify) {
+      for (const [index, digest] of digests.entries()) {
+        if (index >= this.regions.length) break;
+        if ((await this.#engine.receiver.digest(index)) !== digest) mismatched.push(index);
+      }
+      this.#verified = digests.length === this.regions.length && mismatched.length === 0;
+    }
+    const { faults, extraMemoryBytes } = this.#engine.receiver.stats();
+    this.#tell({ type: 'summary', remoteFaults: faults, extraMemoryBytes, mismatched });
+    if (mismatched.length > 0) {
+      const names = mismatched.map((index) => this.offer.regions[index]?.name ?? String(index));
+      this.#reject(
+        new MemferryError('VERIFICATION_FAILED', `the digests of ${names.join(', ')} differ`, {
+          facts: { regions: names },
+        }),
+        'failed',
+      );
+    } else {
+      this.#finish();
+    }
+  }
+
+  #finish(): void {
+    if (this.#complete.settled) return;
+    const stats = this.#engine.receiver.stats();
+    this.#to('completed');
+    this.#complete.resolve({
+      migrationId: this.id,
+      guest: this.offer.name,
+      heapBytes: this.regions.reduce((sum, region) => sum + (region.closed ? 0 : region.lengthBytes), 0),
+      verified: this.#verified,
+      prepareMs: this.#prepareMs,
+      bytesReceived: stats.bytesReceived,
+      pagesReceived: stats.pagesReceived,
+      pagesZero: stats.pagesZero,
+      remoteFaults: stats.faults,
+      extraMemoryBytes: stats.extraMemoryBytes,
+    });
+  }
+
+  async #grow(index: number, lengthBytes: number): Promise<void> {
+    const region = this.regions[index];
+    if (!region || this.#commit.phase !== 'receiving' || lengthBytes % region.pageSize !== 0) {
+      throw new MemferryError('PROTOCOL_ERROR', 'growth of a region that is not there, or too late', {
+        facts: { region: index, lengthBytes },
+      });
+    }
+    if (lengthBytes > (this.offer.regions[index]?.capacityBytes ?? 0)) {
+      throw new MemferryError('PROTOCOL_ERROR', 'a region that grows beyond its own capacity');
+    }
+    if (lengthBytes > region.lengthBytes) {
+      if (!this.guest.grow)
+        throw new MemferryError('LIMIT_EXCEEDED', 'this guest cannot grow at the destination');
+      await this.guest.grow(index, lengthBytes);
+      region.refresh();
+    }
+    this.#engine.receiver.grow(index, lengthBytes / region.pageSize);
+    this.#tell({ type: 'grown', region: index });
+  }
+
+  #lost(runs: NativeRun[]): void {
+    const pages = runs.reduce((sum, run) => sum + run.count, 0);
+    const error = new MemferryError(
+      'PAGES_LOST',
+      `the source did not come back in time; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
+      { facts: { runs, pages } },
+    );
+    this.#reject(error, 'failed');
+    this.#tell({ type: 'lost', runs: runs.slice(0, maxLostRuns) });
+    try {
+      this.guest.lost?.(runs);
+    } finally {
+      // After the rejection has been seen: the promise's reactions run before this.
+      setImmediate(() => {
+        if (!this.#closed) this.#engine.receiver.acknowledgeLoss();
+      });
+    }
+  }
+
+  /** Anything that goes wrong here. Before the commit it ends the migration; after it only pages can be lost. */
+  #fail(cause: unknown, code = 'SYSTEM'): void {
+    const error =
+      cause instanceof MemferryError
+        ? cause
+        : fromPeer(code, cause instanceof Error ? cause.message : String(cause));
+    if (this.#commit.phase === 'resumed') {
+      if (!this.#everyPage.settled) this.#reject(error, 'failed');
+      return;
+    }
+    this.#error ??= error;
+    this.#dispatch({ type: 'fail', cause: { code: error.code, message: error.message } });
+  }
+
+  #reject(error: MemferryError, state: MigrationState): void {
+    this.#to(state);
+    this.#executionState.reject(error);
+    this.#resumed.reject(error);
+    this.#everyPage.reject(error);
+    this.#complete.reject(error);
+  }
+
+  async #abandon(): Promise<void> {
+    this.#prepareAbort.abort(this.#error ?? undefined);
+    // Poisons and wakes first: a prepare that waits for a page must not outlive the migration.
+    this.config.listener.remove(this.#migration);
+    this.#engine.close(
+      this.#error ?? new MemferryError('CANCELLED', 'the migration failed before the commit'),
+    );
+    try {
+      await this.guest.abandon();
+    } catch (error) {
+      process.emitWarning(`guest '${this.offer.name}' threw in abandon(): ${String(error)}`, {
+        code: 'MEMFERRY_ABANDON_THREW',
+      });
+    }
+    await this.#end();
+  }
+
+  async #end(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    this.#timers.stopAll();
+    if (this.#commit.phase === 'resumed' && this.#everyPage.settled) this.#finish();
+    if (this.#commit.phase !== 'abandoned') {
+      this.config.listener.remove(this.#migration);
+      this.#engine.close(new MemferryError('CANCELLED', 'the arrival was closed'));
+    }
+    const link = this.#link;
+    this.#link = null;
+    this.config.ended();
+    await link?.close();
+  }
+
+  #tell(message: DestinationMessage): void {
+    try {
+      this.#link?.send(message);
+    } catch {
+      // Its reader reports the connection's end; what could not be said is said again when the source asks.
+    }
+  }
+
+  #to(state: MigrationState): void {
+    if (state === this.#state) return;
+    const previous = this.#state;
+    this.#state = state;
+    this.emit('state', state, previous);
+  }
+}

@@ -1,0 +1,312 @@
+/**
+ * `listen`: the destination's entry. One port; control connections are authenticated here, data connections in
+ * the native listener. JavaScript thread.
+ */
+import { Socket } from 'node:net';
+import { loadAddon } from '../addon.js';
+import { checkAddressPolicy, isLoopback } from '../control/address.js';
+import { ControlChannel } from '../control/channel.js';
+import { HandshakeGate } from '../control/gate.js';
+import { loadSecret } from '../control/secret.js';
+import { dataTokens } from '../control/tokens.js';
+import { MemferryError, native } from '../errors.js';
+import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import type { NativeListener } from '../native.js';
+import { type ListenOptions, type ResolvedListenOptions, resolveListenOptions } from '../options.js';
+import { within } from '../protocol/bounded.js';
+import { Tombstones } from '../protocol/commit-tombstones.js';
+import {
+  type DestinationMessage,
+  type OfferMessage,
+  type SourceMessage,
+  sourceMessage,
+} from '../protocol/messages.js';
+import { toPeer } from '../protocol/peer-error.js';
+import { provesResume } from '../protocol/resume-proof.js';
+import type { Region } from '../region.js';
+import type { ArrivalReport, MigrationState } from '../report.js';
+import { maxEpochs } from '../protocol/epochs.js';
+import { Arrival as ArrivalInProgress } from './arrival.js';
+import { allocateGuest } from './plain-guest.js';
+
+/** A guest on its way in, or arrived. */
+export interface Arrival extends AsyncDisposable {
+  /** 32 hex digits, the source's. */
+  readonly id: string;
+  readonly offer: GuestOffer;
+  readonly guest: ArrivingGuest;
+  readonly regions: readonly Region[];
+  readonly state: MigrationState;
+  /** When the source has paused the guest; rejects when the migration fails before. */
+  readonly executionState: Promise<Uint8Array>;
+  /** The guest runs here. Rejects when it never will. */
+  readonly resumed: Promise<void>;
+  /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
+  readonly complete: Promise<ArrivalReport>;
+  on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+}
+
+/** Yields each guest when its first page is about to come. */
+export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
+  readonly host: string;
+  readonly port: number;
+  /** Ends the listening; arrivals that have not resumed fail, missing pages of those that have are lost. */
+  close(): Promise<void>;
+}
+
+/** Arrivals that nobody has taken from the iterator yet; further offers are declined. */
+const maxUntaken = 64;
+/** An authenticated peer that says nothing. */
+const firstMessageMs = 5000;
+
+type Channel = ControlChannel<SourceMessage, DestinationMessage>;
+
+/**
+ * Listens for guests.
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), SYSTEM (the port is taken)
+ */
+export async function listen(options: ListenOptions = {}): Promise<Listening> {
+  const resolved = resolveListenOptions(options);
+  checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
+  const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
+  resolved.signal?.throwIfAborted();
+  return new DestinationListener(resolved, secret);
+}
+
+class DestinationListener implements Listening {
+  readonly host: string;
+  readonly #native: NativeListener;
+  readonly #gate = new HandshakeGate();
+  readonly #tombstones = new Tombstones();
+  readonly #arrivals = new Map<
+    string,
+    { arrival: ArrivalInProgress; sessionKey: Uint8Array; bytes: number }
+  >();
+  /** Offers being accepted: they count, but have no arrival yet. */
+  readonly #accepting = new Map<string, number>();
+  readonly #channels = new Set<Channel>();
+  readonly #closing = new AbortController();
+  readonly #keepAlive: NodeJS.Timeout;
+  readonly #untaken: ArrivalInProgress[] = [];
+  readonly #takers: ((arrival: ArrivalInProgress | null) => void)[] = [];
+
+  constructor(
+    private readonly options: ResolvedListenOptions,
+    private readonly secret: Uint8Array,
+  ) {
+    this.host = options.host;
+    const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
+    this.#native = native(() =>
+      loadAddon().createListener(numeric, options.port, (fd) => {
+        this.#onControl(fd).catch(() => {
+          // A stranger, or a peer that broke the rules: it was told, and there is nobody else to tell.
+        });
+      }),
+    );
+    options.signal?.addEventListener('abort', () => void this.close(), { once: true });
+    // The native listener's thread is none that Node waits for: this timer stands for it.
+    this.#keepAlive = setInterval(() => {}, 2 ** 30);
+  }
+
+  get port(): number {
+    return this.#native.port;
+  }
+
+  async *[Symbol.asyncIterator](): AsyncIterator<Arrival> {
+    for (;;) {
+      const next = this.#untaken.shift();
+      if (next) {
+        yield next;
+        continue;
+      }
+      if (this.#closing.signal.aborted) return;
+      const arrival = await new Promise<ArrivalInProgress | null>((resolve) => this.#takers.push(resolve));
+      if (!arrival) return;
+      yield arrival;
+    }
+  }
+
+  async close(): Promise<void> {
+    if (!this.#closing.signal.aborted) {
+      this.#closing.abort(new MemferryError('CANCELLED', 'the listener was closed'));
+      this.#gate.close();
+      for (const taker of this.#takers.splice(0)) taker(null);
+    }
+    await Promise.all([...this.#arrivals.values()].map(({ arrival }) => arrival[Symbol.asyncDispose]()));
+    await Promise.all([...this.#channels].map((channel) => channel.close()));
+    this.#native.close();
+    clearInterval(this.#keepAlive);
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #onControl(fd: number): Promise<void> {
+    const socket = new Socket({ fd, readable: true, writable: true });
+    socket.setNoDelay(true);
+    if (this.#closing.signal.aborted) {
+      socket.destroy();
+      return;
+    }
+    const session = await this.#gate.accept(socket, { secret: this.secret, signal: this.#closing.signal });
+    const channel: Channel = new ControlChannel(session, {
+      incoming: sourceMessage,
+      maxBinaryBytes: this.options.maxStateBytes,
+      peerTimeoutMs: this.options.peerTimeoutMs,
+    });
+    this.#channels.add(channel);
+    void channel.closed.then(() => this.#channels.delete(channel));
+    try {
+      const first = await within(
+        channel.receive(),
+        firstMessageMs,
+        'PEER_LOST',
+        'an authenticated peer says nothing',
+      );
+      if (first?.message.type === 'offer') {
+        await this.#onOffer(first.message, channel, session.sessionKey);
+      } else if (first?.message.type === 'resume-session') {
+        await this.#onResume(first.message, channel);
+      } else {
+        channel.destroy();
+      }
+    } catch (error) {
+      channel.destroy(error instanceof MemferryError ? error : null);
+    }
+  }
+
+  async #onOffer(offer: OfferMessage, channel: Channel, sessionKey: Uint8Array): Promise<void> {
+    let guest: ArrivingGuest | null = null;
+    let arrival: ArrivalInProgress;
+    try {
+      const bytes = this.#admit(offer);
+      this.#accepting.set(offer.migrationId, bytes);
+      guest = await this.#makeGuest(offer);
+      this.#closing.signal.throwIfAborted();
+      if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
+      arrival = new ArrivalInProgress({
+        offer,
+        guest,
+        listener: this.#native,
+        link: linkOver(channel),
+        tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
+        options: this.options,
+        decided: (state) => this.#tombstones.record(offer.migrationId, state),
+        ended: () => this.#arrivals.delete(offer.migrationId),
+      });
+      this.#arrivals.set(offer.migrationId, { arrival, sessionKey, bytes });
+    } catch (error) {
+      await Promise.resolve(guest?.abandon()).catch(() => {});
+      const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
+      await channel.send({ type: 'declined', code, message, names }).catch(() => {});
+      await channel.close();
+      return;
+    } finally {
+      this.#accepting.delete(offer.migrationId);
+    }
+    const taker = this.#takers.shift();
+    if (taker) taker(arrival);
+    else this.#untaken.push(arrival);
+    void channel.send({ type: 'accepted' });
+    await serve(arrival, channel);
+  }
+
+  /** Gives the guest's size in bytes. Throws why the offer is declined, before anything is allocated for it. */
+  #admit(offer: OfferMessage): number {
+    const { maxBytes, maxMigrations } = this.options;
+    this.#closing.signal.throwIfAborted();
+    const id = offer.migrationId;
+    if (this.#arrivals.has(id) || this.#accepting.has(id) || this.#tombstones.has(id)) {
+      throw new MemferryError('PROTOCOL_ERROR', 'a migration with this id is known already');
+    }
+    if (this.#arrivals.size + this.#accepting.size >= maxMigrations || this.#untaken.length >= maxUntaken) {
+      throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxMigrations} migrations at a time`, {
+        facts: { limit: maxMigrations },
+      });
+    }
+    const { pageSize } = loadAddon();
+    let bytes = 0;
+    for (const region of offer.guest.regions) {
+      if (region.pageSize !== pageSize) {
+        throw new MemferryError(
+          'LIMIT_EXCEEDED',
+          `pages of ${region.pageSize} bytes; here they have ${pageSize}`,
+        );
+      }
+      if (
+        region.lengthBytes % pageSize !== 0 ||
+        region.lengthBytes === 0 ||
+        region.capacityBytes < region.lengthBytes
+      ) {
+        throw new MemferryError('PROTOCOL_ERROR', `region '${region.name}' has a length that cannot be`);
+      }
+      bytes += region.lengthBytes;
+    }
+    let used = 0;
+    for (const other of this.#arrivals.values()) used += other.bytes;
+    for (const other of this.#accepting.values()) used += other;
+    if (bytes + used > maxBytes) {
+      throw new MemferryError(
+        'NO_MEMORY',
+        `the guest has ${bytes} bytes; ${maxBytes - used} of ${maxBytes} are free`,
+        {
+          facts: { bytes, free: maxBytes - used, limit: maxBytes },
+        },
+      );
+    }
+    return bytes;
+  }
+
+  async #makeGuest(offer: OfferMessage): Promise<ArrivingGuest> {
+    const { accept } = this.options;
+    const given: GuestOffer = { ...offer.guest, description: offer.guest.description };
+    const guest = accept ? await accept(given, { signal: this.#closing.signal }) : allocateGuest(given);
+    const short = offer.guest.regions.findIndex(
+      (wanted, index) => (guest.regions[index]?.lengthBytes ?? 0) < wanted.lengthBytes,
+    );
+    if (short >= 0) {
+      await guest.abandon();
+      throw new MemferryError('NO_MEMORY', `region '${offer.guest.regions[short]?.name}' is too short here`);
+    }
+    return guest;
+  }
+
+  /** A source whose connection was cut asks again: for a migration that is under way, over, or unknown here. */
+  async #onResume(message: { migrationId: string; proof: string }, channel: Channel): Promise<void> {
+    const id = message.migrationId;
+    const entry = this.#arrivals.get(id);
+    if (entry && !provesResume(entry.sessionKey, id, message.proof)) {
+      throw new MemferryError('AUTH_FAILED', 'the connection does not belong to the migration that it names');
+    }
+    void channel.send({ type: 'session-resumed', known: entry !== undefined || this.#tombstones.has(id) });
+    if (entry) {
+      entry.arrival.attach(linkOver(channel));
+      await serve(entry.arrival, channel);
+      return;
+    }
+    for await (const { message: asked } of channel) {
+      if (asked.type !== 'grant' && asked.type !== 'query') continue;
+      const answer = this.#tombstones.answer(id, asked);
+      if (answer) void channel.send(answer);
+    }
+  }
+}
+
+function linkOver(channel: Channel) {
+  return {
+    channel,
+    send: (message: DestinationMessage) => void channel.send(message),
+    close: () => channel.close(),
+  };
+}
+
+/** Feeds an arrival from one connection until that ends. */
+async function serve(arrival: ArrivalInProgress, channel: Channel): Promise<void> {
+  try {
+    for await (const { message, binary } of channel) arrival.onMessage(message, binary);
+  } catch {
+    // However it ended, the arrival is told below.
+  }
+  arrival.detached(channel);
+}

@@ -1,0 +1,71 @@
+/**
+ * What moves. A guest is named regions plus an execution state (opaque bytes). These two interfaces are all
+ * that the engine knows of it; `memferry/worker` implements both for live worker_threads guests, hypervisor
+ * glue implements them for its own.
+ */
+import type { Region } from './region.js';
+
+/** Code that a destination may be asked to run for a guest: a name on its list, and the SHA-256 of the file. */
+export interface GuestModule {
+  name: string;
+  /** 64 hex digits. */
+  sha256: string;
+}
+
+export interface GuestRegion {
+  /** Unique within the guest, at most 64 characters. */
+  name: string;
+  region: Region;
+}
+
+export interface PausedGuest {
+  state: Uint8Array;
+  /** `process.hrtime.bigint()` at the guest's last instruction, where the guest knows it: downtime starts there. */
+  pausedAtNs?: bigint;
+}
+
+/** The source's side of a guest. */
+export interface Guest {
+  /** Shown in reports and errors, at most 64 characters. */
+  readonly name: string;
+  readonly regions: readonly GuestRegion[];
+  /** The module that runs it, or null for a guest that is memory alone. */
+  readonly module: GuestModule | null;
+  /** Plain JSON facts that the destination needs before the first page (at most 64 KiB): heap sizes, globals' names. */
+  readonly description?: unknown;
+  /**
+   * Stops the guest at a safepoint: when this resolves, nothing writes the regions any more. Gives the
+   * execution state. Rejects (GUEST_BUSY, with names) and leaves the guest running when it cannot pause.
+   */
+  pause(options: { signal: AbortSignal }): Promise<Uint8Array | PausedGuest>;
+  /** Takes a successful pause back: the migration failed before the commit and the guest runs on here. */
+  unpause(): Promise<void> | void;
+  /** The guest belongs to the destination now. Its memory here stays until `evicted`; then `release` is called. */
+  departed?(): Promise<void> | void;
+  /** Nothing of the guest is needed here any more. */
+  release?(): Promise<void> | void;
+}
+
+/** What a source says about a guest before the first page. Checked against the schema and the limits already. */
+export interface GuestOffer {
+  name: string;
+  module: GuestModule | null;
+  description: unknown;
+  regions: { name: string; lengthBytes: number; capacityBytes: number; pageSize: number }[];
+}
+
+/** The destination's side of a guest. */
+export interface ArrivingGuest {
+  /** In the order of the offer, each at least as long as offered. Their content is discarded. */
+  readonly regions: readonly Region[];
+  /** The source's region grew before the switchover: make ours as long. */
+  grow?(index: number, lengthBytes: number): Promise<void>;
+  /** Everything that can fail. May touch the regions. */
+  prepare(state: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
+  /** Nothing that can fail. The guest runs from here on. */
+  resume(): void;
+  /** The migration failed before the commit: let everything go. Never called after `resume`. */
+  abandon(): Promise<void> | void;
+  /** Pages that cannot be had any more, reported before they are poisoned. */
+  lost?(pages: { region: number; first: number; count: number }[]): void;
+}

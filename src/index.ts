@@ -1,0 +1,39 @@
+/** memferry: moves live memory between processes and machines while its owner keeps running. */
+export { type Arrival, type Listening, listen } from './destination/listen.js';
+export { type Doctor, doctor } from './doctor.js';
+export * from './errors.js';
+export type {
+  ArrivingGuest,
+  Guest,
+  GuestModule,
+  GuestOffer,
+  GuestRegion,
+  PausedGuest,
+} from './guest.js';
+export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
+export {
+  type ListenOptions,
+  type MigrateOptions,
+  type Mode,
+  modes,
+  type NonConvergence,
+} from './options.js';
+export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
+export type {
+  ArrivalReport,
+  DowntimeParts,
+  MigrationReport,
+  MigrationState,
+  Progress,
+  RemoteFaults,
+  RoundReport,
+} from './report.js';
+export { migrationStates } from './report.js';
+export {
+  type ConvergenceDecision,
+  type ConvergenceInput,
+  decideRound,
+  type RoundSample,
+} from './source/convergence.js';
+export { type Migration, migrate } from './source/migrate.js';
+export { DirtyTracker, trackers } from './trackers.js';

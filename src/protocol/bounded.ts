@@ -1,0 +1,37 @@
+/** Waits with a bound: every promise that depends on a peer or on a guest's code is awaited through these. */
+import { MemferryError, type ErrorCode } from '../errors.js';
+
+/** Rejects with CANCELLED (or the signal's own MemferryError) when `signal` aborts first. */
+export function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  if (signal.aborted) {
+    promise.catch(() => {});
+    return Promise.reject(abortError(signal));
+  }
+  return new Promise<T>((resolve, reject) => {
+    const onAbort = () => reject(abortError(signal));
+    signal.addEventListener('abort', onAbort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener('abort', onAbort));
+  });
+}
+
+export function abortError(signal: AbortSignal): MemferryError {
+  return signal.reason instanceof MemferryError
+    ? signal.reason
+    : new MemferryError('CANCELLED', 'the migration was cancelled', { cause: signal.reason });
+}
+
+/** Rejects with `code` when `promise` has not settled within `timeoutMs`. */
+export function within<T>(
+  promise: Promise<T>,
+  timeoutMs: number,
+  code: ErrorCode,
+  message: string,
+): Promise<T> {
+  return new Promise<T>((resolve, reject) => {
+    const timer = setTimeout(
+      () => reject(new MemferryError(code, message)),
+      Math.min(timeoutMs, 2 ** 31 - 1),
+    );
+    promise.then(resolve, reject).finally(() => clearTimeout(timer));
+  });
+}

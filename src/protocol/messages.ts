@@ -1,0 +1,91 @@
+/**
+ * What the control connection says, checked against these schemas on arrival. The commit's own messages come
+ * from commit.ts. Sizes and counts are bounded here; a destination's own limits are applied after that.
+ */
+import { z } from 'zod';
+import { modes } from '../options.js';
+import { fromDestinationCommit, fromSourceCommit } from './commit-messages.js';
+
+const hex = (bytes: number) => z.string().regex(new RegExp(`^[0-9a-f]{${bytes * 2}}$`));
+const label = z.string().min(1).max(64);
+const count = z.number().int().nonnegative().max(Number.MAX_SAFE_INTEGER);
+const finite = z.number().nonnegative().finite();
+const regionIndex = z.number().int().min(0).max(63);
+
+export const offerSchema = z.strictObject({
+  type: z.literal('offer'),
+  migrationId: hex(16),
+  mode: z.enum(modes),
+  /** The mode may end in post-copy. */
+  mayPage: z.boolean(),
+  verify: z.boolean(),
+  channels: z.number().int().min(1).max(16),
+  guest: z.strictObject({
+    name: label,
+    module: z.strictObject({ name: label, sha256: hex(32) }).nullable(),
+    description: z.unknown(),
+    regions: z
+      .array(
+        z.strictObject({
+          name: label,
+          lengthBytes: count,
+          capacityBytes: count,
+          pageSize: z
+            .number()
+            .int()
+            .min(4096)
+            .max(2 ** 30),
+        }),
+      )
+      .min(1)
+      .max(64),
+  }),
+});
+export type OfferMessage = z.infer<typeof offerSchema>;
+
+const runs = z.array(z.strictObject({ region: regionIndex, first: count, count: count.min(1) })).max(4096);
+
+const faults = z.strictObject({ count, p50Us: finite, p99Us: finite, maxUs: finite });
+
+/** Source to destination. */
+export const sourceMessage = z.discriminatedUnion('type', [
+  offerSchema,
+  /** A control connection that replaces a cut one; `proof` shows knowledge of the first one's session key. */
+  z.strictObject({ type: z.literal('resume-session'), migrationId: hex(16), proof: hex(32) }),
+  z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
+  /** The guest is paused; its execution state is the message's binary part. PREPARE follows. */
+  z.strictObject({ type: z.literal('state') }),
+  /** Every page was acknowledged; digests of the regions as they left, or null when not asked for. */
+  z.strictObject({ type: z.literal('evicted'), digests: z.array(hex(16)).max(64).nullable() }),
+  z.strictObject({ type: z.literal('goodbye') }),
+  ...fromSourceCommit,
+]);
+export type SourceMessage = z.infer<typeof sourceMessage>;
+
+/** Destination to source. */
+export const destinationMessage = z.discriminatedUnion('type', [
+  z.strictObject({ type: z.literal('accepted') }),
+  z.strictObject({
+    type: z.literal('declined'),
+    code: z.string().max(64),
+    message: z.string().max(4096),
+    names: z.array(z.string().max(256)).max(256),
+  }),
+  z.strictObject({ type: z.literal('session-resumed'), known: z.boolean() }),
+  z.strictObject({ type: z.literal('grown'), region: regionIndex }),
+  /** `prepare` is over; sent just before READY. */
+  z.strictObject({ type: z.literal('prepared'), prepareMs: finite }),
+  /** Every page is in the destination's memory. */
+  z.strictObject({ type: z.literal('complete') }),
+  /** The answer to `evicted`: the destination's figures, and the regions whose digests differ. */
+  z.strictObject({
+    type: z.literal('summary'),
+    remoteFaults: faults,
+    extraMemoryBytes: count,
+    mismatched: z.array(regionIndex).max(64),
+  }),
+  /** Pages that the destination lacks for good. */
+  z.strictObject({ type: z.literal('lost'), runs }),
+  ...fromDestinationCommit,
+]);
+export type DestinationMessage = z.infer<typeof destinationMessage>;

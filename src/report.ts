@@ -1,0 +1,111 @@
+/** What a migration says of itself while it runs and when it has ended. All times in ms, all sizes in bytes. */
+import type { Mode } from './options.js';
+
+/** Names that people who know QEMU's migration states recognise. */
+export const migrationStates = [
+  'setup',
+  'active',
+  'pre-switchover',
+  'device',
+  'postcopy-active',
+  'postcopy-paused',
+  'postcopy-recover',
+  'completed',
+  'failed',
+  'cancelled',
+] as const;
+export type MigrationState = (typeof migrationStates)[number];
+
+export interface Progress {
+  state: MigrationState;
+  /** Since the start. */
+  elapsedMs: number;
+  /** The round under way, 1 for the first full copy; 0 before it. */
+  round: number;
+  /** Pages that the last collect found dirty, a second. Null before there was one. */
+  dirtyPagesPerSecond: number | null;
+  bytesOnWire: number;
+  /** Over the last interval. */
+  bytesPerSecond: number;
+  pagesPending: number;
+  pagesTotal: number;
+  /** What a switchover now would cost, by the last round's figures. Null before there was one. */
+  expectedDowntimeMs: number | null;
+  remoteFaults: number;
+  /** What the migration waits for before it can begin, for people; null when it does not. */
+  waitingFor: string | null;
+}
+
+export interface RoundReport {
+  round: number;
+  pagesSent: number;
+  bytes: number;
+  durationMs: number;
+  /** Pages dirtied while the round ran. */
+  dirtyPagesAfter: number;
+  /** Pages whose checksum did not fit, because they were written while they were sent; sent again. */
+  suspectPages: number;
+}
+
+export interface DowntimeParts {
+  /** Collecting the last dirty pages. */
+  scanMs: number;
+  /** Sending what was left (stop-and-copy, pre-copy), or its discard at the destination (post-copy, hybrid). */
+  transferMs: number;
+  /** The execution state on its way. */
+  stateMs: number;
+  /** `prepare` at the destination. */
+  prepareMs: number;
+  /** GRANT to RESUMED. */
+  commitMs: number;
+}
+
+export interface RemoteFaults {
+  count: number;
+  p50Us: number;
+  p99Us: number;
+  maxUs: number;
+}
+
+export interface MigrationReport {
+  migrationId: string;
+  guest: string;
+  mode: Mode;
+  /** How it ended up: pre-copy may go post-copy. */
+  switchedToPostCopy: boolean;
+  state: MigrationState;
+  heapBytes: number;
+  /** Digests of both sides compared: true; not asked for: null. A mismatch is an error, never false. */
+  verified: boolean | null;
+  tracker: string | null;
+  pauseWaitMs: number;
+  downtimeMs: number;
+  downtimeParts: DowntimeParts;
+  /** Start until the source holds nothing that anyone still needs. */
+  evictionMs: number;
+  /** Start until the destination holds every page. */
+  totalMs: number;
+  bytesOnWire: number;
+  pagesSent: number;
+  pagesZero: number;
+  pagesResent: number;
+  rounds: RoundReport[];
+  remoteFaults: RemoteFaults;
+  redials: number;
+  /** Peak of what the engines hold beyond the regions, on each side. */
+  extraMemoryBytes: { source: number; destination: number };
+}
+
+/** The destination's own account, for arrivals. */
+export interface ArrivalReport {
+  migrationId: string;
+  guest: string;
+  heapBytes: number;
+  verified: boolean | null;
+  prepareMs: number;
+  bytesReceived: number;
+  pagesReceived: number;
+  pagesZero: number;
+  remoteFaults: RemoteFaults;
+  extraMemoryBytes: number;
+}

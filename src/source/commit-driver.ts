@@ -1,0 +1,221 @@
+/**
+ * Carries out what the source's commit machine decides: pauses and unpauses the guest, sends, redials, runs
+ * the timers. The rules it keeps are listed in protocol/commit.ts. JavaScript thread.
+ */
+import { type ErrorCode, MemferryError } from '../errors.js';
+import type { Guest, PausedGuest } from '../guest.js';
+import type { Cause, DestinationMessage, SourceMessage } from '../protocol/commit.js';
+import {
+  initialSource,
+  isCommitted,
+  type SourceAction,
+  type SourceEvent,
+  type SourceState,
+  type SourceTimer,
+  stepSource,
+} from '../protocol/commit-source.js';
+import { type Deferred, deferred } from '../protocol/deferred.js';
+import { fromPeer } from '../protocol/peer-error.js';
+import { NamedTimers } from '../protocol/timers.js';
+
+export type Settlement =
+  | { outcome: 'departed' }
+  | { outcome: 'reclaimed' | 'in-doubt' | 'lost'; error: MemferryError };
+
+export interface CommitDriverConfig {
+  timeoutsMs: Record<SourceTimer, number>;
+  /** To the newest connection; throwing counts as its loss. */
+  send(message: SourceMessage): void;
+  /** Dials anew; resolves when the destination has taken the connection up. */
+  redial(): Promise<void>;
+}
+
+export class CommitDriver {
+  #state: SourceState = initialSource();
+  readonly #events: SourceEvent[] = [];
+  #settled = deferred<Settlement>();
+  #paused: Deferred<PausedGuest> = deferred();
+  #pauseAbort = new AbortController();
+  /** The error behind a cause, so that the caller gets the original with its facts. */
+  #error: MemferryError | null = null;
+  readonly #timers: NamedTimers<SourceTimer>;
+
+  constructor(
+    private readonly guest: Guest,
+    private readonly config: CommitDriverConfig,
+  ) {
+    this.#timers = new NamedTimers(config.timeoutsMs, (timer) => this.#dispatch({ type: 'timer', timer }));
+  }
+
+  /** GRANT was sent: the guest is not this side's any more, as far as anyone here knows. */
+  get committed(): boolean {
+    return isCommitted(this.#state);
+  }
+
+  /** Never rejects. A new promise after `resolve`. */
+  get settled(): Promise<Settlement> {
+    return this.#settled.promise;
+  }
+
+  /** Pauses the guest; rejects when it cannot be paused, or the migration is over before that. */
+  pause(): Promise<PausedGuest> {
+    this.#dispatch({ type: 'switch' });
+    return this.#paused.promise;
+  }
+
+  /** What the destination needs before `prepare` is there; from here on the machine goes on by itself. */
+  transferred(): void {
+    this.#dispatch({ type: 'transferred' });
+  }
+
+  message(message: DestinationMessage): void {
+    this.#dispatch({ type: 'message', message });
+  }
+
+  connectionLost(error: MemferryError): void {
+    if (!this.committed) this.#error ??= error;
+    this.#dispatch({ type: 'connection-lost' });
+  }
+
+  fail(error: unknown): void {
+    if (this.committed) return;
+    this.#error ??=
+      error instanceof MemferryError ? error : new MemferryError('SYSTEM', String(error), { cause: error });
+    this.#dispatch({ type: 'fail', cause: { code: this.#error.code, message: this.#error.message } });
+  }
+
+  /** In doubt or lost: by the caller's proof, or by asking the destination once more. */
+  resolve(how: 'fence' | 'ask-again'): Promise<Settlement> {
+    const { phase } = this.#state;
+    if (phase !== 'in-doubt' && phase !== 'lost') {
+      return Promise.reject(
+        new MemferryError('INVALID_ARGUMENT', 'there is nothing to resolve: the migration is not in doubt'),
+      );
+    }
+    this.#settled = deferred();
+    const { promise } = this.#settled;
+    this.#dispatch({ type: how });
+    if (how === 'ask-again' && this.#state.phase === 'lost') this.#settle('lost', lostForGood);
+    return promise;
+  }
+
+  release(): void {
+    this.#dispatch({ type: 'release' });
+    this.#timers.stopAll();
+  }
+
+  /** One event at a time: an action that brings the next event about must not overtake the rest of its own step. */
+  #dispatch(event: SourceEvent): void {
+    this.#events.push(event);
+    if (this.#events.length > 1) return;
+    try {
+      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
+        const { state, actions } = stepSource(this.#state, next);
+        this.#state = state;
+        for (const action of actions) this.#carryOut(action);
+      }
+    } finally {
+      this.#events.length = 0;
+    }
+  }
+
+  #carryOut(action: SourceAction): void {
+    switch (action.type) {
+      case 'pause':
+        void this.#pause();
+        break;
+      case 'abort-pause':
+        this.#pauseAbort.abort(new MemferryError('CANCELLED', 'the migration is over'));
+        break;
+      case 'run-here':
+        void this.#unpause();
+        break;
+      case 'send':
+        try {
+          this.config.send(action.message);
+        } catch {
+          // The connection's own end is reported by its reader; a message that could not leave is a lost one.
+        }
+        break;
+      case 'redial':
+        this.config.redial().then(
+          () => this.#dispatch({ type: 'redialled', epoch: action.epoch }),
+          () => this.#dispatch({ type: 'redial-failed', epoch: action.epoch }),
+        );
+        break;
+      case 'start-timer':
+        this.#timers.start(action.timer);
+        break;
+      case 'stop-timer':
+        this.#timers.stop(action.timer);
+        break;
+      case 'settle':
+        if (action.outcome === 'departed') this.#settled.resolve({ outcome: 'departed' });
+        else this.#settle(action.outcome, action.cause);
+        break;
+    }
+  }
+
+  #settle(outcome: 'reclaimed' | 'in-doubt' | 'lost', cause: Cause): void {
+    const known = this.#error;
+    const error =
+      known && known.code === cause.code
+        ? known
+        : cause.code === 'PEER_LOST' && known
+          ? new MemferryError('PEER_LOST', cause.message, { cause: known })
+          : fromPeer(cause.code, cause.message);
+    this.#settled.resolve({ outcome, error });
+    this.#paused.reject(error);
+  }
+
+  async #pause(): Promise<void> {
+    try {
+      const result = await this.guest.pause({ signal: this.#pauseAbort.signal });
+      const paused = result instanceof Uint8Array ? { state: result } : result;
+      if (!(paused?.state instanceof Uint8Array)) {
+        // The guest stands, whatever it gave: it must be let run again.
+        await this.#unpause();
+        throw new MemferryError('PAUSE_FAILED', 'pause() must give the execution state as a Uint8Array');
+      }
+      this.#dispatch({ type: 'paused' });
+      this.#paused.resolve(paused);
+    } catch (error) {
+      const code: ErrorCode =
+        error instanceof MemferryError &&
+        ['GUEST_BUSY', 'GUEST_UNMOVABLE', 'PAUSE_TIMEOUT'].includes(error.code)
+          ? error.code
+          : 'PAUSE_FAILED';
+      const known =
+        error instanceof MemferryError && error.code === code
+          ? error
+          : new MemferryError(
+              code,
+              `pause failed: ${error instanceof Error ? error.message : String(error)}`,
+              {
+                cause: error,
+              },
+            );
+      this.#error ??= known;
+      this.#dispatch({ type: 'pause-failed', cause: { code: known.code, message: known.message } });
+    }
+  }
+
+  async #unpause(): Promise<void> {
+    try {
+      await this.guest.unpause();
+    } catch (error) {
+      // The guest is this side's, but does not run: that must not pass unseen.
+      process.emitWarning(
+        `guest '${this.guest.name}' could not be unpaused after its migration failed: ` +
+          `${error instanceof Error ? error.message : String(error)}`,
+        { code: 'MEMFERRY_UNPAUSE_FAILED' },
+      );
+    }
+  }
+}
+
+const lostForGood: Cause = {
+  code: 'GUEST_LOST',
+  message:
+    'the destination was restarted and knows nothing of the guest; only a fence can bring it back here',
+};

@@ -1,0 +1,126 @@
+/**
+ * The native sender as promises. One waiter for each thing that can be waited for; a failure of the engine
+ * rejects them all and every later call.
+ */
+import { loadAddon } from '../addon.js';
+import { fromNativeEvent, type MemferryError } from '../errors.js';
+import type { NativeEvent, NativeSender, NativeSenderConfig, NativeSenderStats } from '../native.js';
+import { type Deferred, deferred } from '../protocol/deferred.js';
+
+export interface EngineListener {
+  paused(): void;
+  recovered(): void;
+  failed(error: MemferryError): void;
+}
+
+export class SourceEngine {
+  readonly #sender: NativeSender;
+  readonly #waiters = new Map<string, Deferred<NativeEvent>>();
+  #failure: MemferryError | null = null;
+  #closed = false;
+  #nextTag = 1;
+  #lastStats: NativeSenderStats | null = null;
+
+  constructor(config: Omit<NativeSenderConfig, 'onEvent'>, listener: EngineListener) {
+    this.#sender = loadAddon().createSender({
+      ...config,
+      onEvent: (event) => this.#onEvent(event, listener),
+    });
+  }
+
+  connect(): Promise<unknown> {
+    const connected = this.#expect('connected');
+    this.#sender.connect();
+    return connected;
+  }
+
+  queuePopulated(): Promise<void> {
+    return this.#sender.queuePopulated();
+  }
+
+  queueDirty(): Promise<number> {
+    return this.#sender.queueDirty();
+  }
+
+  /** On this thread: the final scan of a paused guest. */
+  queueDirtyNow(): number {
+    return this.#sender.queueDirtySync();
+  }
+
+  /** Resolves when every page of the round is in the destination's memory; gives the suspect pages. */
+  async round(): Promise<number> {
+    const tag = this.#nextTag++;
+    const done = this.#expect(`round-done ${tag}`);
+    this.#sender.startRound(tag);
+    return (await done).suspects;
+  }
+
+  /** Has the destination forget what is dirty now; gives the number of pages. */
+  async discardDirty(): Promise<number> {
+    const tag = this.#nextTag++;
+    const done = this.#expect(`round-done ${tag}`);
+    const pages = await this.#sender.discardDirty(tag);
+    await done;
+    return pages;
+  }
+
+  /** The final scan and its discards on this thread; `switched` resolves when the destination's pager serves. */
+  switchOver(): { pages: number; switched: Promise<unknown> } {
+    const switched = this.#expect('switched');
+    const pages = this.#sender.switchOver();
+    return { pages, switched };
+  }
+
+  push(): Promise<unknown> {
+    const evicted = this.#expect('evicted');
+    this.#sender.startPush();
+    return evicted;
+  }
+
+  stats(): NativeSenderStats {
+    if (!this.#closed || !this.#lastStats) this.#lastStats = this.#sender.stats();
+    return this.#lastStats;
+  }
+
+  digest(region: number): Promise<string> {
+    return this.#sender.digest(region);
+  }
+
+  close(goodbye: boolean, reason: MemferryError): void {
+    if (this.#closed) return;
+    this.#lastStats = this.#sender.stats();
+    this.#closed = true;
+    this.#sender.close(goodbye);
+    this.#rejectAll(reason);
+  }
+
+  #expect(key: string): Promise<NativeEvent> {
+    if (this.#failure) return Promise.reject(this.#failure);
+    const waiter = deferred<NativeEvent>();
+    this.#waiters.set(key, waiter);
+    return waiter.promise;
+  }
+
+  #rejectAll(error: MemferryError): void {
+    this.#failure ??= error;
+    for (const waiter of this.#waiters.values()) waiter.reject(error);
+    this.#waiters.clear();
+  }
+
+  #onEvent(event: NativeEvent, listener: EngineListener): void {
+    if (this.#closed) return;
+    if (event.kind === 'failed') {
+      const error = fromNativeEvent(event);
+      this.#rejectAll(error);
+      listener.failed(error);
+    } else if (event.kind === 'paused') {
+      listener.paused();
+    } else if (event.kind === 'recovered') {
+      listener.recovered();
+    } else {
+      const key = event.kind === 'round-done' ? `round-done ${event.tag}` : event.kind;
+      this.#waiters.get(key)?.resolve(event);
+      this.#waiters.delete(key);
+    }
+  }
+}

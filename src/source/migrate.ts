@@ -1,0 +1,56 @@
+/** `migrate`: the source's entry. Checks what can be checked before anything is opened. */
+import { checkAddressPolicy, isLoopback } from '../control/address.js';
+import { loadSecret } from '../control/secret.js';
+import { MemferryError } from '../errors.js';
+import type { Guest } from '../guest.js';
+import { type MigrateOptions, resolveMigrateOptions } from '../options.js';
+import type { MigrationReport, MigrationState, Progress } from '../report.js';
+import { SourceMigration } from './migration.js';
+
+/** A migration under way, at its source. */
+export interface Migration extends AsyncDisposable {
+  /** 32 hex digits. */
+  readonly id: string;
+  readonly state: MigrationState;
+  /** Samples while it runs; ends with it and never throws. */
+  readonly progress: AsyncIterable<Progress>;
+  /** Ends the rounds after the one under way, or lets a held switchover go. */
+  switchover(): void;
+  /** Before the commit the guest runs on here and `done` rejects with CANCELLED; after it nothing happens. */
+  cancel(reason?: unknown): void;
+  /**
+   * After MIGRATION_IN_DOUBT or GUEST_LOST. `fence`: the caller has proof that the destination's process is dead
+   * and stays so; the guest runs here again. `askAgain`: the destination is dialled once more.
+   * When that gives 'destination', the migration goes on from there: `evicted` and `done` are new promises.
+   */
+  resolve(proof: { fence: 'destination-dead' } | { askAgain: true }): Promise<'source' | 'destination'>;
+  /** Resolves when, and only when, the source holds nothing that anyone still needs. */
+  readonly evicted: Promise<void>;
+  /** The report, or the error (a MemferryError) that ended the migration. */
+  readonly done: Promise<MigrationReport>;
+  on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  /** The guest has not wholly arrived here yet; the migration begins when its last page is there. */
+  on(event: 'waiting', listener: (what: string) => void): this;
+}
+
+/**
+ * Moves a guest to a destination that listens (`listen`, or `memferry receive`). Returns at once; everything
+ * after the checks of the arguments comes by `done`.
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED
+ */
+export function migrate(guest: Guest, options: MigrateOptions): Migration {
+  const resolved = resolveMigrateOptions(options);
+  if (typeof guest?.pause !== 'function' || typeof guest.unpause !== 'function' || !guest.regions?.length) {
+    throw new MemferryError('INVALID_ARGUMENT', 'a guest has at least one region, pause() and unpause()');
+  }
+  const names = new Set(guest.regions.map(({ name }) => name));
+  if (names.size !== guest.regions.length || guest.regions.length > 64) {
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      'a guest has at most 64 regions, each with a name of its own',
+    );
+  }
+  checkAddressPolicy(resolved.to.host, { plaintext: resolved.plaintext });
+  const secret = loadSecret(resolved, { loopback: isLoopback(resolved.to.host) });
+  return new SourceMigration(guest, resolved, secret);
+}

@@ -1,0 +1,547 @@
+/**
+ * One migration, as its source sees it. This file puts the parts in order and owns what they share; the
+ * decisions are elsewhere: when to stop the rounds (convergence.ts), what a lost message means
+ * (protocol/commit-source.ts), which page goes next (the native sender).
+ *
+ *   setup ─ active ─ [pre-switchover] ─ device ─┬─ completed                      stop-and-copy, pre-copy
+ *                                               └─ postcopy-active ─ completed    post-copy, hybrid
+ *                                                   │ cut   ▲
+ *                                                   postcopy-paused ─ postcopy-recover
+ */
+import { randomBytes } from 'node:crypto';
+import { EventEmitter } from 'node:events';
+import { stillArriving } from '../arrivals.js';
+import { dataTokens } from '../control/tokens.js';
+import { MemferryError } from '../errors.js';
+import type { Guest } from '../guest.js';
+import type { Mode, ResolvedMigrateOptions } from '../options.js';
+import { ProgressStream } from '../progress.js';
+import { abortError, untilAborted } from '../protocol/bounded.js';
+import { type Deferred, deferred } from '../protocol/deferred.js';
+import type { DestinationMessage } from '../protocol/messages.js';
+import { maxEpochs } from '../protocol/epochs.js';
+import { fromPeer } from '../protocol/peer-error.js';
+import type { MigrationReport, MigrationState, Progress } from '../report.js';
+import { DirtyTracker } from '../trackers.js';
+import { CommitDriver, type Settlement } from './commit-driver.js';
+import { SourceEngine } from './engine.js';
+import { Measurements } from './measurements.js';
+import { preCopy } from './precopy.js';
+import { SourceSession } from './session.js';
+
+/** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
+const refusalGraceMs = 500;
+
+export class SourceMigration extends EventEmitter {
+  readonly #migrationId = randomBytes(16);
+  readonly id = this.#migrationId.toString('hex');
+  readonly progress: ProgressStream = new ProgressStream();
+  #done = deferred<MigrationReport>();
+  #evicted = deferred<void>();
+  readonly #abort = new AbortController();
+  readonly #measured = new Measurements();
+  readonly #switchoverAsked = deferred<void>();
+  readonly #commit: CommitDriver;
+  #running: Promise<void>;
+  #state: MigrationState = 'setup';
+  #paging: boolean;
+  #session: SourceSession | null = null;
+  #engine: SourceEngine | null = null;
+  #trackers: (DirtyTracker | null)[] = [];
+  #claimed = false;
+  #waitingFor: string | null = null;
+  #pagesSeen = 0;
+  /** The push may begin. */
+  #pushable: Promise<void> = Promise.resolve();
+  #accepted: Deferred<void> = deferred();
+  readonly #refusal = deferred<MemferryError>();
+  #grown: Deferred<void> | null = null;
+  #summary: Deferred<Extract<DestinationMessage, { type: 'summary' }>> = deferred();
+
+  constructor(
+    private readonly guest: Guest,
+    private readonly options: ResolvedMigrateOptions,
+    private readonly secret: Promise<Uint8Array>,
+  ) {
+    super();
+    secret.catch(() => {}); // reported by #setUp, if it gets there
+    this.#paging = options.mode === 'post-copy' || options.mode === 'hybrid';
+    this.#commit = new CommitDriver(guest, {
+      timeoutsMs: {
+        pause: options.pauseTimeoutMs,
+        ready: options.prepareTimeoutMs,
+        doubt: options.inDoubtTimeoutMs,
+        retry: 500,
+      },
+      send: (message) => this.#session?.send(message),
+      redial: () =>
+        this.#session
+          ? this.#session.redial()
+          : Promise.reject(new Error('there was no connection to take up')),
+    });
+    options.signal?.addEventListener('abort', this.#onSignal, { once: true });
+    if (options.signal?.aborted) this.#onSignal();
+    this.#running = this.#run();
+  }
+
+  get state(): MigrationState {
+    return this.#state;
+  }
+
+  get mode(): Mode {
+    return this.options.mode;
+  }
+
+  /** Resolves when, and only when, the source holds nothing that anyone still needs. */
+  get evicted(): Promise<void> {
+    return this.#evicted.promise;
+  }
+
+  /** The report, or the error that ended the migration. */
+  get done(): Promise<MigrationReport> {
+    return this.#done.promise;
+  }
+
+  /** Ends the rounds (pre-copy, hybrid) after the one under way, or releases a held switchover. */
+  switchover(): void {
+    this.#switchoverAsked.resolve();
+  }
+
+  /** Before the commit: the guest runs on here and `done` rejects with CANCELLED. After it: no effect. */
+  cancel(reason?: unknown): void {
+    this.#cancel(new MemferryError('CANCELLED', 'the migration was cancelled', { cause: reason }));
+  }
+
+  /**
+   * After MIGRATION_IN_DOUBT or GUEST_LOST. `fence`: the caller has proof that the destination's process is
+   * dead and stays so; the guest then runs here again. `askAgain`: dial the destination once more.
+   * Gives where the guest is now. Rejects with MIGRATION_IN_DOUBT when that is still not known.
+   */
+  async resolve(
+    proof: { fence: 'destination-dead' } | { askAgain: true },
+  ): Promise<'source' | 'destination'> {
+    const settlement = await this.#commit.resolve('fence' in proof ? 'fence' : 'ask-again');
+    if (settlement.outcome === 'departed') {
+      this.#goOn();
+      return 'destination';
+    }
+    if (settlement.outcome !== 'reclaimed') throw settlement.error;
+    await this.#letGo(false, settlement.error);
+    return 'source';
+  }
+
+  /** Cancels if there is still time, lets go of everything otherwise. The guest's fate is `done`'s to tell. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.cancel();
+    this.#commit.release();
+    // After the commit nothing above ends what waits for the destination, which may be cut off for long.
+    if (this.#commit.committed) await this.#abandonRest();
+    await this.#running;
+    await this.#letGo(false, new MemferryError('CANCELLED', 'the migration was closed'));
+  }
+
+  async #abandonRest(): Promise<void> {
+    const error = this.#evicted.settled
+      ? new MemferryError('CHANNEL_LOST', 'the migration was closed before the destination gave its account')
+      : new MemferryError('GUEST_LOST', 'the migration was closed before the destination had every page', {
+          facts: { pages: this.#engine?.stats().pagesPending ?? 0 },
+        });
+    this.#engine?.close(false, error);
+    this.#summary.reject(error);
+    await this.#session?.close(false);
+  }
+
+  readonly #onSignal = () => this.#cancel(abortError(this.options.signal as AbortSignal));
+
+  #cancel(error: MemferryError): void {
+    if (!this.#commit.committed) this.#fail(error);
+  }
+
+  /** Before the commit this ends the migration; after it the commit's state machine takes no notice. */
+  #fail(error: unknown): void {
+    this.#commit.fail(error);
+  }
+
+  async #run(): Promise<void> {
+    const sampling = setInterval(() => this.#sample(), this.options.progressIntervalMs);
+    sampling.unref();
+    this.#commit.settled.then((settlement) => {
+      if (settlement.outcome !== 'departed') this.#abort.abort(settlement.error);
+    });
+    try {
+      const flow = this.#untilGrant().catch((error) => this.#fail(error));
+      const settlement = await this.#commit.settled;
+      if (settlement.outcome === 'departed') {
+        await this.#afterResumed();
+      } else {
+        // What waits for the engine or the peer must not wait for ever.
+        if (settlement.outcome === 'reclaimed') this.#engine?.close(false, settlement.error);
+        await flow;
+        await this.#end(settlement);
+      }
+    } catch (error) {
+      await this.#lost(error);
+    } finally {
+      clearInterval(sampling);
+      this.options.signal?.removeEventListener('abort', this.#onSignal);
+      this.#sample();
+      this.progress.end();
+    }
+  }
+
+  /** In doubt before, departed now: what the destination lacks is still here, and it still has to get it. */
+  #goOn(): void {
+    this.#done = deferred();
+    this.#evicted = deferred();
+    this.#running = this.#afterResumed().catch((error) => this.#lost(error));
+  }
+
+  /** Everything up to the point where the commit's state machine goes on by itself. */
+  async #untilGrant(): Promise<void> {
+    await this.#setUp();
+    this.#to('active');
+    const mode = this.options.mode;
+    if (mode === 'pre-copy' || mode === 'hybrid') {
+      const outcome = await preCopy({
+        engine: this.#requireEngine(),
+        trackers: this.#trackers,
+        regions: this.guest.regions.map(({ region }) => region),
+        options: this.options,
+        measured: this.#measured,
+        signal: this.#abort.signal,
+        switchoverAsked: this.#switchoverAsked,
+        followGrowth: () => this.#followGrowth(),
+        converged: () => this.#to('pre-switchover'),
+      });
+      this.#paging ||= outcome === 'post-copy';
+    } else if (this.options.holdSwitchover) {
+      this.#to('pre-switchover');
+      await untilAborted(this.#switchoverAsked.promise, this.#abort.signal);
+    }
+    await this.#switchOver();
+  }
+
+  async #setUp(): Promise<void> {
+    const { guest, options } = this;
+    const regions = guest.regions.map(({ region }) => region);
+    const waiting = stillArriving(regions);
+    if (waiting.length > 0) {
+      this.#waitingFor = 'the last pages of the migration that brought the guest here';
+      // This still runs inside of migrate(): its caller can listen only after it has returned.
+      await Promise.resolve();
+      this.emit('waiting', this.#waitingFor);
+      await untilAborted(Promise.all(waiting), this.#abort.signal);
+      this.#waitingFor = null;
+    }
+    this.#claim();
+    this.#session = await SourceSession.dial({
+      to: options.to,
+      secret: await this.secret,
+      plaintext: options.plaintext,
+      migrationId: this.id,
+      connectTimeoutMs: options.connectTimeoutMs,
+      peerTimeoutMs: options.peerTimeoutMs,
+      signal: this.#abort.signal,
+      onMessage: (message) => this.#onMessage(message),
+      onLost: (error) => {
+        this.#accepted.reject(error);
+        this.#grown?.reject(error);
+        this.#commit.connectionLost(error);
+      },
+    });
+    const lengths = regions.map((region) => region.refresh());
+    this.#session.send({
+      type: 'offer',
+      migrationId: this.id,
+      mode: options.mode,
+      mayPage: this.#paging || options.onNonConvergence === 'post-copy',
+      verify: options.verify,
+      channels: options.channels,
+      guest: {
+        name: guest.name,
+        module: guest.module,
+        description: guest.description ?? null,
+        regions: guest.regions.map(({ name, region }, index) => ({
+          name,
+          lengthBytes: lengths[index] as number,
+          capacityBytes: region.capacityBytes,
+          pageSize: region.pageSize,
+        })),
+      },
+    });
+    await untilAborted(this.#accepted.promise, this.#abort.signal);
+
+    if (options.mode === 'pre-copy' || options.mode === 'hybrid') {
+      for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
+    } else {
+      this.#trackers = regions.map(() => null);
+    }
+    this.#engine = new SourceEngine(
+      {
+        regions: regions.map((region) => region.native),
+        trackers: this.#trackers.map((tracker) => tracker?.native ?? null),
+        host: this.#session.remoteAddress,
+        port: options.to.port,
+        migration: this.#migrationId,
+        channels: options.channels,
+        tokens: dataTokens(this.#session.sessionKey, this.#migrationId, maxEpochs, options.channels),
+        bandwidth: options.bandwidth,
+        keepPageHashes: false,
+        connectTimeoutMs: options.connectTimeoutMs,
+        recoverTimeoutMs: options.recoverTimeoutMs,
+      },
+      {
+        paused: () => this.#to('postcopy-paused'),
+        recovered: () => {
+          this.#to('postcopy-recover');
+          this.#to('postcopy-active');
+        },
+        failed: (error) => this.#fail(error),
+      },
+    );
+    await untilAborted(this.#engine.connect(), this.#abort.signal);
+  }
+
+  /** From the decision to switch over to PREPARE; the commit's state machine takes it from there. */
+  async #switchOver(): Promise<void> {
+    const engine = this.#requireEngine();
+    this.#to('device');
+    this.#measured.pauseAsked();
+    const paused = await this.#commit.pause();
+    this.#measured.paused(paused.pausedAtNs);
+    this.#session?.send({ type: 'state' }, paused.state);
+    await this.#followGrowth();
+    if (this.#paging) {
+      const { switched } = engine.switchOver();
+      this.#measured.scanned();
+      // Without rounds nobody has asked yet which pages were never touched; it costs no downtime here.
+      if (!this.#trackers.some((tracker) => tracker)) this.#pushable = engine.queuePopulated();
+      this.#pushable.catch(() => {});
+      await untilAborted(switched, this.#abort.signal);
+      this.#measured.transferred();
+      this.#commit.transferred();
+    } else {
+      if (this.#trackers.some((tracker) => tracker)) engine.queueDirtyNow();
+      else await engine.queuePopulated();
+      this.#measured.scanned();
+      const before = engine.stats();
+      const suspects = await untilAborted(engine.round(), this.#abort.signal);
+      if (suspects > 0) {
+        throw new MemferryError(
+          'PROTOCOL_ERROR',
+          `${suspects} pages of the paused guest arrived with checksums that do not fit: something still writes them`,
+          { facts: { pages: suspects } },
+        );
+      }
+      this.#measured.finalRound(before, engine.stats());
+      this.#measured.transferred();
+      this.#commit.transferred();
+    }
+  }
+
+  async #afterResumed(): Promise<void> {
+    const engine = this.#requireEngine();
+    this.#measured.resumed();
+    await this.guest.departed?.();
+    if (this.#paging) {
+      this.#to('postcopy-active');
+      await this.#pushable;
+      await engine.push();
+    }
+    this.#measured.evicted();
+    const heapBytes = this.guest.regions.reduce((sum, { region }) => sum + region.lengthBytes, 0);
+    const digests = this.options.verify
+      ? await Promise.all(this.guest.regions.map((_, index) => engine.digest(index)))
+      : null;
+    this.#evicted.resolve();
+    await this.guest.release?.();
+    const summary = await this.#askSummary(digests);
+    if (summary.mismatched.length > 0) {
+      const names = summary.mismatched.map((index) => this.guest.regions[index]?.name ?? String(index));
+      throw new MemferryError('VERIFICATION_FAILED', `the digests of ${names.join(', ')} differ`, {
+        facts: { regions: names },
+      });
+    }
+    const stats = engine.stats();
+    await this.#letGo(true, new MemferryError('CANCELLED', 'the migration is over'));
+    this.#to('completed');
+    this.#done.resolve({
+      migrationId: this.id,
+      guest: this.guest.name,
+      mode: this.options.mode,
+      switchedToPostCopy: this.#paging,
+      state: 'completed',
+      heapBytes,
+      verified: digests ? true : null,
+      tracker: this.#trackers.find((tracker) => tracker)?.name ?? null,
+      ...this.#measured.report(),
+      bytesOnWire: stats.bytesOnWire,
+      pagesSent: stats.pagesSent,
+      pagesZero: stats.pagesZero,
+      pagesResent: stats.pagesResent,
+      remoteFaults: summary.remoteFaults,
+      redials: stats.redials,
+      extraMemoryBytes: { source: stats.extraMemoryBytes, destination: summary.extraMemoryBytes },
+    });
+  }
+
+  /** Tells the destination that all is sent, and takes its account; dials again when the connection is cut. */
+  async #askSummary(digests: string[] | null): Promise<Extract<DestinationMessage, { type: 'summary' }>> {
+    const session = this.#session as SourceSession;
+    await session.keepTelling(
+      { type: 'evicted', digests },
+      this.#summary.promise,
+      this.options.recoverTimeoutMs,
+    );
+    return this.#summary.promise;
+  }
+
+  #onMessage(message: DestinationMessage): void {
+    switch (message.type) {
+      case 'accepted':
+        this.#accepted.resolve();
+        break;
+      case 'declined':
+        // At once: the destination closes the connection now, and that must not be taken for the reason.
+        this.#fail(fromPeer(message.code, message.message, message.names));
+        break;
+      case 'grown':
+        this.#grown?.resolve();
+        break;
+      case 'prepared':
+        this.#measured.prepared(message.prepareMs);
+        break;
+      case 'summary':
+        this.#measured.complete();
+        this.#summary.resolve(message);
+        break;
+      case 'complete':
+        this.#measured.complete();
+        break;
+      case 'lost':
+        this.#summary.reject(
+          new MemferryError('PAGES_LOST', 'the destination lacks pages for good', {
+            facts: { runs: message.runs },
+          }),
+        );
+        break;
+      case 'session-resumed':
+        break;
+      default:
+        if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
+        this.#commit.message(message);
+    }
+  }
+
+  /** Tells the destination of memory that has grown, before the engine may send pages of it. */
+  async #followGrowth(): Promise<void> {
+    for (const [index, { region }] of this.guest.regions.entries()) {
+      const lengthBytes = region.measure();
+      if (lengthBytes <= region.lengthBytes) continue;
+      this.#grown = deferred();
+      this.#session?.send({ type: 'grow', region: index, lengthBytes });
+      await untilAborted(this.#grown.promise, this.#abort.signal);
+      region.native.grow(lengthBytes / region.pageSize);
+    }
+  }
+
+  /** The guest is here (reclaimed), or nobody knows (in doubt, lost). */
+  async #end(settlement: Exclude<Settlement, { outcome: 'departed' }>): Promise<void> {
+    let { error } = settlement;
+    if (settlement.outcome === 'reclaimed') {
+      if (error.code === 'CHANNEL_LOST') error = await this.#reasonOf(error);
+      await this.#letGo(false, error);
+      this.#to(error.code === 'CANCELLED' ? 'cancelled' : 'failed');
+    } else {
+      this.#to('failed');
+    }
+    this.#evicted.reject(error);
+    this.#done.reject(error);
+  }
+
+  /**
+   * A destination that gives up ends its data connections and says why over the control connection: whichever
+   * comes first. The guest runs here again already; only the error waits for the better account.
+   */
+  async #reasonOf(cut: MemferryError): Promise<MemferryError> {
+    const late = new Promise<null>((resolve) => setTimeout(resolve, refusalGraceMs, null));
+    const refusal = await Promise.race([this.#refusal.promise, late]);
+    // What only repeats our own cancel says nothing new.
+    return refusal && !['CHANNEL_LOST', 'CANCELLED'].includes(refusal.code) ? refusal : cut;
+  }
+
+  /** After the commit: the destination has the guest, and something went wrong with its pages or its account. */
+  async #lost(cause: unknown): Promise<void> {
+    const inner =
+      cause instanceof MemferryError ? cause : new MemferryError('SYSTEM', String(cause), { cause });
+    const pending = this.#evicted.settled ? 0 : (this.#engine?.stats().pagesPending ?? 0);
+    const error =
+      inner.code === 'PEER_LOST' && !this.#evicted.settled
+        ? new MemferryError(
+            'GUEST_LOST',
+            `the guest was committed to the destination, which cannot be reached any more; ${pending} pages ` +
+              'never arrived, and the source does not run it',
+            { cause: inner, facts: { pages: pending } },
+          )
+        : inner;
+    this.#to('failed');
+    this.#evicted.reject(error);
+    this.#done.reject(error);
+    await this.#letGo(false, error);
+  }
+
+  async #letGo(goodbye: boolean, reason: MemferryError): Promise<void> {
+    this.#engine?.close(goodbye, reason);
+    for (const tracker of this.#trackers) tracker?.close();
+    await this.#session?.close(goodbye);
+    if (this.#claimed) for (const { region } of this.guest.regions) region.native.release();
+    this.#claimed = false;
+  }
+
+  #claim(): void {
+    const claimed: Guest['regions'][number][] = [];
+    for (const entry of this.guest.regions) {
+      if (!entry.region.native.claim()) {
+        for (const { region } of claimed) region.native.release();
+        throw new MemferryError('REGION_BUSY', `region '${entry.name}' is moving already`, {
+          facts: { region: entry.name },
+        });
+      }
+      claimed.push(entry);
+    }
+    this.#claimed = true;
+  }
+
+  #requireEngine(): SourceEngine {
+    if (!this.#engine) throw new MemferryError('CANCELLED', 'the migration is over');
+    return this.#engine;
+  }
+
+  #to(state: MigrationState): void {
+    if (state === this.#state || this.#done.settled) return;
+    const previous = this.#state;
+    this.#state = state;
+    this.emit('state', state, previous);
+    this.#sample();
+  }
+
+  /** The guest's size, as last seen: a guest that was released has none any more. */
+  #pagesTotal(): number {
+    const regions = this.guest.regions.map(({ region }) => region);
+    if (!regions.some((region) => region.closed)) {
+      this.#pagesSeen = regions.reduce((sum, region) => sum + region.pages, 0);
+    }
+    return this.#pagesSeen;
+  }
+
+  #sample(): void {
+    if (this.#done.settled && this.#state === 'completed') return;
+    const sample: Progress = this.#measured.sample({
+      state: this.#state,
+      stats: this.#engine?.stats() ?? null,
+      pagesTotal: this.#pagesTotal(),
+      waitingFor: this.#waitingFor,
+    });
+    this.progress.push(sample);
+  }
+}

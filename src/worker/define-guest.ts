@@ -1,0 +1,65 @@
+/**
+ * What a guest module exports. One file runs at both sides: in its first life `create` builds the program; at
+ * the destination `receive` builds it again around empty memory, the pages and globals arrive underneath, and
+ * `adopt` gives it back what only JavaScript knew.
+ *
+ *     export default defineGuest({
+ *       create: () => new Counter(),
+ *       save: (counter) => ({ count: counter.count }),
+ *       adopt: (counter, state) => { counter.count = state.count; },
+ *       handle: (counter, request) => counter.apply(request),
+ *     });
+ */
+import type { HostFunctions } from './host-functions.js';
+
+export interface GuestContext {
+  /** The guest's name, and which of its workers this one is. */
+  readonly name: string;
+  readonly worker: number;
+  readonly workers: number;
+  /** True at the destination: what `receive` writes to memory is discarded before the first page comes. */
+  readonly arriving: boolean;
+  /** What the host that started the guest gave it, as JSON. It moves with the guest. */
+  readonly data: unknown;
+  /** Host functions that may stand in WebAssembly tables are known by name; see `register`. */
+  readonly hostFunctions: HostFunctions;
+  /** Memory that all workers of the guest share; empty without `sharedHeapBytes`. */
+  readonly sharedHeap: readonly Uint8Array[];
+  /**
+   * Memory of this worker's own that moves page by page, for guests without WebAssembly: page-aligned, zeros
+   * at first. Call it in the same order with the same lengths in `create` and `receive`.
+   */
+  heap(lengthBytes: number): readonly Uint8Array[];
+  /** To the host: a `message` event of the WorkerGuest. */
+  send(value: unknown): void;
+}
+
+export interface GuestDefinition<App, State = unknown, Request = unknown, Reply = unknown> {
+  /** The first life: builds the program, opens its database, loads its WebAssembly. */
+  create(context: GuestContext): App | Promise<App>;
+  /**
+   * The destination, before the first page: makes the same WebAssembly instances in the same order, and the
+   * JavaScript objects around them. Default: `create`.
+   */
+  receive?(context: GuestContext): App | Promise<App>;
+  /** At the safepoint: what JavaScript alone knows, structured-clonable. Throwing refuses to pause. */
+  save?(app: App): State;
+  /** What is open that cannot move (statements, files), by name. Any name refuses to pause, with GUEST_BUSY. */
+  busy?(app: App): readonly string[];
+  /** The destination: memory, globals and tables are the source's. Takes the JavaScript state back. */
+  adopt?(app: App, state: State, context: GuestContext): App | undefined | Promise<App | undefined>;
+  /** One request at a time; between two of them lies the safepoint. */
+  handle(app: App, request: Request, context: GuestContext): Reply | Promise<Reply>;
+  /**
+   * The destination, before `adopt`: a memory grew outside the guest's code, so views of it are detached.
+   * Emscripten's glue is known and renewed by itself.
+   */
+  memoryGrown?(app: App): void;
+}
+
+/** Gives the definition back, typed. */
+export function defineGuest<App, State = unknown, Request = unknown, Reply = unknown>(
+  definition: GuestDefinition<App, State, Request, Reply>,
+): GuestDefinition<App, State, Request, Reply> {
+  return definition;
+}

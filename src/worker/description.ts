@@ -1,0 +1,55 @@
+/** What a source says about a worker guest before its first page: plain JSON, checked by the destination. */
+import { z } from 'zod';
+
+import { memferryError } from '../errors.js';
+import type { WorkerShape } from './messages.js';
+
+const count = z.number().int().min(0).max(4096);
+const bytes = z.number().int().min(0).max(Number.MAX_SAFE_INTEGER);
+
+const schema = z.strictObject({
+  runtime: z.literal('memferry-worker'),
+  version: z.literal(1),
+  data: z.unknown(),
+  sharedHeapBytes: bytes,
+  workers: z
+    .array(
+      z.strictObject({
+        /** Which memories and heaps have regions, in the order of the offer's regions. */
+        regions: z.array(z.strictObject({ kind: z.enum(['memory', 'heap']), index: count })).max(4096),
+        /** The first 16 digits of each instance's binary's SHA-256. */
+        instances: z.array(z.string().regex(/^[0-9a-f]{16}$/)).max(4096),
+      }),
+    )
+    .min(1)
+    .max(64),
+});
+
+export type GuestDescription = z.output<typeof schema>;
+
+export function describeGuest(from: {
+  data: unknown;
+  sharedHeapBytes: number;
+  links: WorkerShape[];
+}): GuestDescription {
+  return {
+    runtime: 'memferry-worker',
+    version: 1,
+    data: from.data,
+    sharedHeapBytes: from.sharedHeapBytes,
+    workers: from.links.map(({ regions, instances }) => ({
+      regions: regions.map(({ kind, index }) => ({ kind, index })),
+      instances,
+    })),
+  };
+}
+
+export function parseDescription(value: unknown): GuestDescription {
+  const result = schema.safeParse(value);
+  if (result.success) return result.data;
+  const issue = result.error.issues[0];
+  throw memferryError(
+    'PROTOCOL_ERROR',
+    `no description of a worker guest: ${issue?.path.join('.')} ${issue?.message}`,
+  );
+}

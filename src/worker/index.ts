@@ -1,0 +1,19 @@
+/** `memferry/worker`: live worker_threads guests. A guest module imports `defineGuest`, a host the rest. */
+export {
+  defineGuest,
+  type GuestContext,
+  type GuestDefinition,
+} from './define-guest.js';
+export { GuestMovedError, GuestRequestError } from './errors.js';
+export type { HostFunctions } from './host-functions.js';
+export {
+  ArrivingWorkerGuest,
+  type WorkerGuestsOptions,
+  workerGuests,
+} from './worker-arrival.js';
+export {
+  WorkerGuest,
+  type WorkerGuestEvents,
+  type WorkerGuestOptions,
+  type WorkerGuestStatus,
+} from './worker-guest.js';

@@ -1,0 +1,327 @@
+/**
+ * The guest's side of a worker: takes requests one at a time, stands still at a safepoint when asked, and sets
+ * an arriving guest up. Owner and thread: the worker. While it stands still the whole thread is blocked, so
+ * that no timer, message or promise of the guest can run.
+ */
+import { deserialize, serialize } from 'node:v8';
+import { receiveMessageOnPort } from 'node:worker_threads';
+
+import { memferryError } from '../errors.js';
+import { Region } from '../region.js';
+import type { GuestContext, GuestDefinition } from './define-guest.js';
+import { HostFunctions } from './host-functions.js';
+import {
+  type BootData,
+  type FromWorker,
+  plainError,
+  type ToWorker,
+  Word,
+  type WorkerShape,
+  type WorkerStateEnvelope,
+} from './messages.js';
+import { OpenResources } from './safepoint.js';
+import { renewViews } from './wasm-growth.js';
+import { WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
+import { captureWasm, restoreWasm, type WasmState } from './wasm-state.js';
+
+/** A socket that was closed, or a timer that fired, is gone only after a turn or two of the event loop. */
+const CLOSING_TURNS = 2;
+
+type AnyDefinition = GuestDefinition<unknown, unknown, unknown, unknown>;
+
+export class GuestRuntime {
+  readonly #boot: BootData;
+  readonly #registry: WasmRegistry;
+  readonly #hostFunctions = new HostFunctions();
+  readonly #heaps: Region[] = [];
+  /** By the memory's number; null while it is empty, or where it cannot be a region. */
+  readonly #memories: (Region | null)[] = [];
+  readonly #queue: { id: number; value: unknown }[] = [];
+  readonly #context: GuestContext;
+  #definition!: AnyDefinition;
+  #app: unknown;
+  #resources!: OpenResources;
+  #handling = false;
+  #attempt = 0;
+  #shapeVersion = -1;
+
+  constructor(boot: BootData, registry: WasmRegistry) {
+    this.#boot = boot;
+    this.#registry = registry;
+    this.#context = {
+      name: boot.name,
+      worker: boot.worker,
+      workers: boot.workers,
+      arriving: boot.plan !== null,
+      data: boot.data,
+      hostFunctions: this.#hostFunctions,
+      sharedHeap: boot.sharedHeap,
+      heap: (lengthBytes) => this.#heap(lengthBytes),
+      send: (value) => this.#post({ type: 'message', value }),
+    };
+  }
+
+  /** Loads the guest and runs it, or waits for it to arrive. Reports `failed` and gives up otherwise. */
+  async run(): Promise<void> {
+    const { plan } = this.#boot;
+    try {
+      // The port is the one thing that this runtime itself keeps open.
+      this.#boot.port.ref();
+      this.#resources = new OpenResources();
+      const loaded = (await import(this.#boot.url)) as { default?: unknown };
+      this.#definition = checkDefinition(loaded.default, this.#boot.url);
+      const build = plan ? (this.#definition.receive ?? this.#definition.create) : this.#definition.create;
+      this.#app = await build.call(this.#definition, this.#context);
+      this.#adoptMemories();
+      this.#post({ type: 'ready', shape: this.#shape() });
+      if (plan) await this.#arrive();
+    } catch (error) {
+      this.#post({ type: 'failed', error: plainError(error) });
+      return;
+    }
+    this.#boot.port.on('message', (message: ToWorker) => this.#receive(message));
+  }
+
+  #post(message: FromWorker, transfer: ArrayBuffer[] = []): void {
+    this.#boot.port.postMessage(message, transfer);
+  }
+
+  #heap(lengthBytes: number): readonly Uint8Array[] {
+    const planned = this.#boot.plan?.heapBytes[this.#heaps.length] ?? lengthBytes;
+    if (planned !== lengthBytes) {
+      throw memferryError('GUEST_UNMOVABLE', `heap ${this.#heaps.length} has ${planned} bytes at the source`);
+    }
+    const region = Region.allocate({ lengthBytes });
+    this.#heaps.push(region);
+    return region.views;
+  }
+
+  /** Makes regions of the memories that have none yet. */
+  #adoptMemories(): void {
+    this.#registry.memories.forEach(({ memory }, number) => {
+      // An empty memory has no address yet.
+      if (this.#memories[number] || memory.buffer.byteLength === 0) this.#memories[number] ??= null;
+      else this.#memories[number] = Region.adopt(memory as Parameters<typeof Region.adopt>[0]);
+    });
+  }
+
+  #shape(): WorkerShape {
+    this.#shapeVersion = this.#registry.version;
+    const memories = this.#memories.flatMap((region, index) =>
+      region
+        ? [
+            {
+              kind: 'memory' as const,
+              index,
+              id: region.id,
+              lengthBytes: region.refresh(),
+            },
+          ]
+        : [],
+    );
+    const heaps = this.#heaps.map((region, index) => ({
+      kind: 'heap' as const,
+      index,
+      id: region.id,
+      lengthBytes: region.lengthBytes,
+    }));
+    return {
+      regions: [...memories, ...heaps],
+      instances: this.#registry.instances.map((instance) => instance.sha256.slice(0, 16)),
+      unmovable: [...this.#registry.unmovable],
+    };
+  }
+
+  #receive(message: ToWorker): void {
+    if (message.type === 'request') {
+      this.#queue.push({ id: message.id, value: message.value });
+      this.#next();
+    } else if (message.type === 'pause') {
+      this.#attempt = message.attempt;
+      if (!this.#handling) this.#safepoint();
+      this.#next();
+    } else if (message.type === 'check') {
+      let error = null;
+      try {
+        captureWasm(this.#registry, this.#hostFunctions);
+      } catch (thrown) {
+        error = plainError(thrown);
+      }
+      this.#post({ type: 'checked', id: message.id, error });
+    }
+  }
+
+  /** Begins the next request, unless one is being handled or a pause is asked for. */
+  #next(): void {
+    while (!this.#handling && this.#queue.length > 0) {
+      if (Atomics.load(this.#boot.control, Word.pause) !== 0) return;
+      const request = this.#queue.shift() as { id: number; value: unknown };
+      let result: unknown;
+      try {
+        result = this.#definition.handle(this.#app, request.value, this.#context);
+      } catch (error) {
+        this.#threw(request.id, error);
+        continue;
+      }
+      if (!isThenable(result)) {
+        this.#reply(request.id, result);
+        continue;
+      }
+      this.#handling = true;
+      Promise.resolve(result)
+        .then(
+          (value) => this.#reply(request.id, value),
+          (error: unknown) => this.#threw(request.id, error),
+        )
+        .finally(() => {
+          this.#handling = false;
+          if (this.#attempt !== 0) this.#safepoint();
+          this.#next();
+        });
+    }
+  }
+
+  #reply(id: number, value: unknown): void {
+    this.#tellShape();
+    try {
+      this.#post({ type: 'reply', id, value });
+    } catch (error) {
+      // A reply that cannot be cloned is the guest's mistake, and must not leave the asker waiting.
+      this.#post({ type: 'threw', id, error: plainError(error) });
+    }
+  }
+
+  #threw(id: number, error: unknown): void {
+    this.#tellShape();
+    this.#post({ type: 'threw', id, error: plainError(error) });
+  }
+
+  /** New memories and instances are told before the reply of the request that made them. */
+  #tellShape(): void {
+    const known = this.#memories.filter((region) => region !== null).length;
+    try {
+      this.#adoptMemories();
+    } catch (error) {
+      this.#registry.unmovable.push(`a memory: ${plainError(error).message}`);
+    }
+    const changed = known !== this.#memories.filter((region) => region !== null).length;
+    if (!changed && this.#shapeVersion === this.#registry.version) return;
+    this.#post({ type: 'shape', shape: this.#shape() });
+  }
+
+  /** No request, and so no WebAssembly frame, is in progress, and none begins while the pause is asked for. */
+  #safepoint(): void {
+    const attempt = this.#attempt;
+    this.#attempt = 0;
+    this.#standStill(attempt, CLOSING_TURNS);
+  }
+
+  #standStill(attempt: number, turns: number): void {
+    const { control } = this.#boot;
+    if (Atomics.load(control, Word.pause) !== attempt) {
+      this.#next();
+      return;
+    }
+    if (turns > 0 && this.#resources.names().length > 0) {
+      setImmediate(() => this.#standStill(attempt, turns - 1));
+      return;
+    }
+    let state: Uint8Array;
+    try {
+      const open = [...this.#resources.names(), ...(this.#definition.busy?.(this.#app) ?? [])];
+      if (open.length > 0) {
+        throw memferryError('GUEST_BUSY', `the guest cannot pause: ${open.join(', ')} open`, {
+          facts: { names: open },
+        });
+      }
+      this.#tellShape();
+      state = this.#capture();
+    } catch (error) {
+      Atomics.compareExchange(control, Word.pause, attempt, 0);
+      this.#post({ type: 'refused', attempt, error: plainError(error) });
+      this.#next();
+      return;
+    }
+    const lengths = this.#shape().regions.map((region) => region.lengthBytes);
+    if (Atomics.compareExchange(control, Word.pause, attempt, -attempt) !== attempt) {
+      this.#next();
+      return;
+    }
+    const returned = this.#queue.splice(0).map((request) => request.id);
+    this.#post({ type: 'paused', attempt, state, returned, lengths }, [state.buffer as ArrayBuffer]);
+    while (Atomics.load(control, Word.pause) === -attempt) Atomics.wait(control, Word.pause, -attempt);
+  }
+
+  #capture(): Uint8Array {
+    const envelope: WorkerStateEnvelope = {
+      wasm: captureWasm(this.#registry, this.#hostFunctions),
+      app: this.#definition.save?.(this.#app),
+    };
+    try {
+      // Copied: Node's serializer may hand out a slice of a pool, which cannot be transferred.
+      return Uint8Array.from(serialize(envelope));
+    } catch (cause) {
+      throw memferryError(
+        'GUEST_UNMOVABLE',
+        `the guest's state is not structured-clonable: ${String(cause)}`,
+        {
+          cause,
+          facts: { names: ['the value that save() gave'] },
+        },
+      );
+    }
+  }
+
+  /**
+   * Stands still until the guest's state has come, then prepares it and stands still again until it is
+   * resumed. Growing memory is all that happens before.
+   */
+  async #arrive(): Promise<void> {
+    const { control, port } = this.#boot;
+    const still = Atomics.load(control, Word.pause);
+    let state: Uint8Array | null = null;
+    while (state === null) {
+      const seen = Atomics.load(control, Word.wake);
+      const received = receiveMessageOnPort(port) as { message: ToWorker } | undefined;
+      if (received === undefined) Atomics.wait(control, Word.wake, seen);
+      else if (received.message.type === 'prepare') state = received.message.state;
+      else if (received.message.type === 'grow') this.#grow(received.message);
+    }
+    const envelope = deserialize(state) as WorkerStateEnvelope | null;
+    restoreWasm(this.#registry, Object(envelope).wasm as WasmState, this.#hostFunctions);
+    if (this.#definition.adopt) {
+      const app = await this.#definition.adopt(this.#app, Object(envelope).app, this.#context);
+      if (app !== undefined) this.#app = app;
+    }
+    this.#post({ type: 'prepared' });
+    while (Atomics.load(control, Word.pause) === still) Atomics.wait(control, Word.pause, still);
+  }
+
+  #grow(message: ToWorker & { type: 'grow' }): void {
+    const entry = this.#registry.memories[message.index];
+    const region = this.#memories[message.index];
+    if (message.kind !== 'memory' || !entry || !region) {
+      throw memferryError('GUEST_UNMOVABLE', `${message.kind} ${message.index} cannot grow`);
+    }
+    const missing = message.lengthBytes - entry.memory.buffer.byteLength;
+    if (missing > 0) {
+      entry.memory.grow(Math.ceil(missing / WASM_PAGE_BYTES));
+      if (!entry.shared) renewViews(this.#registry, entry.memory);
+      this.#definition.memoryGrown?.(this.#app);
+    }
+    this.#post({ type: 'grown', lengthBytes: region.refresh() });
+  }
+}
+
+function isThenable(value: unknown): boolean {
+  return typeof (Object(value) as { then?: unknown }).then === 'function';
+}
+
+function checkDefinition(value: unknown, url: string): AnyDefinition {
+  const { create, handle } = Object(value) as Partial<AnyDefinition>;
+  if (typeof create === 'function' && typeof handle === 'function') return value as AnyDefinition;
+  throw memferryError(
+    'INVALID_ARGUMENT',
+    `${url} has no default export made by defineGuest({ create, handle })`,
+  );
+}

@@ -1,0 +1,233 @@
+/**
+ * What the WebAssembly of one worker consists of: instances, memories, tables and mutable globals, numbered in
+ * the order in which the guest made them. The same guest code makes the same ones at the destination, so the
+ * numbers are names that both sides share. Lives in the worker, filled by the intercepts.
+ */
+import { createHash } from 'node:crypto';
+
+import {
+  EXPORT_PREFIX,
+  functionExport,
+  globalExport,
+  memoryExport,
+  type Rewritten,
+  rewriteModule,
+  tableExport,
+} from './wasm-rewrite.js';
+import { type Signature, trampolineSignature, type ValueType, type WasmShape } from './wasm-shape.js';
+import type {
+  WasmExports,
+  WasmGlobalObject,
+  WasmInstance,
+  WasmMemoryObject,
+  WasmModule,
+  WasmTableObject,
+} from './webassembly.js';
+
+export const WASM_PAGE_BYTES = 65_536;
+
+export interface ModuleRecord {
+  /** SHA-256 of the binary as the guest had it, 64 hex digits. */
+  sha256: string;
+  shape: WasmShape | null;
+  unmovable: string[];
+}
+
+export interface GlobalRecord {
+  /** `<instance>:<index in its module>`. */
+  name: string;
+  type: ValueType;
+  global: WasmGlobalObject;
+}
+
+export interface TableRecord {
+  name: string;
+  type: ValueType;
+  table: WasmTableObject;
+}
+
+export interface MemoryRecord {
+  memory: WasmMemoryObject;
+  shared: boolean;
+}
+
+export type FunctionOwner =
+  | { kind: 'instance'; instance: number; index: number }
+  | {
+      kind: 'host';
+      ordinal: number;
+      signature: Signature;
+      host: WeakRef<object> | null;
+      name: string;
+    };
+
+export class WasmRegistry {
+  readonly instances: {
+    sha256: string;
+    imports: unknown;
+    memories: number[];
+  }[] = [];
+  readonly memories: MemoryRecord[] = [];
+  readonly tables: TableRecord[] = [];
+  readonly globals: GlobalRecord[] = [];
+  /** What cannot move, in words, as far as it is known from modules and instances. */
+  readonly unmovable: string[] = [];
+  /** WebAssembly functions around one host function each, in the order of their making. */
+  readonly trampolines: WeakRef<object>[] = [];
+  readonly owners = new WeakMap<object, FunctionOwner>();
+  /** Goes up with everything that is added. */
+  version = 0;
+
+  readonly #modules = new WeakMap<WasmModule, ModuleRecord>();
+  readonly #memoryNumbers = new WeakMap<WasmMemoryObject, number>();
+  readonly #functions: Map<number, object>[] = [];
+  readonly #seenTables = new WeakSet<WasmTableObject>();
+  readonly #seenGlobals = new WeakSet<WasmGlobalObject>();
+
+  /**
+   * `plan`: the length in bytes that each memory has at the source. A memory gets as long before the guest's
+   * glue sees it, because growing later would detach the glue's views. Empty in a guest's first life.
+   */
+  constructor(readonly plan: readonly number[] = []) {}
+
+  /** What to compile in place of `bytes`. A binary that cannot be read is left as it is: the engine judges it. */
+  rewrite(bytes: Uint8Array): { bytes: Uint8Array; record: ModuleRecord } {
+    const sha256 = createHash('sha256').update(bytes).digest('hex');
+    const name = `WebAssembly module ${sha256.slice(0, 12)}`;
+    let result: Rewritten;
+    try {
+      result = rewriteModule(bytes);
+    } catch (error) {
+      const reason = error instanceof Error ? error.message : String(error);
+      return {
+        bytes,
+        record: { sha256, shape: null, unmovable: [`${name}: ${reason}`] },
+      };
+    }
+    const unmovable = result.unmovable.map((part) => `${name}: ${part}`);
+    return {
+      bytes: result.bytes,
+      record: { sha256, shape: result.shape, unmovable },
+    };
+  }
+
+  addModule(module: WasmModule, record: ModuleRecord): void {
+    this.#modules.set(module, record);
+  }
+
+  moduleOf(module: WasmModule): ModuleRecord | undefined {
+    return this.#modules.get(module);
+  }
+
+  memoryNumber(memory: WasmMemoryObject): number | undefined {
+    return this.#memoryNumbers.get(memory);
+  }
+
+  /** Numbers a memory and makes it as long as it is at the source. */
+  addMemory(memory: WasmMemoryObject, shared: boolean): void {
+    if (this.#memoryNumbers.has(memory)) return;
+    const number = this.memories.length;
+    const missing = (this.plan[number] ?? 0) - memory.buffer.byteLength;
+    if (missing > 0) memory.grow(Math.ceil(missing / WASM_PAGE_BYTES));
+    this.#memoryNumbers.set(memory, number);
+    this.memories.push({ memory, shared });
+    this.version++;
+  }
+
+  addInstance(module: WasmModule, instance: WasmInstance, imports: unknown): void {
+    const record = this.#modules.get(module);
+    this.version++;
+    if (!record?.shape) {
+      const reasons = record?.unmovable ?? ['an instance of a WebAssembly.Module from another thread'];
+      this.unmovable.push(...reasons);
+      return;
+    }
+    const { shape } = record;
+    const all = instance.exports;
+    Object.defineProperty(instance, 'exports', {
+      value: withoutOurs(all),
+      enumerable: true,
+    });
+
+    const signature = trampolineSignature(shape);
+    if (signature) {
+      this.#addTrampoline(shape, all, signature, imports);
+      return;
+    }
+    this.unmovable.push(...record.unmovable);
+    const number = this.instances.length;
+    const memories: number[] = [];
+    this.instances.push({ sha256: record.sha256, imports, memories });
+    const functions = new Map<number, object>();
+    this.#functions.push(functions);
+    for (const index of shape.referencable) {
+      const reference = all[functionExport(index)];
+      if (typeof reference === 'function') functions.set(index, reference);
+      // An import that is another instance's function is that function itself, and known already.
+      if (typeof reference === 'function' && !this.owners.has(reference)) {
+        this.owners.set(reference, {
+          kind: 'instance',
+          instance: number,
+          index,
+        });
+      }
+    }
+    shape.memories.forEach((description, index) => {
+      const memory = all[memoryExport(index)] as WasmMemoryObject;
+      if (description.imported !== null && this.memoryNumber(memory) === undefined) {
+        this.unmovable.push(`memory ${description.imported}, which was not made in this worker`);
+      }
+      this.addMemory(memory, description.shared);
+      memories.push(this.memoryNumber(memory) as number);
+    });
+    shape.tables.forEach((description, index) => {
+      const table = all[tableExport(index)] as WasmTableObject | undefined;
+      if (table === undefined || this.#seenTables.has(table)) return;
+      this.#seenTables.add(table);
+      this.tables.push({
+        name: `${number}:${index}`,
+        type: description.type,
+        table,
+      });
+    });
+    shape.globals.forEach((description, index) => {
+      const global = all[globalExport(index)] as WasmGlobalObject | undefined;
+      if (global === undefined || this.#seenGlobals.has(global)) return;
+      this.#seenGlobals.add(global);
+      this.globals.push({
+        name: `${number}:${index}`,
+        type: description.type,
+        global,
+      });
+    });
+  }
+
+  /** An instance's functions that references can name, by their index in the module. */
+  functionsOf(instance: number): ReadonlyMap<number, object> | undefined {
+    return this.#functions[instance];
+  }
+
+  #addTrampoline(shape: WasmShape, all: WasmExports, signature: Signature, imports: unknown): void {
+    const reference = all[functionExport(0)];
+    if (typeof reference !== 'function' || this.owners.has(reference)) return;
+    const name = shape.importedFunctions[0]?.name ?? '';
+    const dot = name.indexOf('.');
+    const from = Object(Object(imports)[name.slice(0, dot)])[name.slice(dot + 1)] as unknown;
+    const host = typeof from === 'function' ? from : null;
+    this.owners.set(reference, {
+      kind: 'host',
+      ordinal: this.trampolines.length,
+      signature,
+      host: host ? new WeakRef(host) : null,
+      name: host?.name ? `"${host.name}"` : 'without a name',
+    });
+    this.trampolines.push(new WeakRef(reference));
+  }
+}
+
+/** The exports as the module's author wrote them: glue that walks over them must not meet ours. */
+function withoutOurs(all: WasmExports): WasmExports {
+  const own = Object.create(null) as WasmExports;
+  for (const [name, value] of Object.entries(all)) if (!name.startsWith(EXPORT_PREFIX)) own[name] = value;
+  return Object.freeze(own);
+}

@@ -1,0 +1,256 @@
+/**
+ * The destination's side of a worker guest: starts its workers from a module on the host's own list, makes
+ * their memories as long as the source's, and hands their regions to the engine. Lives in the main thread.
+ */
+import { deserialize } from 'node:v8';
+import type { ResourceLimits } from 'node:worker_threads';
+
+import { loadAddon } from '../addon.js';
+import { memferryError } from '../errors.js';
+import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { Region } from '../region.js';
+import { type GuestDescription, parseDescription } from './description.js';
+import { sha256OfModule } from './module-file.js';
+import { closeQuietly, GuestWiring, openRegions, startAll, WorkerGuest } from './worker-guest.js';
+import { WorkerLink } from './worker-link.js';
+
+export interface WorkerGuestsOptions {
+  /** What this host is willing to run: names, and the files behind them. */
+  modules: Readonly<Record<string, URL | string>>;
+  /** Called when a guest has arrived and runs; its pages may still be on their way. */
+  onGuest?: (guest: WorkerGuest) => void;
+  pauseTimeoutMs?: number;
+  resourceLimits?: ResourceLimits;
+}
+
+/** For `listen({ accept })`. */
+export function workerGuests(
+  options: WorkerGuestsOptions,
+): (offer: GuestOffer, context?: { signal?: AbortSignal }) => Promise<ArrivingWorkerGuest> {
+  return (offer, context) => ArrivingWorkerGuest.start(offer, options, context?.signal);
+}
+
+export class ArrivingWorkerGuest implements ArrivingGuest {
+  readonly regions: readonly Region[];
+  /** The guest itself; it runs, and may leave again, from `resume` on. */
+  readonly guest: WorkerGuest;
+  readonly #links: WorkerLink[];
+  readonly #description: GuestDescription;
+  readonly #sharedRegion: Region | null;
+  readonly #onGuest: ((guest: WorkerGuest) => void) | undefined;
+
+  private constructor(parts: {
+    guest: WorkerGuest;
+    links: WorkerLink[];
+    description: GuestDescription;
+    sharedRegion: Region | null;
+    onGuest: ((guest: WorkerGuest) => void) | undefined;
+  }) {
+    this.guest = parts.guest;
+    this.regions = parts.guest.regions.map(({ region }) => region);
+    this.#links = parts.links;
+    this.#description = parts.description;
+    this.#sharedRegion = parts.sharedRegion;
+    this.#onGuest = parts.onGuest;
+  }
+
+  static async start(
+    offer: GuestOffer,
+    options: WorkerGuestsOptions,
+    signal?: AbortSignal,
+  ): Promise<ArrivingWorkerGuest> {
+    const url = await listedModule(offer, options.modules);
+    const description = parseDescription(offer.description);
+    const plans = planOf(offer, description);
+    loadAddon().forwardSigbusToWebAssembly();
+
+    const { sharedHeapBytes, data } = description;
+    const shared =
+      sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+    const workers = plans.length;
+    const boot = {
+      url: url.href,
+      name: offer.name,
+      workers,
+      data,
+      sharedHeap: [...(shared?.views ?? [])],
+    };
+    const wiring = new GuestWiring();
+    const links = await startAll(
+      plans.map(
+        (plan, worker) => () =>
+          WorkerLink.start({ ...boot, worker, plan }, wiring.events(worker), options.resourceLimits, signal),
+      ),
+    );
+    try {
+      links.forEach((link, worker) => {
+        checkShape(link, description.workers[worker] as GuestDescription['workers'][number]);
+      });
+      const regions = openRegions(links, shared);
+      checkRegions(regions, offer);
+      const guest = WorkerGuest.fromParts(
+        {
+          name: offer.name,
+          module: offer.module as NonNullable<GuestOffer['module']>,
+          data,
+          links,
+          regions,
+          sharedRegion: shared,
+          pauseTimeoutMs: options.pauseTimeoutMs ?? 5000,
+        },
+        wiring,
+      );
+      const { onGuest } = options;
+      return new ArrivingWorkerGuest({
+        guest,
+        links,
+        description,
+        sharedRegion: shared,
+        onGuest,
+      });
+    } catch (error) {
+      await Promise.all(links.map((link) => link.stop(error as Error)));
+      throw error;
+    }
+  }
+
+  async grow(index: number, lengthBytes: number): Promise<void> {
+    let rest = index;
+    for (const [worker, { regions }] of this.#description.workers.entries()) {
+      const entry = regions[rest];
+      if (entry) {
+        await this.#links[worker]?.grow(entry.kind, entry.index, lengthBytes);
+        this.regions[index]?.refresh();
+        return;
+      }
+      rest -= regions.length;
+    }
+    throw memferryError('PROTOCOL_ERROR', `region ${index} of "${this.guest.name}" cannot grow`);
+  }
+
+  async prepare(state: Uint8Array, options: { signal?: AbortSignal } = {}): Promise<void> {
+    const states = deserializeStates(state);
+    if (states.length !== this.#links.length) {
+      throw memferryError('PREPARE_FAILED', `a state of ${states.length} workers for ${this.#links.length}`);
+    }
+    const prepared = Promise.all(
+      this.#links.map((link, worker) => link.prepare(states[worker] as Uint8Array)),
+    );
+    await untilAborted(prepared, options.signal);
+  }
+
+  resume(): void {
+    for (const link of this.#links) link.unpause();
+    // Apart: what the host does with its guest cannot make the resume fail.
+    queueMicrotask(() => this.#onGuest?.(this.guest));
+  }
+
+  async abandon(): Promise<void> {
+    await this.guest.terminate();
+    if (this.#sharedRegion) closeQuietly(this.#sharedRegion);
+  }
+
+  lost(pages: { region: number; first: number; count: number }[]): void {
+    this.guest.pagesLost(pages);
+  }
+}
+
+async function listedModule(offer: GuestOffer, modules: WorkerGuestsOptions['modules']): Promise<URL> {
+  const { module } = offer;
+  const refuse = (why: string): never => {
+    throw memferryError('MODULE_REFUSED', `guest "${offer.name}": ${why}`, {
+      facts: { module },
+    });
+  };
+  if (module === null) return refuse('it names no module to run');
+  const listed = Object.hasOwn(modules, module.name) ? modules[module.name] : undefined;
+  if (listed === undefined) return refuse(`module "${module.name}" is not on this host's list`);
+  const url = new URL(listed);
+  const sha256 = await sha256OfModule(url);
+  if (sha256 !== module.sha256.toLowerCase()) {
+    return refuse(`module "${module.name}" has SHA-256 ${sha256} here and ${module.sha256} at the source`);
+  }
+  return url;
+}
+
+/** The lengths that each worker's memories and heaps must have, from the offer's region table. */
+function planOf(offer: GuestOffer, description: GuestDescription) {
+  const lengths = offer.regions.map((region) => region.lengthBytes);
+  const expected = description.workers.reduce((sum, worker) => sum + worker.regions.length, 0);
+  const shared = description.sharedHeapBytes > 0 ? 1 : 0;
+  if (lengths.length !== expected + shared || (shared && lengths[expected] !== description.sharedHeapBytes)) {
+    throw memferryError('PROTOCOL_ERROR', `guest "${offer.name}": its regions and its description differ`);
+  }
+  let next = 0;
+  return description.workers.map(({ regions }) => {
+    const plan = { memoryBytes: [] as number[], heapBytes: [] as number[] };
+    for (const { kind, index } of regions) {
+      const list = kind === 'memory' ? plan.memoryBytes : plan.heapBytes;
+      while (list.length < index) list.push(0);
+      list[index] = lengths[next++] as number;
+    }
+    return plan;
+  });
+}
+
+function checkShape(link: WorkerLink, described: GuestDescription['workers'][number]): void {
+  const { shape } = link;
+  const same =
+    JSON.stringify(shape.instances) === JSON.stringify(described.instances) &&
+    JSON.stringify(shape.regions.map(({ kind, index }) => [kind, index])) ===
+      JSON.stringify(described.regions.map(({ kind, index }) => [kind, index]));
+  const differ = `${described.instances.length} WebAssembly instances and ${described.regions.length} regions at the source, ${shape.instances.length} and ${shape.regions.length} here`;
+  const names = same ? shape.unmovable : [`the guest builds other memories here (${differ})`];
+  if (names.length > 0) {
+    throw memferryError('GUEST_UNMOVABLE', `the guest cannot be set up here: ${names.join('; ')}`, {
+      facts: { names },
+    });
+  }
+}
+
+function checkRegions(regions: readonly { name: string; region: Region }[], offer: GuestOffer): void {
+  regions.forEach(({ name, region }, i) => {
+    const wanted = offer.regions[i];
+    if (!wanted || region.lengthBytes >= wanted.lengthBytes) return;
+    throw memferryError(
+      'GUEST_UNMOVABLE',
+      `region ${name} has ${region.lengthBytes} bytes here and ${wanted.lengthBytes} at the source`,
+      { facts: { names: [name] } },
+    );
+  });
+}
+
+/** The state is a peer's: V8 checks the form of what it reads, and this its meaning. */
+function deserializeStates(state: Uint8Array): Uint8Array[] {
+  let value: unknown;
+  try {
+    value = deserialize(state);
+  } catch (cause) {
+    throw memferryError('PREPARE_FAILED', 'the execution state is not readable', { cause });
+  }
+  if (Array.isArray(value) && value.every((each) => each instanceof Uint8Array)) {
+    return value.map((each: Uint8Array) => Uint8Array.from(each));
+  }
+  throw memferryError('PREPARE_FAILED', 'the execution state is not one of worker guests');
+}
+
+async function untilAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise;
+  let aborted!: () => void;
+  const abort = new Promise<never>((_, reject) => {
+    aborted = () =>
+      reject(
+        memferryError('CANCELLED', 'preparing was cancelled', {
+          cause: signal.reason,
+        }),
+      );
+  });
+  signal.addEventListener('abort', aborted, { once: true });
+  if (signal.aborted) aborted();
+  promise.catch(() => undefined);
+  try {
+    return await Promise.race([promise, abort]);
+  } finally {
+    signal.removeEventListener('abort', aborted);
+  }
+}

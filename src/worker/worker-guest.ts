@@ -1,0 +1,433 @@
+/**
+ * A guest of one or more workers, at the host where it runs: the source's side of a migration. Lives in the
+ * main thread, which never touches the guest's memory.
+ */
+import { EventEmitter } from 'node:events';
+import { serialize } from 'node:v8';
+import type { ResourceLimits } from 'node:worker_threads';
+
+import { memferryError } from '../errors.js';
+import type { Guest, GuestModule, GuestRegion } from '../guest.js';
+import { Region } from '../region.js';
+import { describeGuest } from './description.js';
+import { GuestMovedError } from './errors.js';
+import { sha256OfModule } from './module-file.js';
+import { unmovableError } from './wasm-state.js';
+import { type LinkEvents, type Paused, WorkerLink } from './worker-link.js';
+
+export interface WorkerGuestOptions {
+  /** Shown in reports, at most 64 characters. Default: the module's name. */
+  name?: string;
+  /** The file that runs the guest, and the name under which destinations list it. */
+  module: { name: string; url: URL | string };
+  /** JSON for `context.data`; it moves with the guest. */
+  data?: unknown;
+  /** Workers that run the module side by side and pause together. Default 1. */
+  workers?: number;
+  /** Memory that all workers share, as `context.sharedHeap`. Default none. */
+  sharedHeapBytes?: number;
+  /** How long a pause waits for requests in progress, in ms. Default 5000. */
+  pauseTimeoutMs?: number;
+  /** Passed to the workers. */
+  resourceLimits?: ResourceLimits;
+}
+
+/** Ending a worker takes milliseconds unless it is blocked in a page fault. */
+const TERMINATE_MS = 10_000;
+
+export type WorkerGuestStatus = 'running' | 'pausing' | 'paused' | 'departed' | 'lost' | 'terminated';
+
+export interface WorkerGuestEvents {
+  /** What the guest sent with `context.send`, and which worker did. */
+  message: [value: unknown, worker: number];
+  /** Pages that cannot be had any more; the guest ends when it touches one. */
+  'pages-lost': [pages: { region: number; first: number; count: number }[]];
+  /** The guest ended by itself, or by a lost page. */
+  ended: [error: Error];
+  departed: [];
+}
+
+/** What an arrival hands over. */
+export interface GuestParts {
+  name: string;
+  module: GuestModule;
+  data: unknown;
+  links: WorkerLink[];
+  regions: GuestRegion[];
+  sharedRegion: Region | null;
+  pauseTimeoutMs: number;
+}
+
+export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Guest {
+  readonly name: string;
+  readonly module: GuestModule;
+  readonly data: unknown;
+  /**
+   * Runs before the workers are ended, and is awaited: an engine that still serves pages must poison what is
+   * missing first, or a worker that waits for a page could not be ended.
+   */
+  beforeTerminate: (() => Promise<void> | void) | null = null;
+  readonly #links: WorkerLink[];
+  readonly #pauseTimeoutMs: number;
+  readonly #sharedRegion: Region | null;
+  #regions: GuestRegion[];
+  #status: WorkerGuestStatus = 'running';
+  #lostPages = 0;
+  #ending: Promise<void> | null = null;
+
+  private constructor(parts: GuestParts) {
+    super();
+    this.name = parts.name;
+    this.module = parts.module;
+    this.data = parts.data;
+    this.#links = parts.links;
+    this.#regions = parts.regions;
+    this.#sharedRegion = parts.sharedRegion;
+    this.#pauseTimeoutMs = parts.pauseTimeoutMs;
+  }
+
+  /** Starts a guest's first life. Rejects with what its module threw. */
+  static async start(options: WorkerGuestOptions): Promise<WorkerGuest> {
+    const { data = null, workers = 1, sharedHeapBytes = 0, pauseTimeoutMs = 5000 } = options;
+    const name = options.name ?? options.module.name;
+    if (name.length === 0 || name.length > 64) {
+      throw memferryError('INVALID_ARGUMENT', 'a guest has a name of 1 to 64 characters');
+    }
+    if (!Number.isInteger(workers) || workers < 1 || workers > 64) {
+      throw memferryError('INVALID_ARGUMENT', `a guest has 1 to 64 workers, not ${workers}`);
+    }
+    const url = new URL(options.module.url);
+    const module = {
+      name: options.module.name,
+      sha256: await sha256OfModule(url),
+    };
+    const shared =
+      sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+    const boot = {
+      url: url.href,
+      name,
+      workers,
+      data,
+      sharedHeap: [...(shared?.views ?? [])],
+      plan: null,
+    };
+    const wiring = new GuestWiring();
+    const links = await startAll(
+      Array.from(
+        { length: workers },
+        (_, worker) => () =>
+          WorkerLink.start({ ...boot, worker }, wiring.events(worker), options.resourceLimits),
+      ),
+    );
+    const regions = openRegions(links, shared);
+    const parts = {
+      name,
+      module,
+      data,
+      links,
+      regions,
+      sharedRegion: shared,
+      pauseTimeoutMs,
+    };
+    return WorkerGuest.fromParts(parts, wiring);
+  }
+
+  /** For arrivals. */
+  static fromParts(parts: GuestParts, wiring: GuestWiring): WorkerGuest {
+    const guest = new WorkerGuest(parts);
+    wiring.connect({
+      message: (worker, value) => guest.emit('message', value, worker),
+      shape: () => guest.#renewRegions(),
+      trapped: (error) => guest.#trapped(error.message),
+      ended: (error) => guest.#ended(error),
+    });
+    return guest;
+  }
+
+  get status(): WorkerGuestStatus {
+    return this.#status;
+  }
+
+  get workers(): number {
+    return this.#links.length;
+  }
+
+  get regions(): readonly GuestRegion[] {
+    return this.#regions;
+  }
+
+  /** Throws GUEST_UNMOVABLE with names when the guest holds what is known never to move. */
+  get description(): unknown {
+    const unmovable = this.#links.flatMap((link) => link.shape.unmovable);
+    if (unmovable.length > 0) throw unmovableError([...new Set(unmovable)]);
+    return describeGuest({
+      data: this.data,
+      sharedHeapBytes: this.#sharedRegion?.lengthBytes ?? 0,
+      links: this.#links.map((link) => link.shape),
+    });
+  }
+
+  /** Requests that have no reply yet. */
+  get pendingRequests(): number {
+    return this.#links.reduce((sum, link) => sum + link.pendingRequests, 0);
+  }
+
+  /**
+   * Asks the guest. Rejects with GUEST_MOVED when the guest left before it began, GUEST_REQUEST_FAILED with
+   * what its `handle` threw, GUEST_LOST when it ended.
+   */
+  async request(value: unknown, options: { worker?: number } = {}): Promise<unknown> {
+    const link = this.#links[options.worker ?? 0];
+    if (!link)
+      throw memferryError('INVALID_ARGUMENT', `guest "${this.name}" has no worker ${options.worker}`);
+    return link.request(value);
+  }
+
+  /**
+   * Looks at everything that would have to move, as a pause would, without pausing. Waits for requests in
+   * progress only as far as each worker's thread is busy.
+   */
+  async check(): Promise<void> {
+    void this.description;
+    await Promise.all(this.#links.map((link) => link.check()));
+  }
+
+  async pause(options: { signal?: AbortSignal } = {}): Promise<Uint8Array> {
+    if (this.#status !== 'running') {
+      throw memferryError('GUEST_BUSY', `guest "${this.name}" cannot pause: it is ${this.#status}`, {
+        facts: { names: [this.#status] },
+      });
+    }
+    void this.description;
+    this.#status = 'pausing';
+    const limit = cancellation(options.signal, this.#pauseTimeoutMs, () => {
+      const names = this.#links.flatMap((link, worker) =>
+        link.pendingRequests > 0 ? [`a request in progress in worker ${worker}`] : [],
+      );
+      return memferryError('GUEST_BUSY', `guest "${this.name}" reached no safepoint: ${names.join(', ')}`, {
+        facts: { names, pauseTimeoutMs: this.#pauseTimeoutMs },
+      });
+    });
+    // A barrier: the first refusal calls the others off, and only when all stand still is the guest paused.
+    const paused = await Promise.allSettled(
+      this.#links.map((link) =>
+        link.pause(limit.cancelled).catch((error: unknown) => {
+          limit.cancel(error);
+          throw error;
+        }),
+      ),
+    );
+    limit.done();
+    const states = paused.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+    if (states.length < this.#links.length) {
+      paused.forEach((result, i) => {
+        if (result.status === 'fulfilled') this.#links[i]?.unpause();
+      });
+      if (this.#status === 'pausing') this.#status = 'running';
+      throw limit.reason();
+    }
+    try {
+      this.#takeLengths(states);
+    } catch (error) {
+      for (const link of this.#links) link.unpause();
+      this.#status = 'running';
+      throw error;
+    }
+    this.#status = 'paused';
+    return Uint8Array.from(serialize(states.map(({ state }) => state)));
+  }
+
+  unpause(): void {
+    if (this.#status !== 'paused') return;
+    this.#status = 'running';
+    for (const link of this.#links) link.unpause();
+  }
+
+  departed(): void {
+    if (this.#status === 'departed') return;
+    this.#status = 'departed';
+    for (const link of this.#links) link.departed();
+    this.emit('departed');
+  }
+
+  release(): Promise<void> {
+    return this.#end(new GuestMovedError(this.name));
+  }
+
+  /** Pages of an arrived guest are lost for good: it ends at the first touch. */
+  pagesLost(pages: { region: number; first: number; count: number }[]): void {
+    this.#lostPages += pages.reduce((sum, run) => sum + run.count, 0);
+    this.emit('pages-lost', pages);
+  }
+
+  /** Ends the guest here. Everything pending rejects. Twice is fine. */
+  terminate(): Promise<void> {
+    if (this.#status !== 'departed' && this.#status !== 'lost') this.#status = 'terminated';
+    return this.#end(
+      memferryError('GUEST_LOST', `guest "${this.name}" was terminated`, {
+        facts: {},
+      }),
+    );
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.terminate();
+  }
+
+  #end(reason: Error): Promise<void> {
+    this.#ending ??= (async () => {
+      await this.beforeTerminate?.();
+      await this.#stopped(reason);
+      for (const { region } of this.#regions) closeQuietly(region);
+    })();
+    return this.#ending;
+  }
+
+  /** A worker that waits for a page ends only when the page comes or is poisoned, so the wait is bounded. */
+  async #stopped(reason: Error): Promise<void> {
+    let timer: NodeJS.Timeout | undefined;
+    const tooLong = new Promise<never>((_, reject) => {
+      timer = setTimeout(() => {
+        const message = `guest "${this.name}" cannot be ended: it waits for a page that has not come`;
+        reject(
+          memferryError('GUEST_LOST', message, {
+            cause: reason,
+            facts: { terminateTimeoutMs: TERMINATE_MS },
+          }),
+        );
+      }, TERMINATE_MS);
+    });
+    try {
+      await Promise.race([tooLong, Promise.all(this.#links.map((link) => link.stop(reason)))]);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** A trap after pages were lost is taken for the loss: the heap is in the middle of an operation for good. */
+  #trapped(message: string): Error | null {
+    if (this.#lostPages === 0) return null;
+    const error = memferryError('GUEST_LOST', `guest "${this.name}" touched a lost page: ${message}`, {
+      facts: { pages: this.#lostPages },
+    });
+    this.#ended(error);
+    return error;
+  }
+
+  #ended(error: Error): void {
+    if (this.#status === 'lost' || this.#status === 'terminated' || this.#status === 'departed') return;
+    this.#status = 'lost';
+    // Whoever terminates the guest later gets the same promise, and hears of a failure.
+    this.#end(error).catch(() => undefined);
+    this.emit('ended', error);
+  }
+
+  #renewRegions(): void {
+    const old = new Map(this.#regions.map((entry) => [entry.region.id, entry]));
+    this.#regions = openRegions(this.#links, this.#sharedRegion, old);
+  }
+
+  /** The workers know their memories' exact lengths. */
+  #takeLengths(states: Paused[]): void {
+    for (const { region } of this.#regions) region.refresh();
+    const told = states.flatMap((state) => state.lengths);
+    told.forEach((lengthBytes, i) => {
+      const { name, region } = this.#regions[i] as GuestRegion;
+      const pages = lengthBytes / region.pageSize;
+      if (region.native.pages() < pages) region.native.grow(pages);
+      if (region.lengthBytes < lengthBytes) throw memferryError('PAUSE_FAILED', `region ${name} fell behind`);
+    });
+  }
+}
+
+type Connected = {
+  message(worker: number, value: unknown): void;
+  shape(): void;
+  trapped: LinkEvents['trapped'];
+  ended(error: Error): void;
+};
+
+/** Links exist before their guest does: what they tell until then is kept. */
+export class GuestWiring {
+  #to: Connected | null = null;
+  #early: ((to: Connected) => void)[] = [];
+
+  events(worker: number): LinkEvents {
+    return {
+      message: (value) => this.#tell((to) => to.message(worker, value)),
+      shape: () => this.#tell((to) => to.shape()),
+      trapped: (error) => this.#to?.trapped(error) ?? null,
+      ended: (error) => this.#tell((to) => to.ended(error)),
+    };
+  }
+
+  connect(to: Connected): void {
+    this.#to = to;
+    for (const tell of this.#early.splice(0)) tell(to);
+  }
+
+  #tell(tell: (to: Connected) => void): void {
+    if (this.#to) tell(this.#to);
+    else this.#early.push(tell);
+  }
+}
+
+/** Starts all or none. */
+export async function startAll(starts: (() => Promise<WorkerLink>)[]): Promise<WorkerLink[]> {
+  const results = await Promise.allSettled(starts.map((start) => start()));
+  const links = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+  const failed = results.find((result) => result.status === 'rejected');
+  if (!failed) return links;
+  await Promise.all(links.map((link) => link.stop(new Error('another worker of the guest did not start'))));
+  throw failed.reason;
+}
+
+/** Handles on the workers' regions, in an order that source and destination share. */
+export function openRegions(
+  links: readonly WorkerLink[],
+  shared: Region | null,
+  known: ReadonlyMap<string, GuestRegion> = new Map(),
+): GuestRegion[] {
+  const regions = links.flatMap((link, worker) =>
+    link.shape.regions.map(({ kind, index, id }) => {
+      const name = links.length === 1 ? `${kind}:${index}` : `${worker}:${kind}:${index}`;
+      return known.get(id) ?? { name, region: Region.open(id) };
+    }),
+  );
+  return shared ? [...regions, { name: 'shared', region: shared }] : regions;
+}
+
+export function closeQuietly(region: Region): void {
+  try {
+    region.close();
+  } catch {
+    // A region that still moves is closed by its engine's end; its memory's owner is gone already.
+  }
+}
+
+/** One promise that rejects at the abort, at the timeout, or by `cancel`, whichever is first. */
+function cancellation(signal: AbortSignal | undefined, timeoutMs: number, timedOut: () => Error) {
+  let cancel!: (error: unknown) => void;
+  let reason: unknown = null;
+  const cancelled = new Promise<never>((_, reject) => {
+    cancel = (error) => {
+      reason ??= error;
+      reject(reason);
+    };
+  });
+  cancelled.catch(() => undefined);
+  const aborted = () =>
+    cancel(
+      memferryError('CANCELLED', 'the pause was cancelled', {
+        cause: signal?.reason,
+      }),
+    );
+  const timer = setTimeout(() => cancel(timedOut()), timeoutMs);
+  signal?.addEventListener('abort', aborted, { once: true });
+  if (signal?.aborted) aborted();
+  const done = () => {
+    clearTimeout(timer);
+    signal?.removeEventListener('abort', aborted);
+  };
+  return { cancelled, cancel, done, reason: () => reason };
+}
