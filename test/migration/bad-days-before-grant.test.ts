@@ -1,0 +1,175 @@
+/**
+ * The destination dies or the network is cut before the commit, at every step on the way there: the migration
+ * fails with a clear code and within its bounds, the guest runs on at the source untouched, nothing of the
+ * migration stays on either host, and the next migration gets through.
+ */
+import { afterEach, describe, expect, test } from 'vitest';
+import { endHosts, type Host } from '../support/host.js';
+import {
+  done,
+  expectIntact,
+  expectNothingLeft,
+  expectOneOwner,
+  expectRuns,
+  failure,
+  hosts,
+  inventory,
+  listen,
+  migrate,
+  regionsOf,
+  startGuest,
+} from '../support/scenario.js';
+import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
+
+afterEach(async () => {
+  await closeProxies();
+  expect(await endHosts()).toEqual([]);
+});
+
+interface Step {
+  step: string;
+  mode: string;
+  point: Point;
+  /** The guest stood when it happened, so it must have been let go on. */
+  paused?: boolean;
+  /** Silence is tried here too: it takes seconds to be believed, so once in each state is enough. */
+  silence?: boolean;
+}
+
+const steps: Step[] = [
+  {
+    step: 'setup: during the handshake',
+    mode: 'pre-copy',
+    point: { on: 'control', direction: 'up', name: 'proof' },
+  },
+  { step: 'setup: the offer', mode: 'pre-copy', point: { on: 'control', direction: 'up', name: 'offer' } },
+  {
+    step: 'setup: the offer is accepted',
+    silence: true,
+    mode: 'hybrid',
+    point: { on: 'control', direction: 'down', name: 'accepted' },
+  },
+  {
+    step: 'setup: the data connections',
+    silence: true,
+    mode: 'pre-copy',
+    point: { on: 'data', direction: 'up', name: 'hello', nth: 2 },
+  },
+  {
+    step: 'active: the first round',
+    mode: 'pre-copy',
+    point: { on: 'data', direction: 'up', name: 'pages', nth: 3 },
+  },
+  {
+    step: 'active: between two rounds',
+    mode: 'hybrid',
+    point: { on: 'data', direction: 'down', name: 'barrier-ack', channel: 0 },
+  },
+  {
+    step: 'active: the second round',
+    silence: true,
+    mode: 'hybrid',
+    point: { on: 'data', direction: 'up', name: 'barrier', channel: 0, nth: 2 },
+  },
+  {
+    step: 'device: the execution state',
+    mode: 'pre-copy',
+    point: { on: 'control', direction: 'up', name: 'state' },
+    paused: true,
+  },
+  {
+    step: 'device: the pages of a guest that stands',
+    silence: true,
+    mode: 'stop-and-copy',
+    point: { on: 'data', direction: 'up', name: 'pages', nth: 3 },
+    paused: true,
+  },
+  {
+    step: 'device: the switch to paging',
+    mode: 'post-copy',
+    point: { on: 'data', direction: 'up', name: 'switch' },
+    paused: true,
+  },
+  {
+    step: 'device: before PREPARE',
+    mode: 'hybrid',
+    point: { on: 'control', direction: 'up', name: 'prepare' },
+    paused: true,
+  },
+  {
+    step: 'device: before READY arrives, memory copied',
+    mode: 'stop-and-copy',
+    point: { on: 'control', direction: 'down', name: 'ready' },
+    paused: true,
+  },
+  {
+    step: 'device: before READY arrives, memory paged',
+    silence: true,
+    mode: 'post-copy',
+    point: { on: 'control', direction: 'down', name: 'ready' },
+    paused: true,
+  },
+];
+
+const bounds = {
+  connectTimeoutMs: 1500,
+  peerTimeoutMs: 2000,
+  prepareTimeoutMs: 4000,
+  recoverTimeoutMs: 2000,
+};
+/** The longest of them, and room for a busy machine. */
+const LIMIT_MS = 8000;
+const CODES = ['PEER_LOST', 'CHANNEL_LOST', 'CONNECT_FAILED', 'PREPARE_TIMEOUT'];
+
+async function runsOnAtSource(a: Host, step: Step): Promise<void> {
+  await expectRuns(a);
+  await expectOneOwner([a]);
+  expect(a.steps('g').filter((name) => name === 'departed')).toEqual([]);
+  expect(a.steps('g').at(-1) ?? 'never paused').toBe(step.paused ? 'unpause' : 'never paused');
+  expect(await a.call('claimed', { guest: 'g' })).toEqual([false]);
+}
+
+async function movesAfterAll(a: Host, fresh: Host): Promise<void> {
+  const port = await listen(fresh);
+  await migrate(a, port, { mode: 'hybrid' }, { key: 'again' });
+  expect(await done(a, 'again')).toMatchObject({ ok: true, value: { verified: true } });
+  await expectRuns(fresh);
+  await expectIntact(a);
+  await expectOneOwner([a, fresh]);
+}
+
+describe.each(steps)('$step', (step) => {
+  const disasters = ['killed', 'cut', ...(step.silence ? ['silent'] : [])];
+  test.each(disasters)('%s', async (disaster) => {
+    const [a, b, fresh] = await hosts('a', 'b', 'fresh');
+    const port = await listen(b, {
+      options: { peerTimeoutMs: 2000, grantTimeoutMs: 2000, recoverTimeoutMs: 2000 },
+    });
+    const proxy = await TcpProxy.start(port);
+    await startGuest(a, regionsOf('allocate'), { behaviour: {} });
+    const beforeA = await inventory(a);
+    const beforeB = await inventory(b);
+    const deed = disaster === 'killed' ? () => b.killNow() : disaster === 'cut' ? 'cut' : 'stall';
+    const point = proxy.at(step.point, deed);
+    await migrate(a, proxy.port, { ...bounds, mode: step.mode });
+    await point.reached;
+    const since = performance.now();
+    const error = await failure(a);
+    expect(performance.now() - since).toBeLessThan(LIMIT_MS);
+    expect(CODES).toContain(error.code);
+    expect(a.states('migration', 'main').at(-1)).toBe('failed');
+    await runsOnAtSource(a, step);
+    if (disaster !== 'killed') {
+      if (b.states('arrival', 'main/g').length > 0) {
+        expect(await b.untilArrival('main/g', 'resumed')).toMatchObject({ ok: false });
+        await b.untilStep('g', 'abandon');
+      }
+      expect(b.steps('g')).not.toContain('resume');
+      await proxy.close();
+      await expectNothingLeft(b, beforeB, 8000);
+    }
+    await proxy.close();
+    await expectNothingLeft(a, beforeA);
+    await movesAfterAll(a, fresh);
+  });
+});

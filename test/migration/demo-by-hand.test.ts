@@ -1,0 +1,185 @@
+/** `memferry receive` and `memferry send` as one types them into two terminals, with the counter of examples/. */
+import { type ChildProcess, spawn } from 'node:child_process';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+
+const main = fileURLToPath(new URL('../../lib/cli/main.js', import.meta.url));
+const counter = fileURLToPath(new URL('../../examples/counter/counter.mjs', import.meta.url));
+
+let directory = '';
+let secretFile = '';
+const running = new Set<ChildProcess>();
+
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), 'memferry-test-'));
+  secretFile = join(directory, 'secret');
+  writeFileSync(secretFile, 'a'.repeat(64), { mode: 0o600 });
+});
+
+afterEach(() => {
+  for (const child of running) child.kill('SIGKILL');
+  running.clear();
+  rmSync(directory, { recursive: true, force: true });
+});
+
+type Line = Record<string, unknown>;
+
+/** One command, its output line by line: each call of `next` waits for the next line of that type. */
+function command(...args: string[]) {
+  const child = spawn(process.execPath, [main, ...args, '--json', '--secret-file', secretFile], {
+    stdio: ['pipe', 'pipe', 'pipe'],
+  });
+  running.add(child);
+  let errors = '';
+  child.stderr.setEncoding('utf8').on('data', (text) => {
+    errors += text;
+  });
+  const unread: Line[] = [];
+  const waiters: { type: string; resolve: (line: Line) => void }[] = [];
+  const lines: Line[] = [];
+  createInterface({ input: child.stdout }).on('line', (text) => {
+    const line = JSON.parse(text) as Line;
+    lines.push(line);
+    const index = waiters.findIndex(({ type }) => type === line['type']);
+    if (index >= 0) waiters.splice(index, 1)[0]?.resolve(line);
+    else unread.push(line);
+  });
+  const closed = new Promise<number | null>((resolve) => {
+    child.once('close', (code) => {
+      running.delete(child);
+      resolve(code);
+    });
+  });
+  const next = (type: string): Promise<Line> => {
+    const index = unread.findIndex((line) => line['type'] === type);
+    if (index >= 0) return Promise.resolve(unread.splice(index, 1)[0] as Line);
+    return Promise.race([
+      new Promise<Line>((resolve) => waiters.push({ type, resolve })),
+      closed.then((code) => Promise.reject(new Error(`ended with ${code} before '${type}': ${errors}`))),
+    ]);
+  };
+  const ask = async (request: unknown) => {
+    child.stdin.write(`${JSON.stringify(request)}\n`);
+    const { reply, error } = await next('reply');
+    return error ?? reply;
+  };
+  return { child, next, ask, closed, lines, errors: () => errors };
+}
+
+async function receiver(...args: string[]) {
+  const there = command('receive', '--listen', '127.0.0.1:0', '--module', `counter=${counter}`, ...args);
+  const { port } = await there.next('listening');
+  return { ...there, to: `127.0.0.1:${port}` };
+}
+
+describe('a guest of one’s own', () => {
+  test.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'])(
+    'moves by %s and goes on counting',
+    async (mode) => {
+      const there = await receiver();
+      const here = command('send', '--to', there.to, '--module', `counter=${counter}`, '--mode', mode);
+      await here.next('started');
+      expect(await here.ask({ add: 3 })).toBe(3);
+      expect(await here.ask({ add: 5, slot: 1_000_000 })).toBe(5);
+      expect(await there.ask('read')).toMatchObject({ code: 'NO_GUEST' });
+      here.child.stdin.write('\n');
+      const report = await here.next('report');
+      expect(report).toMatchObject({ mode, verified: true, heapBytes: 64 * 2 ** 20 });
+      expect(await here.closed).toBe(0);
+      expect(here.lines.at(-1)).toEqual(report);
+      await there.next('report');
+      expect(await there.ask({ add: 4 })).toBe(7);
+      expect(await there.ask({ add: 0, slot: 1_000_000 })).toBe(5);
+      expect(await there.ask('history')).toEqual(['created', `moved to process ${there.child.pid}`]);
+      there.child.kill('SIGINT');
+      expect(await there.closed).toBe(0);
+    },
+    60_000,
+  );
+
+  test('moves at SIGUSR1, and --once ends the receiver with it', async () => {
+    const there = await receiver('--once');
+    const here = command('send', '--to', there.to, '--module', `counter=${counter}`);
+    await here.next('started');
+    here.child.kill('SIGUSR1');
+    expect(await here.closed).toBe(0);
+    expect(await there.closed).toBe(0);
+    expect(there.lines.at(-1)).toMatchObject({ type: 'report', verified: true });
+  }, 60_000);
+
+  test('moves at the end of its input', async () => {
+    const there = await receiver('--once');
+    const here = command('send', '--to', there.to, '--module', `counter=${counter}`);
+    here.child.stdin.end();
+    expect(await here.closed).toBe(0);
+    expect(await there.closed).toBe(0);
+  }, 60_000);
+
+  test('moves after a time, whatever its input does', async () => {
+    const there = await receiver('--once');
+    const here = command('send', '--to', there.to, '--module', `counter=${counter}`, '--after-ms', '50');
+    here.child.stdin.end();
+    expect(await here.closed).toBe(0);
+    expect(await there.closed).toBe(0);
+  }, 60_000);
+});
+
+describe('what is wrong is one line with a code', () => {
+  test('nobody listens', async () => {
+    const here = command('send', '--to', '127.0.0.1:9', '--module', `counter=${counter}`);
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: CONNECT_FAILED: [^\n]*\n$/);
+  }, 30_000);
+
+  test('a module that is not on the list', async () => {
+    const there = await receiver();
+    const here = command('send', '--to', there.to, '--module', `other=${counter}`);
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: MODULE_REFUSED: [^\n]*\n$/);
+    there.child.kill('SIGINT');
+    expect(await there.closed).toBe(0);
+  }, 30_000);
+
+  test('another file under the same name', async () => {
+    const there = await receiver();
+    const changed = join(directory, 'counter.mjs');
+    // Outside the package its import would not be found, so that nothing but the file differs.
+    const worker = new URL('../../lib/worker/index.js', import.meta.url).href;
+    writeFileSync(
+      changed,
+      `import { defineGuest } from '${worker}';\n` +
+        `export default defineGuest({ create: (c) => c.heap(65536 * 16), handle: () => 0 });\n`,
+    );
+    const here = command('send', '--to', there.to, '--module', `counter=${changed}`);
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: MODULE_REFUSED: [^\n]*SHA-256[^\n]*\n$/);
+  }, 30_000);
+
+  test('another secret', async () => {
+    const there = await receiver();
+    writeFileSync(secretFile, 'b'.repeat(64), { mode: 0o600 });
+    const here = command('send', '--to', there.to, '--module', `counter=${counter}`);
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: AUTH_FAILED: [^\n]*\n$/);
+  }, 30_000);
+
+  test('a module that does not load', async () => {
+    const here = command('send', '--to', '127.0.0.1:9', '--module', 'x=/nowhere.mjs');
+    expect(await here.closed).toBeGreaterThan(0);
+    expect(here.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
+  }, 30_000);
+
+  test('an open network without --plaintext', async () => {
+    const here = command('receive', '--listen', '0.0.0.0:0', '--module', `counter=${counter}`);
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: PLAINTEXT_REQUIRED: [^\n]*\n$/);
+  }, 30_000);
+});

@@ -1,0 +1,229 @@
+/**
+ * A host of guests for the tests: a real process with memferry in it, driven over IPC by host.ts. One request
+ * at a time is `{ id, op, ... }`, answered by `{ id, value }` or `{ id, error }`; whatever happens meanwhile is
+ * told as `{ event, ... }`. Nothing here decides anything: it does what it is told.
+ */
+import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
+import { listen, MemferryError, migrate } from '../../lib/index.js';
+import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
+import { TestGuest } from './test-guest.mjs';
+
+const guests = new Map();
+const migrations = new Map();
+const listeners = new Map();
+const arrivals = new Map();
+const tell = (event, facts = {}) => process.connected && process.send({ event, ...facts });
+
+function plainError(error) {
+  if (error instanceof MemferryError) {
+    return { code: error.code, message: error.message, facts: JSON.parse(JSON.stringify(error.facts)) };
+  }
+  return { code: error?.code ?? null, message: String(error?.message ?? error), facts: {} };
+}
+
+/** A promise's end as data. */
+function settled(promise) {
+  return promise.then(
+    (value) => ({ ok: true, value: value ?? null }),
+    (error) => ({ ok: false, error: plainError(error) }),
+  );
+}
+
+function descriptors() {
+  const kinds = {};
+  for (const fd of readdirSync('/proc/self/fd')) {
+    let target;
+    try {
+      target = readlinkSync(`/proc/self/fd/${fd}`);
+    } catch {
+      continue;
+    }
+    const kind = target.startsWith('/') ? target : target.replace(/:?\[\d+\]$/, '');
+    kinds[kind] = (kinds[kind] ?? 0) + 1;
+  }
+  return kinds;
+}
+
+/** Mappings that a userfaultfd is registered on (um: missing, uw: write-protect, ui: minor). */
+function registeredMappings() {
+  const flags = readFileSync('/proc/self/smaps', 'utf8').match(/^VmFlags:.*$/gm) ?? [];
+  return flags.filter((line) => / (um|uw|ui)\b/.test(line)).length;
+}
+
+function threadNames() {
+  const names = {};
+  for (const task of readdirSync('/proc/self/task')) {
+    try {
+      const name = readFileSync(`/proc/self/task/${task}/comm`, 'utf8').trim();
+      names[name] = (names[name] ?? 0) + 1;
+    } catch {
+      // It has ended meanwhile.
+    }
+  }
+  return names;
+}
+
+const find = (map, key, what) => map.get(key) ?? fail(`no ${what} '${key}'`);
+const fail = (message) => {
+  throw new Error(message);
+};
+
+function watch(kind, key, emitter) {
+  emitter.on('state', (state, previous) => tell('state', { of: kind, key, state, previous }));
+  tell('state', { of: kind, key, state: emitter.state, previous: null });
+}
+
+function watchWorker(guest) {
+  guest.on('pages-lost', (pages) => tell('pages-lost', { guest: guest.name, pages }));
+  guest.on('ended', (error) => tell('ended', { guest: guest.name, error: plainError(error) }));
+}
+
+async function takeArrivals(key, listening) {
+  for await (const arrival of listening) {
+    const name = `${key}/${arrival.offer.name}`;
+    arrivals.set(name, arrival);
+    for (const promise of ['executionState', 'resumed', 'complete']) {
+      settled(arrival[promise]).then(({ ok, error }) => {
+        tell('arrival', { key: name, promise, ok, error });
+      });
+    }
+    watch('arrival', name, arrival);
+  }
+}
+
+const operations = {
+  async create({ guest, regions, rate = {}, behaviour = {} }) {
+    const rates = { batch: 8, restMs: 1, ...rate };
+    const log = (step) => tell('guest', { guest, step });
+    guests.set(guest, await TestGuest.create(guest, regions, rates, behaviour, log));
+  },
+  start: ({ guest }) => find(guests, guest, 'guest').start(),
+  behave: ({ guest, behaviour }) => Object.assign(find(guests, guest, 'guest').behaviour, behaviour),
+  check: ({ guest, except }) => find(guests, guest, 'guest').check(except),
+  status: ({ guest }) => find(guests, guest, 'guest').status(),
+  lost: ({ guest }) => find(guests, guest, 'guest').lostRuns,
+  touch: ({ guest, index, page }) => find(guests, guest, 'guest').ask('touch', { index, page }),
+  async grow({ guest, index, pages }) {
+    return find(guests, guest, 'guest').ask('grow', { index, pages });
+  },
+  closeRegion: ({ guest, index }) => find(guests, guest, 'guest').regions[index].region.close(),
+  claimed: ({ guest }) => find(guests, guest, 'guest').regions.map(({ region }) => region.native.claimed()),
+  /** As a worker that crashes: its memory goes with it. */
+  terminateWriter: ({ guest }) => find(guests, guest, 'guest').end(),
+  async end({ guest }) {
+    await find(guests, guest, 'guest').end();
+    guests.delete(guest);
+  },
+
+  async listen({ key = 'main', options = {}, rate = {}, behaviour = {}, plain = false, modules = null }) {
+    const rates = { batch: 8, restMs: 1, ...rate };
+    const accept = async (offer) => {
+      tell('offer', { key, guest: offer.name });
+      if (behaviour.accept === 'hang') await new Promise(() => {});
+      if (behaviour.accept === 'throw') throw new Error('this host does not like the guest');
+      const log = (step) => tell('guest', { guest: offer.name, step, arrived: true });
+      const guest = await TestGuest.accept(offer, rates, { ...behaviour }, log);
+      guests.set(offer.name, guest);
+      return guest.arriving();
+    };
+    const moduleUrls =
+      modules && Object.fromEntries(Object.entries(modules).map(([n, u]) => [n, new URL(u)]));
+    const acceptWorker =
+      moduleUrls &&
+      workerGuests({
+        modules: moduleUrls,
+        onGuest: (guest) => {
+          guests.set(guest.name, guest);
+          watchWorker(guest);
+        },
+      });
+    const listening = await listen({
+      ...options,
+      ...(plain ? {} : { accept: acceptWorker ?? accept }),
+    });
+    listeners.set(key, listening);
+    takeArrivals(key, listening).catch((error) => tell('failure', { message: String(error) }));
+    return { port: listening.port };
+  },
+  async closeListener({ key = 'main' }) {
+    await find(listeners, key, 'listener').close();
+    listeners.delete(key);
+  },
+  arrival: ({ key, promise }) => settled(find(arrivals, key, 'arrival')[promise]),
+  disposeArrival: ({ key }) => find(arrivals, key, 'arrival')[Symbol.asyncDispose](),
+
+  migrate({ key = 'main', guest, options, abortable = false }) {
+    const controller = abortable ? new AbortController() : null;
+    const signal = controller ? { signal: controller.signal } : {};
+    const migration = migrate(find(guests, guest, 'guest'), { ...options, ...signal });
+    const entry = { migration, controller, rounds: 0 };
+    migrations.set(key, entry);
+    migration.on('waiting', (what) => tell('waiting', { key, what }));
+    watch('migration', key, migration);
+    (async () => {
+      for await (const sample of migration.progress) {
+        if (sample.round > entry.rounds) tell('round', { key, round: sample.round });
+        entry.rounds = sample.round;
+      }
+      tell('progress-ended', { key });
+    })();
+    settled(migration.evicted).then(({ ok, error }) => tell('evicted', { key, ok, error }));
+    settled(migration.done).then(({ ok, error }) => tell('done', { key, ok, error }));
+  },
+  done: ({ key = 'main' }) => settled(find(migrations, key, 'migration').migration.done),
+  evicted: ({ key = 'main' }) => settled(find(migrations, key, 'migration').migration.evicted),
+  switchover: ({ key = 'main' }) => find(migrations, key, 'migration').migration.switchover(),
+  cancel: ({ key = 'main' }) => find(migrations, key, 'migration').migration.cancel('the test says so'),
+  abort: ({ key = 'main' }) => find(migrations, key, 'migration').controller.abort(new Error('enough')),
+  resolve: ({ key = 'main', proof }) => settled(find(migrations, key, 'migration').migration.resolve(proof)),
+  async dispose({ key = 'main' }) {
+    await find(migrations, key, 'migration').migration[Symbol.asyncDispose]();
+  },
+  migrationState: ({ key = 'main' }) => find(migrations, key, 'migration').migration.state,
+
+  async startWorker({ guest, module, url, options = {} }) {
+    const started = await WorkerGuest.start({
+      name: guest,
+      module: { name: module, url: new URL(url) },
+      ...options,
+    });
+    guests.set(guest, started);
+    watchWorker(started);
+  },
+  request: ({ guest, request }) => settled(find(guests, guest, 'guest').request(request)),
+  workerStatus: ({ guest }) => find(guests, guest, 'guest').status,
+  terminateWorker: ({ guest }) => find(guests, guest, 'guest').terminate(),
+
+  /** Back to the beginning: nothing listens, moves or runs. */
+  async reset() {
+    await Promise.all([...migrations.values()].map(({ migration }) => migration[Symbol.asyncDispose]()));
+    await Promise.all([...listeners.values()].map((listening) => listening.close()));
+    await Promise.all([...guests.values()].map((guest) => guest.end?.() ?? guest.terminate()));
+    for (const map of [migrations, listeners, guests, arrivals]) map.clear();
+  },
+
+  inventory: () => ({
+    descriptors: descriptors(),
+    registered: registeredMappings(),
+    threads: threadNames(),
+  }),
+  exit: ({ code }) => void setImmediate(() => process.exit(code)),
+};
+
+process.on('warning', (warning) =>
+  tell('warning', { name: warning.name, code: warning.code, message: warning.message }),
+);
+process.on('unhandledRejection', (error) => {
+  tell('failure', { message: `unhandled rejection: ${error?.stack ?? error}` });
+});
+process.on('message', async ({ id, op, ...args }) => {
+  try {
+    const value = await (operations[op] ?? fail(`no operation '${op}'`))(args);
+    process.send({ id, value });
+  } catch (error) {
+    process.send({ id, error: { ...plainError(error), stack: error?.stack } });
+  }
+});
+// A test that ended without us: nobody would ever end this process.
+process.on('disconnect', () => process.exit(3));
+tell('ready');

@@ -1,0 +1,43 @@
+/** What a host process holds that a migration may have left behind. */
+import type { Host } from './host.js';
+
+export interface Inventory {
+  descriptors: Record<string, number>;
+  registered: number;
+  threads: Record<string, number>;
+}
+
+/** The threads that Node itself starts when it likes. */
+const NODE_THREADS = /^(node|libuv-worker|DelayedTaskSche|V8Worker|node-.*|MainThread|SignalInspector)$/;
+
+/** Sockets, userfaultfds, mappings that one is registered on, native threads and open files. */
+export function held({ descriptors, registered, threads }: Inventory): object {
+  const ours = Object.entries(threads).filter(([name]) => !NODE_THREADS.test(name));
+  const { socket = 0, 'anon_inode:[userfaultfd]': pagers = 0 } = descriptors;
+  const files = Object.entries(descriptors).filter(
+    ([kind]) => kind.startsWith('/') && !kind.startsWith('/dev/'),
+  );
+  return {
+    sockets: socket,
+    pagers,
+    registered,
+    threads: Object.fromEntries(ours),
+    files: Object.fromEntries(files),
+  };
+}
+
+export function inventory(host: Host): Promise<Inventory> {
+  return host.call<Inventory>('inventory');
+}
+
+/**
+ * What the host holds now, once it is what it was `before`, or when the bound has passed: what ends in the
+ * background (a socket's close) is waited for.
+ */
+export async function heldAgain(host: Host, before: Inventory, boundMs: number): Promise<object> {
+  const wanted = JSON.stringify(held(before));
+  for (const end = performance.now() + boundMs; ; ) {
+    const now = held(await inventory(host));
+    if (JSON.stringify(now) === wanted || performance.now() > end) return now;
+  }
+}

@@ -1,0 +1,140 @@
+/** What most migration tests do: two hosts, a guest that writes, and the questions asked at the end. */
+import { expect } from 'vitest';
+import { type Check, Host, type RegionSpec, type Settled, type Status } from './host.js';
+import { held, heldAgain, type Inventory, inventory } from './leftovers.js';
+
+export { type Inventory, inventory };
+
+export const SECRET = 'a secret that only the hosts of this test know';
+
+/** 4 MiB where a page has 4 KiB; a multiple of a WebAssembly page everywhere. */
+export const PAGES = 1024;
+
+export function regionsOf(kind: RegionSpec['kind'], pages = PAGES): RegionSpec[] {
+  return [{ kind, pages, maxPages: pages * 2 }];
+}
+
+export interface Report {
+  mode: string;
+  switchedToPostCopy: boolean;
+  state: string;
+  verified: boolean | null;
+  tracker: string | null;
+  pauseWaitMs: number;
+  downtimeMs: number;
+  evictionMs: number;
+  totalMs: number;
+  bytesOnWire: number;
+  pagesSent: number;
+  pagesZero: number;
+  pagesResent: number;
+  heapBytes: number;
+  rounds: { round: number; pagesSent: number; dirtyPagesAfter: number; durationMs: number }[];
+  remoteFaults: { count: number; p50Us: number; p99Us: number; maxUs: number };
+  redials: number;
+}
+
+export async function hosts<const Names extends string[]>(
+  ...names: Names
+): Promise<{ [K in keyof Names]: Host }> {
+  return (await Promise.all(names.map((name) => Host.start(name)))) as { [K in keyof Names]: Host };
+}
+
+/** A guest named `guest` that runs on `host`. */
+export async function startGuest(
+  host: Host,
+  regions: RegionSpec[],
+  options: { guest?: string; rate?: object; behaviour?: object } = {},
+): Promise<void> {
+  const { guest = 'g', rate = {}, behaviour = {} } = options;
+  await host.call('create', { guest, regions, rate, behaviour });
+  await host.call('start', { guest });
+}
+
+export async function listen(
+  host: Host,
+  args: { options?: object; [more: string]: unknown } = {},
+): Promise<number> {
+  const options = { secret: SECRET, ...args.options };
+  const { port } = await host.call<{ port: number }>('listen', { ...args, options });
+  return port;
+}
+
+export function migrate(
+  host: Host,
+  port: number,
+  options: object = {},
+  args: { key?: string; guest?: string; abortable?: boolean } = {},
+): Promise<void> {
+  const { guest = 'g', ...rest } = args;
+  return host.call('migrate', {
+    guest,
+    ...rest,
+    options: { to: { host: '127.0.0.1', port }, secret: SECRET, ...options },
+  });
+}
+
+export function done(host: Host, key = 'main', boundMs?: number): Promise<Settled<Report>> {
+  return host.call('done', { key }, boundMs);
+}
+
+/** The report; a failure is thrown with its code. */
+export async function report(host: Host, key = 'main', boundMs?: number): Promise<Report> {
+  const result = await done(host, key, boundMs);
+  if (!result.ok) throw new Error(`${result.error.code}: ${result.error.message}`);
+  return result.value;
+}
+
+/** The error, which must have come within the bound. */
+export async function failure(host: Host, key = 'main', boundMs?: number) {
+  const result = await done(host, key, boundMs);
+  if (result.ok) throw new Error('the migration should have failed, and did not');
+  return result.error;
+}
+
+/** Every byte is what the journal says. */
+export async function expectIntact(host: Host, guest = 'g'): Promise<Check> {
+  const check = await host.call<Check>('check', { guest });
+  expect(check.wrong).toEqual([]);
+  expect(check.pages).toBeGreaterThan(0);
+  return check;
+}
+
+/** The guest writes here, now: a wait for the next writes, not a look at a flag. */
+export async function expectRuns(host: Host, guest = 'g'): Promise<void> {
+  const { written } = await expectIntact(host, guest);
+  for (const end = performance.now() + 10_000; performance.now() < end; ) {
+    if ((await host.call<Check>('check', { guest })).written > written) return;
+  }
+  throw new Error(`${host.name}: the guest '${guest}' does not write`);
+}
+
+export async function expectStands(host: Host, guest = 'g'): Promise<void> {
+  expect((await host.call<Status>('status', { guest })).runs).toBe(false);
+}
+
+/** No two of the times during which the guest ran, on any host, overlap: there never were two owners. */
+export async function expectOneOwner(where: Host[], guest = 'g'): Promise<void> {
+  const intervals = (
+    await Promise.all(
+      where.map(async (host) => {
+        const { intervals } = await host.call<Status>('status', { guest });
+        return intervals.map(([first, last]) => ({ host: host.name, first, last }));
+      }),
+    )
+  )
+    .flat()
+    .sort((a, b) => (a.first < b.first ? -1 : 1));
+  expect(intervals.length).toBeGreaterThan(0);
+  for (const [index, interval] of intervals.slice(1).entries()) {
+    const before = intervals[index] as (typeof intervals)[number];
+    if (before.last >= interval.first) {
+      throw new Error(`${before.host} still wrote when ${interval.host} did already`);
+    }
+  }
+}
+
+/** Sockets, userfaultfds, registered mappings, native threads and open files are again what they were. */
+export async function expectNothingLeft(host: Host, before: Inventory, boundMs = 5000): Promise<void> {
+  expect(await heldAgain(host, before, boundMs)).toEqual(held(before));
+}

@@ -1,0 +1,61 @@
+import { resolve } from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { parseRequest } from '../../src/cli/guest-console.js';
+import {
+  byteCount,
+  namedModule,
+  namedModules,
+  positiveNumber,
+  wholeNumber,
+} from '../../src/cli/parse-values.js';
+
+describe('whole numbers', () => {
+  test('within the bounds pass', () => {
+    expect(wholeNumber(1, 16)('1')).toBe(1);
+    expect(wholeNumber(1, 16)('16')).toBe(16);
+  });
+  test.each(['0', '17', '-1', '1.5', '1e1', '', 'x', ' 3'])('%j is refused', (text) => {
+    expect(() => wholeNumber(1, 16)(text)).toThrow('whole number from 1 to 16');
+  });
+});
+
+describe('numbers above 0', () => {
+  test('may have a fraction', () => expect(positiveNumber('0.5')).toBe(0.5));
+  test.each(['0', '-1', 'NaN', 'Infinity', ''])('%j is refused', (text) => {
+    expect(() => positiveNumber(text)).toThrow('above 0');
+  });
+});
+
+describe('bytes', () => {
+  test.each([
+    ['65536', 65536],
+    ['100M', 100e6],
+    ['1.5Gi', 1.5 * 2 ** 30],
+    ['64KiB', 65536],
+    ['2 mb', 2e6],
+    ['0', 0],
+  ])('%s', (text, value) => expect(byteCount(text)).toBe(value));
+  test.each(['', 'M', '-1', '1T', '1.M', '0x10', '1Mi i'])('%j is refused', (text) => {
+    expect(() => byteCount(text)).toThrow('write bytes');
+  });
+});
+
+describe('modules', () => {
+  test('have a name and a path from here', () => {
+    expect(namedModule('a-1=./x=y.mjs')).toEqual({ name: 'a-1', path: resolve('./x=y.mjs') });
+  });
+  test.each(['', 'a', '=x', 'a=', 'a b=x', `${'a'.repeat(65)}=x`])('%j is refused', (text) => {
+    expect(() => namedModule(text)).toThrow('NAME=PATH');
+  });
+  test('a name stands for one module', () => {
+    const one = namedModules('a=x', undefined);
+    expect(namedModules('b=y', one)).toHaveLength(2);
+    expect(() => namedModules('a=y', one)).toThrow('two modules named a');
+  });
+});
+
+test('a typed line is JSON, or else itself', () => {
+  expect(parseRequest('{"add": 1}')).toEqual({ add: 1 });
+  expect(parseRequest('read')).toBe('read');
+  expect(parseRequest('{"add"')).toBe('{"add"');
+});
