@@ -1,0 +1,102 @@
+/** The source process of a trial below the public API: a region of random bytes and a sender. */
+import type { NativeEvent, NativeRegion, NativeSender, NativeSenderStats } from '../../lib/native.js';
+import { loadAddon } from './addon.js';
+import { fillRandom } from './memory.js';
+import { answerCalls, monotonicMs } from './peer.js';
+
+const addon = loadAddon();
+let region: NativeRegion | null = null;
+let memory: Uint8Array = new Uint8Array(0);
+let sender: NativeSender | null = null;
+let pushStartMs = 0;
+
+type Kind = NativeEvent['kind'];
+const arrived = new Map<Kind, number>();
+const waiting = new Map<Kind, { resolve: (atMs: number) => void; reject: (error: Error) => void }>();
+let failure: Error | null = null;
+
+function onEvent(event: NativeEvent): void {
+  if (event.kind === 'failed') {
+    failure = new Error(`the sender failed: ${event.code} ${event.message}`);
+    for (const waiter of waiting.values()) waiter.reject(failure);
+    waiting.clear();
+    return;
+  }
+  arrived.set(event.kind, monotonicMs());
+  waiting.get(event.kind)?.resolve(monotonicMs());
+  waiting.delete(event.kind);
+}
+
+/** When the event came; each is waited for once. */
+function next(kind: Kind): Promise<number> {
+  const atMs = arrived.get(kind);
+  arrived.delete(kind);
+  if (atMs !== undefined) return Promise.resolve(atMs);
+  if (failure !== null) return Promise.reject(failure);
+  return new Promise<number>((resolve, reject) => waiting.set(kind, { resolve, reject })).finally(() =>
+    arrived.delete(kind),
+  );
+}
+
+function must<T>(value: T | null): T {
+  if (value === null) throw new Error('called too early');
+  return value;
+}
+
+export interface SendParameters {
+  host: string;
+  port: number;
+  migration: Uint8Array;
+  channels: number;
+  tokens: Uint8Array;
+}
+
+answerCalls(
+  {
+    allocate: ({ lengthBytes, seed }: { lengthBytes: number; seed: number }) => {
+      const allocated = addon.allocate(lengthBytes);
+      region = allocated.region;
+      const buffer = allocated.buffers[0] as ArrayBuffer;
+      fillRandom(buffer, seed);
+      memory = new Uint8Array(buffer);
+    },
+    connect: async (parameters: SendParameters) => {
+      sender = addon.createSender({
+        ...parameters,
+        regions: [must(region)],
+        trackers: [null],
+        bandwidth: 0,
+        keepPageHashes: false,
+        connectTimeoutMs: 5000,
+        recoverTimeoutMs: 2000,
+        onEvent,
+      });
+      sender.connect();
+      await next('connected');
+    },
+    /** One full round, until the last page is acknowledged. */
+    copy: async (): Promise<{ startMs: number; endMs: number }> => {
+      const startMs = monotonicMs();
+      await must(sender).queuePopulated();
+      must(sender).startRound(1);
+      return { startMs, endMs: await next('round-done') };
+    },
+    switchOver: async () => {
+      await must(sender).queuePopulated();
+      must(sender).switchOver();
+      await next('switched');
+    },
+    startPush: () => {
+      pushStartMs = monotonicMs();
+      must(sender).startPush();
+    },
+    /** Milliseconds from the push's start until every page is acknowledged. */
+    evicted: async (): Promise<number> => (await next('evicted')) - pushStartMs,
+    stats: (): NativeSenderStats => must(sender).stats(),
+    hash: () => addon.hash(memory),
+  },
+  () => {
+    sender?.close(true);
+    region?.close();
+  },
+);
