@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the native core and runs its tests: plain (gcc), asan (clang, with UBSan), tsan (clang).
 #   scripts/test-native.sh [plain|asan|tsan] [arguments of ctest...]
-# JOBS sets the number of compilers at once.
+# JOBS sets the number of compilers at once; with BUILD_ONLY=1 no test runs.
 set -eu
 cd "$(dirname "$0")/.."
 kind=${1:-plain}
@@ -22,6 +22,7 @@ command -v ninja >/dev/null 2>&1 && generator='-G Ninja'
 cmake -S . -B "$build" $generator -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE="$type" \
   -DMEMFERRY_SANITIZE="$sanitize" >/dev/null
 cmake --build "$build" -j "$jobs"
+[ "${BUILD_ONLY:-}" = 1 ] && exit 0
 
 # A race or an overflow must fail the test that has it, and say where.
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_string_checks=1}"

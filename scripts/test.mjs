@@ -1,21 +1,22 @@
 /**
  * `npm test`: every suite in turn, whatever the one before did, and one line with the sum of them at the end:
  * `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI runs the first again on another Node.
+ * While the TypeScript suite runs, which mostly waits, the native ones are compiled at the lowest priority.
  */
 import { spawn } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { constants, setPriority } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const vitestReport = join(root, 'build/test-results/vitest.json');
 
+const NATIVE = { native: 'plain', 'native-asan': 'asan', 'native-tsan': 'tsan' };
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
   typescript: runVitest,
-  native: () => runCtest('plain'),
-  'native-asan': () => runCtest('asan'),
-  'native-tsan': () => runCtest('tsan'),
+  ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
 };
 
 const asked = process.argv.slice(2);
@@ -25,8 +26,10 @@ if (unknown.length > 0) {
   process.exit(1);
 }
 
+const names = asked.length > 0 ? asked : Object.keys(SUITES);
+const built = buildAhead(names.filter((name) => Object.hasOwn(NATIVE, name)).map((name) => NATIVE[name]));
 const sum = { passed: 0, failed: 0, skipped: 0 };
-for (const name of asked.length > 0 ? asked : Object.keys(SUITES)) {
+for (const name of names) {
   process.stdout.write(`\n==> ${name}\n`);
   const began = Date.now();
   const counts = await SUITES[name]();
@@ -64,7 +67,31 @@ async function runVitest() {
   }
 }
 
+/** Of each variant, when its build has ended; what a build that fails says, the suite's own build says again. */
+function buildAhead(variants) {
+  const ends = new Map();
+  let before = Promise.resolve();
+  for (const variant of variants) {
+    before = before.then(
+      () =>
+        new Promise((resolve) => {
+          const child = spawn('bash', ['scripts/test-native.sh', variant], {
+            cwd: root,
+            stdio: 'ignore',
+            env: { ...process.env, BUILD_ONLY: '1' },
+          });
+          if (child.pid !== undefined) setPriority(child.pid, constants.priority.PRIORITY_LOW);
+          child.once('error', resolve);
+          child.once('close', resolve);
+        }),
+    );
+    ends.set(variant, before);
+  }
+  return ends;
+}
+
 async function runCtest(variant) {
+  await built.get(variant);
   const { code, output } = await run('bash', ['scripts/test-native.sh', variant]);
   const summary = /(\d+) tests? failed out of (\d+)/.exec(output);
   if (!summary) return { passed: 0, failed: 1, skipped: 0 };

@@ -89,7 +89,6 @@ export interface NativeSenderConfig {
   tokens: Uint8Array;
   /** Bytes a second, 0 for none. */
   bandwidth: number;
-  keepPageHashes: boolean;
   connectTimeoutMs: number;
   recoverTimeoutMs: number;
   onEvent: (event: NativeEvent) => void;

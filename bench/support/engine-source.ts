@@ -66,7 +66,6 @@ answerCalls(
         regions: [must(region)],
         trackers: [null],
         bandwidth: 0,
-        keepPageHashes: false,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
         onEvent,

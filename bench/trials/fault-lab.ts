@@ -13,6 +13,7 @@ import { paired, type Trial } from '../support/trial.js';
 const pushBytes = 512 * 2 ** 20;
 const linkBytes = 256 * 2 ** 20;
 const floorTouches = 10_000;
+const thinkingMs = 0.25;
 const occasionalEveryMs = 20;
 
 export async function run(trial: Trial): Promise<void> {
@@ -81,7 +82,7 @@ async function measure(trial: Trial, lab: Lab): Promise<void> {
   for (let round = trial.samples(5); round > 0; round--) {
     floors.push(await faultFloor());
     links.push(await linkRate());
-    busy.push(await pushAll(pushBytes, pair, { order: 'random', touches: Infinity, everyMs: 0 }));
+    busy.push(await pushAll(pushBytes, pair, { order: 'random', touches: Infinity, everyMs: thinkingMs }));
     alone.push(await pushAll(pushBytes, pair, null));
     const touching = { order: 'random', touches: Infinity, everyMs: occasionalEveryMs } as const;
     occasional.push(await pushAll(pushBytes, pair, touching));

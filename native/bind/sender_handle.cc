@@ -21,7 +21,6 @@ SenderConfig config_of(const Napi::Object& config) {
   out.channels = index_of(config.Get("channels"), "channels");
   out.tokens = rows_of<sizeof(wire::Token)>(config.Get("tokens"), "tokens");
   out.bandwidth = count_of(config.Get("bandwidth"), "bandwidth");
-  out.keep_page_hashes = flag_of(config.Get("keepPageHashes"), "keepPageHashes");
   out.connect_timeout = milliseconds_of(config.Get("connectTimeoutMs"), "connectTimeoutMs");
   out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
   return out;

@@ -65,18 +65,19 @@ class Sender::Impl::Push {
     return true;
   }
 
-  // The pages were never touched when they were queued. Those that still are not go as zeros unread; reading
-  // them would populate them. The others, and what does not fit into the batch, are pending again.
+  // The pages were never touched when they were queued. Those that still are not, or whose tracker will tell
+  // of it, go as zeros unread; reading them would populate them. The others, and what does not fit into the batch, are pending again.
   void gather_untouched(const SendQueue::Chunk& chunk, const PageFrames::OnHash& on_hash) {
-    if (!pagemap_) pagemap_.emplace();
     const auto add_zeros = [&](PageRun run) {
       if (run.count == 0) return;
       if (frames_.room() > 0) {
         frames_.add_zeros(chunk.region, run, on_hash);
       } else {
-        impl_.queue.put_back({chunk.region, run, true});
+        impl_.queue.put_back({chunk.region, run, true, chunk.tracked});
       }
     };
+    if (chunk.tracked) return add_zeros(chunk.run);
+    if (!pagemap_) pagemap_.emplace();
     for (PageRun left = chunk.run; left.count > 0;) {
       const auto bytes = impl_.queue.region(chunk.region)->contiguous(left);
       const PageRun piece{left.first, bytes.size() / impl_.page_size};
@@ -86,7 +87,7 @@ class Sender::Impl::Push {
         const PageRun touched{
             PageNumber{piece.first.value + (range.start.value - start.value) / impl_.page_size},
             (range.end.value - range.start.value) / impl_.page_size};
-        impl_.queue.put_back({chunk.region, touched, false});
+        impl_.queue.put_back({chunk.region, touched, false, false});
         add_zeros({at, touched.first.value - at.value});
         at = touched.end();
       });

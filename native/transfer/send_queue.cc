@@ -66,7 +66,7 @@ std::optional<SendQueue::Chunk> SendQueue::take_between(std::uint32_t region, Pa
     // Other takers may have been here since: take_run gives what is still there, perhaps further on.
     const std::optional<PageRun> taken =
         entry.pending.take_run(next->first, PageNumber{next->first.value + limit}, limit);
-    if (taken) return Chunk{region, *taken, untouched};
+    if (taken) return Chunk{region, *taken, untouched, untouched && entry.tracked};
     from = PageNumber{next->first.value + limit};
   }
   return std::nullopt;
@@ -117,10 +117,10 @@ std::uint64_t SendQueue::note_sent(std::uint32_t region, PageRun run) {
   return run.count - entry.ever_sent.set_run(run);
 }
 
-void SendQueue::mark_all(std::uint32_t region, Pagemap& pagemap) {
+void SendQueue::mark_all(std::uint32_t region) {
   Entry& entry = *entries_[region];
   const std::uint64_t pages = entry.region->pages();
-  mark_untouched(region, pagemap);
+  forget_untouched(region);
   entry.pending.set_run(PageRun{PageNumber{0}, pages});
   entry.known_pages.store(pages, std::memory_order_release);
 }
@@ -129,7 +129,7 @@ void SendQueue::mark_untouched(std::uint32_t region, Pagemap& pagemap) {
   Entry& entry = *entries_[region];
   const std::uint64_t pages = entry.region->pages();
   const std::uint64_t page_size = entry.region->page_size();
-  entry.untouched.clear_run(PageRun{PageNumber{0}, pages});
+  forget_untouched(region);
   for (PageNumber at{0}; at.value < pages;) {
     const auto piece = entry.region->contiguous(PageRun{at, pages - at.value});
     const Address start = Address::of(piece.data());
@@ -144,6 +144,24 @@ void SendQueue::mark_untouched(std::uint32_t region, Pagemap& pagemap) {
                       [&](AddressRange range) { entry.untouched.clear_run(pages_of(range)); });
     at.value += piece.size() / page_size;
   }
+}
+
+void SendQueue::mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated) {
+  Entry& entry = *entries_[region];
+  const std::uint64_t pages = entry.region->pages();
+  PageNumber at{0};
+  while (const auto run = populated.next_set(at, PageNumber{pages}, pages)) {
+    entry.untouched.set_run(PageRun{at, run->first.value - at.value});
+    at = run->end();
+  }
+  entry.untouched.set_run(PageRun{at, pages - at.value});
+  entry.tracked = true;
+}
+
+void SendQueue::forget_untouched(std::uint32_t region) {
+  Entry& entry = *entries_[region];
+  entry.untouched.clear_run(PageRun{PageNumber{0}, entry.untouched.capacity()});
+  entry.tracked = false;
 }
 
 void SendQueue::mark_growth(std::uint32_t region) {

@@ -34,9 +34,10 @@ class SendQueue {
   struct Chunk {
     std::uint32_t region = 0;
     PageRun run;
-    // Never touched when it was queued, so most probably zeros; the pagemap must be asked again, since the
-    // guest may have run since.
+    // Never touched when it was queued, so most probably zeros; unless a tracker sees what is written since,
+    // the pagemap must be asked again.
     bool untouched = false;
+    bool tracked = false;
   };
   // Takes the next pending run: at most `max_pages`, any length when untouched. nullopt: nothing is pending.
   [[nodiscard]] std::optional<Chunk> take(std::uint64_t max_pages);
@@ -50,10 +51,13 @@ class SendQueue {
   // The destination will hold this run. Gives how many of its pages had been sent before.
   std::uint64_t note_sent(std::uint32_t region, PageRun run);
 
-  // Every page pending, never-touched ones marked as such.
-  void mark_all(std::uint32_t region, Pagemap& pagemap);
+  // Every page pending, none known to be untouched.
+  void mark_all(std::uint32_t region);
   // Which pages were never touched, and nothing else: faults may be answered meanwhile.
   void mark_untouched(std::uint32_t region, Pagemap& pagemap);
+  // The same as an armed tracker knows it; good until what it has seen is collected: forget_untouched().
+  void mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated);
+  void forget_untouched(std::uint32_t region);
   // Pages that the region has gained since the last mark.
   void mark_growth(std::uint32_t region);
   // For a tracker to collect into.
@@ -73,6 +77,7 @@ class SendQueue {
     std::shared_ptr<Region> region;
     AtomicBitmap pending;
     AtomicBitmap untouched;
+    std::atomic<bool> tracked{false};  // a tracker vouches for `untouched`
     AtomicBitmap at_destination;  // sent and not discarded since
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};

@@ -15,8 +15,6 @@ namespace memferry {
 namespace {
 
 constexpr unsigned kMostChannels = 16;
-// For the data senders to finish their chunk and say goodbye. Whoever is stuck longer is cut off.
-constexpr std::chrono::milliseconds kGoodbyeTime{500};
 // Memory is read for a digest in pieces that stay in the cache, each under a pass of its own.
 constexpr std::uint64_t kDigestPieceBytes = 256 * 1024;
 
@@ -107,7 +105,10 @@ std::uint64_t Sender::Impl::collect_dirty() {
   if (!pass) throw RegionGone("collect");
   std::uint64_t before = queue.pending_pages();
   for (std::uint32_t i = 0; i < queue.regions(); ++i) {
-    if (config.trackers[i]) config.trackers[i]->collect(queue.pending(i));
+    if (const auto& tracker = config.trackers[i]) {
+      queue.forget_untouched(i);
+      tracker->collect(queue.pending(i));
+    }
     queue.mark_growth(i);
   }
   return queue.pending_pages() - before;
@@ -168,7 +169,7 @@ void Sender::Impl::say_goodbye() {
   current->leaving = true;
   pacer.cancel();
   work_changed.notify_all();
-  const auto deadline = Clock::now() + kGoodbyeTime;
+  const auto deadline = Clock::now() + config.goodbye_timeout;
   work_changed.wait_until(lock, deadline, [&] { return current->still_sending == 0; });
   lock.unlock();
   // Not a timed lock: whoever holds it is either done in microseconds or stuck in a dead socket.
@@ -210,10 +211,13 @@ void Sender::queue_populated() {
   if (!pass) throw RegionGone("queue_populated");
   if (!impl_->pagemap) impl_->pagemap.emplace();
   for (std::uint32_t i = 0; i < impl_->queue.regions(); ++i) {
-    if (switched) {
-      impl_->queue.mark_untouched(i, *impl_->pagemap);
+    const auto& tracker = impl_->config.trackers[i];
+    const AtomicBitmap* populated = tracker && !switched ? tracker->populated_when_armed() : nullptr;
+    if (!switched) impl_->queue.mark_all(i);
+    if (populated != nullptr) {
+      impl_->queue.mark_untouched_outside(i, *populated);
     } else {
-      impl_->queue.mark_all(i, *impl_->pagemap);
+      impl_->queue.mark_untouched(i, *impl_->pagemap);
     }
   }
 }

@@ -37,12 +37,13 @@ struct SenderConfig {
   wire::MigrationId migration{};
   unsigned channels = 2;  // 1..16
   std::vector<wire::Token>
-      tokens;                     // [epoch * (channels + 1) + channel], the demand channel's last in each row
-  std::uint64_t bandwidth = 0;    // bytes/s over all channels; 0: none. Faults debit it but never wait.
-  bool keep_page_hashes = false;  // not needed here: digest() reads the memory itself, which proves more
+      tokens;                   // [epoch * (channels + 1) + channel], the demand channel's last in each row
+  std::uint64_t bandwidth = 0;  // bytes/s over all channels; 0: none. Faults debit it but never wait.
   std::chrono::milliseconds connect_timeout{5000};
   std::chrono::milliseconds recover_timeout{60000};
   std::chrono::milliseconds answer_timeout{30000};  // for the answer to a barrier or to kSwitch
+  // For the data senders to finish their chunk and say goodbye; whoever is stuck longer is cut off.
+  std::chrono::milliseconds goodbye_timeout{500};
   EngineCallback on_event;
 };
 

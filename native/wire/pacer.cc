@@ -210,13 +210,11 @@ void Pacer::reset() {
 
 void Pacer::fault_begin() {
   last_fault_ns_.store(nanoseconds(std::chrono::steady_clock::now()), std::memory_order_relaxed);
-  faults_in_service_.fetch_add(1, std::memory_order_relaxed);
 }
 
 void Pacer::fault_end(std::uint64_t answered_bytes) {
   fault_bytes_.fetch_add(answered_bytes, std::memory_order_relaxed);
   undebited_bytes_.fetch_add(answered_bytes, std::memory_order_relaxed);
-  faults_in_service_.fetch_sub(1, std::memory_order_relaxed);
 }
 
 }  // namespace memferry::wire

@@ -133,7 +133,6 @@ class Pacer {
   std::atomic<bool> same_host_{false};
   std::atomic<std::uint64_t> bandwidth_{0};
   std::atomic<std::int64_t> last_fault_ns_{0};
-  std::atomic<int> faults_in_service_{0};
   std::atomic<std::uint64_t> fault_bytes_{0};      // since the start
   std::atomic<std::uint64_t> undebited_bytes_{0};  // answers that the buckets have not seen yet
 };

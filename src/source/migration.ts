@@ -286,7 +286,6 @@ export class SourceMigration extends EventEmitter {
         channels: options.channels,
         tokens: dataTokens(this.#session.sessionKey, this.#migrationId, maxEpochs, options.channels),
         bandwidth: options.bandwidth,
-        keepPageHashes: false,
         connectTimeoutMs: options.connectTimeoutMs,
         recoverTimeoutMs: options.recoverTimeoutMs,
       },

@@ -31,7 +31,6 @@ struct Pair {
     config.migration = bench.config.migration;
     config.channels = bench.config.channels;
     config.tokens = bench.config.tokens;
-    config.keep_page_hashes = true;
     config.on_event = log.callback();
   }
   void connect() {

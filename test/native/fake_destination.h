@@ -111,10 +111,13 @@ class FakeDestination {
     return all;
   }
 
-  // Accepts one connection and reads its hello.
-  std::pair<wire::Hello, std::unique_ptr<wire::PlainStream>> accept_hello() {
+  void wait_for_dial() const {
     pollfd polled{listening_.get(), POLLIN, 0};
     EXPECT_EQ(::poll(&polled, 1, static_cast<int>(kTestPatience.count() * 1000)), 1) << "nobody dials";
+  }
+  // Accepts one connection and reads its hello.
+  std::pair<wire::Hello, std::unique_ptr<wire::PlainStream>> accept_hello() {
+    wait_for_dial();
     auto stream = std::make_unique<wire::PlainStream>(
         UniqueFd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC)));
     wire::Hello hello{};

@@ -47,10 +47,11 @@ function transfer({ bytes, withSource, onEvent = () => {} }) {
   const channels = 2;
   const tokens = randomBytes(32 * (channels + 1) * 4);
   const destination = addon.allocate(bytes);
-  const common = { migration, channels, tokens, keepPageHashes: false, recoverTimeoutMs: 60_000 };
+  const common = { migration, channels, tokens, recoverTimeoutMs: 60_000 };
   const listener = addon.createListener('127.0.0.1', 0, () => {});
   const receiver = addon.createReceiver({
     ...common,
+    keepPageHashes: false,
     regions: [destination.region],
     discardFirst: true,
     pagingFromStart: true,
