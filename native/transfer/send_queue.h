@@ -78,7 +78,7 @@ class SendQueue {
     AtomicBitmap pending;
     AtomicBitmap untouched;
     std::atomic<bool> tracked{false};  // a tracker vouches for `untouched`
-    AtomicBitmap at_destination;  // sent and not discarded since
+    AtomicBitmap at_destination;       // sent and not discarded since
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};
   };
