@@ -97,6 +97,9 @@ int main(int argc, char **argv) {
       touch(memory, bytes);
     }
     for (uint64_t i = 0; i < channels; i++) fds[i] = accept_one(listener, cc);
+    char filled;
+    if (!read_all(fds[0], &filled, 1)) die("sender");
+    if (fresh) have_backed(bytes + bytes / 4);
     write_all(fds[0], "r", 1);
     char go;
     if (!read_all(fds[0], &go, 1)) die("sender");
@@ -109,6 +112,7 @@ int main(int argc, char **argv) {
   fill_random(memory, bytes, 1);
   // Channel 0 must be the first to be accepted.
   for (uint64_t i = 0; i < channels; i++) fds[i] = dial("127.0.0.1", port, cc);
+  write_all(fds[0], "f", 1);
   char ready;
   if (!read_all(fds[0], &ready, 1)) die("receiver");
   const uint64_t start = now_ns();

@@ -53,7 +53,7 @@ class SendQueue {
 
   // Every page pending, none known to be untouched.
   void mark_all(std::uint32_t region);
-  // Which pages were never touched, and nothing else: faults may be answered meanwhile.
+  // Which pages were never touched, and nothing else.
   void mark_untouched(std::uint32_t region, Pagemap& pagemap);
   // The same as an armed tracker knows it; good until what it has seen is collected: forget_untouched().
   void mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated);

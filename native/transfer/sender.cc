@@ -198,22 +198,18 @@ void Sender::connect() {
 
 void Sender::queue_populated() {
   const std::lock_guard collecting(impl_->collect_mutex);
-  bool switched = false;
   {
     const std::lock_guard lock(impl_->mutex);
     if (impl_->phase == Impl::Phase::kEnded) return;  // kFailed has said so, or close() came first
-    switched = impl_->phase == Impl::Phase::kSwitching || impl_->phase == Impl::Phase::kPostcopy;
-    if (switched && impl_->push_wanted) throw std::logic_error("queue_populated() during the push");
   }
-  // After the switchover everything is pending already; what is left to find out is what was never touched.
-  if (!switched) impl_->require_between_rounds("queue_populated()");
+  impl_->require_between_rounds("queue_populated()");
   const TouchGate::Pass pass(impl_->gate);
   if (!pass) throw RegionGone("queue_populated");
   if (!impl_->pagemap) impl_->pagemap.emplace();
   for (std::uint32_t i = 0; i < impl_->queue.regions(); ++i) {
     const auto& tracker = impl_->config.trackers[i];
-    const AtomicBitmap* populated = tracker && !switched ? tracker->populated_when_armed() : nullptr;
-    if (!switched) impl_->queue.mark_all(i);
+    const AtomicBitmap* populated = tracker ? tracker->populated_when_armed() : nullptr;
+    impl_->queue.mark_all(i);
     if (populated != nullptr) {
       impl_->queue.mark_untouched_outside(i, *populated);
     } else {

@@ -67,8 +67,7 @@ class Sender {
 
   void connect();
 
-  // Marks every page pending: populated ones with content, never-touched ones as zero runs. After
-  // switch_over() and before start_push() it only finds the never-touched ones, which costs no downtime then.
+  // Marks every page pending: populated ones with content, never-touched ones as zero runs. The guest may run.
   void queue_populated();
   // tracker->collect() of every region (and pages gained by growth) into pending; gives how many pages are
   // pending now. With `paused` the caller says that the guest no longer writes.

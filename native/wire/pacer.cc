@@ -17,7 +17,8 @@ constexpr double kLinkBurstBytes = 32 * 1024;
 // While faults are being answered: little enough that a fault waits for one chunk at most a moment. On a link
 // it waits for the chunk's bytes, on one host for the time that copying it takes.
 constexpr std::uint64_t kChunkOnLink = 16 * 1024;
-constexpr std::uint64_t kChunkOnHost = 64 * 1024;
+constexpr std::uint64_t kChunkOnHost = 128 * 1024;
+constexpr int kUnsentOnLink = 256 * 1024;
 // Of the last interval in the smoothed delivered rate: one interval is a few hundred acknowledgements at best.
 constexpr double kNewShare = 0.25;
 
@@ -58,12 +59,11 @@ Duration TokenBucket::delay(TimePoint now) {
   return credit_ >= 0 ? Duration::zero() : from_seconds(-credit_ / rate_) + Duration{1};
 }
 
-// What waits in line, beyond the bytes that fill the round trip of an idle link.
-Duration RateController::queue_of(const Sample& sample, double rate) const {
+Duration RateController::beyond_round_trip(std::uint64_t bytes, const Sample& sample, double rate) {
   if (rate <= 0) return Duration::zero();
-  const double bytes = static_cast<double>(sample.queued_bytes) - static_cast<double>(sample.fresh_bytes) -
-                       rate * seconds(sample.min_rtt);
-  return bytes > 0 ? from_seconds(bytes / rate) : Duration::zero();
+  const double beyond =
+      static_cast<double>(bytes) - static_cast<double>(sample.fresh_bytes) - rate * seconds(sample.min_rtt);
+  return beyond > 0 ? from_seconds(beyond / rate) : Duration::zero();
 }
 
 void RateController::sample(const Sample& sample) {
@@ -78,28 +78,39 @@ void RateController::sample(const Sample& sample) {
     skip_next_ = false;
     return;
   }
-  delivered_rate_ = delivered_rate_ > 0 ? kNewShare * rate + (1 - kNewShare) * delivered_rate_ : rate;
-  if (!limiting()) return;
-  const Duration queue = queue_of(sample, rate_);
+  const Duration queue =
+      limiting() ? beyond_round_trip(sample.queued_bytes, sample, rate_) : Duration::zero();
   if (queue > kQueue) {
-    queued_at_ = std::min(delivered_rate_, rate_);
-    const double fallen = std::max(kFall * queued_at_, kDeepestFall * rate_);
-    if (fallen < lowest_) lowest_ *= kForget;
-    rate_ = std::max(fallen, lowest_);
+    without_queue_ = 0;
     drained_at_ = sample.at + std::min<Duration>(queue, kInterval);
     skip_next_ = true;
+    if (rate < kStall * rate_ && !stall_seen_) {
+      stall_seen_ = true;
+      return;
+    }
+  }
+  delivered_rate_ = delivered_rate_ > 0 ? kNewShare * rate + (1 - kNewShare) * delivered_rate_ : rate;
+  if (!limiting()) return;
+  if (queue > kQueue) {
+    const double fallen = std::max(kFall * std::min(delivered_rate_, rate_), kDeepestFall * rate_);
+    if (fallen < lowest_) lowest_ *= kForget;
+    rate_ = std::max(fallen, lowest_);
   } else {
-    rate_ *= rate_ < kNear * queued_at_ ? kFastGrowth : kGrowth;
+    stall_seen_ = false;
+    rate_ *= 1 + std::min(kFastestGrowth, kGrowth * (1 + without_queue_ / kPatience));
+    ++without_queue_;
   }
 }
 
 void RateController::start(TimePoint now) {
   if (limiting() || delivered_rate_ <= 0) return;
-  queued_at_ = delivered_rate_;
+  without_queue_ = 0;
+  stall_seen_ = false;
   rate_ = kFall * delivered_rate_;
   lowest_ = kLowest * rate_;
-  // A full push has filled every queue on the way: this may take longer than an interval.
-  drained_at_ = now + queue_of(*last_, rate_);
+  // A full push has filled every queue on the way, the sockets' own included: pushing on before they are
+  // empty would look like a rate that is too high, and end far below the link's.
+  drained_at_ = now + beyond_round_trip(last_->queued_bytes + last_->unsent_bytes, *last_, rate_);
   skip_next_ = true;
 }
 
@@ -109,6 +120,12 @@ void Pacer::attach(std::vector<int> data_fds, bool same_host) {
   same_host_ = same_host;
   controller_ = RateController();
   link_ = TokenBucket();
+  // All that is in a socket goes out before the first fault's answer can have the link for itself. Without
+  // this bound TCP would hold megabytes. Best effort: nothing but latency depends on it.
+  if (same_host_) return;
+  for (const int fd : data_fds_) {
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentOnLink, sizeof kUnsentOnLink);
+  }
 }
 
 void Pacer::set_bandwidth(std::uint64_t bytes_per_second) {
@@ -151,6 +168,7 @@ void Pacer::take_sample(TimePoint now) {
     sample.delivered_bytes += info.tcpi_bytes_acked;
     // What TCP itself holds back (its window, its pacing) is in nobody's way.
     sample.queued_bytes += static_cast<std::uint64_t>(std::max(unacknowledged - unsent, 0));
+    sample.unsent_bytes += static_cast<std::uint64_t>(std::max(unsent, 0));
     min_rtt_us = std::min(min_rtt_us, info.tcpi_min_rtt);
   }
   if (min_rtt_us != UINT32_MAX) sample.min_rtt = std::chrono::microseconds(min_rtt_us);

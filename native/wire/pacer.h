@@ -53,10 +53,14 @@ class RateController {
   static constexpr std::chrono::microseconds kQueue{150};  // more than this is a queue
   static constexpr double kFall = 0.98;                    // of what was delivered
   static constexpr double kDeepestFall = 0.7;              // of the rate, whatever was delivered
-  static constexpr double kGrowth = 1.001;
-  // Well below the rate that last made a queue there is nothing to be careful about.
-  static constexpr double kFastGrowth = 1.01;
-  static constexpr double kNear = 0.98;
+  // A step upwards while there is no queue; the longer there was none, the larger: every kPatience intervals by
+  // as much again.
+  static constexpr double kGrowth = 0.001;
+  static constexpr int kPatience = 20;
+  static constexpr double kFastestGrowth = 0.01;
+  // A rate that was right a moment ago does not make a queue at once. When much less than that arrives, somebody
+  // did not get a CPU, or the link became slower: that shows once the queue has drained.
+  static constexpr double kStall = 0.9;
   // Of the rate at which limiting began, which was a full link's. Below it only a link that became slower
   // explains a queue, and that is learned in steps of kForget.
   static constexpr double kLowest = 0.5;
@@ -66,6 +70,7 @@ class RateController {
     TimePoint at;
     std::uint64_t delivered_bytes = 0;  // acknowledged so far, answers to faults included
     std::uint64_t queued_bytes = 0;     // on their way and not acknowledged
+    std::uint64_t unsent_bytes = 0;     // handed over, and still held back by TCP's own window or pacing
     std::chrono::microseconds min_rtt{0};
     // Of the queued ones these may have been handed over just now: the chunks in hand.
     std::uint64_t fresh_bytes = 0;
@@ -77,17 +82,19 @@ class RateController {
   void stop() { rate_ = 0; }
   [[nodiscard]] bool limiting() const { return rate_ > 0; }
   [[nodiscard]] double rate() const { return rate_; }
-  // Until then nothing is pushed: the queue drains.
+  // Until then nothing is pushed: what was handed over drains.
   [[nodiscard]] TimePoint drained_at() const { return drained_at_; }
 
  private:
-  [[nodiscard]] Duration queue_of(const Sample& sample, double rate) const;
+  // How long `bytes` take, beyond those that fill the round trip of an idle link.
+  [[nodiscard]] static Duration beyond_round_trip(std::uint64_t bytes, const Sample& sample, double rate);
 
   std::optional<Sample> last_;
   double delivered_rate_ = 0;  // smoothed over some intervals
   double rate_ = 0;
   double lowest_ = 0;
-  double queued_at_ = 0;  // the rate that last made a queue
+  int without_queue_ = 0;    // intervals
+  bool stall_seen_ = false;  // and the queue has not been empty since
   TimePoint drained_at_{};
   bool skip_next_ = false;  // the interval after a fall was partly a pause
 };

@@ -11,11 +11,22 @@ import type { MigrationReport } from '../report.js';
 import { migrate } from '../source/migrate.js';
 import { WorkerGuest, workerGuests } from '../worker/index.js';
 import { serve } from './child.js';
-import { type Bulk, countOfFiller, createLedger, itemsOf, singleValue } from './ledger.js';
+import {
+  ACCOUNTS,
+  type Bulk,
+  countOfFiller,
+  createLedger,
+  itemsOf,
+  read,
+  singleValue,
+  write,
+} from './ledger.js';
 import { type LineReply, type LineRequest, receiveLines, sendLine } from './lines.js';
 
 const GUEST_NAME = 'ledger';
 const MODULE = new URL('./sqlite-guest.js', import.meta.url);
+const REHEARSED_ITEMS = 1000;
+const REHEARSED_TURNS = 500;
 
 export interface HostPorts {
   clientPort: number;
@@ -34,6 +45,8 @@ export interface MigrateCommand {
 
 /** The guest while it is here, else null. */
 let guest: WorkerGuest | null = null;
+/** Keeps the module's compiled code in this process, see warmUp(). */
+let rehearsal: WorkerGuest | null = null;
 let secret = '';
 let listening: Listening | null = null;
 let clients: Server | null = null;
@@ -54,7 +67,24 @@ async function open(argument: { secret: string }): Promise<HostPorts> {
   });
   listening = await listen({ host: '127.0.0.1', port: 0, secret, accept });
   void takeIn(listening);
+  rehearsal = await warmUp();
   return { clientPort: portOf(clients), migrationPort: listening.port };
+}
+
+/**
+ * V8 compiles WebAssembly function by function as they are called and optimises the hot ones later, and shares the
+ * code among all workers of a process. A guest that arrives finds it there when a worker of the same module has
+ * been at work; otherwise its first clients wait for the compiler.
+ */
+async function warmUp(): Promise<WorkerGuest> {
+  const started = await WorkerGuest.start({ module: { name: GUEST_NAME, url: MODULE } });
+  for (const request of createLedger(REHEARSED_ITEMS)) await started.request(request);
+  await started.request({ op: 'fill', databaseBytes: 2 ** 20 });
+  for (let turn = 0; turn < REHEARSED_TURNS; turn++) {
+    await started.request(write(`rehearsal-${turn}`, turn % ACCOUNTS, turn % REHEARSED_ITEMS));
+    await started.request(read(turn % ACCOUNTS, 1, 1 + turn));
+  }
+  return started;
 }
 
 function portOf(server: Server): number {
@@ -138,5 +168,5 @@ function refusal(number: number, error: unknown): LineReply {
 async function close(): Promise<void> {
   clients?.close();
   await listening?.close();
-  await guest?.terminate();
+  await Promise.all([guest?.terminate(), rehearsal?.terminate()]);
 }

@@ -9,7 +9,7 @@ import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { NativeListener, NativeRun } from '../native.js';
 import type { ResolvedListenOptions } from '../options.js';
-import { within } from '../protocol/bounded.js';
+import { untilAborted, within } from '../protocol/bounded.js';
 import {
   type DestinationAction,
   type DestinationEvent,
@@ -54,6 +54,8 @@ export class Arrival extends EventEmitter {
   readonly offer: GuestOffer;
   readonly guest: ArrivingGuest;
   readonly #executionState = deferred<Uint8Array>();
+  /** Said with the execution state: the switch to post-copy comes before `prepare`. */
+  #awaitsSwitch = false;
   readonly #resumed = deferred<void>();
   readonly #complete = deferred<ArrivalReport>();
   readonly #everyPage = deferred<void>();
@@ -169,6 +171,7 @@ export class Arrival extends EventEmitter {
           );
         } else {
           this.#to('device');
+          this.#awaitsSwitch = message.paging;
           this.#executionState.resolve(binary);
         }
         break;
@@ -237,10 +240,19 @@ export class Arrival extends EventEmitter {
   }
 
   async #prepare(): Promise<void> {
-    const started = performance.now();
+    let started = performance.now();
     const timeoutMs = this.config.options.prepareTimeoutMs;
     try {
       if (!this.#executionState.settled) throw new MemferryError('PROTOCOL_ERROR', 'PREPARE without a state');
+      if (this.#awaitsSwitch) {
+        await within(
+          untilAborted(this.#engine.switched, this.#prepareAbort.signal),
+          timeoutMs,
+          'PREPARE_TIMEOUT',
+          `the switch to post-copy did not come within ${timeoutMs} ms`,
+        );
+        started = performance.now();
+      }
       if (!this.#engine.receiver.seal()) {
         throw new MemferryError(
           'PROTOCOL_ERROR',
@@ -265,8 +277,8 @@ export class Arrival extends EventEmitter {
       return;
     }
     this.#prepareMs = performance.now() - started;
-    this.#tell({ type: 'prepared', prepareMs: this.#prepareMs });
     this.#dispatch({ type: 'prepared' });
+    this.#tell({ type: 'prepared', prepareMs: this.#prepareMs });
   }
 
   #resume(): void {

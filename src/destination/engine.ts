@@ -14,6 +14,7 @@ export interface ReceiverListener {
 export class DestinationEngine {
   readonly receiver: NativeReceiver;
   readonly #complete = deferred<void>();
+  readonly #switched = deferred<void>();
   #closed = false;
 
   constructor(config: Omit<NativeReceiverConfig, 'onEvent'>, listener: ReceiverListener) {
@@ -27,6 +28,11 @@ export class DestinationEngine {
     return this.#complete.promise;
   }
 
+  /** Post-copy: everything that is not here is registered, and faults are served. */
+  get switched(): Promise<void> {
+    return this.#switched.promise;
+  }
+
   /** Poisons what is missing when pages are still away, wakes who waits for them, joins every thread. */
   close(reason: MemferryError): void {
     if (this.#closed) return;
@@ -37,6 +43,7 @@ export class DestinationEngine {
 
   #reject(error: MemferryError): void {
     this.#complete.reject(error);
+    this.#switched.reject(error);
   }
 
   #onEvent(event: NativeEvent, listener: ReceiverListener): void {
@@ -44,6 +51,9 @@ export class DestinationEngine {
     switch (event.kind) {
       case 'complete':
         this.#complete.resolve();
+        break;
+      case 'switched':
+        this.#switched.resolve();
         break;
       case 'paused':
         listener.paused();

@@ -24,6 +24,7 @@ import {
 import { toPeer } from '../protocol/peer-error.js';
 import { provesResume } from '../protocol/resume-proof.js';
 import type { Region } from '../region.js';
+import { rehearseSwitchover } from '../rehearsal.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
 import { maxEpochs } from '../protocol/epochs.js';
 import { Arrival as ArrivalInProgress } from './arrival.js';
@@ -70,6 +71,7 @@ export async function listen(options: ListenOptions = {}): Promise<Listening> {
   checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   resolved.signal?.throwIfAborted();
+  rehearseSwitchover();
   return new DestinationListener(resolved, secret);
 }
 

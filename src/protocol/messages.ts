@@ -53,8 +53,11 @@ export const sourceMessage = z.discriminatedUnion('type', [
   /** A control connection that replaces a cut one; `proof` shows knowledge of the first one's session key. */
   z.strictObject({ type: z.literal('resume-session'), migrationId: hex(16), proof: hex(32) }),
   z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
-  /** The guest is paused; its execution state is the message's binary part. PREPARE follows. */
-  z.strictObject({ type: z.literal('state') }),
+  /**
+   * The guest is paused; its execution state is the message's binary part. PREPARE follows. `paging`: the switch
+   * to post-copy is on its way over the data channels, and comes before `prepare`.
+   */
+  z.strictObject({ type: z.literal('state'), paging: z.boolean() }),
   /** Every page was acknowledged; digests of the regions as they left, or null when not asked for. */
   z.strictObject({ type: z.literal('evicted'), digests: z.array(hex(16)).max(64).nullable() }),
   z.strictObject({ type: z.literal('goodbye') }),
@@ -73,7 +76,7 @@ export const destinationMessage = z.discriminatedUnion('type', [
   }),
   z.strictObject({ type: z.literal('session-resumed'), known: z.boolean() }),
   z.strictObject({ type: z.literal('grown'), region: regionIndex }),
-  /** `prepare` is over; sent just before READY. */
+  /** How long `prepare` took; sent just after READY. */
   z.strictObject({ type: z.literal('prepared'), prepareMs: finite }),
   /** Every page is in the destination's memory. */
   z.strictObject({ type: z.literal('complete') }),

@@ -34,6 +34,7 @@ export class SourceEngine {
     return connected;
   }
 
+  /** Every page is to be sent; finds out which were never touched. */
   queuePopulated(): Promise<void> {
     return this.#sender.queuePopulated();
   }

@@ -39,13 +39,17 @@ export class Measurements {
     this.#mark('transferred');
   }
 
+  ready(): void {
+    this.#markOnce('ready');
+  }
+
+  /** As the destination measured it; said after READY, since nobody waits for it. */
   prepared(prepareMs: number): void {
     this.#prepareMs = prepareMs;
-    this.#mark('prepared');
   }
 
   resumed(): void {
-    this.#mark('resumed');
+    this.#markOnce('resumed');
   }
 
   evicted(): void {
@@ -54,7 +58,7 @@ export class Measurements {
 
   /** The destination holds every page; the first time counts. */
   complete(): void {
-    if (!this.#marks.has('complete')) this.#mark('complete');
+    this.#markOnce('complete');
   }
 
   finalRound(before: NativeSenderStats, after: NativeSenderStats): void {
@@ -69,14 +73,15 @@ export class Measurements {
   }
 
   report(): TimesReport {
-    const prepared = this.#marks.get('prepared') ?? this.#marks.get('resumed');
-    const sinceTransferred = prepared ? this.#span(this.#marks.get('transferred') ?? prepared, prepared) : 0;
+    // The state and PREPARE travel beside the switch: READY may be here before the switch's own answer.
+    const readyMs = this.#between('scanned', this.#marks.has('ready') ? 'ready' : 'resumed');
+    const transferMs = Math.min(this.#between('scanned', 'transferred'), readyMs);
     const downtimeParts: DowntimeParts = {
       scanMs: this.#between('paused', 'scanned'),
-      transferMs: this.#between('scanned', 'transferred'),
-      stateMs: Math.max(0, sinceTransferred - this.#prepareMs),
+      transferMs,
+      stateMs: Math.max(0, readyMs - transferMs - this.#prepareMs),
       prepareMs: this.#prepareMs,
-      commitMs: this.#between('prepared', 'resumed'),
+      commitMs: this.#between('ready', 'resumed'),
     };
     const evictionMs = this.#between('start', 'evicted');
     return {
@@ -117,6 +122,10 @@ export class Measurements {
 
   #mark(name: string): void {
     this.#marks.set(name, process.hrtime.bigint());
+  }
+
+  #markOnce(name: string): void {
+    if (!this.#marks.has(name)) this.#mark(name);
   }
 
   #between(from: string, to: string | null): number {

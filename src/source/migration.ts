@@ -21,6 +21,7 @@ import { type Deferred, deferred } from '../protocol/deferred.js';
 import type { DestinationMessage } from '../protocol/messages.js';
 import { maxEpochs } from '../protocol/epochs.js';
 import { fromPeer } from '../protocol/peer-error.js';
+import { rehearseSwitchover } from '../rehearsal.js';
 import type { MigrationReport, MigrationState, Progress } from '../report.js';
 import { DirtyTracker } from '../trackers.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
@@ -51,8 +52,6 @@ export class SourceMigration extends EventEmitter {
   #claimed = false;
   #waitingFor: string | null = null;
   #pagesSeen = 0;
-  /** The push may begin. */
-  #pushable: Promise<void> = Promise.resolve();
   #accepted: Deferred<void> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
@@ -214,9 +213,13 @@ export class SourceMigration extends EventEmitter {
         converged: () => this.#to('pre-switchover'),
       });
       this.#paging ||= outcome === 'post-copy';
-    } else if (this.options.holdSwitchover) {
-      this.#to('pre-switchover');
-      await untilAborted(this.#switchoverAsked.promise, this.#abort.signal);
+    } else {
+      // While the guest runs: what it touches from here on is looked at again when its turn comes.
+      await untilAborted(this.#requireEngine().queuePopulated(), this.#abort.signal);
+      if (this.options.holdSwitchover) {
+        this.#to('pre-switchover');
+        await untilAborted(this.#switchoverAsked.promise, this.#abort.signal);
+      }
     }
     await this.#switchOver();
   }
@@ -269,6 +272,7 @@ export class SourceMigration extends EventEmitter {
         })),
       },
     });
+    rehearseSwitchover(); // while the destination makes up its mind
     await untilAborted(this.#accepted.promise, this.#abort.signal);
 
     if (options.mode === 'pre-copy' || options.mode === 'hybrid') {
@@ -308,21 +312,19 @@ export class SourceMigration extends EventEmitter {
     this.#measured.pauseAsked();
     const paused = await this.#commit.pause();
     this.#measured.paused(paused.pausedAtNs);
-    this.#session?.send({ type: 'state' }, paused.state);
     await this.#followGrowth();
     if (this.#paging) {
       const { switched } = engine.switchOver();
       this.#measured.scanned();
-      // Without rounds nobody has asked yet which pages were never touched; it costs no downtime here.
-      if (!this.#trackers.some((tracker) => tracker)) this.#pushable = engine.queuePopulated();
-      this.#pushable.catch(() => {});
+      // The destination prepares when the switch has reached it: no need to wait for its answer here.
+      this.#session?.send({ type: 'state', paging: true }, paused.state);
+      this.#commit.transferred();
       await untilAborted(switched, this.#abort.signal);
       this.#measured.transferred();
-      this.#commit.transferred();
     } else {
-      if (this.#trackers.some((tracker) => tracker)) engine.queueDirtyNow();
-      else await engine.queuePopulated();
+      engine.queueDirtyNow();
       this.#measured.scanned();
+      this.#session?.send({ type: 'state', paging: false }, paused.state);
       const before = engine.stats();
       const suspects = await untilAborted(engine.round(), this.#abort.signal);
       if (suspects > 0) {
@@ -340,11 +342,9 @@ export class SourceMigration extends EventEmitter {
 
   async #afterResumed(): Promise<void> {
     const engine = this.#requireEngine();
-    this.#measured.resumed();
     await this.guest.departed?.();
     if (this.#paging) {
       this.#to('postcopy-active');
-      await this.#pushable;
       await engine.push();
     }
     this.#measured.evicted();
@@ -427,6 +427,9 @@ export class SourceMigration extends EventEmitter {
       case 'session-resumed':
         break;
       default:
+        // At once: what the machine makes of them takes a while to get back here.
+        if (message.type === 'ready') this.#measured.ready();
+        if (message.type === 'resumed') this.#measured.resumed();
         if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
         this.#commit.message(message);
     }

@@ -122,7 +122,7 @@ Outcome run_link(double link_rate, double fault_share, double later_rate = 0) {
       link.step(0, kDt);
     now += std::chrono::duration_cast<Duration>(std::chrono::duration<double>(kDt));
     if (i % 10 == 9) {
-      controller.sample({now, static_cast<std::uint64_t>(link.delivered), link.queued(), 40us});
+      controller.sample({now, static_cast<std::uint64_t>(link.delivered), link.queued(), 0, 40us});
       if (i > 200) controller.start(now);
     }
     if (i > kSteps - kSteps / 4) {
@@ -153,7 +153,7 @@ TEST(RateController, FollowsALinkThatBecomesSlower) {
 
 // Delivered at 100 MB/s, and this many bytes waiting.
 RateController::Sample sample_at(std::chrono::milliseconds at, std::uint64_t queued_bytes) {
-  return {kStart + at, static_cast<std::uint64_t>(at.count()) * 100'000, queued_bytes, 40us};
+  return {kStart + at, static_cast<std::uint64_t>(at.count()) * 100'000, queued_bytes, 0, 40us};
 }
 
 TEST(RateController, StartsJustBelowWhatWasDelivered) {
@@ -161,7 +161,10 @@ TEST(RateController, StartsJustBelowWhatWasDelivered) {
   controller.start(kStart);
   EXPECT_FALSE(controller.limiting()) << "nothing measured yet";
   controller.sample(sample_at(0ms, 0));
-  controller.sample(sample_at(10ms, 197'880));  // 2 ms of 97 MB/s, and the 40 us of the round trip
+  RateController::Sample full =
+      sample_at(10ms, 97'880);  // with what TCP holds, 2 ms of 97 MB/s and the round trip
+  full.unsent_bytes = 100'000;
+  controller.sample(full);
   controller.start(kStart + 10ms);
   EXPECT_NEAR(controller.rate(), 98e6, 1e5);
   EXPECT_NEAR(seconds(controller.drained_at() - kStart), 0.012, 0.0001);
@@ -185,20 +188,47 @@ TEST(RateController, GrowsWhileThereIsNoQueueAndFallsWhenThereIs) {
   EXPECT_GT(controller.drained_at(), kStart + 25ms);
 }
 
+// A link of 100 MB/s; one interval in which little arrived and much waits, as when the reader got no CPU.
+TEST(RateController, AHiccupDoesNotCostTheRate) {
+  RateController controller;
+  std::uint64_t delivered = 0;
+  TimePoint now = kStart;
+  const auto sample = [&](std::uint64_t bytes, std::uint64_t queued) {
+    now += 5ms;
+    delivered += bytes;
+    controller.sample({now, delivered, queued, 0, 40us});
+  };
+  for (int i = 0; i < 4; ++i) sample(500'000, 0);
+  controller.start(now);
+  for (int i = 0; i < 4; ++i) sample(490'000, 0);
+  const double rate = controller.rate();
+  sample(300'000, 200'000);
+  EXPECT_EQ(controller.rate(), rate);
+  EXPECT_GT(controller.drained_at(), now) << "what waits drains all the same";
+  sample(600'000, 0);  // partly a pause
+  sample(490'000, 0);
+  EXPECT_GE(controller.rate(), rate);
+  // A link that became slower is not a hiccup.
+  sample(300'000, 200'000);
+  sample(300'000, 200'000);
+  sample(300'000, 200'000);
+  EXPECT_LT(controller.rate(), rate);
+}
+
 TEST(RateController, AStandstillOfAcknowledgementsDoesNotEndAtAStandstill) {
   RateController controller;
   controller.sample(sample_at(0ms, 0));
   controller.sample(sample_at(10ms, 0));
   controller.start(kStart + 10ms);
-  for (int i = 0; i < 6; ++i) controller.sample({kStart + 15ms + i * 5ms, 1'000'000, 1'000'000, 40us});
+  for (int i = 0; i < 6; ++i) controller.sample({kStart + 15ms + i * 5ms, 1'000'000, 1'000'000, 0, 40us});
   EXPECT_GT(controller.rate(), 0.2 * 97e6);
 }
 
 TEST(RateController, SamplesThatGoBackwardsAreHarmless) {
   RateController controller;
-  controller.sample({kStart, 1000, 0, 40us});
-  controller.sample({kStart, 2000, 0, 40us});
-  controller.sample({kStart - 1ms, 0, 0, 0us});
+  controller.sample({kStart, 1000, 0, 0, 40us});
+  controller.sample({kStart, 2000, 0, 0, 40us});
+  controller.sample({kStart - 1ms, 0, 0, 0, 0us});
   controller.start(kStart + 5ms);
   EXPECT_FALSE(controller.limiting());
 }
