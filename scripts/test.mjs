@@ -28,6 +28,12 @@ if (unknown.length > 0) {
 
 const names = asked.length > 0 ? asked : Object.keys(SUITES);
 const built = buildAhead(names.filter((name) => Object.hasOwn(NATIVE, name)).map((name) => NATIVE[name]));
+for (const [signal, number] of [
+  ['SIGINT', 2],
+  ['SIGTERM', 15],
+]) {
+  process.once(signal, () => process.exit(128 + number));
+}
 const sum = { passed: 0, failed: 0, skipped: 0 };
 for (const name of names) {
   process.stdout.write(`\n==> ${name}\n`);
@@ -78,11 +84,23 @@ function buildAhead(variants) {
           const child = spawn('bash', ['scripts/test-native.sh', variant], {
             cwd: root,
             stdio: 'ignore',
+            detached: true, // a group of its own, to be ended as a whole
             env: { ...process.env, BUILD_ONLY: '1' },
           });
-          if (child.pid !== undefined) setPriority(child.pid, constants.priority.PRIORITY_LOW);
-          child.once('error', resolve);
-          child.once('close', resolve);
+          const end = () => process.kill(-child.pid, 'SIGTERM');
+          const settle = () => {
+            process.off('exit', end);
+            resolve();
+          };
+          child.once('error', settle);
+          child.once('close', settle);
+          if (child.pid === undefined) return;
+          process.once('exit', end);
+          try {
+            setPriority(child.pid, constants.priority.PRIORITY_LOW);
+          } catch {
+            // Then it is only less polite.
+          }
         }),
     );
     ends.set(variant, before);

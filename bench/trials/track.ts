@@ -12,7 +12,7 @@ import { interleave, type Trial } from '../support/trial.js';
 const lengthBytes = 2 ** 30;
 const tracker = 'uffd-wp-async';
 /** The median of so many scans is one sample, on both sides. */
-const scans = 5;
+const scans = 11;
 
 export async function run(trial: Trial): Promise<void> {
   const addon = loadAddon();

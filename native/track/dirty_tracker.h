@@ -33,7 +33,7 @@ class DirtyTracker {
 
   // The pages that may have held something else than zeros when arm() looked: every other page was zeros
   // then, and is reported by collect() once it is written. So a first round need not read the others. nullptr
-  // when the tracker does not know; valid until the next arm() or disarm(). Armed memory looks populated in
+  // when the tracker does not know, and after collect(); valid until then. Armed memory looks populated in
   // /proc/self/pagemap, so that this cannot be found out later.
   [[nodiscard]] virtual const AtomicBitmap* populated_when_armed() const { return nullptr; }
 

@@ -53,6 +53,21 @@ void UffdWpAsyncTracker::arm() {
                          (categories & abi::kPageIsPfnZero) != 0;
       if (!zeros) populated_->set_run(run);
     });
+    // Where there was no page table yet, a kernel may look and protect in two steps: what was written between
+    // them is present now, and would never be reported.
+    Pagemap::Query present;
+    present.category_mask = abi::kPageIsPresent;
+    present.return_mask = abi::kPageIsPresent | abi::kPageIsPfnZero;
+    for (std::uint64_t first = 0; first < pages;) {
+      const std::span<std::byte> part = region_->contiguous({PageNumber{first}, pages - first});
+      const Address start = Address::of(part.data());
+      pagemap_.scan(start, part.size(), present, [&](const abi::PageRegion& found) {
+        if ((found.categories & abi::kPageIsPfnZero) != 0) return;
+        populated_->set_run(PageRun{PageNumber{first + (found.start - start.value) / region_->page_size()},
+                                    (found.end - found.start) / region_->page_size()});
+      });
+      first += part.size() / region_->page_size();
+    }
     armed_pages_ = pages;
   } catch (...) {
     disarm();
@@ -127,6 +142,7 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
   const RegionUse use(region_, "collect");
   const std::uint64_t pages = region_->pages();
   if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
+  populated_.reset();  // what is reported now is not reported again
   std::uint64_t written = 0;
   protect(0, armed_pages_, abi::kPageIsWritten, [&](PageRun run, std::uint64_t) {
     dirty.set_run(run);

@@ -74,6 +74,8 @@ void RateController::sample(const Sample& sample) {
   const double interval = seconds(sample.at - last_->at);
   const double rate = static_cast<double>(sample.delivered_bytes - last_->delivered_bytes) / interval;
   last_ = sample;
+  // What was handed over still drains, or did for a part of the interval.
+  if (limiting() && sample.at < drained_at_) return;
   if (limiting() && skip_next_) {
     skip_next_ = false;
     return;
@@ -110,7 +112,9 @@ void RateController::start(TimePoint now) {
   lowest_ = kLowest * rate_;
   // A full push has filled every queue on the way, the sockets' own included: pushing on before they are
   // empty would look like a rate that is too high, and end far below the link's.
-  drained_at_ = now + beyond_round_trip(last_->queued_bytes + last_->unsent_bytes, *last_, rate_);
+  drained_at_ =
+      now + std::min<Duration>(beyond_round_trip(last_->queued_bytes + last_->unsent_bytes, *last_, rate_),
+                               kLongestDrain);
   skip_next_ = true;
 }
 

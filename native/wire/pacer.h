@@ -50,6 +50,7 @@ class TokenBucket {
 class RateController {
  public:
   static constexpr std::chrono::milliseconds kInterval{5};
+  static constexpr std::chrono::milliseconds kLongestDrain{100};
   static constexpr std::chrono::microseconds kQueue{150};  // more than this is a queue
   static constexpr double kFall = 0.98;                    // of what was delivered
   static constexpr double kDeepestFall = 0.7;              // of the rate, whatever was delivered

@@ -86,7 +86,6 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   #header: { bytes: Buffer; parsed: FrameHeader } | null = null;
   #assembling: { message: In; binary: Buffer; offset: number } | null = null;
   #readingPaused = false;
-  #corked = false;
   #blockedSinceMs: number | null = null;
   #lastTickMs = performance.now();
   #lastHeardMs = performance.now();
@@ -374,10 +373,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
       } else if (next.offset < next.binary.length) {
         const chunk = next.binary.subarray(next.offset, next.offset + MAX_CHUNK_BYTES);
         next.offset += chunk.length;
-        // What waits for the end of this turn is a copy, since the caller may have its bytes back before that;
-        // anything larger waits for `drain`.
-        const waits = chunk.length < this.#duplex.writableHighWaterMark;
-        this.#write(FrameKind.Chunk, waits ? Buffer.from(chunk) : chunk);
+        this.#write(FrameKind.Chunk, chunk);
       } else {
         // Also the way out after a `drain`: only what the connection has taken counts as sent.
         this.#outbox.shift();
@@ -392,17 +388,11 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   }
 
   #write(kind: FrameKind, ...payload: Uint8Array[]): void {
-    // One system call, and one waking of the peer, for all that is said in one turn.
-    if (!this.#corked) {
-      this.#corked = true;
-      this.#duplex.cork();
-      process.nextTick(() => {
-        this.#corked = false;
-        this.#duplex.uncork();
-      });
-    }
+    this.#duplex.cork();
     let room = true;
     for (const part of this.#sealer.seal(kind, ...payload)) room = this.#duplex.write(part);
+    // Uncorking in the same turn: one writev for a frame, and no wait for another.
+    this.#duplex.uncork();
     if (!room && this.#duplex.writableNeedDrain) this.#blockedSinceMs ??= performance.now();
   }
 

@@ -374,6 +374,10 @@ export class Arrival extends EventEmitter {
       `the source did not come back in time; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
       { facts: { runs, pages } },
     );
+    if (this.#commit.phase !== 'resumed') {
+      this.#fail(error); // the guest is still the source's; closing the engine poisons what is missing
+      return;
+    }
     this.#reject(error, 'failed');
     this.#tell({ type: 'lost', runs: runs.slice(0, maxLostRuns) });
     try {

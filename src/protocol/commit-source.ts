@@ -47,7 +47,7 @@ export type SourceEvent =
   | { readonly type: 'paused' }
   /** `pause` rejected: the guest runs on. */
   | { readonly type: 'pause-failed'; readonly cause: Cause }
-  /** Everything that must be at the destination before it prepares has been acknowledged. */
+  /** What must be at the destination before it prepares is there, or on its way and waited for there. */
   | { readonly type: 'transferred' }
   /** Any local failure, and the caller's cancel (CANCELLED). Ignored from GRANT on. */
   | { readonly type: 'fail'; readonly cause: Cause }

@@ -63,7 +63,7 @@ export class CommitDriver {
     return this.#paused.promise;
   }
 
-  /** What the destination needs before `prepare` is there; from here on the machine goes on by itself. */
+  /** PREPARE may be sent; from here on the machine goes on by itself. */
   transferred(): void {
     this.#dispatch({ type: 'transferred' });
   }

@@ -96,8 +96,8 @@ export class SourceEngine {
   }
 
   #expect(key: string): Promise<NativeEvent> {
-    if (this.#failure) return Promise.reject(this.#failure);
     const waiter = deferred<NativeEvent>();
+    if (this.#failure) waiter.reject(this.#failure);
     this.#waiters.set(key, waiter);
     return waiter.promise;
   }

@@ -75,7 +75,10 @@ export class Measurements {
   report(): TimesReport {
     // The state and PREPARE travel beside the switch: READY may be here before the switch's own answer.
     const readyMs = this.#between('scanned', this.#marks.has('ready') ? 'ready' : 'resumed');
-    const transferMs = Math.min(this.#between('scanned', 'transferred'), readyMs);
+    const transferMs = Math.max(
+      0,
+      Math.min(this.#between('scanned', 'transferred'), readyMs - this.#prepareMs),
+    );
     const downtimeParts: DowntimeParts = {
       scanMs: this.#between('paused', 'scanned'),
       transferMs,

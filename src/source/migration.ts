@@ -55,6 +55,8 @@ export class SourceMigration extends EventEmitter {
   #accepted: Deferred<void> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
+  /** The destination's pager serves, and this side knows it; at once where nothing is paged. */
+  #switched: Promise<unknown> = Promise.resolve();
   #summary: Deferred<Extract<DestinationMessage, { type: 'summary' }>> = deferred();
 
   constructor(
@@ -305,7 +307,7 @@ export class SourceMigration extends EventEmitter {
     await untilAborted(this.#engine.connect(), this.#abort.signal);
   }
 
-  /** From the decision to switch over to PREPARE; the commit's state machine takes it from there. */
+  /** From the decision to switch over until all is there that PREPARE needs; the commit's state machine goes on. */
   async #switchOver(): Promise<void> {
     const engine = this.#requireEngine();
     this.#to('device');
@@ -315,6 +317,7 @@ export class SourceMigration extends EventEmitter {
     await this.#followGrowth();
     if (this.#paging) {
       const { switched } = engine.switchOver();
+      this.#switched = switched;
       this.#measured.scanned();
       // The destination prepares when the switch has reached it: no need to wait for its answer here.
       this.#session?.send({ type: 'state', paging: true }, paused.state);
@@ -428,7 +431,16 @@ export class SourceMigration extends EventEmitter {
         break;
       default:
         // At once: what the machine makes of them takes a while to get back here.
-        if (message.type === 'ready') this.#measured.ready();
+        if (message.type === 'ready') {
+          this.#measured.ready();
+          // Never committed to a destination whose data connections have not answered: while they are cut this
+          // waits for them, and the guest is still this side's when they do not come back.
+          this.#switched.then(
+            () => this.#commit.message(message),
+            () => {},
+          );
+          break;
+        }
         if (message.type === 'resumed') this.#measured.resumed();
         if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
         this.#commit.message(message);

@@ -173,3 +173,47 @@ describe.each(steps)('$step', (step) => {
     await movesAfterAll(a, fresh);
   });
 });
+
+/** Everything over the control connection gets through: the destination is READY, and its pager serves. */
+describe('the answer to the switch does not arrive', () => {
+  async function standing() {
+    const [a, b, fresh] = await hosts('a', 'b', 'fresh');
+    const port = await listen(b, {
+      options: { peerTimeoutMs: 2000, grantTimeoutMs: 20_000, recoverTimeoutMs: 20_000 },
+    });
+    const proxy = await TcpProxy.start(port);
+    await startGuest(a, regionsOf('allocate'), { behaviour: {} });
+    const answer = proxy.at({ on: 'data', direction: 'down', name: 'switch-ack' }, 'hold');
+    const ready = proxy.at({ on: 'control', direction: 'down', name: 'prepared', after: true }, () => {});
+    await migrate(a, proxy.port, { ...bounds, mode: 'post-copy' });
+    await Promise.all([answer.reached, ready.reached]);
+    ready.release();
+    expect(proxy.counts.get('control up grant')).toBeUndefined();
+    return { a, b, fresh, proxy, answer };
+  }
+
+  test('in time: nothing was committed before it', async () => {
+    const { a, b, answer } = await standing();
+    answer.release();
+    expect(await done(a, 'main')).toMatchObject({ ok: true, value: { verified: true } });
+    await expectRuns(b);
+    await expectIntact(b);
+    await expectOneOwner([a, b]);
+  });
+
+  test('at all: the guest runs on at the source', async () => {
+    const { a, b, fresh, proxy } = await standing();
+    const error = await failure(a);
+    expect(error.code).toBe('PREPARE_TIMEOUT');
+    await runsOnAtSource(a, {
+      step: '',
+      mode: '',
+      point: { on: 'control', direction: 'up', name: '' },
+      paused: true,
+    });
+    expect(proxy.counts.get('control up grant')).toBeUndefined();
+    expect(b.steps('g')).not.toContain('resume');
+    await proxy.close();
+    await movesAfterAll(a, fresh);
+  });
+});

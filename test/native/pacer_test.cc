@@ -172,6 +172,26 @@ TEST(RateController, StartsJustBelowWhatWasDelivered) {
   EXPECT_FALSE(controller.limiting());
 }
 
+TEST(RateController, LearnsNothingWhileTheSocketsDrain) {
+  RateController controller;
+  controller.sample(sample_at(0ms, 0));
+  RateController::Sample full = sample_at(10ms, 1'000'000);
+  full.unsent_bytes = 2'000'000;  // 30 ms
+  controller.sample(full);
+  controller.start(kStart + 10ms);
+  const double rate = controller.rate();
+  const TimePoint drained = controller.drained_at();
+  for (int i = 1; i <= 5; ++i) controller.sample(sample_at(10ms + i * 5ms, 1'000'000));
+  EXPECT_EQ(controller.rate(), rate);
+  EXPECT_EQ(controller.drained_at(), drained);
+  // However much is in the way: not for ever.
+  controller.stop();
+  full = sample_at(50ms, 1'000'000'000);
+  controller.sample(full);
+  controller.start(kStart + 50ms);
+  EXPECT_LE(controller.drained_at(), kStart + 50ms + RateController::kLongestDrain);
+}
+
 TEST(RateController, GrowsWhileThereIsNoQueueAndFallsWhenThereIs) {
   RateController controller;
   controller.sample(sample_at(0ms, 0));
