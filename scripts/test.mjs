@@ -5,7 +5,7 @@
  */
 import { spawn } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
-import { constants, setPriority } from 'node:os';
+import { constants, cpus, setPriority } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -85,7 +85,7 @@ function buildAhead(variants) {
             cwd: root,
             stdio: 'ignore',
             detached: true, // a group of its own, to be ended as a whole
-            env: { ...process.env, BUILD_ONLY: '1' },
+            env: { ...process.env, BUILD_ONLY: '1', JOBS: String(Math.max(1, cpus().length - 1)) },
           });
           const end = () => process.kill(-child.pid, 'SIGTERM');
           const settle = () => {

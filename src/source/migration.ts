@@ -12,7 +12,7 @@ import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { stillArriving } from '../arrivals.js';
 import { dataTokens } from '../control/tokens.js';
-import { MemferryError } from '../errors.js';
+import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
@@ -463,7 +463,7 @@ export class SourceMigration extends EventEmitter {
   async #end(settlement: Exclude<Settlement, { outcome: 'departed' }>): Promise<void> {
     let { error } = settlement;
     if (settlement.outcome === 'reclaimed') {
-      if (error.code === 'CHANNEL_LOST') error = await this.#reasonOf(error);
+      if (error.code === 'CHANNEL_LOST') error = this.#regionGone() ?? (await this.#reasonOf(error));
       await this.#letGo(false, error);
       this.#to(error.code === 'CANCELLED' ? 'cancelled' : 'failed');
     } else {
@@ -471,6 +471,16 @@ export class SourceMigration extends EventEmitter {
     }
     this.#evicted.reject(error);
     this.#done.reject(error);
+  }
+
+  /** The engine cuts its connections when a region goes; the destination's complaint may be here before its own. */
+  #regionGone(): MemferryError | null {
+    const gone = this.guest.regions.find(({ region }) => region.native.retired());
+    return gone
+      ? memferryError('REGION_GONE', `region '${gone.name}' went away while it moved`, {
+          facts: { region: gone.name },
+        })
+      : null;
   }
 
   /**

@@ -172,7 +172,7 @@ TEST_F(SenderTest, PagesTouchedAfterTheyWereQueuedAsUntouchedGoWithContent) {
   ::madvise(page(0), 200 * page_size(), MADV_DONTNEED);
   connect();
   sender->queue_populated();
-  for (const std::uint64_t p : {0, 57, 58, 199}) std::memset(page(p), 0x5a, page_size());
+  for (const std::uint64_t p : {0U, 57U, 58U, 199U}) std::memset(page(p), 0x5a, page_size());
   round(1);
   expect_equal();
   EXPECT_EQ(sender->stats().pages_sent, 4u);
@@ -192,7 +192,7 @@ TEST_F(SenderTest, UntouchedPagesOfATrackedRegionAreNotReadEither) {
   with.trackers = {tracker};
   connect(std::move(with));
   sender->queue_populated();
-  for (const std::uint64_t p : {0, 57, 150, 199}) std::memset(page(p), 0x5a, page_size());
+  for (const std::uint64_t p : {0U, 57U, 150U, 199U}) std::memset(page(p), 0x5a, page_size());
   round(1);
   EXPECT_EQ(sender->stats().pages_sent, 200u);
   EXPECT_EQ(sender->stats().pages_zero, 100u);
