@@ -548,7 +548,7 @@ TEST_F(SenderTest, AZeroPageAskedForIsAnsweredAsZero) {
   std::memset(page(30), 0, page_size());
   ::madvise(page(60), page_size(), MADV_DONTNEED);
   into_postcopy();
-  for (const std::uint64_t p : {30, 60}) {
+  for (const std::uint64_t p : {30U, 60U}) {
     peer->request_fault(0, p);
     peer->wait_for([&] { return peer->seen.back().header.first_page == p; });
     EXPECT_EQ(peer->frames().back().type(), FrameType::kZero);
