@@ -99,7 +99,8 @@ void RateController::sample(const Sample& sample) {
     rate_ = std::max(fallen, lowest_);
   } else {
     stall_seen_ = false;
-    rate_ *= 1 + std::min(kFastestGrowth, kGrowth * (1 + without_queue_ / kPatience));
+    const int multiple = 1 + without_queue_ / kPatience;
+    rate_ *= 1 + std::min(kFastestGrowth, kGrowth * multiple);
     ++without_queue_;
   }
 }
