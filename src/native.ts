@@ -65,6 +65,7 @@ export interface NativeEvent {
     | 'switched'
     | 'evicted'
     | 'first-channel'
+    | 'filled'
     | 'complete'
     | 'lost'
     | 'paused'
@@ -75,6 +76,22 @@ export interface NativeEvent {
   code: string;
   message: string;
   lost: NativeRun[];
+}
+
+/** A VMD server of a migration, with this side's tokens for it: [attempt * 4 + role], 32 bytes each. */
+export interface NativeStageServer {
+  name: string;
+  host: string;
+  port: number;
+  session: number;
+  tokens: Uint8Array;
+}
+
+export interface NativeServerStats {
+  pages: number;
+  bytes: number;
+  /** Why it was given up, or null. */
+  failed: string | null;
 }
 
 export interface NativeSenderConfig {
@@ -91,6 +108,14 @@ export interface NativeSenderConfig {
   bandwidth: number;
   connectTimeoutMs: number;
   recoverTimeoutMs: number;
+  /** A scatter's servers; none: everything goes to the destination. */
+  servers: NativeStageServer[];
+  /** On how many servers a scattered page is kept: 1 or 2. */
+  replicas: number;
+  /** False: no destination yet, everything goes to the servers. */
+  direct: boolean;
+  stallTimeoutMs: number;
+  releaseAsEvicted: boolean;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -103,6 +128,10 @@ export interface NativeSenderStats {
   faultsServed: number;
   redials: number;
   extraMemoryBytes: number;
+  /** A scatter: pages that the destination acknowledged itself. */
+  pagesDirect: number;
+  /** In the order of the config's servers. */
+  servers: NativeServerStats[];
 }
 
 /** See native/transfer/sender.h for the order of calls. */
@@ -135,6 +164,14 @@ export interface NativeReceiverConfig {
   keepPageHashes: boolean;
   recoverTimeoutMs: number;
   lossGraceMs: number;
+  /** A scatter's servers, to gather from. */
+  servers: NativeStageServer[];
+  /** Bytes a second fetched ahead of the guest; 0 for no limit. */
+  gatherLimit: number;
+  /** Bytes a second taken in over the data channels; 0 for no limit. */
+  bandwidth: number;
+  /** Nobody but the servers has the guest: no source is awaited. */
+  sourceless: boolean;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -146,6 +183,8 @@ export interface NativeReceiverStats {
   pagesSuspect: number;
   faults: { count: number; p50Us: number; p99Us: number; maxUs: number };
   extraMemoryBytes: number;
+  pagesGathered: number;
+  servers: NativeServerStats[];
 }
 
 export interface NativeReceiver {
@@ -156,7 +195,66 @@ export interface NativeReceiver {
   missing(maxRuns: number): NativeRun[];
   digest(region: number): Promise<string>;
   acknowledgeLoss(): void;
+  /** 'filled' is to come once every page is here, before the switch. */
+  awaitFilled(): void;
+  /** Bytes a second; 0 for no limit. */
+  limit(bandwidth: number, gatherLimit: number): void;
   grow(region: number, pages: number): void;
+  close(): void;
+}
+
+/** A VMD server as an engine is told of it; its place in the list is its ordinal. */
+export interface NativeStageServer {
+  name: string;
+  /** Numeric. */
+  host: string;
+  port: number;
+  session: number;
+  /** 32 bytes each: attempt * 4 + role. */
+  tokens: Uint8Array;
+}
+
+export interface NativeImageStats {
+  /** With content, here. */
+  pagesHeld: number;
+  pagesZero: number;
+  /** In the map, wherever they are. */
+  pagesKnown: number;
+  /** Of the server's memory: content, index and execution state. */
+  bytes: number;
+  bytesIn: number;
+  bytesOut: number;
+  sealed: boolean;
+}
+
+export interface NativeStageStats {
+  memoryBytes: number;
+  freeBytes: number;
+  images: number;
+  connections: number;
+  bytesIn: number;
+  bytesOut: number;
+}
+
+/** A VMD server's memory and data path; see native/stage/stage.h. False or null where there is no such image. */
+export interface NativeStage {
+  /** False when its index finds no room. */
+  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean;
+  /** `roles`: a bit for each role (0 scatter, 1 gather, 2 demand, 3 chain). Tokens: attempt * 4 + role. */
+  addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
+  removeSession(image: Uint8Array, session: number): boolean;
+  /** Where the server with this ordinal is; tokens by attempt. */
+  setChain(image: Uint8Array, ordinal: number, host: string, port: number, tokens: Uint8Array): boolean;
+  /** Opaque bytes beside the pages, replacing the former ones. False as well when there is no room. */
+  putState(image: Uint8Array, state: Uint8Array): boolean;
+  state(image: Uint8Array): Uint8Array | null;
+  seal(image: Uint8Array): boolean;
+  drop(image: Uint8Array): boolean;
+  image(image: Uint8Array): NativeImageStats | null;
+  /** Whether every page of [0, pages of each region) is held by some server or zero, as the map has it. */
+  whole(image: Uint8Array, regionPages: number[]): boolean | null;
+  stats(): NativeStageStats;
+  /** Twice is fine. */
   close(): void;
 }
 
@@ -164,6 +262,61 @@ export interface NativeListener {
   readonly port: number;
   add(receiver: NativeReceiver): void;
   remove(migration: Uint8Array): void;
+  /** Connections about images go to this stage from now on. Without one they are hung up on. */
+  serveStage(stage: NativeStage): void;
+  close(): void;
+}
+
+export interface NativeImageStats {
+  /** With content, here. */
+  pagesHeld: number;
+  pagesZero: number;
+  /** In the map, wherever they are. */
+  pagesKnown: number;
+  /** Of the server's memory: content, index and execution state. */
+  bytes: number;
+  bytesIn: number;
+  bytesOut: number;
+  sealed: boolean;
+}
+
+export interface NativeStageStats {
+  /** The cap. */
+  memoryBytes: number;
+  /** What of it can hold pages, their index and execution states. */
+  slabBytes: number;
+  freeBytes: number;
+  images: number;
+  connections: number;
+  bytesIn: number;
+  bytesOut: number;
+}
+
+/**
+ * A VMD server's memory and data path; see native/stage/stage.h. Images are 16 bytes. Where a call gives false or
+ * null there is no such image (or, where it says so, no room). Throws (code INVALID_ARGUMENT) where a bound is
+ * exceeded or something is there already, and with code CLOSED after `close()`, but for `stats()`.
+ */
+export interface NativeStage {
+  /** `regionPages` are capacities; false: no room for their index. */
+  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean;
+  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 4 + role], 32 bytes each, at most 64 attempts. */
+  addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
+  /** Ends its connections too. */
+  removeSession(image: Uint8Array, session: number): boolean;
+  /** Where the server with this ordinal is (a numeric address), and our tokens for it, one an attempt. */
+  setChain(image: Uint8Array, ordinal: number, host: string, port: number, tokens: Uint8Array): boolean;
+  /** Replaces the former one; false too when there is no room. */
+  putState(image: Uint8Array, state: Uint8Array): boolean;
+  /** null too when there is none. */
+  state(image: Uint8Array): Uint8Array | null;
+  seal(image: Uint8Array): boolean;
+  /** Ends its connections and gives its memory back to the system. */
+  drop(image: Uint8Array): boolean;
+  image(image: Uint8Array): NativeImageStats | null;
+  /** Whether each of these pages is zero or held by some server, as the map has it. */
+  whole(image: Uint8Array, regionPages: number[]): boolean | null;
+  stats(): NativeStageStats;
   close(): void;
 }
 
@@ -211,9 +364,11 @@ export interface NativeAddon {
     port: number,
     onControl: (fd: number, peerAddress: string) => void,
   ): NativeListener;
+  /** `memoryBytes`: at least 16 MiB. `bandwidth`: bytes a second in each direction over all images, 0 for none. */
+  createStage(config: { memoryBytes: number; bandwidth: number }): NativeStage;
 
   /**
-   * Closes every sender, receiver and listener of this environment: missing pages are poisoned and whoever
+   * Closes every sender, receiver, listener and stage of this environment: missing pages are poisoned and whoever
    * waits for them is woken. `process.exit` runs no native cleanup of the main thread and waits for its
    * workers, which may be waiting for such a page.
    */

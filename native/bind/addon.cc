@@ -9,6 +9,7 @@
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
 #include "bind/sigbus.h"
+#include "bind/stage_handle.h"
 #include "bind/tracker_handle.h"
 #include "bind/values.h"
 #include "os/mapping.h"
@@ -62,6 +63,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   SenderHandle::define(env);
   ReceiverHandle::define(env);
   ListenerHandle::define(env);
+  StageHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
@@ -75,6 +77,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createSender", Napi::Function::New<SenderHandle::create>(env, "createSender"));
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
   exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
+  exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
   exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));
   exports.Set("forwardSigbusToWebAssembly",

@@ -74,6 +74,8 @@ class ReceiverHandle : public Napi::ObjectWrap<ReceiverHandle>, public Engine {
   Napi::Value missing(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);
   Napi::Value acknowledge_loss(const Napi::CallbackInfo& info);
+  Napi::Value await_filled(const Napi::CallbackInfo& info);
+  Napi::Value limit(const Napi::CallbackInfo& info);
   Napi::Value grow(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
 
@@ -97,6 +99,7 @@ class ListenerHandle : public Napi::ObjectWrap<ListenerHandle>, public Engine {
   Napi::Value port(const Napi::CallbackInfo& info);
   Napi::Value add(const Napi::CallbackInfo& info);
   Napi::Value remove(const Napi::CallbackInfo& info);
+  Napi::Value serve_stage(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
 
   std::unique_ptr<Listener> listener_;

@@ -68,6 +68,7 @@ class Environment {
   Napi::FunctionReference sender_class;
   Napi::FunctionReference receiver_class;
   Napi::FunctionReference listener_class;
+  Napi::FunctionReference stage_class;
 
   // Between the two, the environment's end shuts the engine down.
   void add(Engine* engine);

@@ -3,18 +3,21 @@
 
 #include "bind/engine_handles.h"
 #include "bind/js_error.h"
+#include "bind/stage_handle.h"
 #include "bind/values.h"
 
 namespace memferry::bind {
 
 void ListenerHandle::define(Napi::Env env) {
-  const Napi::Function constructor = DefineClass(env, "NativeListener",
-                                                 {
-                                                     InstanceAccessor<&ListenerHandle::port>("port"),
-                                                     InstanceMethod<&ListenerHandle::add>("add"),
-                                                     InstanceMethod<&ListenerHandle::remove>("remove"),
-                                                     InstanceMethod<&ListenerHandle::close>("close"),
-                                                 });
+  const Napi::Function constructor =
+      DefineClass(env, "NativeListener",
+                  {
+                      InstanceAccessor<&ListenerHandle::port>("port"),
+                      InstanceMethod<&ListenerHandle::add>("add"),
+                      InstanceMethod<&ListenerHandle::remove>("remove"),
+                      InstanceMethod<&ListenerHandle::serve_stage>("serveStage"),
+                      InstanceMethod<&ListenerHandle::close>("close"),
+                  });
   Environment::of(env).listener_class = Napi::Persistent(constructor);
 }
 
@@ -87,6 +90,13 @@ Napi::Value ListenerHandle::remove(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto migration = fixed_bytes_of<sizeof(wire::MigrationId)>(info[0], "migration");
     if (open_) listener().remove(migration);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ListenerHandle::serve_stage(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    listener().serve_stage(StageHandle::stage_of(info[0]));
     return info.Env().Undefined();
   });
 }

@@ -2,6 +2,7 @@
 
 #include "bind/async_work.h"
 #include "bind/engine_handles.h"
+#include "bind/stage_servers.h"
 #include "bind/values.h"
 
 namespace memferry::bind {
@@ -22,6 +23,11 @@ ReceiverConfig config_of(const Napi::Object& config) {
   out.keep_page_hashes = flag_of(config.Get("keepPageHashes"), "keepPageHashes");
   out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
   out.loss_grace = milliseconds_of(config.Get("lossGraceMs"), "lossGraceMs");
+  if (!config.Has("servers")) return out;
+  out.servers = stage_servers_of(config.Get("servers"));
+  out.gather_limit = count_of(config.Get("gatherLimit"), "gatherLimit");
+  out.bandwidth = count_of(config.Get("bandwidth"), "bandwidth");
+  out.sourceless = flag_of(config.Get("sourceless"), "sourceless");
   return out;
 }
 
@@ -39,6 +45,8 @@ Napi::Object stats_object(Napi::Env env, const ReceiverStats& stats) {
   object.Set("pagesSuspect", number(env, stats.pages_suspect));
   object.Set("faults", faults);
   object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
+  object.Set("pagesGathered", number(env, stats.pages_gathered));
+  object.Set("servers", server_stats(env, stats.servers));
   return object;
 }
 
@@ -54,6 +62,8 @@ void ReceiverHandle::define(Napi::Env env) {
                       InstanceMethod<&ReceiverHandle::missing>("missing"),
                       InstanceMethod<&ReceiverHandle::digest>("digest"),
                       InstanceMethod<&ReceiverHandle::acknowledge_loss>("acknowledgeLoss"),
+                      InstanceMethod<&ReceiverHandle::await_filled>("awaitFilled"),
+                      InstanceMethod<&ReceiverHandle::limit>("limit"),
                       InstanceMethod<&ReceiverHandle::grow>("grow"),
                       InstanceMethod<&ReceiverHandle::close>("close"),
                   });
@@ -148,6 +158,25 @@ Napi::Value ReceiverHandle::digest(const Napi::CallbackInfo& info) {
 Napi::Value ReceiverHandle::acknowledge_loss(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     if (open_) receiver().acknowledge_loss();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::await_filled(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().await_filled();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::limit(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::uint64_t bandwidth = count_of(info[0], "bandwidth");
+    const std::uint64_t gather_limit = count_of(info[1], "gatherLimit");
+    if (open_) {
+      receiver().set_bandwidth(bandwidth);
+      receiver().set_gather_limit(gather_limit);
+    }
     return info.Env().Undefined();
   });
 }

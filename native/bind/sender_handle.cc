@@ -4,6 +4,7 @@
 
 #include "bind/async_work.h"
 #include "bind/engine_handles.h"
+#include "bind/stage_servers.h"
 #include "bind/values.h"
 
 namespace memferry::bind {
@@ -14,7 +15,8 @@ SenderConfig config_of(const Napi::Object& config) {
   SenderConfig out;
   out.host = text_of(config.Get("host"), "host");
   const std::uint64_t port = count_of(config.Get("port"), "port");
-  if (port == 0 || port > std::numeric_limits<std::uint16_t>::max())
+  const bool direct = !config.Has("direct") || flag_of(config.Get("direct"), "direct");
+  if ((port == 0 && direct) || port > std::numeric_limits<std::uint16_t>::max())
     throw std::invalid_argument("port: not a port");
   out.port = static_cast<std::uint16_t>(port);
   out.migration = fixed_bytes_of<sizeof(wire::MigrationId)>(config.Get("migration"), "migration");
@@ -23,6 +25,12 @@ SenderConfig config_of(const Napi::Object& config) {
   out.bandwidth = count_of(config.Get("bandwidth"), "bandwidth");
   out.connect_timeout = milliseconds_of(config.Get("connectTimeoutMs"), "connectTimeoutMs");
   out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
+  if (!config.Has("servers")) return out;
+  out.servers = stage_servers_of(config.Get("servers"));
+  out.replicas = index_of(config.Get("replicas"), "replicas");
+  out.direct = flag_of(config.Get("direct"), "direct");
+  out.stall_timeout = milliseconds_of(config.Get("stallTimeoutMs"), "stallTimeoutMs");
+  out.release_as_evicted = flag_of(config.Get("releaseAsEvicted"), "releaseAsEvicted");
   return out;
 }
 
@@ -211,6 +219,8 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("faultsServed", number(env, stats.faults_served));
     object.Set("redials", number(env, stats.redials));
     object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
+    object.Set("pagesDirect", number(env, stats.pages_direct));
+    object.Set("servers", server_stats(env, stats.servers));
     return object;
   });
 }

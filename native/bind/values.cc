@@ -43,6 +43,8 @@ const char* kind_name(EngineEventKind kind) {
       return "evicted";
     case EngineEventKind::kFirstChannel:
       return "first-channel";
+    case EngineEventKind::kFilled:
+      return "filled";
     case EngineEventKind::kComplete:
       return "complete";
     case EngineEventKind::kLost:

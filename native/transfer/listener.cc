@@ -13,7 +13,9 @@
 
 #include "os/sys_error.h"
 #include "os/worker_thread.h"
+#include "stage/stage.h"
 #include "transfer/receiver.h"
+#include "wire/hello.h"
 #include "wire/socket.h"
 
 namespace memferry {
@@ -173,7 +175,7 @@ struct Listener::Impl {
           hand_over_control(take(entry));
           return;
         }
-        if (std::memcmp(entry->bytes.data(), wire::kDataPreface.data(), entry->have) != 0) {
+        if (!expects_hello(entry->bytes.data())) {
           drop(entry);
           return;
         }
@@ -184,6 +186,14 @@ struct Listener::Impl {
         return;
       }
     }
+  }
+
+  // A stage's preface means nothing where there is none.
+  bool expects_hello(const std::byte* preface) {
+    if (std::memcmp(preface, wire::kDataPreface.data(), wire::kDataPreface.size()) == 0) return true;
+    if (std::memcmp(preface, wire::kStagePreface.data(), wire::kStagePreface.size()) != 0) return false;
+    const std::lock_guard lock(mutex);
+    return stage != nullptr;
   }
 
   void hand_over_control(UniqueFd fd) {
@@ -197,17 +207,30 @@ struct Listener::Impl {
   }
 
   void introduce(const wire::Hello& hello, UniqueFd fd) {
+    const wire::HelloStatus status =
+        hello.preface == wire::kStagePreface ? to_stage(hello, fd) : to_receiver(hello, fd);
+    if (status != wire::HelloStatus::kAccepted && fd) wire::turn_away(fd.get(), status);
+  }
+
+  // A version that is not ours, an unknown migration and a wrong token get the same answer.
+  wire::HelloStatus to_receiver(const wire::Hello& hello, UniqueFd& fd) {
     std::shared_ptr<Receiver> receiver;
     {
       const std::lock_guard lock(mutex);
       const auto found = receivers.find(hello.migration);
       if (found != receivers.end()) receiver = found->second;
     }
-    // A version that is not ours, an unknown migration and a wrong token get the same answer.
-    if (hello.version == wire::kVersion && receiver && receiver->attach(hello, fd)) return;
-    const wire::HelloReply refusal{wire::kFrameMagic,
-                                   static_cast<std::uint32_t>(wire::HelloStatus::kRefused)};
-    if (fd) ::send(fd.get(), &refusal, sizeof refusal, MSG_NOSIGNAL | MSG_DONTWAIT);
+    const bool attached = hello.version == wire::kVersion && receiver && receiver->attach(hello, fd);
+    return attached ? wire::HelloStatus::kAccepted : wire::HelloStatus::kRefused;
+  }
+
+  wire::HelloStatus to_stage(const wire::Hello& hello, UniqueFd& fd) {
+    std::shared_ptr<Stage> to;
+    {
+      const std::lock_guard lock(mutex);
+      to = stage;
+    }
+    return to ? to->attach(hello, fd) : wire::HelloStatus::kRefused;
   }
 
   Config config;
@@ -220,8 +243,9 @@ struct Listener::Impl {
   std::uint64_t next_key = kFirstConnection;
   Clock::time_point accept_again = Clock::time_point::max();
 
-  std::mutex mutex;  // guards receivers, and is not held while one is called
+  std::mutex mutex;  // guards the two below, and is not held while one of them is called
   std::map<wire::MigrationId, std::shared_ptr<Receiver>> receivers;
+  std::shared_ptr<Stage> stage;
   WorkerThread thread;
 };
 
@@ -247,14 +271,22 @@ void Listener::remove(const wire::MigrationId& migration) {
   impl_->receivers.erase(found);
 }
 
+void Listener::serve_stage(std::shared_ptr<Stage> stage) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->stage.swap(stage);
+}
+
 void Listener::close() {
   impl_->thread.stop();
   impl_->by_key.clear();
   impl_->pending.clear();
   impl_->listening.reset();
+  // Destroyed after the lock is let go.
   std::map<wire::MigrationId, std::shared_ptr<Receiver>> removed;
+  std::shared_ptr<Stage> stage;
   const std::lock_guard lock(impl_->mutex);
   removed.swap(impl_->receivers);
+  stage.swap(impl_->stage);
 }
 
 }  // namespace memferry

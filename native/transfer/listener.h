@@ -1,5 +1,5 @@
 // One listening socket for everything: control connections are handed to the owner as bare descriptors,
-// data and demand connections are authenticated here and handed to the receiver that expects them. One
+// data and demand connections go to the receiver that expects them, connections about images to the stage. One
 // native thread, so that a redial is accepted while the JavaScript thread is blocked on a missing page.
 //
 // Bounds: at most kMaxPending connections that have not said who they are, each for at most kHelloTimeout and
@@ -19,6 +19,7 @@
 namespace memferry {
 
 class Receiver;
+class Stage;
 
 class Listener {
  public:
@@ -41,6 +42,8 @@ class Listener {
   // when the id is taken.
   void add(std::shared_ptr<Receiver> receiver);
   void remove(const wire::MigrationId& migration);
+  // From now on hellos about images go to this stage, in place of a former one; nullptr: to nobody.
+  void serve_stage(std::shared_ptr<Stage> stage);
   void close();  // may be called twice
 
  private:

@@ -72,6 +72,9 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
                  : "payload is not page count times page size";
     case FrameType::kZero:
     case FrameType::kFaultRequest:
+    case FrameType::kAbsent:
+    case FrameType::kRefused:
+    case FrameType::kElsewhere:
       if (header.page_count == 0) return "empty run of pages";
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kSwitch:
@@ -80,7 +83,25 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     case FrameType::kBarrierAck:
     case FrameType::kBitmapEnd:
     case FrameType::kGoodbye:
+    case FrameType::kMapRequest:
+    case FrameType::kMapEnd:
+    case FrameType::kChainBroken:
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kRead:
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of a read out of bounds";
+      }
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kMap: {
+      if (header.page_count == 0) return "empty run of pages";
+      const bool bare =
+          (header.flags & kFlagZero) != 0 || Holders::of(header.tag).first == Holders::kDestination;
+      if (bare) return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+      return header.page_count <= max_payload(page_size) / sizeof(std::uint64_t) &&
+                     header.payload_bytes == header.page_count * sizeof(std::uint64_t)
+                 ? nullptr
+                 : "payload is not one hash a page";
+    }
     case FrameType::kDiscard:
     case FrameType::kSuspects:
       if (header.payload_bytes == 0 || header.payload_bytes % sizeof(WireRun) != 0) {

@@ -18,6 +18,8 @@ inline constexpr std::uint16_t kVersion = 1;
 // The first 8 bytes of every connection to a listener say what it is.
 inline constexpr std::array<char, 8> kControlPreface = {'M', 'F', 'E', 'R', 'R', 'Y', 'C', '1'};
 inline constexpr std::array<char, 8> kDataPreface = {'M', 'F', 'E', 'R', 'R', 'Y', 'D', '1'};
+// To a VMD server, about an image: the memory of one guest as the servers hold it.
+inline constexpr std::array<char, 8> kStagePreface = {'M', 'F', 'E', 'R', 'R', 'Y', 'S', '1'};
 
 using MigrationId = std::array<std::uint8_t, 16>;
 // HMAC-SHA256 over (session key; "memferry data", migration id, epoch, channel): computed by TypeScript on
@@ -38,8 +40,22 @@ struct Hello {
 };
 static_assert(sizeof(Hello) == 64);
 
-// kRefused is the one answer to every kind of wrong hello: unknown migration, wrong or used token.
-enum class HelloStatus : std::uint32_t { kAccepted = 1, kRefused = 2 };
+// With kStagePreface: `migration` is the image, `channel` a StageRole, `epoch` is session << 16 | attempt. Sessions
+// are given out by the server over the control connection; each has a token for every attempt of every role. A
+// connection replaces the former one of its session and role; attempts only ever go up.
+enum class StageRole : std::uint16_t {
+  kScatter = 0,  // the source writes: pages, zeros, map records, barriers
+  kGather = 1,   // the destination reads ahead of the guest
+  kDemand = 2,   // the destination reads what somebody waits for
+  kChain = 3,    // another server writes replicas
+};
+inline constexpr std::uint16_t kStageRoles = 4;
+// Session of the chain that comes from the server with ordinal n: kFirstChainSession + n.
+inline constexpr std::uint16_t kFirstChainSession = 0xff00;
+
+// kRefused is the one answer to every kind of wrong hello: unknown migration, wrong or used token. kLost comes from
+// a VMD server only: it has no such image, because it was dropped or the server was restarted.
+enum class HelloStatus : std::uint32_t { kAccepted = 1, kRefused = 2, kLost = 3 };
 struct HelloReply {
   std::uint32_t magic;  // kFrameMagic
   std::uint32_t status;
@@ -66,10 +82,53 @@ enum class FrameType : std::uint16_t {
                       // it has, payload: 64-bit words, first_page a multiple of 64. Ends with kBitmapEnd.
   kBitmapEnd = 11,
   kGoodbye = 12,  // source: this channel ends here on purpose; a close without it is a cut
+
+  // With a VMD server (docs/protocol.md, "The VMD"):
+  kMap = 13,  // where pages are: tag has the holders; payload: one XXH3_64 a page, nothing for zeros
+              // (kFlagZero) and for pages that the destination holds. Source to servers and destination,
+              // server to destination.
+  kMapRequest = 14,  // destination to server: everything that it knows, as kMap frames and a kMapEnd
+  kMapEnd = 15,      // tag: 1 when the image is sealed: its source needs to send nothing more
+  kRead = 16,    // destination to server: this run (at most max_run_pages), tag: number of the request. The
+                 // answer is kPages, kZero and kAbsent frames with the same tag that cover it, in order.
+  kAbsent = 17,  // server to destination: it does not hold these pages
+  kRefused =
+      18,  // server to source, before the kBarrierAck: the server whose ordinal is in tag does not hold these pages:
+           // no room, or (kFlagTorn) they came torn
+  kChainBroken =
+      19,  // server to source: the replica's server (ordinal in tag) cannot be written; the connection
+           // ends, and what was not acknowledged on it is not held twice
+  kElsewhere =
+      20,  // source to destination, demand channel: it has let go of this page; a kMap says where it is
+};
+
+// Where a page is, as a server's ordinal in the migration's list; in the tags of kPages and kZero (to a server) and
+// of kMap. `second` is the replica, which the first holder passes the page on to.
+struct Holders {
+  static constexpr std::uint8_t kNobody = 0xff;
+  static constexpr std::uint8_t kDestination = 0xfe;
+  static constexpr std::uint8_t kMostServers = 0xfa;
+  std::uint8_t first = kNobody;
+  std::uint8_t second = kNobody;
+  [[nodiscard]] constexpr std::uint64_t tag() const {
+    return static_cast<std::uint64_t>(first) | static_cast<std::uint64_t>(second) << 8;
+  }
+  [[nodiscard]] static constexpr Holders of(std::uint64_t tag) {
+    return {static_cast<std::uint8_t>(tag & 0xff), static_cast<std::uint8_t>(tag >> 8 & 0xff)};
+  }
+  [[nodiscard]] constexpr bool has(std::uint8_t ordinal) const {
+    return first == ordinal || second == ordinal;
+  }
+  bool operator==(const Holders&) const = default;
 };
 
 inline constexpr std::uint16_t kFlagAnswer =
-    1;  // kPages/kZero on the demand channel: the faulted page itself
+    1;                                         // kPages/kZero on the demand channel: the faulted page itself
+inline constexpr std::uint16_t kFlagZero = 2;  // kMap: these pages are zeros, nobody needs to be asked
+inline constexpr std::uint16_t kFlagFinal = 16;  // kMap: told after the guest had left, so it never changes
+inline constexpr std::uint16_t kFlagTorn = 8;    // kRefused: not for want of room, the checksum did not fit
+inline constexpr std::uint16_t kFlagPaced =
+    4;  // kRead: somebody waits for other pages, leave room on the link
 
 struct FrameHeader {
   std::uint32_t magic;

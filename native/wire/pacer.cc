@@ -220,6 +220,22 @@ void Pacer::debit(std::uint64_t bytes) {
   link_.debit(bytes, now);
 }
 
+bool Pacer::wait_limit(const std::function<bool()>& over) {
+  std::unique_lock lock(mutex_);
+  while (!over()) {
+    const TimePoint now = std::chrono::steady_clock::now();
+    const Duration delay = limit_.delay(now);
+    if (delay <= Duration::zero()) return true;
+    changed_.wait_until(lock, std::min<TimePoint>(now + delay, now + RateController::kInterval));
+  }
+  return false;
+}
+
+void Pacer::debit_limit(std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  limit_.debit(bytes, std::chrono::steady_clock::now());
+}
+
 void Pacer::cancel() {
   const std::lock_guard lock(mutex_);
   cancelled_ = true;

@@ -14,6 +14,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -116,6 +117,10 @@ class Pacer {
   // Blocks until the next chunk may go. False once cancelled.
   bool wait_turn();
   void debit(std::uint64_t bytes);
+  // For connections that another pacer steers: only the user's limit, which is over all of them. Ends early, with
+  // false, when `over` says so, which is asked every few milliseconds; cancel() does not end it.
+  bool wait_limit(const std::function<bool()>& over);
+  void debit_limit(std::uint64_t bytes);
   // Ends every wait, also future ones, until reset().
   void cancel();
   void reset();

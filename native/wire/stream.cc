@@ -8,6 +8,23 @@
 #include <system_error>
 
 namespace memferry::wire {
+namespace {
+
+// What is left of `buffers` after their first `bytes`.
+std::span<iovec> advanced(std::span<iovec> buffers, std::size_t bytes) {
+  while (!buffers.empty() && bytes >= buffers.front().iov_len) {
+    bytes -= buffers.front().iov_len;
+    buffers = buffers.subspan(1);
+  }
+  if (bytes > 0) {
+    buffers.front().iov_base = static_cast<std::byte*>(buffers.front().iov_base) + bytes;
+    buffers.front().iov_len -= bytes;
+  }
+  return buffers;
+}
+
+}  // namespace
+
 std::string IoResult::describe() const {
   switch (kind) {
     case Kind::kDone:
@@ -26,6 +43,16 @@ IoResult Stream::send_all(std::span<const std::byte> bytes) {
   return send_all(std::span(&buffer, 1));
 }
 
+IoResult Stream::recv_scattered(std::span<iovec> buffers) {
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    IoResult io = recv_exact({static_cast<std::byte*>(buffers[i].iov_base), buffers[i].iov_len});
+    if (io.done()) continue;
+    if (i > 0 && io.kind == IoResult::Kind::kEnd) io = {IoResult::Kind::kCut, 0};
+    return io;
+  }
+  return {};
+}
+
 IoResult PlainStream::send_all(std::span<iovec> buffers) {
   while (!buffers.empty()) {
     if (buffers.front().iov_len == 0) {
@@ -40,15 +67,7 @@ IoResult PlainStream::send_all(std::span<iovec> buffers) {
       if (errno == EINTR) continue;
       return {IoResult::Kind::kCut, errno};
     }
-    auto left = static_cast<std::size_t>(sent);
-    while (!buffers.empty() && left >= buffers.front().iov_len) {
-      left -= buffers.front().iov_len;
-      buffers = buffers.subspan(1);
-    }
-    if (left > 0) {
-      buffers.front().iov_base = static_cast<std::byte*>(buffers.front().iov_base) + left;
-      buffers.front().iov_len -= left;
-    }
+    buffers = advanced(buffers, static_cast<std::size_t>(sent));
   }
   return {};
 }
@@ -66,6 +85,25 @@ IoResult PlainStream::recv_exact(std::span<std::byte> buffer) {
     }
   }
   return {};
+}
+
+IoResult PlainStream::recv_scattered(std::span<iovec> buffers) {
+  for (bool begun = false;;) {
+    buffers = advanced(buffers, 0);  // empty ones at the front
+    if (buffers.empty()) return {};
+    msghdr message{};
+    message.msg_iov = buffers.data();
+    message.msg_iovlen = std::min<std::size_t>(buffers.size(), IOV_MAX);
+    const ssize_t received = ::recvmsg(fd_.get(), &message, MSG_WAITALL);
+    if (received > 0) {
+      begun = true;
+      buffers = advanced(buffers, static_cast<std::size_t>(received));
+    } else if (received == 0) {
+      return {begun ? IoResult::Kind::kCut : IoResult::Kind::kEnd, 0};
+    } else if (errno != EINTR) {
+      return {IoResult::Kind::kCut, errno};
+    }
+  }
 }
 
 IoResult PlainStream::recv_some(std::span<std::byte> buffer, std::size_t& received) {

@@ -40,6 +40,8 @@ class Stream {
   virtual IoResult send_all(std::span<iovec> buffers) = 0;
   // Fills the buffer, blocking as long as it takes.
   virtual IoResult recv_exact(std::span<std::byte> buffer) = 0;
+  // Fills all of the buffers, in order, blocking as long as it takes. The elements of `buffers` are changed.
+  virtual IoResult recv_scattered(std::span<iovec> buffers);
   // Blocks for at least one byte, takes at most buffer.size(); `received` is how many. For readers with a
   // buffer of their own.
   virtual IoResult recv_some(std::span<std::byte> buffer, std::size_t& received) = 0;
@@ -58,6 +60,7 @@ class PlainStream final : public Stream {
   using Stream::send_all;
   IoResult send_all(std::span<iovec> buffers) override;
   IoResult recv_exact(std::span<std::byte> buffer) override;
+  IoResult recv_scattered(std::span<iovec> buffers) override;
   IoResult recv_some(std::span<std::byte> buffer, std::size_t& received) override;
   void shutdown() override;
   [[nodiscard]] int fd() const override { return fd_.get(); }

@@ -25,6 +25,7 @@
 #include "os/userfaultfd.h"
 #include "page/hash.h"
 #include "page/racy_read.h"
+#include "page_of_zeros.h"
 
 namespace memferry {
 namespace {
@@ -365,7 +366,8 @@ TEST_P(TrackerTest, RetiringWhileCollectingWaitsOrRefuses) {
 TEST_P(TrackerTest, SaysWhichPagesHadContentWhenItWasArmed) {
   const auto region = small_pages(32);
   for (const std::uint64_t page : {3U, 4U, 17U}) write(region, page);
-  // Reading maps the page of zeros, which is no content.
+  // Reading maps the page of zeros, which is no content, or, on some kernels, a page of its own, which is.
+  const bool shared = reads_share_the_page_of_zeros();
   const std::byte read_only = *static_cast<volatile std::byte*>(region->address(PageNumber{8}).pointer());
   EXPECT_EQ(read_only, std::byte{0});
   const auto tracker = make(region);
@@ -375,7 +377,8 @@ TEST_P(TrackerTest, SaysWhichPagesHadContentWhenItWasArmed) {
   if (populated == nullptr) return;  // then the sender looks for itself
   write(region, 30);                 // later: for collect() to report
   for (std::uint64_t page = 0; page < 32; ++page) {
-    EXPECT_EQ(populated->test(PageNumber{page}), page == 3 || page == 4 || page == 17) << page;
+    const bool written = page == 3 || page == 4 || page == 17;
+    EXPECT_EQ(populated->test(PageNumber{page}), written || (page == 8 && !shared)) << page;
   }
   EXPECT_EQ(collect(*tracker, 32), PageSet{30});
   // It does not know any more: what collect() has reported is not reported again.

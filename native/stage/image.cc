@@ -1,0 +1,312 @@
+#include "stage/image.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace memferry {
+
+// Zeros say that nothing is known, so that index memory needs no touching before it is used.
+struct Image::Entry {
+  static constexpr std::uint32_t kNoSlot = 0;
+  static constexpr std::uint32_t kZeroSlot = 0xffffffff;
+
+  std::uint64_t hash = 0;        // of the content, as the source has said; 0 where there is none
+  std::uint32_t slot = kNoSlot;  // kZeroSlot, or one above the slot of the content
+  std::uint8_t first = 0;        // the holders' complements
+  std::uint8_t second = 0;
+  std::uint16_t final = 0;  // 1: see apply_map()
+
+  static Entry of(wire::Holders holders) {
+    Entry made;
+    made.first = static_cast<std::uint8_t>(~holders.first);
+    made.second = static_cast<std::uint8_t>(~holders.second);
+    return made;
+  }
+  [[nodiscard]] wire::Holders holders() const {
+    return {static_cast<std::uint8_t>(~first), static_cast<std::uint8_t>(~second)};
+  }
+  [[nodiscard]] bool zero() const { return slot == kZeroSlot; }
+  [[nodiscard]] bool held() const { return slot != kNoSlot && slot != kZeroSlot; }
+  [[nodiscard]] Slab::Slot content() const { return slot - 1; }
+  [[nodiscard]] bool known() const { return zero() || first != 0; }
+  [[nodiscard]] bool hashed() const { return !zero() && holders().first != wire::Holders::kDestination; }
+};
+
+namespace {
+
+constexpr std::uint64_t kEntryBytes = 16;
+static_assert(Slab::kMostSlots < 0xffffffff);
+
+std::uint64_t slots_for(std::uint64_t things, std::uint64_t things_a_slot) {
+  return things / things_a_slot + (things % things_a_slot != 0 ? 1 : 0);
+}
+
+}  // namespace
+
+void Image::Reading::clear() {
+  slab_->release(slots_);
+  slots_.clear();
+  hashes_.clear();
+  pieces_.clear();
+}
+
+std::shared_ptr<Image> Image::create(std::shared_ptr<Slab> slab, const ImageConfig& config) {
+  static_assert(sizeof(Entry) == kEntryBytes);
+  if (config.region_pages.empty() || config.region_pages.size() > kMostRegions) {
+    throw std::invalid_argument("an image of " + std::to_string(config.region_pages.size()) + " regions");
+  }
+  if (config.ordinal >= wire::Holders::kMostServers) {
+    throw std::invalid_argument("a server with ordinal " + std::to_string(config.ordinal));
+  }
+  std::uint64_t left = slab->slots();
+  for (const std::uint64_t pages : config.region_pages) {
+    const std::uint64_t needed = slots_for(pages, slab->slot_bytes() / kEntryBytes);
+    if (needed > left) throw std::invalid_argument("an image of more pages than this server can index");
+    left -= needed;
+  }
+  auto image = std::shared_ptr<Image>(new Image(std::move(slab), config));
+  for (std::size_t region = 0; region < image->region_pages_.size(); ++region) {
+    const std::uint64_t needed = slots_for(image->region_pages_[region], image->entries_a_slot_);
+    if (!image->slab_->take_all_zeroed(needed, image->index_[region])) return nullptr;
+  }
+  return image;
+}
+
+Image::Image(std::shared_ptr<Slab> slab, const ImageConfig& config)
+    : id_(config.id),
+      ordinal_(config.ordinal),
+      slab_(std::move(slab)),
+      entries_a_slot_(slab_->slot_bytes() / kEntryBytes),
+      region_pages_(config.region_pages),
+      index_(config.region_pages.size()) {}
+
+bool Image::inside(std::uint32_t region, std::uint64_t first_page, std::uint64_t page_count) const {
+  return region < region_pages_.size() && wire::run_inside(first_page, page_count, region_pages_[region]);
+}
+
+Image::Entry& Image::entry(std::uint32_t region, std::uint64_t page) const {
+  std::byte* block = slab_->data(index_[region][static_cast<std::size_t>(page / entries_a_slot_)]);
+  return reinterpret_cast<Entry*>(block)[page % entries_a_slot_];
+}
+
+bool Image::set(Entry& entry, const Entry& to, Slab::Slot& freed) {
+  held_ += static_cast<std::uint64_t>(to.held()) - static_cast<std::uint64_t>(entry.held());
+  zero_ += static_cast<std::uint64_t>(to.zero()) - static_cast<std::uint64_t>(entry.zero());
+  known_ += static_cast<std::uint64_t>(to.known()) - static_cast<std::uint64_t>(entry.known());
+  const bool frees = entry.held() && entry.slot != to.slot;
+  if (frees) freed = entry.content();
+  entry = to;
+  return frees;
+}
+
+template <typename Change>
+void Image::change(std::uint32_t region, PageRun run, const Change& to_of) {
+  std::array<Slab::Slot, kEntriesAtOnce> freed;
+  for (std::uint64_t at = 0; at < run.count;) {
+    const std::uint64_t until = std::min(run.count, at + kEntriesAtOnce);
+    std::size_t freed_count = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      if (index_.empty()) throw std::logic_error("an image that was dropped is written");
+      for (; at < until; ++at) {
+        Entry& changed = entry(region, run.first.value + at);
+        if (set(changed, to_of(at, changed), freed[freed_count])) ++freed_count;
+      }
+    }
+    slab_->release(std::span(freed).first(freed_count));
+  }
+}
+
+void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
+                  std::span<const std::uint64_t> hashes, wire::Holders holders) {
+  change(region, run, [&](std::uint64_t at, const Entry&) {
+    Entry to = Entry::of(holders);
+    to.slot = slots[static_cast<std::size_t>(at)] + 1;
+    to.hash = hashes[static_cast<std::size_t>(at)];
+    return to;
+  });
+}
+
+void Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders) {
+  change(region, run, [&](std::uint64_t, const Entry&) {
+    Entry to = Entry::of(holders);
+    to.slot = Entry::kZeroSlot;
+    return to;
+  });
+}
+
+void Image::forget(std::uint32_t region, PageRun run) {
+  change(region, run, [](std::uint64_t, const Entry&) { return Entry{}; });
+}
+
+void Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
+                      std::span<const std::uint64_t> hashes) {
+  const bool ours = holders.has(ordinal_);
+  change(region, run, [&](std::uint64_t at, const Entry& before) {
+    Entry to = Entry::of(holders);
+    to.final = final ? 1 : 0;
+    if (zero) {
+      to.slot = Entry::kZeroSlot;
+    } else if (to.known() && to.hashed()) {
+      to.hash = hashes[static_cast<std::size_t>(at)];
+      // Other content than the one meant is out of date, whoever is said to hold it.
+      if (ours && before.held() && before.hash == to.hash) to.slot = before.slot;
+    }
+    return to;
+  });
+}
+
+void Image::read(std::uint32_t region, PageRun run, Reading& into) {
+  into.clear();
+  into.slots_.reserve(static_cast<std::size_t>(run.count));
+  into.hashes_.reserve(static_cast<std::size_t>(run.count));
+  into.pieces_.reserve(static_cast<std::size_t>(run.count));
+  const std::lock_guard lock(mutex_);
+  if (index_.empty()) throw std::logic_error("an image that was dropped is read");
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    const Entry& here = entry(region, page.value);
+    using Kind = Reading::Kind;
+    const Kind kind = here.held() ? Kind::kContent : here.zero() ? Kind::kZero : Kind::kAbsent;
+    if (kind == Kind::kContent) {
+      slab_->pin(here.content());
+      into.slots_.push_back(here.content());
+      into.hashes_.push_back(here.hash);
+    }
+    if (into.pieces_.empty() || into.pieces_.back().kind != kind) into.pieces_.push_back({kind, {page, 0}});
+    ++into.pieces_.back().run.count;
+  }
+}
+
+bool Image::next_map_run(Cursor& cursor, std::uint64_t most_content, MapRun& into) {
+  into.run = {};
+  into.hashes.clear();
+  while (cursor.region < region_pages_.size()) {
+    const std::uint64_t pages = region_pages_[cursor.region];
+    const std::lock_guard lock(mutex_);
+    if (index_.empty()) return false;
+    for (std::uint64_t left = kEntriesAtOnce; left > 0 && cursor.page < pages; --left, ++cursor.page) {
+      const Entry& here = entry(cursor.region, cursor.page);
+      if (into.run.count == 0) {
+        if (!here.known()) continue;
+        into.region = cursor.region;
+        into.run.first = PageNumber{cursor.page};
+        into.holders = here.holders();
+        into.zero = here.zero();
+        into.final = here.final != 0;
+      } else if (!here.known() || here.holders() != into.holders || here.zero() != into.zero ||
+                 (here.final != 0) != into.final || (here.hashed() && into.run.count == most_content)) {
+        return true;
+      }
+      if (here.hashed()) into.hashes.push_back(here.hash);
+      ++into.run.count;
+    }
+    if (cursor.page < pages) continue;
+    ++cursor.region;
+    cursor.page = 0;
+    if (into.run.count > 0) return true;
+  }
+  return false;
+}
+
+bool Image::whole(std::span<const std::uint64_t> region_pages) {
+  if (region_pages.size() > region_pages_.size()) return false;
+  for (std::uint32_t region = 0; region < region_pages.size(); ++region) {
+    if (region_pages[region] > region_pages_[region]) return false;
+    for (std::uint64_t page = 0; page < region_pages[region];) {
+      const std::lock_guard lock(mutex_);
+      if (index_.empty()) return false;
+      const std::uint64_t until = std::min(region_pages[region], page + kEntriesAtOnce);
+      for (; page < until; ++page) {
+        const Entry& here = entry(region, page);
+        if (!here.known() || !(here.zero() || here.hashed())) return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool Image::put_state(std::span<const std::byte> bytes) {
+  const auto state = std::make_shared<State>(slab_);
+  if (!slab_->take_all(slots_for(bytes.size(), slab_->slot_bytes()), state->slots)) return false;
+  state->bytes = bytes.size();
+  const auto slot_bytes = static_cast<std::size_t>(slab_->slot_bytes());
+  for (const Slab::Slot slot : state->slots) {
+    const std::size_t part = std::min(bytes.size(), slot_bytes);
+    std::memcpy(slab_->data(slot), bytes.data(), part);
+    bytes = bytes.subspan(part);
+  }
+  std::shared_ptr<const State> former = state;  // goes without the lock
+  const std::lock_guard lock(mutex_);
+  if (index_.empty()) return false;
+  state_.swap(former);
+  return true;
+}
+
+std::optional<std::vector<std::byte>> Image::state() const {
+  std::shared_ptr<const State> state;
+  {
+    const std::lock_guard lock(mutex_);
+    state = state_;
+  }
+  if (!state) return std::nullopt;
+  std::vector<std::byte> bytes(state->bytes);
+  const auto slot_bytes = static_cast<std::size_t>(slab_->slot_bytes());
+  for (std::size_t at = 0; at < bytes.size(); at += slot_bytes) {
+    std::memcpy(bytes.data() + at, slab_->data(state->slots[at / slot_bytes]),
+                std::min(slot_bytes, bytes.size() - at));
+  }
+  return bytes;
+}
+
+ImageStats Image::stats() const {
+  ImageStats stats;
+  stats.bytes_in = bytes_in.load(std::memory_order_relaxed);
+  stats.bytes_out = bytes_out.load(std::memory_order_relaxed);
+  stats.sealed = sealed_;
+  const std::lock_guard lock(mutex_);
+  stats.pages_held = held_;
+  stats.pages_zero = zero_;
+  stats.pages_known = known_;
+  std::uint64_t slots = held_ + (state_ ? state_->slots.size() : 0);
+  for (const auto& index : index_) slots += index.size();
+  stats.bytes = slots * slab_->slot_bytes();
+  return stats;
+}
+
+void Image::drop() {
+  std::vector<Slab::Slot> dropped;
+  dropped.reserve(kEntriesAtOnce);
+  for (std::uint32_t region = 0; region < region_pages_.size(); ++region) {
+    for (std::uint64_t page = 0; page < region_pages_[region];) {
+      dropped.clear();
+      {
+        const std::lock_guard lock(mutex_);
+        // An image whose index found no room has nothing in it.
+        if (index_.empty() || index_[region].empty()) break;
+        const std::uint64_t until = std::min(region_pages_[region], page + kEntriesAtOnce);
+        for (; page < until; ++page) {
+          Entry& here = entry(region, page);
+          Slab::Slot freed = 0;
+          // Entries of zeros stay untouched.
+          if (here.known() && set(here, Entry{}, freed)) dropped.push_back(freed);
+        }
+      }
+      slab_->drop(dropped);
+    }
+  }
+  std::vector<std::vector<Slab::Slot>> index;
+  std::shared_ptr<const State> state;
+  {
+    const std::lock_guard lock(mutex_);
+    index.swap(index_);
+    state.swap(state_);
+  }
+  for (const auto& slots : index) slab_->drop(slots);
+  // What was freed by overwriting is warm still.
+  slab_->give_back_free();
+}
+
+}  // namespace memferry

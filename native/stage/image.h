@@ -1,0 +1,152 @@
+// One guest's memory as a server knows it: for every page of every region who holds it and its hash, and where its
+// content lies if it is held here. Index server (the whole map) and content server (some of the pages) in one.
+//
+// The index lies in slots of the slab itself, taken for the whole capacity when the image is made; memory behind
+// them comes with the first entry that is written. An entry of zeros is a page that nobody has told of.
+//
+// Threads: any. A mutex is held for at most kEntriesAtOnce entries, never over a system call on a socket. Content
+// slots are pinned for those who read them, so whoever reads slowly holds nobody up.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "page/range.h"
+#include "stage/slab.h"
+#include "stage/stage.h"
+#include "wire/frame.h"
+
+namespace memferry {
+
+class Image {
+ public:
+  static constexpr std::size_t kMostRegions = 64;
+  static constexpr std::uint64_t kEntriesAtOnce = 1024;
+
+  // A run of pages as they are here, in order. Pins the content until it is cleared.
+  class Reading {
+   public:
+    enum class Kind { kContent, kZero, kAbsent };
+    struct Piece {
+      Kind kind;
+      PageRun run;
+    };
+    explicit Reading(std::shared_ptr<Slab> slab) : slab_(std::move(slab)) {}
+    ~Reading() { clear(); }
+    Reading(const Reading&) = delete;
+    Reading& operator=(const Reading&) = delete;
+    void clear();
+    [[nodiscard]] std::span<const Piece> pieces() const { return pieces_; }
+    // One of each a page of content, in order.
+    [[nodiscard]] std::span<const Slab::Slot> slots() const { return slots_; }
+    [[nodiscard]] std::span<const std::uint64_t> hashes() const { return hashes_; }
+
+   private:
+    friend class Image;
+    std::shared_ptr<Slab> slab_;
+    std::vector<Piece> pieces_;
+    std::vector<Slab::Slot> slots_;
+    std::vector<std::uint64_t> hashes_;
+  };
+
+  // Pages that the map knows the same of.
+  struct MapRun {
+    std::uint32_t region = 0;
+    PageRun run;
+    wire::Holders holders;
+    bool zero = false;
+    bool final = false;                 // told after the guest had left its source
+    std::vector<std::uint64_t> hashes;  // one a page; none for zeros and for pages that the destination holds
+  };
+  struct Cursor {
+    std::uint32_t region = 0;
+    std::uint64_t page = 0;
+  };
+
+  // nullptr when the index finds no room; throws std::invalid_argument when a bound is exceeded.
+  static std::shared_ptr<Image> create(std::shared_ptr<Slab> slab, const ImageConfig& config);
+  ~Image() { drop(); }
+  Image(const Image&) = delete;
+  Image& operator=(const Image&) = delete;
+
+  [[nodiscard]] const ImageId& id() const { return id_; }
+  [[nodiscard]] std::uint8_t ordinal() const { return ordinal_; }
+  [[nodiscard]] const std::shared_ptr<Slab>& slab() const { return slab_; }
+  [[nodiscard]] bool inside(std::uint32_t region, std::uint64_t first_page, std::uint64_t page_count) const;
+
+  // All of these replace what was known of the pages; a run must lie inside its region.
+  // Takes over one count of each slot.
+  void store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
+             std::span<const std::uint64_t> hashes, wire::Holders holders);
+  void store_zeros(std::uint32_t region, PageRun run, wire::Holders holders);
+  // What was known is out of date, and what is newer is not here.
+  void forget(std::uint32_t region, PageRun run);
+  // What the source says. Content stays only where this server is among the holders and it is the content meant.
+  // `final`: it is what the guest left its source with; nothing will be said of these pages that is newer.
+  void apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
+                 std::span<const std::uint64_t> hashes);
+
+  void read(std::uint32_t region, PageRun run, Reading& into);
+  // The next maximal run at or after the cursor, which then stands behind it; content in at most `most_content`
+  // pages. False at the end.
+  bool next_map_run(Cursor& cursor, std::uint64_t most_content, MapRun& into);
+  [[nodiscard]] bool whole(std::span<const std::uint64_t> region_pages);
+
+  // False when there is no room for it beside the former one, which then stays.
+  bool put_state(std::span<const std::byte> bytes);
+  [[nodiscard]] std::optional<std::vector<std::byte>> state() const;
+  void seal() { sealed_ = true; }
+  [[nodiscard]] bool sealed() const { return sealed_; }
+
+  [[nodiscard]] ImageStats stats() const;
+  std::atomic<std::uint64_t> bytes_in{0};
+  std::atomic<std::uint64_t> bytes_out{0};
+
+  // Gives all memory back to the system, index included. Nobody may use the image any more but for stats().
+  void drop();
+
+ private:
+  struct Entry;
+  // An execution state; whoever copies it out keeps it alive.
+  struct State {
+    explicit State(std::shared_ptr<Slab> slab_in) : slab(std::move(slab_in)) {}
+    ~State() { slab->drop(slots); }
+    State(const State&) = delete;
+    State& operator=(const State&) = delete;
+    std::shared_ptr<Slab> slab;
+    std::vector<Slab::Slot> slots;
+    std::size_t bytes = 0;
+  };
+
+  Image(std::shared_ptr<Slab> slab, const ImageConfig& config);
+  // With the mutex held:
+  [[nodiscard]] Entry& entry(std::uint32_t region, std::uint64_t page) const;
+  // Changes the entry and the counts. True when `freed` is a slot that the image has let go of.
+  bool set(Entry& entry, const Entry& to, Slab::Slot& freed);
+
+  // to_of(position in the run, entry) gives what each becomes.
+  template <typename Change>
+  void change(std::uint32_t region, PageRun run, const Change& to_of);
+
+  const ImageId id_;
+  const std::uint8_t ordinal_;
+  const std::shared_ptr<Slab> slab_;
+  const std::uint64_t entries_a_slot_;
+  std::atomic<bool> sealed_{false};
+
+  const std::vector<std::uint64_t> region_pages_;
+
+  mutable std::mutex mutex_;                    // guards what follows and every entry
+  std::vector<std::vector<Slab::Slot>> index_;  // by region; empty after drop()
+  std::uint64_t held_ = 0;
+  std::uint64_t zero_ = 0;
+  std::uint64_t known_ = 0;
+  std::shared_ptr<const State> state_;
+};
+
+}  // namespace memferry

@@ -1,0 +1,157 @@
+#include "stage/slab.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace memferry {
+namespace {
+
+// Given back in one go: a system call for each stretch of them, with the mutex held at worst.
+constexpr std::size_t kBatch = 512;
+
+}  // namespace
+
+Slab::Slab(std::uint64_t bytes, std::uint64_t slot_bytes)
+    : slot_bytes_(slot_bytes),
+      slots_(bytes / slot_bytes),
+      // Not reserved: memory is there once it is written, as far as the system has it then.
+      mapping_(Mapping::anonymous(std::max<std::uint64_t>(slots_, 1) * slot_bytes, PROT_READ | PROT_WRITE,
+                                  MAP_NORESERVE)) {
+  if (slots_ == 0 || slots_ > kMostSlots) throw std::invalid_argument("a slab of so many slots");
+  // Receiving into fresh memory was two to four times as fast with huge pages, giving it back three times; where the
+  // system has none it is as before. A part of one that is given back counts as ours no longer, and is the system's
+  // once it needs it.
+  (void)::madvise(mapping_.data(), mapping_.size(), MADV_HUGEPAGE);
+  counts_ = std::make_unique<std::atomic<std::uint16_t>[]>(static_cast<std::size_t>(slots_));
+  next_ = std::make_unique_for_overwrite<Slot[]>(static_cast<std::size_t>(slots_));
+}
+
+void Slab::push(Stack& stack, Slot slot) {
+  next_[slot] = stack.top;
+  stack.top = slot;
+  ++stack.size;
+}
+
+Slab::Slot Slab::pop(Stack& stack) {
+  const Slot slot = stack.top;
+  stack.top = next_[slot];
+  --stack.size;
+  return slot;
+}
+
+void Slab::give_out(Slot slot, std::vector<Slot>& slots) {
+  counts_[slot].store(1, std::memory_order_relaxed);
+  slots.push_back(slot);
+}
+
+std::uint64_t Slab::take(std::uint64_t wanted, std::vector<Slot>& slots) {
+  const std::lock_guard lock(mutex_);
+  const std::uint64_t free = warm_.size + cold_.size + (slots_ - never_used_);
+  const std::uint64_t taken = std::min(wanted, free);
+  slots.reserve(slots.size() + static_cast<std::size_t>(taken));  // may throw, with nothing taken yet
+  for (std::uint64_t i = 0; i < taken; ++i) {
+    if (warm_.size > 0) {
+      give_out(pop(warm_), slots);
+    } else if (cold_.size > 0) {
+      give_out(pop(cold_), slots);
+    } else {
+      give_out(static_cast<Slot>(never_used_++), slots);
+    }
+  }
+  return taken;
+}
+
+bool Slab::take_all(std::uint64_t wanted, std::vector<Slot>& slots) {
+  if (wanted > slots_) return false;
+  const std::size_t before = slots.size();
+  if (take(wanted, slots) == wanted) return true;
+  release(std::span(slots).subspan(before));
+  slots.resize(before);
+  return false;
+}
+
+bool Slab::take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
+  const std::size_t before = slots.size();
+  std::size_t warm_from = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (wanted > warm_.size + cold_.size + (slots_ - never_used_)) return false;
+    slots.reserve(before + static_cast<std::size_t>(wanted));
+    std::uint64_t left = wanted;
+    for (; left > 0 && cold_.size > 0; --left) give_out(pop(cold_), slots);
+    for (; left > 0 && never_used_ < slots_; --left) give_out(static_cast<Slot>(never_used_++), slots);
+    warm_from = slots.size();
+    for (; left > 0; --left) give_out(pop(warm_), slots);
+  }
+  give_back(std::span(slots).subspan(warm_from));
+  return true;
+}
+
+void Slab::pin(Slot slot) {
+  // From 0 the slot would be somebody else's already; as many connections as this there never are.
+  const std::uint16_t before = counts_[slot].fetch_add(1, std::memory_order_relaxed);
+  if (before == 0 || before == UINT16_MAX) std::abort();
+}
+
+void Slab::release(std::span<const Slot> slots) {
+  if (slots.empty()) return;
+  const std::lock_guard lock(mutex_);
+  // From the back: the first of them is taken first, so neighbours stay neighbours.
+  for (std::size_t i = slots.size(); i > 0; --i) {
+    const Slot slot = slots[i - 1];
+    const std::uint16_t before = counts_[slot].fetch_sub(1, std::memory_order_acq_rel);
+    if (before == 0) std::abort();
+    if (before == 1) push(warm_, slot);
+  }
+}
+
+void Slab::drop(std::span<const Slot> slots) {
+  std::array<Slot, kBatch> batch;
+  while (!slots.empty()) {
+    std::size_t count = 0;
+    std::size_t seen = 0;
+    for (; seen < slots.size() && count < batch.size(); ++seen) {
+      const std::uint16_t before = counts_[slots[seen]].fetch_sub(1, std::memory_order_acq_rel);
+      if (before == 0) std::abort();
+      if (before == 1) batch[count++] = slots[seen];
+    }
+    slots = slots.subspan(seen);
+    // Before anyone can take them again.
+    give_back(std::span(batch).first(count));
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = count; i > 0; --i) push(cold_, batch[i - 1]);
+  }
+}
+
+void Slab::give_back_free() {
+  std::array<Slot, kBatch> batch;
+  for (;;) {
+    // Held meanwhile: slots that are in nobody's hands must not look as if the slab were full.
+    const std::lock_guard lock(mutex_);
+    std::size_t count = 0;
+    while (count < batch.size() && warm_.size > 0) batch[count++] = pop(warm_);
+    if (count == 0) return;
+    give_back(std::span(batch).first(count));
+    for (std::size_t i = count; i > 0; --i) push(cold_, batch[i - 1]);
+  }
+}
+
+void Slab::give_back(std::span<Slot> slots) {
+  std::sort(slots.begin(), slots.end());
+  for (std::size_t from = 0; from < slots.size();) {
+    std::size_t end = from + 1;
+    while (end < slots.size() && slots[end] == slots[end - 1] + 1) ++end;
+    // On memory of our own, not locked and in whole pages, this cannot fail; slots are taken for zeros after it.
+    if (::madvise(data(slots[from]), (end - from) * slot_bytes_, MADV_DONTNEED) != 0) std::abort();
+    from = end;
+  }
+}
+
+std::uint64_t Slab::free_slots() const {
+  const std::lock_guard lock(mutex_);
+  return warm_.size + cold_.size + (slots_ - never_used_);
+}
+
+}  // namespace memferry

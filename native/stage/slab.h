@@ -1,0 +1,80 @@
+// The memory of a VMD server, in slots of one page: pages of guests, blocks of their index, execution states. One
+// mapping of the size it was given, so that it can never grow beyond it.
+//
+// A slot is counted: its owner has one count, everyone who is sending from it another. Whoever takes the last one
+// away frees it. Free slots are *warm* (there is memory behind them, with what was written last) or *cold* (none;
+// they read as zeros). Warm ones are given out first, because touching fresh memory costs more than the copy.
+//
+// Beside the mapping a slab takes kTableBytes a slot, and nothing more however it is used.
+//
+// Threads: any. Taking and releasing hold a mutex for a few instructions a slot, giving back for a system call.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "os/mapping.h"
+
+namespace memferry {
+
+class Slab {
+ public:
+  using Slot = std::uint32_t;
+  static constexpr std::uint64_t kMostSlots = 1ULL << 31;
+  static constexpr std::uint64_t kTableBytes = sizeof(std::uint16_t) + sizeof(Slot);
+
+  // Throws SystemError (mmap), std::invalid_argument (no slot, or more than kMostSlots).
+  Slab(std::uint64_t bytes, std::uint64_t slot_bytes);
+
+  // As many slots as there are, at most `wanted`, counted once; ascending where possible. Their content is what it
+  // was, or zeros. Appended to `slots`.
+  std::uint64_t take(std::uint64_t wanted, std::vector<Slot>& slots);
+  // All of them or none.
+  bool take_all(std::uint64_t wanted, std::vector<Slot>& slots);
+  // The same; they read as zeros, and their memory is not touched until somebody does.
+  bool take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots);
+  void pin(Slot slot);
+  // Takes one count of each away.
+  void release(std::span<const Slot> slots);
+  // The same, and memory whose last count went away goes back to the system: for whole images.
+  void drop(std::span<const Slot> slots);
+  // Gives the memory behind all free slots back to the system.
+  void give_back_free();
+
+  [[nodiscard]] std::byte* data(Slot slot) const {
+    return mapping_.data() + std::uint64_t{slot} * slot_bytes_;
+  }
+  [[nodiscard]] std::uint64_t slot_bytes() const { return slot_bytes_; }
+  [[nodiscard]] std::uint64_t slots() const { return slots_; }
+  [[nodiscard]] std::uint64_t free_slots() const;
+  [[nodiscard]] const std::byte* start() const { return mapping_.data(); }
+
+ private:
+  // A stack of free slots, linked through next_.
+  struct Stack {
+    Slot top = 0;
+    std::uint64_t size = 0;
+  };
+  void push(Stack& stack, Slot slot);
+  [[nodiscard]] Slot pop(Stack& stack);
+  void give_out(Slot slot, std::vector<Slot>& slots);
+  // Sorts; the memory behind them must be nobody's.
+  void give_back(std::span<Slot> slots);
+
+  const std::uint64_t slot_bytes_;
+  const std::uint64_t slots_;
+  Mapping mapping_;
+  std::unique_ptr<std::atomic<std::uint16_t>[]> counts_;
+  mutable std::mutex mutex_;  // guards what follows
+  std::unique_ptr<Slot[]> next_;
+  Stack warm_;
+  Stack cold_;
+  std::uint64_t never_used_ = 0;  // slots from here on were never taken: cold as well
+};
+
+}  // namespace memferry

@@ -1,0 +1,288 @@
+// Images and sessions of a server, and who may connect to them.
+#include "stage/stage.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "os/mapping.h"
+#include "stage/stage_impl.h"
+#include "wire/hello.h"
+
+namespace memferry {
+namespace {
+
+// Of memory_bytes: stacks of threads and what connections read into.
+constexpr std::uint64_t kMostReserve = 8ULL << 20;
+// Of a slot: the slab's own tables, and its number in the list of those that an image's index lies in.
+constexpr std::uint64_t kSlotTables = Slab::kTableBytes + sizeof(Slab::Slot);
+// Compared with where there is nothing to compare with, so that the time does not say so.
+constexpr wire::Token kNoToken{};
+
+std::uint64_t slab_bytes(std::uint64_t memory_bytes) {
+  const std::uint64_t page = system_page_size();
+  const std::uint64_t usable = memory_bytes - std::min(kMostReserve, memory_bytes / 4);
+  return std::min(usable / (page + kSlotTables), Slab::kMostSlots) * page;
+}
+
+using Connections = std::vector<std::shared_ptr<StageConnection>>;
+
+// All at once, and then each: they end side by side.
+void end_all(const Connections& connections) {
+  for (const auto& connection : connections) connection->interrupt();
+  for (const auto& connection : connections) connection->join();
+}
+
+}  // namespace
+
+StageCommon::StageCommon(const StageConfig& config)
+    : slab(std::make_shared<Slab>(slab_bytes(config.memory_bytes), system_page_size())),
+      in(config.bandwidth),
+      out(config.bandwidth) {}
+
+struct Stage::Impl {
+  struct Role {
+    std::vector<wire::Token> tokens;  // by attempt; empty: may not connect
+    std::uint32_t next_attempt = 0;   // those before it are used up
+    std::weak_ptr<StageConnection> connection;
+  };
+  struct Session {
+    std::array<Role, wire::kStageRoles> roles;
+  };
+  struct Held {
+    std::shared_ptr<Image> image;
+    std::shared_ptr<ChainTargets> chains;
+    std::map<std::uint16_t, Session> sessions;
+    Connections connections;
+  };
+
+  explicit Impl(StageConfig config_in)
+      : config(config_in), common(std::make_shared<StageCommon>(config_in)) {}
+
+  [[nodiscard]] std::shared_ptr<Image> find(const ImageId& id) const {
+    const std::lock_guard lock(mutex);
+    const auto found = images.find(id);
+    return found == images.end() ? nullptr : found->second.image;
+  }
+  wire::HelloStatus attach(const wire::Hello& hello, UniqueFd& fd);
+  // Connections whose threads have ended; with the mutex held. Joining them does not wait.
+  static void take_ended(Held& held, Connections& into);
+  void close();
+
+  const StageConfig config;
+  const std::shared_ptr<StageCommon> common;
+  mutable std::mutex mutex;  // guards the two below; not held while a thread is waited for
+  std::map<ImageId, Held> images;
+  bool closed = false;
+};
+
+void Stage::Impl::take_ended(Held& held, Connections& into) {
+  const auto ended = std::stable_partition(held.connections.begin(), held.connections.end(),
+                                           [](const auto& connection) { return !connection->ended(); });
+  into.insert(into.end(), std::make_move_iterator(ended), std::make_move_iterator(held.connections.end()));
+  held.connections.erase(ended, held.connections.end());
+}
+
+wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
+  if (hello.preface != wire::kStagePreface || hello.version != wire::kVersion) {
+    return wire::HelloStatus::kRefused;
+  }
+  const auto session_number = static_cast<std::uint16_t>(hello.epoch >> 16U);
+  const std::uint32_t attempt = hello.epoch & 0xffffU;
+
+  Connections ended;  // destroyed after the lock is let go
+  const std::lock_guard lock(mutex);
+  if (closed) return wire::HelloStatus::kRefused;
+  const auto found = images.find(hello.migration);
+  if (found == images.end()) return wire::HelloStatus::kLost;
+  Held& held = found->second;
+  take_ended(held, ended);
+
+  const auto session = held.sessions.find(session_number);
+  Role* role = session != held.sessions.end() && hello.channel < wire::kStageRoles
+                   ? &session->second.roles[hello.channel]
+                   : nullptr;
+  const bool exists = role != nullptr && attempt < role->tokens.size();
+  const bool right = wire::equal_tokens(hello.token, exists ? role->tokens[attempt] : kNoToken);
+  if (!exists || !right || attempt < role->next_attempt) return wire::HelloStatus::kRefused;
+
+  std::shared_ptr<StageConnection> former = role->connection.lock();
+  const std::size_t replaced = former && !former->ended() ? 1 : 0;
+  if (held.connections.size() >= kMostConnectionsAnImage + replaced ||
+      common->connections >= kMostConnections + replaced) {
+    return wire::HelloStatus::kRefused;
+  }
+  role->next_attempt = attempt + 1;
+  if (!wire::accept_connection(fd.get())) return wire::HelloStatus::kRefused;
+  if (former) former->interrupt();
+  try {
+    StageConnection::Place place{common, held.image, held.chains, session_number,
+                                 static_cast<wire::StageRole>(hello.channel)};
+    auto connection = StageConnection::start(std::move(place), std::move(fd), std::move(former));
+    role->connection = connection;
+    held.connections.push_back(std::move(connection));
+  } catch (const std::exception&) {
+    fd.reset();  // no thread for it: it has been answered, so it is cut
+  }
+  return wire::HelloStatus::kAccepted;
+}
+
+void Stage::Impl::close() {
+  std::map<ImageId, Held> gone;
+  {
+    const std::lock_guard lock(mutex);
+    closed = true;
+    gone.swap(images);
+  }
+  Connections connections;
+  for (const auto& [id, held] : gone) {
+    connections.insert(connections.end(), held.connections.begin(), held.connections.end());
+  }
+  end_all(connections);
+  for (const auto& [id, held] : gone) held.image->drop();
+}
+
+Stage::Stage() = default;
+
+Stage::~Stage() { close(); }
+
+std::shared_ptr<Stage> Stage::create(StageConfig config) {
+  if (config.memory_bytes < kLeastMemory) {
+    throw std::invalid_argument("a stage of " + std::to_string(config.memory_bytes) +
+                                " bytes, the least is " + std::to_string(kLeastMemory));
+  }
+  auto stage = std::shared_ptr<Stage>(new Stage());
+  stage->impl_ = std::make_unique<Impl>(config);
+  return stage;
+}
+
+bool Stage::create_image(const ImageConfig& config) {
+  const std::lock_guard lock(impl_->mutex);
+  if (impl_->closed) throw std::logic_error("the stage is closed");
+  if (impl_->images.contains(config.id))
+    throw std::invalid_argument("an image with this id is there already");
+  if (impl_->images.size() >= kMostImages) throw std::invalid_argument("too many images");
+  auto image = Image::create(impl_->common->slab, config);
+  if (!image) return false;
+  impl_->images.emplace(config.id, Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}});
+  return true;
+}
+
+bool Stage::add_session(const ImageId& image, std::uint16_t session, unsigned roles,
+                        std::vector<wire::Token> tokens) {
+  if (roles == 0 || roles >= (1U << wire::kStageRoles)) throw std::invalid_argument("roles of a session");
+  const std::size_t attempts = tokens.size() / wire::kStageRoles;
+  if (attempts == 0 || attempts > kMostAttempts || tokens.size() % wire::kStageRoles != 0) {
+    throw std::invalid_argument("tokens of a session: " + std::to_string(tokens.size()));
+  }
+  Impl::Session made;
+  for (std::size_t role = 0; role < wire::kStageRoles; ++role) {
+    if ((roles >> role & 1U) == 0) continue;
+    made.roles[role].tokens.reserve(attempts);
+    for (std::size_t attempt = 0; attempt < attempts; ++attempt) {
+      made.roles[role].tokens.push_back(tokens[attempt * wire::kStageRoles + role]);
+    }
+  }
+  const std::lock_guard lock(impl_->mutex);
+  const auto found = impl_->images.find(image);
+  if (found == impl_->images.end()) return false;
+  auto& sessions = found->second.sessions;
+  if (sessions.contains(session)) {
+    throw std::invalid_argument("session " + std::to_string(session) + " is there already");
+  }
+  if (sessions.size() >= kMostSessions) throw std::invalid_argument("too many sessions of one image");
+  sessions.emplace(session, std::move(made));
+  return true;
+}
+
+bool Stage::remove_session(const ImageId& image, std::uint16_t session) {
+  Connections gone;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    const auto found = impl_->images.find(image);
+    if (found == impl_->images.end()) return false;
+    found->second.sessions.erase(session);
+    for (const auto& connection : found->second.connections) {
+      if (connection->place().session == session) gone.push_back(connection);
+    }
+  }
+  end_all(gone);
+  return true;
+}
+
+bool Stage::set_chain(const ImageId& image, std::uint8_t ordinal, const std::string& host, std::uint16_t port,
+                      std::vector<wire::Token> tokens) {
+  if (ordinal >= wire::Holders::kMostServers) throw std::invalid_argument("a server's ordinal");
+  if (tokens.empty() || tokens.size() > kMostAttempts) throw std::invalid_argument("tokens of a chain");
+  std::shared_ptr<ChainTargets> chains;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    const auto found = impl_->images.find(image);
+    if (found == impl_->images.end()) return false;
+    chains = found->second.chains;
+  }
+  chains->set(ordinal, host, port, std::move(tokens));
+  return true;
+}
+
+bool Stage::put_state(const ImageId& image, std::span<const std::byte> state) {
+  const auto found = impl_->find(image);
+  return found && found->put_state(state);
+}
+
+std::optional<std::vector<std::byte>> Stage::state(const ImageId& image) const {
+  const auto found = impl_->find(image);
+  return found ? found->state() : std::nullopt;
+}
+
+bool Stage::seal(const ImageId& image) {
+  const auto found = impl_->find(image);
+  if (found) found->seal();
+  return found != nullptr;
+}
+
+bool Stage::drop(const ImageId& image) {
+  std::map<ImageId, Impl::Held>::node_type gone;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    gone = impl_->images.extract(image);
+  }
+  if (gone.empty()) return false;
+  end_all(gone.mapped().connections);
+  gone.mapped().image->drop();
+  return true;
+}
+
+std::optional<ImageStats> Stage::image(const ImageId& image) const {
+  const auto found = impl_->find(image);
+  return found ? std::optional(found->stats()) : std::nullopt;
+}
+
+std::optional<bool> Stage::whole(const ImageId& image, std::span<const std::uint64_t> region_pages) const {
+  const auto found = impl_->find(image);
+  return found ? std::optional(found->whole(region_pages)) : std::nullopt;
+}
+
+StageStats Stage::stats() const {
+  const Slab& slab = *impl_->common->slab;
+  StageStats stats;
+  stats.memory_bytes = impl_->config.memory_bytes;
+  stats.slab_bytes = slab.slots() * slab.slot_bytes();
+  stats.free_bytes = slab.free_slots() * slab.slot_bytes();
+  stats.connections = impl_->common->connections;
+  stats.bytes_in = impl_->common->bytes_in.load(std::memory_order_relaxed);
+  stats.bytes_out = impl_->common->bytes_out.load(std::memory_order_relaxed);
+  Connections ended;  // whoever asks regularly keeps the stacks of ended threads from lying about
+  const std::lock_guard lock(impl_->mutex);
+  stats.images = impl_->images.size();
+  for (auto& [id, held] : impl_->images) Impl::take_ended(held, ended);
+  return stats;
+}
+
+wire::HelloStatus Stage::attach(const wire::Hello& hello, UniqueFd& fd) { return impl_->attach(hello, fd); }
+
+void Stage::close() {
+  if (impl_) impl_->close();
+}
+
+}  // namespace memferry

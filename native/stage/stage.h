@@ -1,0 +1,114 @@
+// A VMD server's memory and data path: images (the memory of guests on their way or parked) in one slab, written by
+// sources, passed on to replicas, read by destinations. Index server and content server in one. Who may create, open
+// or drop an image is decided in TypeScript over control connections; here a connection shows a token.
+//
+// Memory: everything that grows with what is held (pages, their index, execution states) lies in the slab; so the cap
+// holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections
+// and what they read into, and 10 bytes a slot for tables (its count, its place among the free ones, its place in the
+// list of the image that it indexes).
+//
+// Bounds: kMostImages images, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
+// kMostConnections in all.
+//
+// Threads: one a connection, each blocking in its socket, and one for each server that a connection passes replicas on
+// to; calls from any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "os/unique_fd.h"
+#include "wire/frame.h"
+
+namespace memferry {
+
+using ImageId = wire::MigrationId;
+
+struct StageConfig {
+  std::uint64_t memory_bytes = 0;
+  std::uint64_t bandwidth = 0;  // bytes/s in each direction over all images; 0: no limit
+};
+
+struct ImageConfig {
+  ImageId id{};
+  std::vector<std::uint64_t> region_pages;  // capacities: what the index is made for
+  std::uint8_t ordinal = 0;                 // of this server in the image's list
+};
+
+struct ImageStats {
+  std::uint64_t pages_held = 0;   // with content, here
+  std::uint64_t pages_zero = 0;   // known to be zeros
+  std::uint64_t pages_known = 0;  // in the map, wherever they are
+  std::uint64_t bytes = 0;        // of the slab: content, index and execution state
+  std::uint64_t bytes_in = 0;     // on the wire, headers included
+  std::uint64_t bytes_out = 0;
+  bool sealed = false;
+};
+
+struct StageStats {
+  std::uint64_t memory_bytes = 0;  // the cap
+  std::uint64_t slab_bytes = 0;    // what of it can hold pages and index
+  std::uint64_t free_bytes = 0;
+  std::uint64_t images = 0;
+  std::uint64_t connections = 0;
+  std::uint64_t bytes_in = 0;
+  std::uint64_t bytes_out = 0;
+};
+
+class Stage {
+ public:
+  static constexpr std::uint64_t kLeastMemory = 16ULL << 20;
+  static constexpr std::size_t kMostImages = 1024;
+  static constexpr std::size_t kMostSessions = 512;
+  static constexpr std::size_t kMostAttempts = 64;  // of a session's role: connections one after the other
+  static constexpr std::size_t kMostConnectionsAnImage = 16;
+  static constexpr std::size_t kMostConnections = 1024;
+
+  // Throws std::invalid_argument (memory below kLeastMemory), SystemError (mmap).
+  static std::shared_ptr<Stage> create(StageConfig config);
+  ~Stage();  // close()
+
+  // Each false or nullopt when there is no such image; create_image false when the index finds no room, throws
+  // std::invalid_argument when the id is taken or a bound exceeded. The others throw it too for what cannot be meant
+  // (a session that is there already, tokens that are no table, roles or ordinals out of range). After close() there
+  // is no image, and none can be made (std::logic_error).
+  bool create_image(const ImageConfig& config);
+  // Tokens of a session: [attempt * kStageRoles + role]; `roles` has a bit for each role that may connect.
+  bool add_session(const ImageId& image, std::uint16_t session, unsigned roles,
+                   std::vector<wire::Token> tokens);
+  // Ends its connections too.
+  bool remove_session(const ImageId& image, std::uint16_t session);
+  // Where the server with this ordinal is, and this server's tokens for it, by attempt.
+  bool set_chain(const ImageId& image, std::uint8_t ordinal, const std::string& host, std::uint16_t port,
+                 std::vector<wire::Token> tokens);
+  // An opaque state beside the pages; replaces the former one. False as well when there is no room for it beside the
+  // former one, which then stays. state() is nullopt as well when there is none.
+  bool put_state(const ImageId& image, std::span<const std::byte> state);
+  [[nodiscard]] std::optional<std::vector<std::byte>> state(const ImageId& image) const;
+  bool seal(const ImageId& image);
+  // Ends its connections and gives its memory back to the system; when it returns, that has happened.
+  bool drop(const ImageId& image);
+
+  [[nodiscard]] std::optional<ImageStats> image(const ImageId& image) const;
+  // Whether every page of [0, pages of each region) is held by some server or zero, as the map has it.
+  [[nodiscard]] std::optional<bool> whole(const ImageId& image,
+                                          std::span<const std::uint64_t> region_pages) const;
+  [[nodiscard]] StageStats stats() const;
+
+  // For the listener: kAccepted takes the descriptor (and has answered it); otherwise the listener answers. A token is
+  // good for one connection, and so are those of earlier attempts. Never blocks.
+  [[nodiscard]] wire::HelloStatus attach(const wire::Hello& hello, UniqueFd& fd);
+  void close();  // may be called twice
+
+ private:
+  Stage();
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace memferry

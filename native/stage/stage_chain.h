@@ -1,0 +1,137 @@
+// Replicas: what a scatter connection passes on to other servers, and when its source may be told that everything is
+// held twice.
+//
+// A scatter connection has one connection of its own to each server that holds replicas of its pages, dialled when
+// the first such page comes. Frames and barriers go down it in order. Answers (ScatterAnswers) go up to the source
+// whole and in order: a barrier's when all the connections that were there at the time have answered it.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "os/worker_thread.h"
+#include "stage/image.h"
+#include "wire/frame.h"
+#include "wire/socket.h"
+#include "wire/stream.h"
+
+namespace memferry {
+
+// Where the other servers of an image are. Threads: any.
+class ChainTargets {
+ public:
+  struct Target {
+    wire::SocketAddress address;
+    std::uint32_t attempt = 0;
+    wire::Token token{};
+  };
+  // Throws std::invalid_argument (address). Attempts count on when a server is set anew: they only ever go up.
+  void set(std::uint8_t ordinal, const std::string& host, std::uint16_t port,
+           std::vector<wire::Token> tokens);
+  // For one dial. nullopt when nobody has said where it is, or when its tokens are used up.
+  std::optional<Target> next(std::uint8_t ordinal);
+
+ private:
+  struct Known {
+    wire::SocketAddress address;
+    std::vector<wire::Token> tokens;
+    std::uint32_t next_attempt = 0;
+  };
+  std::mutex mutex_;  // guards known_
+  std::map<std::uint8_t, Known> known_;
+};
+
+// What goes up to whoever writes pages. Threads: any; a frame is written with the mutex held, so that frames stay
+// whole and barriers are answered in their order.
+class ScatterAnswers {
+ public:
+  // A source waits for a few barriers at a time.
+  static constexpr std::size_t kMostBarriers = 256;
+  using Send = std::function<bool(const wire::FrameHeader&)>;
+  explicit ScatterAnswers(Send send) : send_(std::move(send)) {}
+
+  // All give false when the connection is over.
+  // `ordinal`: of the server that has not stored them.
+  bool refused(std::uint32_t region, PageRun run, std::uint8_t ordinal, bool torn);
+  // Everything before it is here; `waiting` are the servers that have yet to say so.
+  bool barrier(std::uint64_t tag, std::vector<std::uint8_t> waiting);
+  // False as well when that server was not asked this.
+  bool chain_acknowledged(std::uint8_t ordinal, std::uint64_t tag);
+  // Whether that server owes an answer to a barrier of before `since`.
+  [[nodiscard]] bool owed_since(std::uint8_t ordinal, std::chrono::steady_clock::time_point since);
+  // Nothing goes up after it.
+  void chain_broken(std::uint8_t ordinal);
+
+ private:
+  struct Barrier {
+    std::uint64_t tag;
+    std::vector<std::uint8_t> waiting;
+    std::chrono::steady_clock::time_point asked;
+  };
+  bool send_locked(wire::FrameHeader header);
+  bool answer_barriers_locked();
+
+  const Send send_;
+  std::mutex mutex_;  // guards the two below, and keeps frames whole
+  std::deque<Barrier> barriers_;
+  bool over_ = false;
+};
+
+// The connections to other servers of one scatter connection. Threads: interrupt() any; the rest the one that serves
+// the scatter connection.
+class ReplicaChains {
+ public:
+  static constexpr std::size_t kMostChains = 32;
+  // Both well below what a source waits for the first of the two servers.
+  static constexpr std::chrono::milliseconds kDialTimeout{1000};
+  static constexpr std::chrono::milliseconds kChainPatience{1500};
+
+  // `self`: the serving thread, whose stop cancels a dial. `on_broken` ends the scatter connection, from any thread.
+  ReplicaChains(std::shared_ptr<Image> image, std::shared_ptr<ChainTargets> targets, ScatterAnswers& answers,
+                WorkerThread& self, std::function<void()> on_broken);
+  ~ReplicaChains() { close(); }
+  ReplicaChains(const ReplicaChains&) = delete;
+  ReplicaChains& operator=(const ReplicaChains&) = delete;
+
+  // False when the chain is broken: the source has been told. Dials when there is no connection yet.
+  bool forward(std::uint8_t ordinal, std::span<iovec> buffers);
+  // Asks every server that has been sent anything, and answers once they all have.
+  bool barrier(const wire::FrameHeader& header);
+  void goodbye();
+  void interrupt();
+  // Joins the threads that read answers.
+  void close();
+
+ private:
+  struct Link {
+    explicit Link(std::unique_ptr<wire::Stream> stream_in) : stream(std::move(stream_in)) {}
+    std::unique_ptr<wire::Stream> stream;
+    WorkerThread answers;
+  };
+  Link* link(std::uint8_t ordinal);
+  std::unique_ptr<wire::Stream> dial(std::uint8_t ordinal);
+  void read_answers(std::uint8_t ordinal, wire::Stream& stream);
+  bool answered(std::uint8_t ordinal, const wire::FrameHeader& header);
+  bool broken(std::uint8_t ordinal);
+
+  const std::shared_ptr<Image> image_;
+  const std::shared_ptr<ChainTargets> targets_;
+  ScatterAnswers& answers_;
+  WorkerThread& self_;
+  const std::function<void()> on_broken_;
+  std::atomic<bool> closing_{false};
+  std::mutex mutex_;  // guards links_ against interrupt(); only the serving thread changes it
+  std::map<std::uint8_t, std::unique_ptr<Link>> links_;
+};
+
+}  // namespace memferry

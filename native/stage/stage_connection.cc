@@ -1,0 +1,130 @@
+#include "stage/stage_connection.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+namespace memferry {
+
+StageConnection::StageConnection(Place place, UniqueFd fd)
+    : place_(std::move(place)),
+      page_size_(place_.common->slab->slot_bytes()),
+      stream_(std::make_unique<wire::PlainStream>(std::move(fd))) {
+  const bool writer = place_.role == wire::StageRole::kScatter || place_.role == wire::StageRole::kChain;
+  // A writer's payloads go straight to where they belong.
+  if (!writer) buffer_.resize(kBufferBytes);
+}
+
+StageConnection::~StageConnection() { join(); }
+
+std::shared_ptr<StageConnection> StageConnection::start(Place place, UniqueFd fd,
+                                                        std::shared_ptr<StageConnection> predecessor) {
+  const bool writer = place.role == wire::StageRole::kScatter || place.role == wire::StageRole::kChain;
+  std::shared_ptr<StageConnection> made;
+  if (writer) {
+    made = std::make_shared<WritingConnection>(std::move(place), std::move(fd));
+  } else {
+    made = std::make_shared<ReadingConnection>(std::move(place), std::move(fd));
+  }
+  made->predecessor_ = std::move(predecessor);
+  made->place_.common->connections.fetch_add(1);
+  try {
+    made->thread_.start(writer ? "mf-stage-write" : "mf-stage-read",
+                        [self = made.get()](WorkerThread&) { self->run(); });
+  } catch (...) {
+    made->place_.common->connections.fetch_sub(1);
+    throw;
+  }
+  return made;
+}
+
+void StageConnection::run() {
+  if (predecessor_) {
+    predecessor_->interrupt();
+    predecessor_->join();
+    predecessor_.reset();
+  }
+  try {
+    if (!thread_.stopping()) serve();
+  } catch (const std::exception&) {
+    // No memory, or no thread for a chain: the peer sees a cut, as it would of a server that has gone.
+  }
+  interrupt_more();
+  {
+    const std::lock_guard lock(stream_mutex_);
+    stream_->shutdown();
+    stream_.reset();
+  }
+  place_.common->connections.fetch_sub(1);
+  ended_ = true;
+}
+
+void StageConnection::interrupt() {
+  // First: whoever is about to wait for something looks at it after having said what for.
+  thread_.request_stop();
+  {
+    const std::lock_guard lock(stream_mutex_);
+    if (stream_) stream_->shutdown();
+  }
+  interrupt_more();
+}
+
+void StageConnection::join() {
+  const std::lock_guard lock(join_mutex_);
+  thread_.stop();
+}
+
+bool StageConnection::read(std::span<std::byte> into) {
+  while (!into.empty()) {
+    if (buffer_begin_ == buffer_end_) {
+      if (into.size() >= buffer_.size()) return stream_->recv_exact(into).done();
+      if (!stream_->recv_some(buffer_, buffer_end_).done()) return false;
+      buffer_begin_ = 0;
+    }
+    const std::size_t take = std::min(into.size(), buffer_end_ - buffer_begin_);
+    std::memcpy(into.data(), buffer_.data() + buffer_begin_, take);
+    buffer_begin_ += take;
+    into = into.subspan(take);
+  }
+  return true;
+}
+
+bool StageConnection::read_scattered(std::span<iovec> into) { return stream_->recv_scattered(into).done(); }
+
+bool StageConnection::read_header(wire::FrameHeader& header) {
+  if (!read(std::as_writable_bytes(std::span(&header, 1)))) return false;
+  count_in(sizeof header);
+  return wire::malformed(header, page_size_) == nullptr;
+}
+
+bool StageConnection::bare_checksum_fits(const wire::FrameHeader& header) {
+  return header.payload_bytes == 0 && wire::payload_checksum(header, {}) == header.checksum;
+}
+
+bool StageConnection::inside(const wire::FrameHeader& header) const {
+  return place_.image->inside(header.region, header.first_page, header.page_count);
+}
+
+bool StageConnection::send(std::span<iovec> buffers) {
+  std::uint64_t bytes = 0;
+  for (const iovec& buffer : buffers) bytes += buffer.iov_len;
+  place_.image->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
+  place_.common->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
+  return stream_->send_all(buffers).done();
+}
+
+void StageConnection::count_in(std::uint64_t bytes) {
+  place_.image->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
+  place_.common->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
+}
+
+void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vector<iovec>& to) {
+  for (std::size_t from = 0; from < slots.size();) {
+    std::size_t end = from + 1;
+    while (end < slots.size() && slots[end] == slots[end - 1] + 1) ++end;
+    to.push_back({slab.data(slots[from]), (end - from) * static_cast<std::size_t>(slab.slot_bytes())});
+    from = end;
+  }
+}
+
+}  // namespace memferry

@@ -1,0 +1,67 @@
+// The two kinds of connections: those that write pages (sources, other servers) and those that read them
+// (destinations). Each is served by its own thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "stage/stage_chain.h"
+#include "stage/stage_impl.h"
+
+namespace memferry {
+
+// kScatter and kChain. What a peer may write depends on the role; anything else ends the connection.
+class WritingConnection final : public StageConnection {
+ public:
+  WritingConnection(Place place, UniqueFd fd);
+  ~WritingConnection() override;
+
+ protected:
+  void serve() override;
+  void interrupt_more() override { chains_.interrupt(); }
+
+ private:
+  // Each gives false when the connection is over.
+  bool serve_frame(const wire::FrameHeader& header, bool& goodbye);
+  bool on_pages(const wire::FrameHeader& header);
+  bool on_zeros(const wire::FrameHeader& header);
+  bool on_map(const wire::FrameHeader& header);
+  bool on_barrier(const wire::FrameHeader& header);
+  bool receive_pages(std::span<std::uint64_t> hashes);
+  bool pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes);
+  [[nodiscard]] bool meant_for_us(wire::Holders holders, std::uint64_t tag) const;
+
+  const bool source_;  // kScatter
+  ScatterAnswers answers_;
+  ReplicaChains chains_;
+  // The thread's own:
+  std::vector<Slab::Slot> slots_;  // one count of each is ours
+  std::vector<std::uint64_t> hashes_;
+  std::vector<iovec> buffers_;
+  std::vector<std::byte> scratch_;  // for pages that there is no room for
+};
+
+// kGather and kDemand.
+class ReadingConnection final : public StageConnection {
+ public:
+  ReadingConnection(Place place, UniqueFd fd);
+  ~ReadingConnection() override;
+
+ protected:
+  void serve() override;
+
+ private:
+  bool on_read(const wire::FrameHeader& header);
+  bool on_map_request(const wire::FrameHeader& header);
+
+  const bool demand_;
+  Image::Reading reading_;
+  std::vector<wire::FrameHeader> headers_;
+  std::vector<iovec> buffers_;
+};
+
+// Slots as they lie in memory: neighbours in one piece.
+void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vector<iovec>& to);
+
+}  // namespace memferry

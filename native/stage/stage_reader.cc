@@ -1,0 +1,101 @@
+// Connections that read: pages for a destination, ahead of its guest or because somebody waits for them, and the
+// map.
+#include <array>
+
+#include "stage/stage_connection.h"
+
+namespace memferry {
+namespace {
+
+// What they answer lets a guest go on.
+constexpr int kDemandThreadNice = -20;
+
+}  // namespace
+
+ReadingConnection::ReadingConnection(Place place, UniqueFd fd)
+    : StageConnection(std::move(place), std::move(fd)),
+      demand_(place_.role == wire::StageRole::kDemand),
+      reading_(place_.common->slab) {
+  const auto pages = static_cast<std::size_t>(wire::max_run_pages(page_size_));
+  headers_.reserve(pages);  // buffers_ points into it
+  buffers_.reserve(2 * pages);
+}
+
+ReadingConnection::~ReadingConnection() { join(); }
+
+void ReadingConnection::serve() {
+  if (demand_) set_this_thread_nice(kDemandThreadNice);
+  wire::FrameHeader header;
+  while (read_header(header) && bare_checksum_fits(header)) {
+    bool going_on = false;
+    switch (static_cast<wire::FrameType>(header.type)) {
+      case wire::FrameType::kRead:
+        going_on = on_read(header);
+        break;
+      case wire::FrameType::kMapRequest:
+        going_on = on_map_request(header);
+        break;
+      default:  // kGoodbye among them
+        break;
+    }
+    if (!going_on) break;
+  }
+  reading_.clear();
+}
+
+bool ReadingConnection::on_read(const wire::FrameHeader& header) {
+  if (!inside(header)) return false;
+  // Nothing is pinned while it waits.
+  if (!demand_ && !place_.common->out.wait_and_debit(0, thread_)) return false;
+  place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, reading_);
+
+  using Kind = Image::Reading::Kind;
+  headers_.clear();
+  buffers_.clear();
+  std::size_t content = 0;
+  for (const Image::Reading::Piece& piece : reading_.pieces()) {
+    const wire::FrameType type = piece.kind == Kind::kContent ? wire::FrameType::kPages
+                                 : piece.kind == Kind::kZero  ? wire::FrameType::kZero
+                                                              : wire::FrameType::kAbsent;
+    wire::FrameHeader& answer =
+        headers_.emplace_back(wire::make_header(type, header.region, piece.run, header.tag));
+    buffers_.push_back({&answer, sizeof answer});
+    if (piece.kind != Kind::kContent) {
+      wire::seal(answer);
+      continue;
+    }
+    const auto pages = static_cast<std::size_t>(piece.run.count);
+    wire::seal_pages(answer, page_size_, reading_.hashes().subspan(content, pages));
+    append_slots(*place_.common->slab, reading_.slots().subspan(content, pages), buffers_);
+    content += pages;
+  }
+  place_.common->out.debit(content * page_size_ + headers_.size() * sizeof(wire::FrameHeader));
+  const bool sent = send(buffers_);
+  reading_.clear();
+  return sent;
+}
+
+bool ReadingConnection::on_map_request(const wire::FrameHeader&) {
+  // Before the walk: sealed says that nothing is added to what is walked.
+  const std::uint64_t sealed = place_.image->sealed() ? 1 : 0;
+  const std::uint64_t most_content = wire::max_payload(page_size_) / sizeof(std::uint64_t);
+  Image::Cursor cursor;
+  Image::MapRun run;
+  while (place_.image->next_map_run(cursor, most_content, run)) {
+    wire::FrameHeader frame =
+        wire::make_header(wire::FrameType::kMap, run.region, run.run, run.holders.tag());
+    if (run.zero) frame.flags |= wire::kFlagZero;
+    if (run.final) frame.flags |= wire::kFlagFinal;
+    wire::seal(frame, std::as_bytes(std::span(run.hashes)));
+    std::array<iovec, 2> buffers{iovec{&frame, sizeof frame},
+                                 iovec{run.hashes.data(), run.hashes.size() * sizeof(std::uint64_t)}};
+    if (!send(buffers)) return false;
+    if (thread_.stopping()) return false;
+  }
+  wire::FrameHeader end = wire::make_header(wire::FrameType::kMapEnd, 0, {}, sealed);
+  wire::seal(end);
+  iovec buffer{&end, sizeof end};
+  return send(std::span(&buffer, 1));
+}
+
+}  // namespace memferry

@@ -1,0 +1,204 @@
+// Connections that write: pages, zeros and barriers from a source or from another server, the map from a source.
+//
+// A page that does not get here, for want of room or because its checksum does not fit, is told to the writer
+// (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again.
+#include <algorithm>
+#include <array>
+
+#include "page/hash.h"
+#include "stage/stage_connection.h"
+
+namespace memferry {
+namespace {
+
+// Received and hashed before it leaves the cache.
+constexpr std::uint64_t kPieceBytes = 64 * 1024;
+// A longer list of hashes is rare: its memory is not kept.
+constexpr std::size_t kHashesKept = 4096;
+
+// Counts of slots that go away unless somebody takes them over.
+class SlotsInHand {
+ public:
+  SlotsInHand(Slab& slab, std::vector<Slab::Slot>& slots) : slab_(slab), slots_(slots) {}
+  ~SlotsInHand() {
+    slab_.release(slots_);
+    slots_.clear();
+  }
+  SlotsInHand(const SlotsInHand&) = delete;
+  SlotsInHand& operator=(const SlotsInHand&) = delete;
+
+ private:
+  Slab& slab_;
+  std::vector<Slab::Slot>& slots_;
+};
+
+}  // namespace
+
+WritingConnection::WritingConnection(Place place, UniqueFd fd)
+    : StageConnection(std::move(place), std::move(fd)),
+      source_(place_.role == wire::StageRole::kScatter),
+      answers_([this](wire::FrameHeader header) {
+        iovec buffer{&header, sizeof header};
+        return send(std::span(&buffer, 1));
+      }),
+      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }) {
+  slots_.reserve(static_cast<std::size_t>(wire::max_run_pages(page_size_)));
+}
+
+WritingConnection::~WritingConnection() { join(); }
+
+void WritingConnection::serve() {
+  bool goodbye = false;
+  try {
+    wire::FrameHeader header;
+    while (read_header(header) && serve_frame(header, goodbye) && !goodbye) {
+    }
+  } catch (...) {
+    chains_.close();
+    throw;
+  }
+  if (goodbye) chains_.goodbye();
+  chains_.close();
+}
+
+bool WritingConnection::serve_frame(const wire::FrameHeader& header, bool& goodbye) {
+  switch (static_cast<wire::FrameType>(header.type)) {
+    case wire::FrameType::kPages:
+      return on_pages(header);
+    case wire::FrameType::kZero:
+      return on_zeros(header);
+    case wire::FrameType::kMap:
+      return source_ && on_map(header);
+    case wire::FrameType::kBarrier:
+      return on_barrier(header);
+    case wire::FrameType::kGoodbye:
+      goodbye = bare_checksum_fits(header);
+      return goodbye;
+    default:
+      return false;
+  }
+}
+
+bool WritingConnection::meant_for_us(wire::Holders holders, std::uint64_t tag) const {
+  using wire::Holders;
+  if (holders.tag() != tag || holders.first == holders.second) return false;
+  const std::uint8_t us = place_.image->ordinal();
+  const std::uint8_t ours = source_ ? holders.first : holders.second;
+  const std::uint8_t other = source_ ? holders.second : holders.first;
+  return ours == us && (other < Holders::kMostServers || (source_ && other == Holders::kNobody));
+}
+
+bool WritingConnection::on_pages(const wire::FrameHeader& header) {
+  const wire::Holders holders = wire::Holders::of(header.tag);
+  if (!inside(header) || !meant_for_us(holders, header.tag)) return false;
+  if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return false;
+
+  Slab& slab = *place_.common->slab;
+  Image& image = *place_.image;
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  // What is left in hand at the end: everything when nothing was stored, else the counts for passing it on.
+  const SlotsInHand in_hand(slab, slots_);
+  std::uint64_t here = slab.take(run.count, slots_);
+  if (here < run.count) {
+    // What these pages were before is out of date anyway, and may be the room that is missing.
+    image.forget(header.region, {PageNumber{run.first.value + here}, run.count - here});
+    here += slab.take(run.count - here, slots_);
+  }
+  hashes_.resize(static_cast<std::size_t>(run.count));
+  if (!receive_pages(hashes_)) return false;
+  count_in(header.payload_bytes);
+  if (wire::pages_checksum(header, hashes_) != header.checksum) {
+    image.forget(header.region, run);
+    return answers_.refused(header.region, run, image.ordinal(), true);
+  }
+
+  const PageRun stored{run.first, here};
+  const std::span<const std::uint64_t> hashes(hashes_.data(), static_cast<std::size_t>(here));
+  if (here > 0) {
+    // One count is the image's from now on, the other ours: a page may be replaced while it is passed on.
+    for (const Slab::Slot slot : slots_) slab.pin(slot);
+    image.store(header.region, stored, slots_, hashes, holders);
+  }
+  if (here < run.count) {
+    // Forgotten above.
+    const PageRun rest{stored.end(), run.count - here};
+    if (!answers_.refused(header.region, rest, image.ordinal(), false)) return false;
+  }
+  if (!source_ || holders.second == wire::Holders::kNobody || here == 0) return true;
+  wire::FrameHeader onward = header;
+  onward.page_count = here;
+  return pass_on(onward, hashes);
+}
+
+// Into slots_ as far as they go; of the rest only the hashes are kept.
+bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
+  const Slab& slab = *place_.common->slab;
+  const auto page_size = static_cast<std::size_t>(page_size_);
+  const std::size_t pages_a_piece = std::max<std::size_t>(1, kPieceBytes / page_size);
+  for (std::size_t at = 0; at < slots_.size();) {
+    const std::size_t pages = std::min(pages_a_piece, slots_.size() - at);
+    buffers_.clear();
+    append_slots(slab, std::span(slots_).subspan(at, pages), buffers_);
+    if (!read_scattered(buffers_)) return false;
+    // Receiving has changed them.
+    buffers_.clear();
+    append_slots(slab, std::span(slots_).subspan(at, pages), buffers_);
+    for (const iovec& piece : buffers_) {
+      hash_pages({static_cast<const std::byte*>(piece.iov_base), piece.iov_len}, page_size, &hashes[at]);
+      at += piece.iov_len / page_size;
+    }
+  }
+  for (std::size_t at = slots_.size(); at < hashes.size(); ++at) {
+    scratch_.resize(page_size);
+    if (!read(scratch_)) return false;
+    hash_pages(scratch_, page_size, &hashes[at]);
+  }
+  return true;
+}
+
+bool WritingConnection::pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes) {
+  wire::seal_pages(header, page_size_, hashes);
+  buffers_.clear();
+  buffers_.push_back({&header, sizeof header});
+  append_slots(*place_.common->slab, slots_, buffers_);
+  return chains_.forward(wire::Holders::of(header.tag).second, buffers_);
+}
+
+bool WritingConnection::on_zeros(const wire::FrameHeader& header) {
+  const wire::Holders holders = wire::Holders::of(header.tag);
+  if (!inside(header) || !meant_for_us(holders, header.tag) || !bare_checksum_fits(header)) return false;
+  place_.image->store_zeros(header.region, {PageNumber{header.first_page}, header.page_count}, holders);
+  if (!source_ || holders.second == wire::Holders::kNobody) return true;
+  wire::FrameHeader onward = header;
+  iovec buffer{&onward, sizeof onward};
+  return chains_.forward(holders.second, std::span(&buffer, 1));
+}
+
+bool WritingConnection::on_map(const wire::FrameHeader& header) {
+  using wire::Holders;
+  const Holders holders = Holders::of(header.tag);
+  const auto server = [](std::uint8_t holder) { return holder < Holders::kMostServers; };
+  const bool first_is_one =
+      server(holders.first) || holders.first == Holders::kDestination || holders.first == Holders::kNobody;
+  const bool second_is_one =
+      holders.second == Holders::kNobody ||
+      (server(holders.second) && holders.first != Holders::kNobody && holders.second != holders.first);
+  if (!inside(header) || holders.tag() != header.tag || !first_is_one || !second_is_one) return false;
+
+  hashes_.resize(header.payload_bytes / sizeof(std::uint64_t));
+  const std::span<std::byte> payload = std::as_writable_bytes(std::span(hashes_));
+  if (!read(payload)) return false;
+  count_in(payload.size());
+  if (wire::payload_checksum(header, payload) != header.checksum) return false;
+  place_.image->apply_map(header.region, {PageNumber{header.first_page}, header.page_count}, holders,
+                          (header.flags & wire::kFlagZero) != 0, (header.flags & wire::kFlagFinal) != 0,
+                          hashes_);
+  if (hashes_.capacity() > kHashesKept) hashes_ = {};
+  return true;
+}
+
+bool WritingConnection::on_barrier(const wire::FrameHeader& header) {
+  return bare_checksum_fits(header) && chains_.barrier(header);
+}
+
+}  // namespace memferry

@@ -1,0 +1,406 @@
+// Replicas: a page that is acknowledged is held twice, and whoever cannot hold it says so.
+#include <gtest/gtest.h>
+
+#include <poll.h>
+
+#include <chrono>
+#include <thread>
+
+#include "stage/stage_chain.h"
+#include "stage_client.h"
+#include "wire/socket.h"
+
+namespace memferry::test {
+namespace {
+
+using wire::FrameType;
+using wire::Holders;
+using wire::StageRole;
+using Clock = std::chrono::steady_clock;
+
+constexpr std::uint64_t kPages = 128;
+constexpr Holders kAlone{0, Holders::kNobody};
+constexpr Holders kTwice{0, 1};
+
+// Nothing comes for this long. For what must not come: where it does, the test fails sooner or later.
+bool silent(int fd, std::chrono::milliseconds time = 150ms) {
+  pollfd waiting{fd, POLLIN, 0};
+  return ::poll(&waiting, 1, static_cast<int>(time.count())) == 0;
+}
+
+// Two real servers: ordinal 0 passes on to ordinal 1.
+struct Pair {
+  explicit Pair(std::uint64_t replica_memory = 32ULL << 20U, std::uint64_t first_pages = kPages,
+                std::uint64_t first_memory = 32ULL << 20U)
+      : first(first_memory), replica(replica_memory) {
+    first.make(id, {first_pages}, 0);
+    replica.make(id, {first_pages}, 1);
+    const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+    EXPECT_TRUE(
+        replica.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+    EXPECT_TRUE(first.stage->set_chain(id, 1, "127.0.0.1", replica.listener->port(), chain_tokens(id, 0)));
+  }
+  const ImageId id = image_id(1);
+  StageBench first;
+  StageBench replica;
+};
+
+// The second server as a bare socket: it answers when the test says so.
+class BareReplica {
+ public:
+  BareReplica()
+      : listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
+        port_(wire::SocketAddress::local(listening_.get()).port()) {}
+  [[nodiscard]] std::uint16_t port() const { return port_; }
+  // Accepts the next connection and reads its hello.
+  std::unique_ptr<StageClient> accept(wire::Hello* hello = nullptr) {
+    pollfd waiting{listening_.get(), POLLIN, 0};
+    if (::poll(&waiting, 1, 20000) != 1) return nullptr;
+    UniqueFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    timeval patience{20, 0};
+    ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    auto client = std::make_unique<StageClient>(std::move(fd));
+    wire::Hello heard{};
+    if (!client->wire().read(&heard, sizeof heard)) return nullptr;
+    if (hello != nullptr) *hello = heard;
+    return client;
+  }
+  static bool answer(StageClient& client, wire::HelloStatus status = wire::HelloStatus::kAccepted) {
+    const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(status)};
+    return client.wire().raw(&reply, sizeof reply);
+  }
+  static bool acknowledge(StageClient& client, std::uint64_t tag) {
+    return client.frame(wire::make_header(FrameType::kBarrierAck, 0, {}, tag));
+  }
+  void close() { listening_.reset(); }
+
+ private:
+  UniqueFd listening_;
+  std::uint16_t port_;
+};
+
+// One real server with a bare replica, and a source.
+class ChainTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    bench.make(id, {kPages}, 0);
+    ASSERT_TRUE(bench.stage->set_chain(id, 1, "127.0.0.1", bare.port(), chain_tokens(id, 0, 3)));
+    source = bench.scatter(id);
+  }
+  // The source sends a page for both; the replica has it.
+  void open() {
+    ASSERT_TRUE(source->pages(0, 0, page, kTwice));
+    replica = bare.accept();
+    ASSERT_TRUE(replica);
+    ASSERT_TRUE(BareReplica::answer(*replica));
+    const auto frame = replica->receive();
+    ASSERT_TRUE(frame && frame->is(FrameType::kPages));
+    ASSERT_EQ(frame->payload, page);
+  }
+  void expect_broken() {
+    const auto end = source->await_barrier(0);
+    EXPECT_FALSE(end.acknowledged);
+    EXPECT_EQ(end.broken, 1U);
+    EXPECT_TRUE(source->ended());
+  }
+  const ImageId id = image_id(1);
+  StageBench bench;
+  BareReplica bare;
+  const std::vector<std::byte> page = random_pages(1, 1);
+  std::unique_ptr<StageClient> source;
+  std::unique_ptr<StageClient> replica;
+};
+
+TEST(StageChain, BothServersHoldWhatWasAcknowledged) {
+  Pair pair;
+  const auto source = pair.first.scatter(pair.id);
+  ImageOracle first({kPages});
+  ImageOracle replica({kPages});
+  const auto twice = random_pages(100, 1);
+  ASSERT_TRUE(source->pages(0, 0, twice, kTwice));
+  first.content(0, 0, twice);
+  replica.content(0, 0, twice);
+  const auto alone = random_pages(10, 2);
+  ASSERT_TRUE(source->pages(0, 50, alone, kAlone));
+  first.content(0, 50, alone);
+  ASSERT_TRUE(source->zeros(0, 90, 20, kTwice));
+  first.zeros(0, 90, 20);
+  replica.zeros(0, 90, 20);
+  const auto over = random_pages(5, 3);
+  ASSERT_TRUE(source->pages(0, 95, over, kTwice));
+  first.content(0, 95, over);
+  replica.content(0, 95, over);
+  const auto barrier = source->barrier(5);
+  EXPECT_TRUE(barrier.acknowledged);
+  EXPECT_TRUE(barrier.refused.empty());
+  first.check(*pair.first.gather(pair.id));
+  replica.check(*pair.replica.gather(pair.id));
+  EXPECT_EQ(pair.first.stage->image(pair.id)->pages_held, first.held());
+  EXPECT_EQ(pair.replica.stage->image(pair.id)->pages_held, replica.held());
+
+  // A source that comes again is followed by a chain that comes again.
+  const auto again = pair.first.scatter(pair.id, 1);
+  ASSERT_TRUE(again->pages(0, 0, over, kTwice));
+  replica.content(0, 0, over);
+  EXPECT_TRUE(again->barrier(6).acknowledged);
+  replica.check(*pair.replica.gather(pair.id, 1));
+  // A goodbye ends both.
+  ASSERT_TRUE(again->goodbye());
+  EXPECT_TRUE(again->ended());
+  while (pair.replica.stage->stats().connections > 0) std::this_thread::yield();
+}
+
+TEST(StageChain, WhatTheReplicaHasNoRoomForIsRefused) {
+  const std::uint64_t pages = 6000;
+  Pair pair(16ULL << 20U, pages, 64ULL << 20U);
+  if (system_page_size() != 4096) GTEST_SKIP() << "written for pages of 4 KiB";
+  const auto source = pair.first.scatter(pair.id);
+  const auto bytes = random_pages(pages, 1);
+  ASSERT_TRUE(source->pages(0, 0, bytes, kTwice));
+  const auto barrier = source->barrier(5);
+  ASSERT_TRUE(barrier.acknowledged);
+  ImageOracle replica({pages});
+  replica.content(0, 0, bytes);
+  std::uint64_t refused = 0;
+  for (const auto& run : barrier.refused) {
+    refused += run.count;
+    replica.absent(0, run.first, run.count);
+  }
+  EXPECT_EQ(pair.first.stage->image(pair.id)->pages_held, pages);
+  EXPECT_EQ(pair.replica.stage->image(pair.id)->pages_held, pages - refused);
+  EXPECT_GT(refused, 0U);
+  replica.check(*pair.replica.gather(pair.id));
+}
+
+TEST(StageChain, WhatTheFirstHasNoRoomForIsNotPassedOn) {
+  const std::uint64_t pages = 6000;
+  Pair pair(64ULL << 20U, pages, 16ULL << 20U);
+  if (system_page_size() != 4096) GTEST_SKIP() << "written for pages of 4 KiB";
+  const auto source = pair.first.scatter(pair.id);
+  ASSERT_TRUE(source->pages(0, 0, random_pages(pages, 1), kTwice));
+  const auto barrier = source->barrier(5);
+  ASSERT_TRUE(barrier.acknowledged);
+  std::uint64_t refused = 0;
+  for (const auto& run : barrier.refused) refused += run.count;
+  EXPECT_GT(refused, 0U);
+  EXPECT_EQ(pair.first.stage->image(pair.id)->pages_held, pages - refused);
+  EXPECT_EQ(pair.replica.stage->image(pair.id)->pages_held, pages - refused);
+}
+
+TEST_F(ChainTest, TheHelloOfAChainSaysWhoseItIs) {
+  ASSERT_TRUE(source->zeros(0, 0, 1, kTwice));
+  wire::Hello hello{};
+  const auto chain = bare.accept(&hello);
+  ASSERT_TRUE(chain);
+  const wire::Hello expected = stage_hello(id, wire::kFirstChainSession, StageRole::kChain, 0);
+  EXPECT_EQ(std::memcmp(&hello, &expected, sizeof hello), 0);
+}
+
+TEST_F(ChainTest, TheAnswerWaitsForTheReplica) {
+  ASSERT_TRUE(source->pages(0, 5, page, kAlone));
+  ASSERT_TRUE(source->barrier(1).acknowledged) << "nothing was passed on";
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(source->ask_barrier(2));
+  ASSERT_TRUE(source->ask_barrier(3));
+  for (const std::uint64_t tag : {2U, 3U}) {
+    const auto asked = replica->receive();
+    ASSERT_TRUE(asked && asked->is(FrameType::kBarrier));
+    ASSERT_EQ(asked->header.tag, tag);
+  }
+  // It is here, and yet not acknowledged.
+  EXPECT_EQ(bench.stage->image(id)->pages_held, 2U);
+  EXPECT_TRUE(silent(source->fd()));
+  ASSERT_TRUE(BareReplica::acknowledge(*replica, 2));
+  EXPECT_TRUE(source->await_barrier(2).acknowledged);
+  EXPECT_TRUE(silent(source->fd()));
+  // A refusal of the replica's comes before the answer.
+  ASSERT_TRUE(replica->frame(wire::make_header(FrameType::kRefused, 0, {PageNumber{7}, 3})));
+  ASSERT_TRUE(BareReplica::acknowledge(*replica, 3));
+  const auto third = source->await_barrier(3);
+  EXPECT_TRUE(third.acknowledged);
+  EXPECT_EQ(third.refused, (std::vector<StageClient::Refused>{{0, 7, 3}}));
+}
+
+// The page is passed on as it was sent, although another connection has replaced it here meanwhile.
+TEST_F(ChainTest, AStalledReplicaHoldsUpItsSourceAlone) {
+  ASSERT_NO_FATAL_FAILURE(open());
+  // Until the chain is full: then the source's connection is, too.
+  const auto bytes = random_pages(64, 2);
+  std::jthread writer([&] {
+    for (int turn = 0; turn < 200 && source->pages(0, 0, bytes, kTwice); ++turn) {
+    }
+  });
+  std::uint64_t sent = 0;
+  for (int quiet = 0; quiet < 10;) {
+    std::this_thread::sleep_for(20ms);
+    const std::uint64_t now = bench.stage->image(id)->bytes_in;
+    quiet = now == sent ? quiet + 1 : 0;
+    sent = now;
+  }
+  EXPECT_LT(sent, 200 * bytes.size());
+  const auto gather = bench.gather(id);
+  EXPECT_FALSE(gather->read(0, 0, 64).empty());
+  const auto begun = Clock::now();
+  EXPECT_TRUE(bench.stage->drop(id));
+  EXPECT_LT(Clock::now() - begun, 5s);
+  writer.join();
+  EXPECT_EQ(bench.stage->stats().free_bytes, bench.stage->stats().slab_bytes);
+  EXPECT_EQ(bench.stage->stats().connections, 0U);
+}
+
+TEST_F(ChainTest, BrokenWhenTheReplicaGoes) {
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(source->ask_barrier(2));
+  replica.reset();
+  expect_broken();
+  // What it had stays here, for the next connection.
+  const auto next = bench.scatter(id, 1);
+  ASSERT_TRUE(next->pages(0, 5, page, kAlone));
+  EXPECT_TRUE(next->barrier(3).acknowledged);
+  EXPECT_EQ(bench.stage->image(id)->pages_held, 2U);
+}
+
+TEST_F(ChainTest, BrokenWhileTheSourceIsWriting) {
+  ASSERT_NO_FATAL_FAILURE(open());
+  std::jthread writer([&] {
+    const auto bytes = random_pages(64, 2);
+    for (int turn = 0; turn < 4000 && source->pages(0, 0, bytes, kTwice); ++turn) {
+    }
+  });
+  replica.reset();
+  writer.join();
+  const auto end = source->await_barrier(0);
+  EXPECT_FALSE(end.acknowledged);
+}
+
+TEST_F(ChainTest, BrokenWhenNobodyListens) {
+  bare.close();
+  ASSERT_TRUE(source->zeros(0, 0, 1, kTwice));
+  expect_broken();
+}
+
+TEST_F(ChainTest, BrokenWhenItIsTurnedAway) {
+  std::uint32_t attempt = 0;
+  for (const auto status : {wire::HelloStatus::kRefused, wire::HelloStatus::kLost}) {
+    ASSERT_TRUE(source->zeros(0, 0, 1, kTwice));
+    wire::Hello hello{};
+    const auto chain = bare.accept(&hello);
+    ASSERT_TRUE(chain);
+    EXPECT_EQ(hello.epoch & 0xffffU, attempt) << "each dial has a token of its own";
+    ASSERT_TRUE(BareReplica::answer(*chain, status));
+    expect_broken();
+    source = bench.scatter(id, ++attempt);
+  }
+  // The third dial is the last that there are tokens for.
+  ASSERT_NO_FATAL_FAILURE(open());
+  source = bench.scatter(id, 3);
+  ASSERT_TRUE(source->zeros(0, 0, 1, kTwice));
+  expect_broken();
+}
+
+TEST_F(ChainTest, BrokenWhenNobodyHasSaidWhereItIs) {
+  ASSERT_TRUE(source->zeros(0, 0, 1, {0, 2}));
+  const auto end = source->await_barrier(0);
+  EXPECT_EQ(end.broken, 2U);
+  EXPECT_TRUE(source->ended());
+}
+
+TEST_F(ChainTest, BrokenByAReplicaThatMakesNoSense) {
+  struct Nonsense {
+    std::string name;
+    wire::FrameHeader header;
+    bool sealed;
+  };
+  const auto header = [](FrameType type, std::uint32_t region, std::uint64_t first, std::uint64_t count,
+                         std::uint64_t tag) {
+    return wire::make_header(type, region, {PageNumber{first}, count}, tag);
+  };
+  const std::vector<Nonsense> all = {
+      {"an answer to nothing", header(FrameType::kBarrierAck, 0, 0, 0, 8), true},
+      {"refused outside", header(FrameType::kRefused, 0, kPages, 1, 0), true},
+      {"refused in no region", header(FrameType::kRefused, 1, 0, 1, 0), true},
+      {"refused beyond measure", header(FrameType::kRefused, 0, 1, ~0ULL, 0), true},
+      {"a frame of a source", header(FrameType::kZero, 0, 0, 1, kTwice.tag()), true},
+      {"a broken chain of its own", header(FrameType::kChainBroken, 0, 0, 0, 3), true},
+      {"a wrong checksum", header(FrameType::kBarrierAck, 0, 0, 0, 7), false},
+  };
+  // More tokens than the fixture has.
+  ASSERT_TRUE(bench.stage->set_chain(id, 1, "127.0.0.1", bare.port(), chain_tokens(id, 0, 16)));
+  std::uint32_t attempt = 0;
+  for (const Nonsense& nonsense : all) {
+    SCOPED_TRACE(nonsense.name);
+    ASSERT_NO_FATAL_FAILURE(open());
+    ASSERT_TRUE(source->ask_barrier(7));
+    const auto asked = replica->receive();
+    ASSERT_TRUE(asked && asked->is(FrameType::kBarrier));
+    wire::FrameHeader said = nonsense.header;
+    if (nonsense.sealed) wire::seal(said);
+    ASSERT_TRUE(replica->wire().raw(&said, sizeof said));
+    expect_broken();
+    source = bench.scatter(id, ++attempt);
+  }
+}
+
+// Barriers that nobody answers are kept, but not without bound.
+TEST_F(ChainTest, TooManyBarriersEndTheConnection) {
+  ASSERT_NO_FATAL_FAILURE(open());
+  const std::uint64_t most = ScatterAnswers::kMostBarriers;
+  for (std::uint64_t tag = 0; tag < most; ++tag) ASSERT_TRUE(source->ask_barrier(tag));
+  // The last one has come through: all of them are taken.
+  for (std::uint64_t tag = 0; tag < most; ++tag) {
+    const auto asked = replica->receive();
+    ASSERT_TRUE(asked && asked->is(FrameType::kBarrier));
+  }
+  ASSERT_TRUE(source->ask_barrier(most));
+  const auto end = source->await_barrier(0);
+  EXPECT_FALSE(end.acknowledged);
+  EXPECT_EQ(end.broken, std::nullopt) << "it is the source that is wrong";
+  EXPECT_TRUE(source->ended());
+  EXPECT_TRUE(replica->ended());
+}
+
+// A server that accepts and says nothing: whoever drops the image does not wait for it.
+TEST_F(ChainTest, ADialIsCutShort) {
+  ASSERT_TRUE(source->zeros(0, 0, 1, kTwice));
+  const auto chain = bare.accept();
+  ASSERT_TRUE(chain);
+  const auto begun = Clock::now();
+  EXPECT_TRUE(bench.stage->remove_session(id, StageBench::kSource));
+  EXPECT_LT(Clock::now() - begun, 3s);
+  EXPECT_TRUE(source->ended());
+  EXPECT_TRUE(chain->ended());
+  EXPECT_EQ(bench.stage->stats().connections, 0U);
+}
+
+// Chains in both directions between two servers, written at once.
+TEST(StageChain, TwoServersReplicateForEachOther) {
+  Pair pair;
+  const auto back = static_cast<std::uint16_t>(wire::kFirstChainSession + 1);
+  ASSERT_TRUE(
+      pair.first.stage->add_session(pair.id, back, role_bit(StageRole::kChain), stage_tokens(pair.id, back)));
+  ASSERT_TRUE(pair.replica.stage->set_chain(pair.id, 0, "127.0.0.1", pair.first.listener->port(),
+                                            chain_tokens(pair.id, 1)));
+  const auto to_first = pair.first.scatter(pair.id);
+  const auto to_replica = pair.replica.scatter(pair.id);
+  const auto low = random_pages(64, 1);
+  const auto high = random_pages(64, 2);
+  std::jthread other([&] {
+    for (std::uint64_t turn = 0; turn < 30; ++turn) {
+      ASSERT_TRUE(to_replica->pages(0, 64, high, {1, 0}));
+      ASSERT_TRUE(to_replica->barrier(turn).acknowledged);
+    }
+  });
+  for (std::uint64_t turn = 0; turn < 30; ++turn) {
+    ASSERT_TRUE(to_first->pages(0, 0, low, kTwice));
+    ASSERT_TRUE(to_first->barrier(turn).acknowledged);
+  }
+  other.join();
+  ImageOracle both({kPages});
+  both.content(0, 0, low);
+  both.content(0, 64, high);
+  both.check(*pair.first.gather(pair.id));
+  both.check(*pair.replica.gather(pair.id));
+}
+
+}  // namespace
+}  // namespace memferry::test
