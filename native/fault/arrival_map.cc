@@ -12,6 +12,8 @@ ArrivalMap::ArrivalMap(std::shared_ptr<Region> region, bool memory_is_empty, boo
       suspect(region->capacity_pages()),
       arriving(region->capacity_pages()),
       unnamed(region->capacity_pages()),
+      lost(region->capacity_pages()),
+      poisoned(region->capacity_pages()),
       region_(std::move(region)),
       pages_(region_->pages()) {
   if (!memory_is_empty) present.set_run({PageNumber{0}, pages()});
@@ -30,7 +32,7 @@ void ArrivalMap::grow(std::uint64_t pages, bool memory_is_empty) {
 }
 
 std::uint64_t ArrivalMap::extra_bytes() const {
-  return 6 * received.words() * sizeof(std::uint64_t) + (hashes_ ? pages() * sizeof(std::uint64_t) : 0);
+  return 8 * received.words() * sizeof(std::uint64_t) + (hashes_ ? pages() * sizeof(std::uint64_t) : 0);
 }
 
 void ArrivalMap::keep_hashes(PageRun run, std::span<const std::uint64_t> hashes) {

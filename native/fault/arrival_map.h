@@ -11,6 +11,8 @@
 //   suspect              (filling) arrived, but its checksum did not fit; it must come again
 //   arriving             (filling) a channel is writing there right now; a second one is a protocol error
 //   unnamed              suspect, and the source has not been told yet
+//   lost                 (paging) will never come; `received` too, so that nobody installs it any more
+//   poisoned             a lost page that fails to be read
 //
 //   paging: received, neither present nor zero = being installed right now by the thread that claimed it.
 #pragma once
@@ -46,6 +48,8 @@ class ArrivalMap {
   AtomicBitmap suspect;
   AtomicBitmap arriving;
   AtomicBitmap unnamed;
+  AtomicBitmap lost;
+  AtomicBitmap poisoned;
 
   [[nodiscard]] std::uint64_t missing() const {
     const std::uint64_t all = pages();

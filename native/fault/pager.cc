@@ -54,7 +54,28 @@ void Pager::set_online(bool online) {
     online_ = online;
     waiting_.defer_all();
   }
-  if (online) thread_.wake();
+  if (online || router_) thread_.wake();
+}
+
+void Pager::ask_again(bool routed) {
+  {
+    const std::lock_guard lock(mutex_);
+    ++asked_again_;
+    if (routed) {
+      ++rerouted_;
+      waiting_.defer_routed();
+    }
+    if (!waiting_.any_deferred()) return;
+  }
+  thread_.wake();
+}
+
+void Pager::ask_elsewhere(std::uint32_t region, PageNumber page) {
+  {
+    const std::lock_guard lock(mutex_);
+    waiting_.defer(region, page);
+  }
+  thread_.wake();
 }
 
 void Pager::run(WorkerThread& self) {
@@ -78,12 +99,13 @@ void Pager::run(WorkerThread& self) {
         }
       }
       const std::lock_guard lock(mutex_);
-      if (online_) {
+      if (online_ || router_) {
         waiting_.request_due(now, [&](const WaitingFault& fault) {
           requests.push_back({fault.region, {fault.page, fault.window}});
+          if (!router_) waiting_.set_at_source(fault.region, fault.page, true);
         });
       }
-      expecting = online_ && waiting_.any_expected();
+      expecting = (online_ || router_) && waiting_.any_expected();
     } catch (const std::exception& error) {
       break_off("SYSTEM", error.what());
       self.wait(kAfterErrorMs);  // until stop(): the owner has been told
@@ -102,6 +124,31 @@ void Pager::send(const std::vector<Request>& requests) {
     last_request_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   }
   for (const Request& request : requests) {
+    if (router_) {
+      bool online = false;
+      std::uint64_t asked = 0;
+      std::uint64_t rerouted = 0;
+      {
+        const std::lock_guard lock(mutex_);
+        online = online_;
+        asked = asked_again_;
+        rerouted = rerouted_;
+        // Before it can be answered, and taken back where it turns out otherwise.
+        if (online) waiting_.set_at_source(request.region, request.run.first, true);
+      }
+      const Route route = router_(request.region, request.run, online);
+      if (route != Route::kSource) {
+        const std::lock_guard lock(mutex_);
+        waiting_.set_at_source(request.region, request.run.first, false);
+        if (route == Route::kNobody) waiting_.defer(request.region, request.run.first);
+        // What has changed while the router was asked may be what this request needs.
+        if (route == Route::kNobody ? asked != asked_again_ : rerouted != rerouted_) {
+          waiting_.defer(request.region, request.run.first);
+          thread_.wake();
+        }
+        continue;
+      }
+    }
     wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, request.run);
     wire::seal(header);
     // What a cut swallows is asked for again by set_online().
@@ -126,7 +173,17 @@ void Pager::on_fault(Address address, Clock::time_point now, std::vector<Request
   {
     const std::lock_guard lock(mutex_);
     const bool received = map.received.test(page);
-    if (received && (map.present.test(page) || map.zero.test(page))) {
+    if (map.lost.test(page)) {
+      // Reported first, poisoned then: until that poison() wakes whoever waits.
+      poisoned = map.poisoned.test(page) || poisoning_;
+      if (!poisoned && !waiting_.contains(region, page)) {
+        waiting_.add({.region = region,
+                      .page = page,
+                      .state = WaitingFault::State::kArriving,
+                      .seen = now,
+                      .due = {}});
+      }
+    } else if (received && (map.present.test(page) || map.zero.test(page))) {
       zeros = true;
     } else if (poisoning_ && !received) {
       poisoned = true;
@@ -147,9 +204,10 @@ void Pager::on_fault(Address address, Clock::time_point now, std::vector<Request
         if (advice.expected) {
           fault.state = WaitingFault::State::kExpected;
           fault.due = now + kExpectedWithin;
-        } else if (online_) {
+        } else if (online_ || router_) {
           fault.state = WaitingFault::State::kRequested;
           fault.remote = true;
+          fault.at_source = !router_;
           requests.push_back({region, {page, fault.window}});
         }
       }
@@ -308,6 +366,44 @@ void Pager::poison_missing() {
       from = missing->end();
     }
   }
+  poison_lost();
+}
+
+std::vector<PageRun> Pager::give_up(std::uint32_t region, PageRun run) {
+  ArrivalMap& map = *maps_[region];
+  std::vector<PageRun> given_up;
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    // Under the lock on_fault() looks at both bits.
+    const std::lock_guard lock(mutex_);
+    if (map.received.set(page)) continue;
+    map.lost.set(page);
+    if (!given_up.empty() && given_up.back().end() == page) {
+      ++given_up.back().count;
+    } else {
+      given_up.push_back({page, 1});
+    }
+  }
+  return given_up;
+}
+
+void Pager::poison_lost() {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    ArrivalMap& map = *maps_[region];
+    for (PageNumber from{0};;) {
+      const auto run = map.lost.next_set(from, PageNumber{map.pages()}, map.pages());
+      if (!run) break;
+      from = run->end();
+      PageRun fresh = *run;
+      while (fresh.count > 0 && map.poisoned.test(fresh.first))
+        fresh = {PageNumber{fresh.first.value + 1}, fresh.count - 1};
+      if (fresh.count == 0) continue;
+      {
+        const std::lock_guard lock(mutex_);
+        map.poisoned.set_run(fresh);
+      }
+      poison(region, fresh);
+    }
+  }
 }
 
 void Pager::poison(std::uint32_t region, PageRun run) {
@@ -360,7 +456,7 @@ void Pager::stop() {
 std::chrono::nanoseconds Pager::longest_wait() const {
   const Clock::time_point now = Clock::now();
   const std::lock_guard lock(mutex_);
-  return now - waiting_.oldest(now);
+  return now - waiting_.oldest_at_source(now);
 }
 
 void Pager::break_off(const char* code, const std::string& message) {

@@ -49,6 +49,16 @@ class Pager {
   Pager(const Pager&) = delete;
   Pager& operator=(const Pager&) = delete;
 
+  // Where a request goes. Without a router everything goes to the source, while that is online. kSent: somebody else
+  // was asked; kNobody: nobody can be now, ask_again() when that changes. From the pager's thread; must not block.
+  enum class Route { kSource, kSent, kNobody };
+  using Router = std::function<Route(std::uint32_t region, PageRun run, bool source_online)>;
+  void set_router(Router router) { router_ = std::move(router); }  // before serve()
+  // What waits and was not sent is sent now; with `routed` what was sent elsewhere than to the source as well.
+  void ask_again(bool routed);
+  // The source has not got this page any more.
+  void ask_elsewhere(std::uint32_t region, PageNumber page);
+
   // Registers every region as it is now. Nothing that is not received may be populated. Throws SystemError.
   void serve();
   // Requests can be sent (everything that waits is asked for again), or not.
@@ -63,6 +73,10 @@ class Pager {
   };
   Installed install(std::uint32_t region, PageRun run, const std::byte* bytes);
   Installed install_zeros(std::uint32_t region, PageRun run);
+  // These will never come: claims those that nobody has claimed and gives them. They fail to be read after
+  // poison_lost(); until then whoever touches one waits.
+  [[nodiscard]] std::vector<PageRun> give_up(std::uint32_t region, PageRun run);
+  void poison_lost();
   // Everything has arrived: the memory is ordinary again.
   void finish();
   // From now on pages that are not received fail when they are touched, and who waits for one is woken.
@@ -73,7 +87,7 @@ class Pager {
   [[nodiscard]] const LatencyHistogram& latencies() const { return latencies_; }
   // Whether somebody had to wait for a remote page within the last moments.
   [[nodiscard]] bool faulted_lately() const;
-  // How long the longest wait for a remote page has lasted.
+  // How long the longest wait for an answer of the source has lasted.
   [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
   [[nodiscard]] FaultScope scope() const { return uffd_.scope(); }
 
@@ -98,15 +112,18 @@ class Pager {
   std::atomic<bool> broken_once_{false};
   Userfaultfd uffd_;
   DemandWriter writer_;
+  Router router_;
   LatencyHistogram latencies_;
   std::atomic<bool> serving_{false};
   std::atomic<Clock::rep> last_request_{0};  // since the clock's epoch; 0: none yet
 
-  mutable std::mutex mutex_;  // guards the four below; never held during a system call that can block
+  mutable std::mutex mutex_;  // guards the six below; never held during a system call that can block
   WaitingFaults waiting_;
   SequentialDetector detector_;
   bool online_ = false;
   bool poisoning_ = false;
+  std::uint64_t asked_again_ = 0;
+  std::uint64_t rerouted_ = 0;
 
   WorkerThread thread_;
 };

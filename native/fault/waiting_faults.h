@@ -30,6 +30,7 @@ struct WaitingFault {
   bool remote = false;                         // was asked for over the demand channel at least once
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
+  bool at_source = false;  // was sent to the source, and not elsewhere since
 };
 
 class WaitingFaults {
@@ -61,9 +62,29 @@ class WaitingFaults {
 
   // The connection is gone: everything that had been sent must be sent again.
   void defer_all() {
+    for (WaitingFault& fault : faults_) defer(fault);
+  }
+  // Only what was sent to somebody else than the source.
+  void defer_routed() {
     for (WaitingFault& fault : faults_) {
-      if (fault.state != WaitingFault::State::kArriving) fault.state = WaitingFault::State::kDeferred;
+      if (!fault.at_source) defer(fault);
     }
+  }
+  void defer(std::uint32_t region, PageNumber page) {
+    for (WaitingFault& fault : faults_) {
+      if (fault.region == region && fault.page == page) defer(fault);
+    }
+  }
+  void set_at_source(std::uint32_t region, PageNumber page, bool at_source) {
+    for (WaitingFault& fault : faults_) {
+      if (fault.region == region && fault.page == page) fault.at_source = at_source;
+    }
+  }
+  [[nodiscard]] bool any_deferred() const {
+    for (const WaitingFault& fault : faults_) {
+      if (fault.state == WaitingFault::State::kDeferred) return true;
+    }
+    return false;
   }
 
   // Marks as requested what must be sent now, calling due(fault) for each.
@@ -84,14 +105,21 @@ class WaitingFaults {
     }
     return false;
   }
-  // When the longest waiting fault was seen; `now` when none waits.
-  [[nodiscard]] Clock::time_point oldest(Clock::time_point now) const {
-    for (const WaitingFault& fault : faults_) now = fault.seen < now ? fault.seen : now;
+  // When the longest waiting fault of those that were sent to the source was seen; `now` when none waits.
+  [[nodiscard]] Clock::time_point oldest_at_source(Clock::time_point now) const {
+    for (const WaitingFault& fault : faults_) {
+      if (fault.at_source && fault.seen < now) now = fault.seen;
+    }
     return now;
   }
   [[nodiscard]] std::size_t size() const { return faults_.size(); }
 
  private:
+  static void defer(WaitingFault& fault) {
+    if (fault.state == WaitingFault::State::kArriving) return;
+    fault.state = WaitingFault::State::kDeferred;
+    fault.at_source = false;
+  }
   std::vector<WaitingFault> faults_;
 };
 

@@ -1,6 +1,7 @@
 // The two loops of a data channel: one sends what the task says, the other reads the destination's answers.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "os/sys_error.h"
 #include "transfer/sender_impl.h"
@@ -14,16 +15,10 @@ class Sender::Impl::Push {
       : impl_(impl),
         epoch_(of),
         channel_(channel),
-        frames_(impl.page_size),
-        courtesy_(wire::shared_key(impl.config.migration)) {
-    for (std::uint32_t region = 0; region < impl.queue.regions(); ++region) {
-      const auto& tracker = impl.config.trackers[region];
-      hash_sinks_.emplace_back();
-      if (tracker && tracker->wants_sent()) {
-        hash_sinks_.back() = [&tracker](PageNumber page, std::uint64_t xxh3) { tracker->sent(page, xxh3); };
-      }
-    }
-  }
+        chunks_(impl.queue, impl.pacer, impl.page_size),
+        courtesy_(wire::shared_key(impl.config.migration)),
+        tracker_sinks_(impl.tracker_sinks()),
+        no_sinks_(impl.queue.regions()) {}
 
   // Sends until nothing is pending: true. False when the thread is to do something else.
   bool run(bool guest_runs_here) {
@@ -33,71 +28,16 @@ class Sender::Impl::Push {
       // Inside the gate from taking on: what is taken is sent, or the region is gone.
       const TouchGate::Pass pass(impl_.gate);
       if (!pass) return false;
-      const bool more = gather(guest_runs_here);
-      if (!frames_.empty() && !send()) return false;
+      const bool more = chunks_.gather(guest_runs_here ? tracker_sinks_ : no_sinks_);
+      if (!chunks_.frames().empty() && !send()) return false;
       if (!more) return true;
     }
     return false;
   }
 
  private:
-  // A batch of what is pending; several runs when they are short. False when nothing more is pending.
-  bool gather(bool guest_runs_here) {
-    const std::uint64_t largest = wire::max_payload(impl_.page_size);
-    const std::uint64_t limit =
-        std::max<std::uint64_t>(1, impl_.pacer.chunk_bytes(largest) / impl_.page_size);
-    for (std::uint64_t pages = 0; pages < limit && frames_.room() > 0;) {
-      const auto chunk = impl_.queue.take(std::min(limit - pages, frames_.room()));
-      if (!chunk) return false;
-      const PageFrames::OnHash& on_hash = guest_runs_here ? hash_sinks_[chunk->region] : no_sink_;
-      if (chunk->untouched) {
-        gather_untouched(*chunk, on_hash);
-        continue;
-      }
-      for (PageRun left = chunk->run; left.count > 0;) {
-        const auto bytes = impl_.queue.region(chunk->region)->contiguous(left);
-        const PageRun piece{left.first, bytes.size() / impl_.page_size};
-        frames_.add(chunk->region, piece.first, bytes, 0, on_hash);
-        left = PageRun{piece.end(), left.count - piece.count};
-      }
-      pages += chunk->run.count;
-    }
-    return true;
-  }
-
-  // The pages were never touched when they were queued. Those that still are not, or whose tracker will tell
-  // of it, go as zeros unread; reading them would populate them. The others, and what does not fit into the batch, are pending again.
-  void gather_untouched(const SendQueue::Chunk& chunk, const PageFrames::OnHash& on_hash) {
-    const auto add_zeros = [&](PageRun run) {
-      if (run.count == 0) return;
-      if (frames_.room() > 0) {
-        frames_.add_zeros(chunk.region, run, on_hash);
-      } else {
-        impl_.queue.put_back({chunk.region, run, true, chunk.tracked});
-      }
-    };
-    if (chunk.tracked) return add_zeros(chunk.run);
-    if (!pagemap_) pagemap_.emplace();
-    for (PageRun left = chunk.run; left.count > 0;) {
-      const auto bytes = impl_.queue.region(chunk.region)->contiguous(left);
-      const PageRun piece{left.first, bytes.size() / impl_.page_size};
-      const Address start = Address::of(bytes.data());
-      PageNumber at = piece.first;
-      pagemap_->populated(start, bytes.size(), [&](AddressRange range) {
-        const PageRun touched{
-            PageNumber{piece.first.value + (range.start.value - start.value) / impl_.page_size},
-            (range.end.value - range.start.value) / impl_.page_size};
-        impl_.queue.put_back({chunk.region, touched, false, false});
-        add_zeros({at, touched.first.value - at.value});
-        at = touched.end();
-      });
-      add_zeros({at, piece.end().value - at.value});
-      left = PageRun{piece.end(), left.count - piece.count};
-    }
-  }
-
   bool send() {
-    const PageFrames::Sent sent = frames_.send(*channel_.stream);
+    const PageFrames::Sent sent = chunks_.frames().send(*channel_.stream);
     impl_.pacer.debit(sent.bytes);
     impl_.count_sent(sent);
     if (sent.result.done()) return true;
@@ -108,12 +48,22 @@ class Sender::Impl::Push {
   Impl& impl_;
   Epoch& epoch_;
   DataChannel& channel_;
-  PageFrames frames_;
+  ChunkGatherer chunks_;
   CpuCourtesy courtesy_;
-  std::optional<Pagemap> pagemap_;              // opened when the first untouched run comes
-  std::vector<PageFrames::OnHash> hash_sinks_;  // empty for trackers that do not compare content
-  const PageFrames::OnHash no_sink_;
+  const std::vector<PageFrames::OnHash> tracker_sinks_;
+  const std::vector<PageFrames::OnHash> no_sinks_;
 };
+
+// For the rounds, while the guest runs: trackers that compare content are told what has left.
+std::vector<PageFrames::OnHash> Sender::Impl::tracker_sinks() const {
+  std::vector<PageFrames::OnHash> sinks(queue.regions());
+  for (std::uint32_t region = 0; region < queue.regions(); ++region) {
+    const auto& tracker = config.trackers[region];
+    if (!tracker || !tracker->wants_sent()) continue;
+    sinks[region] = [&tracker](PageNumber page, std::uint64_t xxh3, bool) { tracker->sent(page, xxh3); };
+  }
+  return sinks;
+}
 
 void Sender::Impl::count_sent(const PageFrames::Sent& sent) {
   bytes_on_wire.fetch_add(sent.bytes, std::memory_order_relaxed);
@@ -183,10 +133,12 @@ void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
       }
       switch (mine.kind) {
         case TaskKind::kRound:
-          if (push.run(true)) send_barrier(of, channel, mine);
-          break;
         case TaskKind::kPush:
-          if (push.run(false)) send_barrier(of, channel, mine);
+          if (scatter) {
+            scatter_on(of, channel);
+          } else if (push.run(mine.kind == TaskKind::kRound)) {
+            send_barrier(of, channel, mine);
+          }
           break;
         case TaskKind::kDiscard:
           if (channel.index == 0 && (mine.frames->empty() || say(*mine.frames)))
@@ -219,6 +171,14 @@ void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
   work_changed.notify_all();
 }
 
+// Takes part in a scatter until that is over, or the connection is.
+void Sender::Impl::scatter_on(Epoch& of, DataChannel& channel) {
+  std::string cut;
+  scatter->run_direct(
+      *channel.way, [&of] { return of.cut || of.leaving; }, cut);
+  if (!cut.empty()) report_cut(of, cut);
+}
+
 bool Sender::Impl::receive_frame(Epoch& of, wire::Stream& stream, wire::FrameHeader& header,
                                  std::vector<std::byte>& payload) {
   wire::IoResult result = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1)));
@@ -249,7 +209,7 @@ bool Sender::Impl::receive_frame(Epoch& of, wire::Stream& stream, wire::FrameHea
 std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                                std::span<const std::byte> payload) {
   // Only before the answer to this round's barrier, which is when the destination names them.
-  if (task.kind != TaskKind::kRound || !channel.barrier_sent || channel.acknowledged) {
+  if (task.kind != TaskKind::kRound || (!scatter && (!channel.barrier_sent || channel.acknowledged))) {
     return "suspects outside a round";
   }
   if (header.region >= queue.regions()) return "suspects in an unknown region";
@@ -259,7 +219,12 @@ std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire:
     if (!wire::run_inside(run.first_page, run.page_count, queue.known_pages(header.region))) {
       return "suspects outside their region";
     }
-    suspects[header.region]->set_run(PageRun{PageNumber{run.first_page}, run.page_count});
+    const PageRun pages{PageNumber{run.first_page}, run.page_count};
+    if (scatter) {
+      scatter->suspect(header.region, pages);
+    } else {
+      suspects[header.region]->set_run(pages);
+    }
     channel.suspects_named += run.page_count;
   }
   return {};
@@ -273,6 +238,11 @@ std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const w
     case wire::FrameType::kSuspects:
       return note_suspects_locked(channel, header, payload);
     case wire::FrameType::kBarrierAck:
+      if (scattering_locked()) {
+        if (header.page_count != std::exchange(channel.suspects_named, 0))
+          return "more or fewer suspect pages counted than named";
+        return scatter->acknowledged(*channel.way, header.tag);
+      }
       if (!channel.barrier_sent || channel.acknowledged || header.tag != task.tag ||
           task.kind == TaskKind::kNone) {
         return "an answer to a barrier that was not sent";

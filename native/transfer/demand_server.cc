@@ -20,37 +20,83 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
   const std::uint64_t following = std::min(request.page_count, wire::max_run_pages(page_size)) - 1;
 
   static const PageFrames::OnHash kNone;
+  const PageFrames::OnHash& on_hash = scatter ? scatter->hash_sink(request.region) : kNone;
   std::uint64_t bytes_sent = 0;
   wire::IoResult result;
   pacer.fault_begin();
+  if (scatter) scatter->fault_begin();
   {
     const std::lock_guard writing(of.demand_write);
     const TouchGate::Pass pass(gate);
     if (!pass) result = {wire::IoResult::Kind::kCut, ECANCELED};
+    // A page that is being read here is not given back at the same time.
+    std::unique_lock<std::mutex> reading;
     PageRun left{};
-    if (pass) left = queue.take_for_fault(request.region, page, following);
+    if (pass && scatter) {
+      reading = std::unique_lock(scatter->release_mutex());
+      if (elsewhere(of, request.region, page, result)) return {};
+    }
+    if (pass) {
+      const SendQueue::FaultTake take = queue.take_for_fault(request.region, page, following);
+      left = take.run;
+      if (scatter && !take.first_was_pending) scatter->never_release(request.region, page);
+    }
+    std::vector<RegionRun> answered;
     const auto send = [&] {
       const PageFrames::Sent sent = frames.send(*of.demand);
       count_sent(sent);
       bytes_sent += sent.bytes;
+      if (scatter) answered.insert(answered.end(), sent.runs.begin(), sent.runs.end());
       result = sent.result;
     };
     for (bool first = true; left.count > 0 && result.done(); first = false) {
       const auto bytes = region->contiguous(first ? PageRun{page, 1} : left);
       const PageRun piece{left.first, bytes.size() / page_size};
-      frames.add(request.region, piece.first, bytes, first ? wire::kFlagAnswer : 0, kNone);
+      frames.add(request.region, piece.first, bytes, first ? wire::kFlagAnswer : 0, on_hash);
       left = PageRun{piece.end(), left.count - piece.count};
       if (first) send();
     }
     if (!frames.empty() && result.done()) send();
+    if (scatter && !answered.empty()) {
+      wire::FrameHeader barrier = wire::make_header(wire::FrameType::kBarrier, 0, {},
+                                                    scatter->answered(*of.demand_way, answered, bytes_sent));
+      wire::seal(barrier);
+      if (result.done()) result = of.demand->send_all(std::as_bytes(std::span(&barrier, 1)));
+      bytes_on_wire += sizeof barrier;
+    }
   }
   pacer.fault_end(bytes_sent);
+  if (scatter) scatter->fault_end(bytes_sent);
   if (!result.done()) {
     report_cut(of, "demand channel: " + result.describe());
   } else {
     faults_served.fetch_add(1, std::memory_order_relaxed);
   }
   return {};
+}
+
+// True when the page has been let go of here: the destination is told where it is.
+bool Sender::Impl::elsewhere(Epoch& of, std::uint32_t region, PageNumber page, wire::IoResult& result) {
+  wire::Holders holders;
+  if (!scatter->released(region, page, holders)) return false;
+  const Whereabouts& where = scatter->whereabouts();
+  const std::uint64_t hash = where.hashes(region)[static_cast<std::size_t>(page.value)];
+  const bool bare = where.zero(region, page) || holders.first == wire::Holders::kDestination;
+  const auto payload = bare ? std::span<const std::byte>() : std::as_bytes(std::span(&hash, 1));
+  std::array<wire::FrameHeader, 2> headers{
+      wire::make_header(wire::FrameType::kMap, region, {page, 1}, holders.tag()),
+      wire::make_header(wire::FrameType::kElsewhere, region, {page, 1})};
+  if (where.zero(region, page)) headers[0].flags |= wire::kFlagZero;
+  wire::seal(headers[0], payload);
+  wire::seal(headers[1]);
+  std::array<iovec, 3> buffers{iovec{&headers[0], sizeof headers[0]},
+                               iovec{const_cast<std::byte*>(payload.data()), payload.size()},
+                               iovec{&headers[1], sizeof headers[1]}};
+  bytes_on_wire += 2 * sizeof headers[0] + payload.size();
+  result = of.demand->send_all(buffers);
+  if (!result.done()) report_cut(of, "demand channel: " + result.describe());
+  faults_served.fetch_add(1, std::memory_order_relaxed);
+  return true;
 }
 
 void Sender::Impl::serve_demand(Epoch& of) {
@@ -75,6 +121,10 @@ void Sender::Impl::serve_demand(Epoch& of) {
         case wire::FrameType::kBarrierAck: {
           const std::lock_guard lock(mutex);
           if (&of != epoch.get() || of.cut) break;
+          if (scatter) {
+            wrong = scatter->acknowledged(*of.demand_way, header.tag);
+            break;
+          }
           if (!of.demand_barrier_sent || of.demand_acknowledged || header.tag != task.tag) {
             wrong = "an answer to a barrier that was not sent";
             break;

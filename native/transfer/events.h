@@ -24,9 +24,10 @@ enum class EngineEventKind {
   kEvicted,    // every page is in the destination's memory
   // destination
   kFirstChannel,  // the first authenticated connection is there
+  kFilled,        // before the switch, after await_filled(): every page is here
   kComplete,      // every page is there, and the pager has let go of the regions
-  kLost,          // the source did not come back in time; `lost` has the pages, which are poisoned after
-                  // acknowledge_loss() or the grace period
+  kLost,  // pages that cannot be had any more: `lost` has them, `message` says why; they are poisoned after
+          // acknowledge_loss() or the grace period. With VMD servers it may come more than once.
   // both
   kPaused,     // post-copy: the connections were cut; redialling (source) or waiting (destination)
   kRecovered,  // post-copy: going on after kPaused

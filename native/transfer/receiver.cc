@@ -20,7 +20,11 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   used.resize(config.tokens.size());
   // start() enlists for good; until then a retire() waits for this constructor.
   std::vector<std::unique_ptr<RegionUse>> uses;
-  const bool may_page = config.may_page || config.paging_from_start;
+  const bool from_start = config.paging_from_start || config.sourceless;
+  const bool may_page = config.may_page || from_start;
+  if (config.sourceless && config.servers.empty())
+    throw std::invalid_argument("neither a source nor servers");
+  intake.set_rate(config.bandwidth);
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
@@ -37,11 +41,10 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
       // EINVAL: a kernel without huge pages.
       if (may_page) ::madvise(part.data(), part.size(), MADV_NOHUGEPAGE);
       // What is there is none of the guest's, and while paging present means arrived.
-      if (config.discard_first || config.paging_from_start)
-        discarder.add(Address::of(part.data()), part.size());
+      if (config.discard_first || from_start) discarder.add(Address::of(part.data()), part.size());
     });
     discarder.flush();
-    if (config.paging_from_start) map.present.clear_run({PageNumber{0}, map.pages()});
+    if (from_start) map.present.clear_run({PageNumber{0}, map.pages()});
   }
   if (may_page) {
     pager = std::make_unique<Pager>(
@@ -49,9 +52,18 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   } else {
     ahead = std::make_unique<TouchAhead>(all);
   }
-  if (config.paging_from_start) {
+  make_gather();
+  if (from_start) {
     pager->serve();
     state = State::kPaging;
+  }
+  if (config.sourceless) {
+    switched = true;
+    source_left = true;
+    source_sends = false;
+    EngineEvent event{};
+    event.kind = EngineEventKind::kSwitched;
+    events.push_back(std::move(event));
   }
   for (unsigned i = 0; i <= config.channels; ++i) {
     auto channel = std::make_unique<Channel>();
@@ -70,6 +82,7 @@ void Receiver::Impl::start() {
     own.thread.start(own.demand ? "mf-demand" : "mf-recv-" + std::to_string(own.index),
                      [this, &own](WorkerThread&) { channel_main(own); });
   }
+  if (gather) gather->start();
   supervisor.start("mf-receiver", [this](WorkerThread&) { supervise(); });
   // Last, since a retire() may call region_gone() at once; nobody touches the memory before a connection is
   // attached.
@@ -97,11 +110,13 @@ void Receiver::Impl::close() {
     shut_down_all_locked();
     changed.notify_all();
   }
+  if (gather) gather->shut_down();
   // Completion belongs to the supervisor, so let it end first: it may be letting go of the memory right now.
   supervisor.stop();
   const bool incomplete = pager && pager->serving() && state != State::kComplete;
   if (incomplete) pager->poison_missing();
   for (const auto& channel : channels) channel->thread.stop();
+  if (gather) gather->close();
   // A channel may have claimed a page and failed to install it meanwhile.
   if (incomplete) pager->poison_missing();
   if (pager) pager->stop();
@@ -205,6 +220,13 @@ void Receiver::Impl::supervise() {
     }
     if (closing) return;
     const Clock::time_point now = Clock::now();
+    if (complete_due && state == State::kPaging && pages_lost > 0) {
+      // All that could be had is here; the rest is reported, and poisoned in its time.
+      complete_due = false;
+      state = State::kLost;
+      recover_by = Clock::time_point::max();
+      continue;
+    }
     if (complete_due && state == State::kPaging) {
       lock.unlock();
       std::string problem;
@@ -226,7 +248,8 @@ void Receiver::Impl::supervise() {
       push(std::move(event));
       continue;
     }
-    if (state == State::kPaging && (lost_due || now >= recover_by)) {
+    // With servers each page has its own end: look_after_gather_locked().
+    if (state == State::kPaging && !gather && (lost_due || now >= recover_by)) {
       if (lost_code.empty()) {
         lost_code = "RECOVERY_TIMEOUT";
         lost_message = "the source did not come back in time";
@@ -247,13 +270,26 @@ void Receiver::Impl::supervise() {
     }
     if (now >= poison_at) {
       poison_at = Clock::time_point::max();
+      const bool all = state == State::kFailed || (state == State::kLost && pages_lost == 0);
       lock.unlock();
-      pager->poison_missing();
+      if (all) {
+        pager->poison_missing();
+      } else {
+        pager->poison_lost();
+      }
       lock.lock();
       continue;
     }
     Clock::time_point until = std::min(recover_by, poison_at);
-    if (state == State::kPaging && switched && !paused) {
+    if (gather && state == State::kPaging && switched) {
+      if (now - gather_looked_at >= kGatherLook) {
+        gather_looked_at = now;
+        look_after_gather_locked(lock);
+        continue;
+      }
+      until = std::min(until, gather_looked_at + kGatherLook);
+    }
+    if (state == State::kPaging && switched && !paused && !epoch_cut) {
       if (pager->longest_wait() > kAnswerWithin) {
         cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "no answer to a fault in time"});
         continue;
@@ -295,10 +331,12 @@ bool Receiver::seal() {
   if (impl_->state != Impl::State::kFilling) return false;
   // First the state, then the look: a frame announces itself before it looks at the state, so whichever of the
   // two comes second sees the other.
+  impl_->sealing = true;
   impl_->state = Impl::State::kComplete;
-  if (impl_->filled()) return true;
-  impl_->state = Impl::State::kFilling;
-  return false;
+  const bool whole = impl_->filled();
+  if (!whole) impl_->state = Impl::State::kFilling;
+  impl_->sealing = false;
+  return whole;
 }
 
 bool Receiver::paging() const {
@@ -315,6 +353,13 @@ ReceiverStats Receiver::stats() const {
   for (const auto& map : impl_->maps) {
     stats.pages_missing += map->missing();
     stats.extra_memory_bytes += map->extra_bytes();
+  }
+  stats.pages_gathered = impl_->pages_gathered;
+  stats.pages_lost = impl_->pages_lost;
+  stats.pages_missing += impl_->pages_lost;
+  if (impl_->gather) {
+    stats.servers = impl_->gather->stats();
+    stats.extra_memory_bytes += impl_->gather->memory_bytes();
   }
   stats.extra_memory_bytes += impl_->channels.size() * payload * (impl_->pager ? 2 : 1);
   if (impl_->pager) {
@@ -341,6 +386,17 @@ void Receiver::acknowledge_loss() {
   impl_->poison_at = Impl::Clock::now();
   impl_->changed.notify_all();
 }
+
+void Receiver::await_filled() {
+  impl_->filled_wanted = true;
+  impl_->check_filled();
+}
+
+void Receiver::set_gather_limit(std::uint64_t bytes_per_second) {
+  if (impl_->gather) impl_->gather->set_limit(bytes_per_second);
+}
+
+void Receiver::set_bandwidth(std::uint64_t bytes_per_second) { impl_->intake.set_rate(bytes_per_second); }
 
 void Receiver::grow(std::uint32_t region, std::uint64_t pages) {
   if (region >= impl_->maps.size()) throw std::invalid_argument("no such region");

@@ -21,6 +21,8 @@
 #include "page/hash.h"
 #include "page/region.h"
 #include "transfer/events.h"
+#include "transfer/gather.h"
+#include "transfer/stage_server_address.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -40,6 +42,12 @@ struct ReceiverConfig {
   std::chrono::milliseconds recover_timeout{60000};
   // Between kLost and poisoning, so that the loss can be reported first.
   std::chrono::milliseconds loss_grace{250};
+  // A scatter: what the source does not send here itself is gathered from these.
+  std::vector<StageServer> servers;
+  std::uint64_t gather_limit = 0;  // bytes/s of what is fetched ahead of the guest; 0: none
+  std::uint64_t bandwidth = 0;     // bytes/s taken in over the data channels; answers to faults do not wait
+  // A parked guest: nobody but the servers has it. Paging from the start.
+  bool sourceless = false;
   EngineCallback on_event;
 };
 
@@ -58,6 +66,9 @@ struct ReceiverStats {
   std::uint64_t pages_suspect = 0;
   FaultStats faults;
   std::uint64_t extra_memory_bytes = 0;
+  std::uint64_t pages_gathered = 0;
+  std::uint64_t pages_lost = 0;
+  std::vector<Gather::ServerStats> servers;
 };
 
 class Receiver : public std::enable_shared_from_this<Receiver> {
@@ -83,6 +94,10 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   // Sender::digest() of the paused source.
   [[nodiscard]] Hash128 digest(std::uint32_t region) const;
   void acknowledge_loss();  // poison now
+  // kFilled is to come once every page is here (filling).
+  void await_filled();
+  void set_gather_limit(std::uint64_t bytes_per_second);
+  void set_bandwidth(std::uint64_t bytes_per_second);
   // Grow a region while filling (the source's WebAssembly memory grew): its memory is already there.
   void grow(std::uint32_t region, std::uint64_t pages);
   void close();  // may be called twice; from any thread but the callback's

@@ -1,39 +1,14 @@
 // Who is connected to the receiver: hellos, the channels' threads, cuts and recovery.
-#include <fcntl.h>
-#include <sys/socket.h>
-
 #include <algorithm>
 
 #include "os/worker_thread.h"
 #include "transfer/receiver_impl.h"
-#include "wire/socket.h"
+#include "wire/hello.h"
 
 namespace memferry {
 namespace {
 
 constexpr int kDemandThreadNice = -20;
-
-// Takes the same time wherever the first difference is.
-bool equal_tokens(const wire::Token& a, const wire::Token& b) {
-  unsigned difference = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) difference |= static_cast<unsigned>(a[i] ^ b[i]);
-  // The compiler must not turn the loop into an early return.
-  asm volatile("" : "+r"(difference));
-  return difference == 0;
-}
-
-bool accept_connection(int fd) {
-  const int flags = ::fcntl(fd, F_GETFL);
-  if (flags < 0 || ::fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) != 0) return false;
-  try {
-    wire::configure_connection(fd);
-  } catch (const std::exception&) {
-    return false;  // it was reset already
-  }
-  // The first bytes on a fresh connection always fit into its buffer.
-  const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
-  return ::send(fd, &reply, sizeof reply, MSG_NOSIGNAL | MSG_DONTWAIT) == static_cast<ssize_t>(sizeof reply);
-}
 
 }  // namespace
 
@@ -45,7 +20,7 @@ bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   const bool exists = column < row_tokens && (demand || column < config.channels) && hello.epoch < rows;
   // Compared in any case, so that the time does not say which channels and epochs there are.
   const std::size_t position = exists ? hello.epoch * row_tokens + column : 0;
-  const bool right = equal_tokens(hello.token, config.tokens[position]);
+  const bool right = wire::equal_tokens(hello.token, config.tokens[position]);
   if (!right || !exists || hello.preface != wire::kDataPreface || hello.version != wire::kVersion ||
       hello.migration != config.migration) {
     return false;
@@ -59,7 +34,7 @@ bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   const bool may_redial = now == State::kComplete || (now == State::kPaging && switched);
   if (hello.epoch > epoch && !may_redial) return false;
   used[position] = true;
-  if (!accept_connection(fd.get())) return false;
+  if (!wire::accept_connection(fd.get())) return false;
 
   if (hello.epoch > epoch) {
     // The source knows of the cut before us.
@@ -159,6 +134,13 @@ void Receiver::Impl::ended(Channel& channel, std::uint32_t ended_epoch, const Ch
   }
   channel.goodbye = true;
   if (state == State::kComplete) return;
+  if (state == State::kPaging && switched && gather) {
+    // The servers have what is missing, and say where. When all of its connections have ended so, it has left.
+    source_left =
+        std::all_of(channels.begin(), channels.end(), [](const auto& each) { return each->goodbye; });
+    changed.notify_all();
+    return;
+  }
   if (state == State::kPaging && switched) {
     // Pages are still missing, so it is a cut whatever the source calls it.
     cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "the source left before every page was here"});
@@ -188,7 +170,8 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   shut_down_all_locked();
   for (const auto& channel : channels) channel->attached = false;
   if (!guest_is_here) return;
-  if (!paused) {
+  // With servers it may need no source any more: look_after_gather_locked() finds out.
+  if (!paused && !gather) {
     paused = true;
     recover_by = Clock::now() + config.recover_timeout;
     EngineEvent event{};

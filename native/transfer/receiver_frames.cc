@@ -153,6 +153,12 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
       case wire::FrameType::kBarrier:
         going_on = on_barrier(with, header);
         break;
+      case wire::FrameType::kMap:
+        going_on = on_map(with, header);
+        break;
+      case wire::FrameType::kElsewhere:
+        going_on = on_elsewhere(with, header);
+        break;
       case wire::FrameType::kGoodbye:
         if (with.check_no_payload(header)) with.end = {ChannelEnd::Kind::kGoodbye, "", ""};
         break;
@@ -169,10 +175,14 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
     return with.bad("pages outside the region");
   const PageRun run{PageNumber{header.first_page}, header.page_count};
+  if (!with.channel.demand && !intake.wait_and_debit(header.payload_bytes, with.channel.thread)) return false;
 
   {
     FillingHold hold(filling_frames, map, run);
-    if (state == State::kFilling) return fill_pages(with, header, map, hold);
+    if (state == State::kFilling) {
+      forget_locations(header.region, run);
+      return fill_pages(with, header, map, hold);
+    }
   }
   if (state == State::kSwitching) return with.bad("pages while switching to post-copy");
 
@@ -221,6 +231,7 @@ bool Receiver::Impl::on_zeros(Conversation& with, const wire::FrameHeader& heade
   {
     FillingHold hold(filling_frames, map, run);
     if (state == State::kFilling) {
+      forget_locations(header.region, run);
       if (!hold.take()) return with.bad("zeros for pages that another channel is sending");
       with.channel.filler->zeros(header.region, map, run);
       pages_zero.fetch_add(run.count, std::memory_order_relaxed);
@@ -269,11 +280,15 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
       return with.bad("discards of pages that another channel is sending");
     }
   }
+  std::unique_lock<std::mutex> filling;
+  if (gather) filling = std::unique_lock(gather->filling());
   Filler& filler = *with.channel.filler;
   std::uint64_t dropped = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const wire::WireRun run = run_at(i);
-    dropped += filler.discard(header.region, map, {PageNumber{run.first_page}, run.page_count});
+    const PageRun pages{PageNumber{run.first_page}, run.page_count};
+    if (gather) gather->forget(header.region, pages);
+    dropped += filler.discard(header.region, map, pages);
   }
   filler.sweep();
   if (state == State::kPaging) settled.fetch_sub(dropped, std::memory_order_acq_rel);
@@ -291,6 +306,8 @@ bool Receiver::Impl::on_switch(Conversation& with, const wire::FrameHeader& head
         if (state != State::kFilling) return with.bad("a switch too late");
         state = State::kSwitching;
       }
+      // Nothing is gathered into memory any more from here on.
+      if (gather) const std::lock_guard filling(gather->filling());
       // The source has had every round's barrier answered; pages in flight now would be received into memory
       // that is being registered.
       if (filling_frames != 0) return with.bad("a switch while pages are in flight");
@@ -342,6 +359,57 @@ bool Receiver::Impl::on_barrier(Conversation& with, const wire::FrameHeader& hea
   }
   const wire::IoResult io = with.stream.send_all(std::as_bytes(std::span(&ack, 1)));
   return io.done() || with.lost(io);
+}
+
+// Newer content than any server has: in a round, before the switch.
+void Receiver::Impl::forget_locations(std::uint32_t region, PageRun run) {
+  if (!gather) return;
+  const std::lock_guard filling(gather->filling());
+  gather->forget(region, run);
+}
+
+bool Receiver::Impl::on_map(Conversation& with, const wire::FrameHeader& header) {
+  if (!gather) return with.bad("a map without servers");
+  if (with.channel.index != 0 && !with.channel.demand) return with.bad("maps come on channel 0");
+  if (header.region >= maps.size()) return with.bad("no such region");
+  ArrivalMap& map = *maps[header.region];
+  if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
+    return with.bad("pages outside the region");
+  std::vector<std::byte>& staging = with.channel.staging;
+  if (!with.read_checked_payload(header, staging)) return false;
+  std::vector<std::uint64_t>& hashes = with.channel.hashes;
+  hashes.resize(staging.size() / sizeof(std::uint64_t));
+  if (!hashes.empty()) std::memcpy(hashes.data(), staging.data(), staging.size());
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  const bool zero = (header.flags & wire::kFlagZero) != 0;
+  const wire::Holders holders = wire::Holders::of(header.tag);
+  std::unique_lock<std::mutex> filling;
+  if (state == State::kFilling && !zero) {
+    // What is here of them is older. Nothing is gathered between this and the new location.
+    filling = std::unique_lock(gather->filling());
+    if (state == State::kFilling && holders.first != wire::Holders::kDestination) {
+      map.received.clear_run(run);
+      map.zero.clear_run(run);
+      map.suspect.clear_run(run);
+    }
+  }
+  return gather->record(header.region, run, holders, zero, hashes, true) ||
+         with.bad("a map with a holder that is not there");
+}
+
+bool Receiver::Impl::on_elsewhere(Conversation& with, const wire::FrameHeader& header) {
+  if (!gather || !with.channel.demand || !pager)
+    return with.bad("a page elsewhere, where there is nobody else");
+  if (header.region >= maps.size() ||
+      !wire::run_inside(header.first_page, header.page_count, maps[header.region]->pages()))
+    return with.bad("pages outside the region");
+  if (!with.check_no_payload(header)) return false;
+  for (std::uint64_t i = 0; i < header.page_count; ++i) {
+    const PageNumber page{header.first_page + i};
+    gather->set_elsewhere(header.region, page);
+    pager->ask_elsewhere(header.region, page);
+  }
+  return true;
 }
 
 bool Receiver::Impl::name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag,

@@ -19,8 +19,10 @@
 #include "fault/pager.h"
 #include "os/worker_thread.h"
 #include "transfer/fill.h"
+#include "transfer/gather.h"
 #include "transfer/receiver.h"
 #include "transfer/touch_ahead.h"
+#include "wire/bandwidth_cap.h"
 #include "wire/stream.h"
 
 namespace memferry {
@@ -65,6 +67,8 @@ struct Receiver::Impl {
   // An answer that has not come for this long is taken for a cut, though the connection seems to live.
   static constexpr std::chrono::seconds kAnswerWithin{30};
   static constexpr std::size_t kMostLostRuns = 1 << 20;
+  // How often it is looked at where missing pages could come from, while there are servers.
+  static constexpr std::chrono::milliseconds kGatherLook{100};
 
   struct Channel {
     unsigned index = 0;
@@ -101,6 +105,20 @@ struct Receiver::Impl {
   [[nodiscard]] std::uint64_t suspects() const;
   [[nodiscard]] bool filled() const;  // nothing in flight, nothing suspect, nothing missing
 
+  // receiver_gather.cc
+  void make_gather();
+  Pager::Route route(std::uint32_t region, PageRun run, bool source_online);
+  bool storing(std::unique_lock<std::mutex>& filling);
+  void fill_gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                     std::span<const std::uint64_t> hashes);
+  void gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                std::span<const std::uint64_t> hashes);
+  void gathered_zeros(std::uint32_t region, PageRun run);
+  void check_filled();
+  void look_after_gather_locked(std::unique_lock<std::mutex>& lock);
+  void settle_lost_locked(std::unique_lock<std::mutex>& lock, const std::vector<RegionRun>& hopeless,
+                          const std::vector<std::string>& names);
+
   // receiver_channels.cc
   bool attach(const wire::Hello& hello, UniqueFd& fd);
   void channel_main(Channel& channel);
@@ -122,6 +140,9 @@ struct Receiver::Impl {
   bool on_discard(Conversation& with, const wire::FrameHeader& header);
   bool on_switch(Conversation& with, const wire::FrameHeader& header);
   bool on_barrier(Conversation& with, const wire::FrameHeader& header);
+  void forget_locations(std::uint32_t region, PageRun run);
+  bool on_map(Conversation& with, const wire::FrameHeader& header);
+  bool on_elsewhere(Conversation& with, const wire::FrameHeader& header);
   bool name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag, std::uint64_t& named);
   void account(std::uint64_t settled_pages);
 
@@ -139,6 +160,14 @@ struct Receiver::Impl {
   std::atomic<unsigned> filling_frames{0};
   // Paging: pages that are there, their installation finished.
   std::atomic<std::uint64_t> settled{0};
+  std::unique_ptr<Gather> gather;         // when there are servers
+  std::unique_ptr<Filler> gather_filler;  // under gather->filling()
+  wire::BandwidthCap intake;
+  std::atomic<std::uint64_t> pages_gathered{0};
+  std::atomic<std::uint64_t> pages_lost{0};
+  std::atomic<bool> filled_wanted{false};
+  std::atomic<bool> source_sends{true};
+  std::atomic<bool> sealing{false};  // kComplete may be taken back
   std::atomic<std::uint64_t> bytes_received{0};
   std::atomic<std::uint64_t> pages_received{0};
   std::atomic<std::uint64_t> pages_zero{0};
@@ -150,6 +179,11 @@ struct Receiver::Impl {
   bool epoch_cut = false;  // no more connections of this epoch
   std::vector<bool> used;  // tokens
   bool first_channel = false;
+  bool source_left = false;                                     // it said goodbye: nothing more comes from it
+  Clock::time_point source_gone_at = Clock::time_point::max();  // cut or left
+  Clock::time_point map_asked_at{};
+  Clock::time_point gather_looked_at{};
+  std::vector<std::string> lost_names;
   bool paused = false;
   bool demand_attached = false;
   unsigned bad_frames = 0;
@@ -159,7 +193,7 @@ struct Receiver::Impl {
   std::string lost_message;
   Clock::time_point recover_by = Clock::time_point::max();
   Clock::time_point poison_at = Clock::time_point::max();
-  bool closing = false;
+  std::atomic<bool> closing{false};  // changed with the mutex held, read without
   bool closed = false;
   std::vector<std::unique_ptr<Channel>> channels;
   WorkerThread supervisor;

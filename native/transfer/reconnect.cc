@@ -134,7 +134,13 @@ std::string Sender::Impl::exchange_bitmap(Epoch& of, Clock::time_point deadline,
       bitmap.or_word(header.first_page / 64 + i, bits);
     }
   }
-  for (std::uint32_t region = 0; region < have.size(); ++region) queue.mark_lacking(region, *have[region]);
+  for (std::uint32_t region = 0; region < have.size(); ++region) {
+    if (scatter) {
+      scatter->reconcile(region, *have[region]);
+    } else {
+      queue.mark_lacking(region, *have[region]);
+    }
+  }
   return {};
 }
 
@@ -152,6 +158,13 @@ void Sender::Impl::start_threads(const std::shared_ptr<Epoch>& started) {
   }
   pacer.reset();
   pacer.attach(std::move(fds), same_host);
+  if (scatter) {
+    for (const auto& channel : of.data) {
+      channel->way =
+          scatter->open_direct(channel->index, channel->stream, "channel " + std::to_string(channel->index));
+    }
+    of.demand_way = scatter->open_demand();
+  }
   of.still_sending = static_cast<unsigned>(of.data.size());
   for (const auto& channel : of.data) {
     const std::string number = std::to_string(channel->index);

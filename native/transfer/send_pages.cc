@@ -40,7 +40,7 @@ void PageFrames::start_batch() {
 }
 
 void PageFrames::put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags) {
-  wire::FrameHeader& header = headers_.emplace_back(wire::make_header(type, region, run));
+  wire::FrameHeader& header = headers_.emplace_back(wire::make_header(type, region, run, tag_));
   header.flags = flags;
   buffers_.push_back({&header, sizeof header});
 }
@@ -61,15 +61,15 @@ void PageFrames::add(std::uint32_t region, PageNumber first, std::span<const std
   const auto zero = [&](std::size_t page) {
     return hashes[page] == zero_hash_ && is_zero(bytes.subspan(page * size, size));
   };
-  if (on_hash) {
-    for (std::size_t page = 0; page < pages; ++page) on_hash(PageNumber{first.value + page}, hashes[page]);
-  }
   runs_.push_back({region, {first, pages}});
   for (std::size_t page = 0; page < pages;) {
     const bool zeros = zero(page);
     std::size_t end = page + 1;
     while (end < pages && zero(end) == zeros) ++end;
     const PageRun run{PageNumber{first.value + page}, end - page};
+    if (on_hash) {
+      for (std::size_t i = page; i < end; ++i) on_hash(PageNumber{first.value + i}, hashes[i], zeros);
+    }
     put_header(zeros ? wire::FrameType::kZero : wire::FrameType::kPages, region, run, flags);
     if (zeros) {
       wire::seal(headers_.back());
@@ -88,7 +88,7 @@ void PageFrames::add_zeros(std::uint32_t region, PageRun run, const OnHash& on_h
   if (sent_) start_batch();
   if (room() == 0) throw std::logic_error("a batch of pages that is too long");
   if (on_hash) {
-    for (PageNumber page = run.first; page < run.end(); ++page.value) on_hash(page, zero_hash_);
+    for (PageNumber page = run.first; page < run.end(); ++page.value) on_hash(page, zero_hash_, true);
   }
   ++used_;
   put_header(wire::FrameType::kZero, region, run, 0);
@@ -97,9 +97,14 @@ void PageFrames::add_zeros(std::uint32_t region, PageRun run, const OnHash& on_h
   zero_pages_ += run.count;
 }
 
+std::uint64_t PageFrames::bytes() const {
+  std::uint64_t bytes = 0;
+  for (const iovec& buffer : buffers_) bytes += buffer.iov_len;
+  return bytes;
+}
+
 PageFrames::Sent PageFrames::send(wire::Stream& stream) {
-  Sent sent{{}, 0, content_pages_, zero_pages_, runs_};
-  for (const iovec& buffer : buffers_) sent.bytes += buffer.iov_len;
+  Sent sent{{}, bytes(), content_pages_, zero_pages_, runs_};
   sent.result = stream.send_all(buffers_);
   sent_ = true;
   return sent;

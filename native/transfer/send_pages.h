@@ -23,7 +23,7 @@ namespace memferry {
 // A batch: pieces are added until it is full(), then sent at once. Scattered dirty pages share a system call.
 class PageFrames {
  public:
-  using OnHash = std::function<void(PageNumber page, std::uint64_t xxh3)>;
+  using OnHash = std::function<void(PageNumber page, std::uint64_t xxh3, bool zero)>;
 
   explicit PageFrames(std::uint64_t page_size);
 
@@ -33,6 +33,9 @@ class PageFrames {
            const OnHash& on_hash);
   // One kZero frame of any length, for pages that were never touched.
   void add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash);
+
+  // Goes into every frame from the next batch on: to a VMD server, who is to hold the pages.
+  void set_tag(std::uint64_t tag) { tag_ = tag; }
 
   // Pages that may still be added.
   [[nodiscard]] std::uint64_t room() const { return sent_ ? hashes_.size() : hashes_.size() - used_; }
@@ -45,6 +48,9 @@ class PageFrames {
     std::uint64_t zero_pages = 0;
     std::span<const RegionRun> runs;  // valid until the next call
   };
+  // What the batch holds now.
+  [[nodiscard]] std::span<const RegionRun> runs() const { return runs_; }
+  [[nodiscard]] std::uint64_t bytes() const;
   // Writes the batch; then it is empty, whatever the outcome.
   Sent send(wire::Stream& stream);
 
@@ -57,8 +63,9 @@ class PageFrames {
   const std::uint64_t page_size_;
   const std::uint64_t zero_hash_;
   std::vector<std::uint64_t> hashes_;  // of the pages of the batch
-  std::size_t used_ = 0;               // of hashes_; a zero run counts as one page
-  bool sent_ = true;                   // the next add() begins a new batch
+  std::uint64_t tag_ = 0;
+  std::size_t used_ = 0;  // of hashes_; a zero run counts as one page
+  bool sent_ = true;      // the next add() begins a new batch
   std::deque<RacyView> views_;
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;

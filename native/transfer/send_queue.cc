@@ -100,15 +100,16 @@ void SendQueue::put_back(const Chunk& chunk) {
   entry.pending.set_run(chunk.run);
 }
 
-PageRun SendQueue::take_for_fault(std::uint32_t region, PageNumber page, std::uint64_t max_following) {
+SendQueue::FaultTake SendQueue::take_for_fault(std::uint32_t region, PageNumber page,
+                                               std::uint64_t max_following) {
   Entry& entry = *entries_[region];
-  entry.pending.clear(page);
+  const bool pending = entry.pending.clear(page);
   PageRun run{page, 1};
   const std::uint64_t known = entry.known_pages.load(std::memory_order_acquire);
   const PageNumber end{std::min(known, page.value + 1 + std::min(max_following, known))};
   while (run.end() < end && entry.pending.clear(run.end())) ++run.count;
   cursor_.store((std::uint64_t{region} << kRegionShift) | run.end().value, std::memory_order_relaxed);
-  return run;
+  return {run, pending};
 }
 
 std::uint64_t SendQueue::note_sent(std::uint32_t region, PageRun run) {

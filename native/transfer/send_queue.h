@@ -45,8 +45,13 @@ class SendQueue {
   void put_back(const Chunk& chunk);
 
   // A fault takes its page whether it is pending or not, and up to `max_following` pending pages directly
-  // behind it; the cursor moves behind them. Gives the run from `page` on; its first page is always there.
-  [[nodiscard]] PageRun take_for_fault(std::uint32_t region, PageNumber page, std::uint64_t max_following);
+  // behind it; the cursor moves behind them. Gives the run from `page` on; its first page is always there, though
+  // a channel may have taken it before (`first_was_pending` false).
+  struct FaultTake {
+    PageRun run;
+    bool first_was_pending = false;
+  };
+  [[nodiscard]] FaultTake take_for_fault(std::uint32_t region, PageNumber page, std::uint64_t max_following);
 
   // The destination will hold this run. Gives how many of its pages had been sent before.
   std::uint64_t note_sent(std::uint32_t region, PageRun run);

@@ -20,6 +20,10 @@ constexpr std::uint64_t kDigestPieceBytes = 256 * 1024;
 
 SenderConfig checked(SenderConfig config) {
   if (config.regions.empty()) throw std::invalid_argument("no regions");
+  if (config.servers.size() > wire::Holders::kMostServers) throw std::invalid_argument("too many servers");
+  if (config.servers.empty() && !config.direct)
+    throw std::invalid_argument("neither a destination nor servers");
+  if (config.replicas < 1 || config.replicas > 2) throw std::invalid_argument("replicas: 1 or 2");
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     if (region->page_size() != config.regions.front()->page_size()) {
@@ -56,7 +60,8 @@ Sender::Impl::Impl(SenderConfig c)
       address(wire::SocketAddress::parse(config.host, config.port)),
       queue(config.regions),
       page_size(config.regions.front()->page_size()),
-      cancel(make_eventfd()) {
+      cancel(make_eventfd()),
+      scatter(make_scatter()) {
   pacer.set_bandwidth(config.bandwidth);
   std::uint64_t bitmap_bytes = queue.memory_bytes();
   for (const auto& region : config.regions) {
@@ -78,6 +83,52 @@ Sender::Impl::Impl(SenderConfig c)
 }
 
 Sender::Impl::~Impl() = default;
+
+std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
+  if (config.servers.empty()) return nullptr;
+  ScatterConfig ours;
+  ours.servers = config.servers;
+  ours.replicas = config.replicas;
+  ours.connect_timeout = config.connect_timeout;
+  ours.stall_timeout = config.stall_timeout;
+  ours.answer_timeout = config.answer_timeout;
+  ours.release_as_evicted = config.release_as_evicted;
+  ours.direct = config.direct;
+  return std::make_unique<Scatter>(
+      std::move(ours),
+      Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
+                      [this](const PageFrames::Sent& sent) { count_sent(sent); },
+                      [this](std::uint64_t bytes) { bytes_on_wire += bytes; }, [this] { scatter_drained(); },
+                      [this](const std::string& why) {
+                        const std::lock_guard lock(mutex);
+                        if (!fatal) {
+                          fatal = why.empty()
+                                      ? Failure{"VMD_CAPACITY", "no server takes the pages that are left"}
+                                      : Failure{"SYSTEM", why};
+                        }
+                        supervisor_changed.notify_all();
+                      }},
+      page_size);
+}
+
+// Everything that was pending is held by somebody, and told.
+void Sender::Impl::scatter_drained() {
+  const std::lock_guard lock(mutex);
+  if (phase == Phase::kEnded || closing) return;
+  EngineEvent event;
+  if (task.kind == TaskKind::kRound) {
+    event.kind = EngineEventKind::kRoundDone;
+    event.tag = task.tag;
+    event.suspects = scatter->take_suspects();
+  } else if (task.kind == TaskKind::kPush) {
+    event.kind = EngineEventKind::kEvicted;
+    evicted = true;
+  } else {
+    return;
+  }
+  task.kind = TaskKind::kNone;
+  post_locked(std::move(event));
+}
 
 void Sender::Impl::note_memory(std::uint64_t bytes) {
   std::uint64_t former = peak_memory.load(std::memory_order_relaxed);
@@ -159,6 +210,8 @@ void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames fr
     epoch->demand_barrier_sent = epoch->demand_acknowledged = false;
   }
   demand_barrier_due = false;
+  if (scatter && kind == TaskKind::kRound) scatter->begin(Scatter::Kind::kRound, tracker_sinks());
+  if (scatter && kind == TaskKind::kPush) scatter->begin(Scatter::Kind::kPush, {});
   work_changed.notify_all();
 }
 
@@ -167,6 +220,7 @@ void Sender::Impl::say_goodbye() {
   const std::shared_ptr<Epoch> current = epoch;
   if (!current || current->cut) return;
   current->leaving = true;
+  if (scatter) scatter->wake();
   pacer.cancel();
   work_changed.notify_all();
   const auto deadline = Clock::now() + config.goodbye_timeout;
@@ -267,7 +321,9 @@ void Sender::start_push() {
   impl_->push_wanted = true;
   // Not before the answer to kSwitch: a page pushed on another channel could arrive before the discard that
   // is meant for its former copy. While the connections are cut, recovery starts the push.
-  if (impl_->switch_acknowledged && impl_->epoch && impl_->cut_reason.empty()) {
+  // A scatter needs no connection to begin.
+  const bool up = impl_->epoch && impl_->cut_reason.empty();
+  if (impl_->switch_acknowledged && (up || impl_->scatter)) {
     impl_->start_task_locked(Impl::TaskKind::kPush, Impl::kPushTag, nullptr);
   }
 }
@@ -284,12 +340,23 @@ SenderStats Sender::stats() const {
   stats.faults_served = impl_->faults_served;
   stats.redials = impl_->redials;
   stats.extra_memory_bytes = impl_->peak_memory;
+  if (impl_->scatter) {
+    stats.pages_direct = impl_->scatter->pages_direct();
+    for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {
+      stats.servers.push_back({each.pages, each.bytes, std::move(each.failed)});
+    }
+  }
   return stats;
 }
 
 Hash128 Sender::digest(std::uint32_t region_index) const {
   const auto& region = impl_->config.regions.at(region_index);
   const std::uint64_t pages = region->pages();
+  // Scattered pages may have been let go of; their hashes are those of the paused guest's content as it left.
+  if (impl_->scatter && impl_->config.release_as_evicted) {
+    return xxh3_128(std::as_bytes(
+        impl_->scatter->whereabouts().hashes(region_index).first(static_cast<std::size_t>(pages))));
+  }
   std::vector<std::uint64_t> hashes(static_cast<std::size_t>(pages));
   const std::uint64_t piece_pages = std::max<std::uint64_t>(1, kDigestPieceBytes / impl_->page_size);
   for (PageNumber at{0}; at.value < pages;) {
@@ -315,11 +382,13 @@ void Sender::close(bool goodbye) {
       impl_->epoch->shutdown();
     }
     impl_->pacer.cancel();
+    if (impl_->scatter) impl_->scatter->shut_down();
     ::eventfd_write(impl_->cancel.get(), 1);
     impl_->work_changed.notify_all();
     impl_->supervisor_changed.notify_all();
   }
   impl_->supervisor.stop();
+  if (impl_->scatter) impl_->scatter->close();
   impl_->users.clear();  // waits for a region_gone() on its way
   // A closed sender may be kept for its last figures; its trackers' userfaultfds and the pagemap must not be.
   const std::lock_guard collecting(impl_->collect_mutex);

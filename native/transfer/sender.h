@@ -25,6 +25,7 @@
 #include "page/region.h"
 #include "track/dirty_tracker.h"
 #include "transfer/events.h"
+#include "transfer/stage_server_address.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -44,6 +45,13 @@ struct SenderConfig {
   std::chrono::milliseconds answer_timeout{30000};  // for the answer to a barrier or to kSwitch
   // For the data senders to finish their chunk and say goodbye; whoever is stuck longer is cut off.
   std::chrono::milliseconds goodbye_timeout{500};
+  // A scatter: what the destination does not take in time goes to these, which `replicas` of them hold.
+  std::vector<StageServer> servers;
+  unsigned replicas = 1;
+  bool direct = true;  // false: there is no destination, everything goes to the servers (start_round())
+  // A server that does not acknowledge for so long is given up; a destination gets nothing more until it does.
+  std::chrono::milliseconds stall_timeout{3000};
+  bool release_as_evicted = false;  // after the switchover: memory is given back as others hold it
   EngineCallback on_event;
 };
 
@@ -56,6 +64,13 @@ struct SenderStats {
   std::uint64_t faults_served = 0;
   std::uint64_t redials = 0;
   std::uint64_t extra_memory_bytes = 0;  // peak of what the engine itself holds
+  std::uint64_t pages_direct = 0;        // a scatter: acknowledged by the destination, the last time each
+  struct Server {
+    std::uint64_t pages = 0;
+    std::uint64_t bytes = 0;
+    std::string failed;  // why it was given up, or empty
+  };
+  std::vector<Server> servers;
 };
 
 class Sender {

@@ -22,6 +22,8 @@
 
 #include "os/unique_fd.h"
 #include "os/worker_thread.h"
+#include "transfer/chunk_gatherer.h"
+#include "transfer/scatter.h"
 #include "transfer/send_pages.h"
 #include "transfer/send_queue.h"
 #include "transfer/sender.h"
@@ -65,10 +67,11 @@ struct Sender::Impl {
   struct DataChannel {
     explicit DataChannel(unsigned i) : index(i) {}
     const unsigned index;
-    std::unique_ptr<wire::Stream> stream;
+    std::shared_ptr<wire::Stream> stream;
     WorkerThread sender;
     WorkerThread reader;
-    bool barrier_sent = false;  // guarded by mutex, as the next
+    std::shared_ptr<Scatter::Way> way;  // of a scatter
+    bool barrier_sent = false;          // guarded by mutex, as the next
     bool acknowledged = false;
     std::uint64_t suspects_named = 0;  // in this round
   };
@@ -79,6 +82,7 @@ struct Sender::Impl {
     std::vector<std::unique_ptr<DataChannel>> data;
     std::unique_ptr<wire::Stream> demand;
     WorkerThread demand_server;
+    std::shared_ptr<Scatter::Way> demand_way;  // of a scatter
     // Guards writing to `demand` AND the time from taking a page out of the queue to its being written: a
     // barrier on the demand channel must not overtake a page that was taken before it.
     std::mutex demand_write;
@@ -93,6 +97,8 @@ struct Sender::Impl {
   };
 
   // sender.cc
+  std::unique_ptr<Scatter> make_scatter();
+  void scatter_drained();
   std::uint64_t collect_dirty();
   // The eviction's barrier: outside the numbers that rounds use.
   static constexpr std::uint64_t kPushTag = 1ULL << 63;
@@ -139,6 +145,7 @@ struct Sender::Impl {
   // data_channel.cc
   class Push;  // what one sending thread needs to send chunks
   void send_loop(Epoch& of, DataChannel& channel);
+  void scatter_on(Epoch& of, DataChannel& channel);
   bool send_barrier(Epoch& of, DataChannel& channel, const Task& mine);
   void read_loop(Epoch& of, DataChannel& channel);
   // Reads one frame of the destination's; false when the connection ended or was broken off.
@@ -147,12 +154,17 @@ struct Sender::Impl {
   // Empty, or what the destination did wrong.
   std::string handle_answer(Epoch& of, DataChannel& channel, const wire::FrameHeader& header,
                             std::span<const std::byte> payload);
+  [[nodiscard]] bool scattering_locked() const {
+    return scatter && task.kind != TaskKind::kDiscard && task.kind != TaskKind::kSwitch;
+  }
   std::string note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                    std::span<const std::byte> payload);
   void count_sent(const PageFrames::Sent& sent);
+  [[nodiscard]] std::vector<PageFrames::OnHash> tracker_sinks() const;
 
   // demand_server.cc
   void serve_demand(Epoch& of);
+  bool elsewhere(Epoch& of, std::uint32_t region, PageNumber page, wire::IoResult& result);
   std::string answer_fault(Epoch& of, const wire::FrameHeader& request, PageFrames& frames);
 
   [[nodiscard]] const wire::Token* token(std::uint32_t of_epoch, unsigned channel) const;
@@ -208,7 +220,8 @@ struct Sender::Impl {
   std::atomic<std::uint64_t> redials{0};
   std::atomic<std::uint64_t> peak_memory{0};
 
-  std::mutex close_mutex;  // one close() at a time; the second waits for the first
+  std::unique_ptr<Scatter> scatter;  // where there are servers
+  std::mutex close_mutex;            // one close() at a time; the second waits for the first
   WorkerThread supervisor;
 };
 

@@ -12,6 +12,7 @@ namespace {
 constexpr unsigned kMostViolations = 3;  // after the switchover, where each but the last is only a cut
 constexpr std::chrono::milliseconds kFirstBackoff{10};
 constexpr std::chrono::milliseconds kLongestBackoff{1000};
+constexpr std::chrono::milliseconds kDialWhileScattering{1000};
 // Until a fault's answer has left the demand channel to the barrier.
 constexpr std::chrono::milliseconds kDemandBarrierRetry{1};
 
@@ -62,6 +63,7 @@ void Sender::Impl::cut_locked(Epoch& of, std::string why) {
   of.cut = true;
   of.shutdown();
   pacer.cancel();
+  if (scatter) scatter->wake();
   cut_reason = why.empty() ? "connection lost" : std::move(why);
   work_changed.notify_all();
   supervisor_changed.notify_all();
@@ -101,6 +103,7 @@ void Sender::Impl::region_gone() {
       epoch->shutdown();
     }
     pacer.cancel();
+    if (scatter) scatter->shut_down();
     ::eventfd_write(cancel.get(), 1);
     work_changed.notify_all();
     supervisor_changed.notify_all();
@@ -161,10 +164,15 @@ void Sender::Impl::end_epoch(std::unique_lock<std::mutex>& lock) {
     ending->cut = true;
     work_changed.notify_all();
     pacer.cancel();
+    if (scatter) scatter->wake();
     lock.unlock();
     ending->shutdown();
     ending->join();
     pacer.detach();
+    for (const auto& channel : ending->data) {
+      if (channel->way) scatter->close_direct(*channel->way);
+    }
+    if (ending->demand_way) scatter->close_direct(*ending->demand_way);
     lock.lock();
     epoch.reset();
   }
@@ -176,10 +184,18 @@ void Sender::Impl::end_epoch(std::unique_lock<std::mutex>& lock) {
 void Sender::Impl::connect_first(std::unique_lock<std::mutex>& lock) {
   auto first = std::make_shared<Epoch>();
   lock.unlock();
-  const DialOutcome outcome = dial_all(*first, Clock::now() + config.connect_timeout);
+  const std::string no_server = scatter ? scatter->open() : std::string();
+  DialOutcome outcome{DialOutcome::Kind::kUp, false, {}};
+  if (config.direct && no_server.empty()) outcome = dial_all(*first, Clock::now() + config.connect_timeout);
   lock.lock();
   if (closing || gone) return;
   next_epoch = 1;
+  if (!no_server.empty()) return fail_locked("CONNECT_FAILED", no_server);
+  if (!config.direct) {
+    phase = Phase::kRounds;
+    post_locked({.kind = EngineEventKind::kConnected, .code = {}, .message = {}, .lost = {}});
+    return;
+  }
   switch (outcome.kind) {
     case DialOutcome::Kind::kUp:
       phase = Phase::kRounds;
@@ -201,9 +217,15 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
   std::string why = "no attempt was made";
   for (auto backoff = kFirstBackoff;; backoff = std::min(2 * backoff, kLongestBackoff)) {
     deliver_events(lock);
-    if (closing || gone) return;
-    if (Clock::now() >= deadline)
+    // Evicted: the servers have what the destination lacks.
+    if (closing || gone || evicted) return;
+    const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->servers_can_take();
+    if (Clock::now() >= deadline && !goes_on)
       return fail_locked("RECOVERY_TIMEOUT", "the destination did not come back: " + why);
+    if (token(next_epoch, 0) == nullptr && goes_on) {
+      supervisor_changed.wait_for(lock, kLongestBackoff, [this] { return closing || gone || evicted; });
+      continue;
+    }
     if (token(next_epoch, 0) == nullptr) {
       return fail_locked("RECOVERY_TIMEOUT", "no tokens left for another set of connections: " + why);
     }
@@ -211,13 +233,17 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     next->number = next_epoch;
     ++redials;
     lock.unlock();
-    const auto attempt_deadline = std::min(deadline, Clock::now() + config.connect_timeout);
+    // A scatter goes on without the destination, and says so when it is done: not in the middle of a long dial.
+    const auto patience =
+        scatter ? std::min(config.connect_timeout, kDialWhileScattering) : config.connect_timeout;
+    const auto attempt_deadline = Clock::now() + patience;
     DialOutcome outcome = dial_all(*next, attempt_deadline);
     std::string wrong;
-    if (outcome.kind == DialOutcome::Kind::kUp) wrong = exchange_bitmap(*next, deadline, outcome.why);
+    if (outcome.kind == DialOutcome::Kind::kUp)
+      wrong = exchange_bitmap(*next, std::max(deadline, attempt_deadline), outcome.why);
     lock.lock();
     if (outcome.token_used) ++next_epoch;
-    if (closing || gone) return;
+    if (closing || gone || evicted) return;
     if (!wrong.empty() && ++violations > kMostViolations) return fail_locked("PROTOCOL", wrong);
     why = wrong.empty() ? outcome.why : wrong;
     if (why.empty()) {
@@ -231,8 +257,9 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
       }
       return;
     }
-    supervisor_changed.wait_until(lock, std::min(deadline, Clock::now() + backoff),
-                                  [this] { return closing || gone; });
+    supervisor_changed.wait_until(
+        lock, std::max(std::min(deadline, Clock::now() + backoff), Clock::now() + kFirstBackoff),
+        [this] { return closing || gone || evicted; });
   }
 }
 

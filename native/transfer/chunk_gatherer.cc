@@ -1,0 +1,68 @@
+#include "transfer/chunk_gatherer.h"
+
+#include <algorithm>
+
+#include "wire/frame.h"
+
+namespace memferry {
+
+ChunkGatherer::ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size)
+    : queue_(queue), pacer_(pacer), page_size_(page_size), frames_(page_size) {}
+
+bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
+  gave_back_ = false;
+  const std::uint64_t largest = wire::max_payload(page_size_);
+  const std::uint64_t limit = std::max<std::uint64_t>(1, pacer_.chunk_bytes(largest) / page_size_);
+  for (std::uint64_t pages = 0; pages < limit && frames_.room() > 0;) {
+    const auto chunk = queue_.take(std::min(limit - pages, frames_.room()));
+    if (!chunk) return false;
+    const PageFrames::OnHash& on_hash = sinks[chunk->region];
+    if (chunk->untouched) {
+      gather_untouched(*chunk, on_hash);
+      continue;
+    }
+    for (PageRun left = chunk->run; left.count > 0;) {
+      const auto bytes = queue_.region(chunk->region)->contiguous(left);
+      const PageRun piece{left.first, bytes.size() / page_size_};
+      frames_.add(chunk->region, piece.first, bytes, 0, on_hash);
+      left = PageRun{piece.end(), left.count - piece.count};
+    }
+    pages += chunk->run.count;
+  }
+  return true;
+}
+
+// The pages were never touched when they were queued. Those that still are not, or whose tracker will tell of it,
+// go as zeros unread; reading them would populate them. The others, and what does not fit into the batch, are
+// pending again.
+void ChunkGatherer::gather_untouched(const SendQueue::Chunk& chunk, const PageFrames::OnHash& on_hash) {
+  const auto add_zeros = [&](PageRun run) {
+    if (run.count == 0) return;
+    if (frames_.room() > 0) {
+      frames_.add_zeros(chunk.region, run, on_hash);
+    } else {
+      gave_back_ = true;
+      queue_.put_back({chunk.region, run, true, chunk.tracked});
+    }
+  };
+  if (chunk.tracked) return add_zeros(chunk.run);
+  if (!pagemap_) pagemap_.emplace();
+  for (PageRun left = chunk.run; left.count > 0;) {
+    const auto bytes = queue_.region(chunk.region)->contiguous(left);
+    const PageRun piece{left.first, bytes.size() / page_size_};
+    const Address start = Address::of(bytes.data());
+    PageNumber at = piece.first;
+    pagemap_->populated(start, bytes.size(), [&](AddressRange range) {
+      const PageRun touched{PageNumber{piece.first.value + (range.start.value - start.value) / page_size_},
+                            (range.end.value - range.start.value) / page_size_};
+      gave_back_ = true;
+      queue_.put_back({chunk.region, touched, false, false});
+      add_zeros({at, touched.first.value - at.value});
+      at = touched.end();
+    });
+    add_zeros({at, piece.end().value - at.value});
+    left = PageRun{piece.end(), left.count - piece.count};
+  }
+}
+
+}  // namespace memferry

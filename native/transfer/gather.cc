@@ -1,0 +1,371 @@
+#include "transfer/gather.h"
+
+#include <algorithm>
+
+#include "transfer/gather_link.h"
+
+namespace memferry {
+namespace {
+
+using wire::Holders;
+
+// Pages of one block are asked for at the same one of two holders.
+constexpr std::uint64_t kBlockPages = 256;
+constexpr unsigned kCursorShift = 48;
+
+}  // namespace
+
+Gather::Gather(Config config, std::vector<ArrivalMap*> maps, Receiver receiver)
+    : config_(std::move(config)),
+      maps_(std::move(maps)),
+      receiver_(std::move(receiver)),
+      limit_(config_.limit) {
+  for (const ArrivalMap* map : maps_) {
+    where_.push_back(std::make_unique<LocationMap>(map->received.capacity()));
+    elsewhere_.push_back(std::make_unique<AtomicBitmap>(map->received.capacity()));
+  }
+  for (const StageServer& address : config_.servers) {
+    auto server = std::make_unique<Server>();
+    server->address = &address;
+    server->ordinal = static_cast<std::uint8_t>(servers_.size());
+    server->last_good = Clock::now();
+    for (const ArrivalMap* map : maps_)
+      server->todo.push_back(std::make_unique<AtomicBitmap>(map->received.capacity()));
+    server->ahead = std::make_unique<GatherLink>(*this, *server, wire::StageRole::kGather);
+    server->demand = std::make_unique<GatherLink>(*this, *server, wire::StageRole::kDemand);
+    servers_.push_back(std::move(server));
+  }
+}
+
+Gather::~Gather() { close(); }
+
+void Gather::start() {
+  for (const auto& server : servers_) {
+    server->demand->start();
+    server->ahead->start();
+  }
+}
+
+bool Gather::usable(std::uint8_t ordinal) const {
+  return ordinal < servers_.size() && !servers_[ordinal]->failed;
+}
+
+std::uint8_t Gather::chosen(PageNumber page, Holders holders) const {
+  const bool second_first = (page.value / kBlockPages & 1) != 0;
+  const std::uint8_t one = second_first ? holders.second : holders.first;
+  const std::uint8_t other = second_first ? holders.first : holders.second;
+  // Who is up goes before who is only not given up.
+  for (const std::uint8_t each : {one, other}) {
+    if (usable(each) && servers_[each]->up) return each;
+  }
+  for (const std::uint8_t each : {one, other}) {
+    if (usable(each)) return each;
+  }
+  return Holders::kNobody;
+}
+
+void Gather::assign(std::uint32_t region, PageNumber page) {
+  if (maps_[region]->received.test(page)) return;
+  const std::uint8_t to = chosen(page, where_[region]->holders(page));
+  if (to != Holders::kNobody) servers_[to]->todo[region]->set(page);
+}
+
+bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zero,
+                    std::span<const std::uint64_t> hashes, bool by_source) {
+  const auto known = [&](std::uint8_t ordinal) { return ordinal < servers_.size(); };
+  if (holders.first == Holders::kDestination || holders.first == Holders::kNobody) return true;
+  if (!known(holders.first) || (holders.second != Holders::kNobody && !known(holders.second))) return false;
+  if (zero) {
+    for (PageRun left = run; left.count > 0;) {
+      const auto open = [&](std::uint64_t at) {
+        return by_source ||
+               where_[region]->holders(PageNumber{left.first.value + at}).first == Holders::kNobody;
+      };
+      const bool zeros = open(0);
+      std::uint64_t count = 1;
+      while (count < left.count && open(count) == zeros) ++count;
+      if (zeros) receiver_.zeros(region, {left.first, count});
+      left = {PageNumber{left.first.value + count}, left.count - count};
+    }
+    receiver_.changed();
+    return true;
+  }
+  for (std::uint64_t i = 0; i < run.count; ++i) {
+    const PageNumber page{run.first.value + i};
+    const std::lock_guard lock(records_);
+    // Where the source sent it since, a server may be the only one to know.
+    const Holders told = where_[region]->holders(page);
+    if (!by_source && (usable(told.first) || usable(told.second))) continue;
+    where_[region]->put(page, holders, hashes[static_cast<std::size_t>(i)]);
+    assign(region, page);
+  }
+  for (const auto& server : servers_) server->ahead->wake();
+  receiver_.changed();
+  return true;
+}
+
+void Gather::forget(std::uint32_t region, PageRun run) {
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    if (where_[region]->holders(page).first == Holders::kNobody) continue;
+    where_[region]->clear(page);
+    for (const auto& server : servers_) server->todo[region]->clear(page);
+  }
+}
+
+bool Gather::is_current(std::uint32_t region, PageNumber page, std::uint64_t hash) const {
+  return where_[region]->holders(page).first != Holders::kNobody && where_[region]->hash(page) == hash;
+}
+
+bool Gather::request(std::uint32_t region, PageRun run) {
+  cursor_.store(std::uint64_t{region} << kCursorShift | run.end().value, std::memory_order_relaxed);
+  cursor_moves_.fetch_add(1, std::memory_order_relaxed);
+  const LocationMap& where = *where_[region];
+  const Holders holders = where.holders(run.first);
+  std::uint64_t count = 1;
+  while (count < run.count && where.holders(PageNumber{run.first.value + count}) == holders) ++count;
+  for (const std::uint8_t each : {chosen(run.first, holders), holders.first, holders.second}) {
+    if (usable(each) && servers_[each]->demand->ask(region, {run.first, count})) return true;
+  }
+  return false;
+}
+
+void Gather::set_elsewhere(std::uint32_t region, PageNumber page) { elsewhere_[region]->set(page); }
+
+bool Gather::elsewhere(std::uint32_t region, PageNumber page) const { return elsewhere_[region]->test(page); }
+
+void Gather::fetch_map() {
+  for (std::size_t i = 0; i < servers_.size() && i < kIndexServers; ++i) {
+    if (!servers_[i]->failed) servers_[i]->ahead->want_map();
+  }
+}
+
+void Gather::map_done(Server& server) {
+  {
+    const std::lock_guard lock(mutex_);
+    server.map_at = Clock::now();
+  }
+  receiver_.changed();
+}
+
+bool Gather::covers_missing() const {
+  for (std::size_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    const PageNumber end{map.pages()};
+    for (PageNumber from{0};;) {
+      const auto run = map.received.next_clear(from, end, map.pages());
+      if (!run) break;
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        const Holders holders = where_[region]->holders(page);
+        // Looked at again: it may have come since.
+        if (!usable(holders.first) && !usable(holders.second) && !map.received.test(page)) return false;
+      }
+      from = run->end();
+    }
+  }
+  return true;
+}
+
+std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_since,
+                                        std::vector<std::string>& names, std::size_t max_runs) const {
+  bool map_is_new = false;
+  bool anyone = false;
+  {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < servers_.size() && i < kIndexServers; ++i) {
+      map_is_new = map_is_new || servers_[i]->map_at > map_since;
+      anyone = anyone || !servers_[i]->failed;
+    }
+  }
+  std::vector<RegionRun> runs;
+  std::vector<bool> named(servers_.size());
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    for (PageNumber from{0};;) {
+      const auto run = map.received.next_clear(from, PageNumber{map.pages()}, map.pages());
+      if (!run) break;
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        const Holders holders = where_[region]->holders(page);
+        if (usable(holders.first) || usable(holders.second)) continue;
+        if (!no_source && !elsewhere_[region]->test(page)) continue;
+        if (!map_is_new && anyone) continue;
+        for (const std::uint8_t each : {holders.first, holders.second}) {
+          if (each < servers_.size()) named[each] = true;
+        }
+        if (!runs.empty() && runs.back().region == region && runs.back().run.end() == page) {
+          ++runs.back().run.count;
+        } else if (runs.size() < max_runs) {
+          runs.push_back({region, {page, 1}});
+        }
+      }
+      from = run->end();
+    }
+  }
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < servers_.size(); ++i) {
+    // A page without a location may have been anywhere that is gone.
+    if (named[i] || servers_[i]->failed) names.push_back(servers_[i]->address->name);
+  }
+  return runs;
+}
+
+void Gather::came(Server& server, std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                  std::span<const std::uint64_t> hashes, std::span<const std::uint64_t> expected) {
+  enum class Kind { kRight, kStale, kWrong };
+  const auto page_size = static_cast<std::size_t>(config_.page_size);
+  const auto kind_of = [&](std::size_t i) {
+    if (where_[region]->hash(PageNumber{run.first.value + i}) == hashes[i]) return Kind::kRight;
+    // Asked for before the page was written anew: what came is what was asked for.
+    return hashes[i] == expected[i] ? Kind::kStale : Kind::kWrong;
+  };
+  const auto count = static_cast<std::size_t>(run.count);
+  for (std::size_t i = 0; i < count;) {
+    const Kind kind = kind_of(i);
+    std::size_t end = i + 1;
+    while (end < count && kind_of(end) == kind) ++end;
+    const PageRun part{PageNumber{run.first.value + i}, end - i};
+    if (kind == Kind::kRight) {
+      server.pages.fetch_add(part.count, std::memory_order_relaxed);
+      receiver_.pages(region, part, bytes.subspan(i * page_size, (end - i) * page_size),
+                      hashes.subspan(i, end - i));
+    } else if (kind == Kind::kStale) {
+      for (PageNumber page = part.first; page < part.end(); ++page.value) assign(region, page);
+      receiver_.ask_again();
+    } else {
+      // While the guest still runs at its source a server may be ahead of the map; its record is on its way.
+      const bool lying = receiver_.frozen() &&
+                         not_held(server.ordinal, region, part, expected.subspan(i, end - i)) &&
+                         maps_[region]->received.count(part) < part.count;
+      if (!receiver_.frozen()) not_held(server.ordinal, region, part, expected.subspan(i, end - i));
+      if (lying && ++server.wrong > GatherLink::kWrongForgiven) {
+        fail(server, "server " + server.address->name + ": answers with other bytes than it was given");
+      }
+    }
+    i = end;
+  }
+}
+
+// It does not have them, or has something else: not what was `expected` when it was asked. What the map says since
+// then is left alone. Gives whether any of them was still expected there.
+bool Gather::not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
+                      std::span<const std::uint64_t> expected) {
+  bool any = false;
+  {
+    const std::lock_guard lock(records_);
+    for (std::uint64_t i = 0; i < run.count; ++i) {
+      const PageNumber page{run.first.value + i};
+      if (maps_[region]->received.test(page)) continue;
+      if (where_[region]->hash(page) == expected[static_cast<std::size_t>(i)]) {
+        any = any || where_[region]->holders(page).has(ordinal);
+        where_[region]->drop_holder(page, ordinal);
+      }
+      assign(region, page);
+    }
+  }
+  for (const auto& server : servers_) server->ahead->wake();
+  receiver_.ask_again();
+  return any;
+}
+
+void Gather::reassign_all(Server& from) {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    std::vector<PageNumber> stay;
+    const PageNumber end{maps_[region]->pages()};
+    while (const auto run = from.todo[region]->take_run(PageNumber{0}, end, 1ULL << 20)) {
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        const std::uint8_t to = chosen(page, where_[region]->holders(page));
+        if (to == Holders::kNobody || to == from.ordinal) {
+          stay.push_back(page);
+        } else {
+          servers_[to]->todo[region]->set(page);
+        }
+      }
+    }
+    // Nobody else has them: for when it comes back.
+    if (from.failed) continue;
+    for (const PageNumber page : stay) from.todo[region]->set(page);
+  }
+}
+
+void Gather::link_up(Server& server, wire::StageRole role) {
+  {
+    const std::lock_guard lock(mutex_);
+    server.last_good = Clock::now();
+    if (role == wire::StageRole::kDemand) server.up = true;
+  }
+  receiver_.changed();
+}
+
+void Gather::link_down(Server& server, wire::StageRole role) {
+  if (closing_) return;
+  {
+    // It was there until now: recover_timeout counts from here, not from when the connection was made.
+    const std::lock_guard lock(mutex_);
+    server.last_good = Clock::now();
+  }
+  if (role == wire::StageRole::kDemand) {
+    server.up = false;
+    reassign_all(server);
+    for (const auto& other : servers_) other->ahead->wake();
+    receiver_.ask_again();
+  }
+}
+
+bool Gather::link_failed(Server& server, const std::string& why, bool for_good) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (server.failed) return true;
+    if (!for_good && Clock::now() - server.last_good < config_.recover_timeout) return false;
+  }
+  fail(server, why);
+  return true;
+}
+
+void Gather::fail(Server& server, const std::string& why) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (server.failed) return;
+    server.failed = true;
+    server.up = false;
+    server.why = why;
+  }
+  server.ahead->shut_down();
+  server.demand->shut_down();
+  reassign_all(server);
+  for (const auto& other : servers_) other->ahead->wake();
+  receiver_.ask_again();
+  receiver_.changed();
+}
+
+std::vector<Gather::ServerStats> Gather::stats() const {
+  std::vector<ServerStats> all;
+  const std::lock_guard lock(mutex_);
+  for (const auto& server : servers_) all.push_back({server->pages, server->bytes, server->why});
+  return all;
+}
+
+std::uint64_t Gather::memory_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const ArrivalMap* map : maps_) {
+    bytes += map->pages() * (sizeof(std::uint64_t) + sizeof(std::uint16_t)) +
+             (servers_.size() + 1) * map->pages() / 8;
+  }
+  return bytes + servers_.size() * 2 * wire::max_payload(config_.page_size);
+}
+
+void Gather::shut_down() {
+  closing_ = true;
+  for (const auto& server : servers_) {
+    server->ahead->shut_down();
+    server->demand->shut_down();
+  }
+}
+
+void Gather::close() {
+  shut_down();
+  for (const auto& server : servers_) {
+    server->ahead->stop();
+    server->demand->stop();
+  }
+}
+
+}  // namespace memferry

@@ -1,0 +1,165 @@
+// The destination's side of a scatter: pages are fetched from the VMD servers, ahead of the guest and on demand, each
+// server by two connections with a thread each (GatherLink). It knows where pages are (records from the source, or
+// from a server's map) and which server is to be asked for each; what to do with a page that comes is the receiver's.
+//
+// A page with two holders is asked for at one of them by its place, so that both are read; when that one is down, has
+// failed, or does not have it, at the other. A server is *down* while a connection to it is being dialled or does not
+// answer, and has *failed* when that lasted for recover_timeout or it has lost the image.
+//
+// Threads: two a server; calls from the channels', the pager's and the supervisor's. `mutex_` guards the servers'
+// states; it is not held over a socket call or while the receiver is told. `filling_` makes one of "is this still
+// the page's content, and into its place with it": whoever changes a location before the switch takes it too.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "fault/arrival_map.h"
+#include "fault/location_map.h"
+#include "transfer/events.h"
+#include "transfer/stage_server_address.h"
+#include "wire/bandwidth_cap.h"
+
+namespace memferry {
+
+class GatherLink;
+
+class Gather {
+ public:
+  using Clock = std::chrono::steady_clock;
+  static constexpr unsigned kIndexServers = 4;
+
+  struct Config {
+    std::vector<StageServer> servers;
+    wire::MigrationId image{};
+    std::chrono::milliseconds recover_timeout{60000};
+    std::uint64_t page_size = 0;
+    std::uint64_t limit = 0;  // bytes/s of what is fetched ahead; 0: none
+    bool sourceless = false;
+  };
+  // All called without a lock of this class, from any of its threads.
+  struct Receiver {
+    // Pages whose content is the source's. `hashes` one a page.
+    std::function<void(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                       std::span<const std::uint64_t> hashes)>
+        pages;
+    std::function<void(std::uint32_t region, PageRun run)> zeros;
+    // A location became known, a server came up, went down or failed: faults that wait may be asked for now.
+    std::function<void()> changed;
+    // What was asked for on demand may not come from where it was asked: it is to be asked for again.
+    std::function<void()> ask_again;
+    std::function<bool()> faulted_lately;
+    // The source still sends here itself: its pages go first where the link is what both wait for.
+    std::function<bool()> source_sends;
+    // The guest has left its source: what a page is does not change any more.
+    std::function<bool()> frozen;
+  };
+
+  Gather(Config config, std::vector<ArrivalMap*> maps, Receiver receiver);
+  ~Gather();  // close()
+  Gather(const Gather&) = delete;
+  Gather& operator=(const Gather&) = delete;
+  void start();
+
+  // A kMap frame, checked for its form and its region's pages. False: holders that cannot be. `by_source` false: a
+  // server's word. It changes nothing about pages that the source has told of, and counts only where it is final: of
+  // what was told before the guest left, the source has told this side as well, and what it has taken back since no
+  // server knows.
+  bool record(std::uint32_t region, PageRun run, wire::Holders holders, bool zero,
+              std::span<const std::uint64_t> hashes, bool by_source);
+  // Newer content will come, or has come, by another way.
+  void forget(std::uint32_t region, PageRun run);
+  // Held by whoever looks at a page's location and then acts on it, before the switch.
+  [[nodiscard]] std::mutex& filling() { return filling_; }
+  // Whether this is what the source said of the page.
+  [[nodiscard]] bool is_current(std::uint32_t region, PageNumber page, std::uint64_t hash) const;
+
+  // Somebody waits for the run's first page; the rest is welcome. False when no server can be asked now.
+  bool request(std::uint32_t region, PageRun run);
+  // The source has let go of it: only a server has it.
+  void set_elsewhere(std::uint32_t region, PageNumber page);
+  [[nodiscard]] bool elsewhere(std::uint32_t region, PageNumber page) const;
+  void set_limit(std::uint64_t bytes_per_second) { limit_.set_rate(bytes_per_second); }
+
+  // Asks the index servers that are up for everything that they know.
+  void fetch_map();
+  // Of the pages that are missing: do all have a location with a server that has not failed?
+  [[nodiscard]] bool covers_missing() const;
+  // Missing pages that no server will give: those whose holders have failed, and, when `no_source`, those without
+  // a location as well once a map was fetched since `map_since` or nobody is left to fetch it from. `names` gets the
+  // servers that had them.
+  [[nodiscard]] std::vector<RegionRun> hopeless(bool no_source, Clock::time_point map_since,
+                                                std::vector<std::string>& names, std::size_t max_runs) const;
+
+  struct ServerStats {
+    std::uint64_t pages = 0;
+    std::uint64_t bytes = 0;
+    std::string failed;
+  };
+  [[nodiscard]] std::vector<ServerStats> stats() const;
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+  // Wakes and ends everything; close() also joins.
+  void shut_down();
+  void close();
+
+ private:
+  friend class GatherLink;
+  struct Server {
+    const StageServer* address = nullptr;
+    std::uint8_t ordinal = 0;
+    std::unique_ptr<GatherLink> ahead;
+    std::unique_ptr<GatherLink> demand;
+    std::vector<std::unique_ptr<AtomicBitmap>> todo;  // located here, to be fetched ahead; one a region
+    std::atomic<bool> up{false};                      // its demand connection answers
+    std::atomic<bool> failed{false};
+    std::atomic<std::uint64_t> pages{0};
+    std::atomic<std::uint64_t> bytes{0};
+    std::atomic<unsigned> wrong{0};
+    // Guarded by mutex_:
+    std::string why;
+    Clock::time_point last_good;
+    Clock::time_point map_at{};  // when its map was here in full
+  };
+  [[nodiscard]] bool usable(std::uint8_t ordinal) const;
+  // Who is to be asked for it ahead of time; kNobody when all its holders have failed.
+  [[nodiscard]] std::uint8_t chosen(PageNumber page, wire::Holders holders) const;
+  void assign(std::uint32_t region, PageNumber page);
+  void reassign_all(Server& from);
+  bool not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
+                std::span<const std::uint64_t> expected);
+  // For links.
+  void link_up(Server& server, wire::StageRole role);
+  void link_down(Server& server, wire::StageRole role);
+  bool link_failed(Server& server, const std::string& why, bool for_good);  // true: given up
+  void fail(Server& server, const std::string& why);
+  // `expected`: their hashes when they were asked for.
+  void came(Server& server, std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+            std::span<const std::uint64_t> hashes, std::span<const std::uint64_t> expected);
+  void map_done(Server& server);
+
+  const Config config_;
+  const std::vector<ArrivalMap*> maps_;
+  const Receiver receiver_;
+  std::vector<std::unique_ptr<LocationMap>> where_;
+  std::vector<std::unique_ptr<AtomicBitmap>> elsewhere_;
+  std::vector<std::unique_ptr<Server>> servers_;
+  wire::BandwidthCap limit_;
+  std::atomic<std::uint64_t> cursor_{0};  // region << 48 | page: behind the last fault
+  std::atomic<std::uint64_t> cursor_moves_{0};
+  std::atomic<Clock::rep> yield_until_{0};  // nothing is fetched ahead until then: the link is the source's
+  std::atomic<unsigned> reading_ahead_{0};  // requests outstanding over all servers
+  std::mutex filling_;
+  std::mutex records_;        // one writer of a location at a time
+  mutable std::mutex mutex_;  // guards what is marked so
+  std::atomic<bool> closing_{false};
+};
+
+}  // namespace memferry

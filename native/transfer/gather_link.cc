@@ -1,0 +1,401 @@
+#include "transfer/gather_link.h"
+
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+
+#include "page/hash.h"
+#include "transfer/stage_dial.h"
+#include "wire/socket.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::chrono::milliseconds kFirstBackoff{10};
+constexpr std::chrono::milliseconds kLongestBackoff{1000};
+constexpr std::chrono::milliseconds kDialTimeout{2000};
+constexpr std::chrono::milliseconds kShortestDial{100};
+// How often a wait for an answer looks whether it has lasted too long.
+constexpr std::chrono::milliseconds kLook{100};
+constexpr int kDemandThreadNice = -20;
+
+}  // namespace
+
+GatherLink::GatherLink(Gather& gather, Gather::Server& server, wire::StageRole role)
+    : gather_(gather), server_(server), role_(role), ahead_(role == wire::StageRole::kGather) {}
+
+// Several attempts, silent ones too, fit into the time after which the server counts as failed.
+std::chrono::milliseconds GatherLink::dial_timeout() const {
+  return std::clamp(gather_.config_.recover_timeout / 8, kShortestDial, kDialTimeout);
+}
+
+// Well within the time after which the server counts as failed.
+std::chrono::milliseconds GatherLink::longest_backoff() const {
+  return std::clamp(gather_.config_.recover_timeout / 16, kFirstBackoff, kLongestBackoff);
+}
+
+void GatherLink::start() {
+  const std::string name = (ahead_ ? "mf-gather-" : "mf-fetch-") + std::to_string(server_.ordinal);
+  thread_.start(name, [this](WorkerThread& self) { main(self); });
+  started_ = true;
+}
+
+void GatherLink::wake() {
+  if (started_) thread_.wake();
+}
+
+void GatherLink::want_map() {
+  {
+    const std::lock_guard lock(mutex_);
+    map_wanted_ = true;
+  }
+  wake();
+}
+
+void GatherLink::shut_down() {
+  if (started_) thread_.request_stop();
+  const std::lock_guard lock(mutex_);
+  if (stream_) stream_->shutdown();
+}
+
+void GatherLink::stop() {
+  shut_down();
+  thread_.stop();
+}
+
+bool GatherLink::ask(std::uint32_t region, PageRun run) {
+  const std::lock_guard lock(mutex_);
+  if (!stream_) return false;
+  std::string why;
+  return send_read(*stream_, region, run, why);
+}
+
+// With the mutex held.
+bool GatherLink::send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why) {
+  run.count = std::min(run.count, wire::max_run_pages(gather_.config_.page_size));
+  Read read{next_id_++, region, run, 0, {}, Clock::now()};
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    read.expected.push_back(gather_.where_[region]->hash(page));
+  }
+  wire::FrameHeader header = wire::make_header(wire::FrameType::kRead, region, run, read.id);
+  wire::seal(header);
+  if (reads_.empty()) silent_since_ = read.asked;
+  reads_.push_back(std::move(read));
+  if (ahead_) gather_.reading_ahead_.fetch_add(1, std::memory_order_relaxed);
+  const wire::IoResult result = stream.send_all(std::as_bytes(std::span(&header, 1)));
+  if (!result.done()) why = result.describe();
+  return result.done();
+}
+
+void GatherLink::main(WorkerThread& self) {
+  if (!ahead_) set_this_thread_nice(kDemandThreadNice);
+  auto backoff = kFirstBackoff;
+  while (!self.stopping() && !server_.failed) {
+    std::shared_ptr<wire::Stream> stream;
+    std::string why;
+    bool for_good = false;
+    try {
+      run_once(self, stream, why, for_good, backoff);
+    } catch (const std::exception& error) {
+      // No memory for a page, no descriptor: this server's part of the guest, not the process.
+      gather_.fail(server_, "server " + server_.address->name + ": " + error.what());
+      break;
+    }
+    if (self.stopping()) break;
+    if (gather_.link_failed(server_, why, for_good)) break;
+    // Not shorter for being woken: whoever wakes it wants the connection, and each attempt takes a token.
+    for (const auto until = Clock::now() + backoff; Clock::now() < until && !self.stopping();) {
+      self.wait(static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now()).count()));
+    }
+    backoff = std::min(2 * backoff, longest_backoff());
+  }
+}
+
+// Dials, and serves the connection until it is over.
+void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& stream, std::string& why,
+                          bool& for_good, std::chrono::milliseconds& backoff) {
+  {
+    StageDial dialled = dial_stage(*server_.address, gather_.config_.image, role_, attempt_,
+                                   Clock::now() + dial_timeout(), self.wake_fd());
+    stream = std::move(dialled.stream);
+    why = std::move(dialled.why);
+    for_good = dialled.for_good;
+    if (stream) {
+      {
+        const std::lock_guard lock(mutex_);
+        stream_ = stream;
+        silent_since_ = Clock::now();
+      }
+      // A stop that came before the stream was there found nothing to shut down.
+      if (!self.stopping()) {
+        gather_.link_up(server_, role_);
+        const auto began = Clock::now();
+        why = serve(self, *stream);
+        // One that breaks at once, again and again, is no sign of life, and each takes a token.
+        if (Clock::now() - began > kAnswerPatience) backoff = kFirstBackoff;
+      }
+      {
+        const std::lock_guard lock(mutex_);
+        stream_.reset();
+      }
+      stream->shutdown();
+      give_back_reads();
+      gather_.link_down(server_, role_);
+    }
+  }
+}
+
+void GatherLink::give_back_reads() {
+  std::deque<Read> reads;
+  {
+    const std::lock_guard lock(mutex_);
+    reads.swap(reads_);
+    map_wanted_ = map_wanted_ || map_under_way_;
+  }
+  map_under_way_ = false;
+  if (!ahead_) return;
+  gather_.reading_ahead_.fetch_sub(static_cast<unsigned>(reads.size()), std::memory_order_relaxed);
+  for (const Read& read : reads) {
+    for (PageNumber page = read.run.first; page < read.run.end(); ++page.value)
+      gather_.assign(read.region, page);
+  }
+}
+
+std::string GatherLink::serve(WorkerThread& self, wire::Stream& stream) {
+  bool same_host = false;
+  try {
+    same_host = wire::is_same_host(stream.fd());
+  } catch (const std::exception&) {
+    // Cut already; reading will say so.
+  }
+  CpuCourtesy courtesy(wire::shared_key(gather_.config_.image));
+  for (;;) {
+    if (self.stopping()) return "ended";
+    if (ahead_ && same_host) courtesy.follow(gather_.receiver_.faulted_lately());
+    std::string why;
+    if (ahead_ && !ask_ahead(stream, why)) return why;
+    bool waiting = map_under_way_;
+    bool too_long = false;
+    {
+      const std::lock_guard lock(mutex_);
+      waiting = waiting || !reads_.empty();
+      too_long = waiting && Clock::now() - silent_since_ > kAnswerPatience;
+    }
+    if (too_long) return "no answer in time";
+    if (!waiting && ahead_) {
+      const Clock::time_point now = Clock::now();
+      const Clock::time_point until(Clock::duration(gather_.yield_until_.load(std::memory_order_relaxed)));
+      const auto pause = std::chrono::ceil<std::chrono::milliseconds>(until - now);
+      self.wait(static_cast<int>(
+          std::clamp(pause, std::chrono::milliseconds(until > now ? 1 : kLook.count()), kLook).count()));
+      continue;
+    }
+    const auto ready = wire::wait_readable(stream.fd(), Clock::now() + kLook, self.wake_fd());
+    if (ready == wire::DialResult::Kind::kCancelled) self.drain_wake();
+    if (ready != wire::DialResult::Kind::kConnected) continue;
+    why = read_frame(stream);
+    if (!why.empty()) return why;
+    const std::lock_guard lock(mutex_);
+    silent_since_ = Clock::now();
+  }
+}
+
+bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (map_wanted_ && !map_under_way_) {
+      map_wanted_ = false;
+      map_under_way_ = true;
+      silent_since_ = Clock::now();
+      wire::FrameHeader header = wire::make_header(wire::FrameType::kMapRequest);
+      wire::seal(header);
+      const wire::IoResult result = stream.send_all(std::as_bytes(std::span(&header, 1)));
+      if (!result.done()) {
+        why = result.describe();
+        return false;
+      }
+    }
+  }
+  for (;;) {
+    const std::uint64_t page_size = gather_.config_.page_size;
+    const bool lately = gather_.receiver_.faulted_lately();
+    std::uint64_t outstanding = 0;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const Read& read : reads_) outstanding += (read.run.count - read.covered) * page_size;
+    }
+    // While the map is under way nothing else is asked: its answer would only lengthen the wait.
+    if (map_under_way_ || outstanding >= kWindowBytes) return true;
+    const bool sparing = lately || gather_.receiver_.source_sends();
+    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) > 0) return true;
+    if (sparing &&
+        Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
+      return true;
+    }
+    const std::uint64_t bytes = lately ? kSmallRead : wire::kRunBytes;
+    std::uint32_t region = 0;
+    PageRun run{};
+    if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return true;
+    // Nothing is read while this sleeps, so only with nothing outstanding; else the bytes become debt.
+    if (outstanding == 0 && !gather_.limit_.wait_and_debit(run.count * page_size, thread_)) {
+      gather_.servers_[server_.ordinal]->todo[region]->set_run(run);
+      return true;
+    }
+    if (outstanding > 0) {
+      if (!gather_.limit_.try_debit(run.count * page_size)) {
+        gather_.servers_[server_.ordinal]->todo[region]->set_run(run);
+        return true;
+      }
+    }
+    const std::lock_guard lock(mutex_);
+    if (!send_read(stream, region, run, why)) return false;
+  }
+}
+
+// From where the last fault was, or else from where this link was, on and around.
+bool GatherLink::next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run) {
+  const auto regions = static_cast<std::uint32_t>(gather_.maps_.size());
+  if (const std::uint64_t moves = gather_.cursor_moves_.load(std::memory_order_relaxed);
+      moves != seen_moves_) {
+    seen_moves_ = moves;
+    const std::uint64_t cursor = gather_.cursor_.load(std::memory_order_relaxed);
+    at_region_ = static_cast<std::uint32_t>(cursor >> 48) % regions;
+    at_page_ = PageNumber{cursor & ((1ULL << 48) - 1)};
+  }
+  for (std::uint32_t step = 0; step <= regions;) {
+    ArrivalMap& map = *gather_.maps_[at_region_];
+    const auto taken = server_.todo[at_region_]->take_run(at_page_, PageNumber{map.pages()}, max_pages);
+    if (!taken) {
+      at_region_ = (at_region_ + 1) % regions;
+      at_page_ = PageNumber{0};
+      ++step;
+      continue;
+    }
+    at_page_ = taken->end();
+    // What has come by another way since is left out at both ends.
+    PageRun left = *taken;
+    while (left.count > 0 && map.received.test(left.first))
+      left = {PageNumber{left.first.value + 1}, left.count - 1};
+    while (left.count > 0 && map.received.test(PageNumber{left.end().value - 1})) --left.count;
+    if (left.count == 0) continue;
+    region = at_region_;
+    run = left;
+    return true;
+  }
+  return false;
+}
+
+std::string GatherLink::read_frame(wire::Stream& stream) {
+  wire::FrameHeader header{};
+  const wire::IoResult result = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1)));
+  if (!result.done()) return result.describe();
+  if (const char* wrong = wire::malformed(header, gather_.config_.page_size)) return wrong;
+  server_.bytes.fetch_add(sizeof header + header.payload_bytes, std::memory_order_relaxed);
+  switch (static_cast<wire::FrameType>(header.type)) {
+    case wire::FrameType::kPages:
+    case wire::FrameType::kZero:
+    case wire::FrameType::kAbsent:
+      return on_answer(stream, header);
+    case wire::FrameType::kMap:
+    case wire::FrameType::kMapEnd:
+      if (!map_under_way_) return "a map that was not asked for";
+      return on_map(stream, header);
+    default:
+      return "a frame that a server does not send here";
+  }
+}
+
+// Answers come in the order of the reads, and those of a read in the order of its pages.
+std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader& header) {
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  std::uint32_t region = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (reads_.empty()) return "an answer to nothing";
+    const Read& read = reads_.front();
+    if (header.tag != read.id || header.region != read.region ||
+        header.first_page != read.run.first.value + read.covered ||
+        header.page_count > read.run.count - read.covered) {
+      return "an answer to another question";
+    }
+    region = read.region;
+    expected_.assign(read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered),
+                     read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered + run.count));
+  }
+  payload_.resize(header.payload_bytes);
+  const wire::IoResult result = stream.recv_exact(payload_);
+  if (!result.done()) return result.describe();
+  const auto type = static_cast<wire::FrameType>(header.type);
+  if (type == wire::FrameType::kPages) {
+    hashes_.resize(static_cast<std::size_t>(run.count));
+    hash_pages(payload_, gather_.config_.page_size, hashes_.data());
+    if (wire::pages_checksum(header, hashes_) != header.checksum) return "a wrong checksum";
+    if (!ahead_) gather_.limit_.debit(header.payload_bytes);
+    gather_.came(server_, region, run, payload_, hashes_, expected_);
+  } else {
+    if (wire::payload_checksum(header, {}) != header.checksum) return "a wrong checksum";
+    // Zeros are in the map, and only the source's word counts for them.
+    gather_.not_held(server_.ordinal, region, run, expected_);
+  }
+  Clock::duration took{};
+  {
+    const std::lock_guard lock(mutex_);
+    if (reads_.empty()) return {};
+    Read& read = reads_.front();
+    read.covered += run.count;
+    if (read.covered < read.run.count) return {};
+    took = Clock::now() - read.asked;
+    reads_.pop_front();
+  }
+  if (!ahead_) return {};
+  yield_to_source(stream, took);
+  if (gather_.reading_ahead_.fetch_sub(1, std::memory_order_relaxed) == 1 &&
+      gather_.receiver_.source_sends()) {
+    // Whoever waits for its turn.
+    for (const auto& server : gather_.servers_) {
+      if (server.get() != &server_) server->ahead->wake();
+    }
+  }
+  return {};
+}
+
+void GatherLink::yield_to_source(wire::Stream& stream, Clock::duration took) {
+  if (!gather_.receiver_.source_sends()) return;
+  tcp_info info{};
+  socklen_t bytes = sizeof info;
+  if (::getsockopt(stream.fd(), IPPROTO_TCP, TCP_INFO, &info, &bytes) != 0) return;
+  const auto queued =
+      std::chrono::microseconds(std::int64_t{info.tcpi_rtt} - std::int64_t{info.tcpi_min_rtt});
+  if (queued < kQueue) return;
+  gather_.yield_until_.store((Clock::now() + kYield * took).time_since_epoch().count(),
+                             std::memory_order_relaxed);
+}
+
+std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& header) {
+  std::vector<std::uint64_t> hashes(header.payload_bytes / sizeof(std::uint64_t));
+  const auto payload = std::as_writable_bytes(std::span(hashes));
+  const wire::IoResult result = stream.recv_exact(payload);
+  if (!result.done()) return result.describe();
+  if (wire::payload_checksum(header, payload) != header.checksum) return "a wrong checksum";
+  if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapEnd)) {
+    map_under_way_ = false;
+    gather_.map_done(server_);
+    return {};
+  }
+  if (header.region >= gather_.maps_.size() ||
+      !wire::run_inside(header.first_page, header.page_count, gather_.maps_[header.region]->pages())) {
+    return "a map of pages that are not there";
+  }
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  // A parked guest stood still from its first page on.
+  if ((header.flags & wire::kFlagFinal) == 0 && !gather_.config_.sourceless) return {};
+  if (!gather_.record(header.region, run, wire::Holders::of(header.tag),
+                      (header.flags & wire::kFlagZero) != 0, hashes, false)) {
+    return "a map with a holder that is not there";
+  }
+  return {};
+}
+
+}  // namespace memferry

@@ -1,0 +1,98 @@
+// One connection of the gather to one server, and its thread: it dials (again and again, until the server counts as
+// failed), asks, reads answers and hands them over.
+//
+//   ahead   asks for what the server's todo list has, several reads at a time, slower while somebody waits for a page
+//   demand  asks for what the pager wants, at once
+//
+// Threads: its own; ask(), want_map() and wake() from any.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "os/unique_fd.h"
+#include "os/worker_thread.h"
+#include "transfer/gather.h"
+#include "wire/stream.h"
+
+namespace memferry {
+
+class GatherLink {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // A server that answers nothing for so long is down.
+  static constexpr std::chrono::milliseconds kAnswerPatience{2000};
+  static constexpr std::uint64_t kWindowBytes = 1ULL << 20;
+  // While somebody waits for a page: so much at a time, and one read over all servers.
+  static constexpr std::uint64_t kSmallRead = 16ULL << 10;
+  static constexpr unsigned kWrongForgiven = 16;
+  // While the source sends too, one read at a time; and when the round trip is longer than an idle one by kQueue,
+  // both fill the same link: then a pause of kYield times what the read took.
+  static constexpr std::chrono::microseconds kQueue{2000};
+  static constexpr int kYield = 12;
+
+  GatherLink(Gather& gather, Gather::Server& server, wire::StageRole role);
+  ~GatherLink() { stop(); }
+  GatherLink(const GatherLink&) = delete;
+  GatherLink& operator=(const GatherLink&) = delete;
+  void start();
+  // Demand: false when the connection is not up.
+  bool ask(std::uint32_t region, PageRun run);
+  void want_map();
+  void wake();
+  void shut_down();
+  void stop();
+
+ private:
+  struct Read {
+    std::uint64_t id = 0;
+    std::uint32_t region = 0;
+    PageRun run;
+    std::uint64_t covered = 0;            // pages of it that were answered
+    std::vector<std::uint64_t> expected;  // the pages' hashes when it was asked
+    Clock::time_point asked;
+  };
+  void main(WorkerThread& self);
+  void run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& stream, std::string& why, bool& for_good,
+                std::chrono::milliseconds& backoff);
+  // Until the connection is over; gives why.
+  std::string serve(WorkerThread& self, wire::Stream& stream);
+  bool ask_ahead(wire::Stream& stream, std::string& why);
+  bool send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why);
+  std::string read_frame(wire::Stream& stream);
+  std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
+  std::string on_map(wire::Stream& stream, const wire::FrameHeader& header);
+  bool next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run);
+  [[nodiscard]] std::chrono::milliseconds dial_timeout() const;
+  [[nodiscard]] std::chrono::milliseconds longest_backoff() const;
+  void give_back_reads();
+  void yield_to_source(wire::Stream& stream, Clock::duration took);
+
+  Gather& gather_;
+  Gather::Server& server_;
+  const wire::StageRole role_;
+  const bool ahead_;
+  std::uint32_t attempt_ = 0;
+  // The thread's own:
+  std::vector<std::byte> payload_;
+  std::vector<std::uint64_t> hashes_;
+  std::vector<std::uint64_t> expected_;
+  std::uint32_t at_region_ = 0;
+  PageNumber at_page_{0};
+  std::uint64_t seen_moves_ = 0;
+  bool map_under_way_ = false;
+  Clock::time_point silent_since_;
+
+  std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
+  std::shared_ptr<wire::Stream> stream_;
+  std::deque<Read> reads_;
+  std::uint64_t next_id_ = 1;
+  bool map_wanted_ = false;
+  std::atomic<bool> started_{false};
+  WorkerThread thread_;
+};
+
+}  // namespace memferry

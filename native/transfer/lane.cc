@@ -1,0 +1,93 @@
+#include "transfer/lane.h"
+
+namespace memferry {
+namespace {
+
+constexpr double kSmoothing = 0.3;  // weight of the newest batch
+
+}  // namespace
+
+void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders) {
+  open_.bytes += bytes;
+  if (!runs.empty()) open_.holders = holders;
+  for (const RegionRun& each : runs) {
+    const bool joins = !open_.runs.empty() && open_.runs.back().region == each.region &&
+                       open_.runs.back().run.end() == each.run.first;
+    if (joins) {
+      open_.runs.back().run.count += each.run.count;
+    } else {
+      open_.runs.push_back(each);
+    }
+  }
+}
+
+std::uint64_t Lane::close(Clock::time_point now) {
+  open_.tag = next_tag_++;
+  open_.sent = now;
+  if (batches_.empty()) last_acknowledged_ = now;
+  outstanding_ += open_.bytes;
+  batches_.push_back(std::move(open_));
+  open_ = {};
+  return batches_.back().tag;
+}
+
+std::optional<Lane::Batch> Lane::acknowledged(std::uint64_t tag, Clock::time_point now) {
+  if (batches_.empty() || batches_.front().tag != tag) return std::nullopt;
+  Batch batch = std::move(batches_.front());
+  batches_.pop_front();
+  outstanding_ -= batch.bytes;
+  const std::chrono::duration<double> took = now - std::max(last_acknowledged_, Clock::time_point{});
+  last_acknowledged_ = now;
+  // A batch that is not full says little: it was sent because there was nothing more.
+  if (batch.bytes >= kBatchBytes) {
+    const double rate = static_cast<double>(batch.bytes) / std::max(took.count(), 1e-6);
+    rate_ = rate_ == 0 ? rate : rate_ * (1 - kSmoothing) + rate * kSmoothing;
+    const double wanted = rate_ * std::chrono::duration<double>(kWindowTime).count();
+    window_ = std::clamp(static_cast<std::uint64_t>(wanted), kLeastWindow, kLargestWindow);
+  }
+  return batch;
+}
+
+bool Lane::refused(std::uint32_t region, PageRun run, bool no_room) {
+  const auto has = [&](const Batch& batch) {
+    return std::any_of(batch.runs.begin(), batch.runs.end(), [&](const RegionRun& each) {
+      return each.region == region && each.run.first <= run.first && run.end() <= each.run.end();
+    });
+  };
+  // Sent twice on this lane it may be either copy: neither counts.
+  bool found = false;
+  const auto note = [&](Batch& batch) {
+    if (!has(batch) || batch.torn.size() + batch.no_room.size() >= kMostRefusals) return;
+    (no_room ? batch.no_room : batch.torn).push_back({region, run});
+    found = true;
+  };
+  for (Batch& batch : batches_) note(batch);
+  note(open_);  // its barrier has not been sent yet
+  return found;
+}
+
+std::vector<RegionRun> Lane::take_back(bool for_good) {
+  std::vector<RegionRun> runs;
+  for (Batch& batch : batches_) {
+    if (!batch.returned) runs.insert(runs.end(), batch.runs.begin(), batch.runs.end());
+    batch.returned = true;
+  }
+  if (for_good) {
+    runs.insert(runs.end(), open_.runs.begin(), open_.runs.end());
+    batches_.clear();
+    open_ = {};
+    outstanding_ = 0;
+  }
+  return runs;
+}
+
+std::optional<Lane::Clock::time_point> Lane::waiting_since() const {
+  if (batches_.empty()) return std::nullopt;
+  return std::max(batches_.front().sent, last_acknowledged_);
+}
+
+bool Lane::anything_to_take_back() const {
+  return std::any_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return !batch.returned; });
+}
+
+}  // namespace memferry

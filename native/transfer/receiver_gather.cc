@@ -1,0 +1,232 @@
+// What a receiver does with pages that come from VMD servers, where faults go, and what is lost for good.
+#include <algorithm>
+#include <thread>
+
+#include "os/sys_error.h"
+#include "transfer/receiver_impl.h"
+
+namespace memferry {
+namespace {
+
+// How often the map is asked for while pages have no known place and the source is away.
+constexpr std::chrono::milliseconds kMapAgain{1000};
+// Before a source that is away counts as missed: the servers may know all that is needed.
+constexpr std::chrono::milliseconds kMapPatience{1500};
+constexpr std::chrono::microseconds kSwitchTakes{50};
+
+}  // namespace
+
+void Receiver::Impl::make_gather() {
+  if (config.servers.empty()) return;
+  std::vector<ArrivalMap*> all;
+  for (const auto& map : maps) all.push_back(map.get());
+  Gather::Config ours;
+  ours.servers = config.servers;
+  ours.image = config.migration;
+  ours.recover_timeout = config.recover_timeout;
+  ours.page_size = page_size;
+  ours.limit = config.gather_limit;
+  ours.sourceless = config.sourceless;
+  Gather::Receiver callbacks;
+  callbacks.pages = [this](std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                           std::span<const std::uint64_t> hashes) { gathered(region, run, bytes, hashes); };
+  callbacks.zeros = [this](std::uint32_t region, PageRun run) { gathered_zeros(region, run); };
+  callbacks.changed = [this] {
+    if (pager) pager->ask_again(false);
+    changed.notify_all();
+  };
+  callbacks.ask_again = [this] {
+    if (pager) pager->ask_again(true);
+  };
+  callbacks.faulted_lately = [this] { return state == State::kPaging && pager->faulted_lately(); };
+  callbacks.source_sends = [this] { return source_sends.load(std::memory_order_relaxed); };
+  callbacks.frozen = [this] { return state != State::kFilling; };
+  gather = std::make_unique<Gather>(std::move(ours), std::move(all), std::move(callbacks));
+  gather_filler = std::make_unique<Filler>(backings, ahead.get());
+  if (pager) {
+    pager->set_router(
+        [this](std::uint32_t region, PageRun run, bool online) { return route(region, run, online); });
+  }
+}
+
+// The source is asked while it is there: it has every page that is anywhere else, and is one hop away.
+Pager::Route Receiver::Impl::route(std::uint32_t region, PageRun run, bool source_online) {
+  if (source_online && !gather->elsewhere(region, run.first)) return Pager::Route::kSource;
+  return gather->request(region, run) ? Pager::Route::kSent : Pager::Route::kNobody;
+}
+
+// The switch takes a moment, and neither way of storing is right in the middle of it. Gives false when nothing is
+// to be stored at all. `filling` is held when the answer is that memory is still being filled.
+bool Receiver::Impl::storing(std::unique_lock<std::mutex>& filling) {
+  for (;;) {
+    if (closing) return false;
+    switch (state.load()) {
+      case State::kFilling:
+        filling = std::unique_lock(gather->filling());
+        if (state == State::kFilling) return true;
+        filling.unlock();
+        break;
+      case State::kPaging:
+        return true;
+      case State::kSwitching:
+        std::this_thread::sleep_for(kSwitchTakes);
+        break;
+      case State::kComplete:
+        // For a moment only, perhaps: seal() looks whether everything is here. Then it must come again.
+        if (sealing) {
+          std::this_thread::sleep_for(kSwitchTakes);
+          break;
+        }
+        return false;
+      default:
+        return false;
+    }
+  }
+}
+
+void Receiver::Impl::gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                              std::span<const std::uint64_t> hashes) {
+  std::unique_lock<std::mutex> filling;
+  if (!storing(filling)) return;
+  if (filling.owns_lock()) {
+    fill_gathered(region, run, bytes, hashes);
+    if (filled_wanted) check_filled();
+    return;
+  }
+  ArrivalMap& map = *maps[region];
+  for (std::uint64_t i = 0; i < run.count; ++i) {
+    const PageNumber page{run.first.value + i};
+    if (!map.received.test(page)) map.keep_hashes({page, 1}, hashes.subspan(static_cast<std::size_t>(i), 1));
+  }
+  const Pager::Installed installed = pager->install(region, run, bytes.data());
+  pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
+  pages_gathered.fetch_add(installed.pages, std::memory_order_relaxed);
+  account(installed.pages);
+}
+
+// Into memory that nobody uses yet, with the lock held that keeps locations as they are.
+void Receiver::Impl::fill_gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                                   std::span<const std::uint64_t> hashes) {
+  ArrivalMap& map = *maps[region];
+  const auto wanted = [&](std::uint64_t at) {
+    const PageNumber page{run.first.value + at};
+    return !map.received.test(page) && gather->is_current(region, page, hashes[static_cast<std::size_t>(at)]);
+  };
+  for (std::uint64_t i = 0; i < run.count;) {
+    if (!wanted(i)) {
+      ++i;
+      continue;
+    }
+    std::uint64_t end = i + 1;
+    while (end < run.count && wanted(end)) ++end;
+    const PageRun part{PageNumber{run.first.value + i}, end - i};
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kPages, region, part);
+    wire::seal_pages(header, page_size,
+                     hashes.subspan(static_cast<std::size_t>(i), static_cast<std::size_t>(part.count)));
+    std::span<const std::byte> left = bytes.subspan(static_cast<std::size_t>(i * page_size));
+    bool verified = false;
+    const auto read = [&left](std::span<std::byte> into) {
+      std::copy_n(left.begin(), into.size(), into.begin());
+      left = left.subspan(into.size());
+      return wire::IoResult{};
+    };
+    (void)gather_filler->pages(read, header, map, verified);
+    pages_received.fetch_add(part.count, std::memory_order_relaxed);
+    pages_gathered.fetch_add(part.count, std::memory_order_relaxed);
+    i = end;
+  }
+}
+
+void Receiver::Impl::gathered_zeros(std::uint32_t region, PageRun run) {
+  std::unique_lock<std::mutex> filling;
+  if (!storing(filling)) return;
+  ArrivalMap& map = *maps[region];
+  if (filling.owns_lock()) {
+    gather->forget(region, run);
+    gather_filler->zeros(region, map, run);
+    pages_zero.fetch_add(run.count, std::memory_order_relaxed);
+    if (filled_wanted) check_filled();
+    return;
+  }
+  for (PageNumber from = run.first;;) {
+    const auto unclaimed = map.received.next_clear(from, run.end(), run.count);
+    if (!unclaimed) break;
+    map.keep_zero_hashes(*unclaimed);
+    from = unclaimed->end();
+  }
+  const Pager::Installed zeros = pager->install_zeros(region, run);
+  pages_zero.fetch_add(zeros.pages, std::memory_order_relaxed);
+  account(zeros.pages);
+}
+
+void Receiver::Impl::check_filled() {
+  if (state != State::kFilling || !filled() || !filled_wanted.exchange(false)) return;
+  EngineEvent event{};
+  event.kind = EngineEventKind::kFilled;
+  const std::lock_guard lock(mutex);
+  push(std::move(event));
+}
+
+// While the source is away: what has a place is gathered, the map is fetched for the rest, and what stays without
+// a place, or has one only with servers that have failed, is lost in the end.
+void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock) {
+  const Clock::time_point now = Clock::now();
+  const bool away = source_left || epoch_cut || config.sourceless;
+  source_sends = !away;
+  if (!away) {
+    source_gone_at = Clock::time_point::max();
+  } else if (source_gone_at == Clock::time_point::max()) {
+    source_gone_at = now;
+  }
+  const bool covered = gather->covers_missing();
+  if (paused != (away && !covered && (paused || now - source_gone_at > kMapPatience))) {
+    paused = !paused;
+    EngineEvent event{};
+    event.kind = paused ? EngineEventKind::kPaused : EngineEventKind::kRecovered;
+    if (paused) event.message = "the source is away, and pages are missing that no server has";
+    push(std::move(event));
+  }
+  if (away && !covered && now - map_asked_at > kMapAgain) {
+    map_asked_at = now;
+    lock.unlock();
+    gather->fetch_map();
+    lock.lock();
+  }
+  // A source that said goodbye has told the servers everything; one that was cut may come back.
+  const bool no_source = source_left || (away && now >= source_gone_at + config.recover_timeout);
+  std::vector<std::string> names;
+  const auto runs = gather->hopeless(no_source, source_gone_at, names, kMostLostRuns);
+  if (!runs.empty()) settle_lost_locked(lock, runs, names);
+}
+
+void Receiver::Impl::settle_lost_locked(std::unique_lock<std::mutex>& lock,
+                                        const std::vector<RegionRun>& hopeless,
+                                        const std::vector<std::string>& names) {
+  std::vector<RegionRun> lost;
+  std::uint64_t pages = 0;
+  lock.unlock();
+  for (const RegionRun& each : hopeless) {
+    for (const PageRun run : pager->give_up(each.region, each.run)) {
+      lost.push_back({each.region, run});
+      pages += run.count;
+    }
+  }
+  lock.lock();
+  if (pages == 0 || closing) return;
+  pages_lost.fetch_add(pages);
+  settled.fetch_add(pages, std::memory_order_acq_rel);
+  std::string who;
+  for (const std::string& name : names) who += (who.empty() ? "" : ", ") + name;
+  EngineEvent event{};
+  event.kind = EngineEventKind::kLost;
+  event.code = "PAGES_LOST";
+  event.message = who.empty() ? "neither the source nor a server has them" : "they were with " + who;
+  event.lost = std::move(lost);
+  push(std::move(event));
+  poison_at = std::min(poison_at, Clock::now() + config.loss_grace);
+  lock.unlock();
+  check_complete();
+  lock.lock();
+}
+
+}  // namespace memferry

@@ -1,0 +1,185 @@
+// The source's side of a scatter: every way out (the data connections, the demand connection, one connection a
+// server) takes chunks from the one queue as it has room, and what is not acknowledged in time goes out again by
+// another. docs/protocol.md, "The VMD", has the sequence.
+//
+//   open() at connect            servers are dialled, each by its own thread
+//   begin(round or push)         from now on the ways take what is pending
+//   -> drained                   round: everything acknowledged by somebody, and told to all
+//                                push: the same, and so for good: eviction
+//
+// The direct connection comes first: a server takes a chunk only while the direct ways are full, gone or stalled.
+//
+// A server has *failed* for this migration when it is cut and cannot be dialled again, has lost the image, or does
+// not acknowledge for stall_timeout: what only it holds is pending again, and it gets nothing more.
+//
+// Threads: one a server (mf-scatter-N, with a reader each), the data channels' own, and one that looks after
+// deadlines (mf-evict). `mutex_` guards the ways; it is not held over a socket call, and the demand server takes it
+// only after it has answered. Lock order: Sender's mutex, then this one.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "os/worker_thread.h"
+#include "transfer/chunk_gatherer.h"
+#include "transfer/lane.h"
+#include "transfer/stage_server_address.h"
+#include "transfer/touch_gate.h"
+#include "transfer/whereabouts.h"
+#include "wire/pacer.h"
+#include "wire/socket.h"
+#include "wire/stream.h"
+
+namespace memferry {
+
+struct ScatterConfig {
+  std::vector<StageServer> servers;
+  unsigned replicas = 1;  // 1 or 2: on how many servers a scattered page is kept
+  std::chrono::milliseconds connect_timeout{5000};
+  std::chrono::milliseconds stall_timeout{3000};
+  std::chrono::milliseconds answer_timeout{30000};  // of the destination, in a round
+  bool release_as_evicted = false;
+  bool direct = true;  // false: there is no destination yet (park)
+};
+
+class Scatter {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // The first of the list hold the whole map.
+  static constexpr unsigned kIndexServers = 4;
+  // When nothing is left to take, what somebody has not acknowledged for this long goes to whoever is idle.
+  static constexpr std::chrono::milliseconds kTailPatience{150};
+
+  // What it shares with the sender it belongs to; all of it outlives it.
+  struct Shared {
+    const wire::MigrationId migration;
+    SendQueue& queue;
+    TouchGate& gate;
+    wire::Pacer& pacer;  // of the direct ways; its limit is for all of them
+    const int cancel_fd;
+    std::function<void(const PageFrames::Sent&)> count_sent;
+    std::function<void(std::uint64_t)> count_bytes;
+    std::function<void()> drained;  // once a begin(); from any thread, no lock held
+    // This side cannot go on; empty: no destination, and no server takes what is left. No lock held.
+    std::function<void(std::string why)> broken;
+  };
+
+  Scatter(ScatterConfig config, Shared shared, std::uint64_t page_size);
+  ~Scatter();  // close()
+  Scatter(const Scatter&) = delete;
+  Scatter& operator=(const Scatter&) = delete;
+
+  // Dials all servers; returns when each is connected or has failed. Gives why none could be reached, or nothing.
+  std::string open();
+
+  enum class Kind { kRound, kPush };
+  // What is pending now goes out. In a round the guest runs here: `sinks` see what leaves.
+  void begin(Kind kind, std::vector<PageFrames::OnHash> sinks);
+
+  // A way to the destination. Its owner calls run() on the sending thread: true when drained, false when the
+  // connection is over or `over` says so.
+  class Way;
+  std::shared_ptr<Way> open_direct(unsigned index, std::shared_ptr<wire::Stream> stream, std::string name);
+  std::shared_ptr<Way> open_demand();
+  bool run_direct(Way& way, const std::function<bool()>& over, std::string& cut);
+  // The connection is gone: what it had not acknowledged is pending again.
+  void close_direct(Way& way);
+  // Empty, or what the peer did wrong.
+  std::string acknowledged(Way& way, std::uint64_t tag);
+  void suspect(std::uint32_t region, PageRun run);
+  // After a round: pages that somebody could not verify; they are pending again.
+  std::uint64_t take_suspects();
+  // The demand server has answered a fault with these; gives the tag of the barrier to send behind it.
+  std::uint64_t answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes);
+  // For a fault's page: nullptr, or it has been released here and this says where it is.
+  bool released(std::uint32_t region, PageNumber page, wire::Holders& holders) const;
+  std::mutex& release_mutex() { return release_mutex_; }
+  void never_release(std::uint32_t region, PageNumber page);
+  [[nodiscard]] const PageFrames::OnHash& hash_sink(std::uint32_t region) const {
+    return note_sinks_[region];
+  }
+
+  // After a redial: the destination says what it has.
+  void reconcile(std::uint32_t region, const AtomicBitmap& have);
+
+  struct ServerStats {
+    std::uint64_t pages = 0;
+    std::uint64_t bytes = 0;  // on the wire to it
+    std::string failed;       // why, or empty
+  };
+  [[nodiscard]] std::vector<ServerStats> server_stats() const;
+  [[nodiscard]] bool servers_can_take() const;
+  [[nodiscard]] std::uint64_t pages_direct() const;
+  [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
+  // A fault is being answered, was answered: the servers' ways leave it room on this host's link.
+  void fault_begin() { server_pacer_.fault_begin(); }
+  void fault_end(std::uint64_t bytes) { server_pacer_.fault_end(bytes); }
+  void wake();  // whoever waits looks again: `over` has changed
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+  void shut_down();  // wakes and ends everything; does not wait
+  void close();
+
+ private:
+  struct Server;
+  [[nodiscard]] bool wants_work(const Way& way) const;
+  [[nodiscard]] bool may_take(const Way& way) const;
+  [[nodiscard]] bool direct_is_full() const;
+  [[nodiscard]] bool drained_locked() const;
+  [[nodiscard]] wire::Holders holders_for(const Way& way) const;
+  void check_drained();
+  bool run(Way& way, const std::function<bool()>& over, std::string& cut);
+  bool send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut);
+  bool send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut);
+  bool send_barrier(Way& way, bool now, std::string& cut);
+  void settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again);
+  void looked_locked(bool more, bool gave_back, std::uint64_t returns_before);
+  [[nodiscard]] std::optional<Clock::time_point> waits_since(const Way& way) const;
+  void put_back_locked(const std::vector<RegionRun>& runs);
+  void watch(WorkerThread& self);
+  void watch_until_stopped(WorkerThread& self);
+  void release_settled();
+
+  // scatter_server.cc
+  void serve(Server& server);
+  void serve_until_failed(Server& server);
+  void read(Server& server, const std::shared_ptr<Way>& way);
+  std::string read_answers(Server& server, const std::shared_ptr<Way>& way);
+  void attach_pacer_locked();
+  void fail_server_locked(Server& server, std::string why);
+
+  const ScatterConfig config_;
+  const Shared shared_;
+  const std::uint64_t page_size_;
+  wire::Pacer server_pacer_;
+  Whereabouts where_;
+  std::vector<PageFrames::OnHash> note_sinks_;  // hashes into where_
+  std::vector<std::unique_ptr<AtomicBitmap>> suspects_;
+  std::vector<std::unique_ptr<AtomicBitmap>> released_;
+  std::vector<std::unique_ptr<AtomicBitmap>>
+      sent_twice_;            // perhaps still being read somewhere: not released early
+  std::mutex release_mutex_;  // held while pages are given back, and by the demand server while it reads one
+
+  mutable std::mutex mutex_;  // guards everything below
+  std::condition_variable changed_;
+  Kind kind_ = Kind::kRound;
+  bool begun_ = false;        // between begin() and drained
+  bool drained_due_ = false;  // the watcher has to say so
+  bool dry_ = false;          // nothing was pending when somebody looked last
+  std::uint64_t returns_ = 0;
+  bool closing_ = false;
+  std::shared_ptr<const std::vector<PageFrames::OnHash>> sinks_;
+  std::vector<std::shared_ptr<Way>> direct_;  // data ways; open
+  std::shared_ptr<Way> demand_;
+  std::vector<std::unique_ptr<Server>> servers_;
+  std::vector<RegionRun> to_release_;
+  WorkerThread watcher_;
+};
+
+}  // namespace memferry

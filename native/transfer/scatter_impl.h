@@ -1,0 +1,44 @@
+// The inside of Scatter, shared by scatter.cc (what goes where) and scatter_server.cc (the servers' connections).
+#pragma once
+
+#include <optional>
+
+#include "transfer/scatter.h"
+
+namespace memferry {
+
+class Scatter::Way {
+ public:
+  static constexpr int kNobody = -1;
+
+  std::string name;        // for errors
+  int server = kNobody;    // ordinal, or a way to the destination
+  int listener = kNobody;  // whom it tells where pages are
+  bool demand = false;
+  std::shared_ptr<wire::Stream> stream;
+  std::atomic<Clock::rep> sending_since{0};  // 0: not in the socket
+  std::unique_ptr<ChunkGatherer> chunks;     // the sending thread's own
+  // Guarded by Scatter::mutex_:
+  Lane lane;
+  bool open = true;
+  bool stalled = false;  // does not acknowledge: gets nothing until it does
+  bool full = false;     // a server that has no room
+  bool in_hand = false;  // its thread has taken something that is not in the lane yet
+  [[nodiscard]] bool idle() const { return !in_hand && lane.idle(); }
+};
+
+struct Scatter::Server {
+  explicit Server(const StageServer& a) : address(a) {}
+  const StageServer& address;
+  std::uint8_t ordinal = 0;
+  std::uint32_t attempt = 0;  // the thread's own
+  WorkerThread thread;
+  // Guarded by Scatter::mutex_:
+  std::shared_ptr<Way> way;  // while connected
+  bool tried = false;        // the first dial is over, either way
+  std::string failed;
+  std::uint64_t bytes = 0;
+  std::optional<std::uint8_t> broken_chain;  // said on the connection that is ending
+};
+
+}  // namespace memferry

@@ -1,0 +1,185 @@
+// The connections to the servers of a scatter: dialling and dialling again, what they answer, and giving one up.
+#include <algorithm>
+
+#include "transfer/scatter_impl.h"
+#include "transfer/stage_dial.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::chrono::milliseconds kFirstBackoff{10};
+constexpr std::chrono::milliseconds kLongestBackoff{500};
+
+}  // namespace
+
+void Scatter::serve(Server& server) {
+  auto deadline = Clock::now() + config_.connect_timeout;
+  auto backoff = kFirstBackoff;
+  for (;;) {
+    auto [stream, why, for_good] = dial_stage(server.address, shared_.migration, wire::StageRole::kScatter,
+                                              server.attempt, deadline, shared_.cancel_fd);
+    if (stream) {
+      auto way = std::make_shared<Way>();
+      way->name = "server " + server.address.name;
+      way->server = server.ordinal;
+      way->listener = server.ordinal;  // the others are told of the copies that they may drop
+      way->stream = stream;
+      way->chunks = std::make_unique<ChunkGatherer>(shared_.queue, server_pacer_, page_size_);
+      {
+        const std::lock_guard lock(mutex_);
+        if (closing_ || !server.failed.empty()) return;
+        server.way = way;
+        server.tried = true;
+        attach_pacer_locked();
+        changed_.notify_all();
+      }
+      WorkerThread reader("mf-stored-" + std::to_string(server.ordinal),
+                          [&](WorkerThread&) { read(server, way); });
+      run(
+          *way, [] { return false; }, why);
+      stream->shutdown();
+      reader.stop();
+      {
+        const std::lock_guard lock(mutex_);
+        way->open = false;
+        server.way.reset();
+        attach_pacer_locked();
+        if (closing_ || shared_.gate.closed()) return;
+        put_back_locked(way->lane.take_back(true));
+        if (server.failed.empty() && server.broken_chain) {
+          Server& replica = *servers_[*server.broken_chain];
+          fail_server_locked(replica, "cannot be reached by " + server.address.name);
+        }
+        server.broken_chain.reset();
+        // Records that were on their way may not have arrived.
+        if (way->listener >= 0 && server.ordinal < where_.index_servers()) where_.tell_again(server.ordinal);
+        if (why.empty()) why = way->name + ": connection lost";
+      }
+      check_drained();
+      deadline = Clock::now() + config_.stall_timeout;
+      backoff = kFirstBackoff;
+    }
+    {
+      std::unique_lock lock(mutex_);
+      if (closing_ || !server.failed.empty()) return;
+      if (for_good || Clock::now() >= deadline) {
+        fail_server_locked(server, why);
+        return;
+      }
+      changed_.wait_for(lock, backoff, [&] { return closing_ || !server.failed.empty(); });
+      if (closing_ || !server.failed.empty()) return;
+    }
+    backoff = std::min(2 * backoff, kLongestBackoff);
+  }
+}
+
+// What a server says on the connection that it is written by.
+void Scatter::read(Server& server, const std::shared_ptr<Way>& way) {
+  std::string wrong;
+  try {
+    wrong = read_answers(server, way);
+  } catch (const std::exception& error) {
+    wrong = error.what();
+  }
+  const std::lock_guard lock(mutex_);
+  way->open = false;
+  way->stream->shutdown();
+  if (!wrong.empty()) fail_server_locked(server, "server " + server.address.name + ": " + wrong);
+  changed_.notify_all();
+}
+
+// Until the connection ends; gives what the server did wrong, if anything.
+std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& way) {
+  wire::FrameHeader header{};
+  std::string wrong;
+  while (wrong.empty()) {
+    const wire::IoResult result = way->stream->recv_exact(std::as_writable_bytes(std::span(&header, 1)));
+    if (!result.done()) break;
+    if (const char* malformed = wire::malformed(header, page_size_)) {
+      wrong = malformed;
+      break;
+    }
+    if (header.payload_bytes > 0 || wire::payload_checksum(header, {}) != header.checksum) {
+      wrong = "a frame that a server does not send";
+      break;
+    }
+    switch (static_cast<wire::FrameType>(header.type)) {
+      case wire::FrameType::kBarrierAck:
+        wrong = acknowledged(*way, header.tag);
+        break;
+      case wire::FrameType::kRefused: {
+        const std::lock_guard lock(mutex_);
+        if (header.region >= shared_.queue.regions() ||
+            !wire::run_inside(header.first_page, header.page_count,
+                              shared_.queue.known_pages(header.region)) ||
+            header.tag >= servers_.size() ||
+            (header.tag != server.ordinal &&
+             !way->lane.passes_on_to(static_cast<std::uint8_t>(header.tag))) ||
+            !way->lane.refused(header.region, {PageNumber{header.first_page}, header.page_count},
+                               (header.flags & wire::kFlagTorn) == 0)) {
+          wrong = "pages refused that it was not sent";
+          break;
+        }
+        // It, or the server that it passes replicas on to, takes no more.
+        const auto& refuser = servers_[static_cast<std::size_t>(header.tag)]->way;
+        if ((header.flags & wire::kFlagTorn) == 0 && refuser) refuser->full = true;
+        break;
+      }
+      case wire::FrameType::kChainBroken: {
+        const std::lock_guard lock(mutex_);
+        if (header.tag >= servers_.size() || header.tag == server.ordinal ||
+            !way->lane.passes_on_to(static_cast<std::uint8_t>(header.tag))) {
+          wrong = "an unknown server is said to be broken";
+        } else {
+          server.broken_chain = static_cast<std::uint8_t>(header.tag);
+        }
+        break;
+      }
+      default:
+        wrong = "a frame that a server does not send";
+    }
+  }
+  return wrong;
+}
+
+// For this migration, and for good.
+void Scatter::fail_server_locked(Server& server, std::string why) {
+  if (!server.failed.empty()) return;
+  server.failed = why.empty() ? "server " + server.address.name + " is gone" : std::move(why);
+  server.tried = true;
+  where_.silence(server.ordinal);
+  std::vector<RegionRun> again;
+  if (server.way) {
+    server.way->open = false;
+    server.way->stream->shutdown();
+    const auto unacknowledged = server.way->lane.take_back(true);
+    again.insert(again.end(), unacknowledged.begin(), unacknowledged.end());
+  }
+  std::vector<RegionRun> lost;
+  where_.lose(server.ordinal, lost, &released_);
+  if (kind_ == Kind::kRound) {
+    // Their records are on the way to the destination: sent again now, such a record could come after the page.
+    for (const RegionRun& each : lost) suspects_[each.region]->set_run(each.run);
+  } else {
+    again.insert(again.end(), lost.begin(), lost.end());
+  }
+  put_back_locked(again);
+  changed_.notify_all();
+}
+
+void Scatter::attach_pacer_locked() {
+  std::vector<int> fds;
+  bool same_host = false;
+  for (const auto& server : servers_) {
+    if (!server->way) continue;
+    fds.push_back(server->way->stream->fd());
+    try {
+      same_host = wire::is_same_host(fds.back());
+    } catch (const std::exception&) {
+      // Cut already.
+    }
+  }
+  server_pacer_.attach(std::move(fds), same_host);
+}
+
+}  // namespace memferry

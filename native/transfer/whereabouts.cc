@@ -1,0 +1,208 @@
+#include "transfer/whereabouts.h"
+
+#include <algorithm>
+
+namespace memferry {
+namespace {
+
+constexpr std::uint16_t packed(wire::Holders holders) { return static_cast<std::uint16_t>(holders.tag()); }
+
+}  // namespace
+
+Whereabouts::Whereabouts(std::span<const std::uint64_t> capacities, unsigned servers, unsigned index_servers)
+    : servers_(servers),
+      index_servers_(std::min(index_servers, servers)),
+      capacities_(capacities.begin(), capacities.end()) {
+  for (const std::uint64_t pages : capacities_) {
+    const auto count = static_cast<std::size_t>(pages);
+    // Not touched before they are used: a region's capacity may be far beyond its length.
+    hashes_.emplace_back(new std::uint64_t[count]);
+    holders_.emplace_back(new std::atomic<std::uint16_t>[count]);
+    for (std::size_t i = 0; i < count; ++i) holders_.back()[i].store(packed({}), std::memory_order_relaxed);
+    zero_.push_back(std::make_unique<AtomicBitmap>(pages));
+    safe_.push_back(std::make_unique<AtomicBitmap>(pages));
+  }
+  for (unsigned i = 0; i <= servers_; ++i) {
+    auto listener = std::make_unique<Listener>();
+    for (const std::uint64_t pages : capacities_)
+      listener->untold.push_back(std::make_unique<AtomicBitmap>(pages));
+    listeners_.push_back(std::move(listener));
+  }
+}
+
+void Whereabouts::note_hash(std::uint32_t region, PageNumber page, std::uint64_t xxh3, bool zero) {
+  std::atomic_ref(hashes_[region][page.value]).store(xxh3, std::memory_order_relaxed);
+  if (zero) {
+    zero_[region]->set(page);
+  } else if (zero_[region]->test(page)) {
+    zero_[region]->clear(page);
+  }
+}
+
+std::uint64_t Whereabouts::settle(std::uint32_t region, PageRun run, wire::Holders holders) {
+  const std::lock_guard lock(mutex_);
+  const std::uint16_t now = packed(holders);
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    const std::uint16_t before = holders_[region][page.value].exchange(now, std::memory_order_relaxed);
+    // A former holder that is no index server would keep its copy for ever.
+    const wire::Holders former = wire::Holders::of(before);
+    if (safe_[region]->test(page)) --at_[former.first];
+    ++at_[holders.first];
+    if (before == now) continue;
+    for (const std::uint8_t each : {former.first, former.second}) {
+      if (each < servers_ && each >= index_servers_ && !holders.has(each))
+        mark_untold(each, region, {page, 1});
+    }
+  }
+  const std::uint64_t newly = safe_[region]->set_run(run);
+  safe_count_.fetch_add(newly, std::memory_order_acq_rel);
+  for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, run);
+  // The destination knows best what it holds itself.
+  if (holders.first != wire::Holders::kDestination) mark_untold(destination(), region, run);
+  return newly;
+}
+
+void Whereabouts::forget(std::uint32_t region, PageRun run) {
+  const std::lock_guard lock(mutex_);
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    if (!safe_[region]->clear(page)) continue;
+    --at_[holders(region, page).first];
+    safe_count_.fetch_sub(1, std::memory_order_acq_rel);
+    // What waits to be told of it is out of date.
+    holders_[region][page.value].store(packed({}), std::memory_order_relaxed);
+    for (const auto& listener : listeners_) {
+      if (listener->untold[region]->clear(page)) listener->count.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+}
+
+void Whereabouts::lose(std::uint8_t ordinal, std::vector<RegionRun>& again,
+                       const std::vector<std::unique_ptr<AtomicBitmap>>* gone) {
+  const std::lock_guard lock(mutex_);
+  for (std::uint32_t region = 0; region < capacities_.size(); ++region) {
+    PageNumber at{0};
+    const PageNumber end{capacities_[region]};
+    while (const auto run = safe_[region]->next_set(at, end, capacities_[region])) {
+      at = run->end();
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        std::atomic<std::uint16_t>& holders = holders_[region][page.value];
+        wire::Holders now = wire::Holders::of(holders.load(std::memory_order_relaxed));
+        if (!now.has(ordinal)) continue;
+        const std::uint8_t other = now.first == ordinal ? now.second : now.first;
+        if (other != wire::Holders::kNobody) {
+          --at_[now.first];
+          ++at_[other];
+          holders.store(packed({other, wire::Holders::kNobody}), std::memory_order_relaxed);
+          for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, {page, 1});
+          mark_untold(destination(), region, {page, 1});
+          continue;
+        }
+        if (gone != nullptr && (*gone)[region]->test(page)) continue;
+        holders.store(packed({}), std::memory_order_relaxed);
+        --at_[now.first];
+        safe_[region]->clear(page);
+        safe_count_.fetch_sub(1, std::memory_order_acq_rel);
+        const bool joins = !again.empty() && again.back().region == region && again.back().run.end() == page;
+        if (joins) {
+          ++again.back().run.count;
+        } else {
+          again.push_back({region, {page, 1}});
+        }
+      }
+    }
+  }
+}
+
+wire::Holders Whereabouts::holders(std::uint32_t region, PageNumber page) const {
+  return wire::Holders::of(holders_[region][page.value].load(std::memory_order_relaxed));
+}
+
+std::span<const std::uint64_t> Whereabouts::hashes(std::uint32_t region) const {
+  return {hashes_[region].get(), static_cast<std::size_t>(capacities_[region])};
+}
+
+void Whereabouts::mark_untold(unsigned listener, std::uint32_t region, PageRun run) {
+  Listener& to = *listeners_[listener];
+  if (to.silent.load(std::memory_order_relaxed)) return;
+  to.count.fetch_add(to.untold[region]->set_run(run), std::memory_order_acq_rel);
+}
+
+bool Whereabouts::anything_untold(unsigned listener) const {
+  const Listener& to = *listeners_[listener];
+  return !to.silent.load(std::memory_order_acquire) && to.count.load(std::memory_order_acquire) > 0;
+}
+
+bool Whereabouts::next_untold(unsigned listener, std::uint64_t max_pages, Record& record) {
+  Listener& to = *listeners_[listener];
+  const auto regions = static_cast<std::uint32_t>(capacities_.size());
+  for (std::uint32_t step = 0; step <= regions && anything_untold(listener); ++step) {
+    const auto taken = to.untold[to.region]->take_run(to.at, PageNumber{capacities_[to.region]}, max_pages);
+    if (!taken) {
+      to.region = (to.region + 1) % regions;
+      to.at = PageNumber{0};
+      continue;
+    }
+    const auto holders_at = [&](PageNumber page) {
+      return holders_[to.region][page.value].load(std::memory_order_relaxed);
+    };
+    const std::uint16_t first = holders_at(taken->first);
+    const bool zero = zero_[to.region]->test(taken->first);
+    std::uint64_t count = 1;
+    while (count < taken->count) {
+      const PageNumber page{taken->first.value + count};
+      if (holders_at(page) != first || zero_[to.region]->test(page) != zero) break;
+      ++count;
+    }
+    if (count < taken->count) {
+      // Marked by somebody else meanwhile: counted there already.
+      const PageRun rest{PageNumber{taken->first.value + count}, taken->count - count};
+      to.count.fetch_sub(rest.count - to.untold[to.region]->set_run(rest), std::memory_order_acq_rel);
+    }
+    to.count.fetch_sub(count, std::memory_order_acq_rel);
+    to.at = PageNumber{taken->first.value + count};
+    record.region = to.region;
+    record.run = {taken->first, count};
+    record.holders = wire::Holders::of(first);
+    record.zero = zero;
+    const bool bare = zero || record.holders.first == wire::Holders::kDestination;
+    record.hashes = bare
+                        ? std::span<const std::uint64_t>()
+                        : std::span(&hashes_[to.region][taken->first.value], static_cast<std::size_t>(count));
+    // Lost again since it was marked: whoever settles it next marks it anew.
+    if (record.holders.first == wire::Holders::kNobody) {
+      step = 0;
+      continue;
+    }
+    return true;
+  }
+  return false;
+}
+
+void Whereabouts::tell_again(unsigned listener) {
+  for (std::uint32_t region = 0; region < capacities_.size(); ++region) {
+    PageNumber at{0};
+    while (const auto run =
+               safe_[region]->next_set(at, PageNumber{capacities_[region]}, capacities_[region])) {
+      mark_untold(listener, region, *run);
+      at = run->end();
+    }
+  }
+}
+
+void Whereabouts::silence(unsigned listener) { listeners_[listener]->silent = true; }
+
+std::uint64_t Whereabouts::pages_at(std::uint8_t holder) const {
+  const std::lock_guard lock(mutex_);
+  return at_[holder];
+}
+
+std::uint64_t Whereabouts::memory_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const std::uint64_t pages : capacities_) {
+    bytes += pages * (sizeof(std::uint64_t) + sizeof(std::uint16_t)) +
+             (2 + listeners_.size()) * ((pages + 63) / 64) * 8;
+  }
+  return bytes;
+}
+
+}  // namespace memferry

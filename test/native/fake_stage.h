@@ -1,0 +1,223 @@
+// A VMD server for tests of the source: accepts scatter connections over real loopback sockets, checks every frame,
+// keeps pages and map records in a plain model, and misbehaves as it is told. Replicas are a matter of the model
+// alone: whoever is named second is given a copy.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "page/hash.h"
+#include "transfer/stage_server_address.h"
+#include "wire/frame.h"
+#include "wire/socket.h"
+#include "wire/stream.h"
+
+namespace memferry::sender_test {
+
+class FakeStage {
+ public:
+  struct Page {
+    std::vector<std::byte> content;  // empty: zeros
+    std::uint64_t hash = 0;
+  };
+  struct Record {
+    wire::Holders holders;
+    bool zero = false;
+    std::uint64_t hash = 0;
+  };
+  using Key = std::pair<std::uint32_t, std::uint64_t>;
+
+  FakeStage(unsigned ordinal, std::uint64_t page_size)
+      : ordinal_(ordinal),
+        page_size_(page_size),
+        listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
+        port_(wire::SocketAddress::local(listening_.get()).port()),
+        acceptor_([this] { accept(); }) {}
+  ~FakeStage() {
+    stopping_ = true;
+    ::shutdown(listening_.get(), SHUT_RDWR);
+    acceptor_.join();
+    cut();
+    {
+      const std::lock_guard lock(mutex);
+      stalled = false;
+      changed.notify_all();
+    }
+    for (auto& thread : threads_) thread.join();
+  }
+
+  StageServer address() const {
+    StageServer server;
+    server.name = "s" + std::to_string(ordinal_);
+    server.host = "127.0.0.1";
+    server.port = port_;
+    server.session = 7;
+    for (unsigned attempt = 0; attempt < 64; ++attempt) {
+      for (unsigned role = 0; role < wire::kStageRoles; ++role) server.tokens.push_back(token(attempt, role));
+    }
+    return server;
+  }
+  static wire::Token token(unsigned attempt, unsigned role) {
+    wire::Token token{};
+    token[0] = static_cast<std::uint8_t>(attempt + 1);
+    token[1] = static_cast<std::uint8_t>(role);
+    return token;
+  }
+
+  void cut() {
+    const std::lock_guard lock(mutex);
+    for (auto& stream : streams_) stream->shutdown();
+  }
+  void stall(bool now) {
+    const std::lock_guard lock(mutex);
+    stalled = now;
+    changed.notify_all();
+  }
+  template <typename Done>
+  bool wait_for(Done done) {
+    std::unique_lock lock(mutex);
+    return changed.wait_for(lock, std::chrono::seconds(20), done);
+  }
+
+  std::atomic<bool> lost{false};           // answers hellos with kLost
+  std::atomic<bool> refuse{false};         // closes at once
+  std::atomic<std::uint64_t> room{~0ULL};  // pages
+  std::atomic<bool> forget_acks{false};    // reads everything and answers no barrier
+
+  std::mutex mutex;  // guards the rest
+  std::condition_variable changed;
+  bool stalled = false;  // reads nothing
+  std::map<Key, Page> pages;
+  std::map<Key, Record> records;
+  unsigned hellos = 0;
+
+ private:
+  void accept() {
+    for (;;) {
+      UniqueFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (stopping_) return;
+      if (!fd) {
+        // The listening socket does not block.
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        continue;
+      }
+      if (refuse) continue;
+      auto stream = std::make_shared<wire::PlainStream>(std::move(fd));
+      const std::lock_guard lock(mutex);
+      streams_.push_back(stream);
+      threads_.emplace_back([this, stream] { serve(*stream); });
+    }
+  }
+
+  void serve(wire::PlainStream& stream) {
+    wire::Hello hello{};
+    if (!stream.recv_exact(std::as_writable_bytes(std::span(&hello, 1))).done()) return;
+    EXPECT_EQ(hello.preface, wire::kStagePreface);
+    EXPECT_EQ(hello.channel, 0u);
+    EXPECT_EQ(hello.epoch >> 16, 7u);
+    EXPECT_EQ(hello.token, token(hello.epoch & 0xffff, 0));
+    const auto status = lost ? wire::HelloStatus::kLost : wire::HelloStatus::kAccepted;
+    const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(status)};
+    {
+      const std::lock_guard lock(mutex);
+      EXPECT_EQ(hello.epoch & 0xffff, hellos) << "an attempt that was used before";
+      ++hellos;
+      changed.notify_all();
+    }
+    (void)stream.send_all(std::as_bytes(std::span(&reply, 1)));
+    if (lost) return stream.shutdown();
+    std::vector<std::byte> payload;
+    for (;;) {
+      {
+        std::unique_lock lock(mutex);
+        changed.wait(lock, [this] { return !stalled; });
+      }
+      wire::FrameHeader header{};
+      if (!stream.recv_exact(std::as_writable_bytes(std::span(&header, 1))).done()) return;
+      const char* wrong = wire::malformed(header, page_size_);
+      EXPECT_EQ(wrong, nullptr) << wrong;
+      payload.resize(header.payload_bytes);
+      if (!payload.empty() && !stream.recv_exact(payload).done()) return;
+      if (!apply(stream, header, payload)) return;
+    }
+  }
+
+  bool apply(wire::PlainStream& stream, const wire::FrameHeader& h, std::span<const std::byte> payload) {
+    std::vector<wire::FrameHeader> answers;
+    {
+      const std::lock_guard lock(mutex);
+      switch (static_cast<wire::FrameType>(h.type)) {
+        case wire::FrameType::kPages:
+        case wire::FrameType::kZero: {
+          const bool content = !payload.empty();
+          EXPECT_EQ(wire::Holders::of(h.tag).first, ordinal_);
+          std::vector<std::uint64_t> hashes(content ? h.page_count : 0);
+          if (content) {
+            hash_pages(payload, page_size_, hashes.data());
+            // Torn: the guest writes.
+            if (wire::pages_checksum(h, hashes) != h.checksum) {
+              answers.push_back(wire::make_header(wire::FrameType::kRefused, h.region,
+                                                  {PageNumber{h.first_page}, h.page_count}, ordinal_));
+              answers.back().flags |= wire::kFlagTorn;
+              break;
+            }
+          }
+          if (pages.size() + h.page_count > room) {
+            answers.push_back(wire::make_header(wire::FrameType::kRefused, h.region,
+                                                {PageNumber{h.first_page}, h.page_count}, ordinal_));
+            break;
+          }
+          for (std::uint64_t i = 0; i < h.page_count; ++i) {
+            Page& page = pages[{h.region, h.first_page + i}];
+            page.content.clear();
+            page.hash = content ? hashes[i] : 0;
+            if (content) {
+              const auto bytes = payload.subspan(i * page_size_, page_size_);
+              page.content.assign(bytes.begin(), bytes.end());
+            }
+          }
+          break;
+        }
+        case wire::FrameType::kMap:
+          EXPECT_EQ(wire::payload_checksum(h, payload), h.checksum);
+          for (std::uint64_t i = 0; i < h.page_count; ++i) {
+            Record& record = records[{h.region, h.first_page + i}];
+            record.holders = wire::Holders::of(h.tag);
+            record.zero = (h.flags & wire::kFlagZero) != 0;
+            if (!payload.empty()) std::memcpy(&record.hash, payload.data() + i * 8, 8);
+          }
+          break;
+        case wire::FrameType::kBarrier:
+          if (!forget_acks) answers.push_back(wire::make_header(wire::FrameType::kBarrierAck, 0, {}, h.tag));
+          break;
+        default:
+          ADD_FAILURE() << "frame type " << h.type << " to a server";
+      }
+      changed.notify_all();
+    }
+    for (wire::FrameHeader& answer : answers) {
+      wire::seal(answer);
+      if (!stream.send_all(std::as_bytes(std::span(&answer, 1))).done()) return false;
+    }
+    return true;
+  }
+
+  const unsigned ordinal_;
+  const std::uint64_t page_size_;
+  const UniqueFd listening_;
+  const std::uint16_t port_;
+  std::atomic<bool> stopping_{false};
+  std::vector<std::shared_ptr<wire::PlainStream>> streams_;
+  std::vector<std::thread> threads_;
+  std::thread acceptor_;
+};
+
+}  // namespace memferry::sender_test

@@ -1,0 +1,448 @@
+// A whole scatter in one process over real sockets: source, VMD servers and destination, a guest that touches its
+// memory at the destination meanwhile, servers that end at chosen moments. Every byte is compared.
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "stage_client.h"
+#include "transfer/listener.h"
+#include "transfer/receiver.h"
+#include "transfer/sender.h"
+
+namespace memferry::test {
+namespace {
+
+using namespace std::chrono_literals;
+using enum EngineEventKind;
+
+constexpr auto kPatience = 30s;
+constexpr std::uint16_t kSourceSession = 1;
+constexpr std::uint16_t kDestinationSession = 2;
+
+class EventBox {
+ public:
+  EngineCallback callback() {
+    return [this](const EngineEvent& event) {
+      const std::lock_guard lock(mutex_);
+      seen_.push_back(event);
+      changed_.notify_all();
+    };
+  }
+  // Waits until an event of this kind has come; others that come are kept.
+  EngineEvent await(EngineEventKind kind) {
+    std::unique_lock lock(mutex_);
+    const auto find = [&] {
+      return std::find_if(seen_.begin(), seen_.end(),
+                          [&](const EngineEvent& event) { return event.kind == kind; });
+    };
+    const auto failed = [&] {
+      return std::find_if(seen_.begin(), seen_.end(), [](const EngineEvent& e) { return e.kind == kFailed; });
+    };
+    changed_.wait_for(lock, kPatience, [&] { return find() != seen_.end() || failed() != seen_.end(); });
+    const auto found = find();
+    if (found == seen_.end()) {
+      const auto why = failed();
+      ADD_FAILURE() << "event " << static_cast<int>(kind) << " never came"
+                    << (why == seen_.end() ? "" : ": " + why->code + " " + why->message);
+      return {.kind = kFailed, .code = "TEST", .message = {}, .lost = {}};
+    }
+    EngineEvent event = *found;
+    seen_.erase(found);
+    return event;
+  }
+  bool any(EngineEventKind kind) {
+    const std::lock_guard lock(mutex_);
+    return std::any_of(seen_.begin(), seen_.end(),
+                       [&](const EngineEvent& event) { return event.kind == kind; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<EngineEvent> seen_;
+};
+
+struct Vmd {
+  std::shared_ptr<Stage> stage;
+  std::unique_ptr<Listener> listener;
+  void end() {
+    if (listener) listener->close();
+    if (stage) stage->close();
+  }
+};
+
+class ScatterGatherTest : public testing::Test {
+ protected:
+  static std::uint64_t page_size() { return static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)); }
+  static constexpr unsigned kChannels = 2;
+
+  void make(std::uint64_t pages, unsigned servers, unsigned replicas = 1) {
+    pages_ = pages;
+    source = Region::allocate(pages * page_size());
+    target = Region::allocate(pages * page_size());
+    const auto bytes = source->contiguous({PageNumber{0}, pages});
+    std::mt19937_64 random(3);
+    for (std::size_t i = 0; i < bytes.size(); i += 8) {
+      const std::uint64_t word = i / page_size() % 32 == 5 ? 0 : random();
+      std::memcpy(bytes.data() + i, &word, 8);
+    }
+    image.fill(0x42);
+    for (unsigned i = 0; i < servers; ++i) {
+      vmd.emplace_back();
+      vmd.back().stage = Stage::create({.memory_bytes = 256ULL << 20, .bandwidth = 0});
+      vmd.back().listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", 0, {}});
+      vmd.back().listener->serve_stage(vmd.back().stage);
+    }
+    for (unsigned i = 0; i < servers; ++i) {
+      Stage& stage = *vmd[i].stage;
+      ASSERT_TRUE(stage.create_image(
+          {.id = image, .region_pages = {pages}, .ordinal = static_cast<std::uint8_t>(i)}));
+      ASSERT_TRUE(stage.add_session(image, kSourceSession, role_bit(wire::StageRole::kScatter),
+                                    stage_tokens(image, kSourceSession)));
+      ASSERT_TRUE(stage.add_session(image, kDestinationSession,
+                                    role_bit(wire::StageRole::kGather) | role_bit(wire::StageRole::kDemand),
+                                    stage_tokens(image, kDestinationSession)));
+      for (unsigned other = 0; other < servers; ++other) {
+        if (other == i) continue;
+        const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + other);
+        ASSERT_TRUE(stage.add_session(image, session, role_bit(wire::StageRole::kChain),
+                                      stage_tokens(image, session)));
+        ASSERT_TRUE(stage.set_chain(image, static_cast<std::uint8_t>(other), "127.0.0.1",
+                                    vmd[other].listener->port(),
+                                    chain_tokens(image, static_cast<std::uint8_t>(i))));
+      }
+    }
+    replicas_ = replicas;
+  }
+  std::vector<StageServer> servers(std::uint16_t session) const {
+    std::vector<StageServer> all;
+    for (std::size_t i = 0; i < vmd.size(); ++i) {
+      all.push_back({"s" + std::to_string(i), "127.0.0.1", vmd[i].listener->port(), session,
+                     stage_tokens(image, session)});
+    }
+    return all;
+  }
+  std::vector<wire::Token> direct_tokens() const {
+    std::vector<wire::Token> tokens;
+    for (unsigned i = 0; i < 8 * (kChannels + 1); ++i) {
+      wire::Token token{};
+      token[0] = static_cast<std::uint8_t>(i + 1);
+      tokens.push_back(token);
+    }
+    return tokens;
+  }
+  void receive(std::uint64_t bandwidth, std::uint64_t gather_limit = 0,
+               std::chrono::milliseconds recover = 5s, bool sourceless = false) {
+    ReceiverConfig config;
+    config.regions = {target};
+    config.migration = image;
+    config.channels = kChannels;
+    config.tokens = direct_tokens();
+    config.may_page = true;
+    config.keep_page_hashes = true;
+    config.recover_timeout = recover;
+    config.loss_grace = 50ms;
+    config.servers = servers(kDestinationSession);
+    config.gather_limit = gather_limit;
+    config.bandwidth = bandwidth;
+    config.sourceless = sourceless;
+    config.on_event = arrivals.callback();
+    receiver = Receiver::create(std::move(config));
+    listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", 0, {}});
+    listener->add(receiver);
+  }
+  void send(bool direct = true, std::shared_ptr<DirtyTracker> tracker = nullptr) {
+    SenderConfig config;
+    config.regions = {source};
+    config.trackers = {std::move(tracker)};
+    config.host = "127.0.0.1";
+    config.port = direct ? listener->port() : 0;
+    config.migration = image;
+    config.channels = kChannels;
+    config.tokens = direct_tokens();
+    config.servers = servers(kSourceSession);
+    config.replicas = replicas_;
+    config.direct = direct;
+    config.stall_timeout = 2s;
+    config.on_event = departures.callback();
+    sender = std::make_unique<Sender>(std::move(config));
+    sender->connect();
+    departures.await(kConnected);
+  }
+  void into_postcopy() {
+    sender->queue_populated();
+    sender->switch_over();
+    departures.await(kSwitched);
+    arrivals.await(kSwitched);
+  }
+  void evict() {
+    sender->start_push();
+    departures.await(kEvicted);
+    sender->close(true);
+  }
+  const std::byte* at(const Region& region, std::uint64_t page) const {
+    return const_cast<Region&>(region).address(PageNumber{page}).pointer();
+  }
+  void expect_equal() {
+    for (std::uint64_t page = 0; page < pages_; ++page) {
+      ASSERT_EQ(std::memcmp(at(*source, page), at(*target, page), page_size()), 0) << "page " << page;
+    }
+    const Hash128 here = receiver->digest(0);
+    const Hash128 there = sender->digest(0);
+    EXPECT_EQ(here.high, there.high);
+    EXPECT_EQ(here.low, there.low);
+  }
+  void TearDown() override {
+    if (sender) sender->close(false);
+    if (receiver) receiver->close();
+    if (listener) listener->close();
+    for (auto& each : vmd) each.end();
+  }
+
+  std::uint64_t pages_ = 0;
+  unsigned replicas_ = 1;
+  ImageId image{};
+  std::shared_ptr<Region> source;
+  std::shared_ptr<Region> target;
+  std::vector<Vmd> vmd;
+  EventBox departures;
+  EventBox arrivals;
+  std::unique_ptr<Sender> sender;
+  std::shared_ptr<Receiver> receiver;
+  std::unique_ptr<Listener> listener;
+};
+
+TEST_F(ScatterGatherTest, TheSourceLeavesLongBeforeASlowDestinationHasEverything) {
+  make(8192, 2);
+  receive(2 << 20, 4 << 20);
+  send();
+  into_postcopy();
+  evict();
+  // 32 MiB at 2 + 4 MiB/s there, as fast as it goes here.
+  EXPECT_FALSE(arrivals.any(kComplete));
+  EXPECT_GT(receiver->stats().pages_missing, pages_ / 4);
+  receiver->set_bandwidth(0);
+  receiver->set_gather_limit(0);
+  arrivals.await(kComplete);
+  expect_equal();
+  const auto stats = receiver->stats();
+  EXPECT_GT(stats.pages_gathered, 4096u);
+  EXPECT_FALSE(arrivals.any(kPaused));
+}
+
+TEST_F(ScatterGatherTest, FaultsAreServedBeforeDuringAndAfterTheSource) {
+  make(8192, 2);
+  receive(4 << 20, 4 << 20);
+  send();
+  into_postcopy();
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> touched{0};
+  std::atomic<std::uint64_t> wrong{0};
+  std::thread guest([&] {
+    std::mt19937 random(9);
+    while (!stop) {
+      const std::uint64_t page = random() % pages_;
+      if (std::memcmp(at(*source, page), at(*target, page), page_size()) != 0) ++wrong;
+      ++touched;
+    }
+  });
+  evict();
+  const std::uint64_t before = touched;
+  receiver->set_gather_limit(0);
+  arrivals.await(kComplete);
+  stop = true;
+  guest.join();
+  EXPECT_EQ(wrong, 0u);
+  EXPECT_GT(touched, before);
+  expect_equal();
+  EXPECT_GT(receiver->stats().faults.count, 0u);
+}
+
+TEST_F(ScatterGatherTest, ASourceThatIsKilledAfterEvictionLosesNothing) {
+  make(4096, 2);
+  receive(4 << 20, 8 << 20);
+  send();
+  into_postcopy();
+  sender->start_push();
+  departures.await(kEvicted);
+  sender->close(false);  // as if killed: no goodbye
+  arrivals.await(kComplete);
+  expect_equal();
+}
+
+TEST_F(ScatterGatherTest, WithReplicasALostServerLosesNothing) {
+  for (const unsigned victim : {0u, 1u, 2u}) {
+    SCOPED_TRACE(victim);
+    make(4096, 3, 2);
+    receive(2 << 20, 8 << 20);
+    send();
+    into_postcopy();
+    evict();
+    vmd[victim].end();
+    arrivals.await(kComplete);
+    expect_equal();
+    TearDown();
+    vmd.clear();
+  }
+}
+
+TEST_F(ScatterGatherTest, AServerThatEndsInTheMiddleOfTheScatterLosesNothing) {
+  for (const unsigned replicas : {1u, 2u}) {
+    SCOPED_TRACE(replicas);
+    make(16384, 3, replicas);
+    receive(4 << 20, 0);
+    send();
+    into_postcopy();
+    sender->start_push();
+    for (int i = 0; i < 2000 && sender->stats().servers[1].pages < 200; ++i) std::this_thread::sleep_for(1ms);
+    vmd[1].end();
+    departures.await(kEvicted);
+    sender->close(true);
+    arrivals.await(kComplete);
+    std::string account = "missing " + std::to_string(receiver->stats().pages_missing);
+    for (const auto& each : receiver->stats().servers)
+      account += "; " + std::to_string(each.pages) + " " + each.failed;
+    for (const auto& each : sender->stats().servers)
+      account += "; source: " + std::to_string(each.pages) + " " + each.failed;
+    SCOPED_TRACE(account);
+    ASSERT_EQ(receiver->stats().pages_missing, 0u);
+    expect_equal();
+    TearDown();
+    vmd.clear();
+  }
+}
+
+TEST_F(ScatterGatherTest, ALostServerWithoutReplicasLosesItsPagesAndNoOthers) {
+  make(4096, 2);
+  receive(1 << 20, 1 << 20, 400ms);
+  send();
+  into_postcopy();
+  evict();
+  vmd[1].end();
+  receiver->set_gather_limit(0);
+  const EngineEvent lost = arrivals.await(kLost);
+  EXPECT_NE(lost.message.find("s1"), std::string::npos) << lost.message;
+  EXPECT_EQ(lost.message.find("s0"), std::string::npos) << lost.message;
+  std::set<std::uint64_t> gone;
+  for (const RegionRun& each : lost.lost) {
+    for (std::uint64_t i = 0; i < each.run.count; ++i) gone.insert(each.run.first.value + i);
+  }
+  ASSERT_FALSE(gone.empty());
+  ASSERT_LT(gone.size(), pages_);
+  receiver->acknowledge_loss();
+  for (int i = 0; i < 5000 && receiver->stats().pages_missing > gone.size(); ++i)
+    std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(receiver->stats().pages_missing, gone.size());
+  for (std::uint64_t page = 0; page < pages_; ++page) {
+    if (gone.count(page) > 0) continue;
+    ASSERT_EQ(std::memcmp(at(*source, page), at(*target, page), page_size()), 0) << "page " << page;
+  }
+  // A lost page fails to be read: the kernel says so without dying.
+  UniqueFd file(::memfd_create("probe", MFD_CLOEXEC));
+  EXPECT_EQ(::pwrite(file.get(), at(*target, *gone.begin()), page_size(), 0), -1);
+  EXPECT_EQ(errno, EFAULT);
+}
+
+TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
+  make(4096, 2);
+  send(false);
+  sender->queue_populated();
+  sender->start_round(1);
+  departures.await(kRoundDone);
+  sender->close(true);
+  for (auto& each : vmd) EXPECT_EQ(each.stage->whole(image, std::array<std::uint64_t, 1>{pages_}), true);
+  receive(0, 16 << 20, 5s, true);
+  arrivals.await(kSwitched);
+  EXPECT_EQ(std::memcmp(at(*source, 3000), at(*target, 3000), page_size()), 0);
+  arrivals.await(kComplete);
+  expect_equal();
+}
+
+// The rounds of pre-copy through servers: an older version of a page must never be the one that counts.
+TEST_F(ScatterGatherTest, RoundsThroughServersEndWithTheNewestVersionOfEveryPage) {
+  const std::uint64_t pages = 4096;
+  make(pages, 2);
+  receive(24 << 20, 24 << 20);
+  const std::shared_ptr<DirtyTracker> tracker = make_tracker(TrackerKind::kHashDiff, source);
+  tracker->arm();
+  send(true, tracker);
+  std::atomic<bool> stop{false};
+  std::thread guest([&] {
+    std::mt19937_64 random(21);
+    while (!stop) {
+      const std::uint64_t page = random() % (pages_ / 4);
+      const std::uint64_t word = random();
+      std::memcpy(source->address(PageNumber{page}).pointer() + 8 * (random() % 512), &word, 8);
+      std::this_thread::sleep_for(20us);
+    }
+  });
+  sender->queue_populated();
+  for (std::uint64_t tag = 1; tag <= 4; ++tag) {
+    sender->start_round(tag);
+    departures.await(kRoundDone);
+    sender->queue_dirty();
+  }
+  stop = true;
+  guest.join();
+  sender->queue_dirty();
+  sender->start_round(9);
+  EXPECT_EQ(departures.await(kRoundDone).suspects, 0u);
+  receiver->await_filled();
+  arrivals.await(kFilled);
+  ASSERT_TRUE(receiver->seal());
+  expect_equal();
+  EXPECT_GT(receiver->stats().pages_gathered, 0u);
+}
+
+TEST_F(ScatterGatherTest, ASwitchAfterRoundsThroughServersDropsWhatIsOutOfDate) {
+  const std::uint64_t pages = 4096;
+  make(pages, 2);
+  receive(8 << 20, 8 << 20);
+  const std::shared_ptr<DirtyTracker> tracker = make_tracker(TrackerKind::kHashDiff, source);
+  tracker->arm();
+  send(true, tracker);
+  std::mt19937_64 random(22);
+  const auto dirty = [&](std::uint64_t count) {
+    for (std::uint64_t i = 0; i < count; ++i) {
+      const std::uint64_t word = random();
+      std::memcpy(source->address(PageNumber{random() % pages_}).pointer(), &word, 8);
+    }
+  };
+  sender->queue_populated();
+  sender->start_round(1);
+  departures.await(kRoundDone);
+  dirty(700);
+  sender->queue_dirty();
+  sender->start_round(2);
+  departures.await(kRoundDone);
+  dirty(700);
+  sender->discard_dirty(3);
+  departures.await(kRoundDone);
+  dirty(300);
+  sender->switch_over();
+  departures.await(kSwitched);
+  arrivals.await(kSwitched);
+  evict();
+  arrivals.await(kComplete);
+  expect_equal();
+}
+
+TEST_F(ScatterGatherTest, ClosingTheDestinationInTheMiddleIsPrompt) {
+  make(8192, 2);
+  receive(1 << 20, 1 << 20);
+  send();
+  into_postcopy();
+  evict();
+  const auto start = std::chrono::steady_clock::now();
+  receiver->close();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, 2s);
+}
+
+}  // namespace
+}  // namespace memferry::test

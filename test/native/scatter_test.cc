@@ -1,0 +1,523 @@
+// The source of a scatter against scripted servers and a scripted destination over real loopback sockets. After
+// every eviction each page is looked for where the source says that it is, byte by byte.
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <random>
+
+#include "fake_destination.h"
+#include "fake_stage.h"
+#include "transfer/lane.h"
+#include "transfer/sender.h"
+#include "transfer/whereabouts.h"
+
+namespace memferry::sender_test {
+namespace {
+
+using namespace std::chrono_literals;
+using enum EngineEventKind;
+using wire::FrameType;
+using wire::Holders;
+
+PageRun run_of(std::uint64_t first, std::uint64_t count) { return PageRun{PageNumber{first}, count}; }
+
+class ScatterTest : public testing::Test {
+ protected:
+  static constexpr unsigned kChannels = 2;
+  static std::uint64_t page_size() { return static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)); }
+
+  void make(std::vector<std::uint64_t> pages, unsigned servers) {
+    std::mt19937_64 random(11);
+    for (const std::uint64_t count : pages) {
+      regions.push_back(Region::allocate(count * page_size()));
+      const auto bytes = regions.back()->contiguous(run_of(0, count));
+      oracle.emplace_back(bytes.size());
+      for (std::size_t i = 0; i < bytes.size(); i += 8) {
+        const std::uint64_t word = i / page_size() % 16 == 3 ? 0 : random();
+        std::memcpy(bytes.data() + i, &word, 8);
+      }
+      std::memcpy(oracle.back().data(), bytes.data(), bytes.size());
+    }
+    peer = std::make_unique<FakeDestination>(
+        FakeDestination::Options{.channels = kChannels, .pages = pages, .page_size = page_size()});
+    for (unsigned i = 0; i < servers; ++i) stages.push_back(std::make_unique<FakeStage>(i, page_size()));
+  }
+  SenderConfig config() {
+    SenderConfig config;
+    config.regions = regions;
+    config.host = "127.0.0.1";
+    config.port = peer->port();
+    config.channels = kChannels;
+    config.tokens = FakeDestination::tokens(kChannels);
+    config.recover_timeout = 20s;
+    config.stall_timeout = 1500ms;
+    config.connect_timeout = 2s;
+    for (const auto& stage : stages) config.servers.push_back(stage->address());
+    config.on_event = events.callback();
+    return config;
+  }
+  void into_postcopy(SenderConfig with) {
+    sender = std::make_unique<Sender>(std::move(with));
+    sender->connect();
+    peer->accept_epoch();
+    events.expect(kConnected);
+    sender->queue_populated();
+    sender->switch_over();
+    events.expect(kSwitched);
+  }
+  // The direct connection takes nothing: its threads wait here with a frame in hand.
+  void block_direct() {
+    peer->on_frame = [this](const SeenFrame& frame) {
+      if (frame.channel == kChannels || frame.type() == FrameType::kBarrier ||
+          frame.type() == FrameType::kSwitch) {
+        return true;
+      }
+      std::unique_lock lock(gate_mutex);
+      gate_changed.wait(lock, [this] { return direct_open; });
+      return true;
+    };
+  }
+  void open_direct() {
+    const std::lock_guard lock(gate_mutex);
+    direct_open = true;
+    gate_changed.notify_all();
+  }
+  void TearDown() override {
+    open_direct();
+    sender.reset();
+    if (peer) {
+      peer->cut();
+      peer->stop();
+    }
+  }
+
+  // Every page is where a live index server says, with the oracle's content; `dead` servers hold nothing.
+  void expect_evicted(const std::set<unsigned>& dead = {}, unsigned copies = 1) {
+    const auto stats = sender->stats();
+    for (std::uint32_t region = 0; region < regions.size(); ++region) {
+      for (std::uint64_t page = 0; page < regions[region]->pages(); ++page) {
+        SCOPED_TRACE("region " + std::to_string(region) + " page " + std::to_string(page));
+        const auto* want = oracle[region].data() + page * page_size();
+        unsigned told = 0;
+        for (unsigned index = 0; index < stages.size(); ++index) {
+          if (dead.count(index) > 0) continue;
+          const std::lock_guard lock(stages[index]->mutex);
+          const auto found = stages[index]->records.find({region, page});
+          ASSERT_NE(found, stages[index]->records.end()) << "server " << index << " was not told";
+          const FakeStage::Record record = found->second;
+          ++told;
+          if (index != first_live(dead)) continue;
+          check_holder(record, region, page, want, dead, copies);
+          if (HasFatalFailure()) return;
+        }
+        ASSERT_EQ(told, stages.size() - dead.size());
+      }
+    }
+    ASSERT_EQ(stats.servers.size(), stages.size());
+  }
+  unsigned first_live(const std::set<unsigned>& dead) const {
+    for (unsigned i = 0; i < stages.size(); ++i) {
+      if (dead.count(i) == 0) return i;
+    }
+    return 0;
+  }
+  // With the first live server's mutex held.
+  void check_holder(const FakeStage::Record& record, std::uint32_t region, std::uint64_t page,
+                    const std::byte* want, const std::set<unsigned>& dead, unsigned copies) {
+    if (record.holders.first == Holders::kDestination) {
+      const std::lock_guard lock(peer->mutex);
+      ASSERT_TRUE(peer->have[region][page]);
+      ASSERT_EQ(std::memcmp(peer->memory[region].data() + page * page_size(), want, page_size()), 0);
+      return;
+    }
+    ASSERT_LT(record.holders.first, stages.size());
+    ASSERT_EQ(dead.count(record.holders.first), 0u) << "said to be at a dead server";
+    if (copies == 2) {
+      ASSERT_LT(record.holders.second, stages.size());
+      ASSERT_NE(record.holders.second, record.holders.first);
+    }
+    FakeStage& holder = *stages[record.holders.first];
+    std::unique_lock<std::mutex> lock;
+    if (record.holders.first != first_live(dead)) lock = std::unique_lock(holder.mutex);
+    const auto found = holder.pages.find({region, page});
+    ASSERT_NE(found, holder.pages.end());
+    const bool zero =
+        std::all_of(want, want + page_size(), [](std::byte byte) { return byte == std::byte{0}; });
+    ASSERT_EQ(record.zero, zero);
+    if (zero) return;
+    ASSERT_EQ(found->second.content.size(), page_size());
+    ASSERT_EQ(std::memcmp(found->second.content.data(), want, page_size()), 0);
+    ASSERT_EQ(record.hash, found->second.hash);
+  }
+  std::uint64_t pages_at_servers() {
+    std::uint64_t pages = 0;
+    for (const auto& server : sender->stats().servers) pages += server.pages;
+    return pages;
+  }
+  std::uint64_t all_pages() const {
+    std::uint64_t pages = 0;
+    for (const auto& region : regions) pages += region->pages();
+    return pages;
+  }
+
+  std::vector<std::shared_ptr<Region>> regions;
+  std::vector<std::vector<std::byte>> oracle;
+  std::unique_ptr<FakeDestination> peer;
+  std::vector<std::unique_ptr<FakeStage>> stages;
+  EventLog events;  // outlives the sender
+  std::unique_ptr<Sender> sender;
+  std::mutex gate_mutex;
+  std::condition_variable gate_changed;
+  bool direct_open = false;
+};
+
+TEST_F(ScatterTest, EveryPageIsSomewhereAndEveryServerKnowsWhere) {
+  make({3000, 1, 65}, 2);
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  EXPECT_EQ(sender->stats().pages_direct + pages_at_servers(), all_pages());
+  EXPECT_EQ(sender->stats().pages_pending, 0u);
+}
+
+TEST_F(ScatterTest, ADestinationThatTakesNothingDoesNotHoldUpEviction) {
+  make({4000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  const auto stats = sender->stats();
+  EXPECT_EQ(pages_at_servers(), all_pages());
+  EXPECT_GT(stats.servers[0].pages, 0u);
+  EXPECT_GT(stats.servers[1].pages, 0u);
+  // Only what the direct way had in hand went twice.
+  EXPECT_LE(stats.pages_resent * page_size(), 2 * (Lane::kLeastWindow + wire::kRunBytes));
+}
+
+TEST_F(ScatterTest, TheDestinationIsToldOfEveryScatteredPage) {
+  make({2000}, 2);
+  peer->on_frame = [](const SeenFrame& frame) {
+    // Slow, but it takes what comes.
+    if (frame.type() == FrameType::kPages) std::this_thread::sleep_for(20ms);
+    return true;
+  };
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  const std::uint64_t scattered = pages_at_servers();
+  ASSERT_GT(scattered, 0u);
+  ASSERT_TRUE(peer->wait_for([&] {
+    std::set<std::uint64_t> told;
+    for (const SeenFrame& frame : peer->seen) {
+      if (frame.type() != FrameType::kMap) continue;
+      for (std::uint64_t i = 0; i < frame.header.page_count; ++i) told.insert(frame.header.first_page + i);
+    }
+    return told.size() >= scattered;
+  }));
+  expect_evicted();
+}
+
+TEST_F(ScatterTest, AFastDestinationGetsEverythingDirectly) {
+  make({3000}, 2);
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  // How much depends on who gets a CPU.
+  EXPECT_GT(sender->stats().pages_direct, all_pages() / 8);
+}
+
+TEST_F(ScatterTest, AServerThatStopsReadingIsGivenUpAndItsPagesGoAgain) {
+  make({4000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  ASSERT_TRUE(stages[1]->wait_for([&] { return stages[1]->pages.size() > 100; }));
+  stages[1]->stall(true);
+  events.expect(kEvicted);
+  expect_evicted({1});
+  EXPECT_NE(sender->stats().servers[1].failed, "");
+  EXPECT_EQ(sender->stats().servers[0].failed, "");
+}
+
+TEST_F(ScatterTest, AServerThatAnswersNoBarrierIsGivenUp) {
+  make({1000}, 2);
+  block_direct();
+  stages[0]->forget_acks = true;
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted({0});
+}
+
+TEST_F(ScatterTest, AServerThatIsCutIsDialledAgainAndKeepsWhatItHas) {
+  make({6000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 200; }));
+  stages[0]->cut();
+  events.expect(kEvicted);
+  expect_evicted();
+  const std::lock_guard lock(stages[0]->mutex);
+  EXPECT_GE(stages[0]->hellos, 2u);
+}
+
+TEST_F(ScatterTest, AServerThatWasRestartedIsGivenUpAtOnce) {
+  make({6000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 200; }));
+  stages[0]->lost = true;
+  stages[0]->cut();
+  events.expect(kEvicted);
+  expect_evicted({0});
+  EXPECT_NE(sender->stats().servers[0].failed.find("lost the image"), std::string::npos);
+}
+
+TEST_F(ScatterTest, AFullServerIsLeftAloneAndTheOthersTakeTheRest) {
+  make({3000}, 2);
+  block_direct();
+  stages[0]->room = 300;
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  const std::lock_guard lock(stages[0]->mutex);
+  EXPECT_LE(stages[0]->pages.size(), 300u);
+}
+
+TEST_F(ScatterTest, WithAllServersDeadTheDestinationGetsTheRest) {
+  make({4000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 100; }));
+  for (auto& stage : stages) {
+    stage->lost = true;
+    stage->cut();
+  }
+  open_direct();
+  events.expect(kEvicted);
+  const std::lock_guard lock(peer->mutex);
+  for (std::uint64_t page = 0; page < all_pages(); ++page) {
+    ASSERT_TRUE(peer->have[0][page]) << page;
+    ASSERT_EQ(std::memcmp(peer->memory[0].data() + page * page_size(), oracle[0].data() + page * page_size(),
+                          page_size()),
+              0);
+  }
+}
+
+TEST_F(ScatterTest, TwoReplicasNameTwoServers) {
+  make({2000}, 3);
+  block_direct();
+  SenderConfig with = config();
+  with.replicas = 2;
+  into_postcopy(std::move(with));
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted({}, 2);
+}
+
+TEST_F(ScatterTest, ACutDirectConnectionIsTakenUpWhileTheServersGoOn) {
+  make({20000}, 2);
+  block_direct();
+  into_postcopy(config());
+  sender->start_push();
+  ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 100; }));
+  peer->cut();
+  open_direct();
+  peer->stop();
+  // It never comes back: eviction does not need it.
+  EngineEvent event = events.next();
+  while (event.kind == kPaused) event = events.next();
+  EXPECT_EQ(static_cast<int>(event.kind), static_cast<int>(kEvicted)) << event.code << event.message;
+}
+
+TEST_F(ScatterTest, FaultsAreAnsweredInTheMiddleOfAScatter) {
+  make({8000}, 2);
+  into_postcopy(config());
+  sender->start_push();
+  for (std::uint64_t page = 0; page < 8000; page += 500) {
+    peer->request_fault(0, page);
+    ASSERT_TRUE(peer->wait_for([&] {
+      return std::any_of(peer->seen.begin(), peer->seen.end(), [&](const SeenFrame& frame) {
+        return frame.channel == kChannels && (frame.header.flags & wire::kFlagAnswer) != 0 &&
+               frame.header.first_page == page;
+      });
+    }));
+  }
+  events.expect(kEvicted);
+  expect_evicted();
+}
+
+TEST_F(ScatterTest, MemoryThatIsReleasedIsNeverServedAsZeros) {
+  make({3000}, 2);
+  block_direct();
+  SenderConfig with = config();
+  with.release_as_evicted = true;
+  into_postcopy(std::move(with));
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  const Hash128 digest = sender->digest(0);
+  std::vector<std::uint64_t> hashes(3000);
+  hash_pages(oracle[0], page_size(), hashes.data());
+  const Hash128 expected = xxh3_128(std::as_bytes(std::span(hashes)));
+  EXPECT_EQ(digest.high, expected.high);
+  EXPECT_EQ(digest.low, expected.low);
+  // The watcher gives it back in its own time; until then pages are answered from memory.
+  const auto all = regions[0]->contiguous(run_of(0, 3000));
+  std::vector<unsigned char> resident(3000);
+  for (int tries = 0; tries < 500; ++tries) {
+    ASSERT_EQ(::mincore(all.data(), all.size(), resident.data()), 0);
+    if (std::count_if(resident.begin(), resident.end(), [](unsigned char r) { return (r & 1) != 0; }) < 1000)
+      break;
+    std::this_thread::sleep_for(10ms);
+  }
+  std::uint64_t elsewhere = 0;
+  for (std::uint64_t page = 0; page < 3000; page += 100) {
+    peer->request_fault(0, page);
+    ASSERT_TRUE(peer->wait_for([&] {
+      return std::any_of(peer->seen.begin(), peer->seen.end(), [&](const SeenFrame& frame) {
+        return frame.channel == kChannels && frame.header.first_page == page &&
+               frame.type() != FrameType::kBarrier;
+      });
+    }));
+  }
+  const std::lock_guard lock(peer->mutex);
+  for (const SeenFrame& frame : peer->seen) {
+    if (frame.channel != kChannels) continue;
+    if (frame.type() == FrameType::kElsewhere) ++elsewhere;
+    if (frame.type() == FrameType::kZero) {
+      EXPECT_EQ(frame.header.first_page % 16, 3u) << "a released page as zeros";
+    }
+  }
+  EXPECT_GT(elsewhere, 0u);
+}
+
+TEST_F(ScatterTest, WithoutADestinationARoundPutsEverythingAtTheServers) {
+  make({2000, 5}, 2);
+  SenderConfig with = config();
+  with.direct = false;
+  sender = std::make_unique<Sender>(std::move(with));
+  sender->connect();
+  events.expect(kConnected);
+  sender->queue_populated();
+  sender->start_round(5);
+  EXPECT_EQ(events.expect(kRoundDone).tag, 5u);
+  expect_evicted();
+  EXPECT_EQ(pages_at_servers(), all_pages());
+}
+
+TEST_F(ScatterTest, WithoutADestinationFullServersEndTheMigration) {
+  make({2000}, 2);
+  for (auto& stage : stages) stage->room = 100;
+  SenderConfig with = config();
+  with.direct = false;
+  sender = std::make_unique<Sender>(std::move(with));
+  sender->connect();
+  events.expect(kConnected);
+  sender->queue_populated();
+  sender->start_round(5);
+  EXPECT_EQ(events.expect(kFailed).code, "VMD_CAPACITY");
+}
+
+TEST_F(ScatterTest, NoServerAtAllFailsBeforeAnythingIsSent) {
+  make({200}, 2);
+  for (auto& stage : stages) stage->lost = true;
+  sender = std::make_unique<Sender>(config());
+  sender->connect();
+  const EngineEvent failed = events.next();
+  EXPECT_EQ(static_cast<int>(failed.kind), static_cast<int>(kFailed));
+  EXPECT_EQ(failed.code, "CONNECT_FAILED");
+}
+
+TEST_F(ScatterTest, ClosingInTheMiddleIsPrompt) {
+  for (const bool stalled : {false, true}) {
+    SCOPED_TRACE(stalled);
+    make({20000}, 2);
+    block_direct();
+    into_postcopy(config());
+    sender->start_push();
+    ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 50; }));
+    if (stalled) {
+      for (auto& stage : stages) stage->stall(true);
+    }
+    const auto start = std::chrono::steady_clock::now();
+    sender->close(false);
+    EXPECT_LT(std::chrono::steady_clock::now() - start, 2s);
+    TearDown();
+    regions.clear();
+    oracle.clear();
+    stages.clear();
+    direct_open = false;
+    while (!events.empty()) events.next();
+  }
+}
+
+TEST(LaneTest, AcknowledgementsComeInOrderAndTheWindowFollowsThem) {
+  Lane lane;
+  const auto start = Lane::Clock::now();
+  const RegionRun run{0, run_of(0, 128)};
+  EXPECT_TRUE(lane.idle());
+  lane.sent(std::span(&run, 1), Lane::kBatchBytes, {1, Holders::kNobody});
+  EXPECT_FALSE(lane.idle());
+  const std::uint64_t first = lane.close(start);
+  lane.sent(std::span(&run, 1), Lane::kBatchBytes, {1, Holders::kNobody});
+  const std::uint64_t second = lane.close(start);
+  EXPECT_FALSE(lane.has_room());
+  EXPECT_FALSE(lane.acknowledged(second, start));
+  ASSERT_TRUE(lane.acknowledged(first, start + 5ms));
+  ASSERT_TRUE(lane.acknowledged(second, start + 10ms));
+  EXPECT_TRUE(lane.idle());
+  // 512 KiB in 5 ms: 80 ms of that is 8 MiB.
+  EXPECT_GT(lane.window(), 4ULL << 20);
+  EXPECT_FALSE(lane.waiting_since());
+}
+
+TEST(LaneTest, WhatIsTakenBackIsTakenOnce) {
+  Lane lane;
+  const RegionRun run{0, run_of(5, 10)};
+  lane.sent(std::span(&run, 1), 40960, {0, Holders::kNobody});
+  const std::uint64_t tag = lane.close(Lane::Clock::now());
+  EXPECT_TRUE(lane.anything_to_take_back());
+  EXPECT_EQ(lane.take_back(false).size(), 1u);
+  EXPECT_FALSE(lane.anything_to_take_back());
+  EXPECT_TRUE(lane.take_back(false).empty());
+  const auto batch = lane.acknowledged(tag, Lane::Clock::now());
+  ASSERT_TRUE(batch);
+  EXPECT_TRUE(batch->returned);
+}
+
+TEST(WhereaboutsTest, ALostServerLeavesWhatAnotherOneHolds) {
+  const std::array<std::uint64_t, 1> capacities{100};
+  Whereabouts where(capacities, 3, 3);
+  for (std::uint64_t page = 0; page < 30; ++page) where.note_hash(0, PageNumber{page}, page, page == 7);
+  EXPECT_EQ(where.settle(0, run_of(0, 10), {0, 1}), 10u);
+  EXPECT_EQ(where.settle(0, run_of(10, 10), {0, Holders::kNobody}), 10u);
+  EXPECT_EQ(where.settle(0, run_of(20, 10), {Holders::kDestination, Holders::kNobody}), 10u);
+  EXPECT_EQ(where.safe_count(), 30u);
+  Whereabouts::Record record;
+  std::uint64_t told = 0;
+  while (where.next_untold(2, 1000, record)) told += record.run.count;
+  EXPECT_EQ(told, 30u);
+  std::vector<RegionRun> again;
+  where.lose(0, again, nullptr);
+  ASSERT_EQ(again.size(), 1u);
+  EXPECT_EQ(again[0].run, run_of(10, 10));
+  EXPECT_EQ(where.safe_count(), 20u);
+  EXPECT_EQ(where.holders(0, PageNumber{3}).first, 1);
+  EXPECT_EQ(where.pages_at(1), 10u);
+  ASSERT_TRUE(where.next_untold(2, 1000, record));
+  EXPECT_EQ(record.run, run_of(0, 7));
+  EXPECT_EQ(record.hashes.size(), 7u);
+  ASSERT_TRUE(where.next_untold(2, 1000, record));
+  EXPECT_TRUE(record.zero);
+  EXPECT_TRUE(record.hashes.empty());
+}
+
+}  // namespace
+}  // namespace memferry::sender_test
