@@ -81,6 +81,13 @@ const MEANING = {
   /** Pages cannot be had any more; `runs` has them. They are poisoned after this was reported. */
   PAGES_LOST: 'loss',
 
+  /** The VMD's servers together, or one of them, have no room (memory, images); `facts` has the numbers. */
+  VMD_CAPACITY: 'vmd',
+  /** A VMD server no longer knows the image: it was dropped there, or the server was restarted. */
+  VMD_LOST: 'vmd',
+  /** A VMD server refused, and would again: somebody else has the claim, or it is not the time; `reason` says which. */
+  VMD_REFUSED: 'vmd',
+
   /** A call was made with arguments that make no sense; nothing happened. */
   INVALID_ARGUMENT: 'argument',
 } as const;
@@ -192,6 +199,21 @@ export class LossError extends MigrationError {
   }
 }
 
+/** About the VMD (the memory of `memferry stage` processes), or one of its servers. */
+export class StagingError extends MemferryError {
+  declare readonly code: CodeOf<'vmd'>;
+  /** The server that said so; null where it is about all of them. */
+  get server(): string | null {
+    const value = this.facts['server'];
+    return typeof value === 'string' ? value : null;
+  }
+  /** Which rule a refusal goes back to, as `claimed`, `resumed` or `stale`; null where there is none. */
+  get reason(): string | null {
+    const value = this.facts['reason'];
+    return typeof value === 'string' ? value : null;
+  }
+}
+
 /** A caller's mistake. */
 export class ArgumentError extends MemferryError {
   declare readonly code: CodeOf<'argument'>;
@@ -205,6 +227,7 @@ const CLASSES = {
   channel: ChannelError,
   migration: MigrationError,
   loss: LossError,
+  vmd: StagingError,
   argument: ArgumentError,
 } as const;
 

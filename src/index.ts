@@ -10,6 +10,7 @@ export type {
   GuestRegion,
   PausedGuest,
 } from './guest.js';
+export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
 export {
   type ListenOptions,
@@ -17,11 +18,16 @@ export {
   type Mode,
   modes,
   type NonConvergence,
+  type ParkOptions,
+  type StageOptions,
+  type UnparkOptions,
 } from './options.js';
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
   DowntimeParts,
+  EvictionReport,
+  Intermediary,
   MigrationReport,
   MigrationState,
   Progress,
@@ -35,5 +41,15 @@ export {
   decideRound,
   type RoundSample,
 } from './source/convergence.js';
+export {
+  type Gang,
+  type GangEviction,
+  type GangMember,
+  type GangReport,
+  migrateGang,
+} from './source/gang.js';
 export { type Migration, migrate } from './source/migrate.js';
+export { park, type ParkReport, type ParkTicket } from './source/park.js';
+export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
+export { stage, type Staging } from './staging/server.js';
 export { DirtyTracker, trackers } from './trackers.js';

@@ -6,11 +6,21 @@ import { z } from 'zod';
 import { MemferryError } from './errors.js';
 import type { ArrivingGuest, GuestOffer } from './guest.js';
 
-export const modes = ['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'] as const;
+export const modes = [
+  'stop-and-copy',
+  'pre-copy',
+  'post-copy',
+  'hybrid',
+  'scatter',
+  'scatter-pre-copy',
+  'scatter-hybrid',
+] as const;
 /**
  * How a guest moves. `stop-and-copy`: pause, copy, resume. `pre-copy`: rounds while it runs, then a short
  * pause (Clark et al. 2005). `post-copy`: it runs at the destination first, its pages follow (Hines et al.
- * 2009). `hybrid`: some pre-copy rounds, then post-copy.
+ * 2009). `hybrid`: some pre-copy rounds, then post-copy. `scatter`: post-copy through intermediaries, so that the
+ * source is evicted at its own pace and the destination gathers at its own; `scatter-pre-copy` and `scatter-hybrid`:
+ * the rounds of those modes through intermediaries (Deshpande et al., Scatter-Gather, §4 and §4.6).
  */
 export type Mode = (typeof modes)[number];
 
@@ -62,6 +72,27 @@ const migrateSchema = z.strictObject({
   tracker: z.string().optional(),
   /** Compare a digest of every region from both sides at the end. */
   verify: z.boolean().default(true),
+  /** Scatter modes: VMD servers (`memferry stage`), `host:port` each, in addition to those that are discovered. */
+  via: z.array(z.string().min(1)).max(250).default([]),
+  /** Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). */
+  discover: z.union([z.boolean(), z.string().min(1)]).default(false),
+  /** Scatter modes: on how many servers a scattered page is kept. */
+  replicas: z.union([z.literal(1), z.literal(2)]).default(1),
+  /** Scatter modes, when the servers cannot hold the guest: fail with VMD_CAPACITY, or go on with what there is. */
+  onCapacity: z.enum(['fail', 'direct']).default('fail'),
+  /** Scatter modes: where this side and the destination stand; servers near the destination are preferred. */
+  rack: z.string().max(64).nullable().default(null),
+  destinationRack: z.string().max(64).nullable().default(null),
+  /** Scatter modes: the source's own link in bytes/s, which the servers together are to fill; null: not known. */
+  linkBytesPerSecond: z.number().positive().nullable().default(null),
+  /** Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms. */
+  stallTimeoutMs: milliseconds.default(3_000),
+  /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
+  leaseMs: milliseconds.default(60_000),
+  /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
+  releaseAsEvicted: z.boolean().default(false),
+  /** `scatter-pre-copy`: how long the paused guest may wait for the destination to gather the rest, in ms. */
+  gatherTimeoutMs: milliseconds.default(600_000),
   /** Wait in `pre-switchover` until `switchover()` is called. */
   holdSwitchover: z.boolean().default(false),
   pauseTimeoutMs: milliseconds.default(10_000),
@@ -85,9 +116,97 @@ const listenSchema = z.strictObject({
   /** Migrations at the same time. */
   maxMigrations: z.number().int().min(1).max(1024).default(16),
   prepareTimeoutMs: milliseconds.default(10_000),
+  /** Bytes a second that this side takes from sources; 0 for no limit. Faults are never held back. */
+  bandwidth: bytes.default(0),
+  /** Scatter modes: for a VMD server to answer when a guest is offered, in ms. */
+  connectTimeoutMs: milliseconds.default(5_000),
+  /** Bytes a second that gathering from VMD servers may take; 0 for no limit. Faults are never held back. */
+  gatherLimit: bytes.default(0),
   /** After READY: how long to wait for GRANT before this side refuses for good, in ms. */
   grantTimeoutMs: milliseconds.default(20_000),
 });
+
+/** `group:port` of the VMD's announcements where none is named. */
+export const defaultAnnounceGroup = '239.255.77.77:7077';
+
+/** What a name on the wire may be: a server's, a rack's. */
+const label = z.string().min(1).max(64);
+
+const stageSchema = z.strictObject({
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  plaintext: connectionShape.plaintext,
+  peerTimeoutMs: connectionShape.peerTimeoutMs,
+  host: z.string().min(1).default('127.0.0.1'),
+  port: z.number().int().min(0).max(65535).default(0),
+  signal: z.instanceof(AbortSignal).optional(),
+  /** All that the server may hold: pages, their index, execution states. */
+  memoryBytes: bytes.min(16 * 2 ** 20),
+  /** Bytes a second in each direction over all images; 0 for no limit. */
+  bandwidth: bytes.default(0),
+  /** How it is called in reports and errors; `host:port` without one. */
+  name: label.optional(),
+  /** Where it stands, for the placement; any word that hosts of one rack have in common. */
+  rack: label.nullable().default(null),
+  /** The multicast `group:port` to which it is announced each second; null for none. */
+  announce: z.string().min(1).nullable().default(null),
+  /** How long a parked image stays that nobody opens or claims, in ms; null: until it is dissolved or dropped. */
+  parkTtlMs: z
+    .number()
+    .positive()
+    // Timers of the platform end at 2^31 ms.
+    .max(24 * 24 * 3600 * 1000)
+    .nullable()
+    .default(null),
+  maxImages: z.number().int().min(1).max(256).default(256),
+  /** Execution state of one parked guest, in bytes. */
+  maxStateBytes: bytes.default(64 * 2 ** 20),
+  /** A park that is READY: how long to wait for GRANT before it is refused for good, in ms. */
+  grantTimeoutMs: milliseconds.default(20_000),
+  /** How long a claim that was not granted outlives its claimant's connection, in ms. */
+  claimLeaseMs: milliseconds.default(10_000),
+});
+
+/** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
+export type ParkOptions = Omit<
+  z.input<typeof migrateSchema>,
+  | 'to'
+  | 'mode'
+  | 'channels'
+  | 'downtimeLimitMs'
+  | 'maxRounds'
+  | 'onNonConvergence'
+  | 'hybridRounds'
+  | 'tracker'
+  | 'verify'
+  | 'holdSwitchover'
+  | 'destinationRack'
+  | 'onCapacity'
+  | 'releaseAsEvicted'
+  | 'gatherTimeoutMs'
+  | 'progressIntervalMs'
+>;
+
+const unparkSchema = z.strictObject({
+  ...connectionShape,
+  signal: z.instanceof(AbortSignal).optional(),
+  /** The caller's word that whoever resumed the guest before is dead and stays so. */
+  rollback: z.boolean().default(false),
+  /** Compare digests with those of the guest as it was parked. */
+  verify: z.boolean().default(true),
+  /** Bytes a second fetched ahead of the guest; 0 for no limit. Faults are never held back. */
+  gatherLimit: bytes.default(0),
+  maxStateBytes: bytes.default(64 * 2 ** 20),
+  connectTimeoutMs: milliseconds.default(5_000),
+  prepareTimeoutMs: milliseconds.default(10_000),
+  /** How long to ask whether the claim was granted, in ms. */
+  inDoubtTimeoutMs: milliseconds.default(30_000),
+});
+export type UnparkOptions = z.input<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
+export type ResolvedUnparkOptions = z.output<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
+
+export type StageOptions = z.input<typeof stageSchema>;
+export type ResolvedStageOptions = z.output<typeof stageSchema>;
 
 export type MigrateOptions = z.input<typeof migrateSchema>;
 export type ResolvedMigrateOptions = Omit<z.output<typeof migrateSchema>, 'to'> & {
@@ -126,10 +245,32 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 
+export function resolveParkOptions(options: ParkOptions): ResolvedMigrateOptions {
+  // Where it goes is not said, so nothing may be said of where.
+  for (const name of ['to', 'mode', 'channels', 'tracker'] as const) {
+    if (options !== null && typeof options === 'object' && name in options) {
+      throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
+    }
+  }
+  const to = { host: '127.0.0.1', port: 1 };
+  return { ...parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park'), to };
+}
+
+export function resolveUnparkOptions(options: UnparkOptions): ResolvedUnparkOptions {
+  const { accept, ...rest } = options;
+  return { ...parse(unparkSchema, rest, 'unpark'), ...(accept ? { accept } : {}) };
+}
+
 export function resolveListenOptions(options: ListenOptions): ResolvedListenOptions {
   const { accept, ...rest } = options;
   if (accept !== undefined && typeof accept !== 'function') {
     throw new MemferryError('INVALID_ARGUMENT', 'listen.accept: must be a function');
   }
   return { ...parse(listenSchema, rest, 'listen'), ...(accept ? { accept } : {}) };
+}
+
+export function resolveStageOptions(options: StageOptions): ResolvedStageOptions {
+  const parsed = parse(stageSchema, options, 'stage');
+  if (parsed.announce !== null) parseAddress(parsed.announce);
+  return parsed;
 }

@@ -67,33 +67,53 @@ export interface RemoteFaults {
   maxUs: number;
 }
 
-export interface MigrationReport {
+/** What the source knows when it has evicted the guest; the destination may still be gathering. */
+export interface EvictionReport {
   migrationId: string;
   guest: string;
   mode: Mode;
   /** How it ended up: pre-copy may go post-copy. */
   switchedToPostCopy: boolean;
-  state: MigrationState;
   heapBytes: number;
-  /** Digests of both sides compared: true; not asked for: null. A mismatch is an error, never false. */
-  verified: boolean | null;
   tracker: string | null;
   pauseWaitMs: number;
   downtimeMs: number;
   downtimeParts: DowntimeParts;
   /** Start until the source holds nothing that anyone still needs. */
   evictionMs: number;
-  /** Start until the destination holds every page. */
-  totalMs: number;
   bytesOnWire: number;
   pagesSent: number;
   pagesZero: number;
   pagesResent: number;
   rounds: RoundReport[];
-  remoteFaults: RemoteFaults;
   redials: number;
+  /** Pages that went straight to the destination; in scatter modes the rest is at the intermediaries. */
+  pagesDirect: number;
+  intermediaries: Intermediary[];
+}
+
+export interface MigrationReport extends EvictionReport {
+  state: MigrationState;
+  /** Digests of both sides compared: true; not asked for: null. A mismatch is an error, never false. */
+  verified: boolean | null;
+  /** Start until the destination holds every page. */
+  totalMs: number;
+  /** RESUMED until the destination holds every page. */
+  gatherMs: number;
+  remoteFaults: RemoteFaults;
   /** Peak of what the engines hold beyond the regions, on each side. */
   extraMemoryBytes: { source: number; destination: number };
+}
+
+/** One VMD server's part in a migration. */
+export interface Intermediary {
+  name: string;
+  /** Source's side: pages it was given and holds. Destination's side: pages gathered from it. */
+  pages: number;
+  /** On the wire between it and this side. */
+  bytes: number;
+  /** Why it was given up during the migration, or null. */
+  failed: string | null;
 }
 
 /** The destination's own account, for arrivals. */
@@ -108,4 +128,9 @@ export interface ArrivalReport {
   pagesZero: number;
   remoteFaults: RemoteFaults;
   extraMemoryBytes: number;
+  /** The guest's first instruction here until every page was here. */
+  gatherMs: number;
+  /** Scatter modes: pages that were fetched from VMD servers. */
+  pagesGathered: number;
+  intermediaries: Intermediary[];
 }

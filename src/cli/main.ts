@@ -7,9 +7,14 @@ import { Command } from 'commander';
 import { addBench } from './bench.js';
 import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
+import { addDrop } from './drop.js';
 import { describeUsageError, reportError } from './output.js';
+import { addPark } from './park.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
+import { addStage } from './stage.js';
+import { addStatus } from './status.js';
+import { addUnpark } from './unpark.js';
 
 function build(): Command {
   const { version } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
@@ -26,6 +31,11 @@ function build(): Command {
   addBench(program);
   addReceive(program);
   addSend(program);
+  addPark(program);
+  addUnpark(program);
+  addStage(program);
+  addStatus(program);
+  addDrop(program);
   return program;
 }
 

@@ -36,6 +36,25 @@ export function byteCount(text: string): number {
   return Math.round(Number(match[1]) * unit);
 }
 
+/** `100M`, `1Gi/s`: bytes a second. */
+export function byteRate(text: string): number {
+  return byteCount(text.trim().replace(/\/s$/i, ''));
+}
+
+const durationUnits: Record<string, number> = { ms: 1, s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 };
+/** Timers of the platform end here. */
+const longestMs = 24 * 86_400_000;
+
+/** `30s`, `15m`, `12h`, `7d`: milliseconds. */
+export function duration(text: string): number {
+  const match = /^(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)$/i.exec(text.trim());
+  const ms = Math.round(Number(match?.[1]) * (durationUnits[(match?.[2] ?? '').toLowerCase()] ?? Number.NaN));
+  if (!(ms > 0) || ms > longestMs) {
+    throw new InvalidArgumentError('write a time with its unit, as 90s, 15m, 12h or 7d, at most 24d.');
+  }
+  return ms;
+}
+
 export interface NamedModule {
   name: string;
   path: string;

@@ -20,6 +20,8 @@ interface ReceiveFlags extends ConnectionFlags {
   listen: string;
   module: NamedModule[];
   maxBytes?: number;
+  bandwidth?: number;
+  gatherLimit?: number;
   json?: boolean;
   once?: boolean;
 }
@@ -35,6 +37,8 @@ export function addReceive(program: Command): void {
       namedModules,
     )
     .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
+    .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteCount)
+    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
     .option('--once', 'end with the first migration, and its guest with it')
     .option('--json', 'one JSON object a line');
   addConnectionFlags(command).action(receive);
@@ -49,6 +53,8 @@ async function receive(flags: ReceiveFlags): Promise<void> {
     ...parseAddress(flags.listen),
     ...connectionOptions(flags),
     ...(flags.maxBytes === undefined ? {} : { maxBytes: flags.maxBytes }),
+    ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
+    ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     signal: interruption.signal,
     accept: workerGuests({
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
@@ -104,7 +110,7 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
   return report;
 }
 
-function follow(guest: WorkerGuest, output: Output): void {
+export function follow(guest: WorkerGuest, output: Output): void {
   guest.on('message', (value) => {
     if (output.json) output.line({ type: 'message', guest: guest.name, value });
     else output.say(`${guest.name}: ${JSON.stringify(value)}`);

@@ -7,7 +7,8 @@ import { type Command, Option } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { memferryError } from '../errors.js';
 import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
-import type { MigrationReport } from '../report.js';
+import { traitsOf } from '../protocol/mode-traits.js';
+import type { EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
 import { WorkerGuest } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
@@ -28,6 +29,14 @@ interface SendFlags extends ConnectionFlags {
   maxRounds?: number;
   onNonConvergence?: NonConvergence;
   tracker?: string;
+  via?: string[];
+  discover?: string | boolean;
+  replicas?: number;
+  onCapacity?: 'fail' | 'direct';
+  rack?: string;
+  destinationRack?: string;
+  releaseAsEvicted?: boolean;
+  leaveWhenEvicted?: boolean;
   verify: boolean;
   afterMs?: number;
   json?: boolean;
@@ -55,13 +64,30 @@ export function addSend(program: Command): void {
       ),
     )
     .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .option(
+      '--via <host:port,...>',
+      'scatter modes: VMD servers (`memferry stage`); repeatable',
+      (text: string, former: string[] = []) => [...former, ...text.split(',').filter(Boolean)],
+    )
+    .option('--discover [group:port]', 'scatter modes: take servers that announce themselves')
+    .option('--replicas <count>', 'scatter modes: on how many servers a page is kept', wholeNumber(1, 2))
+    .addOption(
+      new Option('--on-capacity <choice>', 'scatter modes: when the servers cannot hold the guest').choices([
+        'fail',
+        'direct',
+      ]),
+    )
+    .option('--rack <name>', 'scatter modes: where this host stands; servers there are taken last')
+    .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
+    .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
+    .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
     .option('--no-verify', 'do not compare digests at the end')
     .option('--after-ms <ms>', 'move it by itself after this long', wholeNumber(0, 86_400_000))
     .option('--json', 'one JSON object a line, the last one the report');
   addConnectionFlags(command).action(send);
 }
 
-function parseData(text: string): unknown {
+export function parseData(text: string): unknown {
   try {
     return JSON.parse(text);
   } catch (cause) {
@@ -92,9 +118,9 @@ async function send(flags: SendFlags): Promise<void> {
 }
 
 /** Resolves at the first of the signs to go; rejects when interrupted or when the guest ends first. */
-async function untilTold(
+export async function untilTold(
   guest: WorkerGuest,
-  flags: SendFlags,
+  flags: { afterMs?: number },
   output: Output,
   signal: AbortSignal,
 ): Promise<void> {
@@ -127,7 +153,7 @@ async function move(
   flags: SendFlags,
   output: Output,
   signal: AbortSignal,
-): Promise<MigrationReport> {
+): Promise<EvictionReport | MigrationReport> {
   const { to, mode, channels, bandwidth, downtimeLimitMs, maxRounds, onNonConvergence, tracker, verify } =
     flags;
   const given = Object.entries({
@@ -137,6 +163,13 @@ async function move(
     maxRounds,
     onNonConvergence,
     tracker,
+    via: flags.via,
+    discover: flags.discover,
+    replicas: flags.replicas,
+    onCapacity: flags.onCapacity,
+    rack: flags.rack,
+    destinationRack: flags.destinationRack,
+    releaseAsEvicted: flags.releaseAsEvicted,
   });
   const options = Object.fromEntries(given.filter(([, value]) => value !== undefined));
   await using migration = migrate(guest, {
@@ -147,7 +180,14 @@ async function move(
     ...connectionOptions(flags),
     ...options,
   });
-  const [report] = await Promise.all([migration.done, show(migration, mode, output)]);
+  const shown = show(migration, mode, output);
+  const evicted = migration.evicted.then((report) => {
+    output.line({ type: 'evicted', ...report });
+    return report;
+  });
+  evicted.catch(() => {}); // `done` has the same reason
+  if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return evicted;
+  const [report] = await Promise.all([migration.done, shown]);
   return report;
 }
 
@@ -168,23 +208,43 @@ async function show(migration: Migration, mode: Mode, output: Output): Promise<v
 }
 
 /** Pure: the report for people. */
-export function describeReport(report: MigrationReport, to: string): string {
-  const { remoteFaults: faults, rounds } = report;
+export function describeReport(report: EvictionReport | MigrationReport, to: string): string {
+  const { rounds, intermediaries } = report;
+  const whole = 'totalMs' in report ? report : null;
+  const faults = whole?.remoteFaults;
   return [
     `guest ${report.guest} runs at ${to}`,
     `  downtime ${figure(report.downtimeMs)} ms after waiting ${figure(report.pauseWaitMs)} ms for a safepoint`,
-    `  eviction ${figure(report.evictionMs)} ms, total ${figure(report.totalMs)} ms`,
+    `  eviction ${figure(report.evictionMs)} ms` +
+      (whole ? `, total ${figure(whole.totalMs)} ms` : '; the destination gathers on'),
     `  ${mebibytes(report.bytesOnWire)} MiB on the wire in ${rounds.length} rounds: ${report.pagesSent} pages ` +
       `sent, ${report.pagesZero} zero, ${report.pagesResent} again`,
-    `  ${faults.count} remote faults` +
-      (faults.count > 0
-        ? `: p50 ${figure(faults.p50Us)}, p99 ${figure(faults.p99Us)}, max ${figure(faults.maxUs)} us`
-        : ''),
-    `  digests ${report.verified === null ? 'not compared' : report.verified ? 'equal' : 'NOT equal'}`,
+    ...(intermediaries.length > 0
+      ? [
+          `  ${report.pagesDirect} pages directly, ` +
+            intermediaries
+              .map(
+                ({ name, pages, failed }) =>
+                  `${pages} through ${name}${failed ? ` (given up: ${failed})` : ''}`,
+              )
+              .join(', '),
+        ]
+      : []),
+    ...(faults
+      ? [
+          `  ${faults.count} remote faults` +
+            (faults.count > 0
+              ? `: p50 ${figure(faults.p50Us)}, p99 ${figure(faults.p99Us)}, max ${figure(faults.maxUs)} us`
+              : ''),
+        ]
+      : []),
+    ...(whole
+      ? [`  digests ${whole.verified === null ? 'not compared' : whole.verified ? 'equal' : 'NOT equal'}`]
+      : []),
   ].join('\n');
 }
 
-function follow(guest: WorkerGuest, output: Output): void {
+export function follow(guest: WorkerGuest, output: Output): void {
   guest.on('message', (value) => {
     if (output.json) output.line({ type: 'message', guest: guest.name, value });
     else output.say(`${guest.name}: ${JSON.stringify(value)}`);

@@ -38,9 +38,24 @@ export interface BegunGuest {
   bulk: Bulk;
 }
 
+export interface OpenCommand {
+  secret: string;
+  /** That of the process whose place this one takes; 0 for any. */
+  clientPort: number;
+}
+
 export interface MigrateCommand {
   toPort: number;
   mode: Mode;
+  /** Bytes a second that this side sends; 0 for no limit. */
+  bandwidth: number;
+  /** VMD servers, for the scatter modes. */
+  via: string[];
+}
+
+/** How fast this host takes a guest in, in bytes a second; 0 for no limit. */
+export interface IntakeCommand {
+  bytesPerSecond: number;
 }
 
 /** The guest while it is here, else null. */
@@ -50,11 +65,11 @@ let rehearsal: WorkerGuest | null = null;
 let secret = '';
 let listening: Listening | null = null;
 let clients: Server | null = null;
-const { notify } = serve({ open, begin, migrate: sendAway, close });
+const { notify } = serve({ open, begin, intake, migrate: sendAway, close });
 
-async function open(argument: { secret: string }): Promise<HostPorts> {
+async function open(argument: OpenCommand): Promise<HostPorts> {
   secret = argument.secret;
-  clients = createServer({ noDelay: true }, serveClient).listen(0, '127.0.0.1');
+  clients = createServer({ noDelay: true }, serveClient).listen(argument.clientPort, '127.0.0.1');
   await new Promise<void>((resolve, reject) => {
     clients?.once('listening', resolve).once('error', reject);
   });
@@ -110,18 +125,24 @@ function bytesOf(of: WorkerGuest): number {
   return of.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
 }
 
-async function sendAway({ toPort, mode }: MigrateCommand): Promise<MigrationReport> {
+function intake({ bytesPerSecond }: IntakeCommand): void {
+  listening?.limit({ bandwidth: bytesPerSecond, gatherLimit: bytesPerSecond });
+}
+
+async function sendAway({ toPort, mode, bandwidth, via }: MigrateCommand): Promise<MigrationReport> {
   const leaving = guest;
   if (!leaving) throw memferryError('INVALID_ARGUMENT', 'the guest is not here');
-  const migration = migrate(leaving, { to: { host: '127.0.0.1', port: toPort }, mode, secret, verify: true });
+  const to = { host: '127.0.0.1', port: toPort };
+  const migration = migrate(leaving, { to, mode, secret, bandwidth, via, verify: true });
   migration.on('state', (state) => notify('state', state));
   const watching = (async () => {
     for await (const sample of migration.progress) notify('progress', sample);
   })();
   // From the moment it has departed its requests are refused by the guest itself; ours to forget it here.
   void migration.evicted.then(
-    () => {
+    (report) => {
       if (guest === leaving) guest = null;
+      notify('evicted', report);
     },
     () => {},
   );

@@ -39,16 +39,18 @@ export function mebibytes(bytes: number): string {
 }
 
 const columns: Column<DemoReport>[] = [
-  { heading: 'mode', text: true, cell: ({ mode }) => mode },
+  { heading: 'mode', text: true, cell: ({ mode, slow }) => (slow ? `${mode} *` : mode) },
   { heading: 'way', text: true, cell: ({ from, to }) => `${from}>${to}` },
   { heading: 'pause ms', cell: ({ pauseWaitMs }) => figure(pauseWaitMs) },
   { heading: 'downtime ms', cell: ({ downtimeMs }) => figure(downtimeMs) },
   { heading: 'eviction ms', cell: ({ evictionMs }) => figure(evictionMs) },
+  { heading: 'gather ms', cell: ({ gatherMs }) => figure(gatherMs) },
   { heading: 'total ms', cell: ({ totalMs }) => figure(totalMs) },
   { heading: 'wire MiB', cell: ({ bytesOnWire }) => mebibytes(bytesOnWire) },
   { heading: 'rounds', cell: ({ rounds }) => String(rounds) },
   { heading: 'sent', cell: ({ pagesSent }) => String(pagesSent) },
   { heading: 'zero', cell: ({ pagesZero }) => String(pagesZero) },
+  { heading: 'direct', cell: ({ directPages }) => String(directPages) },
   { heading: 'resent', cell: ({ pagesResent }) => String(pagesResent) },
   { heading: 'faults', cell: ({ remoteFaults }) => String(remoteFaults.count) },
   { heading: 'p50 us', cell: ({ remoteFaults: { count, p50Us } }) => (count ? figure(p50Us) : '-') },
@@ -67,6 +69,15 @@ export function demoSummary(reports: readonly DemoReport[]): string {
       `${reports.map(({ client }) => figure(client.before.longestGapMs)).join(', ')} ms`,
     '',
     table(columns, reports),
+    ...(reports.some(({ slow }) => slow)
+      ? ['* to a destination that takes in a sixth of what the source sends']
+      : []),
+    ...reports.flatMap(({ mode, intermediaries }) =>
+      intermediaries.length === 0
+        ? []
+        : `${mode}: ${intermediaries.map(({ name, pages }) => `${pages} pages through ${name}`).join(', ')}; ` +
+          'the source was ended when it was evicted',
+    ),
     '',
     `${acknowledged} writes acknowledged, ${lost} lost, ${duplicated} applied twice; ${staleReads} stale reads`,
     `PRAGMA integrity_check: ${last.integrity}; digests ${reports.every((r) => r.digestsEqual) ? 'equal' : 'NOT equal'}`,

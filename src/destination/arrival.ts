@@ -22,6 +22,7 @@ import type { DestinationMessage, OfferMessage, SourceMessage } from '../protoco
 import { fromPeer, toPeer } from '../protocol/peer-error.js';
 import { NamedTimers } from '../protocol/timers.js';
 import type { Region } from '../region.js';
+import type { ImageSet } from '../staging/image-set.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
 import { DestinationEngine } from './engine.js';
 
@@ -43,6 +44,8 @@ export interface ArrivalConfig {
   link: ArrivalLink;
   tokens: Uint8Array;
   options: ResolvedListenOptions;
+  /** Scatter modes: the servers that hold a part of the guest. */
+  images: ImageSet | null;
   /** The commit has an outcome: remember it. */
   decided(state: DestinationState): void;
   /** Nothing is left of the arrival here. */
@@ -68,6 +71,7 @@ export class Arrival extends EventEmitter {
   readonly #events: DestinationEvent[] = [];
   #state: MigrationState = 'setup';
   #prepareMs = 0;
+  #gatherMs = 0;
   #verified: boolean | null = null;
   #error: MemferryError | null = null;
   #closed = false;
@@ -96,6 +100,10 @@ export class Arrival extends EventEmitter {
         keepPageHashes: offer.verify,
         recoverTimeoutMs: options.recoverTimeoutMs,
         lossGraceMs: 250,
+        servers: config.images?.servers ?? [],
+        gatherLimit: options.gatherLimit,
+        bandwidth: options.bandwidth,
+        sourceless: false,
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -103,7 +111,7 @@ export class Arrival extends EventEmitter {
           this.#to('postcopy-recover');
           this.#to('postcopy-active');
         },
-        lost: (runs) => this.#lost(runs),
+        lost: (runs, why) => this.#lost(runs, why),
         failed: (error) => this.#fail(error),
       },
     );
@@ -139,6 +147,10 @@ export class Arrival extends EventEmitter {
     return this.#complete.promise;
   }
 
+  limit({ bandwidth, gatherLimit }: ResolvedListenOptions): void {
+    if (!this.#closed) this.#engine.receiver.limit(bandwidth, gatherLimit);
+  }
+
   /** A new control connection from the same source. */
   attach(link: ArrivalLink): void {
     this.#timers.stop('linger');
@@ -152,7 +164,9 @@ export class Arrival extends EventEmitter {
     this.#link = null;
     this.#dispatch({ type: 'connection-lost' });
     // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
-    if (this.#commit.phase === 'resumed' && this.#everyPage.settled) this.#timers.start('linger');
+    if (this.#commit.phase !== 'resumed' || !this.#everyPage.settled) return;
+    this.#timers.start('linger');
+    if (!this.#complete.settled && this.config.images) this.#alone();
   }
 
   onMessage(message: SourceMessage, binary: Uint8Array | null): void {
@@ -252,6 +266,15 @@ export class Arrival extends EventEmitter {
           `the switch to post-copy did not come within ${timeoutMs} ms`,
         );
         started = performance.now();
+      } else if (this.config.offer.scatter) {
+        // What the source sent to the servers is fetched first; it says itself how long the guest may wait.
+        await within(
+          untilAborted(this.#engine.filled(), this.#prepareAbort.signal),
+          this.config.offer.scatter.gatherTimeoutMs,
+          'PREPARE_TIMEOUT',
+          'the guest was not gathered in time',
+        );
+        started = performance.now();
       }
       if (!this.#engine.receiver.seal()) {
         throw new MemferryError(
@@ -294,18 +317,45 @@ export class Arrival extends EventEmitter {
     this.#to('postcopy-active');
     if (!paging) this.#everyPage.resolve();
     this.#resumed.resolve();
+    const resumedAt = performance.now();
+    // From here on no lease ends the image, whatever becomes of the source.
+    this.config.images?.commit().catch(() => {});
     this.#everyPage.promise.then(
       () => {
+        this.#gatherMs = performance.now() - resumedAt;
         this.#tell({ type: 'complete' });
         if (!this.config.offer.verify) this.#finish();
-        else if (!this.#link) this.#timers.start('linger');
+        else if (!this.#link) this.#alone();
       },
       () => {},
     );
   }
 
+  /** Every page is here and the source cannot be asked for its digests. */
+  #alone(): void {
+    const { images } = this.config;
+    if (!images) {
+      this.#timers.start('linger');
+      return;
+    }
+    images
+      .digests()
+      .catch(() => null)
+      .then((digests) => this.#verify(digests))
+      .then((mismatched) => this.#conclude(mismatched))
+      .catch((error) => this.#fail(error));
+  }
+
   async #summarise(digests: string[] | null): Promise<void> {
     await this.#everyPage.promise;
+    const mismatched = await this.#verify(digests);
+    const { faults, extraMemoryBytes } = this.#engine.receiver.stats();
+    this.#tell({ type: 'summary', remoteFaults: faults, extraMemoryBytes, mismatched });
+    this.#conclude(mismatched);
+  }
+
+  /** Gives the regions whose content is not what left the source. */
+  async #verify(digests: readonly string[] | null): Promise<number[]> {
     const mismatched: number[] = [];
     if (digests && this.config.offer.verify) {
       for (const [index, digest] of digests.entries()) {
@@ -314,8 +364,10 @@ export class Arrival extends EventEmitter {
       }
       this.#verified = digests.length === this.regions.length && mismatched.length === 0;
     }
-    const { faults, extraMemoryBytes } = this.#engine.receiver.stats();
-    this.#tell({ type: 'summary', remoteFaults: faults, extraMemoryBytes, mismatched });
+    return mismatched;
+  }
+
+  #conclude(mismatched: readonly number[]): void {
     if (mismatched.length > 0) {
       const names = mismatched.map((index) => this.offer.regions[index]?.name ?? String(index));
       this.#reject(
@@ -332,6 +384,8 @@ export class Arrival extends EventEmitter {
   #finish(): void {
     if (this.#complete.settled) return;
     const stats = this.#engine.receiver.stats();
+    // Nobody needs the image any more. A server that cannot be reached keeps its part until its operator drops it.
+    void this.#dissolve();
     this.#to('completed');
     this.#complete.resolve({
       migrationId: this.id,
@@ -344,7 +398,19 @@ export class Arrival extends EventEmitter {
       pagesZero: stats.pagesZero,
       remoteFaults: stats.faults,
       extraMemoryBytes: stats.extraMemoryBytes,
+      gatherMs: this.#gatherMs,
+      pagesGathered: stats.pagesGathered,
+      intermediaries: stats.servers.map((server, index) => ({
+        name: this.config.images?.list[index]?.name ?? String(index),
+        ...server,
+      })),
     });
+  }
+
+  async #dissolve(): Promise<void> {
+    const { images } = this.config;
+    await images?.dissolve().catch(() => {});
+    await images?.close();
   }
 
   async #grow(index: number, lengthBytes: number): Promise<void> {
@@ -367,11 +433,11 @@ export class Arrival extends EventEmitter {
     this.#tell({ type: 'grown', region: index });
   }
 
-  #lost(runs: NativeRun[]): void {
+  #lost(runs: NativeRun[], why: string): void {
     const pages = runs.reduce((sum, run) => sum + run.count, 0);
     const error = new MemferryError(
       'PAGES_LOST',
-      `the source did not come back in time; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
+      `${why}; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
       { facts: { runs, pages } },
     );
     if (this.#commit.phase !== 'resumed') {
@@ -440,6 +506,7 @@ export class Arrival extends EventEmitter {
     }
     const link = this.#link;
     this.#link = null;
+    if (!this.#complete.settled || this.#error) await this.config.images?.close();
     this.config.ended();
     await link?.close();
   }

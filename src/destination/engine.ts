@@ -7,7 +7,7 @@ import { deferred } from '../protocol/deferred.js';
 export interface ReceiverListener {
   paused(): void;
   recovered(): void;
-  lost(runs: NativeRun[]): void;
+  lost(runs: NativeRun[], why: string): void;
   failed(error: MemferryError): void;
 }
 
@@ -15,6 +15,7 @@ export class DestinationEngine {
   readonly receiver: NativeReceiver;
   readonly #complete = deferred<void>();
   readonly #switched = deferred<void>();
+  readonly #filled = deferred<void>();
   #closed = false;
 
   constructor(config: Omit<NativeReceiverConfig, 'onEvent'>, listener: ReceiverListener) {
@@ -33,6 +34,12 @@ export class DestinationEngine {
     return this.#switched.promise;
   }
 
+  /** Before the switch: every page is here, gathered ones too. */
+  filled(): Promise<void> {
+    this.receiver.awaitFilled();
+    return this.#filled.promise;
+  }
+
   /** Poisons what is missing when pages are still away, wakes who waits for them, joins every thread. */
   close(reason: MemferryError): void {
     if (this.#closed) return;
@@ -44,6 +51,7 @@ export class DestinationEngine {
   #reject(error: MemferryError): void {
     this.#complete.reject(error);
     this.#switched.reject(error);
+    this.#filled.reject(error);
   }
 
   #onEvent(event: NativeEvent, listener: ReceiverListener): void {
@@ -55,6 +63,9 @@ export class DestinationEngine {
       case 'switched':
         this.#switched.resolve();
         break;
+      case 'filled':
+        this.#filled.resolve();
+        break;
       case 'paused':
         listener.paused();
         break;
@@ -62,7 +73,7 @@ export class DestinationEngine {
         listener.recovered();
         break;
       case 'lost':
-        listener.lost(event.lost);
+        listener.lost(event.lost, event.message);
         break;
       case 'failed': {
         const error = fromNativeEvent(event);

@@ -23,6 +23,8 @@ import {
 } from '../protocol/messages.js';
 import { toPeer } from '../protocol/peer-error.js';
 import { provesResume } from '../protocol/resume-proof.js';
+import { unsealSecret } from '../staging/image-secret.js';
+import { ImageSet } from '../staging/image-set.js';
 import type { Region } from '../region.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
@@ -51,6 +53,8 @@ export interface Arrival extends AsyncDisposable {
 export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
   readonly host: string;
   readonly port: number;
+  /** New limits for what is arriving and what will arrive, in bytes a second; 0 for none. */
+  limit(limits: { bandwidth?: number; gatherLimit?: number }): void;
   /** Ends the listening; arrivals that have not resumed fail, missing pages of those that have are lost. */
   close(): Promise<void>;
 }
@@ -93,7 +97,7 @@ class DestinationListener implements Listening {
   readonly #takers: ((arrival: ArrivalInProgress | null) => void)[] = [];
 
   constructor(
-    private readonly options: ResolvedListenOptions,
+    private options: ResolvedListenOptions,
     private readonly secret: Uint8Array,
   ) {
     this.host = options.host;
@@ -126,6 +130,16 @@ class DestinationListener implements Listening {
       if (!arrival) return;
       yield arrival;
     }
+  }
+
+  limit(limits: { bandwidth?: number; gatherLimit?: number }): void {
+    for (const [name, value] of Object.entries(limits)) {
+      if (!Number.isSafeInteger(value) || value < 0) {
+        throw new MemferryError('INVALID_ARGUMENT', `limit.${name}: not a number of bytes a second`);
+      }
+    }
+    this.options = { ...this.options, ...limits };
+    for (const { arrival } of this.#arrivals.values()) arrival.limit(this.options);
   }
 
   async close(): Promise<void> {
@@ -180,10 +194,12 @@ class DestinationListener implements Listening {
 
   async #onOffer(offer: OfferMessage, channel: Channel, sessionKey: Uint8Array): Promise<void> {
     let guest: ArrivingGuest | null = null;
+    let images: ImageSet | null = null;
     let arrival: ArrivalInProgress;
     try {
       const bytes = this.#admit(offer);
       this.#accepting.set(offer.migrationId, bytes);
+      images = await this.#openImages(offer, sessionKey);
       guest = await this.#makeGuest(offer);
       this.#closing.signal.throwIfAborted();
       if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
@@ -194,12 +210,14 @@ class DestinationListener implements Listening {
         link: linkOver(channel),
         tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
         options: this.options,
+        images,
         decided: (state) => this.#tombstones.record(offer.migrationId, state),
         ended: () => this.#arrivals.delete(offer.migrationId),
       });
       this.#arrivals.set(offer.migrationId, { arrival, sessionKey, bytes });
     } catch (error) {
       await Promise.resolve(guest?.abandon()).catch(() => {});
+      await images?.close();
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
       await channel.send({ type: 'declined', code, message, names }).catch(() => {});
       await channel.close();
@@ -258,6 +276,22 @@ class DestinationListener implements Listening {
       );
     }
     return bytes;
+  }
+
+  /** The servers that hold what the source does not send here itself. Rejects when one cannot be reached. */
+  async #openImages(offer: OfferMessage, sessionKey: Uint8Array): Promise<ImageSet | null> {
+    if (!offer.scatter) return null;
+    const { plaintext, connectTimeoutMs, peerTimeoutMs } = this.options;
+    const secret = unsealSecret(
+      sessionKey,
+      Buffer.from(offer.migrationId, 'hex'),
+      offer.scatter.sealedSecret,
+    );
+    return ImageSet.open(
+      offer.scatter.servers,
+      { secret: this.secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: this.#closing.signal },
+      { image: offer.migrationId, secret, access: 'read', required: 'all' },
+    );
   }
 
   async #makeGuest(offer: OfferMessage): Promise<ArrivingGuest> {

@@ -6,11 +6,11 @@ import { z } from 'zod';
 import { modes } from '../options.js';
 import { fromDestinationCommit, fromSourceCommit } from './commit-messages.js';
 
-const hex = (bytes: number) => z.string().regex(new RegExp(`^[0-9a-f]{${bytes * 2}}$`));
-const label = z.string().min(1).max(64);
-const count = z.number().int().nonnegative().max(Number.MAX_SAFE_INTEGER);
+export const hex = (bytes: number) => z.string().regex(new RegExp(`^[0-9a-f]{${bytes * 2}}$`));
+export const label = z.string().min(1).max(64);
+export const count = z.number().int().nonnegative().max(Number.MAX_SAFE_INTEGER);
 const finite = z.number().nonnegative().finite();
-const regionIndex = z.number().int().min(0).max(63);
+export const regionIndex = z.number().int().min(0).max(63);
 
 export const offerSchema = z.strictObject({
   type: z.literal('offer'),
@@ -20,6 +20,24 @@ export const offerSchema = z.strictObject({
   mayPage: z.boolean(),
   verify: z.boolean(),
   channels: z.number().int().min(1).max(16),
+  /** Scatter modes: the servers, in the order of their ordinals, and the image's secret, sealed for this session. */
+  scatter: z
+    .strictObject({
+      servers: z
+        .array(
+          z.strictObject({
+            name: label,
+            host: z.string().min(1).max(255),
+            port: z.number().int().min(1).max(65535),
+          }),
+        )
+        .min(1)
+        .max(250),
+      sealedSecret: z.string().regex(/^(?:[0-9a-f]{2}){1,256}$/),
+      gatherTimeoutMs: z.number().positive().finite(),
+    })
+    .nullable()
+    .default(null),
   guest: z.strictObject({
     name: label,
     module: z.strictObject({ name: label, sha256: hex(32) }).nullable(),

@@ -56,6 +56,16 @@ export class SourceEngine {
     return (await done).suspects;
   }
 
+  /**
+   * A round of a paused guest: what a server took along that failed during it goes again, as often as servers can
+   * fail. Gives the suspect pages that are left.
+   */
+  async settle(servers: number): Promise<number> {
+    let suspects = await this.round();
+    for (let failed = 0; suspects > 0 && failed < servers; failed++) suspects = await this.round();
+    return suspects;
+  }
+
   /** Has the destination forget what is dirty now; gives the number of pages. */
   async discardDirty(): Promise<number> {
     const tag = this.#nextTag++;

@@ -7,7 +7,7 @@ import type { DowntimeParts, MigrationReport, MigrationState, Progress, RoundRep
 
 export type TimesReport = Pick<
   MigrationReport,
-  'pauseWaitMs' | 'downtimeMs' | 'downtimeParts' | 'evictionMs' | 'totalMs' | 'rounds'
+  'pauseWaitMs' | 'downtimeMs' | 'downtimeParts' | 'evictionMs' | 'totalMs' | 'gatherMs' | 'rounds'
 >;
 
 export class Measurements {
@@ -93,6 +93,7 @@ export class Measurements {
       downtimeParts,
       evictionMs,
       totalMs: this.#marks.has('complete') ? this.#between('start', 'complete') : evictionMs,
+      gatherMs: this.#marks.has('complete') ? this.#between('resumed', 'complete') : 0,
       rounds: this.rounds,
     };
   }

@@ -4,7 +4,7 @@ import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { type MigrateOptions, resolveMigrateOptions } from '../options.js';
-import type { MigrationReport, MigrationState, Progress } from '../report.js';
+import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
 import { SourceMigration } from './migration.js';
 
 /** A migration under way, at its source. */
@@ -24,8 +24,11 @@ export interface Migration extends AsyncDisposable {
    * When that gives 'destination', the migration goes on from there: `evicted` and `done` are new promises.
    */
   resolve(proof: { fence: 'destination-dead' } | { askAgain: true }): Promise<'source' | 'destination'>;
-  /** Resolves when, and only when, the source holds nothing that anyone still needs. */
-  readonly evicted: Promise<void>;
+  /**
+   * Resolves when, and only when, the source holds nothing that anyone still needs: its process may exit then,
+   * though the destination of a scatter may gather for long. Gives what the source knows of the move.
+   */
+  readonly evicted: Promise<EvictionReport>;
   /** The report, or the error (a MemferryError) that ended the migration. */
   readonly done: Promise<MigrationReport>;
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;

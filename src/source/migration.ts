@@ -20,10 +20,14 @@ import { abortError, untilAborted } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import type { DestinationMessage } from '../protocol/messages.js';
 import { maxEpochs } from '../protocol/epochs.js';
+import { type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { rehearseSwitchover } from '../rehearsal.js';
-import type { MigrationReport, MigrationState, Progress } from '../report.js';
+import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
+import { makeImageSecret, sealSecret } from '../staging/image-secret.js';
+import { ImageSet } from '../staging/image-set.js';
 import { DirtyTracker } from '../trackers.js';
+import { chooseServers } from './choose-servers.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
@@ -38,14 +42,16 @@ export class SourceMigration extends EventEmitter {
   readonly id = this.#migrationId.toString('hex');
   readonly progress: ProgressStream = new ProgressStream();
   #done = deferred<MigrationReport>();
-  #evicted = deferred<void>();
+  #evicted = deferred<EvictionReport>();
   readonly #abort = new AbortController();
   readonly #measured = new Measurements();
   readonly #switchoverAsked = deferred<void>();
   readonly #commit: CommitDriver;
   #running: Promise<void>;
   #state: MigrationState = 'setup';
+  readonly #traits: ModeTraits;
   #paging: boolean;
+  #images: ImageSet | null = null;
   #session: SourceSession | null = null;
   #engine: SourceEngine | null = null;
   #trackers: (DirtyTracker | null)[] = [];
@@ -66,11 +72,13 @@ export class SourceMigration extends EventEmitter {
   ) {
     super();
     secret.catch(() => {}); // reported by #setUp, if it gets there
-    this.#paging = options.mode === 'post-copy' || options.mode === 'hybrid';
+    this.#traits = traitsOf(options.mode);
+    this.#paging = this.#traits.paging;
     this.#commit = new CommitDriver(guest, {
       timeoutsMs: {
         pause: options.pauseTimeoutMs,
-        ready: options.prepareTimeoutMs,
+        // The destination gathers before it prepares, at its own pace.
+        ready: options.prepareTimeoutMs + (this.#gathersFirst ? options.gatherTimeoutMs : 0),
         doubt: options.inDoubtTimeoutMs,
         retry: 500,
       },
@@ -94,7 +102,7 @@ export class SourceMigration extends EventEmitter {
   }
 
   /** Resolves when, and only when, the source holds nothing that anyone still needs. */
-  get evicted(): Promise<void> {
+  get evicted(): Promise<EvictionReport> {
     return this.#evicted.promise;
   }
 
@@ -201,8 +209,7 @@ export class SourceMigration extends EventEmitter {
   async #untilGrant(): Promise<void> {
     await this.#setUp();
     this.#to('active');
-    const mode = this.options.mode;
-    if (mode === 'pre-copy' || mode === 'hybrid') {
+    if (this.#traits.rounds) {
       const outcome = await preCopy({
         engine: this.#requireEngine(),
         trackers: this.#trackers,
@@ -255,6 +262,7 @@ export class SourceMigration extends EventEmitter {
       },
     });
     const lengths = regions.map((region) => region.refresh());
+    if (this.#traits.scatter) await this.#stage(lengths);
     this.#session.send({
       type: 'offer',
       migrationId: this.id,
@@ -262,6 +270,13 @@ export class SourceMigration extends EventEmitter {
       mayPage: this.#paging || options.onNonConvergence === 'post-copy',
       verify: options.verify,
       channels: options.channels,
+      scatter: this.#images
+        ? {
+            servers: this.#images.list,
+            sealedSecret: sealSecret(this.#session.sessionKey, this.#migrationId, this.#images.secret),
+            gatherTimeoutMs: options.gatherTimeoutMs,
+          }
+        : null,
       guest: {
         name: guest.name,
         module: guest.module,
@@ -277,7 +292,7 @@ export class SourceMigration extends EventEmitter {
     rehearseSwitchover(); // while the destination makes up its mind
     await untilAborted(this.#accepted.promise, this.#abort.signal);
 
-    if (options.mode === 'pre-copy' || options.mode === 'hybrid') {
+    if (this.#traits.rounds) {
       for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
     } else {
       this.#trackers = regions.map(() => null);
@@ -294,6 +309,11 @@ export class SourceMigration extends EventEmitter {
         bandwidth: options.bandwidth,
         connectTimeoutMs: options.connectTimeoutMs,
         recoverTimeoutMs: options.recoverTimeoutMs,
+        servers: this.#images?.servers ?? [],
+        replicas: options.replicas,
+        direct: true,
+        stallTimeoutMs: options.stallTimeoutMs,
+        releaseAsEvicted: options.releaseAsEvicted,
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -305,6 +325,52 @@ export class SourceMigration extends EventEmitter {
       },
     );
     await untilAborted(this.#engine.connect(), this.#abort.signal);
+  }
+
+  /** The destination has every page before it prepares, though not all of them come from here. */
+  get #gathersFirst(): boolean {
+    return this.#traits.scatter && !this.#paging;
+  }
+
+  /** Finds the intermediaries, and makes the image at each of them. */
+  async #stage(lengths: readonly number[]): Promise<void> {
+    const { guest, options } = this;
+    const secret = await this.secret;
+    const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
+    const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
+    const need = {
+      bytes: lengths.reduce((sum, length) => sum + length, 0),
+      capacityPages: capacityBytes / pageSize,
+    };
+    const servers = await untilAborted(
+      chooseServers(options, secret, need, this.#abort.signal),
+      this.#abort.signal,
+    );
+    if (servers.length === 0) return; // by the caller's choice: on directly
+    const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
+    // Only until it is made: an aborted migration still has to have its image dissolved, by these connections.
+    const making = new AbortController();
+    const abort = () => making.abort(this.#abort.signal.reason);
+    this.#abort.signal.addEventListener('abort', abort, { once: true });
+    this.#abort.signal.throwIfAborted();
+    this.#images = await ImageSet.create(
+      servers,
+      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: making.signal },
+      {
+        image: this.id,
+        secret: makeImageSecret(),
+        kind: 'migration',
+        name: guest.name,
+        pageSize,
+        replicas: options.replicas,
+        leaseMs: options.leaseMs,
+        regions: guest.regions.map(({ name, region }, index) => ({
+          name,
+          pages: (lengths[index] as number) / region.pageSize,
+          capacityPages: region.capacityBytes / region.pageSize,
+        })),
+      },
+    ).finally(() => this.#abort.signal.removeEventListener('abort', abort));
   }
 
   /** From the decision to switch over until all is there that PREPARE needs; the commit's state machine goes on. */
@@ -329,7 +395,8 @@ export class SourceMigration extends EventEmitter {
       this.#measured.scanned();
       this.#session?.send({ type: 'state', paging: false }, paused.state);
       const before = engine.stats();
-      const suspects = await untilAborted(engine.round(), this.#abort.signal);
+      const servers = this.#images?.list.length ?? 0;
+      const suspects = await untilAborted(engine.settle(servers), this.#abort.signal);
       if (suspects > 0) {
         throw new MemferryError(
           'PROTOCOL_ERROR',
@@ -346,16 +413,30 @@ export class SourceMigration extends EventEmitter {
   async #afterResumed(): Promise<void> {
     const engine = this.#requireEngine();
     await this.guest.departed?.();
+    // From here on no lease may end the image. The push need not wait for it; eviction does.
+    const committed = this.#images?.commit();
+    committed?.catch(() => {});
     if (this.#paging) {
       this.#to('postcopy-active');
       await engine.push();
     }
+    // A server that has nothing of the guest any more need not answer.
+    for (const [ordinal, { failed }] of engine.stats().servers.entries()) {
+      if (failed !== null) this.#images?.giveUp(ordinal, failed);
+    }
+    await committed;
     this.#measured.evicted();
-    const heapBytes = this.guest.regions.reduce((sum, { region }) => sum + region.lengthBytes, 0);
     const digests = this.options.verify
       ? await Promise.all(this.guest.regions.map((_, index) => engine.digest(index)))
       : null;
-    this.#evicted.resolve();
+    const evicted = this.#evictionReport(engine);
+    if (this.#images) {
+      // For a destination that is still gathering when this side is gone.
+      await this.#images.seal(digests).catch(() => {});
+      // No fault is answered any more: the memory is its owner's again. The destination gathers the rest.
+      engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
+    }
+    this.#evicted.resolve(evicted);
     await this.guest.release?.();
     const summary = await this.#askSummary(digests);
     if (summary.mismatched.length > 0) {
@@ -364,27 +445,46 @@ export class SourceMigration extends EventEmitter {
         facts: { regions: names },
       });
     }
-    const stats = engine.stats();
     await this.#letGo(true, new MemferryError('CANCELLED', 'the migration is over'));
     this.#to('completed');
+    const { totalMs, gatherMs } = this.#measured.report();
     this.#done.resolve({
+      ...evicted,
+      state: 'completed',
+      verified: digests ? true : null,
+      totalMs,
+      gatherMs,
+      remoteFaults: summary.remoteFaults,
+      extraMemoryBytes: {
+        source: engine.stats().extraMemoryBytes,
+        destination: summary.extraMemoryBytes,
+      },
+    });
+  }
+
+  #evictionReport(engine: SourceEngine): EvictionReport {
+    const stats = engine.stats();
+    const { totalMs: _total, gatherMs: _gather, ...times } = this.#measured.report();
+    return {
       migrationId: this.id,
       guest: this.guest.name,
       mode: this.options.mode,
       switchedToPostCopy: this.#paging,
-      state: 'completed',
-      heapBytes,
-      verified: digests ? true : null,
+      heapBytes: this.guest.regions.reduce((sum, { region }) => sum + region.lengthBytes, 0),
       tracker: this.#trackers.find((tracker) => tracker)?.name ?? null,
-      ...this.#measured.report(),
+      ...times,
       bytesOnWire: stats.bytesOnWire,
       pagesSent: stats.pagesSent,
       pagesZero: stats.pagesZero,
       pagesResent: stats.pagesResent,
-      remoteFaults: summary.remoteFaults,
       redials: stats.redials,
-      extraMemoryBytes: { source: stats.extraMemoryBytes, destination: summary.extraMemoryBytes },
-    });
+      // What was sent to the destination itself; without servers that is everything.
+      pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
+      intermediaries: stats.servers.map((server, index) => ({
+        name: this.#images?.list[index]?.name ?? String(index),
+        ...server,
+      })),
+    };
   }
 
   /** Tells the destination that all is sent, and takes its account; dials again when the connection is cut. */
@@ -452,6 +552,7 @@ export class SourceMigration extends EventEmitter {
     for (const [index, { region }] of this.guest.regions.entries()) {
       const lengthBytes = region.measure();
       if (lengthBytes <= region.lengthBytes) continue;
+      await this.#images?.grow(index, lengthBytes / region.pageSize);
       this.#grown = deferred();
       this.#session?.send({ type: 'grow', region: index, lengthBytes });
       await untilAborted(this.#grown.promise, this.#abort.signal);
@@ -516,6 +617,9 @@ export class SourceMigration extends EventEmitter {
 
   async #letGo(goodbye: boolean, reason: MemferryError): Promise<void> {
     this.#engine?.close(goodbye, reason);
+    // What was staged for a guest that stays here is nobody's; a destination dissolves its own image.
+    if (!this.#commit.committed) await this.#images?.dissolve().catch(() => {});
+    await this.#images?.close();
     for (const tracker of this.#trackers) tracker?.close();
     await this.#session?.close(goodbye);
     if (this.#claimed) for (const { region } of this.guest.regions) region.native.release();

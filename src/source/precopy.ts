@@ -7,6 +7,7 @@ import { MemferryError } from '../errors.js';
 import type { ResolvedMigrateOptions } from '../options.js';
 import { untilAborted } from '../protocol/bounded.js';
 import type { Deferred } from '../protocol/deferred.js';
+import { traitsOf } from '../protocol/mode-traits.js';
 import type { Region } from '../region.js';
 import type { DirtyTracker } from '../trackers.js';
 import { applyNonConvergence, decideRound, type RoundSample } from './convergence.js';
@@ -37,7 +38,7 @@ const maxDiscardPasses = 4;
 /** Gives how the migration goes on. Rejects with NOT_CONVERGED by option, CANCELLED, or the engine's failure. */
 export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'post-copy'> {
   const { engine, options, measured, signal } = context;
-  const hybrid = options.mode === 'hybrid';
+  const hybrid = traitsOf(options.mode).boundedRounds;
   const pageSize = context.regions[0]?.pageSize ?? 4096;
   const history: RoundSample[] = [];
   for (const tracker of context.trackers) tracker?.arm();

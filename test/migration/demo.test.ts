@@ -63,7 +63,7 @@ function demo(...args: string[]): Run {
 }
 
 describe('one mode', () => {
-  test.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'])(
+  test.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid', 'scatter'])(
     '%s: nothing is lost, and the last line says so',
     async (mode) => {
       const run = demo('--mode', mode, '--heap-mb', '24');
@@ -114,13 +114,23 @@ test('every mode in turn, there and back', async () => {
     'pre-copy BA',
     'post-copy AB',
     'hybrid BA',
+    'post-copy AB',
+    'scatter BA',
+    'scatter-pre-copy AB',
+    'scatter-hybrid BA',
   ]);
+  for (const { mode, slow, intermediaries, directPages } of reports) {
+    const scatters = String(mode).startsWith('scatter');
+    expect(intermediaries).toHaveLength(scatters ? 2 : 0);
+    if (scatters) expect(slow).toBe(true);
+    expect(directPages).toBeGreaterThan(0);
+  }
   expect(run.lines.at(-1)).toMatchObject({
     type: 'summary',
     verified: true,
     client: { lost: 0, duplicated: 0 },
   });
-}, 90_000);
+}, 150_000);
 
 test('a host that dies ends it with one line', async () => {
   const run = demo('--mode', 'hybrid', '--heap-mb', '24');

@@ -5,6 +5,7 @@
  */
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { listen, MemferryError, migrate } from '../../lib/index.js';
+import { stage } from '../../lib/staging/server.js';
 import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import { TestGuest } from './test-guest.mjs';
 
@@ -12,6 +13,7 @@ const guests = new Map();
 const migrations = new Map();
 const listeners = new Map();
 const arrivals = new Map();
+const stages = new Map();
 const tell = (event, facts = {}) => process.connected && process.send({ event, ...facts });
 
 function plainError(error) {
@@ -42,6 +44,12 @@ function descriptors() {
     kinds[kind] = (kinds[kind] ?? 0) + 1;
   }
   return kinds;
+}
+
+/** Anonymous memory that the process has in RAM. */
+function residentBytes() {
+  const [, kilobytes] = /^RssAnon:\s+(\d+) kB$/m.exec(readFileSync('/proc/self/status', 'utf8')) ?? [];
+  return Number(kilobytes) * 1024;
 }
 
 /** Mappings that a userfaultfd is registered on (um: missing, uw: write-protect, ui: minor). */
@@ -149,6 +157,20 @@ const operations = {
     await find(listeners, key, 'listener').close();
     listeners.delete(key);
   },
+  limit: ({ key = 'main', limits }) => find(listeners, key, 'listener').limit(limits),
+
+  /** A VMD server in this process. */
+  async stage({ key = 'main', options }) {
+    const staging = await stage(options);
+    stages.set(key, staging);
+    return { port: staging.port };
+  },
+  stageStatus: ({ key = 'main' }) => find(stages, key, 'VMD server').status(),
+  async closeStage({ key = 'main' }) {
+    await find(stages, key, 'VMD server').close();
+    stages.delete(key);
+  },
+
   arrival: ({ key, promise }) => settled(find(arrivals, key, 'arrival')[promise]),
   disposeArrival: ({ key }) => find(arrivals, key, 'arrival')[Symbol.asyncDispose](),
 
@@ -199,7 +221,8 @@ const operations = {
     await Promise.all([...migrations.values()].map(({ migration }) => migration[Symbol.asyncDispose]()));
     await Promise.all([...listeners.values()].map((listening) => listening.close()));
     await Promise.all([...guests.values()].map((guest) => guest.end?.() ?? guest.terminate()));
-    for (const map of [migrations, listeners, guests, arrivals]) map.clear();
+    await Promise.all([...stages.values()].map((staging) => staging.close()));
+    for (const map of [migrations, listeners, guests, arrivals, stages]) map.clear();
   },
 
   inventory: () => ({
@@ -207,6 +230,7 @@ const operations = {
     registered: registeredMappings(),
     threads: threadNames(),
   }),
+  residentBytes,
   exit: ({ code }) => void setImmediate(() => process.exit(code)),
 };
 

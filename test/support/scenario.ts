@@ -32,6 +32,15 @@ export interface Report {
   rounds: { round: number; pagesSent: number; dirtyPagesAfter: number; durationMs: number }[];
   remoteFaults: { count: number; p50Us: number; p99Us: number; maxUs: number };
   redials: number;
+  pagesDirect: number;
+  intermediaries: Intermediary[];
+}
+
+export interface Intermediary {
+  name: string;
+  pages: number;
+  bytes: number;
+  failed: string | null;
 }
 
 export async function hosts<const Names extends string[]>(
@@ -58,6 +67,59 @@ export async function listen(
   const options = { secret: SECRET, ...args.options };
   const { port } = await host.call<{ port: number }>('listen', { ...args, options });
   return port;
+}
+
+/** A VMD server in a process of its own. */
+export interface Stage {
+  host: Host;
+  name: string;
+  port: number;
+  /** While it held nothing. */
+  freeBytes: number;
+}
+
+export interface StageStatus {
+  memoryBytes: number;
+  freeBytes: number;
+  images: number;
+  held: { id: string; phase: string; pagesHeld: number; sealed: boolean; bytesOut: number }[];
+}
+
+export async function startStage(name: string, options: object = {}): Promise<Stage> {
+  const host = await Host.start(name);
+  const { port } = await host.call<{ port: number }>('stage', {
+    options: { secret: SECRET, memoryBytes: 64 * 2 ** 20, name, ...options },
+  });
+  const { freeBytes } = await host.call<StageStatus>('stageStatus');
+  return { host, name, port, freeBytes };
+}
+
+export async function startStages<const Names extends string[]>(
+  ...names: Names
+): Promise<{ [K in keyof Names]: Stage }> {
+  return (await Promise.all(names.map((name) => startStage(name)))) as { [K in keyof Names]: Stage };
+}
+
+/** What `migrate` takes: servers, or the proxies in front of them. */
+export function via(...servers: { port: number }[]): { via: string[] } {
+  return { via: servers.map(({ port }) => `127.0.0.1:${port}`) };
+}
+
+export function stageStatus({ host }: Stage): Promise<StageStatus> {
+  return host.call('stageStatus');
+}
+
+/** No image, and its memory is free again: dissolving is told by nobody, so it is waited for. */
+export async function expectEmpty(stage: Stage, boundMs = 5000): Promise<void> {
+  for (const end = performance.now() + boundMs; ; ) {
+    const { images, held, freeBytes } = await stageStatus(stage);
+    if (images === 0 && freeBytes === stage.freeBytes) return;
+    if (performance.now() > end) {
+      throw new Error(
+        `${stage.name} holds ${JSON.stringify(held)}, ${freeBytes} of ${stage.freeBytes} bytes free`,
+      );
+    }
+  }
 }
 
 export function migrate(

@@ -19,7 +19,7 @@ export interface Point {
   name: string;
   /** The n-th such piece over all connections of the role, from 1. */
   nth?: number;
-  /** Only data connections of this channel. */
+  /** Only data or stage connections of this channel. */
   channel?: number;
   /** Only connections of this epoch or a later one. */
   fromEpoch?: number;

@@ -16,8 +16,9 @@ export interface Piece {
 }
 
 export interface ConnectionKind {
-  role: 'control' | 'data' | 'demand';
-  /** Data connections: which; else 0. */
+  /** `stage`: with a VMD server; to one it may be `control` as well. */
+  role: 'control' | 'data' | 'demand' | 'stage';
+  /** Data connections: which. Stage connections: 0 scatter, 1 gather, 2 demand, 3 chain. Else 0. */
   channel: number;
   epoch: number;
 }
@@ -35,6 +36,14 @@ const FRAME_NAMES: Record<number, string> = {
   10: 'bitmap',
   11: 'bitmap-end',
   12: 'goodbye',
+  13: 'map',
+  14: 'map-request',
+  15: 'map-end',
+  16: 'read',
+  17: 'absent',
+  18: 'refused',
+  19: 'chain-broken',
+  20: 'elsewhere',
 };
 const CONTROL_KINDS: Record<number, string> = { 2: 'chunk', 3: 'ping', 4: 'bye' };
 
@@ -84,12 +93,14 @@ export class PieceReader {
       this.setKind({ role: 'control', channel: 0, epoch: 0 });
       return { bytes: PREFACE_BYTES, piece: { name: 'preface' } };
     }
-    if (preface !== 'MFERRYD1') throw new Error(`a connection that begins with ${JSON.stringify(preface)}`);
+    const stage = preface === 'MFERRYS1';
+    if (preface !== 'MFERRYD1' && !stage)
+      throw new Error(`a connection that begins with ${JSON.stringify(preface)}`);
     if (kept.length < DATA_HELLO_BYTES) return null;
     const channel = kept.readUInt16LE(26);
     const demand = channel === 0xffff;
     this.setKind({
-      role: demand ? 'demand' : 'data',
+      role: stage ? 'stage' : demand ? 'demand' : 'data',
       channel: demand ? 0 : channel,
       epoch: kept.readUInt32LE(28),
     });

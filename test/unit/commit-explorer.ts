@@ -467,7 +467,7 @@ function destinationIsOver({ destination }: World): boolean {
 }
 
 /** Which nodes lead to one of the goals. */
-function reaches(goals: boolean[], edges: readonly { from: number; to: number }[]): boolean[] {
+export function reaches(goals: boolean[], edges: readonly { from: number; to: number }[]): boolean[] {
   const starts = new Int32Array(goals.length + 1);
   for (const { to } of edges) starts[to + 1] = (starts[to + 1] as number) + 1;
   for (let i = 0; i < goals.length; i++) starts[i + 1] = (starts[i + 1] as number) + (starts[i] as number);

@@ -1,0 +1,105 @@
+/** `memferry unpark`: claims a parked guest, resumes it here, and lets one talk to it. */
+import { readFile } from 'node:fs/promises';
+import { pathToFileURL } from 'node:url';
+import type { Command } from 'commander';
+import { figure, mebibytes } from '../demo/table.js';
+import { unpark } from '../destination/unpark.js';
+import { memferryError } from '../errors.js';
+import type { ParkTicket } from '../source/park.js';
+import { type WorkerGuest, workerGuests } from '../worker/index.js';
+import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import { GuestConsole } from './guest-console.js';
+import { makeOutput } from './output.js';
+import { byteCount, type NamedModule, namedModules } from './parse-values.js';
+import { follow } from './receive.js';
+import { onInterrupt } from './signals.js';
+
+interface UnparkFlags extends ConnectionFlags {
+  ticket: string;
+  module: NamedModule[];
+  gatherLimit?: number;
+  rollback?: boolean;
+  once?: boolean;
+  json?: boolean;
+}
+
+export function addUnpark(program: Command): void {
+  const command = program
+    .command('unpark')
+    .description('claim a parked guest and run it here')
+    .requiredOption('--ticket <file>', 'what `memferry park` wrote')
+    .requiredOption(
+      '--module <name=path>',
+      'a module that may be run here, by its name (repeatable)',
+      namedModules,
+    )
+    .option('--gather-limit <bytes/s>', 'fetched ahead of the guest at most', byteCount)
+    .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
+    .option('--once', 'end when every page is here, and the guest with it')
+    .option('--json', 'one JSON object a line');
+  addConnectionFlags(command).action(unparkGuest);
+}
+
+async function unparkGuest(flags: UnparkFlags): Promise<void> {
+  const output = makeOutput(flags.json);
+  using interruption = onInterrupt();
+  let here: WorkerGuest | null = null;
+  const ticket = await ticketFrom(flags.ticket);
+  await using unparked = await unpark(ticket, {
+    ...connectionOptions(flags),
+    signal: interruption.signal,
+    rollback: flags.rollback === true,
+    ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
+    accept: workerGuests({
+      modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
+      onGuest: (guest) => {
+        here = guest;
+        follow(guest, output);
+      },
+    }),
+  });
+  const { name } = unparked.offer;
+  output.say(`guest ${name} runs here; a line asks it`);
+  output.line({ type: 'resumed', guest: name });
+  const typed = new GuestConsole({ input: process.stdin, output, guest: () => here });
+  const interrupted = new Promise<never>((_, reject) => {
+    interruption.signal.addEventListener(
+      'abort',
+      () => reject(memferryError('CANCELLED', 'interrupted', { cause: interruption.signal.reason })),
+      { once: true },
+    );
+  });
+  try {
+    const report = await Promise.race([unparked.complete, interrupted]);
+    output.result(
+      `guest ${name} is complete: gathered in ${figure(report.gatherMs)} ms, ` +
+        `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults`,
+      { type: 'report', ...report },
+    );
+    if (!flags.once) await interrupted;
+  } finally {
+    typed.close();
+    process.stdin.destroy();
+    await (here as WorkerGuest | null)?.terminate();
+  }
+}
+
+async function ticketFrom(path: string): Promise<ParkTicket> {
+  const wrong = (cause?: unknown) =>
+    memferryError('INVALID_ARGUMENT', `${path} is no ticket of a parked guest`, { cause });
+  let ticket: Partial<ParkTicket>;
+  try {
+    ticket = JSON.parse(await readFile(path, 'utf8')) as Partial<ParkTicket>;
+  } catch (error) {
+    throw wrong(error);
+  }
+  const { image, secret, home } = ticket;
+  if (
+    !/^[0-9a-f]{32}$/.test(image ?? '') ||
+    !/^[0-9a-f]{64}$/.test(secret ?? '') ||
+    typeof home !== 'string'
+  ) {
+    throw wrong();
+  }
+  return { image: image as string, secret: secret as string, home };
+}

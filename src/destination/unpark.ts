@@ -1,0 +1,237 @@
+/**
+ * `unpark`: a parked guest is claimed at its home server, resumed here, and gathered by post-copy. The home server
+ * grants one claim; until it has granted this one, nothing runs here. JavaScript thread.
+ */
+import { randomBytes } from 'node:crypto';
+import { markArriving } from '../arrivals.js';
+import { checkAddressPolicy, isLoopback } from '../control/address.js';
+import { loadSecret } from '../control/secret.js';
+import { MemferryError } from '../errors.js';
+import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { parseAddress, resolveUnparkOptions, type UnparkOptions } from '../options.js';
+import { within } from '../protocol/bounded.js';
+import { deferred } from '../protocol/deferred.js';
+import type { Region } from '../region.js';
+import type { ArrivalReport } from '../report.js';
+import type { ParkTicket } from '../source/park.js';
+import { ImageSet } from '../staging/image-set.js';
+import { DestinationEngine } from './engine.js';
+import { allocateGuest } from './plain-guest.js';
+
+/** A guest that was parked and runs here now; its pages follow. */
+export interface Unparked extends AsyncDisposable {
+  readonly offer: GuestOffer;
+  readonly guest: ArrivingGuest;
+  readonly regions: readonly Region[];
+  /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
+  readonly complete: Promise<ArrivalReport>;
+}
+
+/** Between two attempts to learn whether the claim was granted. */
+const askAgainMs = 250;
+
+/**
+ * Claims and resumes a parked guest. When it rejects the guest does not run here; with MIGRATION_IN_DOUBT nobody
+ * knows whether the home server has granted the claim, and only `rollback` brings the guest back.
+ * @throws VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
+ */
+export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): Promise<Unparked> {
+  const resolved = resolveUnparkOptions(options);
+  const home = parseAddress(ticket.home);
+  checkAddressPolicy(home.host, { plaintext: resolved.plaintext });
+  const secret = await loadSecret(resolved, { loopback: isLoopback(home.host) });
+  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = resolved;
+  const images = await ImageSet.openParked(
+    home,
+    {
+      secret,
+      plaintext,
+      connectTimeoutMs,
+      peerTimeoutMs,
+      maxStateBytes,
+      ...(resolved.signal ? { signal: resolved.signal } : {}),
+    },
+    { image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
+  );
+  let guest: ArrivingGuest | null = null;
+  let engine: DestinationEngine | null = null;
+  try {
+    const claim = await images.claim({ rollback: resolved.rollback });
+    const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
+    const signal = resolved.signal ?? new AbortController().signal;
+    guest = resolved.accept ? await resolved.accept(offer, { signal }) : allocateGuest(offer);
+    const arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
+    engine = arriving.engine;
+    await within(
+      Promise.resolve(guest.prepare(claim.state, { signal })),
+      resolved.prepareTimeoutMs,
+      'PREPARE_TIMEOUT',
+      `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
+    );
+    await granted(images, resolved.inDoubtTimeoutMs);
+    arriving.resume();
+    return arriving;
+  } catch (error) {
+    engine?.close(new MemferryError('CANCELLED', 'the guest was not granted'));
+    await Promise.resolve(guest?.abandon()).catch(() => {});
+    await images.release().catch(() => {});
+    await images.close();
+    throw error;
+  }
+}
+
+/** Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant. */
+async function granted(images: ImageSet, timeoutMs: number): Promise<void> {
+  const deadline = performance.now() + timeoutMs;
+  for (;;) {
+    try {
+      return await images.grant();
+    } catch (error) {
+      const { code } = error as MemferryError;
+      if (code === 'VMD_REFUSED' || code === 'VMD_LOST' || code === 'INVALID_ARGUMENT') throw error;
+      if (performance.now() > deadline) {
+        throw new MemferryError(
+          'MIGRATION_IN_DOUBT',
+          'the home server did not say whether the claim was granted; the guest does not run here',
+          { cause: error },
+        );
+      }
+      await new Promise((resolve) => setTimeout(resolve, askAgainMs));
+    }
+  }
+}
+
+class GatheringGuest implements Unparked {
+  readonly engine: DestinationEngine;
+  readonly #complete = deferred<ArrivalReport>();
+  readonly #everyPage = deferred<void>();
+  #resumedAt = 0;
+  #closed = false;
+
+  constructor(
+    ticket: ParkTicket,
+    readonly offer: GuestOffer,
+    readonly guest: ArrivingGuest,
+    private readonly images: ImageSet,
+    options: ReturnType<typeof resolveUnparkOptions>,
+  ) {
+    this.#complete.promise.catch(() => {});
+    this.engine = new DestinationEngine(
+      {
+        regions: guest.regions.map((region) => region.native),
+        migration: Buffer.from(ticket.image, 'hex'),
+        channels: 1,
+        // Nobody dials: there is no source.
+        tokens: randomBytes(2 * 32),
+        discardFirst: true,
+        pagingFromStart: true,
+        mayPage: true,
+        keepPageHashes: options.verify,
+        recoverTimeoutMs: options.recoverTimeoutMs,
+        lossGraceMs: 250,
+        servers: images.servers,
+        gatherLimit: options.gatherLimit,
+        bandwidth: 0,
+        sourceless: true,
+      },
+      {
+        paused: () => {},
+        recovered: () => {},
+        lost: (runs, why) => this.#lost(runs, why),
+        failed: (error) => this.#reject(error),
+      },
+    );
+    for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
+    this.#everyPage.promise.catch(() => {});
+    this.engine.complete.then(
+      () => this.#arrived(options.verify).catch((error) => this.#reject(error)),
+      (error) => this.#reject(error),
+    );
+  }
+
+  get regions(): readonly Region[] {
+    return this.guest.regions;
+  }
+
+  get complete(): Promise<ArrivalReport> {
+    return this.#complete.promise;
+  }
+
+  resume(): void {
+    this.#resumedAt = performance.now();
+    try {
+      this.guest.resume();
+    } catch (error) {
+      process.emitWarning(`guest '${this.offer.name}' threw in resume(): ${String(error)}`, {
+        code: 'MEMFERRY_RESUME_THREW',
+      });
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    const error = new MemferryError('CANCELLED', 'the guest was closed before every page was here');
+    this.engine.close(error);
+    this.#reject(error);
+    await this.images.close();
+  }
+
+  async #arrived(verify: boolean): Promise<void> {
+    const gatherMs = performance.now() - this.#resumedAt;
+    const digests = verify ? (this.images.info?.digests ?? null) : null;
+    for (const [index, digest] of digests?.entries() ?? []) {
+      if ((await this.engine.receiver.digest(index)) !== digest) {
+        throw new MemferryError(
+          'VERIFICATION_FAILED',
+          `the digest of ${this.offer.regions[index]?.name} differs`,
+        );
+      }
+    }
+    this.#everyPage.resolve();
+    const stats = this.engine.receiver.stats();
+    await this.images.dissolve().catch(() => {});
+    await this.images.close();
+    this.#complete.resolve({
+      migrationId: this.images.image,
+      guest: this.offer.name,
+      heapBytes: this.regions.reduce((sum, region) => sum + (region.closed ? 0 : region.lengthBytes), 0),
+      verified: digests ? true : null,
+      prepareMs: 0,
+      bytesReceived: stats.bytesReceived,
+      pagesReceived: stats.pagesReceived,
+      pagesZero: stats.pagesZero,
+      remoteFaults: stats.faults,
+      extraMemoryBytes: stats.extraMemoryBytes,
+      gatherMs,
+      pagesGathered: stats.pagesGathered,
+      intermediaries: stats.servers.map((server, index) => ({
+        name: this.images.list[index]?.name ?? String(index),
+        ...server,
+      })),
+    });
+  }
+
+  #lost(runs: { region: number; first: number; count: number }[], why: string): void {
+    const pages = runs.reduce((sum, run) => sum + run.count, 0);
+    this.#reject(
+      new MemferryError(
+        'PAGES_LOST',
+        `${why}; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
+        { facts: { runs, pages } },
+      ),
+    );
+    try {
+      this.guest.lost?.(runs);
+    } finally {
+      setImmediate(() => {
+        if (!this.#closed) this.engine.receiver.acknowledgeLoss();
+      });
+    }
+  }
+
+  #reject(error: MemferryError): void {
+    this.#everyPage.reject(error);
+    this.#complete.reject(error);
+  }
+}

@@ -1,0 +1,63 @@
+/**
+ * A gang: several guests leave a source at once, to one destination or several, through one VMD. Each is a
+ * migration of its own with a commit of its own; what they share are the servers and the link. JavaScript thread.
+ */
+import { MemferryError } from '../errors.js';
+import type { Guest } from '../guest.js';
+import type { MigrateOptions } from '../options.js';
+import type { EvictionReport, MigrationReport } from '../report.js';
+import { type Migration, migrate } from './migrate.js';
+
+export interface GangMember {
+  guest: Guest;
+  options: MigrateOptions;
+}
+
+export interface GangEviction {
+  /** The first one's start until the last one is evicted, in ms. */
+  evictionMs: number;
+  guests: EvictionReport[];
+}
+
+export interface GangReport extends GangEviction {
+  /** The first one's start until every destination holds every page, in ms. */
+  totalMs: number;
+  guests: MigrationReport[];
+}
+
+export interface Gang {
+  readonly migrations: readonly Migration[];
+  /** Every guest is evicted. Rejects with the first failure; the others go on, each with its own outcome. */
+  readonly evicted: Promise<GangEviction>;
+  readonly done: Promise<GangReport>;
+}
+
+/** Starts all of them at once. @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED; then none was started */
+export function migrateGang(members: readonly GangMember[]): Gang {
+  if (members.length === 0) throw new MemferryError('INVALID_ARGUMENT', 'a gang has at least one guest');
+  const started = performance.now();
+  const migrations: Migration[] = [];
+  try {
+    for (const { guest, options } of members) migrations.push(migrate(guest, options));
+  } catch (error) {
+    for (const migration of migrations) {
+      migration.evicted.catch(() => {});
+      migration.done.catch(() => {});
+      migration.cancel(error);
+    }
+    throw error;
+  }
+  const evicted = Promise.all(migrations.map((migration) => migration.evicted)).then((guests) => ({
+    evictionMs: performance.now() - started,
+    guests,
+  }));
+  const done = Promise.all(migrations.map((migration) => migration.done)).then(async (guests) => ({
+    totalMs: performance.now() - started,
+    evictionMs: (await evicted).evictionMs,
+    guests,
+  }));
+  // Whoever asks is told; whoever waits for the single migrations has been told already.
+  evicted.catch(() => {});
+  done.catch(() => {});
+  return { migrations, evicted, done };
+}

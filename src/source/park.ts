@@ -1,0 +1,271 @@
+/**
+ * `park`: a guest leaves with no destination chosen. Its memory and execution state go to VMD servers, and whoever
+ * holds the ticket claims it later (`unpark`). The commit is that of a migration, with the image's home server in
+ * the role of the destination: whose the guest is, is decided in one place. JavaScript thread.
+ *
+ *   setup ─ active ─ device (paused, everything to the servers) ─ completed
+ */
+import { randomBytes } from 'node:crypto';
+import { stillArriving } from '../arrivals.js';
+import { checkAddressPolicy, isLoopback } from '../control/address.js';
+import { loadSecret } from '../control/secret.js';
+import { MemferryError } from '../errors.js';
+import type { Guest } from '../guest.js';
+import {
+  type ParkOptions,
+  parseAddress,
+  type ResolvedMigrateOptions,
+  resolveParkOptions,
+} from '../options.js';
+import { abortError, untilAborted } from '../protocol/bounded.js';
+import type { Intermediary } from '../report.js';
+import { makeImageSecret } from '../staging/image-secret.js';
+import { ImageSet } from '../staging/image-set.js';
+import { chooseServers } from './choose-servers.js';
+import { CommitDriver } from './commit-driver.js';
+import { SourceEngine } from './engine.js';
+
+/** All that is needed to claim a parked guest: a secret, to be kept like one. */
+export interface ParkTicket {
+  /** 32 hex digits. */
+  image: string;
+  /** 64 hex digits. */
+  secret: string;
+  /** `host:port` of the home server, which knows the others. */
+  home: string;
+}
+
+export interface ParkReport {
+  ticket: ParkTicket;
+  guest: string;
+  heapBytes: number;
+  /** Start until the source holds nothing that anyone still needs. */
+  evictionMs: number;
+  pausedMs: number;
+  bytesOnWire: number;
+  pagesSent: number;
+  pagesZero: number;
+  intermediaries: Intermediary[];
+}
+
+/**
+ * Parks a guest. Rejects before the commit with the guest running on here; with MIGRATION_IN_DOUBT when the home
+ * server did not answer after it: the guest may be parked there, and never runs here again.
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, VMD_CAPACITY, VMD_LOST, REGION_BUSY, GUEST_BUSY, ...
+ */
+export async function park(guest: Guest, options: ParkOptions): Promise<ParkReport> {
+  const resolved = resolveParkOptions(options);
+  for (const address of resolved.via)
+    checkAddressPolicy(parseAddress(address).host, { plaintext: resolved.plaintext });
+  const loopback = resolved.via.every((address) => isLoopback(parseAddress(address).host));
+  const secret = await loadSecret(resolved, { loopback });
+  const parking = new Parking(guest, resolved, secret);
+  try {
+    return await parking.run();
+  } finally {
+    await parking.close();
+  }
+}
+
+class Parking {
+  readonly #id = randomBytes(16);
+  readonly #abort = new AbortController();
+  #images: ImageSet | null = null;
+  #engine: SourceEngine | null = null;
+  #claimed = false;
+  #parked = false;
+
+  constructor(
+    private readonly guest: Guest,
+    private readonly options: ResolvedMigrateOptions,
+    private readonly secret: Uint8Array,
+  ) {
+    const { signal } = options;
+    const stop = () => this.#abort.abort(abortError(signal as AbortSignal));
+    if (signal?.aborted) stop();
+    else signal?.addEventListener('abort', stop, { once: true });
+  }
+
+  async run(): Promise<ParkReport> {
+    const { guest, options } = this;
+    const started = performance.now();
+    const regions = guest.regions.map(({ region }) => region);
+    await untilAborted(Promise.all(stillArriving(regions)), this.#abort.signal);
+    this.#claim();
+    const lengths = regions.map((region) => region.refresh());
+    const images = await this.#stage(lengths);
+    const engine = new SourceEngine(
+      {
+        regions: regions.map((region) => region.native),
+        trackers: regions.map(() => null),
+        host: '127.0.0.1',
+        port: 0,
+        migration: this.#id,
+        channels: 1,
+        tokens: new Uint8Array(2 * 32),
+        bandwidth: options.bandwidth,
+        connectTimeoutMs: options.connectTimeoutMs,
+        recoverTimeoutMs: options.recoverTimeoutMs,
+        servers: images.servers,
+        replicas: options.replicas,
+        direct: false,
+        stallTimeoutMs: options.stallTimeoutMs,
+        releaseAsEvicted: false,
+      },
+      { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
+    );
+    this.#engine = engine;
+    const image = this.#id.toString('hex');
+    const link = images.home.commitLink(image, {
+      onMessage: (message) => driver.message(message),
+      onLost: (error) => driver.connectionLost(error),
+    });
+    const driver: CommitDriver = new CommitDriver(guest, {
+      timeoutsMs: {
+        pause: options.pauseTimeoutMs,
+        ready: options.prepareTimeoutMs,
+        doubt: options.inDoubtTimeoutMs,
+        retry: 500,
+      },
+      ...link,
+    });
+    this.#abort.signal.addEventListener('abort', () => driver.fail(this.#abort.signal.reason), {
+      once: true,
+    });
+    let pausedAt = started;
+    const flow = (async () => {
+      await untilAborted(engine.connect(), this.#abort.signal);
+      await untilAborted(engine.queuePopulated(), this.#abort.signal);
+      const paused = await driver.pause();
+      pausedAt = performance.now();
+      await this.#follow(images);
+      engine.queueDirtyNow();
+      const suspects = await untilAborted(engine.settle(images.list.length), this.#abort.signal);
+      if (suspects > 0) {
+        throw new MemferryError(
+          'PROTOCOL_ERROR',
+          `${suspects} pages of the paused guest changed while they were sent`,
+        );
+      }
+      await images.seal(await Promise.all(regions.map((_, index) => engine.digest(index))));
+      await images.putState(this.#described(), paused.state);
+      const held = await images.commit();
+      if (held.length > 0 && options.replicas === 1) throw (held[0] as { error: MemferryError }).error;
+      driver.transferred();
+    })().catch((error) => driver.fail(error));
+    const settlement = await driver.settled;
+    await flow;
+    if (settlement.outcome !== 'departed') {
+      if (settlement.outcome === 'reclaimed') await images.dissolve().catch(() => {});
+      else this.#parked = true; // perhaps
+      throw settlement.error;
+    }
+    this.#parked = true;
+    const stats = engine.stats();
+    const now = performance.now();
+    const heapBytes = regions.reduce((sum, region) => sum + region.lengthBytes, 0);
+    await guest.departed?.();
+    engine.close(true, new MemferryError('CANCELLED', 'the guest is parked'));
+    await guest.release?.();
+    const [home] = images.list;
+    return {
+      ticket: {
+        image,
+        secret: Buffer.from(images.secret).toString('hex'),
+        home: `${home?.host.includes(':') ? `[${home.host}]` : home?.host}:${home?.port}`,
+      },
+      guest: guest.name,
+      heapBytes,
+      evictionMs: now - started,
+      pausedMs: now - pausedAt,
+      bytesOnWire: stats.bytesOnWire,
+      pagesSent: stats.pagesSent,
+      pagesZero: stats.pagesZero,
+      intermediaries: stats.servers.map((server, index) => ({
+        name: images.list[index]?.name ?? String(index),
+        ...server,
+      })),
+    };
+  }
+
+  async close(): Promise<void> {
+    this.#engine?.close(this.#parked, new MemferryError('CANCELLED', 'the parking is over'));
+    await this.#images?.close();
+    if (this.#claimed) for (const { region } of this.guest.regions) region.native.release();
+    this.#claimed = false;
+  }
+
+  async #stage(lengths: readonly number[]): Promise<ImageSet> {
+    const { guest, options, secret } = this;
+    const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
+    const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
+    const servers = await untilAborted(
+      chooseServers(
+        options,
+        secret,
+        { bytes: lengths.reduce((sum, length) => sum + length, 0), capacityPages: capacityBytes / pageSize },
+        this.#abort.signal,
+      ),
+      this.#abort.signal,
+    );
+    const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
+    this.#images = await ImageSet.create(
+      servers,
+      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: this.#abort.signal },
+      {
+        image: this.#id.toString('hex'),
+        secret: makeImageSecret(),
+        kind: 'park',
+        name: guest.name,
+        pageSize,
+        replicas: options.replicas,
+        leaseMs: options.leaseMs,
+        regions: guest.regions.map(({ name, region }, index) => ({
+          name,
+          pages: (lengths[index] as number) / region.pageSize,
+          capacityPages: region.capacityBytes / region.pageSize,
+        })),
+      },
+    );
+    return this.#images;
+  }
+
+  /** Memory that has grown since the image was made. */
+  async #follow(images: ImageSet): Promise<void> {
+    for (const [index, { region }] of this.guest.regions.entries()) {
+      const lengthBytes = region.measure();
+      if (lengthBytes <= region.lengthBytes) continue;
+      await images.grow(index, lengthBytes / region.pageSize);
+      region.native.grow(lengthBytes / region.pageSize);
+    }
+  }
+
+  #described() {
+    const { name, module, description, regions } = this.guest;
+    return {
+      name,
+      module,
+      description: description ?? null,
+      regions: regions.map(({ name: of, region }) => ({
+        name: of,
+        lengthBytes: region.refresh(),
+        capacityBytes: region.capacityBytes,
+        pageSize: region.pageSize,
+      })),
+    };
+  }
+
+  #claim(): void {
+    const claimed: Guest['regions'][number][] = [];
+    for (const entry of this.guest.regions) {
+      if (!entry.region.native.claim()) {
+        for (const { region } of claimed) region.native.release();
+        throw new MemferryError('REGION_BUSY', `region '${entry.name}' is moving already`, {
+          facts: { region: entry.name },
+        });
+      }
+      claimed.push(entry);
+    }
+    this.#claimed = true;
+  }
+}

@@ -1,0 +1,155 @@
+/**
+ * The secret of one image, and all that follows from it: how it travels, how knowledge of it is shown, and the
+ * tokens of stage connections. Whoever knows it may open the image; a VMD's shared secret alone is not enough.
+ * Pure but for fresh randomness, which tests can replace.
+ *
+ *     sealed   12 bytes nonce | AES-256-GCM(HMAC(session key; "memferry seal"); secret; aad image id) | 16 bytes tag
+ *     proof    HMAC(secret; "memferry open", session key)
+ *     tokens   HMAC(session key; "memferry stage", image id, session u16, attempt u32, role u16)
+ *     chain    HMAC(secret; "memferry chain", image id, from u16, to u16, attempt u32)
+ *
+ * HMAC is HMAC-SHA256, integers are little-endian, the session key is the control connection's.
+ */
+import { createCipheriv, createDecipheriv, createHmac, randomBytes, timingSafeEqual } from 'node:crypto';
+import { MemferryError } from '../errors.js';
+import type { ImageAccess } from '../protocol/stage-messages.js';
+
+export const imageSecretBytes = 32;
+export const imageIdBytes = 16;
+const nonceBytes = 12;
+const tagBytes = 16;
+const tokenBytes = 32;
+
+/** Of wire::StageRole. */
+export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3 } as const;
+export const stageRoleCount = 4;
+/** What an opener's connections may be, as a bit set. */
+export const roleBits: Record<ImageAccess, number> = {
+  control: 0,
+  read: (1 << stageRoles.gather) | (1 << stageRoles.demand),
+  write: 1 << stageRoles.scatter,
+};
+/** How often each connection of a session may be dialled. */
+export const stageAttempts = 64;
+/** The chain that comes from the server with ordinal n has this session + n. */
+export const firstChainSession = 0xff00;
+
+export function makeImageSecret(): Uint8Array {
+  return Uint8Array.from(randomBytes(imageSecretBytes));
+}
+
+/** For the peer of one control connection, as hex. `nonce` is for tests: two sealings under one may never differ. */
+export function sealSecret(
+  sessionKey: Uint8Array,
+  image: Uint8Array,
+  secret: Uint8Array,
+  nonce: Uint8Array = randomBytes(nonceBytes),
+): string {
+  if (secret.length !== imageSecretBytes || image.length !== imageIdBytes || nonce.length !== nonceBytes) {
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      'an image secret has 32 bytes, an image id 16 and a nonce 12',
+    );
+  }
+  const cipher = createCipheriv('aes-256-gcm', sealKey(sessionKey), nonce).setAAD(image);
+  const text = Buffer.concat([cipher.update(secret), cipher.final()]);
+  return Buffer.concat([nonce, text, cipher.getAuthTag()]).toString('hex');
+}
+
+/** Throws AUTH_FAILED: sealed for another connection or image, or altered. */
+export function unsealSecret(sessionKey: Uint8Array, image: Uint8Array, sealed: string): Uint8Array {
+  const bytes = Buffer.from(sealed, 'hex');
+  if (bytes.length === nonceBytes + imageSecretBytes + tagBytes) {
+    const tagAt = bytes.length - tagBytes;
+    const cipher = createDecipheriv('aes-256-gcm', sealKey(sessionKey), bytes.subarray(0, nonceBytes), {
+      authTagLength: tagBytes,
+    })
+      .setAAD(image)
+      .setAuthTag(bytes.subarray(tagAt));
+    try {
+      return Uint8Array.from(
+        Buffer.concat([cipher.update(bytes.subarray(nonceBytes, tagAt)), cipher.final()]),
+      );
+    } catch {
+      // Said below, without the library's words.
+    }
+  }
+  throw new MemferryError('AUTH_FAILED', "the image's secret was not sealed for this connection");
+}
+
+/** Shows a server, on one control connection, that the image's secret is known. */
+export function openProof(secret: Uint8Array, sessionKey: Uint8Array): string {
+  return createHmac('sha256', secret).update('memferry open').update(sessionKey).digest('hex');
+}
+
+export function provesOpen(secret: Uint8Array, sessionKey: Uint8Array, proof: string): boolean {
+  const expected = Buffer.from(openProof(secret, sessionKey), 'hex');
+  const got = Buffer.from(proof, 'hex');
+  return got.length === expected.length && timingSafeEqual(got, expected);
+}
+
+/**
+ * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 4 + role`, 32 bytes each.
+ * The other roles' places hold what nobody can know.
+ */
+export function stageTokens(
+  sessionKey: Uint8Array,
+  image: Uint8Array,
+  session: number,
+  roles: number,
+  attempts: number = stageAttempts,
+): Uint8Array {
+  const tokens = Uint8Array.from(randomBytes(attempts * stageRoleCount * tokenBytes));
+  const numbers = Buffer.alloc(8);
+  numbers.writeUInt16LE(session, 0);
+  for (let attempt = 0; attempt < attempts; attempt++) {
+    for (let role = 0; role < stageRoleCount; role++) {
+      if ((roles & (1 << role)) === 0) continue;
+      numbers.writeUInt32LE(attempt, 2);
+      numbers.writeUInt16LE(role, 6);
+      const mac = createHmac('sha256', sessionKey).update('memferry stage').update(image).update(numbers);
+      tokens.set(mac.digest(), (attempt * stageRoleCount + role) * tokenBytes);
+    }
+  }
+  return tokens;
+}
+
+/** How often one server may dial another: fewer where there are many, so that an image's tokens stay bounded. */
+export function chainAttempts(servers: number): number {
+  return Math.max(4, Math.min(stageAttempts, Math.floor(1024 / servers)));
+}
+
+/** The tokens, by attempt, with which the server `from` passes pages on to the server `to`; both compute them. */
+export function chainTokens(
+  secret: Uint8Array,
+  image: Uint8Array,
+  from: number,
+  to: number,
+  attempts: number,
+): Uint8Array {
+  const tokens = new Uint8Array(attempts * tokenBytes);
+  const numbers = Buffer.alloc(8);
+  numbers.writeUInt16LE(from, 0);
+  numbers.writeUInt16LE(to, 2);
+  for (let attempt = 0; attempt < attempts; attempt++) {
+    numbers.writeUInt32LE(attempt, 4);
+    const mac = createHmac('sha256', secret).update('memferry chain').update(image).update(numbers);
+    tokens.set(mac.digest(), attempt * tokenBytes);
+  }
+  return tokens;
+}
+
+/** Chain tokens in the form of a session's table. The other roles' places hold what nobody can know. */
+export function chainTable(tokens: Uint8Array): Uint8Array {
+  const attempts = tokens.length / tokenBytes;
+  const table = Uint8Array.from(randomBytes(attempts * stageRoleCount * tokenBytes));
+  for (let attempt = 0; attempt < attempts; attempt++) {
+    const token = tokens.subarray(attempt * tokenBytes, (attempt + 1) * tokenBytes);
+    table.set(token, (attempt * stageRoleCount + stageRoles.chain) * tokenBytes);
+  }
+  return table;
+}
+
+function sealKey(sessionKey: Uint8Array): Buffer {
+  return createHmac('sha256', sessionKey).update('memferry seal').digest();
+}

@@ -1,0 +1,415 @@
+/**
+ * One image over all servers of its list: made or opened at every one, committed, sealed and dissolved at all that
+ * live. Owned by one migration, park or claim; JavaScript thread. The first server is the home server; the order is
+ * the ordinals', for everyone and for good.
+ */
+import { randomBytes } from 'node:crypto';
+import { MemferryError } from '../errors.js';
+import type { NativeStageServer } from '../native.js';
+import { type Deferred, deferred } from '../protocol/deferred.js';
+import type {
+  CreateImage,
+  ImageAccess,
+  ImageInfo,
+  ImageKind,
+  ParkedGuest,
+} from '../protocol/stage-messages.js';
+import { type Claim, StageClient, type StageClientConfig, type StageSession } from './client.js';
+import { stageAttempts, stageRoleCount } from './image-secret.js';
+
+export interface ServerAddress {
+  readonly host: string;
+  readonly port: number;
+  readonly name?: string;
+}
+
+/** How the servers are spoken to; the same for all. */
+export type ImageSetConnection = Omit<StageClientConfig, 'host' | 'port' | 'name'>;
+
+export interface NewImage {
+  /** 32 hex digits: the migration's id. */
+  image: string;
+  secret: Uint8Array;
+  /** The guest's, for reports. */
+  name: string;
+  kind: ImageKind;
+  regions: CreateImage['regions'];
+  pageSize: number;
+  replicas: 1 | 2;
+  leaseMs: number;
+}
+
+/** What one server did not do. */
+export interface ServerFailure {
+  readonly ordinal: number;
+  readonly name: string;
+  readonly error: MemferryError;
+}
+
+interface Member {
+  readonly address: { name: string; host: string; port: number };
+  /** Null where it could not be reached or lost the image. */
+  client: StageClient | null;
+  session: StageSession | null;
+  error: MemferryError | null;
+}
+
+/** Rejects when the engine gives the server up: its answers are not waited for any longer. */
+type GivenUp = Deferred<never>;
+
+export class ImageSet {
+  readonly image: string;
+  readonly secret: Uint8Array;
+  readonly kind: ImageKind;
+  /** As the home server has it; null at the image's maker. */
+  readonly info: ImageInfo | null;
+  readonly #members: Member[];
+  readonly #givenUp: GivenUp[];
+  readonly #connection: ImageSetConnection;
+  #claim: { claimant: string; epoch: number } | null = null;
+  #granted = 0;
+
+  private constructor(made: {
+    image: string;
+    secret: Uint8Array;
+    kind: ImageKind;
+    info: ImageInfo | null;
+    members: Member[];
+    connection: ImageSetConnection;
+  }) {
+    this.image = made.image;
+    this.secret = made.secret;
+    this.kind = made.kind;
+    this.info = made.info;
+    this.#members = made.members;
+    this.#givenUp = made.members.map(() => {
+      const givenUp: GivenUp = deferred();
+      givenUp.promise.catch(() => {}); // nobody may be waiting
+      return givenUp;
+    });
+    this.#connection = made.connection;
+    for (const member of made.members) this.#watch(member);
+  }
+
+  /**
+   * Makes the image at every server. All of them have it, or none: the first failure is thrown, with the server's
+   * name, after the others have let go of theirs.
+   */
+  static async create(
+    servers: readonly ServerAddress[],
+    connection: ImageSetConnection,
+    made: NewImage,
+  ): Promise<ImageSet> {
+    const clients = await dialAll(servers, connection);
+    try {
+      await Promise.all(clients.map((client) => client.firstAnnouncement()));
+      const list = clients.map(({ host, port, name }) => ({ name, host, port }));
+      const { secret, ...rest } = made;
+      const sessions = await Promise.allSettled(
+        clients.map((client, ordinal) => client.create({ ...rest, ordinal, servers: list }, secret)),
+      );
+      const failed = sessions.find((outcome) => outcome.status === 'rejected');
+      if (failed) {
+        await Promise.allSettled(
+          clients.map((client, at) =>
+            sessions[at]?.status === 'fulfilled' ? client.dissolve(made.image) : undefined,
+          ),
+        );
+        throw failed.reason;
+      }
+      return new ImageSet({
+        ...made,
+        connection,
+        info: null,
+        members: clients.map((client, at) => ({
+          address: list[at] as Member['address'],
+          client,
+          session: (sessions[at] as PromiseFulfilledResult<StageSession>).value,
+          error: null,
+        })),
+      });
+    } catch (error) {
+      await Promise.all(clients.map((client) => client.close()));
+      throw error;
+    }
+  }
+
+  /**
+   * Opens an image at every server of its list that answers and still has it. Rejects when none does, or when the
+   * `required` ones do not. Whoever is missing is named by `failures`.
+   */
+  static async open(
+    servers: readonly ServerAddress[],
+    connection: ImageSetConnection,
+    opened: { image: string; secret: Uint8Array; access: ImageAccess; required?: 'all' | 'home' | 'any' },
+  ): Promise<ImageSet> {
+    const { image, secret, access, required = 'any' } = opened;
+    const outcomes = await Promise.all(
+      servers.map(async (server): Promise<Member & { info: ImageInfo | null }> => {
+        const { host, port } = server;
+        const address = { name: server.name ?? `${host}:${port}`, host, port };
+        let client: StageClient | null = null;
+        try {
+          client = await StageClient.dial({ ...connection, ...server });
+          const { info, session } = await client.open(image, secret, access);
+          const { name } = info.servers[info.ordinal] ?? address;
+          return { address: { name, host: client.host, port }, client, session, error: null, info };
+        } catch (error) {
+          await client?.close();
+          return { address, client: null, session: null, error: asError(error), info: null };
+        }
+      }),
+    );
+    const home = outcomes[0];
+    const failed = outcomes.find(({ error }) => error !== null);
+    const needed =
+      required === 'all' ? failed : required === 'home' ? (home?.error ? home : undefined) : undefined;
+    const misplaced = outcomes.findIndex(({ info }, ordinal) => info !== null && info.ordinal !== ordinal);
+    const error =
+      needed?.error ??
+      (outcomes.every(({ client }) => client === null) ? failed?.error : null) ??
+      (misplaced >= 0
+        ? new MemferryError('PROTOCOL_ERROR', `the servers are listed in another order than at ${misplaced}`)
+        : null);
+    if (error) {
+      await Promise.all(outcomes.map(({ client }) => client?.close()));
+      throw error;
+    }
+    const info = outcomes.find((outcome) => outcome.info !== null)?.info ?? null;
+    const kind = info?.kind ?? 'migration';
+    return new ImageSet({ image, secret, kind, info, members: outcomes, connection });
+  }
+
+  /** Opens a parked image by its home server alone, which knows the others. */
+  static async openParked(
+    home: ServerAddress,
+    connection: ImageSetConnection,
+    opened: { image: string; secret: Uint8Array; access: ImageAccess },
+  ): Promise<ImageSet> {
+    const client = await StageClient.dial({ ...connection, ...home });
+    let servers: ServerAddress[];
+    try {
+      const { info } = await client.open(opened.image, opened.secret, 'control');
+      if (info.ordinal !== 0) {
+        throw new MemferryError('VMD_REFUSED', `${client.name} is not the home server of the image`, {
+          facts: { reason: 'not-home', server: client.name },
+        });
+      }
+      // Home is where it was found, whatever its maker called it.
+      servers = [home, ...info.servers.slice(1)];
+    } finally {
+      await client.close();
+    }
+    return ImageSet.open(servers, connection, { ...opened, required: 'home' });
+  }
+
+  /** For the engines: all of the list, in order. One that failed has a session that it will refuse. */
+  get servers(): NativeStageServer[] {
+    return this.#members.map(({ address, session }) => ({
+      ...address,
+      session: session?.session ?? 0,
+      tokens: session?.tokens ?? new Uint8Array(stageAttempts * stageRoleCount * 32),
+    }));
+  }
+
+  /** Its clients by ordinal; null for one that failed. For announcements, mostly. */
+  get clients(): readonly (StageClient | null)[] {
+    return this.#members.map(({ client }) => client);
+  }
+
+  get home(): StageClient {
+    const { client, error } = this.#members[0] as Member;
+    if (client) return client;
+    throw error ?? new MemferryError('VMD_LOST', 'the home server is gone');
+  }
+
+  /** The servers that have failed by now. */
+  get failures(): ServerFailure[] {
+    return this.#members.flatMap(({ address, error }, ordinal) =>
+      error ? [{ ordinal, name: address.name, error }] : [],
+    );
+  }
+
+  /** `add` to an offer: how others reach the same servers in the same order. */
+  get list(): { name: string; host: string; port: number }[] {
+    return this.#members.map(({ address }) => ({ ...address }));
+  }
+
+  /**
+   * No lease ends the image from here on. For a migration after its commit, by either end. For a park before
+   * `transferred()`: the other servers hold their pages for good, and then GRANT parks the guest at home.
+   */
+  commit(): Promise<ServerFailure[]> {
+    return this.#atAll((client, ordinal) => {
+      if (this.kind === 'migration') return client.commit(this.image);
+      return ordinal === 0 ? Promise.resolve() : client.hold(this.image);
+    });
+  }
+
+  seal(digests: string[] | null): Promise<ServerFailure[]> {
+    return this.#atAll((client) => client.seal(this.image, digests));
+  }
+
+  /** The engine has given the server up: what it holds counts for nothing, and only `dissolve` asks it again. */
+  giveUp(ordinal: number, why: string): void {
+    const member = this.#members[ordinal];
+    if (!member) return;
+    member.error ??= new MemferryError('PEER_LOST', `VMD server ${member.address.name}: ${why}`, {
+      facts: { server: member.address.name },
+    });
+    this.#givenUp[ordinal]?.reject(member.error);
+  }
+
+  /** What the source sealed the image with; null when it sealed with nothing, or has not sealed yet. */
+  async digests(): Promise<string[] | null> {
+    for (const { address, error } of this.#members) {
+      if (error) continue;
+      // By a connection of its own: an image is open once on each.
+      const client = await StageClient.dial({ ...this.#connection, ...address }).catch(() => null);
+      try {
+        const opened = await client?.open(this.image, this.secret, 'control');
+        if (opened?.info.digests) return opened.info.digests;
+      } catch {
+        // It has lost the image, or is going: the next one may know.
+      } finally {
+        await client?.close();
+      }
+    }
+    return null;
+  }
+
+  /** Before pages of the growth are sent; throws the first failure. */
+  async grow(region: number, pages: number): Promise<void> {
+    const [failure] = await this.#atAll((client) => client.grow(this.image, region, pages));
+    if (failure) throw failure.error;
+  }
+
+  putState(guest: ParkedGuest, state: Uint8Array): Promise<void> {
+    return this.home.putState(this.image, guest, state);
+  }
+
+  /**
+   * Lets the image go everywhere. Home is asked first: when it refuses (somebody has claimed the guest since), the
+   * others keep their pages, and its refusal is thrown. A home server that is gone refuses nothing.
+   */
+  async dissolve(): Promise<ServerFailure[]> {
+    const home = this.#members[0]?.client;
+    if (home) {
+      try {
+        await home.dissolve(this.image, this.#granted);
+      } catch (error) {
+        if (error instanceof MemferryError && error.code === 'VMD_REFUSED') throw error;
+      }
+    }
+    return this.#atAll(
+      (client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.dissolve(this.image, this.#granted)),
+      { failedToo: true },
+    );
+  }
+
+  /**
+   * Asks the home server for the guest. One claim at a time; the same `claimant` may ask again. `rollback`: the
+   * caller knows that the guest's owner is dead and stays so; `true` means the one that there was when the image was
+   * opened. Rejects with VMD_REFUSED when somebody else has the guest. After any other failure nobody knows whether
+   * there is a claim: the connections are closed, so that it goes back.
+   */
+  async claim({
+    claimant = randomBytes(16).toString('hex'),
+    rollback = false,
+  }: {
+    claimant?: string;
+    rollback?: boolean | number;
+  } = {}): Promise<Claim> {
+    const owner = typeof rollback === 'number' ? rollback : rollback ? (this.info?.owner ?? null) : null;
+    try {
+      const claim = await this.home.claim(this.image, claimant, owner);
+      this.#claim = { claimant, epoch: claim.epoch };
+      return claim;
+    } catch (error) {
+      const { code } = asError(error);
+      if (code !== 'VMD_REFUSED' && code !== 'VMD_LOST') await this.close();
+      throw error;
+    }
+  }
+
+  /** The claim's commit. Rejects with VMD_REFUSED when it is over; with anything else the outcome is not known. */
+  async grant(): Promise<void> {
+    const { claimant, epoch } = this.#mustHaveClaimed();
+    await this.home.grant(this.image, claimant, epoch);
+    this.#granted = epoch;
+    // No time to live at the others either, now that somebody has resumed from them.
+    await this.#atAll((client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.commit(this.image)));
+  }
+
+  async release(): Promise<void> {
+    const { claimant, epoch } = this.#mustHaveClaimed();
+    await this.home.release(this.image, claimant, epoch);
+    this.#claim = null;
+  }
+
+  /** Closes the connections; the image stays as it is. */
+  async close(): Promise<void> {
+    await Promise.all(this.#members.map(({ client }) => client?.close()));
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  #mustHaveClaimed(): { claimant: string; epoch: number } {
+    if (this.#claim) return this.#claim;
+    throw new MemferryError('INVALID_ARGUMENT', 'there is no claim to grant or release');
+  }
+
+  /** At every server that has not failed; one that fails at it is out from then on, and named. */
+  async #atAll(
+    act: (client: StageClient, ordinal: number) => Promise<unknown>,
+    { failedToo = false } = {},
+  ): Promise<ServerFailure[]> {
+    const before = new Set(this.failures.map(({ ordinal }) => ordinal));
+    await Promise.all(
+      this.#members.map(async (member, ordinal) => {
+        if (!member.client || (member.error && !failedToo)) return;
+        try {
+          const acted = act(member.client, ordinal);
+          const givenUp = this.#givenUp[ordinal]?.promise;
+          await (failedToo ? acted : Promise.race([acted, givenUp]));
+        } catch (error) {
+          member.error ??= asError(error);
+        }
+      }),
+    );
+    return this.failures.filter(({ ordinal }) => !before.has(ordinal));
+  }
+
+  #watch(member: Member): void {
+    const { client } = member;
+    if (!client) return;
+    client.on('lost', (image, error) => {
+      if (image === this.image) member.error ??= error;
+    });
+    void client.closed.then((error) => {
+      if (error) member.error ??= error;
+    });
+  }
+}
+
+async function dialAll(
+  servers: readonly ServerAddress[],
+  connection: ImageSetConnection,
+): Promise<StageClient[]> {
+  const outcomes = await Promise.allSettled(
+    servers.map((server) => StageClient.dial({ ...connection, ...server })),
+  );
+  const clients = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
+  const failed = outcomes.find((outcome) => outcome.status === 'rejected');
+  if (!failed) return clients;
+  await Promise.all(clients.map((client) => client.close()));
+  throw failed.reason;
+}
+
+function asError(error: unknown): MemferryError {
+  return error instanceof MemferryError
+    ? error
+    : new MemferryError('SYSTEM', String(error), { cause: error });
+}

@@ -1,0 +1,347 @@
+/**
+ * One image at one server: its claims machine, timers, sessions of stage connections, and the native calls that
+ * follow from them. Owned by the table (images.ts); JavaScript thread.
+ */
+import { MemferryError, native } from '../errors.js';
+import type { NativeImageStats, NativeStage } from '../native.js';
+import type { SourceMessage } from '../protocol/commit.js';
+import type { DestinationState } from '../protocol/commit-destination.js';
+import {
+  type ClaimsAnswer,
+  type ClaimsEvent,
+  type ClaimsRequest,
+  type ClaimsState,
+  type ClaimsTimer,
+  type DissolveCause,
+  epochOf,
+  initialClaims,
+  ownerOf,
+  stepClaims,
+} from '../protocol/image-claims.js';
+import type {
+  CreateImage,
+  ImageAccess,
+  ImageInfo,
+  ImagePhase,
+  ParkedGuest,
+} from '../protocol/stage-messages.js';
+import { NamedTimers } from '../protocol/timers.js';
+import {
+  chainAttempts,
+  chainTable,
+  chainTokens,
+  firstChainSession,
+  roleBits,
+  stageRoles,
+  stageTokens,
+} from './image-secret.js';
+import { type CommitLink, ParkCommit } from './park-commit.js';
+import { packState, unpackState } from './parked-state.js';
+
+/**
+ * Sessions of one image: its source's, its destination's, those of claimants. Their tokens (8 KiB each) lie outside
+ * of the server's memory cap, so there are few; what nobody has open any more makes room.
+ */
+const maxSessions = 16;
+const lastSession = 0xfeff;
+
+/** A control connection that has an image open. */
+export interface Opener extends CommitLink {
+  readonly sessionKey: Uint8Array;
+}
+
+export interface StagedImageConfig {
+  create: CreateImage;
+  secret: Uint8Array;
+  stage: NativeStage;
+  claimLeaseMs: number;
+  grantTimeoutMs: number;
+  parkTtlMs: number | null;
+  /** The park's commit has an outcome. */
+  decided(state: DestinationState): void;
+  /** Nothing is left of it. */
+  gone(cause: DissolveCause): void;
+}
+
+export class StagedImage {
+  readonly id: string;
+  readonly bytes: Uint8Array;
+  readonly secret: Uint8Array;
+  readonly createdMs = performance.now();
+  readonly #create: CreateImage;
+  readonly #stage: NativeStage;
+  readonly #park: ParkCommit | null;
+  readonly #timers: NamedTimers<ClaimsTimer>;
+  readonly #events: ClaimsEvent[] = [];
+  readonly #openers = new Set<Opener>();
+  /** Connections of the newest claim's claimant. */
+  readonly #holders = new Set<Opener>();
+  readonly #sessions: { number: number; access: ImageAccess; opener: Opener }[] = [];
+  #nextSession = 1;
+  #claims: ClaimsState;
+  #digests: string[] | null = null;
+  #stateStored = false;
+
+  /** The image is in the native stage already. */
+  constructor(private readonly config: StagedImageConfig) {
+    const { create, parkTtlMs } = config;
+    this.id = create.image;
+    this.bytes = Buffer.from(create.image, 'hex');
+    this.secret = config.secret;
+    this.#create = create;
+    this.#stage = config.stage;
+    const home = create.ordinal === 0;
+    this.#claims = initialClaims({ kind: create.kind, home, mortal: parkTtlMs !== null });
+    this.#timers = new NamedTimers(
+      { lease: create.leaseMs, claim: config.claimLeaseMs, ttl: parkTtlMs ?? 0 },
+      (timer) => this.#dispatch({ type: `${timer}-over` }),
+    );
+    this.#park =
+      create.kind === 'park' && home
+        ? new ParkCommit({
+            grantTimeoutMs: config.grantTimeoutMs,
+            prepare: () => this.#prepare(),
+            park: () => {
+              // What a source that is gone from here on could still write, nobody should read.
+              this.#endSessions('write');
+              this.#dispatch({ type: 'park' });
+            },
+            abandon: () => this.#dispatch({ type: 'abandon' }),
+            decided: config.decided,
+          })
+        : null;
+    if (create.replicas === 2) this.#chain();
+  }
+
+  get phase(): ImagePhase {
+    return this.#claims.phase;
+  }
+
+  get info(): ImageInfo {
+    const { name, kind, ordinal, servers, replicas, pageSize, regions } = this.#create;
+    return {
+      name,
+      kind,
+      phase: this.#claims.phase,
+      ordinal,
+      servers,
+      replicas,
+      pageSize,
+      regions,
+      sealed: this.stats()?.sealed ?? false,
+      digests: this.#digests,
+      epoch: epochOf(this.#claims),
+      owner: ownerOf(this.#claims),
+    };
+  }
+
+  stats(): NativeImageStats | null {
+    return native(() => this.#stage.image(this.bytes));
+  }
+
+  /** A connection that has proved itself. Gives the number of its new session, null for `control`. */
+  open(
+    opener: Opener,
+    access: ImageAccess,
+    claim: { claimant: string; epoch: number } | null,
+  ): number | null {
+    const session = access === 'control' ? null : this.#addSession(opener, access);
+    this.#openers.add(opener);
+    if (claim && this.#claims.phase === 'claimed' && claim.epoch === this.#claims.epoch) {
+      if (claim.claimant === this.#claims.claimant) this.#holders.add(opener);
+    }
+    this.#dispatch({ type: 'opened', claim });
+    return session;
+  }
+
+  /** The connection is gone. */
+  detach(opener: Opener): void {
+    if (!this.#openers.delete(opener)) return;
+    this.#park?.detached(opener);
+    const epoch = epochOf(this.#claims);
+    if (this.#holders.delete(opener) && this.#holders.size === 0) {
+      this.#dispatch({ type: 'claimant-lost', epoch });
+    }
+    if (this.#openers.size === 0) this.#dispatch({ type: 'connection-lost' });
+  }
+
+  /** Carries out a request that the claims machine decides, and gives its answer. */
+  request(event: Exclude<ClaimsRequest, { type: 'claim' }>): ClaimsAnswer {
+    return this.#dispatch(event) as ClaimsAnswer;
+  }
+
+  /** With the guest and its execution state when the claim is given. */
+  claim(
+    opener: Opener,
+    { claimant, rollback }: { claimant: string; rollback: number | null },
+  ): { answer: ClaimsAnswer; guest: ParkedGuest | null; state: Uint8Array | null } {
+    const before = epochOf(this.#claims);
+    const whole = this.#stateStored && native(() => this.#stage.whole(this.bytes, this.#pages())) === true;
+    const answer = this.#dispatch({ type: 'claim', claimant, rollback, whole }) as ClaimsAnswer;
+    if (answer.type !== 'claimed') return { answer, guest: null, state: null };
+    if (answer.epoch !== before) this.#holders.clear();
+    this.#holders.add(opener);
+    const packed = native(() => this.#stage.state(this.bytes));
+    if (!packed) throw new MemferryError('VMD_LOST', 'the execution state is not here any more');
+    return { answer, ...unpackState(packed) };
+  }
+
+  /** Throws VMD_REFUSED when the image is not its source's any more, VMD_CAPACITY when there is no room. */
+  storeState(guest: ParkedGuest, state: Uint8Array): void {
+    this.#mustBeMigrating('a state');
+    if (!native(() => this.#stage.putState(this.bytes, packState(guest, state)))) {
+      throw new MemferryError(
+        'VMD_CAPACITY',
+        `there is no room for an execution state of ${state.length} bytes`,
+        {
+          facts: { bytes: state.length, free: this.#stage.stats().freeBytes },
+        },
+      );
+    }
+    this.#stateStored = true;
+  }
+
+  grow(region: number, pages: number): void {
+    const entry = this.#create.regions[region];
+    this.#mustBeMigrating('growth');
+    if (!entry || pages < entry.pages || pages > entry.capacityPages) {
+      throw new MemferryError(
+        'PROTOCOL_ERROR',
+        'growth of a region that is not there, or beyond its capacity',
+        {
+          facts: { region, pages },
+        },
+      );
+    }
+    entry.pages = pages;
+  }
+
+  seal(digests: string[] | null): void {
+    this.#digests = digests;
+    native(() => this.#stage.seal(this.bytes));
+  }
+
+  /** A word of the park's commit; false when this image has none. */
+  commit(opener: Opener, message: SourceMessage): boolean {
+    this.#park?.message(opener, message);
+    return this.#park !== null;
+  }
+
+  /** The server ends: timers stop, nothing is decided any more. */
+  close(): void {
+    this.#timers.stopAll();
+    this.#park?.fail({ code: 'CANCELLED', message: 'the VMD server was closed' });
+    this.#timers.stopAll();
+  }
+
+  #mustBeMigrating(what: string): void {
+    if (this.#claims.phase !== 'migrating' && this.#claims.phase !== 'committed') {
+      throw new MemferryError('VMD_REFUSED', `${what} for an image that is ${this.#claims.phase}`, {
+        facts: { reason: 'not-migrating' },
+      });
+    }
+  }
+
+  #pages(): number[] {
+    return this.#create.regions.map(({ pages }) => pages);
+  }
+
+  /** Everything that can fail about parking. */
+  #prepare(): void {
+    if (!this.#stateStored) throw new MemferryError('PROTOCOL_ERROR', 'PREPARE without a state');
+    if (native(() => this.#stage.whole(this.bytes, this.#pages())) !== true) {
+      throw new MemferryError(
+        'PREPARE_FAILED',
+        'the map of the parked guest does not have all of its pages',
+        {
+          facts: { ...(this.stats() ?? {}) },
+        },
+      );
+    }
+    this.#dispatch({ type: 'prepared' });
+    if (this.#claims.phase !== 'parking') {
+      throw new MemferryError('VMD_LOST', 'the image is not being parked any more');
+    }
+  }
+
+  #addSession(opener: Opener, access: ImageAccess): number {
+    if (this.#sessions.length >= maxSessions) {
+      // The oldest whose control connection is gone makes room; its stage connections end.
+      const at = this.#sessions.findIndex((session) => !this.#openers.has(session.opener));
+      const [oldest] = at < 0 ? [] : this.#sessions.splice(at, 1);
+      if (!oldest) {
+        throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxSessions} sessions of one image`, {
+          facts: { limit: maxSessions },
+        });
+      }
+      native(() => this.#stage.removeSession(this.bytes, oldest.number));
+    }
+    if (this.#nextSession > lastSession) {
+      throw new MemferryError('LIMIT_EXCEEDED', 'the image has used up its sessions', {
+        facts: { limit: lastSession },
+      });
+    }
+    const number = this.#nextSession++;
+    const tokens = stageTokens(opener.sessionKey, this.bytes, number, roleBits[access]);
+    if (!native(() => this.#stage.addSession(this.bytes, number, roleBits[access], tokens))) {
+      throw new MemferryError('VMD_LOST', 'the image is gone');
+    }
+    this.#sessions.push({ number, access, opener });
+    return number;
+  }
+
+  #endSessions(access: ImageAccess): void {
+    for (let at = this.#sessions.length - 1; at >= 0; at--) {
+      const session = this.#sessions[at];
+      if (session?.access !== access) continue;
+      this.#sessions.splice(at, 1);
+      native(() => this.#stage.removeSession(this.bytes, session.number));
+    }
+  }
+
+  /** Every server may pass pages on to every other one: which does, the source says page by page. */
+  #chain(): void {
+    const { servers, ordinal: own } = this.#create;
+    const attempts = chainAttempts(servers.length);
+    const chainRole = 1 << stageRoles.chain;
+    for (const [other, { host, port }] of servers.entries()) {
+      if (other === own) continue;
+      const out = chainTokens(this.secret, this.bytes, own, other, attempts);
+      const back = chainTable(chainTokens(this.secret, this.bytes, other, own, attempts));
+      native(() => this.#stage.setChain(this.bytes, other, host, port, out));
+      native(() => this.#stage.addSession(this.bytes, firstChainSession + other, chainRole, back));
+    }
+  }
+
+  /** One event at a time; gives the answer that the event itself got. */
+  #dispatch(event: ClaimsEvent): ClaimsAnswer | null {
+    this.#events.push(event);
+    if (this.#events.length > 1) return null;
+    let answer: ClaimsAnswer | null = null;
+    try {
+      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
+        const { state, actions } = stepClaims(this.#claims, next);
+        this.#claims = state;
+        for (const action of actions) {
+          if (action.type === 'answer') answer = next === event ? action.answer : answer;
+          else if (action.type === 'start-timer') this.#timers.start(action.timer);
+          else if (action.type === 'stop-timer') this.#timers.stop(action.timer);
+          else this.#drop(action.cause);
+        }
+      }
+    } finally {
+      this.#events.length = 0;
+    }
+    return answer;
+  }
+
+  #drop(cause: DissolveCause): void {
+    this.#timers.stopAll();
+    this.#openers.clear();
+    this.#holders.clear();
+    native(() => this.#stage.drop(this.bytes));
+    this.config.gone(cause);
+    // A source that is READY hears at once that its guest will not be parked.
+    this.#park?.fail({ code: 'VMD_LOST', message: `the image is gone (${cause})` });
+  }
+}

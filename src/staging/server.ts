@@ -1,0 +1,227 @@
+/**
+ * `stage`: a VMD server, the memory of guests on their way and of parked ones. One port: control connections are
+ * authenticated and answered here, stage connections by the native part. JavaScript thread.
+ */
+import { randomBytes } from 'node:crypto';
+import { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
+import { loadAddon } from '../addon.js';
+import { checkAddressPolicy, isLoopback } from '../control/address.js';
+import { ControlChannel } from '../control/channel.js';
+import { HandshakeGate } from '../control/gate.js';
+import { loadSecret } from '../control/secret.js';
+import { MemferryError, native } from '../errors.js';
+import type { NativeStage } from '../native.js';
+import {
+  parseAddress,
+  type ResolvedStageOptions,
+  resolveStageOptions,
+  type StageOptions,
+} from '../options.js';
+import { type Announcement, stageRequest, type StageStatus } from '../protocol/stage-messages.js';
+import { Announcer } from './announce.js';
+import { type StageChannel, StageConnection } from './connection.js';
+import { StagedImages } from './images.js';
+
+/** A VMD server that runs in this process. */
+export interface Staging extends AsyncDisposable {
+  readonly name: string;
+  readonly host: string;
+  readonly port: number;
+  status(): StageStatus;
+  /** Lets an image go, whatever its phase; false when it is not here. `image`: 32 hex digits. */
+  drop(image: string): boolean;
+  /** Everything that it holds is gone; parks that are not committed stay at their sources. */
+  close(): Promise<void>;
+}
+
+/** What the server stands on; tests have another one. */
+export interface StageRuntime {
+  readonly pageSize: number;
+  createStage(config: { memoryBytes: number; bandwidth: number }): NativeStage;
+  /** Throws when the port is taken. The preface of what `onControl` gets was read. */
+  listen(
+    address: { host: string; port: number },
+    stage: NativeStage,
+    onControl: (connection: Duplex) => void,
+  ): { readonly port: number; close(): void };
+}
+
+/** Authenticated connections at a time: each costs buffers, and an announcement a second. */
+const maxConnections = 1024;
+const announceMs = 1000;
+
+/**
+ * Serves memory to migrations.
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), NO_MEMORY, SYSTEM (the port is taken)
+ */
+export async function stage(options: StageOptions): Promise<Staging> {
+  return stageOn(await addonRuntime(), options);
+}
+
+/** The same over another runtime. */
+export async function stageOn(runtime: StageRuntime, options: StageOptions): Promise<Staging> {
+  const resolved = resolveStageOptions(options);
+  checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
+  const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
+  resolved.signal?.throwIfAborted();
+  return new StageServer(runtime, resolved, secret);
+}
+
+class StageServer implements Staging {
+  readonly name: string;
+  readonly host: string;
+  readonly port: number;
+  readonly #stage: NativeStage;
+  readonly #listener: { readonly port: number; close(): void };
+  readonly #images: StagedImages;
+  readonly #gate = new HandshakeGate();
+  readonly #connections = new Map<StageChannel, StageConnection>();
+  readonly #closing = new AbortController();
+  readonly #ticker: NodeJS.Timeout;
+  readonly #announcer: Announcer | null;
+  readonly #startedMs = performance.now();
+  #closed: Promise<void> | null = null;
+
+  constructor(
+    runtime: StageRuntime,
+    private readonly options: ResolvedStageOptions,
+    private readonly secret: Uint8Array,
+  ) {
+    const { memoryBytes, bandwidth } = options;
+    this.host = options.host;
+    this.#stage = native(() => runtime.createStage({ memoryBytes, bandwidth }));
+    try {
+      const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
+      this.#listener = native(() =>
+        runtime.listen({ host: numeric, port: options.port }, this.#stage, (connection) => {
+          this.#onControl(connection).catch(() => {
+            // A stranger, or a peer that broke the rules: it was told, and there is nobody else to tell.
+          });
+        }),
+      );
+    } catch (error) {
+      this.#stage.close();
+      throw error;
+    }
+    this.port = this.#listener.port;
+    this.name = options.name ?? `${options.host}:${this.port}`.slice(-64);
+    this.#images = new StagedImages({ ...options, stage: this.#stage, pageSize: runtime.pageSize });
+    this.#announcer = options.announce === null ? null : this.#makeAnnouncer(options.announce);
+    // Not unreferenced: the native listener's thread is none that Node waits for, this timer stands for it.
+    this.#ticker = setInterval(() => this.#announce(), announceMs);
+    this.#announcer?.announce(this.#announcement());
+    options.signal?.addEventListener('abort', this.#onAbort, { once: true });
+  }
+
+  status(): StageStatus {
+    const { connections, bytesIn, bytesOut } = this.#stage.stats();
+    return {
+      ...this.#announcement(),
+      maxImages: this.options.maxImages,
+      connections,
+      bytesIn,
+      bytesOut,
+      uptimeMs: performance.now() - this.#startedMs,
+      held: this.#images.status(),
+    };
+  }
+
+  drop(image: string): boolean {
+    return this.#images.drop(image);
+  }
+
+  close(): Promise<void> {
+    this.#closed ??= this.#close();
+    return this.#closed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  readonly #onAbort = (): void => void this.close();
+
+  async #close(): Promise<void> {
+    this.options.signal?.removeEventListener('abort', this.#onAbort);
+    this.#closing.abort(new MemferryError('CANCELLED', 'the VMD server was closed'));
+    this.#gate.close();
+    clearInterval(this.#ticker);
+    this.#announcer?.close();
+    // Sources of parks are refused while their connections can still carry it.
+    this.#images.close();
+    await Promise.all([...this.#connections.keys()].map((channel) => channel.close()));
+    this.#listener.close();
+    this.#stage.close();
+  }
+
+  async #onControl(connection: Duplex): Promise<void> {
+    if (this.#closing.signal.aborted) {
+      connection.destroy();
+      return;
+    }
+    const session = await this.#gate.accept(connection, {
+      secret: this.secret,
+      signal: this.#closing.signal,
+    });
+    const channel: StageChannel = new ControlChannel(session, {
+      incoming: stageRequest,
+      maxBinaryBytes: this.options.maxStateBytes,
+      peerTimeoutMs: this.options.peerTimeoutMs,
+    });
+    if (this.#connections.size >= maxConnections || this.#closing.signal.aborted) {
+      await channel.close();
+      return;
+    }
+    const peer = new StageConnection(channel, session.sessionKey, this.#images, () => this.status());
+    this.#connections.set(channel, peer);
+    peer.announce(this.#announcement());
+    try {
+      await peer.serve();
+      await channel.close();
+    } catch (error) {
+      channel.destroy(error instanceof MemferryError ? error : null);
+    } finally {
+      this.#connections.delete(channel);
+    }
+  }
+
+  #announcement(): Announcement {
+    const { memoryBytes, freeBytes } = this.#stage.stats();
+    const { rack, bandwidth } = this.options;
+    return { name: this.name, rack, memoryBytes, freeBytes, bandwidth, images: this.#images.size };
+  }
+
+  #announce(): void {
+    const announcement = this.#announcement();
+    for (const connection of this.#connections.values()) connection.announce(announcement);
+    this.#announcer?.announce(announcement);
+  }
+
+  #makeAnnouncer(group: string): Announcer {
+    return new Announcer({
+      group: parseAddress(group),
+      secret: this.secret,
+      boot: randomBytes(8).toString('hex'),
+      host: this.host,
+      port: this.port,
+    });
+  }
+}
+
+async function addonRuntime(): Promise<StageRuntime> {
+  const addon = loadAddon();
+  return {
+    pageSize: addon.pageSize,
+    createStage: (config) => addon.createStage(config),
+    listen({ host, port }, nativeStage, onControl) {
+      const listener = addon.createListener(host, port, (fd) => {
+        const socket = new Socket({ fd, readable: true, writable: true });
+        socket.setNoDelay(true);
+        onControl(socket);
+      });
+      listener.serveStage(nativeStage);
+      return listener;
+    },
+  };
+}

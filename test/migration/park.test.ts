@@ -1,0 +1,169 @@
+/** Parking: a guest leaves with no destination chosen, and one claimant, and only one, has it later. */
+import { afterEach, expect, test } from 'vitest';
+import { MemferryError } from '../../src/errors.js';
+import type { Guest } from '../../src/guest.js';
+import { type Staging, stage, park, Region, unpark, type Unparked } from '../../src/index.js';
+
+const SECRET = 'a secret that only this test knows';
+const MIB = 2 ** 20;
+
+const open: { [Symbol.asyncDispose](): PromiseLike<void> }[] = [];
+const regions: Region[] = [];
+afterEach(async () => {
+  for (const one of open.splice(0).reverse()) await one[Symbol.asyncDispose]();
+  for (const region of regions.splice(0)) region.close();
+});
+
+async function servers(count: number, memoryBytes = 64 * MIB): Promise<Staging[]> {
+  const all = await Promise.all(
+    Array.from({ length: count }, (_, index) =>
+      stage({ secret: SECRET, memoryBytes, name: `I${index + 1}` }),
+    ),
+  );
+  open.push(...all);
+  return all;
+}
+const via = (all: readonly Staging[]) => all.map(({ port }) => `127.0.0.1:${port}`);
+
+class PlainGuest implements Guest {
+  readonly name = 'plain';
+  readonly module = null;
+  readonly regions: Guest['regions'];
+  runs = true;
+  released = false;
+  readonly content: Uint8Array;
+  readonly memory: Uint8Array;
+
+  constructor(lengthBytes = 8 * MIB) {
+    const region = Region.allocate({ lengthBytes });
+    regions.push(region);
+    this.regions = [{ name: 'memory', region }];
+    const [view] = region.views as [Uint8Array];
+    const words = new Uint32Array(view.buffer, view.byteOffset, view.length / 4);
+    for (let word = 0; word < words.length; word++) words[word] = Math.imul(word, 2654435761);
+    // Some pages of zeros, and some never touched content is fine as it is.
+    view.fill(0, 40 * 4096, 60 * 4096);
+    this.memory = view;
+    this.content = Uint8Array.from(view);
+  }
+  async pause(): Promise<Uint8Array> {
+    this.runs = false;
+    return Uint8Array.of(1, 2, 3);
+  }
+  unpause(): void {
+    this.runs = true;
+  }
+  release(): void {
+    this.released = true;
+  }
+}
+
+async function claimed(ticket: Parameters<typeof unpark>[0], options = {}): Promise<Unparked> {
+  const unparked = await unpark(ticket, { secret: SECRET, ...options });
+  open.push(unparked);
+  regions.push(...unparked.regions);
+  return unparked;
+}
+
+test.each([
+  [1, 1],
+  [2, 1],
+  [3, 2],
+] as const)(
+  '%i servers, %i replicas: parked, claimed, gathered, every byte the same',
+  async (count, replicas) => {
+    const all = await servers(count);
+    const guest = new PlainGuest();
+    const report = await park(guest, { secret: SECRET, via: via(all), replicas });
+    expect(guest).toMatchObject({ runs: false, released: true });
+    expect(all[0]?.status().held).toMatchObject([{ phase: 'parked', kind: 'park' }]);
+    // The source's memory is its owner's again.
+    guest.memory.fill(0xee);
+
+    const unparked = await claimed(report.ticket, { gatherLimit: 20e6 });
+    const [region] = unparked.regions as [Region];
+    const [view] = region.views as [Uint8Array];
+    // On demand, long before it is all here.
+    expect(
+      Buffer.compare(view.subarray(7 * MIB, 7 * MIB + 4096), guest.content.subarray(7 * MIB, 7 * MIB + 4096)),
+    ).toBe(0);
+    expect(await unparked.complete).toMatchObject({ verified: true, heapBytes: 8 * MIB });
+    expect(Buffer.compare(view, guest.content)).toBe(0);
+    for (const { status } of all.map((server) => ({ status: server.status() })))
+      expect(status.held).toEqual([]);
+  },
+);
+
+test('two claims at once: one owner, one clear refusal', async () => {
+  const all = await servers(2);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const outcomes = await Promise.allSettled([
+    claimed(ticket, { gatherLimit: 1e6 }),
+    claimed(ticket, { gatherLimit: 1e6 }),
+  ]);
+  expect(outcomes.map(({ status }) => status).sort()).toEqual(['fulfilled', 'rejected']);
+  const refused = outcomes.find((outcome) => outcome.status === 'rejected') as PromiseRejectedResult;
+  expect(refused.reason).toBeInstanceOf(MemferryError);
+  expect(refused.reason).toMatchObject({ code: 'VMD_REFUSED' });
+});
+
+test('what was resumed once is resumed again only by rollback', async () => {
+  const all = await servers(2);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const first = await unpark(ticket, { secret: SECRET, gatherLimit: 1e6 });
+  first.complete.catch(() => {});
+  await first[Symbol.asyncDispose](); // its owner dies before it has everything
+  regions.push(...first.regions);
+  await expect(claimed(ticket)).rejects.toMatchObject({ code: 'VMD_REFUSED' });
+  const again = await claimed(ticket, { rollback: true });
+  expect(await again.complete).toMatchObject({ verified: true });
+  expect(Buffer.compare(again.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
+});
+
+test('a claim whose prepare fails goes back', async () => {
+  const all = await servers(1);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const accept = () => {
+    const region = Region.allocate({ lengthBytes: 8 * MIB });
+    regions.push(region);
+    return {
+      regions: [region],
+      prepare: async () => {
+        throw new Error('not today');
+      },
+      resume: () => {},
+      abandon: () => {},
+    };
+  };
+  await expect(claimed(ticket, { accept })).rejects.toThrow('not today');
+  expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});
+
+test('servers that are too small: VMD_CAPACITY, and the guest runs on', async () => {
+  const all = await servers(1, 16 * MIB);
+  const guest = new PlainGuest(32 * MIB);
+  await expect(park(guest, { secret: SECRET, via: via(all) })).rejects.toMatchObject({
+    code: 'VMD_CAPACITY',
+  });
+  expect(guest.runs).toBe(true);
+  expect(all[0]?.status().held).toEqual([]);
+  // Its regions can move again.
+  const enough = await servers(2);
+  await park(guest, { secret: SECRET, via: via(enough) });
+});
+
+test('a ticket of another guest, or a wrong secret, opens nothing', async () => {
+  const all = await servers(1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  await expect(claimed({ ...ticket, secret: 'ab'.repeat(32) })).rejects.toMatchObject({
+    code: 'AUTH_FAILED',
+  });
+  await expect(unpark(ticket, { secret: 'another secret of some length' })).rejects.toMatchObject({
+    code: 'AUTH_FAILED',
+  });
+  await expect(claimed({ ...ticket, image: 'cd'.repeat(16) })).rejects.toMatchObject({ code: 'VMD_LOST' });
+  expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});

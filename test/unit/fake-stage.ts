@@ -1,0 +1,230 @@
+/** A VMD server without its native part: what holds pages is counted, nothing is moved. */
+import { createServer, type Socket } from 'node:net';
+import type { NativeImageStats, NativeStage, NativeStageStats } from '../../src/native.js';
+import type { StageOptions } from '../../src/options.js';
+import type { StageRuntime } from '../../src/staging/server.js';
+import { type Staging, stageOn } from '../../src/staging/server.js';
+import type { ImageSetConnection, NewImage } from '../../src/staging/image-set.js';
+import { readPreface } from './control-pair.js';
+
+interface FakeImage {
+  regionPages: number[];
+  ordinal: number;
+  sessions: Map<number, { roles: number; tokens: Uint8Array }>;
+  chains: Map<number, { host: string; port: number; tokens: Uint8Array }>;
+  state: Uint8Array | null;
+  sealed: boolean;
+  whole: boolean;
+}
+
+const indexBytesPerPage = 16;
+
+export class FakeStage implements NativeStage {
+  readonly images = new Map<string, FakeImage>();
+  readonly dropped: string[] = [];
+  closed = false;
+
+  constructor(readonly memoryBytes: number) {}
+
+  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean {
+    const id = hexOf(image);
+    if (this.images.has(id)) throw new RangeError('the id is taken');
+    const index = regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage;
+    if (index > this.stats().freeBytes) return false;
+    this.images.set(id, {
+      regionPages,
+      ordinal,
+      sessions: new Map(),
+      chains: new Map(),
+      state: null,
+      sealed: false,
+      whole: false,
+    });
+    return true;
+  }
+
+  addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean {
+    return this.images.get(hexOf(image))?.sessions.set(session, { roles, tokens }) !== undefined;
+  }
+
+  removeSession(image: Uint8Array, session: number): boolean {
+    return this.images.get(hexOf(image))?.sessions.delete(session) ?? false;
+  }
+
+  setChain(image: Uint8Array, ordinal: number, host: string, port: number, tokens: Uint8Array): boolean {
+    return this.images.get(hexOf(image))?.chains.set(ordinal, { host, port, tokens }) !== undefined;
+  }
+
+  putState(image: Uint8Array, state: Uint8Array): boolean {
+    const entry = this.images.get(hexOf(image));
+    if (!entry || state.length > this.stats().freeBytes) return false;
+    entry.state = Uint8Array.from(state);
+    return true;
+  }
+
+  state(image: Uint8Array): Uint8Array | null {
+    return this.images.get(hexOf(image))?.state ?? null;
+  }
+
+  seal(image: Uint8Array): boolean {
+    const entry = this.images.get(hexOf(image));
+    if (entry) entry.sealed = true;
+    return entry !== undefined;
+  }
+
+  drop(image: Uint8Array): boolean {
+    this.dropped.push(hexOf(image));
+    return this.images.delete(hexOf(image));
+  }
+
+  image(image: Uint8Array): NativeImageStats | null {
+    const entry = this.images.get(hexOf(image));
+    return entry ? { ...nothing, bytes: bytesOf(entry), sealed: entry.sealed } : null;
+  }
+
+  whole(image: Uint8Array): boolean | null {
+    return this.images.get(hexOf(image))?.whole ?? null;
+  }
+
+  stats(): NativeStageStats {
+    const used = [...this.images.values()].reduce((sum, entry) => sum + bytesOf(entry), 0);
+    const { memoryBytes } = this;
+    const { bytesIn, bytesOut } = nothing;
+    return {
+      memoryBytes,
+      freeBytes: memoryBytes - used,
+      images: this.images.size,
+      connections: 0,
+      bytesIn,
+      bytesOut,
+    };
+  }
+
+  close(): void {
+    this.closed = true;
+  }
+}
+
+const nothing: NativeImageStats = {
+  pagesHeld: 0,
+  pagesZero: 0,
+  pagesKnown: 0,
+  bytes: 0,
+  bytesIn: 0,
+  bytesOut: 0,
+  sealed: false,
+};
+
+function bytesOf({ regionPages, state }: FakeImage): number {
+  return regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage + (state?.length ?? 0);
+}
+
+function hexOf(image: Uint8Array): string {
+  return Buffer.from(image).toString('hex');
+}
+
+export const secret = 'the secret of a whole VMD';
+
+/** One server over loopback. `cut` breaks its connections. */
+export class FakeServer {
+  native!: FakeStage;
+  staging!: Staging;
+  readonly #sockets = new Set<Socket>();
+  /** Connections in all. */
+  accepted = 0;
+
+  private constructor(private readonly options: Partial<StageOptions>) {}
+
+  static async start(options: Partial<StageOptions> = {}): Promise<FakeServer> {
+    const server = new FakeServer(options);
+    await server.#start(options.port ?? 0);
+    return server;
+  }
+
+  get address(): { host: string; port: number } {
+    return { host: '127.0.0.1', port: this.staging.port };
+  }
+
+  /** Breaks every connection; resolves when the server has noticed. */
+  async cut(): Promise<void> {
+    const closed = [...this.#sockets].map((socket) => {
+      socket.destroy();
+      return new Promise((resolve) => socket.once('close', resolve));
+    });
+    await Promise.all(closed);
+  }
+
+  /** As after a crash: the same address, and nothing of what was there. */
+  async restart(): Promise<void> {
+    const { port } = this.staging;
+    await this.cut();
+    await this.staging.close();
+    await this.#start(port);
+  }
+
+  async close(): Promise<void> {
+    await this.staging.close();
+  }
+
+  async #start(port: number): Promise<void> {
+    // A real port is known only when it listens, and `listen` of a runtime answers at once.
+    const server = createServer();
+    await new Promise<void>((resolve) => server.listen(port, '127.0.0.1', resolve));
+    const bound = (server.address() as { port: number }).port;
+    const runtime: StageRuntime = {
+      pageSize: 4096,
+      createStage: ({ memoryBytes }) => {
+        this.native = new FakeStage(memoryBytes);
+        return this.native;
+      },
+      listen: (_address, _stage, onControl) => {
+        server.on('connection', (socket) => {
+          this.accepted++;
+          socket.setNoDelay(true);
+          this.#sockets.add(socket);
+          socket.on('error', () => {});
+          socket.on('close', () => this.#sockets.delete(socket));
+          readPreface(socket).then(
+            () => onControl(socket),
+            () => socket.destroy(),
+          );
+        });
+        return { port: bound, close: () => server.close() };
+      },
+    };
+    this.staging = await stageOn(runtime, { memoryBytes: 64 * 2 ** 20, secret, ...this.options });
+  }
+}
+
+export function connection(more: Partial<ImageSetConnection> = {}): ImageSetConnection {
+  return { secret: Buffer.from(secret), requestTimeoutMs: 3000, recoverTimeoutMs: 3000, ...more };
+}
+
+export const imageId = '00112233445566778899aabbccddeeff';
+export const imageSecret = Uint8Array.from({ length: 32 }, (_, at) => at);
+
+export function newImage(more: Partial<NewImage> = {}): NewImage {
+  return {
+    image: imageId,
+    secret: imageSecret,
+    name: 'guest',
+    kind: 'migration',
+    regions: [{ name: 'heap', pages: 64, capacityPages: 128 }],
+    pageSize: 4096,
+    replicas: 1,
+    leaseMs: 200,
+    ...more,
+  };
+}
+
+export const parkedGuest = {
+  name: 'guest',
+  module: null,
+  description: { anything: [1, 2] },
+  regions: [{ name: 'heap', lengthBytes: 64 * 4096, capacityBytes: 128 * 4096, pageSize: 4096 }],
+};
+
+/** Until it holds; the test's own timeout is the bound. */
+export async function until(holds: () => boolean): Promise<void> {
+  while (!holds()) await new Promise((resolve) => setTimeout(resolve, 5));
+}
