@@ -1,6 +1,6 @@
 /**
- * Makes a fresh checkout able to run: `node scripts/setup.mjs demo|test|bench`, called by the npm scripts of
- * the same names. Checks Node and the system, installs what is missing where it may (root on a Debian), says
+ * Makes a fresh checkout able to run: `node scripts/setup.mjs demo|test|bench|bench:paper`, called by the npm
+ * scripts of the same names. Checks Node and the system, installs what is missing where it may (root on a Debian), says
  * exactly what is missing where it may not, then installs the npm packages and builds what is out of date.
  *
  * Node's own modules only: it runs before anything is installed. With nothing to do it takes well under a
@@ -74,6 +74,18 @@ const NEEDS = {
     deb: 'iproute2',
     rpm: 'iproute-tc',
   },
+  mkswap: {
+    what: 'mkswap (util-linux)',
+    there: () => onPath('mkswap'),
+    deb: 'util-linux',
+    rpm: 'util-linux',
+  },
+  redis: {
+    what: 'redis-server',
+    there: () => onPath('redis-server'),
+    deb: 'redis-server',
+    rpm: 'redis',
+  },
 };
 
 const BUILD = ['g++', 'make', 'python3', 'xxhash'];
@@ -81,6 +93,7 @@ const PROFILES = {
   demo: BUILD,
   test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'ip'],
   bench: [...BUILD, 'gcc', 'ip'],
+  'bench:paper': [...BUILD, 'gcc', 'ip', 'mkswap', 'redis'],
 };
 
 main(process.argv[2] ?? 'demo');
@@ -156,7 +169,8 @@ function installSystemPackages(missing) {
   const debian = onPath('apt-get');
   const packages = (family) => [...new Set(missing.map((name) => NEEDS[name][family]))];
   if (debian && process.getuid?.() === 0) {
-    const env = { ...process.env, DEBIAN_FRONTEND: 'noninteractive' };
+    // RUNLEVEL: a server that is installed (Redis) is not started as a service.
+    const env = { ...process.env, DEBIAN_FRONTEND: 'noninteractive', RUNLEVEL: '1' };
     run('apt-get', ['update', '-qq'], 'updating the list of Debian packages', { env });
     const wanted = packages('deb').map(debianName);
     run(

@@ -55,12 +55,23 @@ export function labObstacle(): string | null {
   return null;
 }
 
-/** Namespaces and bridges of labs whose process was killed before it could take them down. */
+/** Ends what still runs in a namespace: processes keep it alive after its name is gone. */
+function endProcessesIn(namespace: string): void {
+  try {
+    const pids = execFileSync('ip', ['netns', 'pids', namespace], { encoding: 'utf8' });
+    for (const pid of pids.split('\n').filter((line) => line !== '')) process.kill(Number(pid), 'SIGKILL');
+  } catch {
+    // The namespace or a process went away meanwhile.
+  }
+}
+
+/** What labs left whose process was killed before it could take them down. */
 function removeAbandoned(): void {
   const names = existsSync('/run/netns') ? readdirSync('/run/netns') : [];
   for (const name of names) {
     const match = new RegExp(`^${prefix}(\\d+)-(\\d+)$`).exec(name);
     if (match === null || existsSync(`/proc/${match[1]}`)) continue;
+    endProcessesIn(name);
     quietly('link', 'del', deviceOf(Number(match[1]), Number(match[2])));
     quietly('netns', 'del', name);
     quietly('link', 'del', bridgeOf(Number(match[1])));
@@ -110,21 +121,28 @@ export class Lab implements Disposable {
 
   /** Of what each host sends; all of them send, so that either direction has it. */
   setRate(rate: string): void {
-    for (const host of this.hosts) {
-      const shape = [
-        'replace',
-        'dev',
-        'eth0',
-        'root',
-        'tbf',
-        'rate',
-        rate,
-        'burst',
-        '512kb',
-        'latency',
-        '50ms',
-      ];
-      execFileSync('tc', ['-n', host.namespace, 'qdisc', ...shape], { stdio: ['ignore', 'ignore', 'pipe'] });
+    for (const host of this.hosts) this.setHostRate(host, 'send', rate);
+  }
+
+  /**
+   * One direction of one host's link, also while traffic runs; null: as fast as the machine. What a host
+   * receives is limited where the bridge sends it.
+   */
+  setHostRate(host: Host, direction: 'send' | 'receive', rate: string | null): void {
+    const index = this.hosts.indexOf(host);
+    if (index < 0) throw new Error(`${host.namespace} is no host of this lab`);
+    const where = direction === 'send' ? ['-n', host.namespace] : [];
+    const device = direction === 'send' ? 'eth0' : deviceOf(process.pid, index);
+    const shape = rate === null ? [] : ['tbf', 'rate', rate, 'burst', '512kb', 'latency', '50ms'];
+    try {
+      execFileSync(
+        'tc',
+        [...where, 'qdisc', rate === null ? 'del' : 'replace', 'dev', device, 'root', ...shape],
+        { stdio: ['ignore', 'ignore', 'pipe'] },
+      );
+    } catch (error) {
+      // There was no limit to take away.
+      if (rate !== null) throw error;
     }
   }
 
@@ -135,6 +153,7 @@ export class Lab implements Disposable {
     process.off('exit', this.#atExit);
     // Links first: a namespace takes its devices down some time after it is deleted.
     for (const [index, host] of this.hosts.entries()) {
+      endProcessesIn(host.namespace);
       quietly('link', 'del', deviceOf(process.pid, index));
       quietly('netns', 'del', host.namespace);
     }

@@ -93,6 +93,10 @@ answerCalls(
       receiver = addon.createReceiver({
         ...parameters,
         regions: [must(region)],
+        servers: [],
+        gatherLimit: 0,
+        bandwidth: 0,
+        sourceless: false,
         keepPageHashes: false,
         recoverTimeoutMs: 2000,
         lossGraceMs: 100,

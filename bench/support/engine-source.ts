@@ -68,6 +68,11 @@ answerCalls(
         bandwidth: 0,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
+        servers: [],
+        replicas: 1,
+        direct: true,
+        stallTimeoutMs: 3000,
+        releaseAsEvicted: false,
         onEvent,
       });
       sender.connect();

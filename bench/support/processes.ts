@@ -19,19 +19,31 @@ function track(child: ChildProcess): ChildProcess {
   return child;
 }
 
-/** The command as it is, or inside a network namespace. */
-function inside(namespace: string | null, command: string, args: string[]): [string, string[]] {
-  return namespace === null ? [command, args] : ['ip', ['netns', 'exec', namespace, command, ...args]];
+/** Where a program runs. */
+export interface Place {
+  /** A network namespace; without one in the trial's own. */
+  namespace?: string | null;
+  /** Files that a process writes its id to (cgroup.procs), before the program begins. */
+  cgroups?: readonly string[];
 }
 
-export interface CommandOptions {
-  namespace?: string | null;
+/** Joins the cgroups named up to `--`, then becomes the command. */
+const joining = 'while [ "$1" != -- ]; do echo $$ > "$1" || exit 125; shift; done; shift; exec "$@"';
+
+/** The command as it is, or inside a network namespace and cgroups. */
+function inside({ namespace, cgroups }: Place, command: string, args: string[]): [string, string[]] {
+  const [program, all] = namespace ? ['ip', ['netns', 'exec', namespace, command, ...args]] : [command, args];
+  // First the cgroups: `ip netns exec` mounts a /sys of its own.
+  return cgroups?.length ? ['sh', ['-c', joining, 'sh', ...cgroups, '--', program, ...all]] : [program, all];
+}
+
+export interface CommandOptions extends Place {
   timeoutMs?: number;
 }
 
 /** Runs a program to its end; its standard output. Rejects on another exit status than 0. */
 export function runCommand(command: string, args: string[], options: CommandOptions = {}): Promise<string> {
-  const [program, all] = inside(options.namespace ?? null, command, args);
+  const [program, all] = inside(options, command, args);
   return new Promise((resolve, reject) => {
     const child = track(spawn(program, all, { stdio: ['ignore', 'pipe', 'pipe'] }));
     const timeoutMs = options.timeoutMs ?? 120_000;
@@ -65,10 +77,54 @@ export async function runFloor<T>(
   return JSON.parse(await runCommand(join(floorsDirectory, name), args.map(String), options)) as T;
 }
 
-export interface FloorServer {
-  port: number;
-  /** Resolves when the server has ended by itself; kills it after a bound. */
+export interface Server {
+  readonly pid: number;
+  /** The first line that it printed. */
+  readonly first: string;
+  /** Resolves when it has ended by itself; kills it after a bound. */
   ended(): Promise<void>;
+  /** SIGTERM, then, after the same bound, SIGKILL. */
+  stop(): Promise<void>;
+}
+
+const endTimeoutMs = 5000;
+
+/** Starts a program that prints a line when it is ready, and goes on. */
+export async function startServer(
+  command: string,
+  args: string[],
+  options: CommandOptions = {},
+): Promise<Server> {
+  const [program, all] = inside(options, command, args);
+  const child = track(spawn(program, all, { stdio: ['ignore', 'pipe', 'inherit'] }));
+  const exited = new Promise<void>((resolve) => child.once('close', () => resolve()));
+  const lines = createInterface({ input: child.stdout as NodeJS.ReadableStream });
+  const timer = setTimeout(() => child.kill('SIGKILL'), options.timeoutMs ?? 60_000);
+  const first = await new Promise<string>((resolve, reject) => {
+    lines.once('line', resolve);
+    child.once('error', reject);
+    child.once('exit', (status, signal) =>
+      reject(new Error(`${command} ended with ${signal ?? status} before it was ready`)),
+    );
+  }).finally(() => clearTimeout(timer));
+  const ended = async (): Promise<void> => {
+    const late = setTimeout(() => child.kill('SIGKILL'), endTimeoutMs);
+    await exited;
+    clearTimeout(late);
+  };
+  return {
+    pid: child.pid as number,
+    first,
+    ended,
+    stop: () => {
+      child.kill('SIGTERM');
+      return ended();
+    },
+  };
+}
+
+export interface FloorServer extends Server {
+  readonly port: number;
 }
 
 /** Starts a floor's server side, which prints {"port":N} and serves one client. */
@@ -76,24 +132,10 @@ export async function startFloorServer(
   name: string,
   args: (string | number)[],
   namespace: string | null,
+  place: Place = {},
 ): Promise<FloorServer> {
-  const [program, all] = inside(namespace, join(floorsDirectory, name), args.map(String));
-  const child = track(spawn(program, all, { stdio: ['ignore', 'pipe', 'inherit'] }));
-  const exited = new Promise<void>((resolve) => child.once('close', () => resolve()));
-  const lines = createInterface({ input: child.stdout as NodeJS.ReadableStream });
-  const first = await new Promise<string>((resolve, reject) => {
-    lines.once('line', resolve);
-    child.once('error', reject);
-    child.once('exit', (status) => reject(new Error(`${name} ended with ${status} before it listened`)));
-  });
-  return {
-    port: (JSON.parse(first) as { port: number }).port,
-    ended: async () => {
-      const timer = setTimeout(() => child.kill('SIGKILL'), 5000);
-      await exited;
-      clearTimeout(timer);
-    },
-  };
+  const server = await startServer(join(floorsDirectory, name), args.map(String), { ...place, namespace });
+  return { ...server, port: (JSON.parse(server.first) as { port: number }).port };
 }
 
 interface Reply {
@@ -129,12 +171,9 @@ export class Peer {
   }
 
   /** `script` is a path below bench/, without its extension. */
-  static start(script: string, options: { namespace?: string | null; args?: string[] } = {}): Peer {
+  static start(script: string, options: Place & { args?: string[] } = {}): Peer {
     const file = join(compiledDirectory, `${script}.js`);
-    const [program, all] = inside(options.namespace ?? null, process.execPath, [
-      file,
-      ...(options.args ?? []),
-    ]);
+    const [program, all] = inside(options, process.execPath, [file, ...(options.args ?? [])]);
     const child = spawn(program, all, {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
       serialization: 'advanced',

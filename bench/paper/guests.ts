@@ -1,0 +1,64 @@
+/** The guests of the evaluation, made at the source and taken in at the destination, by kind. */
+import { type ArrivingGuest, type Guest, type GuestOffer, Region } from 'memferry';
+import { WritingGuest } from '../support/guest-writer.js';
+import { fillRandom } from '../support/memory.js';
+import { fillTable } from './key-value.js';
+import { ServingGuest } from './serving-guest.js';
+
+export interface GuestSpec {
+  /** `idle`: random bytes that nobody touches. `busy`: overwrites its pages. `serving`: answers queries. */
+  kind: 'idle' | 'busy' | 'serving';
+  lengthBytes: number;
+  /** Busy guests. */
+  writerBytesPerSecond: number;
+  /** Serving guests: where they listen, on either side's address. */
+  port: number;
+}
+
+/** Started, with its memory filled. */
+export async function makeGuest(spec: GuestSpec, host: string, name: string, seed: number): Promise<Guest> {
+  const { kind, lengthBytes } = spec;
+  const region = Region.allocate({ lengthBytes });
+  for (const [index, view] of region.views.entries()) {
+    if (kind === 'serving') fillTable(view.buffer);
+    else fillRandom(view.buffer, seed * 16 + index + 1);
+  }
+  const regions = [{ name: 'heap', region }];
+  if (kind === 'busy') {
+    const guest = new WritingGuest(region, spec.writerBytesPerSecond);
+    await guest.writing();
+    return guest;
+  }
+  if (kind === 'idle') {
+    return { name, module: null, regions, pause: async () => new Uint8Array(0), unpause: () => {} };
+  }
+  const serving = await ServingGuest.start(region, host, spec.port);
+  serving.serve();
+  return {
+    name,
+    module: null,
+    regions,
+    pause: async () => ({ state: new Uint8Array(0), pausedAtNs: await serving.stop() }),
+    unpause: () => serving.serve(),
+    departed: () => serving.leave(),
+  };
+}
+
+/** What `listen` is to make of an offer. */
+export async function acceptGuest(spec: GuestSpec, host: string, offer: GuestOffer): Promise<ArrivingGuest> {
+  const regions = offer.regions.map(({ lengthBytes }) => Region.allocate({ lengthBytes }));
+  const region = regions[0];
+  if (region === undefined) throw new Error('a guest without memory');
+  const serving = spec.kind === 'serving' ? await ServingGuest.start(region, host, spec.port) : null;
+  return {
+    regions,
+    prepare: async () => {},
+    resume: () => {
+      serving?.serve();
+      if (spec.kind === 'busy') new WritingGuest(region, spec.writerBytesPerSecond);
+    },
+    abandon: () => {
+      for (const one of regions) one.close();
+    },
+  };
+}
