@@ -52,4 +52,5 @@ export { type Migration, migrate } from './source/migrate.js';
 export { park, type ParkReport, type ParkTicket } from './source/park.js';
 export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
 export { stage, type Staging } from './staging/server.js';
+export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';

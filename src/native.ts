@@ -203,61 +203,6 @@ export interface NativeReceiver {
   close(): void;
 }
 
-/** A VMD server as an engine is told of it; its place in the list is its ordinal. */
-export interface NativeStageServer {
-  name: string;
-  /** Numeric. */
-  host: string;
-  port: number;
-  session: number;
-  /** 32 bytes each: attempt * 4 + role. */
-  tokens: Uint8Array;
-}
-
-export interface NativeImageStats {
-  /** With content, here. */
-  pagesHeld: number;
-  pagesZero: number;
-  /** In the map, wherever they are. */
-  pagesKnown: number;
-  /** Of the server's memory: content, index and execution state. */
-  bytes: number;
-  bytesIn: number;
-  bytesOut: number;
-  sealed: boolean;
-}
-
-export interface NativeStageStats {
-  memoryBytes: number;
-  freeBytes: number;
-  images: number;
-  connections: number;
-  bytesIn: number;
-  bytesOut: number;
-}
-
-/** A VMD server's memory and data path; see native/stage/stage.h. False or null where there is no such image. */
-export interface NativeStage {
-  /** False when its index finds no room. */
-  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean;
-  /** `roles`: a bit for each role (0 scatter, 1 gather, 2 demand, 3 chain). Tokens: attempt * 4 + role. */
-  addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
-  removeSession(image: Uint8Array, session: number): boolean;
-  /** Where the server with this ordinal is; tokens by attempt. */
-  setChain(image: Uint8Array, ordinal: number, host: string, port: number, tokens: Uint8Array): boolean;
-  /** Opaque bytes beside the pages, replacing the former ones. False as well when there is no room. */
-  putState(image: Uint8Array, state: Uint8Array): boolean;
-  state(image: Uint8Array): Uint8Array | null;
-  seal(image: Uint8Array): boolean;
-  drop(image: Uint8Array): boolean;
-  image(image: Uint8Array): NativeImageStats | null;
-  /** Whether every page of [0, pages of each region) is held by some server or zero, as the map has it. */
-  whole(image: Uint8Array, regionPages: number[]): boolean | null;
-  stats(): NativeStageStats;
-  /** Twice is fine. */
-  close(): void;
-}
-
 export interface NativeListener {
   readonly port: number;
   add(receiver: NativeReceiver): void;
@@ -317,6 +262,7 @@ export interface NativeStage {
   /** Whether each of these pages is zero or held by some server, as the map has it. */
   whole(image: Uint8Array, regionPages: number[]): boolean | null;
   stats(): NativeStageStats;
+  /** Twice is fine. */
   close(): void;
 }
 
@@ -329,8 +275,8 @@ export interface NativeFeature {
 
 export interface NativeAddon {
   pageSize: number;
-  /** Our own mapping, as external ArrayBuffers of at most 4 GiB over it. */
-  allocate(lengthBytes: number): { region: NativeRegion; buffers: ArrayBuffer[] };
+  /** Our own mapping. */
+  allocate(lengthBytes: number): NativeRegion;
   /**
    * Pins `views` (page-aligned starts and lengths, else an error with code UNALIGNED) for as long as the
    * region has a handle here; this environment's end retires the region. `capacityBytes` is how long all of

@@ -185,7 +185,13 @@ export type ParkOptions = Omit<
   | 'releaseAsEvicted'
   | 'gatherTimeoutMs'
   | 'progressIntervalMs'
->;
+> & {
+  /**
+   * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
+   * becomes of this process. Rejecting ends the park, and the guest runs on here.
+   */
+  onTicket?: (ticket: { image: string; secret: string; home: string }) => Promise<void> | void;
+};
 
 const unparkSchema = z.strictObject({
   ...connectionShape,
@@ -245,15 +251,25 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 
-export function resolveParkOptions(options: ParkOptions): ResolvedMigrateOptions {
+export type ResolvedParkOptions = ResolvedMigrateOptions & Pick<ParkOptions, 'onTicket'>;
+
+export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
+  const { onTicket, ...options } = given ?? {};
+  if (onTicket !== undefined && typeof onTicket !== 'function') {
+    throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
+  }
   // Where it goes is not said, so nothing may be said of where.
   for (const name of ['to', 'mode', 'channels', 'tracker'] as const) {
-    if (options !== null && typeof options === 'object' && name in options) {
+    if (name in options) {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
     }
   }
   const to = { host: '127.0.0.1', port: 1 };
-  return { ...parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park'), to };
+  return {
+    ...parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park'),
+    to,
+    ...(onTicket ? { onTicket } : {}),
+  };
 }
 
 export function resolveUnparkOptions(options: UnparkOptions): ResolvedUnparkOptions {

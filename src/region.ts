@@ -30,6 +30,8 @@ export type Adoptable = WasmMemory | ArrayBufferLike | ArrayBufferView;
 /** How a region's length follows its memory, and how its views are had. */
 interface Backing {
   views(): readonly Uint8Array[];
+  /** Memory of JavaScript's, which may be moved; memferry's own never is. */
+  mayMove: boolean;
   /** The memory's length now in bytes, or null: ask the kernel. */
   lengthBytes(): number | null;
 }
@@ -54,8 +56,8 @@ export class Region {
     const { pageSize } = loadAddon();
     checkLength(lengthBytes, pageSize);
     if (!shared) {
-      const { region, buffers } = native(() => loadAddon().allocate(lengthBytes));
-      return new Region(region, fixed(buffers.map((buffer) => new Uint8Array(buffer))));
+      const handle = native(() => loadAddon().allocate(lengthBytes));
+      return new Region(handle, { ...own(handle), lengthBytes: () => lengthBytes });
     }
     const views: Uint8Array[] = [];
     for (let start = 0; start < lengthBytes; start += MAX_VIEW_BYTES) {
@@ -90,6 +92,7 @@ export class Region {
     const now = () => buffer.byteLength - view.byteOffset;
     return new Region(handle, {
       views: () => [new Uint8Array(buffer, view.byteOffset, now())],
+      mayMove: true,
       lengthBytes: now,
     });
   }
@@ -106,9 +109,7 @@ export class Region {
         facts: { id },
       });
     }
-    const buffers = native(() => handle.buffers());
-    const views = buffers.map((buffer) => new Uint8Array(buffer));
-    return new Region(handle, { views: () => views, lengthBytes: () => null });
+    return new Region(handle, { ...own(handle), lengthBytes: () => null });
   }
 
   /** Unguessable within the process; `Region.open(id)` gives a handle in another thread. */
@@ -155,7 +156,7 @@ export class Region {
     const handle = this.#open();
     const length = this.#backing.lengthBytes();
     if (length === null) return native(() => handle.mappedPages()) * this.pageSize;
-    const [first] = this.#backing.views();
+    const first = this.#backing.mayMove ? this.#backing.views()[0] : undefined;
     if (first !== undefined && !native(() => handle.startsAt(first))) {
       native(() => handle.retire());
       throw memferryError('REGION_GONE', 'the memory moved when it grew, beyond what was reserved for it');
@@ -224,13 +225,23 @@ function adoptWasm(memory: WasmMemory, make: (handle: NativeRegion, backing: Bac
   const handle = native(() => loadAddon().adopt([view], capacity, memory));
   return make(handle, {
     views: () => [new Uint8Array(memory.buffer)],
+    mayMove: true,
     lengthBytes: () => memory.buffer.byteLength,
   });
 }
 
 function fixed(views: readonly Uint8Array[]): Backing {
   const length = views.reduce((sum, view) => sum + view.byteLength, 0);
-  return { views: () => views, lengthBytes: () => length };
+  return { views: () => views, mayMove: true, lengthBytes: () => length };
+}
+
+/** Made when first asked for: buffers outside of V8's heap bring its garbage collector about. */
+function own(handle: NativeRegion): Omit<Backing, 'lengthBytes'> {
+  let views: Uint8Array[] | null = null;
+  return {
+    views: () => (views ??= native(() => handle.buffers()).map((buffer) => new Uint8Array(buffer))),
+    mayMove: false,
+  };
 }
 
 function isWasmMemory(value: unknown): value is WasmMemory {

@@ -107,10 +107,7 @@ Napi::Value RegionHandle::allocate(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guarded(env, [&] {
     auto shared = SharedRegion::publish(Region::allocate(count_of(info[0], "lengthBytes")), true);
-    Napi::Object result = Napi::Object::New(env);
-    result.Set("buffers", views_of(env, shared));
-    result.Set("region", wrap(env, {std::move(shared), nullptr}));
-    return Napi::Value(result);
+    return Napi::Value(wrap(env, {std::move(shared), nullptr}));
   });
 }
 

@@ -1,11 +1,6 @@
 #include "transfer/lane.h"
 
 namespace memferry {
-namespace {
-
-constexpr double kSmoothing = 0.3;  // weight of the newest batch
-
-}  // namespace
 
 void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders) {
   open_.bytes += bytes;
@@ -24,7 +19,11 @@ void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Hold
 std::uint64_t Lane::close(Clock::time_point now) {
   open_.tag = next_tag_++;
   open_.sent = now;
-  if (batches_.empty()) last_acknowledged_ = now;
+  if (batches_.empty()) {
+    // It had nothing to acknowledge: that time says nothing.
+    last_acknowledged_ = now;
+    lately_.assign(1, {now, 0});
+  }
   outstanding_ += open_.bytes;
   batches_.push_back(std::move(open_));
   open_ = {};
@@ -36,15 +35,16 @@ std::optional<Lane::Batch> Lane::acknowledged(std::uint64_t tag, Clock::time_poi
   Batch batch = std::move(batches_.front());
   batches_.pop_front();
   outstanding_ -= batch.bytes;
-  const std::chrono::duration<double> took = now - std::max(last_acknowledged_, Clock::time_point{});
   last_acknowledged_ = now;
-  // A batch that is not full says little: it was sent because there was nothing more.
-  if (batch.bytes >= kBatchBytes) {
-    const double rate = static_cast<double>(batch.bytes) / std::max(took.count(), 1e-6);
-    rate_ = rate_ == 0 ? rate : rate_ * (1 - kSmoothing) + rate * kSmoothing;
-    const double wanted = rate_ * std::chrono::duration<double>(kWindowTime).count();
-    window_ = std::clamp(static_cast<std::uint64_t>(wanted), kLeastWindow, kLargestWindow);
-  }
+  lately_.push_back({now, batch.bytes});
+  // The newest of those that are old enough begins the count, however long ago: a lane so slow has few.
+  while (lately_.size() > 2 && now - lately_[1].at >= kRateTime) lately_.pop_front();
+  const std::chrono::duration<double> over = now - lately_.front().at;
+  if (over < kLeastRateTime) return batch;
+  std::uint64_t bytes = 0;
+  for (std::size_t i = 1; i < lately_.size(); ++i) bytes += lately_[i].bytes;
+  const double wanted = static_cast<double>(bytes) / over.count() * std::chrono::duration<double>(kWindowTime).count();
+  window_ = std::clamp(static_cast<std::uint64_t>(wanted), kLeastWindow, kLargestWindow);
   return batch;
 }
 
@@ -68,12 +68,13 @@ bool Lane::refused(std::uint32_t region, PageRun run, bool no_room) {
 
 std::vector<RegionRun> Lane::take_back(bool for_good) {
   std::vector<RegionRun> runs;
-  for (Batch& batch : batches_) {
+  const auto take = [&](Batch& batch) {
     if (!batch.returned) runs.insert(runs.end(), batch.runs.begin(), batch.runs.end());
     batch.returned = true;
-  }
+  };
+  for (Batch& batch : batches_) take(batch);
+  if (!open_.runs.empty()) take(open_);
   if (for_good) {
-    runs.insert(runs.end(), open_.runs.begin(), open_.runs.end());
     batches_.clear();
     open_ = {};
     outstanding_ = 0;
@@ -86,8 +87,14 @@ std::optional<Lane::Clock::time_point> Lane::waiting_since() const {
   return std::max(batches_.front().sent, last_acknowledged_);
 }
 
+std::optional<Lane::Clock::time_point> Lane::oldest_sent() const {
+  if (batches_.empty()) return std::nullopt;
+  return batches_.front().sent;
+}
+
 bool Lane::anything_to_take_back() const {
-  return std::any_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return !batch.returned; });
+  return (!open_.runs.empty() && !open_.returned) ||
+         std::any_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return !batch.returned; });
 }
 
 }  // namespace memferry

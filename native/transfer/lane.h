@@ -1,8 +1,9 @@
 // One way out of the source during a scatter: a data connection to the destination, the demand connection, or the
 // connection to one server. What was sent on it and is not acknowledged lies in batches, each ended by a barrier.
 //
-// A lane that acknowledges slowly is given less: its window is what it acknowledged in kWindowTime. So what a slow
-// receiver still has in hand when nothing else is left drains about that fast.
+// A lane that acknowledges slowly is given less: its window is what it acknowledges in kWindowTime. So what a slow
+// receiver still has in hand when nothing else is left drains about that fast. Its rate is taken over kRateTime: a
+// receiver that gets its CPU in slices acknowledges in bursts, and within a burst looks a hundred times as fast.
 //
 // Pure but for the clock that is handed in; the owner serialises.
 #pragma once
@@ -23,9 +24,13 @@ namespace memferry {
 class Lane {
  public:
   using Clock = std::chrono::steady_clock;
-  static constexpr std::uint64_t kLeastWindow = 1ULL << 20;
+  static constexpr std::uint64_t kLeastWindow = 256ULL << 10;
+  static constexpr std::uint64_t kFirstWindow = 1ULL << 20;
   static constexpr std::uint64_t kLargestWindow = 8ULL << 20;
   static constexpr std::chrono::milliseconds kWindowTime{80};
+  // Of acknowledgements no older than the one says how fast it is, over no less than the other.
+  static constexpr std::chrono::milliseconds kRateTime{240};
+  static constexpr std::chrono::milliseconds kLeastRateTime{20};
   // After so many bytes a barrier: often enough for the window to move smoothly, seldom enough not to count.
   static constexpr std::uint64_t kBatchBytes = 512ULL << 10;
 
@@ -50,16 +55,21 @@ class Lane {
   [[nodiscard]] bool holders_change(wire::Holders holders) const {
     return !open_.runs.empty() && open_.holders != holders;
   }
-  [[nodiscard]] std::uint64_t open_bytes() const { return open_.bytes; }
   [[nodiscard]] bool anything_open() const { return open_.bytes > 0; }
+  // Enough for a barrier of its own; a small window is not to be one batch.
+  [[nodiscard]] bool batch_is_full() const { return open_.bytes >= std::min(kBatchBytes, window_ / 2); }
   // The barrier's tag; everything open is behind it.
   std::uint64_t close(Clock::time_point now);
   // nullopt: not the tag of the oldest batch.
   std::optional<Batch> acknowledged(std::uint64_t tag, Clock::time_point now);
   // The receiver does not hold these pages, which came on this lane and are not acknowledged. False: they did not.
   bool refused(std::uint32_t region, PageRun run, bool no_room);
-  // Every run that is not acknowledged; `for_good`: the connection is gone and no acknowledgement will come.
+  // Every run that is not acknowledged; `for_good`: the connection is gone and no acknowledgement will come. Otherwise
+  // the lane owes them: an acknowledgement that still comes counts, and until then it is to get nothing more.
   std::vector<RegionRun> take_back(bool for_good);
+  [[nodiscard]] bool owes() const {
+    return open_.returned || (!batches_.empty() && batches_.front().returned);
+  }
 
   // Whether anything that is not acknowledged is to be passed on to that server.
   [[nodiscard]] bool passes_on_to(std::uint8_t ordinal) const {
@@ -71,6 +81,8 @@ class Lane {
   [[nodiscard]] bool idle() const { return batches_.empty() && open_.bytes == 0; }
   // When the oldest batch was sent, or became the oldest; none when idle.
   [[nodiscard]] std::optional<Clock::time_point> waiting_since() const;
+  // When the oldest batch was sent, whatever was acknowledged since; none when idle.
+  [[nodiscard]] std::optional<Clock::time_point> oldest_sent() const;
   [[nodiscard]] bool anything_to_take_back() const;
   [[nodiscard]] std::uint64_t window() const { return window_; }
 
@@ -79,9 +91,14 @@ class Lane {
   std::deque<Batch> batches_;
   std::uint64_t next_tag_ = 1;
   std::uint64_t outstanding_ = 0;
-  std::uint64_t window_ = kLeastWindow;
-  double rate_ = 0;  // bytes/s, smoothed
+  std::uint64_t window_ = kFirstWindow;
   Clock::time_point last_acknowledged_{};
+  struct Acknowledged {
+    Clock::time_point at;
+    std::uint64_t bytes;
+  };
+  // The first entry is where the count begins: its bytes are not in it.
+  std::deque<Acknowledged> lately_;
 };
 
 }  // namespace memferry

@@ -1,5 +1,6 @@
 // What a receiver does with pages that come from VMD servers, where faults go, and what is lost for good.
 #include <algorithm>
+#include <cstring>
 #include <thread>
 
 #include "os/sys_error.h"
@@ -227,6 +228,57 @@ void Receiver::Impl::settle_lost_locked(std::unique_lock<std::mutex>& lock,
   lock.unlock();
   check_complete();
   lock.lock();
+}
+
+// Newer content than any server has: in a round, before the switch.
+void Receiver::Impl::forget_locations(std::uint32_t region, PageRun run) {
+  if (!gather) return;
+  const std::lock_guard filling(gather->filling());
+  gather->forget(region, run);
+}
+
+bool Receiver::Impl::on_map(Conversation& with, const wire::FrameHeader& header) {
+  if (!gather) return with.bad("a map without servers");
+  if (with.channel.index != 0 && !with.channel.demand) return with.bad("maps come on channel 0");
+  if (header.region >= maps.size()) return with.bad("no such region");
+  ArrivalMap& map = *maps[header.region];
+  if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
+    return with.bad("pages outside the region");
+  std::vector<std::byte>& staging = with.channel.staging;
+  if (!with.read_checked_payload(header, staging)) return false;
+  std::vector<std::uint64_t>& hashes = with.channel.hashes;
+  hashes.resize(staging.size() / sizeof(std::uint64_t));
+  if (!hashes.empty()) std::memcpy(hashes.data(), staging.data(), staging.size());
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  const bool zero = (header.flags & wire::kFlagZero) != 0;
+  const wire::Holders holders = wire::Holders::of(header.tag);
+  std::unique_lock<std::mutex> filling;
+  if (state == State::kFilling && !zero) {
+    // What is here of them is older. Nothing is gathered between this and the new location.
+    filling = std::unique_lock(gather->filling());
+    if (state == State::kFilling && holders.first != wire::Holders::kDestination) {
+      map.received.clear_run(run);
+      map.zero.clear_run(run);
+      map.suspect.clear_run(run);
+    }
+  }
+  return gather->record(header.region, run, holders, zero, hashes, true) ||
+         with.bad("a map with a holder that is not there");
+}
+
+bool Receiver::Impl::on_elsewhere(Conversation& with, const wire::FrameHeader& header) {
+  if (!gather || !with.channel.demand || !pager)
+    return with.bad("a page elsewhere, where there is nobody else");
+  if (header.region >= maps.size() ||
+      !wire::run_inside(header.first_page, header.page_count, maps[header.region]->pages()))
+    return with.bad("pages outside the region");
+  if (!with.check_no_payload(header)) return false;
+  for (std::uint64_t i = 0; i < header.page_count; ++i) {
+    const PageNumber page{header.first_page + i};
+    gather->set_elsewhere(header.region, page);
+    pager->ask_elsewhere(header.region, page);
+  }
+  return true;
 }
 
 }  // namespace memferry

@@ -199,4 +199,38 @@ struct Receiver::Impl {
   WorkerThread supervisor;
 };
 
+// One connection while it is served.
+struct Receiver::Impl::Conversation {
+  Channel& channel;
+  wire::Stream& stream;
+  FrameReader reader;
+  ChannelEnd end;
+
+  bool bad(const char* message, const char* code = "PROTOCOL") {
+    end = {ChannelEnd::Kind::kBadFrame, code, message};
+    return false;
+  }
+  bool lost(const wire::IoResult& io) {
+    // EFAULT is our own memory, not the connection.
+    const bool memory = io.kind == wire::IoResult::Kind::kCut && io.error == EFAULT;
+    end = {memory ? ChannelEnd::Kind::kFatal : ChannelEnd::Kind::kCut, memory ? "SYSTEM" : "CHANNEL_LOST",
+           memory ? "no memory for the pages that arrive" : io.describe()};
+    return false;
+  }
+  bool read(std::span<std::byte> into) {
+    const wire::IoResult io = reader.read(into);
+    return io.done() || lost(io);
+  }
+  // Reads the payload into the staging buffer and checks it against the header.
+  bool read_checked_payload(const wire::FrameHeader& header, std::vector<std::byte>& staging) {
+    staging.resize(header.payload_bytes);
+    if (!read(staging)) return false;
+    return wire::payload_checksum(header, staging) == header.checksum ||
+           bad("checksum of a frame", "CHECKSUM");
+  }
+  bool check_no_payload(const wire::FrameHeader& header) {
+    return wire::payload_checksum(header, {}) == header.checksum || bad("checksum of a frame", "CHECKSUM");
+  }
+};
+
 }  // namespace memferry

@@ -4,29 +4,9 @@
 
 #include "os/sys_error.h"
 #include "transfer/sender_impl.h"
+#include "wire/hello.h"
 
 namespace memferry {
-
-// Reads exactly the buffer, never longer than the deadline and never past cancellation, however slowly the
-// peer sends.
-wire::IoResult Sender::Impl::receive_until(wire::Stream& stream, std::span<std::byte> buffer,
-                                           Clock::time_point deadline) {
-  while (!buffer.empty()) {
-    switch (wire::wait_readable(stream.fd(), deadline, cancel.get())) {
-      case wire::DialResult::Kind::kConnected:
-        break;
-      case wire::DialResult::Kind::kCancelled:
-        return {wire::IoResult::Kind::kCut, ECANCELED};
-      default:
-        return {wire::IoResult::Kind::kCut, ETIMEDOUT};
-    }
-    std::size_t received = 0;
-    const wire::IoResult result = stream.recv_some(buffer, received);
-    if (!result.done()) return result;
-    buffer = buffer.subspan(received);
-  }
-  return {};
-}
 
 Sender::Impl::DialOutcome Sender::Impl::dial_all(Epoch& of, Clock::time_point deadline) {
   using Kind = DialOutcome::Kind;
@@ -68,7 +48,7 @@ Sender::Impl::DialOutcome Sender::Impl::dial_all(Epoch& of, Clock::time_point de
     for (const auto& stream : streams) {
       wire::HelloReply reply{};
       const wire::IoResult received =
-          receive_until(*stream, std::as_writable_bytes(std::span(&reply, 1)), deadline);
+          wire::receive_until(*stream, std::as_writable_bytes(std::span(&reply, 1)), deadline, cancel.get());
       if (!received.done()) {
         any_unknown = true;
         outcome.kind = received.error == ECANCELED ? Kind::kCancelled : Kind::kUnreachable;
@@ -107,12 +87,12 @@ std::string Sender::Impl::exchange_bitmap(Epoch& of, Clock::time_point deadline,
   std::vector<std::byte> payload;
   for (;;) {
     wire::FrameHeader header{};
-    wire::IoResult received =
-        receive_until(*of.demand, std::as_writable_bytes(std::span(&header, 1)), deadline);
+    wire::IoResult received = wire::receive_until(*of.demand, std::as_writable_bytes(std::span(&header, 1)),
+                                                  deadline, cancel.get());
     if (received.done()) {
       if (const char* wrong = wire::malformed(header, page_size)) return wrong;
       payload.resize(header.payload_bytes);
-      received = receive_until(*of.demand, payload, deadline);
+      received = wire::receive_until(*of.demand, payload, deadline, cancel.get());
     }
     if (!received.done()) {
       cut = "waiting for the bitmap: " + received.describe();

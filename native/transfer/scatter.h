@@ -54,7 +54,7 @@ class Scatter {
   // The first of the list hold the whole map.
   static constexpr unsigned kIndexServers = 4;
   // When nothing is left to take, what somebody has not acknowledged for this long goes to whoever is idle.
-  static constexpr std::chrono::milliseconds kTailPatience{150};
+  static constexpr std::chrono::milliseconds kTailPatience{100};
 
   // What it shares with the sender it belongs to; all of it outlives it.
   struct Shared {
@@ -130,6 +130,7 @@ class Scatter {
   struct Server;
   [[nodiscard]] bool wants_work(const Way& way) const;
   [[nodiscard]] bool may_take(const Way& way) const;
+  static bool takes_more(const Way& way);
   [[nodiscard]] bool direct_is_full() const;
   [[nodiscard]] bool drained_locked() const;
   [[nodiscard]] wire::Holders holders_for(const Way& way) const;
@@ -141,6 +142,7 @@ class Scatter {
   void settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again);
   void looked_locked(bool more, bool gave_back, std::uint64_t returns_before);
   [[nodiscard]] std::optional<Clock::time_point> waits_since(const Way& way) const;
+  [[nodiscard]] bool tail_is_late(const Way& way, Clock::time_point now) const;
   void put_back_locked(const std::vector<RegionRun>& runs);
   void watch(WorkerThread& self);
   void watch_until_stopped(WorkerThread& self);
@@ -172,6 +174,7 @@ class Scatter {
   bool begun_ = false;        // between begin() and drained
   bool drained_due_ = false;  // the watcher has to say so
   bool dry_ = false;          // nothing was pending when somebody looked last
+  Clock::time_point dry_since_{};
   std::uint64_t returns_ = 0;
   bool closing_ = false;
   std::shared_ptr<const std::vector<PageFrames::OnHash>> sinks_;

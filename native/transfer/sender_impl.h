@@ -137,7 +137,6 @@ struct Sender::Impl {
     std::string why;
   };
   DialOutcome dial_all(Epoch& of, Clock::time_point deadline);
-  wire::IoResult receive_until(wire::Stream& stream, std::span<std::byte> buffer, Clock::time_point deadline);
   // The peer's bitmaps into the queue. Gives what the peer did wrong, if anything; `cut` why it did not end.
   std::string exchange_bitmap(Epoch& of, Clock::time_point deadline, std::string& cut);
   void start_threads(const std::shared_ptr<Epoch>& started);  // with the mutex held

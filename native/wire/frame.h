@@ -127,8 +127,6 @@ inline constexpr std::uint16_t kFlagAnswer =
 inline constexpr std::uint16_t kFlagZero = 2;  // kMap: these pages are zeros, nobody needs to be asked
 inline constexpr std::uint16_t kFlagFinal = 16;  // kMap: told after the guest had left, so it never changes
 inline constexpr std::uint16_t kFlagTorn = 8;    // kRefused: not for want of room, the checksum did not fit
-inline constexpr std::uint16_t kFlagPaced =
-    4;  // kRead: somebody waits for other pages, leave room on the link
 
 struct FrameHeader {
   std::uint32_t magic;

@@ -5,6 +5,7 @@
  */
 import { createInterface, type Interface } from 'node:readline';
 import type { Readable } from 'node:stream';
+import type { WorkerGuest } from '../worker/index.js';
 import type { Output } from './output.js';
 
 /** As much of a WorkerGuest as is needed here. */
@@ -19,6 +20,14 @@ export interface GuestConsoleOptions {
   guest: () => Asked | null;
   onEmptyLine?: () => void;
   onEnd?: () => void;
+}
+
+/** What the guest says unasked. */
+export function sayMessages(guest: WorkerGuest, output: Output): void {
+  guest.on('message', (value) => {
+    if (output.json) output.line({ type: 'message', guest: guest.name, value });
+    else output.say(`${guest.name}: ${JSON.stringify(value)}`);
+  });
 }
 
 /** A guest asked faster than it answers: more than this many lines wait unread. */

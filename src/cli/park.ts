@@ -2,29 +2,24 @@
  * `memferry park`: starts a guest from a module, lets one talk to it, and parks it in the VMD when told to. The ticket
  * that claims it again is written to a file that nobody else can read.
  */
-import { writeFile } from 'node:fs/promises';
-import { pathToFileURL } from 'node:url';
+import { type FileHandle, open, rm } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
-import { park } from '../source/park.js';
-import { WorkerGuest } from '../worker/index.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import { MemferryError, memferryError } from '../errors.js';
+import { type ParkReport, park } from '../source/park.js';
+import {
+  addGuestFlags,
+  addServerFlags,
+  type GuestFlags,
+  type ServerFlags,
+  serverOptions,
+  startGuest,
+} from './leaving-guest.js';
 import { makeOutput } from './output.js';
-import { byteCount, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
-import { follow, parseData, untilTold } from './send.js';
 import { onInterrupt } from './signals.js';
 
-interface ParkFlags extends ConnectionFlags {
+interface ParkFlags extends GuestFlags, ServerFlags {
   ticket: string;
-  module: NamedModule;
-  data?: unknown;
-  via?: string[];
-  discover?: string | boolean;
-  replicas?: number;
-  rack?: string;
-  bandwidth?: number;
-  afterMs?: number;
-  json?: boolean;
 }
 
 export function addPark(program: Command): void {
@@ -36,58 +31,55 @@ export function addPark(program: Command): void {
     .requiredOption(
       '--ticket <file>',
       'where to write what claims it again; made with mode 0600, never overwritten',
-    )
-    .requiredOption('--module <name=path>', 'the guest: a module that exports defineGuest(...)', namedModule)
-    .option('--data <json>', 'what the guest finds in context.data', parseData)
-    .option(
-      '--via <host:port,...>',
-      'VMD servers (`memferry stage`); repeatable',
-      (text: string, former: string[] = []) => [...former, ...text.split(',').filter(Boolean)],
-    )
-    .option('--discover [group:port]', 'take servers that announce themselves')
-    .option('--replicas <count>', 'on how many servers a page is kept', wholeNumber(1, 2))
-    .option('--rack <name>', 'where this host stands; servers there are taken last')
-    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteCount)
-    .option('--after-ms <ms>', 'park it by itself after this long', wholeNumber(0, 86_400_000))
-    .option('--json', 'one JSON object a line, the last one the report');
-  addConnectionFlags(command).action(parkGuest);
+    );
+  addServerFlags(addGuestFlags(command)).action(parkGuest);
 }
 
 async function parkGuest(flags: ParkFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
-  const { name, path } = flags.module;
   // First, so that a guest is never parked with nobody able to claim it.
-  await writeFile(flags.ticket, '', { mode: 0o600, flag: 'wx' });
-  await using guest = await WorkerGuest.start({
-    module: { name, url: pathToFileURL(path) },
-    ...(flags.data === undefined ? {} : { data: flags.data }),
-  });
-  follow(guest, output);
-  const lengthBytes = guest.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
-  const told = untilTold(guest, flags, output, signal);
-  told.catch(() => {});
-  output.say(`guest ${name} runs, ${mebibytes(lengthBytes)} MiB; a line asks it, an empty one parks it`);
-  output.line({ type: 'started', guest: name, pid: process.pid, heapBytes: lengthBytes });
-  await told;
-  const given = Object.entries({
-    via: flags.via,
-    discover: flags.discover,
-    replicas: flags.replicas,
-    rack: flags.rack,
-    bandwidth: flags.bandwidth,
-  });
-  const options = Object.fromEntries(given.filter(([, value]) => value !== undefined));
-  const report = await park(guest, { signal, ...connectionOptions(flags), ...options });
-  await writeFile(flags.ticket, `${JSON.stringify(report.ticket)}\n`, { mode: 0o600 });
+  const file = await newFile(flags.ticket);
+  let report: ParkReport;
+  let left = false;
+  try {
+    await using guest = await startGuest(flags, 'is parked', output, signal);
+    guest.once('departed', () => {
+      left = true;
+    });
+    report = await park(guest, {
+      signal,
+      ...serverOptions(flags),
+      // Before the commit: also a park that nobody heard the end of can be claimed.
+      onTicket: async (ticket) => {
+        await file.write(`${JSON.stringify(ticket)}\n`);
+        await file.sync();
+      },
+    });
+  } catch (error) {
+    const inDoubt = error instanceof MemferryError && error.code === 'MIGRATION_IN_DOUBT';
+    if (!left && !inDoubt) await rm(flags.ticket);
+    throw error;
+  } finally {
+    await file.close();
+  }
   const { ticket, ...rest } = report;
   output.result(
     [
-      `guest ${name} is parked; ${flags.ticket} claims it again, by \`memferry unpark\``,
+      `guest ${report.guest} is parked; ${flags.ticket} claims it again, by \`memferry unpark\``,
       `  evicted in ${figure(report.evictionMs)} ms, ${mebibytes(report.bytesOnWire)} MiB on the wire`,
       `  ${report.intermediaries.map((each) => `${each.pages} pages at ${each.name}`).join(', ')}`,
     ].join('\n'),
     { type: 'report', image: ticket.image, home: ticket.home, ticket: flags.ticket, ...rest },
   );
+}
+
+async function newFile(path: string): Promise<FileHandle> {
+  try {
+    return await open(path, 'wx', 0o600);
+  } catch (cause) {
+    const why = (cause as NodeJS.ErrnoException).code === 'EEXIST' ? 'is there already' : 'cannot be written';
+    throw memferryError('INVALID_ARGUMENT', `--ticket: ${path} ${why}`, { cause });
+  }
 }

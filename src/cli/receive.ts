@@ -6,15 +6,15 @@ import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { type Arrival, listen } from '../destination/listen.js';
-import { memferryError } from '../errors.js';
 import { parseAddress } from '../options.js';
+import { rehearse } from '../rehearse.js';
 import type { ArrivalReport } from '../report.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
-import { GuestConsole } from './guest-console.js';
+import { GuestConsole, sayMessages } from './guest-console.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, type NamedModule, namedModules } from './parse-values.js';
-import { onInterrupt } from './signals.js';
+import { interrupted, onInterrupt } from './signals.js';
 
 interface ReceiveFlags extends ConnectionFlags {
   listen: string;
@@ -65,6 +65,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
       },
     }),
   });
+  await rehearse();
   output.say(`listening on ${listening.host}:${listening.port}; a line asks the guest that came last`);
   output.line({ type: 'listening', host: listening.host, port: listening.port });
   const typed = new GuestConsole({ input: process.stdin, output, guest: () => latest });
@@ -111,20 +112,9 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
 }
 
 export function follow(guest: WorkerGuest, output: Output): void {
-  guest.on('message', (value) => {
-    if (output.json) output.line({ type: 'message', guest: guest.name, value });
-    else output.say(`${guest.name}: ${JSON.stringify(value)}`);
-  });
+  sayMessages(guest, output);
   guest.on('ended', (error) => {
     output.say(`guest ${guest.name} ended: ${error.message}`);
     output.line({ type: 'ended', guest: guest.name, message: error.message });
-  });
-}
-
-function interrupted(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) => {
-    const stop = () => reject(memferryError('CANCELLED', 'interrupted', { cause: signal.reason }));
-    if (signal.aborted) stop();
-    else signal.addEventListener('abort', stop, { once: true });
   });
 }

@@ -1,4 +1,5 @@
 /** Ctrl-C and its relatives as an AbortSignal: the first asks, the second ends the process. */
+import { memferryError } from '../errors.js';
 
 export interface Interruption {
   readonly signal: AbortSignal;
@@ -20,4 +21,13 @@ export function onInterrupt(): Interruption {
       for (const name of names) process.removeListener(name, listener);
     },
   };
+}
+
+/** Rejects with CANCELLED when it comes, or has come. */
+export function interrupted(signal: AbortSignal): Promise<never> {
+  return new Promise((_, reject) => {
+    const stop = () => reject(memferryError('CANCELLED', 'interrupted', { cause: signal.reason }));
+    if (signal.aborted) stop();
+    else signal.addEventListener('abort', stop, { once: true });
+  });
 }

@@ -12,7 +12,7 @@ import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
 import { byteCount, type NamedModule, namedModules } from './parse-values.js';
 import { follow } from './receive.js';
-import { onInterrupt } from './signals.js';
+import { interrupted, onInterrupt } from './signals.js';
 
 interface UnparkFlags extends ConnectionFlags {
   ticket: string;
@@ -62,21 +62,15 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   output.say(`guest ${name} runs here; a line asks it`);
   output.line({ type: 'resumed', guest: name });
   const typed = new GuestConsole({ input: process.stdin, output, guest: () => here });
-  const interrupted = new Promise<never>((_, reject) => {
-    interruption.signal.addEventListener(
-      'abort',
-      () => reject(memferryError('CANCELLED', 'interrupted', { cause: interruption.signal.reason })),
-      { once: true },
-    );
-  });
+  const stopped = interrupted(interruption.signal);
   try {
-    const report = await Promise.race([unparked.complete, interrupted]);
+    const report = await Promise.race([unparked.complete, stopped]);
     output.result(
       `guest ${name} is complete: gathered in ${figure(report.gatherMs)} ms, ` +
         `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults`,
       { type: 'report', ...report },
     );
-    if (!flags.once) await interrupted;
+    if (!flags.once) await stopped;
   } finally {
     typed.close();
     process.stdin.destroy();

@@ -1,8 +1,11 @@
 /**
- * The authenticators of data and demand connections: computed alike by both sides from the control handshake's
- * session key, compared by the native listener, each good for one connection. Pure.
+ * The authenticators of page connections: computed alike by both sides from a key that both have, compared by native
+ * code, each good for one connection. Pure.
+ *
+ * They are cut from streams of HKDF-SHA256 (RFC 5869), since a migration needs some thousand of them before it begins,
+ * and one HMAC object each took longer than the whole handshake.
  */
-import { createHmac } from 'node:crypto';
+import { hkdfSync } from 'node:crypto';
 import { MemferryError } from '../errors.js';
 
 export const TOKEN_BYTES = 32;
@@ -10,12 +13,32 @@ export const MIGRATION_ID_BYTES = 16;
 /** The demand channel's number on the wire; data channels count from 0. */
 export const DEMAND_CHANNEL = 0xffff;
 
-const LABEL = Buffer.from('memferry data', 'latin1');
+/** HKDF gives no more than 255 hashes at a time. */
+const TOKENS_A_BLOCK = 255;
+
+/**
+ * The first `count` tokens of a stream, one after the other. Block b of it, 255 tokens, is HKDF-SHA256(key; no salt;
+ * info: label in ASCII, context, b as u32 little-endian).
+ */
+export function tokenStream(
+  key: Uint8Array,
+  label: string,
+  context: Uint8Array,
+  count: number,
+): Uint8Array {
+  const tokens = new Uint8Array(count * TOKEN_BYTES);
+  const info = Buffer.concat([Buffer.from(label, 'latin1'), context, Buffer.alloc(4)]);
+  for (let first = 0; first < count; first += TOKENS_A_BLOCK) {
+    info.writeUInt32LE(first / TOKENS_A_BLOCK, info.length - 4);
+    const bytes = Math.min(TOKENS_A_BLOCK, count - first) * TOKEN_BYTES;
+    tokens.set(new Uint8Array(hkdfSync('sha256', key, '', info, bytes)), first * TOKEN_BYTES);
+  }
+  return tokens;
+}
 
 /**
  * Tokens for `epochs` sets of connections, row by row: at `epoch * (channels + 1) + channel`, the demand
- * channel's last in each row. A token is HMAC-SHA256(session key; label, migration id, epoch as u32, channel as
- * u16), integers little-endian.
+ * channel's last in each row: the stream of the session key, `memferry data` and the migration's id.
  */
 export function dataTokens(
   sessionKey: Uint8Array,
@@ -35,17 +58,5 @@ export function dataTokens(
   if (!Number.isInteger(channels) || channels < 1 || channels > 1024) {
     throw new MemferryError('INVALID_ARGUMENT', `${channels} channels: 1 to 1024 are possible`);
   }
-  const tokens = new Uint8Array(epochs * (channels + 1) * TOKEN_BYTES);
-  const numbers = Buffer.alloc(6);
-  let at = 0;
-  for (let epoch = 0; epoch < epochs; epoch++) {
-    for (let channel = 0; channel <= channels; channel++) {
-      numbers.writeUInt32LE(epoch, 0);
-      numbers.writeUInt16LE(channel === channels ? DEMAND_CHANNEL : channel, 4);
-      const mac = createHmac('sha256', sessionKey).update(LABEL).update(migrationId).update(numbers).digest();
-      tokens.set(mac, at);
-      at += TOKEN_BYTES;
-    }
-  }
-  return tokens;
+  return tokenStream(sessionKey, 'memferry data', migrationId, epochs * (channels + 1));
 }

@@ -18,6 +18,7 @@ import {
   stepDestination,
 } from '../protocol/commit-destination.js';
 import { deferred } from '../protocol/deferred.js';
+import { InTurn } from '../protocol/in-turn.js';
 import type { DestinationMessage, OfferMessage, SourceMessage } from '../protocol/messages.js';
 import { fromPeer, toPeer } from '../protocol/peer-error.js';
 import { NamedTimers } from '../protocol/timers.js';
@@ -68,7 +69,14 @@ export class Arrival extends EventEmitter {
   readonly #migration: Uint8Array;
   #link: ArrivalLink | null;
   #commit: DestinationState = initialDestination();
-  readonly #events: DestinationEvent[] = [];
+  readonly #events = new InTurn<DestinationEvent>((event) => {
+    const { state, actions } = stepDestination(this.#commit, event);
+    const decided =
+      state.phase !== this.#commit.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
+    this.#commit = state;
+    if (decided) this.config.decided(state);
+    for (const action of actions) this.#carryOut(action);
+  });
   #state: MigrationState = 'setup';
   #prepareMs = 0;
   #gatherMs = 0;
@@ -206,22 +214,8 @@ export class Arrival extends EventEmitter {
     await this.#end();
   }
 
-  /** One event at a time: an action that brings the next event about must not overtake the rest of its own step. */
   #dispatch(event: DestinationEvent): void {
-    this.#events.push(event);
-    if (this.#events.length > 1) return;
-    try {
-      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
-        const { state, actions } = stepDestination(this.#commit, next);
-        const decided =
-          state.phase !== this.#commit.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
-        this.#commit = state;
-        if (decided) this.config.decided(state);
-        for (const action of actions) this.#carryOut(action);
-      }
-    } finally {
-      this.#events.length = 0;
-    }
+    this.#events.dispatch(event);
   }
 
   #carryOut(action: DestinationAction): void {
@@ -400,10 +394,7 @@ export class Arrival extends EventEmitter {
       extraMemoryBytes: stats.extraMemoryBytes,
       gatherMs: this.#gatherMs,
       pagesGathered: stats.pagesGathered,
-      intermediaries: stats.servers.map((server, index) => ({
-        name: this.config.images?.list[index]?.name ?? String(index),
-        ...server,
-      })),
+      intermediaries: this.config.images?.account(stats.servers) ?? [],
     });
   }
 

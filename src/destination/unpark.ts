@@ -205,10 +205,7 @@ class GatheringGuest implements Unparked {
       extraMemoryBytes: stats.extraMemoryBytes,
       gatherMs,
       pagesGathered: stats.pagesGathered,
-      intermediaries: stats.servers.map((server, index) => ({
-        name: this.images.list[index]?.name ?? String(index),
-        ...server,
-      })),
+      intermediaries: this.images.account(stats.servers),
     });
   }
 

@@ -15,6 +15,7 @@ import {
   stepSource,
 } from '../protocol/commit-source.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
+import { InTurn } from '../protocol/in-turn.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { NamedTimers } from '../protocol/timers.js';
 
@@ -32,7 +33,11 @@ export interface CommitDriverConfig {
 
 export class CommitDriver {
   #state: SourceState = initialSource();
-  readonly #events: SourceEvent[] = [];
+  readonly #events = new InTurn<SourceEvent>((event) => {
+    const { state, actions } = stepSource(this.#state, event);
+    this.#state = state;
+    for (const action of actions) this.#carryOut(action);
+  });
   #settled = deferred<Settlement>();
   #paused: Deferred<PausedGuest> = deferred();
   #pauseAbort = new AbortController();
@@ -104,19 +109,8 @@ export class CommitDriver {
     this.#timers.stopAll();
   }
 
-  /** One event at a time: an action that brings the next event about must not overtake the rest of its own step. */
   #dispatch(event: SourceEvent): void {
-    this.#events.push(event);
-    if (this.#events.length > 1) return;
-    try {
-      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
-        const { state, actions } = stepSource(this.#state, next);
-        this.#state = state;
-        for (const action of actions) this.#carryOut(action);
-      }
-    } finally {
-      this.#events.length = 0;
-    }
+    this.#events.dispatch(event);
   }
 
   #carryOut(action: SourceAction): void {

@@ -24,15 +24,16 @@ import { type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
-import { makeImageSecret, sealSecret } from '../staging/image-secret.js';
-import { ImageSet } from '../staging/image-set.js';
+import { sealSecret } from '../staging/image-secret.js';
+import type { ImageSet } from '../staging/image-set.js';
 import { DirtyTracker } from '../trackers.js';
-import { chooseServers } from './choose-servers.js';
+import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
 import { preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
+import { describeGuest, stageImage } from './stage-image.js';
 
 /** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
 const refusalGraceMs = 500;
@@ -55,7 +56,7 @@ export class SourceMigration extends EventEmitter {
   #session: SourceSession | null = null;
   #engine: SourceEngine | null = null;
   #trackers: (DirtyTracker | null)[] = [];
-  #claimed = false;
+  #releaseRegions = (): void => {};
   #waitingFor: string | null = null;
   #pagesSeen = 0;
   #accepted: Deferred<void> = deferred();
@@ -245,7 +246,7 @@ export class SourceMigration extends EventEmitter {
       await untilAborted(Promise.all(waiting), this.#abort.signal);
       this.#waitingFor = null;
     }
-    this.#claim();
+    this.#releaseRegions = claimRegions(guest);
     this.#session = await SourceSession.dial({
       to: options.to,
       secret: await this.secret,
@@ -262,7 +263,17 @@ export class SourceMigration extends EventEmitter {
       },
     });
     const lengths = regions.map((region) => region.refresh());
-    if (this.#traits.scatter) await this.#stage(lengths);
+    if (this.#traits.scatter) {
+      this.#images = await stageImage({
+        guest,
+        lengths,
+        options,
+        secret: await this.secret,
+        image: this.id,
+        kind: 'migration',
+        signal: this.#abort.signal,
+      });
+    }
     this.#session.send({
       type: 'offer',
       migrationId: this.id,
@@ -277,17 +288,7 @@ export class SourceMigration extends EventEmitter {
             gatherTimeoutMs: options.gatherTimeoutMs,
           }
         : null,
-      guest: {
-        name: guest.name,
-        module: guest.module,
-        description: guest.description ?? null,
-        regions: guest.regions.map(({ name, region }, index) => ({
-          name,
-          lengthBytes: lengths[index] as number,
-          capacityBytes: region.capacityBytes,
-          pageSize: region.pageSize,
-        })),
-      },
+      guest: describeGuest(guest, lengths),
     });
     rehearseSwitchover(); // while the destination makes up its mind
     await untilAborted(this.#accepted.promise, this.#abort.signal);
@@ -330,47 +331,6 @@ export class SourceMigration extends EventEmitter {
   /** The destination has every page before it prepares, though not all of them come from here. */
   get #gathersFirst(): boolean {
     return this.#traits.scatter && !this.#paging;
-  }
-
-  /** Finds the intermediaries, and makes the image at each of them. */
-  async #stage(lengths: readonly number[]): Promise<void> {
-    const { guest, options } = this;
-    const secret = await this.secret;
-    const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
-    const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
-    const need = {
-      bytes: lengths.reduce((sum, length) => sum + length, 0),
-      capacityPages: capacityBytes / pageSize,
-    };
-    const servers = await untilAborted(
-      chooseServers(options, secret, need, this.#abort.signal),
-      this.#abort.signal,
-    );
-    if (servers.length === 0) return; // by the caller's choice: on directly
-    const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
-    // Only until it is made: an aborted migration still has to have its image dissolved, by these connections.
-    const making = new AbortController();
-    const abort = () => making.abort(this.#abort.signal.reason);
-    this.#abort.signal.addEventListener('abort', abort, { once: true });
-    this.#abort.signal.throwIfAborted();
-    this.#images = await ImageSet.create(
-      servers,
-      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: making.signal },
-      {
-        image: this.id,
-        secret: makeImageSecret(),
-        kind: 'migration',
-        name: guest.name,
-        pageSize,
-        replicas: options.replicas,
-        leaseMs: options.leaseMs,
-        regions: guest.regions.map(({ name, region }, index) => ({
-          name,
-          pages: (lengths[index] as number) / region.pageSize,
-          capacityPages: region.capacityBytes / region.pageSize,
-        })),
-      },
-    ).finally(() => this.#abort.signal.removeEventListener('abort', abort));
   }
 
   /** From the decision to switch over until all is there that PREPARE needs; the commit's state machine goes on. */
@@ -480,10 +440,7 @@ export class SourceMigration extends EventEmitter {
       redials: stats.redials,
       // What was sent to the destination itself; without servers that is everything.
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
-      intermediaries: stats.servers.map((server, index) => ({
-        name: this.#images?.list[index]?.name ?? String(index),
-        ...server,
-      })),
+      intermediaries: this.#images?.account(stats.servers) ?? [],
     };
   }
 
@@ -622,22 +579,7 @@ export class SourceMigration extends EventEmitter {
     await this.#images?.close();
     for (const tracker of this.#trackers) tracker?.close();
     await this.#session?.close(goodbye);
-    if (this.#claimed) for (const { region } of this.guest.regions) region.native.release();
-    this.#claimed = false;
-  }
-
-  #claim(): void {
-    const claimed: Guest['regions'][number][] = [];
-    for (const entry of this.guest.regions) {
-      if (!entry.region.native.claim()) {
-        for (const { region } of claimed) region.native.release();
-        throw new MemferryError('REGION_BUSY', `region '${entry.name}' is moving already`, {
-          facts: { region: entry.name },
-        });
-      }
-      claimed.push(entry);
-    }
-    this.#claimed = true;
+    this.#releaseRegions();
   }
 
   #requireEngine(): SourceEngine {

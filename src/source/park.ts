@@ -11,19 +11,14 @@ import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
-import {
-  type ParkOptions,
-  parseAddress,
-  type ResolvedMigrateOptions,
-  resolveParkOptions,
-} from '../options.js';
+import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import type { Intermediary } from '../report.js';
-import { makeImageSecret } from '../staging/image-secret.js';
-import { ImageSet } from '../staging/image-set.js';
-import { chooseServers } from './choose-servers.js';
+import type { ImageSet } from '../staging/image-set.js';
+import { claimRegions } from './claim-regions.js';
 import { CommitDriver } from './commit-driver.js';
 import { SourceEngine } from './engine.js';
+import { describeGuest, stageImage } from './stage-image.js';
 
 /** All that is needed to claim a parked guest: a secret, to be kept like one. */
 export interface ParkTicket {
@@ -72,12 +67,12 @@ class Parking {
   readonly #abort = new AbortController();
   #images: ImageSet | null = null;
   #engine: SourceEngine | null = null;
-  #claimed = false;
+  #releaseRegions = (): void => {};
   #parked = false;
 
   constructor(
     private readonly guest: Guest,
-    private readonly options: ResolvedMigrateOptions,
+    private readonly options: ResolvedParkOptions,
     private readonly secret: Uint8Array,
   ) {
     const { signal } = options;
@@ -91,9 +86,27 @@ class Parking {
     const started = performance.now();
     const regions = guest.regions.map(({ region }) => region);
     await untilAborted(Promise.all(stillArriving(regions)), this.#abort.signal);
-    this.#claim();
+    this.#releaseRegions = claimRegions(guest);
     const lengths = regions.map((region) => region.refresh());
-    const images = await this.#stage(lengths);
+    const image = this.#id.toString('hex');
+    const images = await stageImage({
+      guest,
+      lengths,
+      options,
+      secret: this.secret,
+      image,
+      kind: 'park',
+      signal: this.#abort.signal,
+    });
+    if (!images)
+      throw new MemferryError('VMD_CAPACITY', 'no server was named, and nobody else can hold the guest');
+    this.#images = images;
+    const [home] = images.list;
+    const ticket: ParkTicket = {
+      image,
+      secret: Buffer.from(images.secret).toString('hex'),
+      home: `${home?.host.includes(':') ? `[${home.host}]` : home?.host}:${home?.port}`,
+    };
     const engine = new SourceEngine(
       {
         regions: regions.map((region) => region.native),
@@ -115,7 +128,6 @@ class Parking {
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );
     this.#engine = engine;
-    const image = this.#id.toString('hex');
     const link = images.home.commitLink(image, {
       onMessage: (message) => driver.message(message),
       onLost: (error) => driver.connectionLost(error),
@@ -148,9 +160,16 @@ class Parking {
         );
       }
       await images.seal(await Promise.all(regions.map((_, index) => engine.digest(index))));
-      await images.putState(this.#described(), paused.state);
+      await images.putState(
+        describeGuest(
+          guest,
+          regions.map((region) => region.refresh()),
+        ),
+        paused.state,
+      );
       const held = await images.commit();
       if (held.length > 0 && options.replicas === 1) throw (held[0] as { error: MemferryError }).error;
+      await untilAborted(Promise.resolve(options.onTicket?.(ticket)), this.#abort.signal);
       driver.transferred();
     })().catch((error) => driver.fail(error));
     const settlement = await driver.settled;
@@ -167,13 +186,8 @@ class Parking {
     await guest.departed?.();
     engine.close(true, new MemferryError('CANCELLED', 'the guest is parked'));
     await guest.release?.();
-    const [home] = images.list;
     return {
-      ticket: {
-        image,
-        secret: Buffer.from(images.secret).toString('hex'),
-        home: `${home?.host.includes(':') ? `[${home.host}]` : home?.host}:${home?.port}`,
-      },
+      ticket,
       guest: guest.name,
       heapBytes,
       evictionMs: now - started,
@@ -181,53 +195,14 @@ class Parking {
       bytesOnWire: stats.bytesOnWire,
       pagesSent: stats.pagesSent,
       pagesZero: stats.pagesZero,
-      intermediaries: stats.servers.map((server, index) => ({
-        name: images.list[index]?.name ?? String(index),
-        ...server,
-      })),
+      intermediaries: images.account(stats.servers),
     };
   }
 
   async close(): Promise<void> {
     this.#engine?.close(this.#parked, new MemferryError('CANCELLED', 'the parking is over'));
     await this.#images?.close();
-    if (this.#claimed) for (const { region } of this.guest.regions) region.native.release();
-    this.#claimed = false;
-  }
-
-  async #stage(lengths: readonly number[]): Promise<ImageSet> {
-    const { guest, options, secret } = this;
-    const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
-    const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
-    const servers = await untilAborted(
-      chooseServers(
-        options,
-        secret,
-        { bytes: lengths.reduce((sum, length) => sum + length, 0), capacityPages: capacityBytes / pageSize },
-        this.#abort.signal,
-      ),
-      this.#abort.signal,
-    );
-    const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
-    this.#images = await ImageSet.create(
-      servers,
-      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: this.#abort.signal },
-      {
-        image: this.#id.toString('hex'),
-        secret: makeImageSecret(),
-        kind: 'park',
-        name: guest.name,
-        pageSize,
-        replicas: options.replicas,
-        leaseMs: options.leaseMs,
-        regions: guest.regions.map(({ name, region }, index) => ({
-          name,
-          pages: (lengths[index] as number) / region.pageSize,
-          capacityPages: region.capacityBytes / region.pageSize,
-        })),
-      },
-    );
-    return this.#images;
+    this.#releaseRegions();
   }
 
   /** Memory that has grown since the image was made. */
@@ -238,34 +213,5 @@ class Parking {
       await images.grow(index, lengthBytes / region.pageSize);
       region.native.grow(lengthBytes / region.pageSize);
     }
-  }
-
-  #described() {
-    const { name, module, description, regions } = this.guest;
-    return {
-      name,
-      module,
-      description: description ?? null,
-      regions: regions.map(({ name: of, region }) => ({
-        name: of,
-        lengthBytes: region.refresh(),
-        capacityBytes: region.capacityBytes,
-        pageSize: region.pageSize,
-      })),
-    };
-  }
-
-  #claim(): void {
-    const claimed: Guest['regions'][number][] = [];
-    for (const entry of this.guest.regions) {
-      if (!entry.region.native.claim()) {
-        for (const { region } of claimed) region.native.release();
-        throw new MemferryError('REGION_BUSY', `region '${entry.name}' is moving already`, {
-          facts: { region: entry.name },
-        });
-      }
-      claimed.push(entry);
-    }
-    this.#claimed = true;
   }
 }

@@ -5,12 +5,14 @@
  *
  *     sealed   12 bytes nonce | AES-256-GCM(HMAC(session key; "memferry seal"); secret; aad image id) | 16 bytes tag
  *     proof    HMAC(secret; "memferry open", session key)
- *     tokens   HMAC(session key; "memferry stage", image id, session u16, attempt u32, role u16)
- *     chain    HMAC(secret; "memferry chain", image id, from u16, to u16, attempt u32)
+ *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 4 + role
+ *     chain    stream(secret; "memferry chain"; image id, from u16, to u16), at the attempt
  *
- * HMAC is HMAC-SHA256, integers are little-endian, the session key is the control connection's.
+ * HMAC is HMAC-SHA256, a stream is control/tokens.ts's, integers are little-endian, the session key is the control
+ * connection's.
  */
 import { createCipheriv, createDecipheriv, createHmac, randomBytes, timingSafeEqual } from 'node:crypto';
+import { TOKEN_BYTES, tokenStream } from '../control/tokens.js';
 import { MemferryError } from '../errors.js';
 import type { ImageAccess } from '../protocol/stage-messages.js';
 
@@ -18,7 +20,6 @@ export const imageSecretBytes = 32;
 export const imageIdBytes = 16;
 const nonceBytes = 12;
 const tagBytes = 16;
-const tokenBytes = 32;
 
 /** Of wire::StageRole. */
 export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3 } as const;
@@ -99,17 +100,12 @@ export function stageTokens(
   roles: number,
   attempts: number = stageAttempts,
 ): Uint8Array {
-  const tokens = Uint8Array.from(randomBytes(attempts * stageRoleCount * tokenBytes));
-  const numbers = Buffer.alloc(8);
-  numbers.writeUInt16LE(session, 0);
-  for (let attempt = 0; attempt < attempts; attempt++) {
-    for (let role = 0; role < stageRoleCount; role++) {
-      if ((roles & (1 << role)) === 0) continue;
-      numbers.writeUInt32LE(attempt, 2);
-      numbers.writeUInt16LE(role, 6);
-      const mac = createHmac('sha256', sessionKey).update('memferry stage').update(image).update(numbers);
-      tokens.set(mac.digest(), (attempt * stageRoleCount + role) * tokenBytes);
-    }
+  const context = Buffer.concat([image, u16(session)]);
+  const stream = tokenStream(sessionKey, 'memferry stage', context, attempts * stageRoleCount);
+  const tokens = Uint8Array.from(randomBytes(stream.length));
+  for (let at = 0; at < attempts * stageRoleCount; at++) {
+    if ((roles & (1 << (at % stageRoleCount))) === 0) continue;
+    tokens.set(stream.subarray(at * TOKEN_BYTES, (at + 1) * TOKEN_BYTES), at * TOKEN_BYTES);
   }
   return tokens;
 }
@@ -127,25 +123,22 @@ export function chainTokens(
   to: number,
   attempts: number,
 ): Uint8Array {
-  const tokens = new Uint8Array(attempts * tokenBytes);
-  const numbers = Buffer.alloc(8);
-  numbers.writeUInt16LE(from, 0);
-  numbers.writeUInt16LE(to, 2);
-  for (let attempt = 0; attempt < attempts; attempt++) {
-    numbers.writeUInt32LE(attempt, 4);
-    const mac = createHmac('sha256', secret).update('memferry chain').update(image).update(numbers);
-    tokens.set(mac.digest(), attempt * tokenBytes);
-  }
-  return tokens;
+  return tokenStream(secret, 'memferry chain', Buffer.concat([image, u16(from), u16(to)]), attempts);
+}
+
+function u16(value: number): Buffer {
+  const bytes = Buffer.alloc(2);
+  bytes.writeUInt16LE(value);
+  return bytes;
 }
 
 /** Chain tokens in the form of a session's table. The other roles' places hold what nobody can know. */
 export function chainTable(tokens: Uint8Array): Uint8Array {
-  const attempts = tokens.length / tokenBytes;
-  const table = Uint8Array.from(randomBytes(attempts * stageRoleCount * tokenBytes));
+  const attempts = tokens.length / TOKEN_BYTES;
+  const table = Uint8Array.from(randomBytes(attempts * stageRoleCount * TOKEN_BYTES));
   for (let attempt = 0; attempt < attempts; attempt++) {
-    const token = tokens.subarray(attempt * tokenBytes, (attempt + 1) * tokenBytes);
-    table.set(token, (attempt * stageRoleCount + stageRoles.chain) * tokenBytes);
+    const token = tokens.subarray(attempt * TOKEN_BYTES, (attempt + 1) * TOKEN_BYTES);
+    table.set(token, (attempt * stageRoleCount + stageRoles.chain) * TOKEN_BYTES);
   }
   return table;
 }

@@ -5,7 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { MemferryError } from '../errors.js';
-import type { NativeStageServer } from '../native.js';
+import type { NativeServerStats, NativeStageServer } from '../native.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import type {
   CreateImage,
@@ -14,6 +14,7 @@ import type {
   ImageKind,
   ParkedGuest,
 } from '../protocol/stage-messages.js';
+import type { Intermediary } from '../report.js';
 import { type Claim, StageClient, type StageClientConfig, type StageSession } from './client.js';
 import { stageAttempts, stageRoleCount } from './image-secret.js';
 
@@ -258,6 +259,14 @@ export class ImageSet {
       facts: { server: member.address.name },
     });
     this.#givenUp[ordinal]?.reject(member.error);
+  }
+
+  /** For reports: what the servers did, by an engine's figures. */
+  account(stats: readonly NativeServerStats[]): Intermediary[] {
+    return this.#members.map(({ address }, ordinal) => {
+      const { pages = 0, bytes = 0, failed = null } = stats[ordinal] ?? {};
+      return { name: address.name, pages, bytes, failed };
+    });
   }
 
   /** What the source sealed the image with; null when it sealed with nothing, or has not sealed yet. */

@@ -25,6 +25,7 @@ import type {
   ImagePhase,
   ParkedGuest,
 } from '../protocol/stage-messages.js';
+import { InTurn } from '../protocol/in-turn.js';
 import { NamedTimers } from '../protocol/timers.js';
 import {
   chainAttempts,
@@ -72,7 +73,18 @@ export class StagedImage {
   readonly #stage: NativeStage;
   readonly #park: ParkCommit | null;
   readonly #timers: NamedTimers<ClaimsTimer>;
-  readonly #events: ClaimsEvent[] = [];
+  /** What the claims machine answered to each event that is under way. */
+  readonly #answers = new Map<ClaimsEvent, ClaimsAnswer>();
+  readonly #events = new InTurn<ClaimsEvent>((event) => {
+    const { state, actions } = stepClaims(this.#claims, event);
+    this.#claims = state;
+    for (const action of actions) {
+      if (action.type === 'answer') this.#answers.set(event, action.answer);
+      else if (action.type === 'start-timer') this.#timers.start(action.timer);
+      else if (action.type === 'stop-timer') this.#timers.stop(action.timer);
+      else this.#drop(action.cause);
+    }
+  });
   readonly #openers = new Set<Opener>();
   /** Connections of the newest claim's claimant. */
   readonly #holders = new Set<Opener>();
@@ -313,25 +325,11 @@ export class StagedImage {
     }
   }
 
-  /** One event at a time; gives the answer that the event itself got. */
+  /** Gives the answer that the event itself got. */
   #dispatch(event: ClaimsEvent): ClaimsAnswer | null {
-    this.#events.push(event);
-    if (this.#events.length > 1) return null;
-    let answer: ClaimsAnswer | null = null;
-    try {
-      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
-        const { state, actions } = stepClaims(this.#claims, next);
-        this.#claims = state;
-        for (const action of actions) {
-          if (action.type === 'answer') answer = next === event ? action.answer : answer;
-          else if (action.type === 'start-timer') this.#timers.start(action.timer);
-          else if (action.type === 'stop-timer') this.#timers.stop(action.timer);
-          else this.#drop(action.cause);
-        }
-      }
-    } finally {
-      this.#events.length = 0;
-    }
+    this.#events.dispatch(event);
+    const answer = this.#answers.get(event) ?? null;
+    this.#answers.delete(event);
     return answer;
   }
 

@@ -12,6 +12,7 @@ import {
   initialDestination,
   stepDestination,
 } from '../protocol/commit-destination.js';
+import { InTurn } from '../protocol/in-turn.js';
 import { NamedTimers } from '../protocol/timers.js';
 
 /** A control connection, as far as a commit cares. */
@@ -34,7 +35,14 @@ export interface ParkCommitConfig {
 export class ParkCommit {
   #state: DestinationState = initialDestination();
   #link: CommitLink | null = null;
-  readonly #events: DestinationEvent[] = [];
+  readonly #events = new InTurn<DestinationEvent>((event) => {
+    const { state, actions } = stepDestination(this.#state, event);
+    const decided =
+      state.phase !== this.#state.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
+    this.#state = state;
+    if (decided) this.config.decided(state);
+    for (const action of actions) this.#carryOut(action);
+  });
   readonly #timers: NamedTimers<'grant'>;
 
   constructor(private readonly config: ParkCommitConfig) {
@@ -64,22 +72,8 @@ export class ParkCommit {
     this.#dispatch({ type: 'fail', cause });
   }
 
-  /** One event at a time, as in every driver of a commit. */
   #dispatch(event: DestinationEvent): void {
-    this.#events.push(event);
-    if (this.#events.length > 1) return;
-    try {
-      for (let next = this.#events[0]; next; this.#events.shift(), next = this.#events[0]) {
-        const { state, actions } = stepDestination(this.#state, next);
-        const decided =
-          state.phase !== this.#state.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
-        this.#state = state;
-        if (decided) this.config.decided(state);
-        for (const action of actions) this.#carryOut(action);
-      }
-    } finally {
-      this.#events.length = 0;
-    }
+    this.#events.dispatch(event);
   }
 
   #carryOut(action: DestinationAction): void {

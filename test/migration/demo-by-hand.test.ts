@@ -1,74 +1,11 @@
 /** `memferry receive` and `memferry send` as one types them into two terminals, with the counter of examples/. */
-import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
-import { tmpdir } from 'node:os';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { describe, expect, test } from 'vitest';
+import { counter, forEachTest, command as run } from '../support/command-line.js';
 
-const main = fileURLToPath(new URL('../../lib/cli/main.js', import.meta.url));
-const counter = fileURLToPath(new URL('../../examples/counter/counter.mjs', import.meta.url));
-
-let directory = '';
-let secretFile = '';
-const running = new Set<ChildProcess>();
-
-beforeEach(() => {
-  directory = mkdtempSync(join(tmpdir(), 'memferry-test-'));
-  secretFile = join(directory, 'secret');
-  writeFileSync(secretFile, 'a'.repeat(64), { mode: 0o600 });
-});
-
-afterEach(() => {
-  for (const child of running) child.kill('SIGKILL');
-  running.clear();
-  rmSync(directory, { recursive: true, force: true });
-});
-
-type Line = Record<string, unknown>;
-
-/** One command, its output line by line: each call of `next` waits for the next line of that type. */
-function command(...args: string[]) {
-  const child = spawn(process.execPath, [main, ...args, '--json', '--secret-file', secretFile], {
-    stdio: ['pipe', 'pipe', 'pipe'],
-  });
-  running.add(child);
-  let errors = '';
-  child.stderr.setEncoding('utf8').on('data', (text) => {
-    errors += text;
-  });
-  const unread: Line[] = [];
-  const waiters: { type: string; resolve: (line: Line) => void }[] = [];
-  const lines: Line[] = [];
-  createInterface({ input: child.stdout }).on('line', (text) => {
-    const line = JSON.parse(text) as Line;
-    lines.push(line);
-    const index = waiters.findIndex(({ type }) => type === line['type']);
-    if (index >= 0) waiters.splice(index, 1)[0]?.resolve(line);
-    else unread.push(line);
-  });
-  const closed = new Promise<number | null>((resolve) => {
-    child.once('close', (code) => {
-      running.delete(child);
-      resolve(code);
-    });
-  });
-  const next = (type: string): Promise<Line> => {
-    const index = unread.findIndex((line) => line['type'] === type);
-    if (index >= 0) return Promise.resolve(unread.splice(index, 1)[0] as Line);
-    return Promise.race([
-      new Promise<Line>((resolve) => waiters.push({ type, resolve })),
-      closed.then((code) => Promise.reject(new Error(`ended with ${code} before '${type}': ${errors}`))),
-    ]);
-  };
-  const ask = async (request: unknown) => {
-    child.stdin.write(`${JSON.stringify(request)}\n`);
-    const { reply, error } = await next('reply');
-    return error ?? reply;
-  };
-  return { child, next, ask, closed, lines, errors: () => errors };
-}
+const place = forEachTest();
+const command = (...args: string[]) => run(...args, '--secret-file', place.secretFile);
 
 async function receiver(...args: string[]) {
   const there = command('receive', '--listen', '127.0.0.1:0', '--module', `counter=${counter}`, ...args);
@@ -148,7 +85,7 @@ describe('what is wrong is one line with a code', () => {
 
   test('another file under the same name', async () => {
     const there = await receiver();
-    const changed = join(directory, 'counter.mjs');
+    const changed = join(place.directory, 'counter.mjs');
     // Outside the package its import would not be found, so that nothing but the file differs.
     const worker = new URL('../../lib/worker/index.js', import.meta.url).href;
     writeFileSync(
@@ -164,7 +101,7 @@ describe('what is wrong is one line with a code', () => {
 
   test('another secret', async () => {
     const there = await receiver();
-    writeFileSync(secretFile, 'b'.repeat(64), { mode: 0o600 });
+    writeFileSync(place.secretFile, 'b'.repeat(64), { mode: 0o600 });
     const here = command('send', '--to', there.to, '--module', `counter=${counter}`);
     here.child.stdin.end();
     expect(await here.closed).toBe(1);

@@ -32,11 +32,17 @@ inline ImageId image_id(std::uint8_t number) {
 // The tokens that everybody in a test computes alike: [attempt * kStageRoles + role].
 inline wire::Token stage_token(const ImageId& image, std::uint16_t session, std::uint32_t attempt,
                                wire::StageRole role) {
-  std::seed_seq seed{std::uint32_t{image[1]}, std::uint32_t{session}, attempt,
-                     static_cast<std::uint32_t>(role)};
-  std::mt19937 random(seed);
+  std::uint64_t state = std::uint64_t{image[1]} << 56 | std::uint64_t{session} << 40 |
+                        std::uint64_t{attempt} << 8 | static_cast<std::uint64_t>(role);
   wire::Token token{};
-  for (auto& byte : token) byte = static_cast<std::uint8_t>(random());
+  // Splitmix: a schedule of scatters needs thousands of them.
+  for (std::size_t at = 0; at < token.size(); at += sizeof state) {
+    state += 0x9e3779b97f4a7c15ULL;
+    std::uint64_t word = (state ^ state >> 30) * 0xbf58476d1ce4e5b9ULL;
+    word = (word ^ word >> 27) * 0x94d049bb133111ebULL;
+    word ^= word >> 31;
+    std::memcpy(&token[at], &word, sizeof word);
+  }
   return token;
 }
 inline std::vector<wire::Token> stage_tokens(const ImageId& image, std::uint16_t session,
@@ -173,12 +179,8 @@ class StageClient {
     return await_barrier(tag);
   }
 
-  bool ask(std::uint32_t region, std::uint64_t first, std::uint64_t count, std::uint64_t tag,
-           std::uint16_t flags = 0) {
-    wire::FrameHeader header =
-        wire::make_header(wire::FrameType::kRead, region, {PageNumber{first}, count}, tag);
-    header.flags = flags;
-    return frame(header);
+  bool ask(std::uint32_t region, std::uint64_t first, std::uint64_t count, std::uint64_t tag) {
+    return frame(wire::make_header(wire::FrameType::kRead, region, {PageNumber{first}, count}, tag));
   }
   // The frames that answer a read; they cover it in order, or the test has failed.
   std::vector<Frame> answer(std::uint32_t region, std::uint64_t first, std::uint64_t count,

@@ -128,8 +128,7 @@ TEST(Stage, PipelinedReadsAreAnsweredInOrder) {
   ASSERT_TRUE(source->zeros(0, 10, 10, kHere));
   ASSERT_TRUE(source->barrier(1).acknowledged);
   const auto demand = bench.demand(id);
-  for (std::uint64_t tag = 0; tag < 40; ++tag)
-    ASSERT_TRUE(demand->ask(0, tag % 20, 30, tag, wire::kFlagPaced));
+  for (std::uint64_t tag = 0; tag < 40; ++tag) ASSERT_TRUE(demand->ask(0, tag % 20, 30, tag));
   for (std::uint64_t tag = 0; tag < 40; ++tag) {
     const auto frames = demand->answer(0, tag % 20, 30, tag);
     ASSERT_EQ(frames.size(), tag % 20 < 10 ? 3U : 2U);

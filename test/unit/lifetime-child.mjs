@@ -52,7 +52,7 @@ function transfer({ bytes, withSource, onEvent = () => {} }) {
   const receiver = addon.createReceiver({
     ...common,
     keepPageHashes: false,
-    regions: [destination.region],
+    regions: [destination],
     discardFirst: true,
     pagingFromStart: true,
     mayPage: true,
@@ -62,11 +62,11 @@ function transfer({ bytes, withSource, onEvent = () => {} }) {
   listener.add(receiver);
   if (!withSource) return { listener, receiver, destination };
   const source = addon.allocate(bytes);
-  for (const buffer of source.buffers) new Uint8Array(buffer).fill(5);
-  const tracker = addon.makeTracker('hash-diff', source.region);
+  for (const buffer of source.buffers()) new Uint8Array(buffer).fill(5);
+  const tracker = addon.makeTracker('hash-diff', source);
   const sender = addon.createSender({
     ...common,
-    regions: [source.region],
+    regions: [source],
     trackers: [tracker],
     host: '127.0.0.1',
     port: listener.port,
@@ -182,12 +182,12 @@ const scenarios = {
   async busy() {
     const { memory, region } = adoptMemory(256);
     const own = addon.allocate(8 * MiB);
-    const tracker = addon.makeTracker('hash-diff', own.region);
+    const tracker = addon.makeTracker('hash-diff', own);
     tracker.arm();
     parentPort.postMessage(region.id);
     for (;;) {
       void region.digest().catch(() => {});
-      void own.region.digest().catch(() => {});
+      void own.digest().catch(() => {});
       tracker.collect();
       new Uint8Array(memory.buffer).fill(2);
       await turn();
@@ -200,10 +200,10 @@ const scenarios = {
     const forget = () => {
       const { region } = adoptMemory(16);
       const own = addon.allocate(1 * MiB);
-      const tracker = addon.makeTracker('uffd-wp-async', own.region);
+      const tracker = addon.makeTracker('uffd-wp-async', own);
       tracker.arm();
       void region.digest();
-      return [region.id, own.region.id];
+      return [region.id, own.id];
     };
     const ids = Array.from({ length: 50 }, forget).flat();
     for (let i = 0; i < 100 && ids.some((id) => stillThere(id)); i++) {
@@ -271,10 +271,10 @@ const scenarios = {
   },
   async 'exit-while-tracking'() {
     const own = addon.allocate(64 * MiB);
-    new Uint8Array(own.buffers[0]).fill(1);
-    const tracker = addon.makeTracker('hash-diff', own.region);
+    new Uint8Array(own.buffers()[0]).fill(1);
+    const tracker = addon.makeTracker('hash-diff', own);
     tracker.arm();
-    const asynchronous = addon.makeTracker('uffd-wp-async', own.region);
+    const asynchronous = addon.makeTracker('uffd-wp-async', own);
     asynchronous.arm();
     asynchronous.collect();
     await message(worker('busy'));
@@ -351,7 +351,7 @@ const scenarios = {
     const { listener, receiver, destination } = transfer({ bytes: 1 * MiB, withSource: false });
     receiver.close();
     listener.close();
-    await assert.rejects(destination.region.digest(), { code: 'UNREADABLE' });
+    await assert.rejects(destination.digest(), { code: 'UNREADABLE' });
     console.log('ok');
   },
 

@@ -1,4 +1,5 @@
 /** VMD servers and their clients over real loopback connections, pages being the native part's. */
+import { once } from 'node:events';
 import { afterEach, describe, expect, it } from 'vitest';
 import { handshakeAsAcceptor } from '../../src/control/handshake.js';
 import { stageRoles } from '../../src/staging/image-secret.js';
@@ -163,7 +164,7 @@ describe('a VMD server', () => {
 
   it('opens the image again after a cut, before its lease is over, and repeats what was not answered', async () => {
     const server = await serve();
-    const set = await make([server], { leaseMs: 1500 });
+    const set = await make([server], { leaseMs: 900 });
     await server.cut();
     expect(await set.seal(['0'.repeat(32)])).toEqual([]);
     expect(server.native.images.get(imageId)?.sealed).toBe(true);
@@ -171,7 +172,10 @@ describe('a VMD server', () => {
     await server.cut();
     // Nobody asks for anything: the client comes back by itself, as the lease runs.
     await until(() => server.accepted > before);
-    await new Promise((resolve) => setTimeout(resolve, 1700));
+    // Announcements are a second apart: after two more the lease of before the cut would be over.
+    const [client] = set.clients as [StageClient];
+    await once(client, 'announcement');
+    await once(client, 'announcement');
     expect(has(server)).toBe(true);
   });
 

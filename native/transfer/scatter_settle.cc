@@ -1,0 +1,181 @@
+// What an answer settles: which copies are safe, what goes again, and when nothing is left to send.
+#include <algorithm>
+#include <utility>
+
+#include "transfer/scatter_impl.h"
+
+namespace memferry {
+std::uint64_t Scatter::answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  way.lane.sent(runs, bytes, {wire::Holders::kDestination, wire::Holders::kNobody});
+  return way.lane.close(Clock::now());
+}
+
+std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!way.open) return {};
+    const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
+    if (!batch) return "an answer to a barrier that was not sent";
+    way.stalled = false;
+    std::vector<RegionRun> again;
+    settle_locked(*batch, again);
+    put_back_locked(again);
+    changed_.notify_all();
+  }
+  check_drained();
+  return {};
+}
+
+// A batch that was given to another way meanwhile: its pages count where they are not safe yet, and need not go
+// again then.
+void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again) {
+  again = batch.no_room;
+  for (const RegionRun& each : batch.torn) {
+    if (kind_ == Kind::kRound) {
+      suspects_[each.region]->set_run(each.run);
+    } else {
+      again.push_back(each);
+    }
+  }
+  wire::Holders holders = batch.holders;
+  // Its replica's server failed since: one copy is left, and lose() knows nothing of it yet.
+  if (holders.second < servers_.size() && !servers_[holders.second]->failed.empty()) {
+    holders.second = wire::Holders::kNobody;
+  }
+  const auto within = [](const std::vector<RegionRun>& runs, std::uint32_t region, PageNumber page) {
+    return std::any_of(runs.begin(), runs.end(), [&](const RegionRun& each) {
+      return each.region == region && each.run.first <= page && page < each.run.end();
+    });
+  };
+  const auto skipped = [&](std::uint32_t region, PageNumber page) {
+    return where_.safe(region, page) || within(batch.torn, region, page) ||
+           within(batch.no_room, region, page);
+  };
+  for (const RegionRun& each : batch.runs) {
+    PageRun left = each.run;
+    while (left.count > 0) {
+      const bool skip = skipped(each.region, left.first);
+      std::uint64_t count = 1;
+      for (; count < left.count; ++count) {
+        if (skipped(each.region, PageNumber{left.first.value + count}) != skip) break;
+      }
+      const PageRun part{left.first, count};
+      if (!skip) {
+        if (batch.returned) {
+          shared_.queue.pending(each.region).clear_run(part);
+          sent_twice_[each.region]->set_run(part);
+        }
+        where_.settle(each.region, part, holders);
+        if (config_.release_as_evicted && kind_ == Kind::kPush) to_release_.push_back({each.region, part});
+      }
+      left = {part.end(), left.count - count};
+    }
+  }
+}
+
+void Scatter::put_back_locked(const std::vector<RegionRun>& runs) {
+  bool any = false;
+  for (const RegionRun& each : runs) {
+    for (PageNumber page = each.run.first; page < each.run.end(); ++page.value) {
+      if (where_.safe(each.region, page)) continue;
+      sent_twice_[each.region]->set(page);
+      shared_.queue.pending(each.region).set(page);
+      any = true;
+    }
+  }
+  if (!any) return;
+  ++returns_;
+  dry_ = false;
+  changed_.notify_all();
+}
+
+void Scatter::suspect(std::uint32_t region, PageRun run) { suspects_[region]->set_run(run); }
+
+bool Scatter::released(std::uint32_t region, PageNumber page, wire::Holders& holders) const {
+  if (!config_.release_as_evicted || !released_[region]->test(page)) return false;
+  holders = where_.holders(region, page);
+  return true;
+}
+
+void Scatter::never_release(std::uint32_t region, PageNumber page) { sent_twice_[region]->set(page); }
+
+void Scatter::reconcile(std::uint32_t region, const AtomicBitmap& have) {
+  const std::lock_guard lock(mutex_);
+  const std::uint64_t known = shared_.queue.known_pages(region);
+  AtomicBitmap& pending = shared_.queue.pending(region);
+  bool again = false;
+  for (PageNumber page{0}; page.value < known; ++page.value) {
+    const bool there = have.test(page);
+    if (there) {
+      pending.clear(page);
+      if (!where_.safe(region, page))
+        where_.settle(region, {page, 1}, {wire::Holders::kDestination, wire::Holders::kNobody});
+    } else if (where_.safe(region, page) &&
+               where_.holders(region, page).first == wire::Holders::kDestination &&
+               !released_[region]->test(page)) {
+      where_.forget(region, {page, 1});
+      sent_twice_[region]->set(page);
+      pending.set(page);
+      again = true;
+    }
+  }
+  if (again) {
+    ++returns_;
+    dry_ = false;
+  }
+  changed_.notify_all();
+}
+
+bool Scatter::drained_locked() const {
+  if (!begun_) return false;
+  const auto told = [&](unsigned listener) { return !where_.anything_untold(listener); };
+  if (kind_ == Kind::kPush) {
+    std::uint64_t all = 0;
+    for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region)
+      all += shared_.queue.known_pages(region);
+    if (where_.safe_count() < all) return false;
+  } else {
+    if (!dry_) return false;
+    for (const auto& way : direct_) {
+      if (!way->idle()) return false;
+    }
+    if (config_.direct && !told(where_.destination())) return false;
+  }
+  for (const auto& server : servers_) {
+    if (!server->failed.empty()) continue;
+    const bool index = server->ordinal < where_.index_servers();
+    // In a push only what has to be told is waited for: every page is safe already.
+    if (index && (!told(server->ordinal) || !server->way || !server->way->idle())) return false;
+    if (kind_ == Kind::kRound && (!server->way || !server->way->idle())) return false;
+  }
+  return true;
+}
+
+// Said by the watcher: whoever finds it out may hold locks of its own.
+void Scatter::check_drained() {
+  const std::lock_guard lock(mutex_);
+  if (!drained_locked()) return;
+  begun_ = false;
+  drained_due_ = true;
+  if (kind_ == Kind::kRound) {
+    for (std::uint32_t region = 0; region < suspects_.size(); ++region) {
+      for (std::uint64_t i = 0; i < suspects_[region]->words(); ++i) {
+        shared_.queue.pending(region).or_word(i, suspects_[region]->word(i));
+      }
+    }
+  }
+  changed_.notify_all();
+  watcher_.wake();
+}
+
+std::uint64_t Scatter::take_suspects() {
+  std::uint64_t listed = 0;
+  for (const auto& bitmap : suspects_) {
+    listed += bitmap->count();
+    bitmap->clear_run({PageNumber{0}, bitmap->capacity()});
+  }
+  return listed;
+}
+
+}  // namespace memferry

@@ -1,0 +1,153 @@
+// The watcher of a scatter: who does not answer in time, and what memory others hold and is not needed here.
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "fault/discard.h"
+#include "transfer/scatter_impl.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::chrono::milliseconds kWatchInterval{20};
+// A longer pause of the watcher's own says nothing about its peers.
+constexpr std::chrono::milliseconds kWatchGap{500};
+
+}  // namespace
+
+// Since when a way has given no sign: a batch is not acknowledged, or its thread is stuck in the socket.
+std::optional<Scatter::Clock::time_point> Scatter::waits_since(const Way& way) const {
+  std::optional<Clock::time_point> since = way.lane.waiting_since();
+  if (const Clock::rep sending = way.sending_since.load(std::memory_order_relaxed); sending != 0) {
+    const Clock::time_point stuck{Clock::duration(sending)};
+    if (!since || stuck < *since) since = stuck;
+  }
+  return since;
+}
+
+// Nothing is left to take and this way still has some, however steadily it acknowledges: a slow one does that too.
+bool Scatter::tail_is_late(const Way& way, Clock::time_point now) const {
+  if (!dry_ || now - dry_since_ <= kTailPatience) return false;
+  const auto oldest = way.lane.oldest_sent();
+  const Clock::rep sending = way.sending_since.load(std::memory_order_relaxed);
+  return (oldest && now - *oldest > kTailPatience) ||
+         (sending != 0 && now - Clock::time_point(Clock::duration(sending)) > kTailPatience);
+}
+
+// Who does not acknowledge, and what to do about it.
+void Scatter::watch(WorkerThread& self) {
+  try {
+    watch_until_stopped(self);
+  } catch (const std::exception& error) {
+    shared_.broken(error.what());
+  }
+}
+
+void Scatter::watch_until_stopped(WorkerThread& self) {
+  Clock::time_point looked_at = Clock::now();
+  while (!self.stopping()) {
+    self.wait(static_cast<int>(kWatchInterval.count()));
+    bool due = false;
+    bool hopeless = false;
+    {
+      const std::lock_guard lock(mutex_);
+      if (closing_) return;
+      due = std::exchange(drained_due_, false);
+      const Clock::time_point now = Clock::now();
+      std::vector<Way*> ways;
+      for (const auto& way : direct_) ways.push_back(way.get());
+      for (const auto& server : servers_) {
+        if (server->way) ways.push_back(server->way.get());
+      }
+      const bool somebody_idle = std::any_of(ways.begin(), ways.end(), [](const Way* way) {
+        return way->idle() && way->open && !way->stalled && !way->full;
+      });
+      if (demand_) ways.push_back(demand_.get());
+      // With no destination only servers can take what is left.
+      hopeless =
+          begun_ && !config_.direct && !dry_ &&
+          std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
+            return !server->failed.empty() || (server->way && server->way->full && server->way->idle());
+          });
+      // After a stop of this process its peers' answers are read before anyone is judged.
+      const bool awake = now - looked_at < kWatchGap;
+      looked_at = now;
+      // Of all of them before anything is put back: then the queue is not dry any more.
+      std::vector<const Way*> late;
+      for (const Way* way : ways) {
+        if (somebody_idle && tail_is_late(*way, now)) late.push_back(way);
+      }
+      for (Way* way : ways) {
+        const auto since = waits_since(*way);
+        if (!since || !awake) continue;
+        const auto age = now - *since;
+        if (age > config_.stall_timeout && way->server != Way::kNobody) {
+          Server& server = *servers_[static_cast<std::size_t>(way->server)];
+          fail_server_locked(server, way->name + " does not acknowledge what it is sent");
+          continue;
+        }
+        if (age > config_.answer_timeout && way->stream) way->stream->shutdown();
+        // In a round only servers are given up: to the destination an older copy must never come after a newer one.
+        if (kind_ != Kind::kPush || !begun_) continue;
+        if (age > config_.stall_timeout || std::find(late.begin(), late.end(), way) != late.end()) {
+          way->stalled = way->stalled || age > config_.stall_timeout;
+          // What is in the socket cannot be taken back while its thread is in it: end that.
+          if (way->stalled && way->sending_since.load(std::memory_order_relaxed) != 0 && way->stream) {
+            way->stream->shutdown();
+          }
+          if (way->lane.anything_to_take_back()) put_back_locked(way->lane.take_back(false));
+        }
+      }
+    }
+    if (due) shared_.drained();
+    if (hopeless) {
+      shared_.broken({});
+      return;
+    }
+    check_drained();
+    if (config_.release_as_evicted) release_settled();
+  }
+}
+
+// Gives back what others hold now. A page that may still be read here (it went out twice) waits for the end.
+void Scatter::release_settled() {
+  const std::unique_lock reading(release_mutex_, std::try_to_lock);
+  const TouchGate::Pass pass(shared_.gate);
+  if (!reading || !pass) return;
+  std::vector<RegionRun> once;
+  {
+    // Decided together with the mark: whoever makes a page pending again sees it, or is seen here.
+    const std::lock_guard lock(mutex_);
+    for (const RegionRun& each : std::exchange(to_release_, {})) {
+      for (PageNumber page = each.run.first; page < each.run.end(); ++page.value) {
+        if (!where_.safe(each.region, page) || sent_twice_[each.region]->test(page) ||
+            shared_.queue.pending(each.region).test(page)) {
+          continue;
+        }
+        released_[each.region]->set(page);
+        if (!once.empty() && once.back().region == each.region && once.back().run.end() == page) {
+          ++once.back().run.count;
+        } else {
+          once.push_back({each.region, {page, 1}});
+        }
+      }
+    }
+  }
+  try {
+    for (const RegionRun& each : once) {
+      const auto& region = shared_.queue.region(each.region);
+      Discarder discarder(backing_of(*region));
+      for (PageRun part = each.run; part.count > 0;) {
+        const auto bytes = region->contiguous(part);
+        discarder.add(Address::of(bytes.data()), bytes.size());
+        part = {PageNumber{part.first.value + bytes.size() / page_size_},
+                part.count - bytes.size() / page_size_};
+      }
+      discarder.flush();
+    }
+  } catch (const std::exception&) {
+    // Memory that cannot be given back early (it is locked, say) goes when its owner lets it go.
+  }
+}
+
+}  // namespace memferry

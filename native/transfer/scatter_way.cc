@@ -1,0 +1,219 @@
+// What goes out on a way, the destination's or a server's, and which pages: one thread a way.
+#include <algorithm>
+#include <atomic>
+
+#include "transfer/scatter_impl.h"
+
+namespace memferry {
+namespace {
+
+// In a socket for so long: the connection takes what it can.
+constexpr std::chrono::microseconds kBlocked{300};
+// Until the direct way is looked at again.
+constexpr std::chrono::microseconds kDirectFirst{500};
+constexpr std::uint64_t kRecordPages = 8192;  // hashes of 64 KiB a frame
+
+}  // namespace
+
+bool Scatter::direct_is_full() const {
+  const auto now = Clock::now().time_since_epoch();
+  return std::all_of(direct_.begin(), direct_.end(), [&](const auto& way) {
+    const Clock::rep since = way->sending_since.load(std::memory_order_relaxed);
+    return !takes_more(*way) || (since != 0 && now - Clock::duration(since) > kBlocked);
+  });
+}
+
+wire::Holders Scatter::holders_for(const Way& way) const {
+  if (way.server == Way::kNobody) return {wire::Holders::kDestination, wire::Holders::kNobody};
+  wire::Holders holders{static_cast<std::uint8_t>(way.server), wire::Holders::kNobody};
+  if (config_.replicas < 2) return holders;
+  for (std::size_t step = 1; step < servers_.size(); ++step) {
+    const auto& next = servers_[(static_cast<std::size_t>(way.server) + step) % servers_.size()];
+    if (next->failed.empty() && next->way && !next->way->full) {
+      holders.second = next->ordinal;
+      break;
+    }
+  }
+  return holders;
+}
+
+bool Scatter::takes_more(const Way& way) {
+  return !way.stalled && !way.full && !way.lane.owes() && way.lane.has_room();
+}
+
+bool Scatter::may_take(const Way& way) const { return !dry_ && !way.demand && takes_more(way); }
+
+bool Scatter::wants_work(const Way& way) const {
+  if (way.server == Way::kNobody) return may_take(way);
+  return may_take(way) && direct_is_full();
+}
+
+bool Scatter::run_direct(Way& way, const std::function<bool()>& over, std::string& cut) {
+  return run(way, over, cut);
+}
+
+bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut) {
+  CpuCourtesy courtesy(wire::shared_key(shared_.migration));
+  const bool server = way.server != Way::kNobody;
+  wire::Pacer& pacer = server ? server_pacer_ : shared_.pacer;
+  const auto ended = [&] { return over() || shared_.gate.closed(); };
+  std::vector<std::byte> buffer;
+  for (;;) {
+    bool records = false;
+    bool chunk = false;
+    bool guest_left = false;
+    {
+      std::unique_lock lock(mutex_);
+      for (;;) {
+        if (closing_ || !way.open || ended()) return false;
+        if (!begun_ && !server) return true;
+        records = way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
+        chunk = begun_ && wants_work(way);
+        if (records || chunk || way.lane.anything_open()) break;
+        if (server && begun_ && may_take(way)) {
+          changed_.wait_for(lock, kDirectFirst);
+        } else {
+          changed_.wait(lock);
+        }
+      }
+      guest_left = kind_ == Kind::kPush;
+    }
+    if (records) {
+      if (!send_records(way, buffer, cut)) return false;
+    } else if (chunk) {
+      if (!shared_.pacer.wait_limit(ended)) return false;
+      if (!pacer.wait_turn() && (!server || ended())) return false;
+      courtesy.follow(guest_left && pacer.should_stand_back());
+      if (!send_chunk(way, *way.chunks, cut)) return false;
+    }
+    if (!send_barrier(way, !records && !chunk, cut)) return false;
+  }
+}
+
+bool Scatter::send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut) {
+  buffer.clear();
+  Whereabouts::Record record;
+  const auto listener = static_cast<unsigned>(way.listener);
+  bool final = false;
+  {
+    // From taking a record off the list until it lies in the lane.
+    const std::lock_guard lock(mutex_);
+    way.in_hand = true;
+    final = kind_ == Kind::kPush;
+  }
+  while (buffer.size() < wire::kRunBytes && where_.next_untold(listener, kRecordPages, record)) {
+    wire::FrameHeader header =
+        wire::make_header(wire::FrameType::kMap, record.region, record.run, record.holders.tag());
+    if (record.zero) header.flags |= wire::kFlagZero;
+    if (final) header.flags |= wire::kFlagFinal;
+    // By value: a page that is being sent again may have its (equal) hash written right now.
+    std::vector<std::uint64_t> hashes(record.hashes.size());
+    for (std::size_t i = 0; i < hashes.size(); ++i) {
+      hashes[i] =
+          std::atomic_ref(const_cast<std::uint64_t&>(record.hashes[i])).load(std::memory_order_relaxed);
+    }
+    const auto payload = std::as_bytes(std::span(hashes));
+    wire::seal(header, payload);
+    const auto* head = reinterpret_cast<const std::byte*>(&header);
+    buffer.insert(buffer.end(), head, head + sizeof header);
+    buffer.insert(buffer.end(), payload.begin(), payload.end());
+  }
+  {
+    // Before it leaves: as long as it is not acknowledged, not everything is told.
+    const std::lock_guard lock(mutex_);
+    way.in_hand = false;
+    if (!buffer.empty()) way.lane.sent({}, buffer.size(), {});
+    if (way.server != Way::kNobody) servers_[static_cast<std::size_t>(way.server)]->bytes += buffer.size();
+  }
+  if (buffer.empty()) return true;
+  shared_.count_bytes(buffer.size());
+  way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  const wire::IoResult result = way.stream->send_all(std::span<const std::byte>(buffer));
+  way.sending_since.store(0, std::memory_order_relaxed);
+  if (!result.done()) cut = way.name + ": " + result.describe();
+  return result.done();
+}
+
+bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
+  wire::Holders holders;
+  std::uint64_t returns = 0;
+  std::shared_ptr<const std::vector<PageFrames::OnHash>> sinks;
+  bool other_holders = false;
+  {
+    const std::lock_guard lock(mutex_);
+    holders = holders_for(way);
+    returns = returns_;
+    sinks = sinks_;
+    other_holders = way.lane.holders_change(holders);
+    way.in_hand = true;
+  }
+  if (other_holders && !send_barrier(way, true, cut)) return false;
+  const bool server = way.server != Way::kNobody;
+  // Inside the gate from taking on: what is taken is sent, or the region is gone.
+  const TouchGate::Pass pass(shared_.gate);
+  if (!pass) return false;
+  chunks.frames().set_tag(server ? holders.tag() : 0);
+  const bool more = chunks.gather(*sinks);
+  if (chunks.frames().empty()) {
+    {
+      const std::lock_guard lock(mutex_);
+      looked_locked(more, chunks.gave_back(), returns);
+      way.in_hand = false;
+      changed_.notify_all();
+    }
+    check_drained();
+    return true;
+  }
+  {
+    // Before it leaves: a refusal may be faster than this thread.
+    const std::lock_guard lock(mutex_);
+    way.lane.sent(chunks.frames().runs(), chunks.frames().bytes(), holders);
+    way.in_hand = false;
+    looked_locked(more, chunks.gave_back(), returns);
+    if (server) servers_[static_cast<std::size_t>(way.server)]->bytes += chunks.frames().bytes();
+    if (!more) changed_.notify_all();
+  }
+  way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  const PageFrames::Sent sent = chunks.frames().send(*way.stream);
+  way.sending_since.store(0, std::memory_order_relaxed);
+  if (server) {
+    server_pacer_.debit(sent.bytes);
+    shared_.pacer.debit_limit(sent.bytes);
+  } else {
+    shared_.pacer.debit(sent.bytes);
+  }
+  shared_.count_sent(sent);
+  if (!sent.result.done()) cut = way.name + ": " + sent.result.describe();
+  return sent.result.done();
+}
+
+// What a look at the queue has shown; others may have looked while this one had pages in its hands that it put back.
+void Scatter::looked_locked(bool more, bool gave_back, std::uint64_t returns_before) {
+  if (gave_back) {
+    ++returns_;
+    dry_ = false;
+    changed_.notify_all();
+  } else if (!more && returns_before == returns_) {
+    if (!dry_) dry_since_ = Clock::now();
+    dry_ = true;
+  }
+}
+
+// Behind what is enough for one, or behind everything when there is nothing more to send right now.
+bool Scatter::send_barrier(Way& way, bool now, std::string& cut) {
+  std::uint64_t tag = 0;
+  {
+    // Before it is sent: its answer may be faster than this thread.
+    const std::lock_guard lock(mutex_);
+    if (!way.lane.anything_open() || (!now && !way.lane.batch_is_full())) return true;
+    tag = way.lane.close(Clock::now());
+  }
+  wire::FrameHeader header = wire::make_header(wire::FrameType::kBarrier, 0, {}, tag);
+  wire::seal(header);
+  shared_.count_bytes(sizeof header);
+  const wire::IoResult result = way.stream->send_all(std::as_bytes(std::span(&header, 1)));
+  if (!result.done()) cut = way.name + ": " + result.describe();
+  return result.done();
+}
+
+}  // namespace memferry

@@ -1,0 +1,79 @@
+/**
+ * The image of a guest that is about to leave: which servers, and the image made at each of them. And what is said of
+ * the guest itself, to a destination or with a parked image. JavaScript thread.
+ */
+import type { Guest } from '../guest.js';
+import type { ResolvedMigrateOptions } from '../options.js';
+import { untilAborted } from '../protocol/bounded.js';
+import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
+import { makeImageSecret } from '../staging/image-secret.js';
+import { ImageSet } from '../staging/image-set.js';
+import { chooseServers } from './choose-servers.js';
+
+export interface ImageOrder {
+  guest: Guest;
+  /** Of its regions now, in bytes. */
+  lengths: readonly number[];
+  options: ResolvedMigrateOptions;
+  secret: Uint8Array;
+  /** 32 hex digits: the migration's id. */
+  image: string;
+  kind: ImageKind;
+  signal: AbortSignal;
+}
+
+/** Null when no servers are used, by the caller's choice (`onCapacity: 'direct'`). */
+export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
+  const { guest, lengths, options, secret, image, kind, signal } = order;
+  const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
+  const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
+  const need = {
+    bytes: lengths.reduce((sum, length) => sum + length, 0),
+    capacityPages: capacityBytes / pageSize,
+  };
+  const servers = await untilAborted(chooseServers(options, secret, need, signal), signal);
+  if (servers.length === 0) return null;
+  const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
+  // The caller's signal ends the making of the image, not its connections: they are needed to let it go.
+  const making = new AbortController();
+  const stop = () => making.abort(signal.reason);
+  signal.throwIfAborted();
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    return await ImageSet.create(
+      servers,
+      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: making.signal },
+      {
+        image,
+        secret: makeImageSecret(),
+        kind,
+        name: guest.name,
+        pageSize,
+        replicas: options.replicas,
+        leaseMs: options.leaseMs,
+        regions: guest.regions.map(({ name, region }, index) => ({
+          name,
+          pages: (lengths[index] as number) / region.pageSize,
+          capacityPages: region.capacityBytes / region.pageSize,
+        })),
+      },
+    );
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+}
+
+/** `lengths` as they are now: what a destination allocates. */
+export function describeGuest(guest: Guest, lengths: readonly number[]): ParkedGuest {
+  return {
+    name: guest.name,
+    module: guest.module,
+    description: guest.description ?? null,
+    regions: guest.regions.map(({ name, region }, index) => ({
+      name,
+      lengthBytes: lengths[index] as number,
+      capacityBytes: region.capacityBytes,
+      pageSize: region.pageSize,
+    })),
+  };
+}

@@ -1,0 +1,166 @@
+/** The commands of the VMD as one types them: servers, a host evicted, a guest parked and claimed, an image dropped. */
+import { readFileSync, statSync } from 'node:fs';
+import { join } from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { command as run, counter, forEachTest } from '../support/command-line.js';
+
+const place = forEachTest();
+const command = (...args: string[]) => run(...args, '--secret-file', place.secretFile);
+const ticket = () => join(place.directory, 'ticket');
+
+async function server(name: string, memory = '256Mi') {
+  const there = command(
+    'stage',
+    '--listen',
+    '127.0.0.1:0',
+    '--memory',
+    memory,
+    '--name',
+    name,
+    '--no-announce',
+  );
+  const { port } = await there.next('listening');
+  return { ...there, name, address: `127.0.0.1:${port}` };
+}
+
+/** Its answer is its last line. */
+async function answer(...args: string[]) {
+  const asked = command(...args);
+  expect(await asked.closed, asked.errors()).toBe(0);
+  return asked.lines.at(-1) as Record<string, unknown>;
+}
+
+const held = async (address: string) =>
+  (await answer('status', address))['held'] as Record<string, unknown>[];
+
+const startPark = (via: string, ...args: string[]) =>
+  command('park', '--ticket', ticket(), '--module', `counter=${counter}`, '--via', via, ...args);
+const startUnpark = (...args: string[]) =>
+  command('unpark', '--ticket', ticket(), '--module', `counter=${counter}`, ...args);
+
+describe('send through servers', () => {
+  test.each(['scatter', 'scatter-hybrid', 'scatter-pre-copy'])(
+    '--mode %s: the host is left as soon as it may be, and the guest goes on counting',
+    async (mode) => {
+      const servers = [await server('one'), await server('two')];
+      const there = command(
+        'receive',
+        ...['--listen', '127.0.0.1:0', '--module', `counter=${counter}`, '--gather-limit', '1Mi'],
+        ...['--bandwidth', '1Mi'],
+      );
+      const { port } = await there.next('listening');
+      const here = command(
+        'send',
+        ...['--to', `127.0.0.1:${port}`, '--module', `counter=${counter}`, '--mode', mode],
+        ...['--via', servers.map(({ address }) => address).join(','), '--leave-when-evicted'],
+      );
+      await here.next('started');
+      // A page of its own each, so that the servers hold something that takes a while to gather.
+      for (let slot = 0; slot < 4096; slot++)
+        here.child.stdin.write(`{"add":${slot + 1},"slot":${slot * 512}}\n`);
+      for (let slot = 0; slot < 4096; slot++) await here.next('reply');
+      here.child.stdin.write('\n');
+      const evicted = await here.next('evicted');
+      expect(await here.closed, here.errors()).toBe(0);
+      expect(evicted).toMatchObject({ mode, evictionMs: expect.any(Number) });
+      // The source's process is gone. What it left is with the servers alone; by rounds the destination has kept up.
+      if (mode !== 'scatter-pre-copy')
+        expect(there.lines.filter(({ type }) => type === 'report')).toEqual([]);
+      expect(await there.ask({ add: 1, slot: 4095 * 512 })).toBe(4097);
+      expect(await there.next('report')).toMatchObject({ verified: true });
+      for (const slot of [0, 1, 77, 2048, 4094]) {
+        expect(await there.ask({ add: 0, slot: slot * 512 })).toBe(slot + 1);
+      }
+      for (const { address } of servers) expect(await held(address)).toEqual([]);
+    },
+    60_000,
+  );
+
+  test('servers that are too small: VMD_CAPACITY, and nothing is left at them', async () => {
+    const small = await server('small', '16Mi');
+    const there = command('receive', '--listen', '127.0.0.1:0', '--module', `counter=${counter}`);
+    const { port } = await there.next('listening');
+    const here = command(
+      'send',
+      ...['--to', `127.0.0.1:${port}`, '--module', `counter=${counter}`, '--mode', 'scatter'],
+      ...['--via', small.address],
+    );
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: VMD_CAPACITY: [^\n]*\n$/);
+    expect(await held(small.address)).toEqual([]);
+  }, 30_000);
+});
+
+describe('park and unpark', () => {
+  test('a guest stands in the VMD with nobody running it, and one claims it, once', async () => {
+    const servers = [await server('one'), await server('two')];
+    const here = startPark(servers.map(({ address }) => address).join(','));
+    await here.next('started');
+    expect(await here.ask({ add: 3 })).toBe(3);
+    expect(await here.ask({ add: 5, slot: 1_000_000 })).toBe(5);
+    here.child.stdin.write('\n');
+    const report = await here.next('report');
+    expect(await here.closed, here.errors()).toBe(0);
+    expect(statSync(ticket()).mode & 0o777).toBe(0o600);
+    const { secret, image } = JSON.parse(readFileSync(ticket(), 'utf8'));
+    expect(report).toMatchObject({ image, ticket: ticket() });
+    expect(JSON.stringify(here.lines)).not.toContain(secret);
+    for (const { address } of servers) {
+      expect(await held(address)).toMatchObject([{ id: image, kind: 'park', phase: 'parked' }]);
+    }
+
+    const there = startUnpark();
+    await there.next('resumed');
+    expect(await there.ask({ add: 4 })).toBe(7);
+    await there.next('report');
+    expect(await there.ask({ add: 0, slot: 1_000_000 })).toBe(5);
+    expect(await there.ask('history')).toEqual(['created', `moved to process ${there.child.pid}`]);
+
+    const again = startUnpark();
+    expect(await again.closed).toBeGreaterThan(0);
+    expect(again.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
+    expect(await there.ask({ add: 1 })).toBe(8);
+    there.child.kill('SIGINT');
+    await there.closed;
+  }, 60_000);
+
+  test('a ticket is never overwritten, and no guest is started for it', async () => {
+    const only = await server('one');
+    const here = startPark(only.address, '--after-ms', '0');
+    expect(await here.closed, here.errors()).toBe(0);
+    const before = readFileSync(ticket(), 'utf8');
+    const another = startPark(only.address, '--after-ms', '0');
+    expect(await another.closed).toBe(2);
+    expect(another.errors()).toMatch(/^memferry: INVALID_ARGUMENT: --ticket: [^\n]*\n$/);
+    expect(another.lines).toEqual([]);
+    expect(readFileSync(ticket(), 'utf8')).toBe(before);
+  }, 30_000);
+
+  test('a park that fails leaves no ticket', async () => {
+    const here = startPark('127.0.0.1:9', '--after-ms', '0');
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
+    expect(() => statSync(ticket())).toThrow(/ENOENT/);
+  }, 30_000);
+
+  test('what is dropped is gone: its ticket says so', async () => {
+    const only = await server('one');
+    const here = startPark(only.address, '--after-ms', '0');
+    expect(await here.closed, here.errors()).toBe(0);
+    const [image] = await held(only.address);
+    const id = image?.['id'] as string;
+    expect(await answer('drop', only.address, id)).toMatchObject({
+      type: 'dropped',
+      image: id,
+      server: 'one',
+    });
+    expect(await held(only.address)).toEqual([]);
+    const again = command('drop', only.address, id);
+    expect(await again.closed).toBe(1);
+    expect(again.errors()).toMatch(/^memferry: VMD_LOST: [^\n]*\n$/);
+    const there = startUnpark();
+    expect(await there.closed).toBeGreaterThan(0);
+    expect(there.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
+  }, 30_000);
+});
