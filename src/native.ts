@@ -68,6 +68,7 @@ export interface NativeEvent {
     | 'filled'
     | 'complete'
     | 'lost'
+    | 'rest-here'
     | 'paused'
     | 'recovered'
     | 'failed';

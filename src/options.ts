@@ -85,7 +85,7 @@ const migrateSchema = z.strictObject({
   destinationRack: z.string().max(64).nullable().default(null),
   /** Scatter modes: the source's own link in bytes/s, which the servers together are to fill; null: not known. */
   linkBytesPerSecond: z.number().positive().nullable().default(null),
-  /** Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms. */
+  /** Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms; with replicas ≥ 2000. */
   stallTimeoutMs: milliseconds.default(3_000),
   /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
@@ -246,8 +246,20 @@ export function parseAddress(text: string): { host: string; port: number } {
   return { host, port };
 }
 
+/** A server that passes replicas on takes up to 1.5 s to say that the next one does not answer (kChainPatience). */
+const leastChainStallMs = 2000;
+
+function checkStall({ replicas, stallTimeoutMs }: { replicas: number; stallTimeoutMs: number }, what: string): void {
+  if (replicas < 2 || stallTimeoutMs >= leastChainStallMs) return;
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    `${what}.stallTimeoutMs: at least ${leastChainStallMs} with replicas, or the messenger is taken for the one that stalls`,
+  );
+}
+
 export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
   const parsed = parse(migrateSchema, options, 'migrate');
+  checkStall(parsed, 'migrate');
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 
@@ -265,8 +277,10 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     }
   }
   const to = { host: '127.0.0.1', port: 1 };
+  const parsed = parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park');
+  checkStall(parsed, 'park');
   return {
-    ...parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park'),
+    ...parsed,
     to,
     ...(onTicket ? { onTicket } : {}),
   };

@@ -1,9 +1,9 @@
-// Floor of `bulk`: one copy of a region's worth of random bytes from one process to another over loopback
-// TCP, on 1 or more connections, contiguous shares. With --hash one XXH3 over each 256 KiB chunk on either
-// side, compared. The clock is the sender's: from the word "go" until every connection's receiver has
-// said that its share is in memory; with --memory fresh the receiver maps its memory only after "go".
+// Floor of `bulk` and `scatter`: one copy of a region's worth of random bytes from one process to another, or to
+// several, over loopback TCP, on 1 or more connections, contiguous shares. With --hash one XXH3 over each 256 KiB
+// chunk on either side, compared. The clock is the sender's: from the word "go" until every connection's receiver
+// has said that its share is in memory; with --memory fresh a receiver maps its memory only after "go".
 //
-//   bulk_floor --bytes N --channels N --memory touched|fresh [--hash] [--cc NAME]
+//   bulk_floor --bytes N --channels N [--receivers N] --memory touched|fresh [--hash] [--cc NAME]
 #include <pthread.h>
 #include <sys/wait.h>
 
@@ -17,6 +17,15 @@ struct share {
   char *memory;
   uint64_t bytes;
   bool hash;
+};
+
+struct copy {
+  uint64_t bytes;
+  uint64_t channels;
+  uint64_t each;  // of a channel; the last one also has what is left over
+  bool fresh;
+  bool hash;
+  const char *cc;
 };
 
 static void *send_share(void *argument) {
@@ -63,67 +72,91 @@ static void *receive_share(void *argument) {
 }
 
 static void run_shares(void *(*body)(void *), const int *fds, uint64_t channels, char *memory, uint64_t bytes,
-                       bool hash) {
+                       const struct copy *copy) {
   struct share shares[kMaxChannels];
   pthread_t threads[kMaxChannels];
-  uint64_t each = bytes / channels / kChunkBytes * kChunkBytes;
   for (uint64_t i = 0; i < channels; i++) {
-    shares[i] = (struct share){fds[i], memory + i * each, i + 1 == channels ? bytes - i * each : each, hash};
+    const uint64_t at = i * copy->each;
+    shares[i] = (struct share){fds[i], memory + at, i + 1 == channels ? bytes - at : copy->each, copy->hash};
     if (pthread_create(&threads[i], NULL, body, &shares[i]) != 0) die("pthread_create");
   }
   for (uint64_t i = 0; i < channels; i++) pthread_join(threads[i], NULL);
 }
 
+// Of `copy`, what comes on `channels` of its connections.
+static _Noreturn void receive(int listener, uint64_t channels, uint64_t bytes, const struct copy *copy) {
+  char *memory = NULL;
+  if (!copy->fresh) {
+    memory = map_fresh(bytes);
+    touch(memory, bytes);
+  }
+  int fds[kMaxChannels];
+  for (uint64_t i = 0; i < channels; i++) fds[i] = accept_one(listener, copy->cc);
+  char filled;
+  if (!read_all(fds[0], &filled, 1)) die("sender");
+  if (copy->fresh) have_backed(bytes + bytes / 4);
+  write_all(fds[0], "r", 1);
+  char go;
+  if (!read_all(fds[0], &go, 1)) die("sender");
+  if (copy->fresh) memory = map_fresh(bytes);
+  run_shares(receive_share, fds, channels, memory, bytes, copy);
+  _exit(0);
+}
+
 int main(int argc, char **argv) {
-  const uint64_t bytes = option_number(argc, argv, "--bytes", 1u << 30);
-  const uint64_t channels = option_number(argc, argv, "--channels", 1);
-  const bool fresh = strcmp(option(argc, argv, "--memory", "touched"), "fresh") == 0;
-  const bool hash = flag(argc, argv, "--hash");
-  const char *cc = option(argc, argv, "--cc", NULL);
-  if (channels < 1 || channels > kMaxChannels) {
+  struct copy copy = {
+      .bytes = option_number(argc, argv, "--bytes", 1u << 30),
+      .channels = option_number(argc, argv, "--channels", 1),
+      .fresh = strcmp(option(argc, argv, "--memory", "touched"), "fresh") == 0,
+      .hash = flag(argc, argv, "--hash"),
+      .cc = option(argc, argv, "--cc", NULL),
+  };
+  const uint64_t receivers = option_number(argc, argv, "--receivers", 1);
+  if (copy.channels < 1 || copy.channels > kMaxChannels) {
     fprintf(stderr, "--channels: 1 to %d\n", kMaxChannels);
     return 2;
   }
+  if (receivers < 1 || copy.channels % receivers != 0) {
+    fprintf(stderr, "--receivers: each takes as many of the channels\n");
+    return 2;
+  }
+  copy.each = copy.bytes / copy.channels / kChunkBytes * kChunkBytes;
+  const uint64_t channels = copy.channels / receivers;
 
-  uint16_t port;
-  int listener = listen_on("127.0.0.1", 0, &port);
-  int fds[kMaxChannels];
-  pid_t receiver = fork();
-  if (receiver < 0) die("fork");
-  if (receiver == 0) {
-    char *memory = NULL;
-    if (!fresh) {
-      memory = map_fresh(bytes);
-      touch(memory, bytes);
+  pid_t children[kMaxChannels];
+  uint16_t ports[kMaxChannels];
+  for (uint64_t i = 0; i < receivers; i++) {
+    const int listener = listen_on("127.0.0.1", 0, &ports[i]);
+    const uint64_t at = i * channels * copy.each;
+    children[i] = fork();
+    if (children[i] < 0) die("fork");
+    if (children[i] == 0) {
+      receive(listener, channels, i + 1 == receivers ? copy.bytes - at : channels * copy.each, &copy);
     }
-    for (uint64_t i = 0; i < channels; i++) fds[i] = accept_one(listener, cc);
-    char filled;
-    if (!read_all(fds[0], &filled, 1)) die("sender");
-    if (fresh) have_backed(bytes + bytes / 4);
-    write_all(fds[0], "r", 1);
-    char go;
-    if (!read_all(fds[0], &go, 1)) die("sender");
-    if (fresh) memory = map_fresh(bytes);
-    run_shares(receive_share, fds, channels, memory, bytes, hash);
-    _exit(0);
+    close(listener);
   }
 
-  char *memory = map_fresh(bytes);
-  fill_random(memory, bytes, 1);
-  // Channel 0 must be the first to be accepted.
-  for (uint64_t i = 0; i < channels; i++) fds[i] = dial("127.0.0.1", port, cc);
-  write_all(fds[0], "f", 1);
-  char ready;
-  if (!read_all(fds[0], &ready, 1)) die("receiver");
-  const uint64_t start = now_ns();
-  write_all(fds[0], "g", 1);
-  run_shares(send_share, fds, channels, memory, bytes, hash);
-  const double seconds = (double)(now_ns() - start) / 1e9;
-  int status;
-  if (waitpid(receiver, &status, 0) < 0 || status != 0) {
-    fprintf(stderr, "the receiver failed\n");
-    return 1;
+  char *memory = map_fresh(copy.bytes);
+  fill_random(memory, copy.bytes, 1);
+  int fds[kMaxChannels];
+  // A receiver's first connection, on which it is spoken to, must be the first that it accepts.
+  for (uint64_t i = 0; i < copy.channels; i++) fds[i] = dial("127.0.0.1", ports[i / channels], copy.cc);
+  for (uint64_t i = 0; i < copy.channels; i += channels) write_all(fds[i], "f", 1);
+  for (uint64_t i = 0; i < copy.channels; i += channels) {
+    char ready;
+    if (!read_all(fds[i], &ready, 1)) die("receiver");
   }
-  printf("{\"seconds\":%.6f,\"gbPerSecond\":%.4f}\n", seconds, (double)bytes / 1e9 / seconds);
+  const uint64_t start = now_ns();
+  for (uint64_t i = 0; i < copy.channels; i += channels) write_all(fds[i], "g", 1);
+  run_shares(send_share, fds, copy.channels, memory, copy.bytes, &copy);
+  const double seconds = (double)(now_ns() - start) / 1e9;
+  for (uint64_t i = 0; i < receivers; i++) {
+    int status;
+    if (waitpid(children[i], &status, 0) < 0 || status != 0) {
+      fprintf(stderr, "a receiver failed\n");
+      return 1;
+    }
+  }
+  printf("{\"seconds\":%.6f,\"gbPerSecond\":%.4f}\n", seconds, (double)copy.bytes / 1e9 / seconds);
   return 0;
 }

@@ -1,7 +1,7 @@
 /** The destination process of a trial: takes guests in, and runs them. */
-import { type ListenOptions, type Listening, listen } from 'memferry';
+import { type ListenOptions, type Listening, listen, rehearse } from 'memferry';
 import { answerCalls } from '../support/peer.js';
-import { acceptGuest, type GuestSpec } from './guests.js';
+import { type GuestSpec, makeReady } from './guests.js';
 
 let listener: Listening | null = null;
 
@@ -15,11 +15,13 @@ export interface ListenParameters {
 answerCalls(
   {
     listen: async ({ host, spec, options }: ListenParameters) => {
+      await rehearse(); // a host that waits for guests has done so, as `memferry receive` does
+      const accept = await makeReady(spec, host);
       const listening = await listen({
         ...options,
         host,
         port: 0,
-        accept: (offer) => acceptGuest(spec, host, offer),
+        accept,
       } as ListenOptions);
       listener = listening;
       void (async () => {

@@ -1,5 +1,12 @@
 /** The source process of a trial: one guest, or a gang that leaves at once. */
-import { type Guest, type MigrateOptions, type Migration, type MigrationReport, migrate } from 'memferry';
+import {
+  type Guest,
+  type MigrateOptions,
+  type Migration,
+  type MigrationReport,
+  migrate,
+  rehearse,
+} from 'memferry';
 import { answerCalls, monotonicMs } from '../support/peer.js';
 import { type GuestSpec, makeGuest } from './guests.js';
 
@@ -15,6 +22,7 @@ export interface StartParameters {
 answerCalls(
   {
     make: async ({ spec, count, host }: { spec: GuestSpec; count: number; host: string }) => {
+      await rehearse(); // as `memferry send` does while its guest runs
       for (let index = 0; index < count; index++) {
         guests.push(await makeGuest(spec, host, `guest-${index}`, index + 1));
       }

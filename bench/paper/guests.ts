@@ -44,12 +44,43 @@ export async function makeGuest(spec: GuestSpec, host: string, name: string, see
   };
 }
 
-/** What `listen` is to make of an offer. */
-export async function acceptGuest(spec: GuestSpec, host: string, offer: GuestOffer): Promise<ArrivingGuest> {
-  const regions = offer.regions.map(({ lengthBytes }) => Region.allocate({ lengthBytes }));
+/**
+ * Makes ready for a guest, as a host does that knows what is coming: the worker that will serve is not started in the
+ * middle of the migration. Gives what `listen` is to make of an offer; the first one gets what was made ready.
+ */
+export async function makeReady(
+  spec: GuestSpec,
+  host: string,
+): Promise<(offer: GuestOffer) => Promise<ArrivingGuest>> {
+  let ready = spec.kind === 'serving' ? await makeVessel(spec, host, [spec.lengthBytes]) : null;
+  return async (offer) => {
+    const vessel =
+      ready ??
+      (await makeVessel(
+        spec,
+        host,
+        offer.regions.map(({ lengthBytes }) => lengthBytes),
+      ));
+    ready = null;
+    return arriving(spec, vessel);
+  };
+}
+
+interface Vessel {
+  regions: Region[];
+  serving: ServingGuest | null;
+}
+
+async function makeVessel(spec: GuestSpec, host: string, lengths: readonly number[]): Promise<Vessel> {
+  const regions = lengths.map((lengthBytes) => Region.allocate({ lengthBytes }));
   const region = regions[0];
   if (region === undefined) throw new Error('a guest without memory');
   const serving = spec.kind === 'serving' ? await ServingGuest.start(region, host, spec.port) : null;
+  return { regions, serving };
+}
+
+function arriving(spec: GuestSpec, { regions, serving }: Vessel): ArrivingGuest {
+  const region = regions[0] as Region;
   return {
     regions,
     prepare: async () => {},

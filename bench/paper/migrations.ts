@@ -49,6 +49,12 @@ export interface Outcome {
   pagesDirect: number | null;
 }
 
+/**
+ * Pre-copy of a guest that writes faster than the destination takes in has no end; so many rounds show it. (Figure 12
+ * has 30.)
+ */
+export const boundedRounds = { maxRounds: 2 };
+
 /** Slower than anything that is measured; a migration that hangs ends the run. */
 const leastBytesPerSecond = 2e6;
 /** Hosts under pressure answer late. */

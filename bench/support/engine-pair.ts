@@ -1,6 +1,11 @@
-/** Two real processes, a source and a destination, with the engine between them and no control channel. */
+/**
+ * Real processes, a source and a destination, with the engine between them and no control channel. For a scatter
+ * VMD servers as well.
+ */
 import { randomBytes } from 'node:crypto';
 import type { ReceiveParameters } from './engine-destination.js';
+import type { EngineServers, ServerLists } from './engine-servers.js';
+import type { SendParameters } from './engine-source.js';
 import { Peer } from './processes.js';
 
 export interface PairOptions {
@@ -9,6 +14,21 @@ export interface PairOptions {
   host?: string;
   sourceNamespace?: string | null;
   destinationNamespace?: string | null;
+  /** Of a scatter; whoever started them stops them. */
+  servers?: EngineServers;
+  /** What the destination takes in at first, in bytes a second; without it, as much as it can. */
+  limits?: Pick<ReceiveParameters, 'bandwidth' | 'gatherLimit'>;
+}
+
+/** Two that know each other: the image of a scatter has the migration's id. */
+export type Credentials = Pick<SendParameters, 'migration' | 'channels' | 'tokens'>;
+
+export function makeCredentials(channels: number): Credentials {
+  return {
+    migration: new Uint8Array(randomBytes(16)),
+    channels,
+    tokens: new Uint8Array(randomBytes(epochs * (channels + 1) * tokenBytes)),
+  };
 }
 
 /** Enough for a connection and some redials. */
@@ -32,13 +52,33 @@ export class EnginePair {
   async connect(
     receive: Pick<ReceiveParameters, 'pagingFromStart' | 'mayPage' | 'discardFirst'>,
   ): Promise<void> {
-    const { channels } = this.#options;
-    const host = this.#options.host ?? '127.0.0.1';
-    const migration = new Uint8Array(randomBytes(16));
-    const tokens = new Uint8Array(randomBytes(epochs * (channels + 1) * tokenBytes));
+    const {
+      channels,
+      servers,
+      host = '127.0.0.1',
+      limits = { bandwidth: 0, gatherLimit: 0 },
+    } = this.#options;
+    const credentials = makeCredentials(channels);
+    const lists: ServerLists | undefined = await servers?.makeImage(
+      credentials.migration,
+      await this.source.call<number>('pages'),
+    );
     const port = await this.destination.call<number>('listen', { host });
-    await this.destination.call('receive', { ...receive, migration, channels, tokens });
-    await this.source.call('connect', { host, port, migration, channels, tokens });
+    const receiving: ReceiveParameters = {
+      ...credentials,
+      ...receive,
+      ...limits,
+      servers: lists?.destination ?? [],
+    };
+    await this.destination.call('receive', receiving);
+    const sending: SendParameters = {
+      ...credentials,
+      host,
+      port,
+      servers: lists?.source ?? [],
+      direct: true,
+    };
+    await this.source.call('connect', sending);
   }
 
   /** Rejects unless both sides hold the same bytes. */

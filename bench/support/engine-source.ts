@@ -1,5 +1,11 @@
 /** The source process of a trial below the public API: a region of random bytes and a sender. */
-import type { NativeEvent, NativeRegion, NativeSender, NativeSenderStats } from '../../lib/native.js';
+import type {
+  NativeEvent,
+  NativeRegion,
+  NativeSender,
+  NativeSenderStats,
+  NativeStageServer,
+} from '../../lib/native.js';
 import { loadAddon } from './addon.js';
 import { fillRandom } from './memory.js';
 import { answerCalls, monotonicMs } from './peer.js';
@@ -49,17 +55,21 @@ export interface SendParameters {
   migration: Uint8Array;
   channels: number;
   tokens: Uint8Array;
+  /** Of a scatter. */
+  servers: NativeStageServer[];
+  /** False: there is no destination, everything goes to the servers. */
+  direct: boolean;
 }
 
 answerCalls(
   {
     allocate: ({ lengthBytes, seed }: { lengthBytes: number; seed: number }) => {
-      const allocated = addon.allocate(lengthBytes);
-      region = allocated.region;
-      const buffer = allocated.buffers[0] as ArrayBuffer;
+      region = addon.allocate(lengthBytes);
+      const buffer = region.buffers()[0] as ArrayBuffer;
       fillRandom(buffer, seed);
       memory = new Uint8Array(buffer);
     },
+    pages: () => must(region).pages(),
     connect: async (parameters: SendParameters) => {
       sender = addon.createSender({
         ...parameters,
@@ -68,9 +78,7 @@ answerCalls(
         bandwidth: 0,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
-        servers: [],
         replicas: 1,
-        direct: true,
         stallTimeoutMs: 3000,
         releaseAsEvicted: false,
         onEvent,
@@ -96,6 +104,8 @@ answerCalls(
     },
     /** Milliseconds from the push's start until every page is acknowledged. */
     evicted: async (): Promise<number> => (await next('evicted')) - pushStartMs,
+    /** Nobody needs it any more: it says goodbye, as an evicted source does. The memory stays, to be compared. */
+    leave: () => must(sender).close(true),
     stats: (): NativeSenderStats => must(sender).stats(),
     hash: () => addon.hash(memory),
   },

@@ -1,4 +1,4 @@
-/** What `fault` and `fault-lab` share: a post-copy pair after its switchover, touched and pushed. */
+/** What `fault`, `fault-lab` and `scatter` share: a post-copy pair after its switchover, touched and pushed. */
 import type { TouchFigures, TouchParameters } from './engine-destination.js';
 import { EnginePair, type PairOptions } from './engine-pair.js';
 import { quantile } from './statistics.js';
@@ -32,7 +32,7 @@ export async function postCopyPair(lengthBytes: number, options: PairOptions): P
   }
 }
 
-export type Touching = Pick<TouchParameters, 'order' | 'touches' | 'everyMs'>;
+export type Touching = Pick<TouchParameters, 'order' | 'touches' | 'everyMs' | 'skip' | 'untilTold'>;
 
 export function touch(pair: EnginePair, touching: Touching): Promise<TouchFigures> {
   const parameters = { ...touching, seed: 3, faultThresholdUs };

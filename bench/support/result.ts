@@ -70,6 +70,11 @@ export function atMostTimesFloor(factor: number, of: string): Reach {
   };
 }
 
+/** For figures that are better when small, without a floor. */
+export function atMost(limit: number, unit: string): Reach {
+  return { words: `at most ${limit} ${unit}`, met: ({ value }) => value <= limit };
+}
+
 /** For figures that are better when large (rates). */
 export function atLeastTimesFloor(factor: number, of: string): Reach {
   return {

@@ -3,16 +3,13 @@
  * rate. Latencies as in `fault`, against the floor on the idle link; what push and faults move together
  * against what one raw stream does; an eviction with a fault now and then against one without.
  */
-import { Lab, labCongestionControl, labObstacle } from '../lab/namespaces.js';
-import { loadAddon } from '../support/addon.js';
-import { runFloor, startFloorServer } from '../support/processes.js';
+import { Lab, labObstacle } from '../lab/namespaces.js';
+import { labFaultFloor, labLinkRate } from '../support/lab-floors.js';
 import { type FaultFloor, latency, type PushFigures, pushAll } from '../support/remote-faults.js';
 import { atLeastTimesFloor, atMostTimesFloor } from '../support/result.js';
 import { paired, type Trial } from '../support/trial.js';
 
 const pushBytes = 512 * 2 ** 20;
-const linkBytes = 256 * 2 ** 20;
-const floorTouches = 10_000;
 const thinkingMs = 0.25;
 const occasionalEveryMs = 20;
 
@@ -33,45 +30,11 @@ export async function run(trial: Trial): Promise<void> {
 async function measure(trial: Trial, lab: Lab): Promise<void> {
   const [source, destination] = lab.hosts;
   if (source === undefined || destination === undefined) throw new Error('a lab of two hosts');
-  const cc = ['--cc', labCongestionControl];
   const pair = {
     channels: 2,
     host: destination.address,
     sourceNamespace: source.namespace,
     destinationNamespace: destination.namespace,
-  };
-
-  /** Pages travel from the source to the destination, as in the migration. */
-  const faultFloor = async (): Promise<FaultFloor> => {
-    const pages = ['--pages', linkBytes / loadAddon().pageSize];
-    const server = await startFloorServer(
-      'fault_floor',
-      ['--role', 'server', '--host', source.address, ...pages, ...cc],
-      source.namespace,
-    );
-    const client = ['--role', 'client', '--host', source.address, '--port', server.port];
-    const figures = await runFloor<FaultFloor>(
-      'fault_floor',
-      [...client, ...pages, '--touches', floorTouches, ...cc],
-      { namespace: destination.namespace },
-    );
-    await server.ended();
-    return figures;
-  };
-  const linkRate = async (): Promise<number> => {
-    const server = await startFloorServer(
-      'link_floor',
-      ['--role', 'server', '--host', destination.address, ...cc],
-      destination.namespace,
-    );
-    const client = ['--role', 'client', '--host', destination.address, '--port', server.port];
-    const { bytesPerSecond } = await runFloor<{ bytesPerSecond: number }>(
-      'link_floor',
-      [...client, '--bytes', linkBytes, ...cc],
-      { namespace: source.namespace },
-    );
-    await server.ended();
-    return bytesPerSecond / 1e6;
   };
 
   const floors: FaultFloor[] = [];
@@ -80,8 +43,8 @@ async function measure(trial: Trial, lab: Lab): Promise<void> {
   const alone: PushFigures[] = [];
   const occasional: PushFigures[] = [];
   for (let round = trial.samples(5); round > 0; round--) {
-    floors.push(await faultFloor());
-    links.push(await linkRate());
+    floors.push(await labFaultFloor(source, destination));
+    links.push(await labLinkRate(source, destination));
     busy.push(await pushAll(pushBytes, pair, { order: 'random', touches: Infinity, everyMs: thinkingMs }));
     alone.push(await pushAll(pushBytes, pair, null));
     const touching = { order: 'random', touches: Infinity, everyMs: occasionalEveryMs } as const;

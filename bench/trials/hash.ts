@@ -12,8 +12,8 @@ const passes = 9;
 
 export async function run(trial: Trial): Promise<void> {
   const addon = loadAddon();
-  const { region, buffers } = addon.allocate(lengthBytes);
-  const buffer = buffers[0] as ArrayBuffer;
+  const region = addon.allocate(lengthBytes);
+  const buffer = region.buffers()[0] as ArrayBuffer;
   fillRandom(buffer, 1);
   const view = new Uint8Array(buffer);
   const hashes = new BigUint64Array(lengthBytes / pageBytes);

@@ -21,8 +21,8 @@ export async function run(trial: Trial): Promise<void> {
     trial.skip(tracker, probe?.reason ?? 'not in this build');
     return;
   }
-  const { region, buffers } = addon.allocate(lengthBytes);
-  const words = new Uint32Array(buffers[0] as ArrayBuffer);
+  const region = addon.allocate(lengthBytes);
+  const words = new Uint32Array(region.buffers()[0] as ArrayBuffer);
   const pages = region.pages();
   const wordsPerPage = region.pageSize / words.BYTES_PER_ELEMENT;
   const writeAll = (): void => {

@@ -49,6 +49,8 @@ const char* kind_name(EngineEventKind kind) {
       return "complete";
     case EngineEventKind::kLost:
       return "lost";
+    case EngineEventKind::kRestHere:
+      return "rest-here";
     case EngineEventKind::kPaused:
       return "paused";
     case EngineEventKind::kRecovered:

@@ -2,12 +2,15 @@
 #include <algorithm>
 
 #include "transfer/sender_impl.h"
+#include "wire/socket.h"
 
 namespace memferry {
 namespace {
 
 // A guest waits for every answer; the push can wait.
 constexpr int kHighestPriority = -20;
+// No more faults for so long: what was answered may as well be acknowledged.
+constexpr std::chrono::milliseconds kAnswersSettle{5};
 
 }  // namespace
 
@@ -22,6 +25,7 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
   static const PageFrames::OnHash kNone;
   const PageFrames::OnHash& on_hash = scatter ? scatter->hash_sink(request.region) : kNone;
   std::uint64_t bytes_sent = 0;
+  bool many = false;
   wire::IoResult result;
   pacer.fault_begin();
   if (scatter) scatter->fault_begin();
@@ -41,12 +45,11 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
       left = take.run;
       if (scatter && !take.first_was_pending) scatter->never_release(request.region, page);
     }
-    std::vector<RegionRun> answered;
+    const RegionRun answered{request.region, left};
     const auto send = [&] {
       const PageFrames::Sent sent = frames.send(*of.demand);
       count_sent(sent);
       bytes_sent += sent.bytes;
-      if (scatter) answered.insert(answered.end(), sent.runs.begin(), sent.runs.end());
       result = sent.result;
     };
     for (bool first = true; left.count > 0 && result.done(); first = false) {
@@ -57,14 +60,12 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
       if (first) send();
     }
     if (!frames.empty() && result.done()) send();
-    if (scatter && !answered.empty()) {
-      wire::FrameHeader barrier = wire::make_header(wire::FrameType::kBarrier, 0, {},
-                                                    scatter->answered(*of.demand_way, answered, bytes_sent));
-      wire::seal(barrier);
-      if (result.done()) result = of.demand->send_all(std::as_bytes(std::span(&barrier, 1)));
-      bytes_on_wire += sizeof barrier;
+    // All that was taken, sent or not: what is not acknowledged is put back when the connection ends.
+    if (scatter && answered.run.count > 0) {
+      many = scatter->answered(*of.demand_way, std::span(&answered, 1), std::max(bytes_sent, sizeof request));
     }
   }
+  if (many && result.done()) result = send_answers_barrier(of);
   pacer.fault_end(bytes_sent);
   if (scatter) scatter->fault_end(bytes_sent);
   if (!result.done()) {
@@ -73,6 +74,27 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
     faults_served.fetch_add(1, std::memory_order_relaxed);
   }
   return {};
+}
+
+// Behind many answers, or after a pause: one behind each would wake both sides twice for every fault.
+wire::IoResult Sender::Impl::send_answers_barrier(Epoch& of) {
+  const std::lock_guard writing(of.demand_write);
+  const auto tag = scatter->close_answers(*of.demand_way);
+  if (!tag) return {};
+  wire::FrameHeader barrier = wire::make_header(wire::FrameType::kBarrier, 0, {}, *tag);
+  wire::seal(barrier);
+  bytes_on_wire += sizeof barrier;
+  return of.demand->send_all(std::as_bytes(std::span(&barrier, 1)));
+}
+
+// False when the connection is over.
+bool Sender::Impl::settle_answers(Epoch& of) {
+  if (!scatter || !scatter->answers_open(*of.demand_way)) return true;
+  const auto ready = wire::wait_readable(of.demand->fd(), Clock::now() + kAnswersSettle, -1);
+  if (ready != wire::DialResult::Kind::kTimedOut) return true;  // receiving says whatever there is to say
+  const wire::IoResult result = send_answers_barrier(of);
+  if (!result.done()) report_cut(of, "demand channel: " + result.describe());
+  return result.done();
 }
 
 // True when the page has been let go of here: the destination is told where it is.
@@ -105,7 +127,7 @@ void Sender::Impl::serve_demand(Epoch& of) {
     PageFrames frames(page_size);
     wire::FrameHeader header{};
     std::vector<std::byte> payload;
-    while (receive_frame(of, *of.demand, header, payload)) {
+    while (settle_answers(of) && receive_frame(of, *of.demand, header, payload)) {
       std::string wrong;
       switch (static_cast<wire::FrameType>(header.type)) {
         case wire::FrameType::kFaultRequest:

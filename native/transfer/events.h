@@ -28,6 +28,7 @@ enum class EngineEventKind {
   kComplete,      // every page is there, and the pager has let go of the regions
   kLost,  // pages that cannot be had any more: `lost` has them, `message` says why; they are poisoned after
           // acknowledge_loss() or the grace period. With VMD servers it may come more than once.
+  kRestHere,  // after kLost, with VMD servers: what is not lost is here, and nothing more will come
   // both
   kPaused,     // post-copy: the connections were cut; redialling (source) or waiting (destination)
   kRecovered,  // post-copy: going on after kPaused

@@ -106,14 +106,15 @@ bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zer
 
 void Gather::forget(std::uint32_t region, PageRun run) {
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
-    if (where_[region]->holders(page).first == Holders::kNobody) continue;
+    // Without a holder it may still be on its way from one that had it.
+    if (where_[region]->holders(page).first == Holders::kNobody && where_[region]->hash(page) == 0) continue;
     where_[region]->clear(page);
     for (const auto& server : servers_) server->todo[region]->clear(page);
   }
 }
 
 bool Gather::is_current(std::uint32_t region, PageNumber page, std::uint64_t hash) const {
-  return where_[region]->holders(page).first != Holders::kNobody && where_[region]->hash(page) == hash;
+  return where_[region]->hash(page) == hash;
 }
 
 bool Gather::request(std::uint32_t region, PageRun run) {

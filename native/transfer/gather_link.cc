@@ -186,13 +186,18 @@ std::string GatherLink::serve(WorkerThread& self, wire::Stream& stream) {
     if (too_long) return "no answer in time";
     if (!waiting && ahead_) {
       const Clock::time_point now = Clock::now();
-      const Clock::time_point until(Clock::duration(gather_.yield_until_.load(std::memory_order_relaxed)));
+      const Clock::time_point until =
+          std::max(limited_until_,
+                   Clock::time_point(Clock::duration(gather_.yield_until_.load(std::memory_order_relaxed))));
       const auto pause = std::chrono::ceil<std::chrono::milliseconds>(until - now);
       self.wait(static_cast<int>(
           std::clamp(pause, std::chrono::milliseconds(until > now ? 1 : kLook.count()), kLook).count()));
       continue;
     }
-    const auto ready = wire::wait_readable(stream.fd(), Clock::now() + kLook, self.wake_fd());
+    const auto now = Clock::now();
+    const auto look =
+        limited_until_ > now ? std::min<Clock::time_point>(limited_until_, now + kLook) : now + kLook;
+    const auto ready = wire::wait_readable(stream.fd(), look, self.wake_fd());
     if (ready == wire::DialResult::Kind::kCancelled) self.drain_wake();
     if (ready != wire::DialResult::Kind::kConnected) continue;
     why = read_frame(stream);
@@ -234,21 +239,16 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
         Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
       return true;
     }
+    // Not slept through: the map and whoever waits for what it says must not wait for a limit on reading ahead.
+    if (const auto delay = gather_.limit_.delay(); delay > wire::Duration::zero()) {
+      limited_until_ = Clock::now() + delay;
+      return true;
+    }
     const std::uint64_t bytes = lately ? kSmallRead : wire::kRunBytes;
     std::uint32_t region = 0;
     PageRun run{};
     if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return true;
-    // Nothing is read while this sleeps, so only with nothing outstanding; else the bytes become debt.
-    if (outstanding == 0 && !gather_.limit_.wait_and_debit(run.count * page_size, thread_)) {
-      gather_.servers_[server_.ordinal]->todo[region]->set_run(run);
-      return true;
-    }
-    if (outstanding > 0) {
-      if (!gather_.limit_.try_debit(run.count * page_size)) {
-        gather_.servers_[server_.ordinal]->todo[region]->set_run(run);
-        return true;
-      }
-    }
+    gather_.limit_.debit(run.count * page_size);
     const std::lock_guard lock(mutex_);
     if (!send_read(stream, region, run, why)) return false;
   }

@@ -83,6 +83,7 @@ class GatherLink {
   std::uint32_t at_region_ = 0;
   PageNumber at_page_{0};
   std::uint64_t seen_moves_ = 0;
+  Clock::time_point limited_until_{};  // nothing is read ahead until then: gatherLimit
   bool map_under_way_ = false;
   Clock::time_point silent_since_;
 

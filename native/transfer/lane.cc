@@ -43,7 +43,8 @@ std::optional<Lane::Batch> Lane::acknowledged(std::uint64_t tag, Clock::time_poi
   if (over < kLeastRateTime) return batch;
   std::uint64_t bytes = 0;
   for (std::size_t i = 1; i < lately_.size(); ++i) bytes += lately_[i].bytes;
-  const double wanted = static_cast<double>(bytes) / over.count() * std::chrono::duration<double>(kWindowTime).count();
+  const double wanted =
+      static_cast<double>(bytes) / over.count() * std::chrono::duration<double>(kWindowTime).count();
   window_ = std::clamp(static_cast<std::uint64_t>(wanted), kLeastWindow, kLargestWindow);
   return batch;
 }

@@ -225,6 +225,9 @@ void Receiver::Impl::supervise() {
       complete_due = false;
       state = State::kLost;
       recover_by = Clock::time_point::max();
+      EngineEvent event{};
+      event.kind = EngineEventKind::kRestHere;
+      push(std::move(event));
       continue;
     }
     if (complete_due && state == State::kPaging) {
@@ -282,12 +285,14 @@ void Receiver::Impl::supervise() {
     }
     Clock::time_point until = std::min(recover_by, poison_at);
     if (gather && state == State::kPaging && switched) {
-      if (now - gather_looked_at >= kGatherLook) {
-        gather_looked_at = now;
+      if (now >= gather_look_at) {
         look_after_gather_locked(lock);
+        // It looks at every missing page: of a large guest that is not to be this thread's whole work.
+        const Clock::time_point looked = Clock::now();
+        gather_look_at = looked + std::max<Clock::duration>(kGatherLook, kGatherRest * (looked - now));
         continue;
       }
-      until = std::min(until, gather_looked_at + kGatherLook);
+      until = std::min(until, gather_look_at);
     }
     if (state == State::kPaging && switched && !paused && !epoch_cut) {
       if (pager->longest_wait() > kAnswerWithin) {

@@ -94,15 +94,31 @@ void Receiver::Impl::gathered(std::uint32_t region, PageRun run, std::span<const
     if (filled_wanted) check_filled();
     return;
   }
+  // Looked at again: it was current when it came, and the switch may have had it discarded since. Nothing is
+  // discarded after that.
   ArrivalMap& map = *maps[region];
-  for (std::uint64_t i = 0; i < run.count; ++i) {
-    const PageNumber page{run.first.value + i};
-    if (!map.received.test(page)) map.keep_hashes({page, 1}, hashes.subspan(static_cast<std::size_t>(i), 1));
+  const auto current = [&](std::uint64_t at) {
+    return gather->is_current(region, PageNumber{run.first.value + at}, hashes[static_cast<std::size_t>(at)]);
+  };
+  for (std::uint64_t i = 0; i < run.count;) {
+    if (!current(i)) {
+      ++i;
+      continue;
+    }
+    std::uint64_t end = i;
+    for (; end < run.count && current(end); ++end) {
+      const PageNumber page{run.first.value + end};
+      if (!map.received.test(page))
+        map.keep_hashes({page, 1}, hashes.subspan(static_cast<std::size_t>(end), 1));
+    }
+    const PageRun part{PageNumber{run.first.value + i}, end - i};
+    const Pager::Installed installed =
+        pager->install(region, part, bytes.subspan(static_cast<std::size_t>(i * page_size)).data());
+    pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
+    pages_gathered.fetch_add(installed.pages, std::memory_order_relaxed);
+    account(installed.pages);
+    i = end;
   }
-  const Pager::Installed installed = pager->install(region, run, bytes.data());
-  pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
-  pages_gathered.fetch_add(installed.pages, std::memory_order_relaxed);
-  account(installed.pages);
 }
 
 // Into memory that nobody uses yet, with the lock held that keeps locations as they are.
@@ -179,6 +195,13 @@ void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock
   } else if (source_gone_at == Clock::time_point::max()) {
     source_gone_at = now;
   }
+  // A source that said goodbye has told the servers everything; one that was cut may come back.
+  const bool no_source = source_left || (away && now >= source_gone_at + config.recover_timeout);
+  if (!no_source) {
+    no_source_since = Clock::time_point::max();
+  } else if (no_source_since == Clock::time_point::max()) {
+    no_source_since = now;
+  }
   const bool covered = gather->covers_missing();
   if (paused != (away && !covered && (paused || now - source_gone_at > kMapPatience))) {
     paused = !paused;
@@ -187,16 +210,17 @@ void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock
     if (paused) event.message = "the source is away, and pages are missing that no server has";
     push(std::move(event));
   }
-  if (away && !covered && now - map_asked_at > kMapAgain) {
+  // Until it was given up it may have gone on scattering, and told the servers more.
+  const bool last_word = no_source && map_asked_at < no_source_since;
+  if (away && !covered && (last_word || now - map_asked_at > kMapAgain)) {
     map_asked_at = now;
     lock.unlock();
     gather->fetch_map();
     lock.lock();
   }
-  // A source that said goodbye has told the servers everything; one that was cut may come back.
-  const bool no_source = source_left || (away && now >= source_gone_at + config.recover_timeout);
   std::vector<std::string> names;
-  const auto runs = gather->hopeless(no_source, source_gone_at, names, kMostLostRuns);
+  const auto runs =
+      gather->hopeless(no_source, no_source ? no_source_since : source_gone_at, names, kMostLostRuns);
   if (!runs.empty()) settle_lost_locked(lock, runs, names);
 }
 

@@ -69,6 +69,7 @@ struct Receiver::Impl {
   static constexpr std::size_t kMostLostRuns = 1 << 20;
   // How often it is looked at where missing pages could come from, while there are servers.
   static constexpr std::chrono::milliseconds kGatherLook{100};
+  static constexpr int kGatherRest = 20;  // times what the last look took
 
   struct Channel {
     unsigned index = 0;
@@ -181,8 +182,9 @@ struct Receiver::Impl {
   bool first_channel = false;
   bool source_left = false;                                     // it said goodbye: nothing more comes from it
   Clock::time_point source_gone_at = Clock::time_point::max();  // cut or left
+  Clock::time_point no_source_since = Clock::time_point::max();  // given up, or left
   Clock::time_point map_asked_at{};
-  Clock::time_point gather_looked_at{};
+  Clock::time_point gather_look_at{};
   std::vector<std::string> lost_names;
   bool paused = false;
   bool demand_attached = false;

@@ -63,18 +63,23 @@ std::string Scatter::open() {
   return why;
 }
 
+void Scatter::forget_pending() {
+  for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region) {
+    const AtomicBitmap& pending = shared_.queue.pending(region);
+    PageNumber at{0};
+    while (const auto run = pending.next_set(at, PageNumber{pending.capacity()}, pending.capacity())) {
+      where_.forget(region, *run);
+      at = run->end();
+    }
+  }
+}
+
 void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks) {
   {
     const std::lock_guard lock(mutex_);
-    for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region) {
-      // Written since it was acknowledged, or never sent.
-      const AtomicBitmap& pending = shared_.queue.pending(region);
-      PageNumber at{0};
-      while (const auto run = pending.next_set(at, PageNumber{pending.capacity()}, pending.capacity())) {
-        where_.forget(region, *run);
-        at = run->end();
-      }
-    }
+    // A server that failed since the last round took them along.
+    queue_suspects_locked();
+    forget_pending();
     kind_ = kind;
     auto all = std::make_shared<std::vector<PageFrames::OnHash>>(note_sinks_);
     for (std::size_t i = 0; i < sinks.size(); ++i) {
@@ -104,6 +109,7 @@ std::shared_ptr<Scatter::Way> Scatter::open_direct(unsigned index, std::shared_p
   if (index == 0) where_.tell_again(where_.destination());
   const std::lock_guard lock(mutex_);
   direct_.push_back(way);
+  attach_pacer_locked();
   changed_.notify_all();
   return way;
 }
@@ -123,6 +129,7 @@ void Scatter::close_direct(Way& way) {
     way.open = false;
     put_back_locked(way.lane.take_back(true));
     std::erase_if(direct_, [&](const auto& each) { return each.get() == &way; });
+    attach_pacer_locked();
     if (demand_.get() == &way) demand_.reset();
     changed_.notify_all();
   }
@@ -159,7 +166,7 @@ std::uint64_t Scatter::memory_bytes() const {
 void Scatter::shut_down() {
   const std::lock_guard lock(mutex_);
   closing_ = true;
-  server_pacer_.cancel();
+  link_pacer_.cancel();
   for (const auto& server : servers_) {
     if (server->way && server->way->stream) server->way->stream->shutdown();
   }

@@ -82,6 +82,10 @@ class Scatter {
   // What is pending now goes out. In a round the guest runs here: `sinks` see what leaves.
   void begin(Kind kind, std::vector<PageFrames::OnHash> sinks);
 
+  // What is pending has been written since it was acknowledged. Before anything may be taken out of turn: a fault's
+  // answer takes its page before the push begins.
+  void forget_pending();
+
   // A way to the destination. Its owner calls run() on the sending thread: true when drained, false when the
   // connection is over or `over` says so.
   class Way;
@@ -95,8 +99,11 @@ class Scatter {
   void suspect(std::uint32_t region, PageRun run);
   // After a round: pages that somebody could not verify; they are pending again.
   std::uint64_t take_suspects();
-  // The demand server has answered a fault with these; gives the tag of the barrier to send behind it.
-  std::uint64_t answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes);
+  // The demand server has answered a fault with these. True: enough for a barrier.
+  bool answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes);
+  // The tag of the barrier to send behind all answers since the last one; nullopt: there was none.
+  std::optional<std::uint64_t> close_answers(Way& way);
+  [[nodiscard]] bool answers_open(const Way& way) const;
   // For a fault's page: nullptr, or it has been released here and this says where it is.
   bool released(std::uint32_t region, PageNumber page, wire::Holders& holders) const;
   std::mutex& release_mutex() { return release_mutex_; }
@@ -117,9 +124,9 @@ class Scatter {
   [[nodiscard]] bool servers_can_take() const;
   [[nodiscard]] std::uint64_t pages_direct() const;
   [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
-  // A fault is being answered, was answered: the servers' ways leave it room on this host's link.
-  void fault_begin() { server_pacer_.fault_begin(); }
-  void fault_end(std::uint64_t bytes) { server_pacer_.fault_end(bytes); }
+  // A fault is being answered, was answered: all ways leave it room on this host's link.
+  void fault_begin() { link_pacer_.fault_begin(); }
+  void fault_end(std::uint64_t bytes) { link_pacer_.fault_end(bytes); }
   void wake();  // whoever waits looks again: `over` has changed
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
@@ -135,6 +142,7 @@ class Scatter {
   [[nodiscard]] bool drained_locked() const;
   [[nodiscard]] wire::Holders holders_for(const Way& way) const;
   void check_drained();
+  std::uint64_t queue_suspects_locked();
   bool run(Way& way, const std::function<bool()>& over, std::string& cut);
   bool send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut);
   bool send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut);
@@ -159,7 +167,9 @@ class Scatter {
   const ScatterConfig config_;
   const Shared shared_;
   const std::uint64_t page_size_;
-  wire::Pacer server_pacer_;
+  // Of the source's own link, which all ways share; the direct ones are paced for their own way as well.
+  // Larger pieces than theirs: one server has one thread, which has to keep the link full.
+  wire::Pacer link_pacer_{2 * wire::Pacer::kChunkOnLink};
   Whereabouts where_;
   std::vector<PageFrames::OnHash> note_sinks_;  // hashes into where_
   std::vector<std::unique_ptr<AtomicBitmap>> suspects_;

@@ -1,6 +1,7 @@
 // The inside of Scatter, shared by scatter.cc (what goes where) and scatter_server.cc (the servers' connections).
 #pragma once
 
+#include <bitset>
 #include <optional>
 
 #include "transfer/scatter.h"
@@ -17,9 +18,11 @@ class Scatter::Way {
   bool demand = false;
   std::shared_ptr<wire::Stream> stream;
   std::atomic<Clock::rep> sending_since{0};  // 0: not in the socket
-  std::unique_ptr<ChunkGatherer> chunks;     // the sending thread's own
+  std::atomic<bool> pacing{false};        // its thread waits for the pacer: it has what it can take for now
+  std::unique_ptr<ChunkGatherer> chunks;  // the sending thread's own
   // Guarded by Scatter::mutex_:
   Lane lane;
+  std::bitset<256> replicas;  // by ordinal: servers that it was ever to pass something on to
   bool open = true;
   bool stalled = false;  // does not acknowledge: gets nothing until it does
   bool full = false;     // a server that has no room

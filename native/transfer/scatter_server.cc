@@ -24,7 +24,7 @@ void Scatter::serve(Server& server) {
       way->server = server.ordinal;
       way->listener = server.ordinal;  // the others are told of the copies that they may drop
       way->stream = stream;
-      way->chunks = std::make_unique<ChunkGatherer>(shared_.queue, server_pacer_, page_size_);
+      way->chunks = std::make_unique<ChunkGatherer>(shared_.queue, link_pacer_, page_size_);
       {
         const std::lock_guard lock(mutex_);
         if (closing_ || !server.failed.empty()) return;
@@ -128,11 +128,12 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
       case wire::FrameType::kChainBroken: {
         const std::lock_guard lock(mutex_);
         if (header.tag >= servers_.size() || header.tag == server.ordinal ||
-            !way->lane.passes_on_to(static_cast<std::uint8_t>(header.tag))) {
+            !way->replicas[static_cast<std::size_t>(header.tag)]) {
           wrong = "an unknown server is said to be broken";
-        } else {
+        } else if (way->lane.passes_on_to(static_cast<std::uint8_t>(header.tag))) {
           server.broken_chain = static_cast<std::uint8_t>(header.tag);
         }
+        // With nothing on its way there, what is held there is for this side's own connection to find out.
         break;
       }
       default:
@@ -179,7 +180,9 @@ void Scatter::attach_pacer_locked() {
       // Cut already.
     }
   }
-  server_pacer_.attach(std::move(fds), same_host);
+  std::vector<int> direct;
+  for (const auto& way : direct_) direct.push_back(way->stream->fd());
+  link_pacer_.attach(std::move(fds), same_host, std::move(direct));
 }
 
 }  // namespace memferry

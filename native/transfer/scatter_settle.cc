@@ -5,10 +5,21 @@
 #include "transfer/scatter_impl.h"
 
 namespace memferry {
-std::uint64_t Scatter::answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes) {
+bool Scatter::answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes) {
   const std::lock_guard lock(mutex_);
   way.lane.sent(runs, bytes, {wire::Holders::kDestination, wire::Holders::kNobody});
+  return way.lane.batch_is_full();
+}
+
+std::optional<std::uint64_t> Scatter::close_answers(Way& way) {
+  const std::lock_guard lock(mutex_);
+  if (!way.lane.anything_open()) return std::nullopt;
   return way.lane.close(Clock::now());
+}
+
+bool Scatter::answers_open(const Way& way) const {
+  const std::lock_guard lock(mutex_);
+  return way.lane.anything_open();
 }
 
 std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
@@ -158,22 +169,23 @@ void Scatter::check_drained() {
   if (!drained_locked()) return;
   begun_ = false;
   drained_due_ = true;
-  if (kind_ == Kind::kRound) {
-    for (std::uint32_t region = 0; region < suspects_.size(); ++region) {
-      for (std::uint64_t i = 0; i < suspects_[region]->words(); ++i) {
-        shared_.queue.pending(region).or_word(i, suspects_[region]->word(i));
-      }
-    }
-  }
   changed_.notify_all();
   watcher_.wake();
 }
 
 std::uint64_t Scatter::take_suspects() {
+  const std::lock_guard lock(mutex_);
+  return queue_suspects_locked();
+}
+
+std::uint64_t Scatter::queue_suspects_locked() {
   std::uint64_t listed = 0;
-  for (const auto& bitmap : suspects_) {
-    listed += bitmap->count();
-    bitmap->clear_run({PageNumber{0}, bitmap->capacity()});
+  for (std::uint32_t region = 0; region < suspects_.size(); ++region) {
+    AtomicBitmap& bitmap = *suspects_[region];
+    listed += bitmap.count();
+    for (std::uint64_t i = 0; i < bitmap.words(); ++i)
+      shared_.queue.pending(region).or_word(i, bitmap.word(i));
+    bitmap.clear_run({PageNumber{0}, bitmap.capacity()});
   }
   return listed;
 }

@@ -9,8 +9,10 @@ namespace {
 
 // In a socket for so long: the connection takes what it can.
 constexpr std::chrono::microseconds kBlocked{300};
-// Until the direct way is looked at again.
-constexpr std::chrono::microseconds kDirectFirst{500};
+// Until the direct ways are looked at again: soon after there was something to take, since a way that is full most of
+// the time is between two chunks now, and then less and less often.
+constexpr std::chrono::microseconds kFirstLook{100};
+constexpr std::chrono::microseconds kLastLook{800};
 constexpr std::uint64_t kRecordPages = 8192;  // hashes of 64 KiB a frame
 
 }  // namespace
@@ -19,7 +21,8 @@ bool Scatter::direct_is_full() const {
   const auto now = Clock::now().time_since_epoch();
   return std::all_of(direct_.begin(), direct_.end(), [&](const auto& way) {
     const Clock::rep since = way->sending_since.load(std::memory_order_relaxed);
-    return !takes_more(*way) || (since != 0 && now - Clock::duration(since) > kBlocked);
+    return way->pacing.load(std::memory_order_relaxed) || !takes_more(*way) ||
+           (since != 0 && now - Clock::duration(since) > kBlocked);
   });
 }
 
@@ -55,9 +58,10 @@ bool Scatter::run_direct(Way& way, const std::function<bool()>& over, std::strin
 bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut) {
   CpuCourtesy courtesy(wire::shared_key(shared_.migration));
   const bool server = way.server != Way::kNobody;
-  wire::Pacer& pacer = server ? server_pacer_ : shared_.pacer;
+  const wire::Pacer& pacer = server ? link_pacer_ : shared_.pacer;
   const auto ended = [&] { return over() || shared_.gate.closed(); };
   std::vector<std::byte> buffer;
+  auto look = kFirstLook;
   for (;;) {
     bool records = false;
     bool chunk = false;
@@ -71,7 +75,8 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
         chunk = begun_ && wants_work(way);
         if (records || chunk || way.lane.anything_open()) break;
         if (server && begun_ && may_take(way)) {
-          changed_.wait_for(lock, kDirectFirst);
+          changed_.wait_for(lock, look);
+          look = std::min(2 * look, kLastLook);
         } else {
           changed_.wait(lock);
         }
@@ -81,8 +86,13 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
     if (records) {
       if (!send_records(way, buffer, cut)) return false;
     } else if (chunk) {
+      look = kFirstLook;
       if (!shared_.pacer.wait_limit(ended)) return false;
-      if (!pacer.wait_turn() && (!server || ended())) return false;
+      way.pacing.store(true, std::memory_order_relaxed);
+      const bool turn = server || shared_.pacer.wait_turn();
+      const bool link_turn = turn && link_pacer_.wait_turn();
+      way.pacing.store(false, std::memory_order_relaxed);
+      if (!turn || (!link_turn && ended())) return false;
       courtesy.follow(guest_left && pacer.should_stand_back());
       if (!send_chunk(way, *way.chunks, cut)) return false;
     }
@@ -168,6 +178,7 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
     // Before it leaves: a refusal may be faster than this thread.
     const std::lock_guard lock(mutex_);
     way.lane.sent(chunks.frames().runs(), chunks.frames().bytes(), holders);
+    way.replicas.set(holders.second);
     way.in_hand = false;
     looked_locked(more, chunks.gave_back(), returns);
     if (server) servers_[static_cast<std::size_t>(way.server)]->bytes += chunks.frames().bytes();
@@ -176,8 +187,8 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const PageFrames::Sent sent = chunks.frames().send(*way.stream);
   way.sending_since.store(0, std::memory_order_relaxed);
+  link_pacer_.debit(sent.bytes);
   if (server) {
-    server_pacer_.debit(sent.bytes);
     shared_.pacer.debit_limit(sent.bytes);
   } else {
     shared_.pacer.debit(sent.bytes);

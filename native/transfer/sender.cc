@@ -303,6 +303,7 @@ std::uint64_t Sender::switch_over() {
   const std::lock_guard collecting(impl_->collect_mutex);
   impl_->require_between_rounds("switch_over()");
   const std::uint64_t newly = impl_->collect_dirty();
+  if (impl_->scatter) impl_->scatter->forget_pending();
   auto frames = impl_->discard_frames(true);
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return newly;

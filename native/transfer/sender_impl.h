@@ -165,6 +165,8 @@ struct Sender::Impl {
   void serve_demand(Epoch& of);
   bool elsewhere(Epoch& of, std::uint32_t region, PageNumber page, wire::IoResult& result);
   std::string answer_fault(Epoch& of, const wire::FrameHeader& request, PageFrames& frames);
+  wire::IoResult send_answers_barrier(Epoch& of);
+  bool settle_answers(Epoch& of);
 
   [[nodiscard]] const wire::Token* token(std::uint32_t of_epoch, unsigned channel) const;
 

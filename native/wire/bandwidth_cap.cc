@@ -40,13 +40,10 @@ bool BandwidthCap::wait_and_debit(std::uint64_t bytes, WorkerThread& self) {
   return !self.stopping();
 }
 
-bool BandwidthCap::try_debit(std::uint64_t bytes) {
-  if (!limited_) return true;
+Duration BandwidthCap::delay() {
+  if (!limited_) return Duration::zero();
   const std::lock_guard lock(mutex_);
-  const auto now = Clock::now();
-  if (bucket_.delay(now) > Duration::zero()) return false;
-  bucket_.debit(bytes, now);
-  return true;
+  return bucket_.delay(Clock::now());
 }
 
 void BandwidthCap::debit(std::uint64_t bytes) {

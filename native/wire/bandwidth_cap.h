@@ -20,8 +20,8 @@ class BandwidthCap {
   // Waits until something may go. False when the thread is to stop. The bytes may be more than fits into a second:
   // the next one waits for them.
   bool wait_and_debit(std::uint64_t bytes, WorkerThread& self);
-  // False, and nothing is debited, when it would have to wait.
-  bool try_debit(std::uint64_t bytes);
+  // How long until something may go; zero: now.
+  Duration delay();
   void debit(std::uint64_t bytes);
 
  private:

@@ -16,7 +16,6 @@ constexpr double kLimitBurstSeconds = 0.02;
 constexpr double kLinkBurstBytes = 32 * 1024;
 // While faults are being answered: little enough that a fault waits for one chunk at most a moment. On a link
 // it waits for the chunk's bytes, on one host for the time that copying it takes.
-constexpr std::uint64_t kChunkOnLink = 16 * 1024;
 constexpr std::uint64_t kChunkOnHost = 128 * 1024;
 constexpr int kUnsentOnLink = 256 * 1024;
 // Of the last interval in the smoothed delivered rate: one interval is a few hundred acknowledgements at best.
@@ -74,6 +73,7 @@ void RateController::sample(const Sample& sample) {
   const double interval = seconds(sample.at - last_->at);
   const double rate = static_cast<double>(sample.delivered_bytes - last_->delivered_bytes) / interval;
   last_ = sample;
+  newest_rate_ = rate;
   // What was handed over still drains, or did for a part of the interval.
   if (limiting() && sample.at < drained_at_) return;
   if (limiting() && skip_next_) {
@@ -92,24 +92,45 @@ void RateController::sample(const Sample& sample) {
     }
   }
   delivered_rate_ = delivered_rate_ > 0 ? kNewShare * rate + (1 - kNewShare) * delivered_rate_ : rate;
-  if (!limiting()) return;
+  if (!limiting()) {
+    full_intervals_ = saturated() ? full_intervals_ + 1 : 0;
+    return;
+  }
   if (queue > kQueue) {
+    // The average is still behind a rate that was growing fast.
+    if (probing_) delivered_rate_ = std::max(delivered_rate_, newest_rate_);
+    probing_ = false;
+    known_rate_ = kFall * std::max(known_rate_, delivered_rate_);
     const double fallen = std::max(kFall * std::min(delivered_rate_, rate_), kDeepestFall * rate_);
     if (fallen < lowest_) lowest_ *= kForget;
     rate_ = std::max(fallen, lowest_);
   } else {
     stall_seen_ = false;
+    known_rate_ = std::max(known_rate_, delivered_rate_);
     const int multiple = 1 + without_queue_ / kPatience;
-    rate_ *= 1 + std::min(kFastestGrowth, kGrowth * multiple);
+    const double growth = probing_                       ? kProbe
+                          : rate_ < kKnown * known_rate_ ? kRegain
+                                                         : std::min(kFastestGrowth, kGrowth * multiple);
+    rate_ *= 1 + growth;
     ++without_queue_;
   }
+}
+
+bool RateController::saturated() const {
+  return last_ &&
+         beyond_round_trip(last_->queued_bytes + last_->unsent_bytes, *last_, delivered_rate_) > kQueue;
 }
 
 void RateController::start(TimePoint now) {
   if (limiting() || delivered_rate_ <= 0) return;
   without_queue_ = 0;
   stall_seen_ = false;
+  // Before it was full the link delivered less than it can.
+  if (saturated()) delivered_rate_ = std::max(delivered_rate_, newest_rate_);
   rate_ = kFall * delivered_rate_;
+  known_rate_ = delivered_rate_;
+  probing_ = full_intervals_ < kFull;
+  full_intervals_ = 0;
   lowest_ = kLowest * rate_;
   // A full push has filled every queue on the way, the sockets' own included: pushing on before they are
   // empty would look like a rate that is too high, and end far below the link's.
@@ -119,9 +140,10 @@ void RateController::start(TimePoint now) {
   skip_next_ = true;
 }
 
-void Pacer::attach(std::vector<int> data_fds, bool same_host) {
+void Pacer::attach(std::vector<int> data_fds, bool same_host, std::vector<int> other_fds) {
   const std::lock_guard lock(mutex_);
   data_fds_ = std::move(data_fds);
+  other_fds_ = std::move(other_fds);
   same_host_ = same_host;
   controller_ = RateController();
   link_ = TokenBucket();
@@ -145,7 +167,7 @@ std::uint64_t Pacer::chunk_bytes(std::uint64_t largest) const {
   // A slow limit in small steps, so that nobody waits long behind one chunk.
   if (const std::uint64_t bandwidth = bandwidth_; bandwidth > 0) largest = std::min(largest, bandwidth / 100);
   if (!faults_recent(std::chrono::steady_clock::now())) return largest;
-  return std::min(largest, same_host_ ? kChunkOnHost : kChunkOnLink);
+  return std::min(largest, same_host_ ? kChunkOnHost : chunk_on_link_);
 }
 
 bool Pacer::should_stand_back() const {
@@ -161,7 +183,7 @@ void Pacer::take_sample(TimePoint now) {
   RateController::Sample sample;
   sample.at = now;
   sample.delivered_bytes = fault_bytes_.load(std::memory_order_relaxed);
-  sample.fresh_bytes = data_fds_.size() * kChunkOnLink;
+  sample.fresh_bytes = data_fds_.size() * chunk_on_link_;
   std::uint32_t min_rtt_us = UINT32_MAX;
   for (const int fd : data_fds_) {
     tcp_info info{};
@@ -175,6 +197,12 @@ void Pacer::take_sample(TimePoint now) {
     sample.queued_bytes += static_cast<std::uint64_t>(std::max(unacknowledged - unsent, 0));
     sample.unsent_bytes += static_cast<std::uint64_t>(std::max(unsent, 0));
     min_rtt_us = std::min(min_rtt_us, info.tcpi_min_rtt);
+  }
+  for (const int fd : other_fds_) {
+    tcp_info info{};
+    socklen_t bytes = sizeof info;
+    if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &bytes) == 0)
+      sample.delivered_bytes += info.tcpi_bytes_acked;
   }
   if (min_rtt_us != UINT32_MAX) sample.min_rtt = std::chrono::microseconds(min_rtt_us);
   controller_.sample(sample);
@@ -190,7 +218,8 @@ void Pacer::steer(TimePoint now) {
   if (now - sampled_at_ >= RateController::kInterval) {
     sampled_at_ = now;
     take_sample(now);
-    if (pace) controller_.start(now);
+    // A push that begins while there are faults fills the link first, in small chunks.
+    if (pace && controller_.saturated()) controller_.start(now);
     link_.set_rate(controller_.rate(), kLinkBurstBytes, now);
   }
   if (!pace && controller_.limiting()) {

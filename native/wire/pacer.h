@@ -60,6 +60,13 @@ class RateController {
   static constexpr double kGrowth = 0.001;
   static constexpr int kPatience = 20;
   static constexpr double kFastestGrowth = 0.01;
+  // Until the first queue, where limiting began before the link had been full for kFull intervals: its rate is not
+  // known yet.
+  static constexpr double kProbe = 0.05;
+  static constexpr int kFull = 4;
+  // Back to what it delivered before, after a queue that was somebody's CPU: up to kKnown of that.
+  static constexpr double kRegain = 0.05;
+  static constexpr double kKnown = 0.95;
   // A rate that was right a moment ago does not make a queue at once. When much less than that arrives, somebody
   // did not get a CPU, or the link became slower: that shows once the queue has drained.
   static constexpr double kStall = 0.9;
@@ -81,6 +88,8 @@ class RateController {
   void sample(const Sample& sample);
   // Starts to limit: just below what was delivered last. No effect while limiting.
   void start(TimePoint now);
+  // Whether more was handed over than the link took: only then what it delivered says what it can.
+  [[nodiscard]] bool saturated() const;
   void stop() { rate_ = 0; }
   [[nodiscard]] bool limiting() const { return rate_ > 0; }
   [[nodiscard]] double rate() const { return rate_; }
@@ -93,6 +102,10 @@ class RateController {
 
   std::optional<Sample> last_;
   double delivered_rate_ = 0;  // smoothed over some intervals
+  double newest_rate_ = 0;     // of the last interval
+  double known_rate_ = 0;      // the most that was delivered while limiting, less with every queue
+  int full_intervals_ = 0;     // before limiting
+  bool probing_ = false;
   double rate_ = 0;
   double lowest_ = 0;
   int without_queue_ = 0;    // intervals
@@ -104,9 +117,14 @@ class RateController {
 class Pacer {
  public:
   static constexpr std::chrono::milliseconds kFaultsAreRecent{100};
+  static constexpr std::uint64_t kChunkOnLink = 16 * 1024;
 
-  // `same_host`: no link between the two ends. `data_fds` are sampled; they must stay open until the next call.
-  void attach(std::vector<int> data_fds, bool same_host);
+  // `chunk_on_link`: the largest piece that may go at once over a link while faults are being answered.
+  explicit Pacer(std::uint64_t chunk_on_link = kChunkOnLink) : chunk_on_link_(chunk_on_link) {}
+
+  // `same_host`: no link between the two ends. `data_fds` are sampled; they must stay open until the next call. So must
+  // `other_fds`: what they deliver goes over the same link, and what waits on them may wait farther away.
+  void attach(std::vector<int> data_fds, bool same_host, std::vector<int> other_fds = {});
   void detach() { attach({}, false); }
   void set_bandwidth(std::uint64_t bytes_per_second);
 
@@ -134,9 +152,11 @@ class Pacer {
   void take_sample(TimePoint now);
   void steer(TimePoint now);
 
+  const std::uint64_t chunk_on_link_;
   mutable std::mutex mutex_;  // guards everything that is not atomic
   std::condition_variable changed_;
   std::vector<int> data_fds_;
+  std::vector<int> other_fds_;
   bool cancelled_ = false;
   TokenBucket limit_;
   TokenBucket link_;

@@ -120,6 +120,8 @@ export class Arrival extends EventEmitter {
           this.#to('postcopy-active');
         },
         lost: (runs, why) => this.#lost(runs, why),
+        // No more will ever be had, and the servers' memory is wanted by others.
+        restHere: () => void this.#dissolve(),
         failed: (error) => this.#fail(error),
       },
     );

@@ -8,6 +8,8 @@ export interface ReceiverListener {
   paused(): void;
   recovered(): void;
   lost(runs: NativeRun[], why: string): void;
+  /** After a loss: what is not lost is here. */
+  restHere(): void;
   failed(error: MemferryError): void;
 }
 
@@ -74,6 +76,9 @@ export class DestinationEngine {
         break;
       case 'lost':
         listener.lost(event.lost, event.message);
+        break;
+      case 'rest-here':
+        listener.restHere();
         break;
       case 'failed': {
         const error = fromNativeEvent(event);

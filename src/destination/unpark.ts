@@ -138,6 +138,8 @@ class GatheringGuest implements Unparked {
         paused: () => {},
         recovered: () => {},
         lost: (runs, why) => this.#lost(runs, why),
+        // The image stays: a server that comes back makes it whole, for `rollback` or its operator.
+        restHere: () => {},
         failed: (error) => this.#reject(error),
       },
     );

@@ -4,6 +4,7 @@
  */
 import { MemferryError } from '../errors.js';
 import { parseAddress, type ResolvedMigrateOptions } from '../options.js';
+import type { Intermediary } from '../report.js';
 import { discover } from '../staging/announce.js';
 import { StageClient } from '../staging/client.js';
 import type { ServerAddress } from '../staging/image-set.js';
@@ -18,8 +19,14 @@ export interface GuestNeed {
 /** Announcements come each second; two of them, in case one is lost. */
 const listenMs = 2200;
 
+export interface ChosenServers {
+  servers: ServerAddress[];
+  /** Of those that were named: who did not answer, for the report. */
+  unanswered: Intermediary[];
+}
+
 /**
- * Empty when they cannot hold the guest and the caller chose to go on directly.
+ * No servers when they cannot hold the guest and the caller chose to go on directly.
  * @throws VMD_CAPACITY, CONNECT_FAILED (none answers), INVALID_ARGUMENT
  */
 export async function chooseServers(
@@ -27,16 +34,16 @@ export async function chooseServers(
   secret: Uint8Array,
   need: GuestNeed,
   signal: AbortSignal,
-): Promise<ServerAddress[]> {
+): Promise<ChosenServers> {
   const { via, discover: announced } = options;
   if (via.length === 0 && announced === false) {
-    if (options.onCapacity === 'direct') return [];
+    if (options.onCapacity === 'direct') return { servers: [], unanswered: [] };
     throw new MemferryError(
       'INVALID_ARGUMENT',
       `mode '${options.mode}' needs VMD servers: name some with via, or have them discovered`,
     );
   }
-  const [named, heard] = await Promise.all([
+  const [{ named, unanswered }, heard] = await Promise.all([
     answering(options, secret, signal),
     announced === false
       ? []
@@ -52,7 +59,7 @@ export async function chooseServers(
     if (!servers.some(({ host, port }) => host === server.host && port === server.port)) servers.push(server);
   }
   try {
-    return place({
+    const chosen = place({
       need: {
         bytes: need.bytes,
         pages: need.capacityPages,
@@ -65,19 +72,20 @@ export async function chooseServers(
       source: { rack: options.rack },
       destination: { rack: options.destinationRack },
     });
+    return { servers: chosen, unanswered };
   } catch (error) {
     const short = error instanceof MemferryError && error.code === 'VMD_CAPACITY';
     if (!short || options.onCapacity === 'fail') throw error;
-    return [];
+    return { servers: [], unanswered };
   }
 }
 
-/** Those of `via` that answer, with what they say of themselves. */
+/** Those of `via` that answer, with what they say of themselves. Rejects when there are some and none does. */
 async function answering(
   options: ResolvedMigrateOptions,
   secret: Uint8Array,
   signal: AbortSignal,
-): Promise<PlaceableServer[]> {
+): Promise<{ named: PlaceableServer[]; unanswered: Intermediary[] }> {
   const outcomes = await Promise.allSettled(
     options.via.map(async (address): Promise<PlaceableServer> => {
       const { host, port } = parseAddress(address);
@@ -98,8 +106,17 @@ async function answering(
       }
     }),
   );
-  const servers = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
+  const named = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
   const failed = outcomes.find((outcome) => outcome.status === 'rejected');
-  if (servers.length === 0 && failed) throw failed.reason;
-  return servers;
+  if (named.length === 0 && failed) throw failed.reason;
+  const unanswered = outcomes.flatMap((outcome, at): Intermediary[] =>
+    outcome.status === 'fulfilled'
+      ? []
+      : [{ name: String(options.via[at]), pages: 0, bytes: 0, failed: messageOf(outcome.reason) }],
+  );
+  return { named, unanswered };
+}
+
+function messageOf(reason: unknown): string {
+  return reason instanceof Error ? reason.message : String(reason);
 }

@@ -31,7 +31,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
     bytes: lengths.reduce((sum, length) => sum + length, 0),
     capacityPages: capacityBytes / pageSize,
   };
-  const servers = await untilAborted(chooseServers(options, secret, need, signal), signal);
+  const { servers, unanswered } = await untilAborted(chooseServers(options, secret, need, signal), signal);
   if (servers.length === 0) return null;
   const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
   // The caller's signal ends the making of the image, not its connections: they are needed to let it go.
@@ -42,6 +42,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   try {
     return await ImageSet.create(
       servers,
+      unanswered,
       { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: making.signal },
       {
         image,

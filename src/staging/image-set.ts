@@ -64,6 +64,8 @@ export class ImageSet {
   readonly kind: ImageKind;
   /** As the home server has it; null at the image's maker. */
   readonly info: ImageInfo | null;
+  /** Servers that were named and did not answer when the image was made. */
+  readonly #unanswered: readonly Intermediary[];
   readonly #members: Member[];
   readonly #givenUp: GivenUp[];
   readonly #connection: ImageSetConnection;
@@ -76,6 +78,7 @@ export class ImageSet {
     kind: ImageKind;
     info: ImageInfo | null;
     members: Member[];
+    unanswered?: readonly Intermediary[];
     connection: ImageSetConnection;
   }) {
     this.image = made.image;
@@ -83,6 +86,7 @@ export class ImageSet {
     this.kind = made.kind;
     this.info = made.info;
     this.#members = made.members;
+    this.#unanswered = made.unanswered ?? [];
     this.#givenUp = made.members.map(() => {
       const givenUp: GivenUp = deferred();
       givenUp.promise.catch(() => {}); // nobody may be waiting
@@ -94,10 +98,11 @@ export class ImageSet {
 
   /**
    * Makes the image at every server. All of them have it, or none: the first failure is thrown, with the server's
-   * name, after the others have let go of theirs.
+   * name, after the others have let go of theirs. `unanswered`: who could not be asked, for account().
    */
   static async create(
     servers: readonly ServerAddress[],
+    unanswered: readonly Intermediary[],
     connection: ImageSetConnection,
     made: NewImage,
   ): Promise<ImageSet> {
@@ -121,6 +126,7 @@ export class ImageSet {
       return new ImageSet({
         ...made,
         connection,
+        unanswered,
         info: null,
         members: clients.map((client, at) => ({
           address: list[at] as Member['address'],
@@ -261,12 +267,13 @@ export class ImageSet {
     this.#givenUp[ordinal]?.reject(member.error);
   }
 
-  /** For reports: what the servers did, by an engine's figures. */
+  /** For reports: what the servers did, by an engine's figures, and then who did not answer. */
   account(stats: readonly NativeServerStats[]): Intermediary[] {
-    return this.#members.map(({ address }, ordinal) => {
+    const used = this.#members.map(({ address }, ordinal) => {
       const { pages = 0, bytes = 0, failed = null } = stats[ordinal] ?? {};
       return { name: address.name, pages, bytes, failed };
     });
+    return [...used, ...this.#unanswered];
   }
 
   /** What the source sealed the image with; null when it sealed with nothing, or has not sealed yet. */

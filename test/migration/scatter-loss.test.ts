@@ -282,6 +282,7 @@ describe('after the source is evicted', () => {
       const check = await run.b.call<Check>('check', { guest: 'g', except: runs });
       expect(check.wrong).toEqual([]);
       expect(check.pages).toBe(2 * PAGES - lost);
+      await expectEmpty(run.nodes[0] as Node);
       const [{ first }] = runs as [{ first: number }];
       await expect(run.b.call('touch', { guest: 'g', index: 0, page: first })).rejects.toThrow();
       expect(await run.b.exited).toMatchObject({ signal: 'SIGBUS' });

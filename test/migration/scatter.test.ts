@@ -226,7 +226,7 @@ describe('a server that is no use', () => {
     expect(b.events.some(({ event }) => event === 'offer')).toBe(false);
   });
 
-  test.each(['wrong secret', 'not there'])('%s: the others do', async (how) => {
+  test.each(['wrong secret', 'not there'])('%s: the others do, and the report tells', async (how) => {
     const [a, b] = await hosts('a', 'b');
     const [useless, stage] = await Promise.all([
       startStage('useless', how === 'wrong secret' ? other : {}),
@@ -237,7 +237,13 @@ describe('a server that is no use', () => {
     await startGuest(a, regionsOf('allocate'));
     await migrate(a, port, { mode: 'scatter', ...via(useless, stage) });
     const figures = await report(a);
-    expect(figures).toMatchObject({ verified: true, intermediaries: [{ name: 'useful', failed: null }] });
+    expect(figures).toMatchObject({
+      verified: true,
+      intermediaries: [
+        { name: 'useful', failed: null },
+        { name: `127.0.0.1:${useless.port}`, pages: 0, bytes: 0, failed: expect.any(String) },
+      ],
+    });
     expect(throughServers(figures)).toBeGreaterThan(PAGES / 2);
     await expectRuns(b);
   });

@@ -194,8 +194,8 @@ TEST(RateController, LearnsNothingWhileTheSocketsDrain) {
 
 TEST(RateController, GrowsWhileThereIsNoQueueAndFallsWhenThereIs) {
   RateController controller;
-  controller.sample(sample_at(0ms, 0));
-  controller.sample(sample_at(10ms, 0));
+  // Full for a while: its rate is known.
+  for (int i = -RateController::kFull; i <= 0; ++i) controller.sample(sample_at(10ms + i * 1ms, 100'000));
   controller.start(kStart + 10ms);
   controller.sample(sample_at(15ms, 1'000'000));  // the interval after a fall tells nothing
   const double rate = controller.rate();
@@ -233,6 +233,31 @@ TEST(RateController, AHiccupDoesNotCostTheRate) {
   sample(300'000, 200'000);
   sample(300'000, 200'000);
   EXPECT_LT(controller.rate(), rate);
+}
+
+// Limiting begins together with the push: what was delivered so far is what was given, not what the link takes.
+TEST(RateController, FindsARateThatItNeverSaw) {
+  RateController controller;
+  const double link_rate = 100e6;
+  Link link{link_rate};
+  TimePoint now = kStart;
+  int below_after_300ms = 0;
+  for (int ms = 0; ms < 1000; ++ms) {
+    const double offered = controller.limiting() ? now < controller.drained_at() ? 0 : controller.rate()
+                           : ms < 10             ? 0.05 * link_rate
+                                                 : 1.5 * link_rate;
+    link.step(offered * 0.001, 0.001);
+    now += 1ms;
+    if (ms % 5 == 4) {
+      const double under_way = std::min(offered, link_rate) * 40e-6;
+      const auto queued = static_cast<std::uint64_t>(link.queue_bytes + under_way);
+      controller.sample({now, static_cast<std::uint64_t>(link.delivered), queued, 0, 40us});
+      if (controller.saturated()) controller.start(now);
+      if (ms > 300 && controller.rate() < 0.8 * link_rate) ++below_after_300ms;
+    }
+  }
+  EXPECT_TRUE(controller.limiting());
+  EXPECT_EQ(below_after_300ms, 0);
 }
 
 TEST(RateController, AStandstillOfAcknowledgementsDoesNotEndAtAStandstill) {

@@ -41,7 +41,7 @@ async function parking(
   options: Parameters<typeof FakeServer.start>[0] = {},
 ): Promise<Parking> {
   const server = owned(await FakeServer.start(options));
-  const set = owned(await ImageSet.create([server.address], connection(), newImage({ kind: 'park' })));
+  const set = owned(await ImageSet.create([server.address], [], connection(), newImage({ kind: 'park' })));
   (server.native.images.get(imageId) as { whole: boolean }).whole = whole;
   await set.putState(parkedGuest, new Uint8Array(5));
   let runs = true;

@@ -24,6 +24,7 @@ const make = async (servers: FakeServer[], more = {}, link = {}) =>
   owned(
     await ImageSet.create(
       servers.map(({ address }) => address),
+      [],
       connection(link),
       newImage(more),
     ),

@@ -98,6 +98,8 @@ async function measureOne(
 async function measure(
   rig: Rig,
 ): Promise<{ samples: Samples; lineSeconds: number; rate: number; cpuShare: number }> {
+  // A host has one port: what the source, intermediaries and the client send to it shares its link.
+  rig.lab.setHostRate(rig.destination, 'receive', rig.options.link);
   const place = { namespace: rig.destination.namespace };
   const redis = await startServer(
     'redis-server',

@@ -7,7 +7,7 @@ import { median } from '../../support/statistics.js';
 import { colours, type Series } from '../chart.js';
 import type { FigureModule } from '../figure.js';
 import type { GuestSpec } from '../guests.js';
-import { allModes, directModes, inTurns, runMigration } from '../migrations.js';
+import { allModes, boundedRounds, directModes, inTurns, runMigration } from '../migrations.js';
 import { paperNumbers } from '../paper-numbers.js';
 import { atMost, type Check, quotient, Samples, unavailable } from '../result.js';
 import type { Rig } from '../rig.js';
@@ -41,7 +41,7 @@ async function measure(
             port: 0,
           };
           await host.apply(step.pressure);
-          const plan = { mode, guest, count, pressured: host, verify: round === 0 };
+          const plan = { mode, guest, count, pressured: host, verify: round === 0, migrate: boundedRounds };
           const outcome = await runMigration(rig, plan);
           await host.release();
           if (outcome === null) continue;
@@ -136,7 +136,7 @@ export const figures: FigureModule = {
         },
       ],
       paper: paperNumbers['11'] ?? [],
-      notes: [note],
+      notes: [note, `pre-copy has at most ${boundedRounds.maxRounds} rounds`],
     });
   },
 };

@@ -7,7 +7,14 @@ import { median } from '../../support/statistics.js';
 import { colours, type Chart, type Series } from '../chart.js';
 import type { FigureModule } from '../figure.js';
 import type { GuestSpec } from '../guests.js';
-import { allModes, directModes, inTurns, type PaperMode, runMigration } from '../migrations.js';
+import {
+  allModes,
+  boundedRounds,
+  directModes,
+  inTurns,
+  type PaperMode,
+  runMigration,
+} from '../migrations.js';
 import { paperLineSeconds, paperNumbers } from '../paper-numbers.js';
 import {
   atLeast,
@@ -55,7 +62,8 @@ async function measure(rig: Rig, kind: 'idle' | 'busy', modes: readonly PaperMod
       for (const mode of inTurns(modes, round)) {
         await host.apply(step.pressure);
         // Under pressure the digests take as long again: once a cell shows that the bytes are right.
-        const outcome = await runMigration(rig, { mode, guest, pressured: host, verify: round === 0 });
+        const plan = { mode, guest, pressured: host, verify: round === 0, migrate: boundedRounds };
+        const outcome = await runMigration(rig, plan);
         await host.release();
         if (outcome === null) continue;
         samples.add(mode, 'eviction', step.target, 's', outcome.evictionMs / 1000);
@@ -189,15 +197,18 @@ function result(rig: Rig, figure: string, title: string, session: Session): Figu
     checks: figure === '1' ? verdicts.filter(({ what }) => !what.startsWith('scatter')) : verdicts,
     charts: [chart(figure, title, session, shown)],
     paper: paperNumbers[figure] ?? [],
-    notes: steps.map(({ target, measured, reached, pressure }) => {
-      const mib = (bytes: number): string => `${Math.round(bytes / 2 ** 20)} MiB`;
-      const memory = pressure.memoryBytes === null ? 'no limit' : mib(pressure.memoryBytes);
-      const cpu = pressure.cpuShare === null ? 'no quota' : `${pressure.cpuShare.toFixed(2)} CPU`;
-      return (
-        `step ${target} MB/s: a bare writer did ${measured.toFixed(1)} MB/s${reached ? '' : ' (NOT within 15 %)'}; ` +
-        `memory ${memory}, ${mib(pressure.thrashBytes)} of it thrashed, ${cpu}`
-      );
-    }),
+    notes: [
+      `pre-copy has at most ${boundedRounds.maxRounds} rounds`,
+      ...steps.map(({ target, measured, reached, pressure }) => {
+        const mib = (bytes: number): string => `${Math.round(bytes / 2 ** 20)} MiB`;
+        const memory = pressure.memoryBytes === null ? 'no limit' : mib(pressure.memoryBytes);
+        const cpu = pressure.cpuShare === null ? 'no quota' : `${pressure.cpuShare.toFixed(2)} CPU`;
+        return (
+          `step ${target} MB/s: a bare writer did ${measured.toFixed(1)} MB/s${reached ? '' : ' (NOT within 15 %)'}; ` +
+          `memory ${memory}, ${mib(pressure.thrashBytes)} of it thrashed, ${cpu}`
+        );
+      }),
+    ],
   };
 }
 

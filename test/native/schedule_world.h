@@ -1,0 +1,281 @@
+// What there is in a schedule that is being carried out: servers, guests on their way, what has struck, and, computed
+// from that, what may be lost.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "faulty_server.h"
+#include "scatter_guest.h"
+#include "schedule.h"
+#include "transfer/receiver.h"
+#include "transfer/sender.h"
+
+#ifdef __has_feature
+#define MEMFERRY_TEST_HAS(feature) __has_feature(feature)
+#else
+#define MEMFERRY_TEST_HAS(feature) 0
+#endif
+#if defined(__SANITIZE_THREAD__) || MEMFERRY_TEST_HAS(thread_sanitizer)
+#define MEMFERRY_TEST_THREADS_CHECKED true
+#else
+#define MEMFERRY_TEST_THREADS_CHECKED false
+#endif
+#if defined(__SANITIZE_ADDRESS__) || MEMFERRY_TEST_HAS(address_sanitizer)
+#define MEMFERRY_TEST_ADDRESSES_CHECKED true
+#else
+#define MEMFERRY_TEST_ADDRESSES_CHECKED false
+#endif
+
+namespace memferry::test {
+
+inline constexpr bool kThreadsChecked = MEMFERRY_TEST_THREADS_CHECKED;
+inline constexpr bool kSanitized = kThreadsChecked || MEMFERRY_TEST_ADDRESSES_CHECKED;
+
+class ScheduleWorld {
+ public:
+  using Clock = std::chrono::steady_clock;
+  using Way = Schedule::Way;
+  using FaultKind = Schedule::FaultKind;
+  using When = Schedule::When;
+  using ms = std::chrono::milliseconds;
+
+  // A schedule that takes longer hangs.
+  static constexpr std::chrono::seconds kBound{kSanitized ? 60 : 20};
+
+  enum class Outcome : std::uint8_t {
+    kComplete,
+    kLost,    // what faults allow, named
+    kStayed,  // failed before the commit; the source has its guest
+    kClosed,  // the destination was closed in the middle
+  };
+  static constexpr std::size_t kOutcomes = 4;
+
+  explicit ScheduleWorld(const Schedule& schedule) : schedule_(schedule), deadline_(Clock::now() + kBound) {}
+
+  [[nodiscard]] bool failed() const { return !failures_.empty(); }
+  [[nodiscard]] std::string failures() const {
+    std::string all;
+    for (const std::string& each : failures_) all += "  " + each + "\n";
+    return all;
+  }
+  [[nodiscard]] std::vector<Outcome> outcomes() const {
+    std::vector<Outcome> all;
+    for (const auto& each : migrations_) all.push_back(each->outcome);
+    return all;
+  }
+  [[nodiscard]] std::vector<FaultKind> struck() const {
+    std::vector<FaultKind> all;
+    for (const Strike& each : faults_) {
+      if (each.struck) all.push_back(each.fault->kind);
+    }
+    return all;
+  }
+  [[nodiscard]] std::uint64_t pages_gathered() const {
+    std::uint64_t all = 0;
+    for (const auto& each : migrations_) all += each->gathered;
+    return all;
+  }
+  [[nodiscard]] std::uint64_t remote_faults() const {
+    std::uint64_t all = 0;
+    for (const auto& each : migrations_) all += each->remote_faults;
+    return all;
+  }
+  // Servers that a source has given up though nothing had happened to them.
+  [[nodiscard]] std::uint64_t given_up_for_nothing() const { return given_up_for_nothing_; }
+  [[nodiscard]] std::uint64_t audits() const { return audits_; }
+  // How everything stands, for a schedule that hangs. From any thread.
+  [[nodiscard]] std::string state() {
+    std::string text;
+    for (const auto& each : migrations_) {
+      text += "  guest " + std::to_string(each->index) + ", " + each->step.load();
+      if (each->has_sender) {
+        const SenderStats stats = each->sender->stats();
+        text += "; source: sent " + std::to_string(stats.pages_sent) + "+" +
+                std::to_string(stats.pages_zero) + ", pending " + std::to_string(stats.pages_pending) +
+                ", direct " + std::to_string(stats.pages_direct) + ", redials " +
+                std::to_string(stats.redials);
+        for (const auto& server : stats.servers)
+          text += ", [" + std::to_string(server.pages) + " " + server.failed + "]";
+      }
+      if (each->has_receiver) {
+        const ReceiverStats stats = each->receiver->stats();
+        text += "; destination: missing " + std::to_string(stats.pages_missing) + ", gathered " +
+                std::to_string(stats.pages_gathered) + ", lost " + std::to_string(stats.pages_lost);
+        for (const auto& server : stats.servers)
+          text += ", [" + std::to_string(server.pages) + " " + server.failed + "]";
+      }
+      text += "\n";
+    }
+    for (const Strike& each : faults_)
+      text += std::string("  ") + name_of(each.fault->kind) +
+              (each.struck ? " has struck\n" : " has not struck\n");
+    return text;
+  }
+
+ protected:
+  // Timeouts: short, but long enough for a machine that is busy with seven more of these.
+  static constexpr int kSlow = kSanitized ? 3 : 1;
+  static constexpr ms kStall{500 * kSlow};
+  static constexpr ms kChainStall{2500 * kSlow};
+  static constexpr ms kRecover{1200 * kSlow};
+  static constexpr ms kRecoverFromPause{2500 * kSlow};
+  static constexpr ms kSourceRecover{2500 * kSlow};
+  // By then a source has seen that a server's connections are gone, and has sent its pages again.
+  static constexpr ms kNoticed{150 * kSlow};
+  static constexpr ms kGatherPatience{4000 * kSlow};
+
+  struct Server {
+    Server(unsigned ordinal_in, bool network) : ordinal(ordinal_in), vmd(ordinal_in, network) {}
+    const unsigned ordinal;
+    FaultyServer vmd;
+    // Guarded by ScheduleRun::mutex_:
+    bool gone = false;                        // what it held is lost
+    bool silent = false;                      // and nobody can tell
+    bool disturbed = false;                   // it may not have been given what it should have
+    Clock::time_point gone_at{};              // for all to see
+    std::array<std::set<PageId>, 3> spoiled;  // by guest
+  };
+  struct Strike {
+    const Schedule::Fault* fault;
+    std::atomic<bool> done{false};
+    std::atomic<bool> struck{false};
+    std::atomic<Clock::rep> ends{0};  // of one that takes a while
+    explicit Strike(const Schedule::Fault* of) : fault(of) {}
+    Strike(Strike&& other) noexcept : fault(other.fault) {}
+  };
+  struct Migration {
+    Migration(const Schedule& schedule, unsigned index_in, const std::vector<std::uint16_t>& ports)
+        : index(index_in),
+          plan(schedule.guests[index_in]),
+          guest(plan, schedule.seed * 3 + index_in,
+                schedule.way == Way::kScatterHybrid || schedule.way == Way::kScatterPreCopy) {
+      image.fill(0x42);
+      image[1] = static_cast<std::uint8_t>(index);
+      source_servers = server_addresses(image, kSourceSession, ports, FaultyServer::kAttempts);
+      destination_servers = server_addresses(image, kDestinationSession, ports, FaultyServer::kAttempts);
+    }
+    const unsigned index;
+    const Schedule::Guest& plan;
+    ScatterGuest guest;
+    ImageId image{};
+    std::vector<StageServer> source_servers;
+    std::vector<StageServer> destination_servers;
+    EventBox departures;
+    EventBox arrivals;
+    std::unique_ptr<Forwarder> network;  // between source and destination, where faults need one
+    std::unique_ptr<Sender> sender;
+    std::shared_ptr<Receiver> receiver;
+    std::unique_ptr<Listener> listener;
+    std::atomic<bool> has_sender{false};
+    std::atomic<bool> has_receiver{false};
+    std::atomic<const char*> step{"at the start"};
+    std::atomic<Clock::rep> hurry_at{0};
+    std::atomic<bool> source_killed{false};
+    std::atomic<bool> destination_closed{false};
+    std::atomic<bool> direct_disturbed{false};
+    std::atomic<bool> source_killed_early{false};
+    std::atomic<bool> evicted{false};
+    bool committed = false;
+    std::optional<Clock::time_point> settled_at;  // the source says that it is not needed any more
+    std::vector<RegionRun> missing;               // at the destination, when its source said that it is done
+    std::vector<std::string> given_up;            // servers, by the source: why
+    std::set<PageId> lost;
+    Outcome outcome = Outcome::kStayed;
+    std::uint64_t gathered = 0;
+    std::uint64_t remote_faults = 0;
+  };
+
+  static bool needs_network(FaultKind kind) {
+    return kind == FaultKind::kServerSilent || kind == FaultKind::kServerPauses ||
+           kind == FaultKind::kServerCut || kind == FaultKind::kServerFlips;
+  }
+
+  void fail(const std::string& what) {
+    const std::lock_guard lock(mutex_);
+    failures_.push_back(what);
+  }
+  void fail(const Migration& of, const std::string& what) {
+    fail("guest " + std::to_string(of.index) + ", " + of.step.load() + ": " + what);
+  }
+  std::string why(const Migration& of) {
+    const std::lock_guard lock(mutex_);
+    return why_[of.index];
+  }
+
+  bool may_lose(const Migration& of, const PageId& page) {
+    if (of.source_killed_early) return true;
+    const std::lock_guard lock(mutex_);
+    unsigned gone = 0;
+    unsigned short_of_copies = 0;
+    for (const auto& server : servers_) {
+      bool lost = server->gone;
+      // The source has seen it in time, and still had everything: its pages went elsewhere.
+      if (lost && !server->silent && !of.plan.release_as_evicted && of.settled_at &&
+          *of.settled_at - server->gone_at > kNoticed) {
+        lost = false;
+      }
+      lost = lost || server->spoiled[of.index].count(page) > 0;
+      const bool given_up = server->ordinal < of.given_up.size() && !of.given_up[server->ordinal].empty();
+      gone += lost ? 1 : 0;
+      short_of_copies += lost || server->disturbed || given_up ? 1 : 0;
+    }
+    if (gone == 0) return false;
+    return schedule_.replicas == 1 || schedule_.servers == 1 || short_of_copies > 1;
+  }
+  bool may_lose_anything(const Migration& of) {
+    bool any = false;
+    of.guest.each_page([&](std::uint32_t region, std::uint64_t page) {
+      any = any || may_lose(of, {region, page});
+    });
+    return any;
+  }
+  bool may_stay(const Migration& of) {
+    if (of.source_killed || of.destination_closed || of.direct_disturbed) return true;
+    const SenderStats stats = of.sender->stats();
+    bool nobody_takes = true;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& server : servers_) {
+        const bool given_up = server->ordinal < stats.servers.size() &&
+                              !stats.servers[server->ordinal].failed.empty() && server->disturbed;
+        nobody_takes = nobody_takes && (server->gone || given_up || is_small(*server));
+      }
+    }
+    if (nobody_takes) return schedule_.way == Way::kPark || !of.has_sender || all_gone();
+    return schedule_.way == Way::kScatterPreCopy && may_lose_anything(of);
+  }
+  bool all_gone() {
+    const std::lock_guard lock(mutex_);
+    return std::all_of(servers_.begin(), servers_.end(), [](const auto& server) { return server->gone; });
+  }
+  bool is_small(const Server& server) const {
+    return std::any_of(schedule_.faults.begin(), schedule_.faults.end(), [&](const Schedule::Fault& each) {
+      return each.kind == FaultKind::kServerSmall && each.server == server.ordinal;
+    });
+  }
+
+  const Schedule& schedule_;
+  const Clock::time_point deadline_;
+  std::vector<std::unique_ptr<Server>> servers_;
+  std::vector<std::unique_ptr<Migration>> migrations_;
+  std::vector<Strike> faults_;
+  std::atomic<bool> over_{false};
+  std::atomic<std::uint64_t> strikes_{0};
+  std::atomic<std::uint64_t> audits_{0};
+  std::atomic<std::uint64_t> given_up_for_nothing_{0};
+  std::mutex mutex_;  // guards the rest, and what is marked so
+  std::vector<std::string> failures_;
+  std::map<unsigned, std::string> why_;
+};
+
+}  // namespace memferry::test
