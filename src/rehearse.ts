@@ -7,6 +7,7 @@ import { randomBytes } from 'node:crypto';
 import { loadAddon } from './addon.js';
 import { listen } from './destination/listen.js';
 import type { Guest } from './guest.js';
+import { within } from './protocol/bounded.js';
 import { Region } from './region.js';
 import { migrate } from './source/migrate.js';
 import { stage } from './staging/server.js';
@@ -24,7 +25,7 @@ let rehearsal: Promise<void> | null = null;
  * or to take part soon and has time now. It never rejects; where a migration is not possible it does nothing.
  */
 export function rehearse(): Promise<void> {
-  rehearsal ??= play().catch(() => {});
+  rehearsal ??= within(play(), boundMs, 'CANCELLED', 'the rehearsal takes too long').catch(() => {});
   return rehearsal;
 }
 

@@ -45,7 +45,9 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
       left = take.run;
       if (scatter && !take.first_was_pending) scatter->never_release(request.region, page);
     }
-    const RegionRun answered{request.region, left};
+    if (scatter && pass) {
+      scatter->answering(*of.demand_way, {request.region, left}, left.count * page_size + sizeof request);
+    }
     const auto send = [&] {
       const PageFrames::Sent sent = frames.send(*of.demand);
       count_sent(sent);
@@ -60,10 +62,7 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
       if (first) send();
     }
     if (!frames.empty() && result.done()) send();
-    // All that was taken, sent or not: what is not acknowledged is put back when the connection ends.
-    if (scatter && answered.run.count > 0) {
-      many = scatter->answered(*of.demand_way, std::span(&answered, 1), std::max(bytes_sent, sizeof request));
-    }
+    if (scatter && pass) many = scatter->answered(*of.demand_way);
   }
   if (many && result.done()) result = send_answers_barrier(of);
   pacer.fault_end(bytes_sent);
@@ -84,7 +83,10 @@ wire::IoResult Sender::Impl::send_answers_barrier(Epoch& of) {
   wire::FrameHeader barrier = wire::make_header(wire::FrameType::kBarrier, 0, {}, *tag);
   wire::seal(barrier);
   bytes_on_wire += sizeof barrier;
-  return of.demand->send_all(std::as_bytes(std::span(&barrier, 1)));
+  scatter->answering(*of.demand_way, {}, 0);
+  const wire::IoResult result = of.demand->send_all(std::as_bytes(std::span(&barrier, 1)));
+  (void)scatter->answered(*of.demand_way);
+  return result;
 }
 
 // False when the connection is over.

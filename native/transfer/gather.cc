@@ -99,7 +99,7 @@ bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zer
     where_[region]->put(page, holders, hashes[static_cast<std::size_t>(i)]);
     assign(region, page);
   }
-  for (const auto& server : servers_) server->ahead->wake();
+  wake_ahead();
   receiver_.changed();
   return true;
 }
@@ -130,6 +130,10 @@ bool Gather::request(std::uint32_t region, PageRun run) {
   return false;
 }
 
+void Gather::wake_ahead() {
+  for (const auto& server : servers_) server->ahead->wake();
+}
+
 void Gather::set_elsewhere(std::uint32_t region, PageNumber page) { elsewhere_[region]->set(page); }
 
 bool Gather::elsewhere(std::uint32_t region, PageNumber page) const { return elsewhere_[region]->test(page); }
@@ -140,10 +144,10 @@ void Gather::fetch_map() {
   }
 }
 
-void Gather::map_done(Server& server) {
+void Gather::map_done(Server& server, Clock::time_point asked) {
   {
     const std::lock_guard lock(mutex_);
-    server.map_at = Clock::now();
+    server.map_at = asked;
   }
   receiver_.changed();
 }
@@ -168,13 +172,12 @@ bool Gather::covers_missing() const {
 
 std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_since,
                                         std::vector<std::string>& names, std::size_t max_runs) const {
-  bool map_is_new = false;
-  bool anyone = false;
+  bool maps_are_new = true;
   {
     const std::lock_guard lock(mutex_);
     for (std::size_t i = 0; i < servers_.size() && i < kIndexServers; ++i) {
-      map_is_new = map_is_new || servers_[i]->map_at > map_since;
-      anyone = anyone || !servers_[i]->failed;
+      // Of each: a source that died may have told one of them what the others do not know.
+      maps_are_new = maps_are_new && (servers_[i]->failed || servers_[i]->map_at > map_since);
     }
   }
   std::vector<RegionRun> runs;
@@ -188,7 +191,7 @@ std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_si
         const Holders holders = where_[region]->holders(page);
         if (usable(holders.first) || usable(holders.second)) continue;
         if (!no_source && !elsewhere_[region]->test(page)) continue;
-        if (!map_is_new && anyone) continue;
+        if (!maps_are_new) continue;
         for (const std::uint8_t each : {holders.first, holders.second}) {
           if (each < servers_.size()) named[each] = true;
         }

@@ -86,6 +86,7 @@ class Gather {
   // The source has let go of it: only a server has it.
   void set_elsewhere(std::uint32_t region, PageNumber page);
   [[nodiscard]] bool elsewhere(std::uint32_t region, PageNumber page) const;
+  void wake_ahead();  // what receiver says of the source has changed
   void set_limit(std::uint64_t bytes_per_second) { limit_.set_rate(bytes_per_second); }
 
   // Asks the index servers that are up for everything that they know.
@@ -126,7 +127,7 @@ class Gather {
     // Guarded by mutex_:
     std::string why;
     Clock::time_point last_good;
-    Clock::time_point map_at{};  // when its map was here in full
+    Clock::time_point map_at{};  // when the newest map was asked for that is here in full
   };
   [[nodiscard]] bool usable(std::uint8_t ordinal) const;
   // Who is to be asked for it ahead of time; kNobody when all its holders have failed.
@@ -143,7 +144,7 @@ class Gather {
   // `expected`: their hashes when they were asked for.
   void came(Server& server, std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
             std::span<const std::uint64_t> hashes, std::span<const std::uint64_t> expected);
-  void map_done(Server& server);
+  void map_done(Server& server, Clock::time_point asked);
 
   const Config config_;
   const std::vector<ArrivalMap*> maps_;

@@ -213,7 +213,8 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
     if (map_wanted_ && !map_under_way_) {
       map_wanted_ = false;
       map_under_way_ = true;
-      silent_since_ = Clock::now();
+      map_asked_ = Clock::now();
+      silent_since_ = map_asked_;
       wire::FrameHeader header = wire::make_header(wire::FrameType::kMapRequest);
       wire::seal(header);
       const wire::IoResult result = stream.send_all(std::as_bytes(std::span(&header, 1)));
@@ -369,8 +370,9 @@ void GatherLink::yield_to_source(wire::Stream& stream, Clock::duration took) {
   const auto queued =
       std::chrono::microseconds(std::int64_t{info.tcpi_rtt} - std::int64_t{info.tcpi_min_rtt});
   if (queued < kQueue) return;
-  gather_.yield_until_.store((Clock::now() + kYield * took).time_since_epoch().count(),
-                             std::memory_order_relaxed);
+  // A read may also take long because nobody runs: the link was not what it waited for.
+  const Clock::duration pause = std::min<Clock::duration>(kYield * took, kLongestYield);
+  gather_.yield_until_.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& header) {
@@ -381,7 +383,7 @@ std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& he
   if (wire::payload_checksum(header, payload) != header.checksum) return "a wrong checksum";
   if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapEnd)) {
     map_under_way_ = false;
-    gather_.map_done(server_);
+    gather_.map_done(server_, map_asked_);
     return {};
   }
   if (header.region >= gather_.maps_.size() ||

@@ -33,6 +33,7 @@ class GatherLink {
   // both fill the same link: then a pause of kYield times what the read took.
   static constexpr std::chrono::microseconds kQueue{2000};
   static constexpr int kYield = 12;
+  static constexpr std::chrono::milliseconds kLongestYield{500};
 
   GatherLink(Gather& gather, Gather::Server& server, wire::StageRole role);
   ~GatherLink() { stop(); }
@@ -85,6 +86,7 @@ class GatherLink {
   std::uint64_t seen_moves_ = 0;
   Clock::time_point limited_until_{};  // nothing is read ahead until then: gatherLimit
   bool map_under_way_ = false;
+  Clock::time_point map_asked_{};
   Clock::time_point silent_since_;
 
   std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole

@@ -6,7 +6,8 @@ void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Hold
   open_.bytes += bytes;
   if (!runs.empty()) open_.holders = holders;
   for (const RegionRun& each : runs) {
-    const bool joins = !open_.runs.empty() && open_.runs.back().region == each.region &&
+    // Not with one that was taken back: what is added to that would never be.
+    const bool joins = open_.runs.size() > open_.returned_runs && open_.runs.back().region == each.region &&
                        open_.runs.back().run.end() == each.run.first;
     if (joins) {
       open_.runs.back().run.count += each.run.count;
@@ -70,11 +71,12 @@ bool Lane::refused(std::uint32_t region, PageRun run, bool no_room) {
 std::vector<RegionRun> Lane::take_back(bool for_good) {
   std::vector<RegionRun> runs;
   const auto take = [&](Batch& batch) {
-    if (!batch.returned) runs.insert(runs.end(), batch.runs.begin(), batch.runs.end());
-    batch.returned = true;
+    runs.insert(runs.end(), batch.runs.begin() + static_cast<std::ptrdiff_t>(batch.returned_runs),
+                batch.runs.end());
+    batch.returned_runs = batch.runs.size();
   };
   for (Batch& batch : batches_) take(batch);
-  if (!open_.runs.empty()) take(open_);
+  take(open_);
   if (for_good) {
     batches_.clear();
     open_ = {};
@@ -94,8 +96,8 @@ std::optional<Lane::Clock::time_point> Lane::oldest_sent() const {
 }
 
 bool Lane::anything_to_take_back() const {
-  return (!open_.runs.empty() && !open_.returned) ||
-         std::any_of(batches_.begin(), batches_.end(), [](const Batch& batch) { return !batch.returned; });
+  const auto some = [](const Batch& batch) { return batch.returned_runs < batch.runs.size(); };
+  return some(open_) || std::any_of(batches_.begin(), batches_.end(), some);
 }
 
 }  // namespace memferry

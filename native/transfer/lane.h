@@ -45,8 +45,9 @@ class Lane {
     std::vector<RegionRun> no_room;  // nor keep these
     wire::Holders holders;           // who holds its pages once it is acknowledged
     Clock::time_point sent{};
-    bool returned =
-        false;  // its pages are in the queue again; its acknowledgement still counts when it comes
+    // The first of its runs are in the queue again; its acknowledgement still counts when it comes.
+    std::size_t returned_runs = 0;
+    [[nodiscard]] bool returned() const { return returned_runs > 0; }
   };
 
   // Sent, and not yet behind a barrier. One batch has one answer to who holds it: where holders_change(), a barrier
@@ -68,7 +69,7 @@ class Lane {
   // the lane owes them: an acknowledgement that still comes counts, and until then it is to get nothing more.
   std::vector<RegionRun> take_back(bool for_good);
   [[nodiscard]] bool owes() const {
-    return open_.returned || (!batches_.empty() && batches_.front().returned);
+    return open_.returned() || (!batches_.empty() && batches_.front().returned());
   }
 
   // Whether anything that is not acknowledged is to be passed on to that server.

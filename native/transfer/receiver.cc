@@ -393,6 +393,9 @@ void Receiver::acknowledge_loss() {
 }
 
 void Receiver::await_filled() {
+  // The rounds are over and the guest stands still: the link is the gather's now.
+  impl_->source_sends = false;
+  if (impl_->gather) impl_->gather->wake_ahead();
   impl_->filled_wanted = true;
   impl_->check_filled();
 }

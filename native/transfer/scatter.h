@@ -99,8 +99,10 @@ class Scatter {
   void suspect(std::uint32_t region, PageRun run);
   // After a round: pages that somebody could not verify; they are pending again.
   std::uint64_t take_suspects();
-  // The demand server has answered a fault with these. True: enough for a barrier.
-  bool answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes);
+  // The demand server is about to answer a fault with these: from here on they are somewhere, sent or not.
+  void answering(Way& way, const RegionRun& run, std::uint64_t bytes);
+  // It has. True: enough for a barrier.
+  bool answered(Way& way);
   // The tag of the barrier to send behind all answers since the last one; nullopt: there was none.
   std::optional<std::uint64_t> close_answers(Way& way);
   [[nodiscard]] bool answers_open(const Way& way) const;

@@ -12,7 +12,31 @@ constexpr std::chrono::milliseconds kLongestBackoff{500};
 
 }  // namespace
 
+// No thread, no descriptor, no memory for it: that server's part, not the process. But pages that were being laid out
+// are in nobody's list, so with those this side cannot go on.
 void Scatter::serve(Server& server) {
+  std::string why;
+  try {
+    return serve_until_failed(server);
+  } catch (const std::exception& error) {
+    why = "server " + server.address.name + ": " + error.what();
+  }
+  bool in_hand = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (const std::shared_ptr<Way> way = std::move(server.way)) {
+      in_hand = way->in_hand;
+      way->open = false;
+      put_back_locked(way->lane.take_back(true));
+      attach_pacer_locked();
+    }
+    fail_server_locked(server, why);
+  }
+  check_drained();
+  if (in_hand) shared_.broken(why);
+}
+
+void Scatter::serve_until_failed(Server& server) {
   auto deadline = Clock::now() + config_.connect_timeout;
   auto backoff = kFirstBackoff;
   for (;;) {
@@ -35,6 +59,11 @@ void Scatter::serve(Server& server) {
       }
       WorkerThread reader("mf-stored-" + std::to_string(server.ordinal),
                           [&](WorkerThread&) { read(server, way); });
+      // Before the reader is joined, however this ends.
+      const struct Shutdown {
+        wire::Stream& stream;
+        ~Shutdown() { stream.shutdown(); }
+      } shutdown{*way->stream};
       run(
           *way, [] { return false; }, why);
       stream->shutdown();

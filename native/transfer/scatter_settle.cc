@@ -5,9 +5,17 @@
 #include "transfer/scatter_impl.h"
 
 namespace memferry {
-bool Scatter::answered(Way& way, std::span<const RegionRun> runs, std::uint64_t bytes) {
+
+void Scatter::answering(Way& way, const RegionRun& run, std::uint64_t bytes) {
+  way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  if (run.run.count == 0) return;
   const std::lock_guard lock(mutex_);
-  way.lane.sent(runs, bytes, {wire::Holders::kDestination, wire::Holders::kNobody});
+  way.lane.sent(std::span(&run, 1), bytes, {wire::Holders::kDestination, wire::Holders::kNobody});
+}
+
+bool Scatter::answered(Way& way) {
+  way.sending_since.store(0, std::memory_order_relaxed);
+  const std::lock_guard lock(mutex_);
   return way.lane.batch_is_full();
 }
 
@@ -73,7 +81,7 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
       }
       const PageRun part{left.first, count};
       if (!skip) {
-        if (batch.returned) {
+        if (batch.returned()) {
           shared_.queue.pending(each.region).clear_run(part);
           sent_twice_[each.region]->set_run(part);
         }

@@ -105,13 +105,15 @@ bool Scatter::send_records(Way& way, std::vector<std::byte>& buffer, std::string
   Whereabouts::Record record;
   const auto listener = static_cast<unsigned>(way.listener);
   bool final = false;
-  {
+  const auto take = [&] {
     // From taking a record off the list until it lies in the lane.
     const std::lock_guard lock(mutex_);
     way.in_hand = true;
+    // Before it is taken: one that is told as not final and is would be passed over.
     final = kind_ == Kind::kPush;
-  }
-  while (buffer.size() < wire::kRunBytes && where_.next_untold(listener, kRecordPages, record)) {
+    return where_.next_untold(listener, kRecordPages, record);
+  };
+  while (buffer.size() < wire::kRunBytes && take()) {
     wire::FrameHeader header =
         wire::make_header(wire::FrameType::kMap, record.region, record.run, record.holders.tag());
     if (record.zero) header.flags |= wire::kFlagZero;
@@ -151,6 +153,9 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
   bool other_holders = false;
   {
     const std::lock_guard lock(mutex_);
+    // While it waited for its turn the round may have ended, or what it had been taken back: what is pending now is for
+    // the next one, when everybody knows that it is.
+    if (!begun_ || !may_take(way)) return true;
     holders = holders_for(way);
     returns = returns_;
     sinks = sinks_;

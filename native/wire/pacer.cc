@@ -111,7 +111,7 @@ void RateController::sample(const Sample& sample) {
     const double growth = probing_                       ? kProbe
                           : rate_ < kKnown * known_rate_ ? kRegain
                                                          : std::min(kFastestGrowth, kGrowth * multiple);
-    rate_ *= 1 + growth;
+    rate_ = std::min(rate_ * (1 + growth), std::max(rate_, kHighest * known_rate_));
     ++without_queue_;
   }
 }

@@ -67,6 +67,8 @@ class RateController {
   // Back to what it delivered before, after a queue that was somebody's CPU: up to kKnown of that.
   static constexpr double kRegain = 0.05;
   static constexpr double kKnown = 0.95;
+  // Nor does it grow beyond this many times what was ever delivered, where the push has less to send than it may.
+  static constexpr double kHighest = 2;
   // A rate that was right a moment ago does not make a queue at once. When much less than that arrives, somebody
   // did not get a CPU, or the link became slower: that shows once the queue has drained.
   static constexpr double kStall = 0.9;

@@ -244,7 +244,7 @@ TEST(RateController, FindsARateThatItNeverSaw) {
   int below_after_300ms = 0;
   for (int ms = 0; ms < 1000; ++ms) {
     const double offered = controller.limiting() ? now < controller.drained_at() ? 0 : controller.rate()
-                           : ms < 10             ? 0.05 * link_rate
+                           : ms < 10 ? 0.05 * link_rate
                                                  : 1.5 * link_rate;
     link.step(offered * 0.001, 0.001);
     now += 1ms;
