@@ -249,7 +249,10 @@ export function parseAddress(text: string): { host: string; port: number } {
 /** A server that passes replicas on takes up to 1.5 s to say that the next one does not answer (kChainPatience). */
 const leastChainStallMs = 2000;
 
-function checkStall({ replicas, stallTimeoutMs }: { replicas: number; stallTimeoutMs: number }, what: string): void {
+function checkStall(
+  { replicas, stallTimeoutMs }: { replicas: number; stallTimeoutMs: number },
+  what: string,
+): void {
   if (replicas < 2 || stallTimeoutMs >= leastChainStallMs) return;
   throw new MemferryError(
     'INVALID_ARGUMENT',

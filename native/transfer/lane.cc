@@ -38,14 +38,15 @@ std::optional<Lane::Batch> Lane::acknowledged(std::uint64_t tag, Clock::time_poi
   outstanding_ -= batch.bytes;
   last_acknowledged_ = now;
   lately_.push_back({now, batch.bytes});
+  shortest_answer_ = std::min(shortest_answer_, now - batch.sent);
   // The newest of those that are old enough begins the count, however long ago: a lane so slow has few.
   while (lately_.size() > 2 && now - lately_[1].at >= kRateTime) lately_.pop_front();
   const std::chrono::duration<double> over = now - lately_.front().at;
   if (over < kLeastRateTime) return batch;
   std::uint64_t bytes = 0;
   for (std::size_t i = 1; i < lately_.size(); ++i) bytes += lately_[i].bytes;
-  const double wanted =
-      static_cast<double>(bytes) / over.count() * std::chrono::duration<double>(kWindowTime).count();
+  const std::chrono::duration<double> held = kWindowTime + shortest_answer_;
+  const double wanted = static_cast<double>(bytes) / over.count() * held.count();
   window_ = std::clamp(static_cast<std::uint64_t>(wanted), kLeastWindow, kLargestWindow);
   return batch;
 }

@@ -1,8 +1,9 @@
 // One way out of the source during a scatter: a data connection to the destination, the demand connection, or the
 // connection to one server. What was sent on it and is not acknowledged lies in batches, each ended by a barrier.
 //
-// A lane that acknowledges slowly is given less: its window is what it acknowledges in kWindowTime. So what a slow
-// receiver still has in hand when nothing else is left drains about that fast. Its rate is taken over kRateTime: a
+// A lane that acknowledges slowly is given less: its window is what it acknowledges in kWindowTime beyond the shortest
+// time that an answer ever took. So what a slow receiver still has in hand when nothing else is left drains about that
+// fast, and a far one keeps its rate. The rate is taken over kRateTime: a
 // receiver that gets its CPU in slices acknowledges in bursts, and within a burst looks a hundred times as fast.
 //
 // Pure but for the clock that is handed in; the owner serialises.
@@ -27,7 +28,7 @@ class Lane {
   static constexpr std::uint64_t kLeastWindow = 256ULL << 10;
   static constexpr std::uint64_t kFirstWindow = 1ULL << 20;
   static constexpr std::uint64_t kLargestWindow = 8ULL << 20;
-  static constexpr std::chrono::milliseconds kWindowTime{80};
+  static constexpr std::chrono::milliseconds kWindowTime{60};
   // Of acknowledgements no older than the one says how fast it is, over no less than the other.
   static constexpr std::chrono::milliseconds kRateTime{240};
   static constexpr std::chrono::milliseconds kLeastRateTime{20};
@@ -94,6 +95,7 @@ class Lane {
   std::uint64_t outstanding_ = 0;
   std::uint64_t window_ = kFirstWindow;
   Clock::time_point last_acknowledged_{};
+  Clock::duration shortest_answer_ = Clock::duration::max();
   struct Acknowledged {
     Clock::time_point at;
     std::uint64_t bytes;

@@ -54,7 +54,7 @@ class Scatter {
   // The first of the list hold the whole map.
   static constexpr unsigned kIndexServers = 4;
   // When nothing is left to take, what somebody has not acknowledged for this long goes to whoever is idle.
-  static constexpr std::chrono::milliseconds kTailPatience{100};
+  static constexpr std::chrono::milliseconds kTailPatience{80};
 
   // What it shares with the sender it belongs to; all of it outlives it.
   struct Shared {

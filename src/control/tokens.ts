@@ -20,12 +20,7 @@ const TOKENS_A_BLOCK = 255;
  * The first `count` tokens of a stream, one after the other. Block b of it, 255 tokens, is HKDF-SHA256(key; no salt;
  * info: label in ASCII, context, b as u32 little-endian).
  */
-export function tokenStream(
-  key: Uint8Array,
-  label: string,
-  context: Uint8Array,
-  count: number,
-): Uint8Array {
+export function tokenStream(key: Uint8Array, label: string, context: Uint8Array, count: number): Uint8Array {
   const tokens = new Uint8Array(count * TOKEN_BYTES);
   const info = Buffer.concat([Buffer.from(label, 'latin1'), context, Buffer.alloc(4)]);
   for (let first = 0; first < count; first += TOKENS_A_BLOCK) {

@@ -24,8 +24,7 @@ describe('dataTokens', () => {
   it('lies row by row, the demand channel last, and goes on over the blocks', () => {
     const tokens = dataTokens(key, migration, 200, 2);
     expect(tokens).toHaveLength(200 * 3 * 32);
-    const at = (index: number) =>
-      Buffer.from(tokens.subarray(index * 32, index * 32 + 32)).toString('hex');
+    const at = (index: number) => Buffer.from(tokens.subarray(index * 32, index * 32 + 32)).toString('hex');
     for (const index of [0, 1, 2, 3, 254, 255, 256, 509, 510, 599]) {
       expect(at(index), `token ${index}`).toBe(expected(index));
     }
