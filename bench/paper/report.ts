@@ -130,12 +130,18 @@ export function writeDocumentation(result: FigureResult): void {
   writeFileSync(page, [introduction(results), ...results.map(markdown)].join('\n'));
 }
 
-function machine(): string {
-  const gib = Math.round(totalmem() / 2 ** 30);
-  return `${cpus().length} CPUs (${cpus()[0]?.model ?? 'unknown'}), ${gib} GiB, Linux ${release()}, Node ${process.versions.node}`;
+/** What nobody has measured yet is said, not left out. */
+function missing(results: readonly { figure: string }[]): string {
+  const names = order.filter((name) => !results.some((result) => result.figure === name));
+  return names.length === 0 ? '' : `\nNot measured at this size yet: ${names.join(', ')}.\n`;
 }
 
-function introduction(results: { machine: string; date: string }[]): string {
+function machine(): string {
+  const gib = Math.round(totalmem() / 2 ** 30);
+  return `${cpus().length} CPUs (${cpus()[0]?.model ?? 'unknown'}), ${gib} GiB, Linux ${release().split('-')[0]}, Node ${process.versions.node}`;
+}
+
+function introduction(results: { figure: string; machine: string; date: string }[]): string {
   const where = [...new Set(results.map((result) => `${result.machine}, ${result.date}`))];
   return `# The paper's evaluation, here
 
@@ -149,5 +155,5 @@ stand in its text, *derived* ones follow from it, and *described* ones are said 
 show is left out.
 
 ${where.map((text) => `Measured on: ${text}`).join('\n\n')}
-`;
+${missing(results)}`;
 }
