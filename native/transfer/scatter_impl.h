@@ -1,4 +1,5 @@
-// The inside of Scatter, shared by scatter.cc (what goes where) and scatter_server.cc (the servers' connections).
+// The inside of Scatter, shared by scatter.cc (its life) and scatter_way.cc, scatter_settle.cc, scatter_watch.cc and
+// scatter_server.cc (one part each).
 #pragma once
 
 #include <bitset>

@@ -230,6 +230,7 @@ export const figures: FigureModule = {
       charts: [chart('eviction', 'times line time'), chart('latency', 'mean latency, ms')],
       paper: paperNumbers['table-1'] ?? [],
       notes: [
+        "limited, Scatter-Gather's destination takes in 64 Mb/s from the source itself and 192 Mb/s from the intermediaries, 256 Mb/s together: with the gather alone limited the direct way takes the rest of the link",
         `the client asks ${rate} times a second, half reads, half writes, values of ${valueBytes} bytes; latency is the mean from when a request was due, over the migration's total time`,
       ],
     });

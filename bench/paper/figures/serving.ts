@@ -147,6 +147,7 @@ export const figures: FigureModule = {
       ],
       paper: paperNumbers['12'] ?? [],
       notes: [
+        "the destination's process and the worker that will serve were started before the migration began",
         `the destination: a bare writer did ${step.measured.toFixed(1)} MB/s${step.reached ? '' : ' (NOT within 15 %)'}`,
         `one client, ${requestsPerSecond} requests a second at most ${maxOutstanding} at once, ${keysBy} keys; every answer was checked against its key's versions`,
       ],
