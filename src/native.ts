@@ -244,6 +244,8 @@ export interface NativeStageStats {
  * exceeded or something is there already, and with code CLOSED after `close()`, but for `stats()`.
  */
 export interface NativeStage {
+  /** Takes all memory from the system and keeps it; before the first image. Rejects with SYSTEM: there is not so much. */
+  preallocate(): Promise<void>;
   /** `regionPages` are capacities; false: no room for their index. */
   createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean;
   /** `roles`: bit n for StageRole n. `tokens`: [attempt * 4 + role], 32 bytes each, at most 64 attempts. */

@@ -142,6 +142,11 @@ const stageSchema = z.strictObject({
   signal: z.instanceof(AbortSignal).optional(),
   /** All that the server may hold: pages, their index, execution states. */
   memoryBytes: bytes.min(16 * 2 ** 20),
+  /**
+   * Take all of it from the system at the start and keep it: it is there when a migration needs it, and receiving is
+   * not slowed down by taking it then.
+   */
+  preallocate: z.boolean().default(false),
   /** Bytes a second in each direction over all images; 0 for no limit. */
   bandwidth: bytes.default(0),
   /** How it is called in reports and errors; `host:port` without one. */

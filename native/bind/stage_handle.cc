@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind/async_work.h"
 #include "bind/js_error.h"
 #include "bind/values.h"
 
@@ -39,6 +40,7 @@ void StageHandle::define(Napi::Env env) {
   const Napi::Function constructor =
       DefineClass(env, "NativeStage",
                   {
+                      InstanceMethod<&StageHandle::preallocate>("preallocate"),
                       InstanceMethod<&StageHandle::create_image>("createImage"),
                       InstanceMethod<&StageHandle::add_session>("addSession"),
                       InstanceMethod<&StageHandle::remove_session>("removeSession"),
@@ -96,6 +98,20 @@ void StageHandle::shut_down() {
 Stage& StageHandle::stage() const {
   if (!open_) throw CodedError("CLOSED", "the stage is closed");
   return *stage_;
+}
+
+Napi::Value StageHandle::preallocate(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&] {
+    (void)stage();
+    return run_async(
+        env, "memferry preallocate",
+        [stage = stage_] {
+          stage->preallocate();
+          return true;
+        },
+        [](Napi::Env js, bool) { return js.Undefined(); });
+  });
 }
 
 Napi::Value StageHandle::create_image(const Napi::CallbackInfo& info) {

@@ -79,6 +79,19 @@ inline constexpr std::uint64_t kScanCheckWpAsync = 1ULL << 1;
 inline constexpr std::uint64_t kPagemapPresent = 1ULL << 63;
 inline constexpr std::uint64_t kPagemapSwapped = 1ULL << 62;
 
+// <linux/sched/types.h> and the C library's <sched.h> cannot be included together. Size 48: the first version.
+struct SchedAttr {
+  std::uint32_t size;
+  std::uint32_t policy;
+  std::uint64_t flags;
+  std::int32_t nice;
+  std::uint32_t priority;
+  std::uint64_t runtime;  // of the fair classes: the slice in ns (6.12)
+  std::uint64_t deadline;
+  std::uint64_t period;
+};
+static_assert(sizeof(SchedAttr) == 48);
+
 inline constexpr int kMadvPopulateRead = 22;   // 5.14
 inline constexpr int kMadvPopulateWrite = 23;  // 5.14
 

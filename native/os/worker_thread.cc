@@ -13,11 +13,16 @@
 #include <stdexcept>
 #include <utility>
 
+#include "os/kernel_abi.h"
 #include "os/sys_error.h"
 
 namespace memferry {
 
 namespace {
+
+// These threads wait for a socket or a page most of the time and then have little to do: a wait for a whole slice of
+// somebody else's, some milliseconds, each time that they wake would cost most of a link's rate, and every fault.
+constexpr std::chrono::microseconds kSlice{300};
 
 // Signals belong to the host's own threads: a handler of theirs must not run on ours, where the host
 // expects none. SIGSEGV and SIGBUS stay, since a blocked synchronous signal kills without a handler.
@@ -53,6 +58,7 @@ void WorkerThread::start(const std::string& name, std::function<void(WorkerThrea
   const SignalsBlocked inherited_by_the_new_thread;
   thread_ = std::thread([this, short_name = name.substr(0, 15), body = std::move(body)] {
     pthread_setname_np(pthread_self(), short_name.c_str());
+    (void)set_this_thread_slice(kSlice);
     body(*this);
   });
 }
@@ -86,6 +92,15 @@ bool WorkerThread::wait(int timeout_ms) {
   const bool woken = ::poll(&waiting, 1, timeout_ms) > 0;
   if (woken) drain_wake();
   return woken;
+}
+
+bool set_this_thread_slice(std::chrono::nanoseconds slice) {
+  abi::SchedAttr attr{};
+  if (::syscall(SYS_sched_getattr, 0, &attr, sizeof attr, 0U) != 0) return false;
+  if (attr.policy != SCHED_OTHER && attr.policy != SCHED_BATCH) return false;
+  attr.size = sizeof attr;
+  attr.runtime = static_cast<std::uint64_t>(slice.count());
+  return ::syscall(SYS_sched_setattr, 0, &attr, 0U) == 0;
 }
 
 bool set_this_thread_nice(int nice_value) {

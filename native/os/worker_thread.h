@@ -8,6 +8,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -53,6 +54,9 @@ class WorkerThread {
 // Scheduling of the calling thread, as far as it is permitted; false when it is not. Neither is needed for
 // correctness.
 bool set_this_thread_nice(int nice_value);
+// How long it runs at a time where CPUs are contended (Linux 6.12): who asks for less waits for less when it wakes, and
+// gets no more in all.
+bool set_this_thread_slice(std::chrono::nanoseconds slice);
 bool set_this_thread_idle();    // SCHED_IDLE: only when nobody else wants the CPU
 bool set_this_thread_normal();  // back to SCHED_OTHER
 

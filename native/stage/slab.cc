@@ -3,13 +3,19 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#include "os/kernel_abi.h"
+#include "os/sys_error.h"
 
 namespace memferry {
 namespace {
 
 // Given back in one go: a system call for each stretch of them, with the mutex held at worst.
 constexpr std::size_t kBatch = 512;
+// Taken in one system call, which a signal or the end of the process can end.
+constexpr std::uint64_t kPreallocatedAtOnce = 64ULL << 20;
 
 }  // namespace
 
@@ -26,6 +32,18 @@ Slab::Slab(std::uint64_t bytes, std::uint64_t slot_bytes)
   (void)::madvise(mapping_.data(), mapping_.size(), MADV_HUGEPAGE);
   counts_ = std::make_unique<std::atomic<std::uint16_t>[]>(static_cast<std::size_t>(slots_));
   next_ = std::make_unique_for_overwrite<Slot[]>(static_cast<std::size_t>(slots_));
+}
+
+void Slab::preallocate() {
+  for (std::uint64_t at = 0; at < mapping_.size();) {
+    const std::uint64_t bytes = std::min(kPreallocatedAtOnce, mapping_.size() - at);
+    if (::madvise(mapping_.data() + at, static_cast<std::size_t>(bytes), abi::kMadvPopulateWrite) == 0) {
+      at += bytes;
+    } else if (errno != EINTR && errno != EAGAIN) {
+      throw_errno("madvise(MADV_POPULATE_WRITE)");
+    }
+  }
+  preallocated_ = true;
 }
 
 void Slab::push(Stack& stack, Slot slot) {
@@ -108,6 +126,7 @@ void Slab::release(std::span<const Slot> slots) {
 }
 
 void Slab::drop(std::span<const Slot> slots) {
+  if (preallocated_) return release(slots);
   std::array<Slot, kBatch> batch;
   while (!slots.empty()) {
     std::size_t count = 0;
@@ -126,6 +145,7 @@ void Slab::drop(std::span<const Slot> slots) {
 }
 
 void Slab::give_back_free() {
+  if (preallocated_) return;
   std::array<Slot, kBatch> batch;
   for (;;) {
     // Held meanwhile: slots that are in nobody's hands must not look as if the slab were full.
@@ -143,6 +163,11 @@ void Slab::give_back(std::span<Slot> slots) {
   for (std::size_t from = 0; from < slots.size();) {
     std::size_t end = from + 1;
     while (end < slots.size() && slots[end] == slots[end - 1] + 1) ++end;
+    if (preallocated_) {
+      std::memset(data(slots[from]), 0, (end - from) * slot_bytes_);
+      from = end;
+      continue;
+    }
     // On memory of our own, not locked and in whole pages, this cannot fail; slots are taken for zeros after it.
     if (::madvise(data(slots[from]), (end - from) * slot_bytes_, MADV_DONTNEED) != 0) std::abort();
     from = end;

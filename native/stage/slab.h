@@ -3,7 +3,8 @@
 //
 // A slot is counted: its owner has one count, everyone who is sending from it another. Whoever takes the last one
 // away frees it. Free slots are *warm* (there is memory behind them, with what was written last) or *cold* (none;
-// they read as zeros). Warm ones are given out first, because touching fresh memory costs more than the copy.
+// they read as zeros). Warm ones are given out first, because touching fresh memory costs more than the copy. Once
+// preallocated there is memory behind all of them for good.
 //
 // Beside the mapping a slab takes kTableBytes a slot, and nothing more however it is used.
 //
@@ -31,6 +32,10 @@ class Slab {
   // Throws SystemError (mmap), std::invalid_argument (no slot, or more than kMostSlots).
   Slab(std::uint64_t bytes, std::uint64_t slot_bytes);
 
+  // Takes the memory behind all slots, now and for good: nothing goes back to the system any more, and nothing is
+  // missing later. Blocks as long as the system takes to clear it. Throws SystemError: there
+  // is not so much.
+  void preallocate();
   // As many slots as there are, at most `wanted`, counted once; ascending where possible. Their content is what it
   // was, or zeros. Appended to `slots`.
   std::uint64_t take(std::uint64_t wanted, std::vector<Slot>& slots);
@@ -63,12 +68,13 @@ class Slab {
   void push(Stack& stack, Slot slot);
   [[nodiscard]] Slot pop(Stack& stack);
   void give_out(Slot slot, std::vector<Slot>& slots);
-  // Sorts; the memory behind them must be nobody's.
+  // Sorts; the memory behind them must be nobody's. They read as zeros after it.
   void give_back(std::span<Slot> slots);
 
   const std::uint64_t slot_bytes_;
   const std::uint64_t slots_;
   Mapping mapping_;
+  std::atomic<bool> preallocated_{false};
   std::unique_ptr<std::atomic<std::uint16_t>[]> counts_;
   mutable std::mutex mutex_;  // guards what follows
   std::unique_ptr<Slot[]> next_;

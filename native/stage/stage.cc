@@ -156,6 +156,8 @@ std::shared_ptr<Stage> Stage::create(StageConfig config) {
   return stage;
 }
 
+void Stage::preallocate() { impl_->common->slab->preallocate(); }
+
 bool Stage::create_image(const ImageConfig& config) {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->closed) throw std::logic_error("the stage is closed");

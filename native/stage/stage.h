@@ -73,6 +73,9 @@ class Stage {
   static std::shared_ptr<Stage> create(StageConfig config);
   ~Stage();  // close()
 
+  // Takes all memory from the system before the first image is made, and keeps it: see Slab::preallocate().
+  void preallocate();
+
   // Each false or nullopt when there is no such image; create_image false when the index finds no room, throws
   // std::invalid_argument when the id is taken or a bound exceeded. The others throw it too for what cannot be meant
   // (a session that is there already, tokens that are no table, roles or ordinals out of range). After close() there

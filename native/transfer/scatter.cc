@@ -29,6 +29,7 @@ Scatter::Scatter(ScatterConfig config, Shared shared, std::uint64_t page_size)
     const std::uint64_t pages = shared_.queue.region(region)->capacity_pages();
     suspects_.push_back(std::make_unique<AtomicBitmap>(pages));
     released_.push_back(std::make_unique<AtomicBitmap>(pages));
+    discarders_.emplace_back();
     sent_twice_.push_back(std::make_unique<AtomicBitmap>(pages));
     note_sinks_.push_back([this, region](PageNumber page, std::uint64_t xxh3, bool zero) {
       where_.note_hash(region, page, xxh3, zero);

@@ -26,6 +26,7 @@
 #include <string>
 #include <vector>
 
+#include "fault/discard.h"
 #include "os/worker_thread.h"
 #include "transfer/chunk_gatherer.h"
 #include "transfer/lane.h"
@@ -177,7 +178,8 @@ class Scatter {
   std::vector<std::unique_ptr<AtomicBitmap>> suspects_;
   std::vector<std::unique_ptr<AtomicBitmap>> released_;
   std::vector<std::unique_ptr<AtomicBitmap>>
-      sent_twice_;            // perhaps still being read somewhere: not released early
+      sent_twice_;  // perhaps still being read somewhere: not released early
+  std::vector<std::unique_ptr<Discarder>> discarders_;  // the watcher's, one a region
   std::mutex release_mutex_;  // held while pages are given back, and by the demand server while it reads one
 
   mutable std::mutex mutex_;  // guards everything below

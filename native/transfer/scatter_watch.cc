@@ -136,7 +136,10 @@ void Scatter::release_settled() {
   try {
     for (const RegionRun& each : once) {
       const auto& region = shared_.queue.region(each.region);
-      Discarder discarder(backing_of(*region));
+      std::unique_ptr<Discarder>& own = discarders_[each.region];
+      // Once a region: finding out how it is mapped reads the maps of the whole process.
+      if (!own) own = std::make_unique<Discarder>(backing_of(*region));
+      Discarder& discarder = *own;
       for (PageRun part = each.run; part.count > 0;) {
         const auto bytes = region->contiguous(part);
         discarder.add(Address::of(bytes.data()), bytes.size());

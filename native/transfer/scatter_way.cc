@@ -90,8 +90,9 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       if (!shared_.pacer.wait_limit(ended)) return false;
       way.pacing.store(true, std::memory_order_relaxed);
       const bool turn = server || shared_.pacer.wait_turn();
-      const bool link_turn = turn && link_pacer_.wait_turn();
+      // Waiting for the link itself is not being full: whoever else took the chunk would wait for it as well.
       way.pacing.store(false, std::memory_order_relaxed);
+      const bool link_turn = turn && link_pacer_.wait_turn();
       if (!turn || (!link_turn && ended())) return false;
       courtesy.follow(guest_left && pacer.should_stand_back());
       if (!send_chunk(way, *way.chunks, cut)) return false;

@@ -214,16 +214,17 @@ void Sender::Impl::connect_first(std::unique_lock<std::mutex>& lock) {
 void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
   post_locked({.kind = EngineEventKind::kPaused, .code = {}, .message = {}, .lost = {}});
   const auto deadline = Clock::now() + config.recover_timeout;
+  const auto over = [this] { return closing || gone || evicted || fatal; };
   std::string why = "no attempt was made";
   for (auto backoff = kFirstBackoff;; backoff = std::min(2 * backoff, kLongestBackoff)) {
     deliver_events(lock);
     // Evicted: the servers have what the destination lacks.
-    if (closing || gone || evicted) return;
+    if (over()) return;
     const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->servers_can_take();
     if (Clock::now() >= deadline && !goes_on)
       return fail_locked("RECOVERY_TIMEOUT", "the destination did not come back: " + why);
     if (token(next_epoch, 0) == nullptr && goes_on) {
-      supervisor_changed.wait_for(lock, kLongestBackoff, [this] { return closing || gone || evicted; });
+      supervisor_changed.wait_for(lock, kLongestBackoff, over);
       continue;
     }
     if (token(next_epoch, 0) == nullptr) {
@@ -243,7 +244,7 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
       wrong = exchange_bitmap(*next, std::max(deadline, attempt_deadline), outcome.why);
     lock.lock();
     if (outcome.token_used) ++next_epoch;
-    if (closing || gone || evicted) return;
+    if (over()) return;
     if (!wrong.empty() && ++violations > kMostViolations) return fail_locked("PROTOCOL", wrong);
     why = wrong.empty() ? outcome.why : wrong;
     if (why.empty()) {
@@ -257,9 +258,11 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
       }
       return;
     }
-    supervisor_changed.wait_until(
-        lock, std::max(std::min(deadline, Clock::now() + backoff), Clock::now() + kFirstBackoff),
-        [this] { return closing || gone || evicted; });
+    const auto now = Clock::now();
+    // The last attempt comes at the deadline; a scatter that goes on without the destination tries on beyond it.
+    const auto next_try =
+        now < deadline ? std::max(std::min(deadline, now + backoff), now + kFirstBackoff) : now + backoff;
+    supervisor_changed.wait_until(lock, next_try, over);
   }
 }
 

@@ -14,12 +14,15 @@ namespace {
 
 constexpr double kLimitBurstSeconds = 0.02;
 constexpr double kLinkBurstBytes = 32 * 1024;
+// What a thread that woke late may catch up with: the link was idle meanwhile.
+constexpr double kLinkBurstSeconds = 0.001;
 // While faults are being answered: little enough that a fault waits for one chunk at most a moment. On a link
 // it waits for the chunk's bytes, on one host for the time that copying it takes.
 constexpr std::uint64_t kChunkOnHost = 128 * 1024;
 constexpr int kUnsentOnLink = 256 * 1024;
 // Of the last interval in the smoothed delivered rate: one interval is a few hundred acknowledgements at best.
 constexpr double kNewShare = 0.25;
+constexpr double kSteadyShare = 0.05;
 
 double seconds(Duration duration) { return std::chrono::duration<double>(duration).count(); }
 Duration from_seconds(double value) {
@@ -74,6 +77,7 @@ void RateController::sample(const Sample& sample) {
   const double rate = static_cast<double>(sample.delivered_bytes - last_->delivered_bytes) / interval;
   last_ = sample;
   newest_rate_ = rate;
+  steady_rate_ = steady_rate_ > 0 ? kSteadyShare * rate + (1 - kSteadyShare) * steady_rate_ : rate;
   // What was handed over still drains, or did for a part of the interval.
   if (limiting() && sample.at < drained_at_) return;
   if (limiting() && skip_next_) {
@@ -86,10 +90,8 @@ void RateController::sample(const Sample& sample) {
     without_queue_ = 0;
     drained_at_ = sample.at + std::min<Duration>(queue, kInterval);
     skip_next_ = true;
-    if (rate < kStall * rate_ && !stall_seen_) {
-      stall_seen_ = true;
-      return;
-    }
+    if (!queue_since_) queue_since_ = sample.at;
+    if (rate < kStall * rate_ && sample.at - *queue_since_ < kLongestStall) return;
   }
   delivered_rate_ = delivered_rate_ > 0 ? kNewShare * rate + (1 - kNewShare) * delivered_rate_ : rate;
   if (!limiting()) {
@@ -100,13 +102,13 @@ void RateController::sample(const Sample& sample) {
     // The average is still behind a rate that was growing fast.
     if (probing_) delivered_rate_ = std::max(delivered_rate_, newest_rate_);
     probing_ = false;
-    known_rate_ = kFall * std::max(known_rate_, delivered_rate_);
+    known_rate_ = kFall * std::max(known_rate_, steady_rate_);
     const double fallen = std::max(kFall * std::min(delivered_rate_, rate_), kDeepestFall * rate_);
     if (fallen < lowest_) lowest_ *= kForget;
     rate_ = std::max(fallen, lowest_);
   } else {
-    stall_seen_ = false;
-    known_rate_ = std::max(known_rate_, delivered_rate_);
+    queue_since_.reset();
+    known_rate_ = std::max(known_rate_, steady_rate_);
     const int multiple = 1 + without_queue_ / kPatience;
     const double growth = probing_                       ? kProbe
                           : rate_ < kKnown * known_rate_ ? kRegain
@@ -124,11 +126,11 @@ bool RateController::saturated() const {
 void RateController::start(TimePoint now) {
   if (limiting() || delivered_rate_ <= 0) return;
   without_queue_ = 0;
-  stall_seen_ = false;
+  queue_since_.reset();
   // Before it was full the link delivered less than it can.
   if (saturated()) delivered_rate_ = std::max(delivered_rate_, newest_rate_);
   rate_ = kFall * delivered_rate_;
-  known_rate_ = delivered_rate_;
+  known_rate_ = steady_rate_ = delivered_rate_;
   probing_ = full_intervals_ < kFull;
   full_intervals_ = 0;
   lowest_ = kLowest * rate_;
@@ -220,7 +222,8 @@ void Pacer::steer(TimePoint now) {
     take_sample(now);
     // A push that begins while there are faults fills the link first, in small chunks.
     if (pace && controller_.saturated()) controller_.start(now);
-    link_.set_rate(controller_.rate(), kLinkBurstBytes, now);
+    link_.set_rate(controller_.rate(), std::max(kLinkBurstBytes, controller_.rate() * kLinkBurstSeconds),
+                   now);
   }
   if (!pace && controller_.limiting()) {
     controller_.stop();

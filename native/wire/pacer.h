@@ -70,8 +70,10 @@ class RateController {
   // Nor does it grow beyond this many times what was ever delivered, where the push has less to send than it may.
   static constexpr double kHighest = 2;
   // A rate that was right a moment ago does not make a queue at once. When much less than that arrives, somebody
-  // did not get a CPU, or the link became slower: that shows once the queue has drained.
+  // did not get a CPU, or the link became slower. Of the two only the second has a queue that does not go away, so the
+  // rate stays until there has been one for kLongestStall; what waits drains meanwhile.
   static constexpr double kStall = 0.9;
+  static constexpr std::chrono::milliseconds kLongestStall{250};
   // Of the rate at which limiting began, which was a full link's. Below it only a link that became slower
   // explains a queue, and that is learned in steps of kForget.
   static constexpr double kLowest = 0.5;
@@ -105,13 +107,14 @@ class RateController {
   std::optional<Sample> last_;
   double delivered_rate_ = 0;  // smoothed over some intervals
   double newest_rate_ = 0;     // of the last interval
-  double known_rate_ = 0;      // the most that was delivered while limiting, less with every queue
-  int full_intervals_ = 0;     // before limiting
+  double steady_rate_ = 0;  // of all intervals, smoothed for longer: what catches up after a stall is no rate
+  double known_rate_ = 0;   // the most that was delivered while limiting, less with every queue
+  int full_intervals_ = 0;  // before limiting
   bool probing_ = false;
   double rate_ = 0;
   double lowest_ = 0;
-  int without_queue_ = 0;    // intervals
-  bool stall_seen_ = false;  // and the queue has not been empty since
+  int without_queue_ = 0;                 // intervals
+  std::optional<TimePoint> queue_since_;  // and it has not been empty since
   TimePoint drained_at_{};
   bool skip_next_ = false;  // the interval after a fall was partly a pause
 };

@@ -11,6 +11,7 @@ import { onInterrupt } from './signals.js';
 interface StageFlags extends ConnectionFlags {
   listen: string;
   memory: number;
+  preallocate?: boolean;
   bandwidth?: number;
   name?: string;
   rack?: string;
@@ -26,6 +27,7 @@ export function addStage(program: Command): void {
     .description('hold memory for migrations: a server of the VMD')
     .requiredOption('--listen <host:port>', 'where to wait; port 0 takes any and says which')
     .requiredOption('--memory <bytes>', 'all that may be held here, as 512Mi or 4Gi', byteCount)
+    .option('--preallocate', 'take all that memory at the start and keep it')
     .option('--bandwidth <rate>', 'bytes a second in each direction, as 100M (default: no limit)', byteRate)
     .option('--name <name>', 'what it is called in reports (default: its address)')
     .option('--rack <rack>', 'where it stands; migrations prefer the rack of their destination')
@@ -44,6 +46,7 @@ async function serve(flags: StageFlags): Promise<void> {
     ...parseAddress(flags.listen),
     ...connectionOptions(flags),
     memoryBytes: flags.memory,
+    preallocate: flags.preallocate ?? false,
     ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
     ...(flags.name === undefined ? {} : { name: flags.name }),
     ...(flags.rack === undefined ? {} : { rack: flags.rack }),

@@ -10,7 +10,7 @@ import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
 import { loadSecret } from '../control/secret.js';
-import { MemferryError, native } from '../errors.js';
+import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage } from '../native.js';
 import {
   parseAddress,
@@ -53,7 +53,8 @@ const announceMs = 1000;
 
 /**
  * Serves memory to migrations.
- * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), NO_MEMORY, SYSTEM (the port is taken)
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), NO_MEMORY, SYSTEM (the port is taken, or
+ *   memory that was to be taken at the start is not there)
  */
 export async function stage(options: StageOptions): Promise<Staging> {
   return stageOn(await addonRuntime(), options);
@@ -65,14 +66,22 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   resolved.signal?.throwIfAborted();
-  return new StageServer(runtime, resolved, secret);
+  const { memoryBytes, bandwidth } = resolved;
+  const nativeStage = native(() => runtime.createStage({ memoryBytes, bandwidth }));
+  try {
+    if (resolved.preallocate) await nativeAsync(() => nativeStage.preallocate());
+    resolved.signal?.throwIfAborted();
+    return new StageServer(runtime, resolved, secret, nativeStage);
+  } catch (error) {
+    nativeStage.close();
+    throw error;
+  }
 }
 
 class StageServer implements Staging {
   readonly name: string;
   readonly host: string;
   readonly port: number;
-  readonly #stage: NativeStage;
   readonly #listener: { readonly port: number; close(): void };
   readonly #images: StagedImages;
   readonly #gate = new HandshakeGate();
@@ -87,26 +96,20 @@ class StageServer implements Staging {
     runtime: StageRuntime,
     private readonly options: ResolvedStageOptions,
     private readonly secret: Uint8Array,
+    private readonly stage: NativeStage,
   ) {
-    const { memoryBytes, bandwidth } = options;
     this.host = options.host;
-    this.#stage = native(() => runtime.createStage({ memoryBytes, bandwidth }));
-    try {
-      const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
-      this.#listener = native(() =>
-        runtime.listen({ host: numeric, port: options.port }, this.#stage, (connection) => {
-          this.#onControl(connection).catch(() => {
-            // A stranger, or a peer that broke the rules: it was told, and there is nobody else to tell.
-          });
-        }),
-      );
-    } catch (error) {
-      this.#stage.close();
-      throw error;
-    }
+    const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
+    this.#listener = native(() =>
+      runtime.listen({ host: numeric, port: options.port }, stage, (connection) => {
+        this.#onControl(connection).catch(() => {
+          // A stranger, or a peer that broke the rules: it was told, and there is nobody else to tell.
+        });
+      }),
+    );
     this.port = this.#listener.port;
     this.name = options.name ?? `${options.host}:${this.port}`.slice(-64);
-    this.#images = new StagedImages({ ...options, stage: this.#stage, pageSize: runtime.pageSize });
+    this.#images = new StagedImages({ ...options, stage, pageSize: runtime.pageSize });
     this.#announcer = options.announce === null ? null : this.#makeAnnouncer(options.announce);
     // Not unreferenced: the native listener's thread is none that Node waits for, this timer stands for it.
     this.#ticker = setInterval(() => this.#announce(), announceMs);
@@ -115,7 +118,7 @@ class StageServer implements Staging {
   }
 
   status(): StageStatus {
-    const { connections, bytesIn, bytesOut } = this.#stage.stats();
+    const { connections, bytesIn, bytesOut } = this.stage.stats();
     return {
       ...this.#announcement(),
       maxImages: this.options.maxImages,
@@ -152,7 +155,7 @@ class StageServer implements Staging {
     this.#images.close();
     await Promise.all([...this.#connections.keys()].map((channel) => channel.close()));
     this.#listener.close();
-    this.#stage.close();
+    this.stage.close();
   }
 
   async #onControl(connection: Duplex): Promise<void> {
@@ -187,7 +190,7 @@ class StageServer implements Staging {
   }
 
   #announcement(): Announcement {
-    const { memoryBytes, freeBytes } = this.#stage.stats();
+    const { memoryBytes, freeBytes } = this.stage.stats();
     const { rack, bandwidth } = this.options;
     return { name: this.name, rack, memoryBytes, freeBytes, bandwidth, images: this.#images.size };
   }

@@ -129,6 +129,21 @@ TEST(WorkerThreadTest, SchedulingConcernsTheCallingThreadOnly) {
   EXPECT_NE(::sched_getscheduler(0), SCHED_IDLE);
 }
 
+TEST(WorkerThreadTest, AShorterSliceChangesNothingElse) {
+  if (::sched_getscheduler(0) != SCHED_OTHER) GTEST_SKIP() << "slices are of the fair class";
+  WorkerThread thread("slice", [&](WorkerThread&) {
+    const int nice = ::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid)));
+    ASSERT_TRUE(set_this_thread_nice(nice + 2));
+    ASSERT_TRUE(set_this_thread_slice(std::chrono::milliseconds(2)));
+    EXPECT_EQ(::sched_getscheduler(0), SCHED_OTHER);
+    EXPECT_EQ(::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid))), nice + 2);
+    ASSERT_TRUE(set_this_thread_idle());
+    EXPECT_FALSE(set_this_thread_slice(std::chrono::milliseconds(2))) << "the idle class has none";
+    EXPECT_EQ(::sched_getscheduler(0), SCHED_IDLE);
+  });
+  thread.stop();
+}
+
 TEST(ProcessMapsTest, MeasuresHowFarMemoryReaches) {
   const LonelyMapping mapping(16 * kPage);
   ASSERT_EQ(::mprotect(mapping.start().plus(10 * kPage).pointer(), 6 * kPage, PROT_NONE), 0);

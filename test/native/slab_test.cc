@@ -116,6 +116,23 @@ TEST_F(SlabTest, ZeroedSlotsReadAsZerosWhateverWasInThem) {
   for (const Slab::Slot slot : index) ASSERT_TRUE(reads_zero(slab, slot)) << slot;
 }
 
+TEST_F(SlabTest, PreallocatedMemoryStays) {
+  slab.preallocate();
+  EXPECT_EQ(resident_slots(slab), 256U);
+  std::vector<Slab::Slot> slots;
+  ASSERT_TRUE(slab.take_all(256, slots));
+  write(slots, 9);
+  slab.pin(slots[100]);
+  slab.drop(slots);
+  slab.give_back_free();
+  EXPECT_EQ(resident_slots(slab), 256U);
+  EXPECT_EQ(slab.free_slots(), 255U);
+  EXPECT_EQ(slab.data(slots[100])[17], std::byte{9});
+  std::vector<Slab::Slot> index;
+  ASSERT_TRUE(slab.take_all_zeroed(255, index));
+  for (const Slab::Slot slot : index) ASSERT_TRUE(reads_zero(slab, slot)) << slot;
+}
+
 TEST_F(SlabTest, TwoThreadsNeverHaveOneSlot) {
   std::vector<std::thread> threads;
   std::atomic<int> clashes{0};

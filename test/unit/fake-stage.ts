@@ -26,6 +26,8 @@ export class FakeStage implements NativeStage {
 
   constructor(readonly memoryBytes: number) {}
 
+  async preallocate(): Promise<void> {}
+
   createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean {
     const id = hexOf(image);
     if (this.images.has(id)) throw new RangeError('the id is taken');

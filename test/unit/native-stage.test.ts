@@ -113,6 +113,17 @@ describe('NativeStage', () => {
     expect(stage.whole(unknown, [1])).toBe(null);
   });
 
+  it('takes its memory at the start when it is told to, and holds no less then', async () => {
+    const stage = makeStage();
+    const before = process.memoryUsage.rss();
+    await stage.preallocate();
+    expect(process.memoryUsage.rss() - before).toBeGreaterThan(stage.stats().slabBytes / 2);
+    expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
+    expect(stage.createImage(image, [16], 0)).toBe(true);
+    expect(stage.drop(image)).toBe(true);
+    expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
+  });
+
   it('throws where something cannot be meant', () => {
     const invalid = expect.objectContaining({ code: 'INVALID_ARGUMENT' });
     expect(() => addon.createStage({ memoryBytes: MEMORY - 1, bandwidth: 0 })).toThrow(invalid);
@@ -133,6 +144,7 @@ describe('NativeStage', () => {
     const closed = expect.objectContaining({ code: 'CLOSED' });
     expect(() => stage.createImage(unknown, [16], 0)).toThrow(closed);
     expect(() => stage.drop(image)).toThrow(closed);
+    expect(() => stage.preallocate()).toThrow(closed);
     expect(() => serve(stage)).toThrow(closed);
     expect(stage.stats().images).toBe(0);
   });
