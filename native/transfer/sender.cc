@@ -42,6 +42,16 @@ SenderConfig checked(SenderConfig config) {
   return config;
 }
 
+std::unique_ptr<DeltaCache> make_delta_cache(const SenderConfig& config, std::uint64_t page_size) {
+  const bool agreed = (config.destination_encodings & wire::kFlagDelta) != 0;
+  if (config.delta_cache_bytes == 0 || !agreed) return nullptr;
+  return std::make_unique<DeltaCache>(config.delta_cache_bytes, page_size);
+}
+
+EncodingStats stats_of(const wire::EncodingCounters& counters) {
+  return {counters.raw_bytes, counters.encoded_bytes, counters.pages, counters.cpu_ns};
+}
+
 int make_eventfd() {
   const int fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (fd < 0) throw_errno("eventfd");
@@ -60,6 +70,9 @@ Sender::Impl::Impl(SenderConfig c)
       address(wire::SocketAddress::parse(config.host, config.port)),
       queue(config.regions),
       page_size(config.regions.front()->page_size()),
+      delta_cache(make_delta_cache(config, page_size)),
+      encoding{config.compress,  config.destination_encodings, config.server_encodings, &compression, &deltas,
+               delta_cache.get()},
       cancel(make_eventfd()),
       scatter(make_scatter()) {
   pacer.set_bandwidth(config.bandwidth);
@@ -68,6 +81,7 @@ Sender::Impl::Impl(SenderConfig c)
     suspects.push_back(std::make_unique<AtomicBitmap>(region->capacity_pages()));
     bitmap_bytes += suspects.back()->words() * sizeof(std::uint64_t);
   }
+  if (delta_cache) bitmap_bytes += delta_cache->memory_bytes();
   note_memory(bitmap_bytes);
   try {
     for (const auto& region : config.regions) {
@@ -94,6 +108,7 @@ std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
   ours.answer_timeout = config.answer_timeout;
   ours.release_as_evicted = config.release_as_evicted;
   ours.direct = config.direct;
+  ours.encoding = encoding;
   return std::make_unique<Scatter>(
       std::move(ours),
       Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
@@ -173,6 +188,9 @@ Sender::Impl::Frames Sender::Impl::discard_frames(bool then_switch) {
   for (std::uint32_t region = 0; region < queue.regions(); ++region) {
     runs.clear();
     queue.take_discards(region, runs);
+    for (const wire::WireRun& run : runs) {
+      if (delta_cache) delta_cache->forget(region, {PageNumber{run.first_page}, run.page_count});
+    }
     for (std::size_t at = 0; at < runs.size(); at += runs_a_frame) {
       const auto piece = std::as_bytes(std::span(runs).subspan(at, std::min(runs_a_frame, runs.size() - at)));
       wire::FrameHeader header = wire::make_header(wire::FrameType::kDiscard, region);
@@ -210,6 +228,7 @@ void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames fr
     epoch->demand_barrier_sent = epoch->demand_acknowledged = false;
   }
   demand_barrier_due = false;
+  if (delta_cache && kind == TaskKind::kRound) delta_cache->next_round();
   if (scatter && kind == TaskKind::kRound) scatter->begin(Scatter::Kind::kRound, tracker_sinks());
   if (scatter && kind == TaskKind::kPush) scatter->begin(Scatter::Kind::kPush, {});
   work_changed.notify_all();
@@ -304,6 +323,7 @@ std::uint64_t Sender::switch_over() {
   impl_->require_between_rounds("switch_over()");
   const std::uint64_t newly = impl_->collect_dirty();
   if (impl_->scatter) impl_->scatter->forget_pending();
+  if (impl_->delta_cache) impl_->delta_cache->end();
   auto frames = impl_->discard_frames(true);
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return newly;
@@ -341,6 +361,8 @@ SenderStats Sender::stats() const {
   stats.faults_served = impl_->faults_served;
   stats.redials = impl_->redials;
   stats.extra_memory_bytes = impl_->peak_memory;
+  stats.compression = stats_of(impl_->compression);
+  stats.delta = stats_of(impl_->deltas);
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {

@@ -23,6 +23,8 @@
 #include "os/unique_fd.h"
 #include "os/worker_thread.h"
 #include "transfer/chunk_gatherer.h"
+#include "transfer/delta_cache.h"
+#include "transfer/page_encoder.h"
 #include "transfer/scatter.h"
 #include "transfer/send_pages.h"
 #include "transfer/send_queue.h"
@@ -174,6 +176,10 @@ struct Sender::Impl {
   const wire::SocketAddress address;
   SendQueue queue;
   const std::uint64_t page_size;  // of every region
+  wire::EncodingCounters compression;
+  wire::EncodingCounters deltas;
+  const std::unique_ptr<DeltaCache> delta_cache;  // where rounds send deltas
+  const Encoding encoding;
   // Suspects named in the current round; they become pending at its end, when nobody takes any more.
   std::vector<std::unique_ptr<AtomicBitmap>> suspects;
   std::vector<std::unique_ptr<Region::User>> users;  // the supervisor's, and close()'s after it

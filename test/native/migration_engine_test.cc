@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -178,6 +179,8 @@ class Guest {
 struct Case {
   TrackerKind tracker;
   unsigned channels;
+  wire::Compress compress = wire::Compress::kOff;
+  std::uint64_t delta_cache = 0;
 };
 
 class EngineTest : public testing::TestWithParam<Case> {
@@ -189,7 +192,8 @@ class EngineTest : public testing::TestWithParam<Case> {
       target.push_back(Region::allocate(pages * page_size()));
       auto words = source.back()->contiguous(PageRun{PageNumber{0}, pages * 3 / 4});
       for (std::size_t i = 0; i < words.size(); i += 8) {
-        const std::uint64_t word = random();
+        // A third of the pages are of few words: these pack.
+        const std::uint64_t word = i / page_size() % 3 == 0 ? 1 + random() % 5 : random();
         std::memcpy(words.data() + i, &word, 8);
       }
     }
@@ -211,6 +215,7 @@ class EngineTest : public testing::TestWithParam<Case> {
     to.may_page = may_page;
     to.keep_page_hashes = true;
     to.recover_timeout = 20s;
+    to.encodings = encodings();
     to.on_event = arrived.callback();
     receiver = Receiver::create(to);
     listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", 0, [](UniqueFd, std::string) {}});
@@ -232,11 +237,41 @@ class EngineTest : public testing::TestWithParam<Case> {
     from.channels = GetParam().channels;
     from.tokens = tokens;
     from.recover_timeout = 20s;
+    from.compress = GetParam().compress;
+    from.destination_encodings = encodings();
+    from.delta_cache_bytes = GetParam().delta_cache;
     from.on_event = left.callback();
     sender = std::make_unique<Sender>(std::move(from));
     sender->connect();
     left.expect(kConnected);
     arrived.expect(kFirstChannel);
+  }
+  static std::uint16_t encodings() {
+    std::uint16_t agreed =
+        GetParam().compress == wire::Compress::kOff ? std::uint16_t{0} : wire::kCompressions;
+    if (GetParam().delta_cache > 0) agreed |= wire::kFlagDelta;
+    return agreed;
+  }
+  static bool forced() {
+    return GetParam().compress == wire::Compress::kLz4 || GetParam().compress == wire::Compress::kZstd;
+  }
+  // What was encoded got smaller, and was encoded at all where that is certain.
+  void expect_encoded(bool later_rounds) {
+    const SenderStats stats = sender->stats();
+    // Adaptive compression may find that it pays through the forwarder, or not.
+    if (GetParam().compress != wire::Compress::kAuto) {
+      EXPECT_EQ(stats.compression.pages > 0, forced());
+    }
+    EXPECT_LE(stats.compression.encoded_bytes, stats.compression.raw_bytes);
+    if (forced()) {
+      EXPECT_LT(stats.compression.encoded_bytes, stats.compression.raw_bytes);
+    }
+    if (GetParam().delta_cache == 0 || !later_rounds) {
+      EXPECT_EQ(stats.delta.pages, 0u);
+    } else {
+      EXPECT_GT(stats.delta.pages, 0u);
+      EXPECT_LT(stats.delta.encoded_bytes, stats.delta.raw_bytes / 2);
+    }
   }
   std::uint64_t round(std::uint64_t tag) {
     sender->start_round(tag);
@@ -284,6 +319,7 @@ TEST_P(EngineTest, StopAndCopy) {
   EXPECT_TRUE(receiver->ready());
   expect_equal();
   expect_equal_digests();
+  expect_encoded(false);
   sender->close(true);
   arrived.expect(kComplete);
 }
@@ -307,6 +343,7 @@ TEST_P(EngineTest, PreCopyUnderAWriter) {
   expect_equal();
   expect_equal_digests();
   EXPECT_GT(sender->stats().pages_resent, 0u);
+  expect_encoded(true);
   sender->close(true);
   arrived.expect(kComplete);
 }
@@ -418,14 +455,23 @@ TEST_P(EngineTest, SourceDiesInPostCopyAndTheLossIsReported) {
 }
 
 std::string name_of(const testing::TestParamInfo<Case>& info) {
+  constexpr std::array<const char*, 4> kCompress{"", "Auto", "Lz4", "Zstd"};
   return std::string(info.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-         std::to_string(info.param.channels) + "Channels";
+         std::to_string(info.param.channels) + "Channels" +
+         kCompress[static_cast<std::size_t>(info.param.compress)] +
+         (info.param.delta_cache > 0 ? "Delta" + std::to_string(info.param.delta_cache >> 20) : "");
 }
 
 INSTANTIATE_TEST_SUITE_P(All, EngineTest,
                          testing::Values(Case{TrackerKind::kUffdWpAsync, 1},
                                          Case{TrackerKind::kUffdWpAsync, 2},
-                                         Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2}),
+                                         Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2},
+                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kLz4},
+                                         Case{TrackerKind::kHashDiff, 1, wire::Compress::kZstd},
+                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
+                                         // Too small for all that is written.
+                                         Case{TrackerKind::kHashDiff, 2, wire::Compress::kZstd, 1 << 20},
+                                         Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kOff, 64 << 20}),
                          name_of);
 
 }  // namespace
