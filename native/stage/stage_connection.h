@@ -68,7 +68,7 @@ class ReadingConnection final : public StageConnection {
 
   const bool demand_;
   Image::Reading reading_;
-  wire::RunCompressor compressor_;
+  std::optional<wire::RunCompressor> compressor_;  // once a read allows it, for what that one allows
   std::chrono::steady_clock::time_point answered_{};
   std::vector<std::byte> together_;
   std::vector<std::byte> encoded_;

@@ -20,8 +20,7 @@ constexpr int kDemandThreadNice = -20;
 ReadingConnection::ReadingConnection(Place place, UniqueFd fd)
     : StageConnection(std::move(place), std::move(fd)),
       demand_(place_.role == wire::StageRole::kDemand),
-      reading_(place_.common->slab),
-      compressor_(wire::Compress::kAuto, wire::kCompressions, place_.common->packed) {
+      reading_(place_.common->slab) {
   const auto pages = static_cast<std::size_t>(wire::max_run_pages(page_size_));
   headers_.reserve(pages);  // buffers_ points into it
   buffers_.reserve(2 * pages);
@@ -59,8 +58,9 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
   const std::uint16_t encodings = demand_ ? std::uint16_t{0} : wire::encoding_of(header);
   bool packing = false;
   if (encodings != 0) {
+    if (!compressor_) compressor_.emplace(wire::Compress::kAuto, encodings, place_.common->packed);
     note_gap();
-    packing = compressor_.begin();
+    packing = compressor_->begin();
     encoded_.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
     encoded_used_ = 0;
   }
@@ -82,8 +82,8 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
     const auto slots = reading_.slots().subspan(content, pages);
     const auto hashes = reading_.hashes().subspan(content, pages);
     content += pages;
-    if (encodings != 0 && compressor_.tries_out()) {
-      compressor_.try_out(together(slots.first(
+    if (encodings != 0 && compressor_->tries_out()) {
+      compressor_->try_out(together(slots.first(
           std::min(pages, std::max<std::size_t>(1, wire::RunCompressor::kTryBytes / page_size_)))));
     }
     if (packing && append_packed(answer, slots, hashes, encodings)) continue;
@@ -94,7 +94,7 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
   for (const iovec& each : buffers_) bytes += each.iov_len;
   place_.common->out.debit(bytes);
   const bool sent = send(buffers_);
-  if (encodings != 0) compressor_.sent(fd(), content * page_size_);
+  if (encodings != 0) compressor_->sent(fd(), content * page_size_);
   answered_ = std::chrono::steady_clock::now();
   reading_.clear();
   return sent;
@@ -104,9 +104,9 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
 void ReadingConnection::note_gap() {
   int on_the_way = 0;
   if (::ioctl(fd(), SIOCOUTQ, &on_the_way) == 0 && on_the_way > 0) {
-    compressor_.waited(std::chrono::steady_clock::now() - answered_);
+    compressor_->waited(std::chrono::steady_clock::now() - answered_);
   } else {
-    compressor_.rest();
+    compressor_->rest();
   }
 }
 
@@ -127,7 +127,7 @@ bool ReadingConnection::append_packed(wire::FrameHeader& answer, std::span<const
                                       std::span<const std::uint64_t> hashes, std::uint16_t allowed) {
   std::uint16_t encoding = 0;
   const std::span<std::byte> out = std::span(encoded_).subspan(encoded_used_);
-  const std::size_t length = compressor_.compress(together(slots), slots.size(), out, encoding);
+  const std::size_t length = compressor_->compress(together(slots), slots.size(), out, encoding);
   if (length == 0 || (encoding & ~allowed) != 0) return false;
   wire::seal_encoded(answer, encoding, length, hashes);
   buffers_.push_back({out.data(), length});

@@ -103,6 +103,8 @@ describe('progress beside the bar', () => {
     pagesTotal: 2,
     expectedDowntimeMs: null,
     remoteFaults: 0,
+    bytesSaved: { compression: 0, delta: 0 },
+    waitingFor: null,
   };
   test('says what is known', () => {
     expect(describeProgress(sample)).toBe('active, round 2, 1024 MiB/s, 1.00 MiB sent');
@@ -110,6 +112,9 @@ describe('progress beside the bar', () => {
       describeProgress({ ...sample, dirtyPagesPerSecond: 500, expectedDowntimeMs: 2.5, remoteFaults: 3 }),
     ).toBe(
       'active, round 2, 1024 MiB/s, 1.00 MiB sent, 500 dirty pages/s, downtime ~2.50 ms, 3 remote faults',
+    );
+    expect(describeProgress({ ...sample, bytesSaved: { compression: 2 ** 20, delta: 2 ** 19 } })).toBe(
+      'active, round 2, 1024 MiB/s, 1.00 MiB sent, 1.50 MiB saved',
     );
   });
 });
