@@ -155,6 +155,12 @@ void PageEncoder::rest() {
   if (compressor_) compressor_->rest();
 }
 
+std::uint64_t PageEncoder::most_memory_bytes(std::uint64_t page_size) {
+  // zstd's context at its fastest levels, measured with runs of 256 KiB.
+  constexpr std::uint64_t kCodecBytes = 640 * 1024;
+  return 3 * wire::max_payload(page_size) + wire::RunCompressor::kTryBytes + kCodecBytes;
+}
+
 std::uint64_t PageEncoder::memory_bytes() const {
   return held_.capacity() + encoded_.capacity() + bases_.capacity();
 }

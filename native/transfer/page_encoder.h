@@ -58,6 +58,8 @@ class PageEncoder {
   void waited(std::chrono::steady_clock::duration duration);
   void rest();
   [[nodiscard]] std::uint64_t memory_bytes() const;
+  // What one may come to.
+  [[nodiscard]] static std::uint64_t most_memory_bytes(std::uint64_t page_size);
 
  private:
   PageEncoder(const Encoding& encoding, Towards towards, std::uint64_t page_size);

@@ -162,7 +162,9 @@ std::vector<Scatter::ServerStats> Scatter::server_stats() const {
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 
 std::uint64_t Scatter::memory_bytes() const {
-  return where_.memory_bytes() + (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes();
+  const bool encodes = config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0;
+  return where_.memory_bytes() + (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
+         (encodes ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);
 }
 
 void Scatter::shut_down() {

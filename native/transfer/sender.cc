@@ -45,7 +45,10 @@ SenderConfig checked(SenderConfig config) {
 std::unique_ptr<DeltaCache> make_delta_cache(const SenderConfig& config, std::uint64_t page_size) {
   const bool agreed = (config.destination_encodings & wire::kFlagDelta) != 0;
   if (config.delta_cache_bytes == 0 || !agreed) return nullptr;
-  return std::make_unique<DeltaCache>(config.delta_cache_bytes, page_size);
+  // No more than the guest may ever fill, with something over for regions that share sets.
+  std::uint64_t most = 0;
+  for (const auto& region : config.regions) most += 2 * region->capacity_pages() * page_size;
+  return std::make_unique<DeltaCache>(std::min(config.delta_cache_bytes, most), page_size);
 }
 
 EncodingStats stats_of(const wire::EncodingCounters& counters) {

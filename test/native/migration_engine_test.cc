@@ -348,6 +348,35 @@ TEST_P(EngineTest, PreCopyUnderAWriter) {
   arrived.expect(kComplete);
 }
 
+// With a cache that holds every page.
+class DeltaEngineTest : public EngineTest {};
+
+// What the source takes for the base is not what the destination has: found out by the checksum, and sent as it is.
+TEST_P(DeltaEngineTest, AWrongBaseGoesAgainPlainly) {
+  connect(true, false, false);
+  sender->queue_populated();
+  ASSERT_EQ(round(1), 0u);
+  // Nobody runs at the destination, so this is no guest's doing.
+  for (const std::uint64_t page : {7u, 8u, 700u}) {
+    target[0]->address(PageNumber{page}).pointer()[100] ^= std::byte{1};
+  }
+  for (const std::uint64_t page : {6u, 7u, 8u, 9u, 300u, 700u}) {
+    source[0]->address(PageNumber{page}).pointer()[2000] ^= std::byte{1};
+  }
+  sender->queue_dirty();
+  const std::uint64_t suspect = round(2);
+  EXPECT_GE(suspect, 3u);
+  EXPECT_LE(suspect, 5u) << "whole runs, and no others";
+  EXPECT_FALSE(receiver->ready());
+  const std::uint64_t deltas = sender->stats().delta.pages;
+  EXPECT_GE(deltas, 6u);
+  EXPECT_EQ(round(3), 0u);
+  EXPECT_EQ(sender->stats().delta.pages, deltas) << "a suspect page has left the cache";
+  EXPECT_TRUE(receiver->ready());
+  expect_equal();
+  expect_equal_digests();
+}
+
 TEST_P(EngineTest, PostCopy) {
   connect(false, true, true);
   Guest guest(*source[0], 2);
@@ -472,6 +501,11 @@ INSTANTIATE_TEST_SUITE_P(All, EngineTest,
                                          // Too small for all that is written.
                                          Case{TrackerKind::kHashDiff, 2, wire::Compress::kZstd, 1 << 20},
                                          Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kOff, 64 << 20}),
+                         name_of);
+
+INSTANTIATE_TEST_SUITE_P(All, DeltaEngineTest,
+                         testing::Values(Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
+                                         Case{TrackerKind::kHashDiff, 1, wire::Compress::kOff, 64 << 20}),
                          name_of);
 
 }  // namespace
