@@ -64,12 +64,14 @@ void DeltaCache::forget(std::uint32_t region, PageRun run) {
     for (std::uint64_t key = first; key < first + run.count; ++key) {
       const std::size_t set = set_of(key);
       const std::lock_guard lock(mutex_of(set));
+      if (!open()) return;
       if (Entry* entry = find(set, key)) drop(*entry);
     }
     return;
   }
   for (std::size_t set = 0; set < sets_; ++set) {
     const std::lock_guard lock(mutex_of(set));
+    if (!open()) return;
     for (std::size_t way = 0; way < kWays; ++way) {
       Entry& entry = entries_[set * kWays + way];
       if (entry.key >= first && entry.key < first + run.count) drop(entry);

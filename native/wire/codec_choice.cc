@@ -12,6 +12,9 @@ constexpr double kOtherWork = 4e9;
 // What turning a codec on has to promise over going plain, and one codec over the other.
 constexpr double kToBegin = 1.15;
 constexpr double kToChange = 1.10;
+// Of the share, an interval in which nothing is known of it: it may have become larger.
+constexpr double kForget = 0.005;
+constexpr double kLeastShare = 0.1;
 // Below it a codec that is in use goes.
 constexpr double kToStay = 1.03;
 constexpr double kNewShare = 0.5;
@@ -20,11 +23,15 @@ constexpr double kNewShare = 0.5;
 constexpr double kChunkWeight = 0.5;
 constexpr double kWholeChunk = 256 * 1024;
 
+double thread_rate(const CodecFigures& codec) {
+  return codec.rate <= 0 ? 0 : 1 / (1 / codec.rate + 1 / kOtherWork);
+}
+
 }  // namespace
 
 double predicted_rate(double link_rate, const CodecFigures& codec) {
   if (codec.rate <= 0) return 0;
-  const double thread = 1 / (1 / codec.rate + 1 / kOtherWork);
+  const double thread = thread_rate(codec);
   return codec.ratio <= 0 ? thread : std::min(thread, link_rate / codec.ratio);
 }
 
@@ -102,6 +109,7 @@ void CodecChoice::measured(double link_rate, double raw_rate, bool full) {
     return;
   }
   full_ = full;
+  if (encoding_ != 0) note_share(raw_rate, full);
   if (encoding_ == 0 || full) {
     link_rate_ = link_rate_ > 0 ? link_rate_ + kNewShare * (link_rate - link_rate_) : link_rate;
     idle_windows_ = 0;
@@ -126,7 +134,18 @@ void CodecChoice::measured(double link_rate, double raw_rate, bool full) {
 
 void CodecChoice::decide() {
   if (encoding_ == 0 && !full_) return;
-  encoding_ = better_codec(encoding_, link_rate_, lz4_, zstd_);
+  encoding_ = better_codec(encoding_, link_rate_, {lz4_.rate * share_, lz4_.ratio},
+                           {zstd_.rate * share_, zstd_.ratio});
+}
+
+void CodecChoice::note_share(double raw_rate, bool full) {
+  if (full) {
+    share_ += kForget * (1 - share_);
+    return;
+  }
+  const double alone = thread_rate(figures(encoding_));
+  if (alone <= 0) return;
+  share_ += kNewShare * (std::clamp(raw_rate / alone, kLeastShare, 1.0) - share_);
 }
 
 }  // namespace memferry::wire

@@ -5,7 +5,8 @@
 //
 // A link that is faster than the thread never fills, and nothing pays on it. On a full one a codec is tried out on a
 // part of a chunk: at once, and each time that it would not have paid after twice as many bytes. Where the link takes
-// raw bytes faster than any codec does here, whatever they are, none is tried. While a codec is in use the other one is
+// raw bytes faster than any codec does here, whatever they are, none is tried. Where a codec in use gets less through
+// than its CPU time says, the CPUs are shared, and both codecs count for that much less. While a codec is in use the other one is
 // tried now and then; and where it is the codec that is waited for, plain chunks show from time to time what the link
 // takes.
 //
@@ -63,6 +64,7 @@ class CodecChoice {
 
  private:
   void decide();
+  void note_share(double raw_rate, bool full);
   [[nodiscard]] CodecFigures& figures(std::uint16_t encoding);
 
   const bool adaptive_;
@@ -70,6 +72,7 @@ class CodecChoice {
   std::uint16_t encoding_ = 0;
   CodecFigures lz4_;
   CodecFigures zstd_;
+  double share_ = 1;  // of a CPU that this thread gets when it is what is waited for: others need them too
   double link_rate_ = 0;  // 0: not known yet
   bool full_ = false;
   std::uint64_t since_try_ = 0;

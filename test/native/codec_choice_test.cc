@@ -16,6 +16,7 @@ constexpr std::uint64_t kChunk = 256 * 1024;
 struct World {
   double link = 12.5 * kMb;
   double thread = 3000 * kMb;
+  double share = 1;  // of the CPU
   CodecFigures lz4{500 * kMb, 0.5};
   CodecFigures zstd{250 * kMb, 0.33};
   std::uint64_t tried = 0;
@@ -25,7 +26,7 @@ struct World {
     const std::uint16_t encoding = choice.encoding();
     const CodecFigures& used = encoding == kFlagLz4 ? lz4 : zstd;
     const double ratio = encoding == 0 ? 1 : used.ratio;
-    const double able = encoding == 0 ? thread : 1 / (1 / used.rate + 1 / thread);
+    const double able = share * (encoding == 0 ? thread : 1 / (1 / used.rate + 1 / thread));
     const double raw = std::min(able, link / ratio);
     const bool full = link / ratio <= able;
     std::uint64_t left = static_cast<std::uint64_t>(raw / 50);
@@ -152,6 +153,22 @@ TEST(CodecChoice, ALinkThatBecomesFastIsFoundOut) {
   world.link = 12.5 * kMb;
   world.steps(choice, 50);
   EXPECT_NE(choice.encoding(), 0);
+}
+
+// Four threads on two CPUs: zstd would be the better one alone.
+TEST(CodecChoice, SharedCpusGetTheCheaperCodec) {
+  World world;
+  world.link = 62 * kMb;
+  CodecChoice alone(Compress::kAuto, kCompressions);
+  world.steps(alone, 20);
+  EXPECT_EQ(alone.encoding(), kFlagZstd);
+  world.share = 0.4;
+  CodecChoice choice(Compress::kAuto, kCompressions);
+  world.steps(choice, 40);
+  EXPECT_EQ(choice.encoding(), kFlagLz4);
+  world.share = 1;
+  world.steps(choice, 1000);
+  EXPECT_EQ(choice.encoding(), kFlagZstd);
 }
 
 TEST(CodecChoice, ForcedCodecsStay) {
