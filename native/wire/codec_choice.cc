@@ -62,7 +62,7 @@ std::uint16_t CodecChoice::to_try() const {
     return since_try_ >= kOtherInterval ? static_cast<std::uint16_t>(allowed_ & ~encoding_)
                                         : std::uint16_t{0};
   }
-  const bool may_pay = full_ && link_rate_ > 0 && link_rate_ < kFastestCodec;
+  const bool may_pay = full_windows_ >= kFullWindows && link_rate_ > 0 && link_rate_ < kFastestCodec;
   return may_pay && since_try_ >= interval_ ? allowed_ : std::uint16_t{0};
 }
 
@@ -96,6 +96,7 @@ void CodecChoice::sent(std::uint64_t raw) { since_try_ += raw; }
 
 void CodecChoice::measured(double link_rate, double raw_rate, bool full) {
   if (!adaptive_ || link_rate <= 0) return;
+  full_windows_ = full ? full_windows_ + 1 : 0;
   if (resume_ != 0) {
     // The plain window is over; what it shows counts as it is.
     link_rate_ = link_rate;

@@ -37,6 +37,7 @@ struct CodecFigures {
 class CodecChoice {
  public:
   static constexpr double kFastestCodec = 1.5e9;  // no codec gets rid of more raw bytes in a second
+  static constexpr unsigned kFullWindows = 3;     // a link that was full so often is; once may be a hiccup
   static constexpr std::uint64_t kFirstInterval = 4ULL << 20;  // of raw bytes between two attempts
   static constexpr std::uint64_t kLongestInterval = 256ULL << 20;
   static constexpr std::uint64_t kOtherInterval = 16ULL
@@ -75,6 +76,7 @@ class CodecChoice {
   double share_ = 1;  // of a CPU that this thread gets when it is what is waited for: others need them too
   double link_rate_ = 0;  // 0: not known yet
   bool full_ = false;
+  unsigned full_windows_ = 0;  // one after the other
   std::uint64_t since_try_ = 0;
   std::uint64_t interval_ = 0;  // the first attempt comes at once
   unsigned idle_windows_ = 0;   // with a codec in use and the link not full
