@@ -81,11 +81,10 @@ void DeltaCache::forget(std::uint32_t region, PageRun run) {
 
 void DeltaCache::end() {
   open_.store(false, std::memory_order_release);
-  // Whoever is still in it is let out first.
-  for (std::mutex& each : mutexes_) each.lock();
+  // Whoever is still in it is let out: under each of the mutexes it was open, or is seen not to be.
+  for (std::mutex& each : mutexes_) const std::lock_guard out(each);
   bytes_.reset();
   entries_ = {};
-  for (std::mutex& each : mutexes_) each.unlock();
 }
 
 std::uint64_t DeltaCache::memory_bytes() const {

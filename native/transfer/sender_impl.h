@@ -1,4 +1,5 @@
 // The inside of Sender, shared by the files that implement it:
+//   sender_setup.cc  what it is made of
 //   sender.cc        the owner's calls, and what a round, a discard and a switchover consist of
 //   supervisor.cc    the one thread that decides: events in order, cuts, deadlines, the end
 //   reconnect.cc     dialling a set of connections, and the bitmap that follows a redial
@@ -98,8 +99,9 @@ struct Sender::Impl {
     void join();      // all threads; after shutdown
   };
 
-  // sender.cc
+  // sender_setup.cc
   std::unique_ptr<Scatter> make_scatter();
+  // sender.cc
   void scatter_drained();
   std::uint64_t collect_dirty();
   // The eviction's barrier: outside the numbers that rounds use.
