@@ -20,7 +20,7 @@
         'Release': { 'cflags': ['-O3'], 'cflags!': ['-O2'] },
         'Debug': { 'cflags': ['-O0', '-g'] },
       },
-      'libraries': ['-pthread'],
+      'libraries': ['-pthread', '-llz4', '-lzstd'],
     },
   ],
 }

@@ -79,6 +79,20 @@ function findMissing() {
       alpine: 'xxhash-dev',
     },
     {
+      what: 'lz4.h',
+      works: () => compiles(compiler, '#include <lz4.h>'),
+      debian: 'liblz4-dev',
+      fedora: 'lz4-devel',
+      alpine: 'lz4-dev',
+    },
+    {
+      what: 'zstd.h',
+      works: () => compiles(compiler, '#include <zstd.h>'),
+      debian: 'libzstd-dev',
+      fedora: 'libzstd-devel',
+      alpine: 'zstd-dev',
+    },
+    {
       what: 'kernel headers (linux/userfaultfd.h)',
       works: () => compiles(compiler, '#include <linux/userfaultfd.h>'),
       debian: 'linux-libc-dev',

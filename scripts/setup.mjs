@@ -40,6 +40,8 @@ const NEEDS = {
     deb: 'libxxhash-dev',
     rpm: 'xxhash-devel',
   },
+  lz4: { what: "lz4's headers", there: () => header('lz4.h'), deb: 'liblz4-dev', rpm: 'lz4-devel' },
+  zstd: { what: "zstd's headers", there: () => header('zstd.h'), deb: 'libzstd-dev', rpm: 'libzstd-devel' },
   gcc: { what: 'a C compiler (gcc)', there: () => onPath('gcc'), deb: 'gcc', rpm: 'gcc' },
   cmake: { what: 'CMake', there: () => onPath('cmake'), deb: 'cmake', rpm: 'cmake' },
   ninja: { what: 'Ninja', there: () => onPath('ninja'), deb: 'ninja-build', rpm: 'ninja-build' },
@@ -88,7 +90,7 @@ const NEEDS = {
   },
 };
 
-const BUILD = ['g++', 'make', 'python3', 'xxhash'];
+const BUILD = ['g++', 'make', 'python3', 'xxhash', 'lz4', 'zstd'];
 const PROFILES = {
   demo: BUILD,
   test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'ip'],

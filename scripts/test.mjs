@@ -17,6 +17,7 @@ const NATIVE = { native: 'plain', 'native-asan': 'asan', 'native-tsan': 'tsan' }
 const SUITES = {
   typescript: runVitest,
   ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
+  fuzz: runFuzzers,
 };
 
 const asked = process.argv.slice(2);
@@ -120,6 +121,15 @@ async function runCtest(variant) {
     failed: code !== 0 && failed === 0 ? 1 : failed,
     skipped,
   };
+}
+
+/** Each target counts as one; it says so itself where clang's libFuzzer is not there. */
+async function runFuzzers() {
+  const { code, output } = await run('sh', ['scripts/fuzz.sh']);
+  const counts = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(output);
+  if (!counts) return { passed: 0, failed: 1, skipped: 0 };
+  const [passed, failed, skipped] = counts.slice(1).map(Number);
+  return { passed, failed: code !== 0 && failed === 0 ? 1 : failed, skipped };
 }
 
 /** Shows what the command says while it runs, and keeps it. */

@@ -50,7 +50,7 @@ export function load(platform: string, override: string | undefined): NativeAddo
     throw memferryError(
       'ADDON_MISSING',
       `the native addon is not built: run "npm run build:addon" in ${packageRoot} (or "npm rebuild memferry" ` +
-        `in the package that depends on it); it needs a C++20 compiler, make, Python 3 and the headers of xxHash`,
+        `in the package that depends on it); it needs a C++20 compiler, make, Python 3 and the headers of xxHash, lz4 and zstd`,
       { facts: { tried } },
     );
   }

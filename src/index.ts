@@ -13,6 +13,7 @@ export type {
 export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
 export {
+  type CompressChoice,
   type ListenOptions,
   type MigrateOptions,
   type Mode,
@@ -26,6 +27,7 @@ export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from '.
 export type {
   ArrivalReport,
   DowntimeParts,
+  EncodingReport,
   EvictionReport,
   Intermediary,
   MigrationReport,

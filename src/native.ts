@@ -117,7 +117,22 @@ export interface NativeSenderConfig {
   direct: boolean;
   stallTimeoutMs: number;
   releaseAsEvicted: boolean;
+  compress: 'auto' | 'lz4' | 'zstd' | 'off';
+  /** Flags of the encodings that the destination takes, and those that every server does; see protocol/encodings.ts. */
+  destinationEncodings: number;
+  serverEncodings: number;
+  /** 0: rounds send no deltas. */
+  deltaCacheBytes: number;
   onEvent: (event: NativeEvent) => void;
+}
+
+export interface NativeEncodingStats {
+  pages: number;
+  /** Of those pages, and what they became. */
+  rawBytes: number;
+  encodedBytes: number;
+  /** Of the sending threads, attempts included. */
+  cpuMs: number;
 }
 
 export interface NativeSenderStats {
@@ -133,6 +148,8 @@ export interface NativeSenderStats {
   pagesDirect: number;
   /** In the order of the config's servers. */
   servers: NativeServerStats[];
+  compression: NativeEncodingStats;
+  delta: NativeEncodingStats;
 }
 
 /** See native/transfer/sender.h for the order of calls. */
@@ -173,6 +190,8 @@ export interface NativeReceiverConfig {
   bandwidth: number;
   /** Nobody but the servers has the guest: no source is awaited. */
   sourceless: boolean;
+  /** Flags of the encodings that pages may come in. */
+  encodings: number;
   onEvent: (event: NativeEvent) => void;
 }
 

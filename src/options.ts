@@ -24,6 +24,13 @@ export const modes = [
  */
 export type Mode = (typeof modes)[number];
 
+export const compressChoices = ['auto', 'lz4', 'zstd', 'off'] as const;
+/**
+ * Compression of pages on the way. `auto`: on each connection by itself, with the codec that gets most through, and only
+ * where the link is what is waited for. `lz4`, `zstd`: always that one. Runs that do not get smaller go as they are.
+ */
+export type CompressChoice = (typeof compressChoices)[number];
+
 export const nonConvergenceChoices = ['switch-over', 'fail', 'post-copy'] as const;
 /** What pre-copy does when rounds stop shrinking: accept a longer downtime, fail, or go post-copy. */
 export type NonConvergence = (typeof nonConvergenceChoices)[number];
@@ -61,6 +68,12 @@ const migrateSchema = z.strictObject({
   channels: z.number().int().min(1).max(16).default(2),
   /** Bytes a second over all data channels; 0 for no limit. */
   bandwidth: bytes.default(0),
+  compress: z.enum(compressChoices).default('auto'),
+  /**
+   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again goes as
+   * what has changed of it; 0 for none. The kernel gives it as it fills.
+   */
+  deltaCacheBytes: bytes.max(2 ** 40).default(0),
   /** Pre-copy goes on until the expected downtime is below this, in ms. */
   downtimeLimitMs: milliseconds.default(300),
   /** At most this many rounds before the switchover is decided, the first full one counted. */
@@ -190,6 +203,7 @@ export type ParkOptions = Omit<
   | 'releaseAsEvicted'
   | 'gatherTimeoutMs'
   | 'progressIntervalMs'
+  | 'deltaCacheBytes'
 > & {
   /**
    * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever

@@ -32,6 +32,8 @@ export interface Progress {
   /** What a switchover now would cost, by the last round's figures. Null before there was one. */
   expectedDowntimeMs: number | null;
   remoteFaults: number;
+  /** Bytes that did not have to go over the wire so far. */
+  bytesSaved: { compression: number; delta: number };
   /** What the migration waits for before it can begin, for people; null when it does not. */
   waitingFor: string | null;
 }
@@ -67,6 +69,15 @@ export interface RemoteFaults {
   maxUs: number;
 }
 
+/** What an encoding of pages came to: `rawBytes` of pages went as `encodedBytes`. */
+export interface EncodingReport {
+  pages: number;
+  rawBytes: number;
+  encodedBytes: number;
+  /** CPU time of the source's sending threads, with what was tried for nothing. */
+  cpuMs: number;
+}
+
 /** What the source knows when it has evicted the guest; the destination may still be gathering. */
 export interface EvictionReport {
   migrationId: string;
@@ -85,6 +96,10 @@ export interface EvictionReport {
   pagesSent: number;
   pagesZero: number;
   pagesResent: number;
+  /** lz4 and zstd; to the destination and to servers. */
+  compression: EncodingReport;
+  /** Pages sent again as what had changed of them. */
+  delta: EncodingReport;
   rounds: RoundReport[];
   redials: number;
   /** Pages that went straight to the destination; in scatter modes the rest is at the intermediaries. */

@@ -43,6 +43,8 @@ export interface ReceiveParameters {
   /** Bytes a second over the data channels, and fetched ahead from the servers; 0 for no limit. */
   bandwidth: number;
   gatherLimit: number;
+  /** Flags of what pages may come in; 0 without it. */
+  encodings?: number;
 }
 
 export interface TouchParameters {
@@ -119,6 +121,7 @@ answerCalls(
     },
     receive: (parameters: ReceiveParameters) => {
       receiver = addon.createReceiver({
+        encodings: 0,
         ...parameters,
         regions: [must(region)],
         sourceless: false,

@@ -3,6 +3,7 @@
  * VMD servers as well.
  */
 import { randomBytes } from 'node:crypto';
+import { allEncodings } from './encodings.js';
 import type { ReceiveParameters } from './engine-destination.js';
 import type { EngineServers, ServerLists } from './engine-servers.js';
 import type { SendParameters } from './engine-source.js';
@@ -17,6 +18,12 @@ export interface PairOptions {
   /** Of a scatter; whoever started them stops them. */
   servers?: EngineServers;
   /** What the destination takes in at first, in bytes a second; without it, as much as it can. */
+  /** Of pages on the way; without it none. */
+  compress?: SendParameters['compress'];
+  /** For rounds; 0, the default: no deltas. */
+  deltaCacheBytes?: number;
+  /** There are later rounds. */
+  tracked?: boolean;
   limits?: Pick<ReceiveParameters, 'bandwidth' | 'gatherLimit'>;
 }
 
@@ -57,6 +64,9 @@ export class EnginePair {
       servers,
       host = '127.0.0.1',
       limits = { bandwidth: 0, gatherLimit: 0 },
+      compress = 'off',
+      deltaCacheBytes = 0,
+      tracked = false,
     } = this.#options;
     const credentials = makeCredentials(channels);
     const lists: ServerLists | undefined = await servers?.makeImage(
@@ -69,6 +79,7 @@ export class EnginePair {
       ...receive,
       ...limits,
       servers: lists?.destination ?? [],
+      encodings: allEncodings,
     };
     await this.destination.call('receive', receiving);
     const sending: SendParameters = {
@@ -77,6 +88,9 @@ export class EnginePair {
       port,
       servers: lists?.source ?? [],
       direct: true,
+      compress,
+      deltaCacheBytes,
+      tracked,
     };
     await this.source.call('connect', sending);
   }

@@ -5,9 +5,11 @@ import type {
   NativeSender,
   NativeSenderStats,
   NativeStageServer,
+  NativeTracker,
 } from '../../lib/native.js';
 import { loadAddon } from './addon.js';
-import { fillRandom } from './memory.js';
+import { allEncodings } from './encodings.js';
+import { fillFrom, fillRandom, shuffledPages } from './memory.js';
 import { answerCalls, monotonicMs } from './peer.js';
 
 const addon = loadAddon();
@@ -15,6 +17,7 @@ let region: NativeRegion | null = null;
 let memory: Uint8Array = new Uint8Array(0);
 let sender: NativeSender | null = null;
 let pushStartMs = 0;
+let rounds = 1;
 
 type Kind = NativeEvent['kind'];
 const arrived = new Map<Kind, number>();
@@ -59,22 +62,39 @@ export interface SendParameters {
   servers: NativeStageServer[];
   /** False: there is no destination, everything goes to the servers. */
   direct: boolean;
+  compress?: 'auto' | 'lz4' | 'zstd' | 'off';
+  deltaCacheBytes?: number;
+  /** What is written is sent again by `writeAndCopy`. */
+  tracked?: boolean;
+}
+
+function trackerOf(of: NativeRegion): NativeTracker {
+  const { name } = must(addon.probeTrackers().find(({ available }) => available) ?? null);
+  const tracker = addon.makeTracker(name, of);
+  tracker.arm();
+  return tracker;
 }
 
 answerCalls(
   {
-    allocate: ({ lengthBytes, seed }: { lengthBytes: number; seed: number }) => {
+    /** With a file its bytes, over and over; else random ones. */
+    allocate: ({ lengthBytes, seed, file }: { lengthBytes: number; seed: number; file?: string | null }) => {
       region = addon.allocate(lengthBytes);
       const buffer = region.buffers()[0] as ArrayBuffer;
-      fillRandom(buffer, seed);
       memory = new Uint8Array(buffer);
+      if (file) fillFrom(memory, file);
+      else fillRandom(buffer, seed);
     },
     pages: () => must(region).pages(),
-    connect: async (parameters: SendParameters) => {
+    connect: async ({ tracked = false, ...parameters }: SendParameters) => {
       sender = addon.createSender({
+        compress: 'off',
+        deltaCacheBytes: 0,
         ...parameters,
+        destinationEncodings: allEncodings,
+        serverEncodings: 0,
         regions: [must(region)],
-        trackers: [null],
+        trackers: [tracked ? trackerOf(must(region)) : null],
         bandwidth: 0,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
@@ -91,6 +111,19 @@ answerCalls(
       const startMs = monotonicMs();
       await must(sender).queuePopulated();
       must(sender).startRound(1);
+      return { startMs, endMs: await next('round-done') };
+    },
+    /** Some bytes of a share of the pages are written, and exactly those pages sent again. */
+    writeAndCopy: async ({ share, bytes, seed }: { share: number; bytes: number; seed: number }) => {
+      const { pageSize } = must(region);
+      const pages = memory.length / pageSize;
+      for (const page of shuffledPages(pages, seed).subarray(0, Math.floor(pages * share))) {
+        const at = page * pageSize + ((seed * 640) % (pageSize - bytes));
+        for (let i = 0; i < bytes; i++) memory[at + i] = (memory[at + i] as number) + seed + i;
+      }
+      await must(sender).queueDirty();
+      const startMs = monotonicMs();
+      must(sender).startRound(++rounds);
       return { startMs, endMs: await next('round-done') };
     },
     switchOver: async () => {

@@ -1,4 +1,5 @@
-/** Content for regions: random bytes of a fixed seed, and pages in random order. */
+/** Content for regions: random bytes of a fixed seed, bytes of a file; and pages in random order. */
+import { readFileSync } from 'node:fs';
 
 /** xorshift32 over the whole buffer; a view for each seed has other bytes. */
 export function fillRandom(buffer: ArrayBufferLike, seed: number): void {
@@ -9,6 +10,15 @@ export function fillRandom(buffer: ArrayBufferLike, seed: number): void {
     state ^= state >>> 17;
     state ^= state << 5;
     words[i] = state;
+  }
+}
+
+/** The file's bytes, over and over, whole pages of them. */
+export function fillFrom(memory: Uint8Array, path: string): void {
+  const bytes = readFileSync(path);
+  if (bytes.length === 0) throw new Error(`${path} is empty`);
+  for (let at = 0; at < memory.length; at += bytes.length) {
+    memory.set(bytes.subarray(0, Math.min(bytes.length, memory.length - at)), at);
   }
 }
 

@@ -23,6 +23,12 @@ ReceiverConfig config_of(const Napi::Object& config) {
   out.keep_page_hashes = flag_of(config.Get("keepPageHashes"), "keepPageHashes");
   out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
   out.loss_grace = milliseconds_of(config.Get("lossGraceMs"), "lossGraceMs");
+  if (config.Has("encodings")) {
+    const std::uint64_t flags = count_of(config.Get("encodings"), "encodings");
+    if ((flags & ~std::uint64_t{wire::kEncodings}) != 0)
+      throw std::invalid_argument("encodings: flags of encodings");
+    out.encodings = static_cast<std::uint16_t>(flags);
+  }
   if (!config.Has("servers")) return out;
   out.servers = stage_servers_of(config.Get("servers"));
   out.gather_limit = count_of(config.Get("gatherLimit"), "gatherLimit");

@@ -11,6 +11,30 @@ namespace memferry::bind {
 
 namespace {
 
+wire::Compress compress_of(const std::string& choice) {
+  if (choice == "auto") return wire::Compress::kAuto;
+  if (choice == "lz4") return wire::Compress::kLz4;
+  if (choice == "zstd") return wire::Compress::kZstd;
+  if (choice == "off") return wire::Compress::kOff;
+  throw std::invalid_argument("compress: auto, lz4, zstd or off");
+}
+
+std::uint16_t encodings_of(const Napi::Value& value, const char* what) {
+  const std::uint64_t flags = count_of(value, what);
+  if ((flags & ~std::uint64_t{wire::kEncodings}) != 0)
+    throw std::invalid_argument(std::string(what) + ": flags of encodings");
+  return static_cast<std::uint16_t>(flags);
+}
+
+Napi::Object encoding_stats(Napi::Env env, const EncodingStats& stats) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("pages", number(env, stats.pages));
+  object.Set("rawBytes", number(env, stats.raw_bytes));
+  object.Set("encodedBytes", number(env, stats.encoded_bytes));
+  object.Set("cpuMs", Napi::Number::New(env, static_cast<double>(stats.cpu_ns) / 1e6));
+  return object;
+}
+
 SenderConfig config_of(const Napi::Object& config) {
   SenderConfig out;
   out.host = text_of(config.Get("host"), "host");
@@ -25,6 +49,12 @@ SenderConfig config_of(const Napi::Object& config) {
   out.bandwidth = count_of(config.Get("bandwidth"), "bandwidth");
   out.connect_timeout = milliseconds_of(config.Get("connectTimeoutMs"), "connectTimeoutMs");
   out.recover_timeout = milliseconds_of(config.Get("recoverTimeoutMs"), "recoverTimeoutMs");
+  if (config.Has("compress")) {
+    out.compress = compress_of(text_of(config.Get("compress"), "compress"));
+    out.destination_encodings = encodings_of(config.Get("destinationEncodings"), "destinationEncodings");
+    out.server_encodings = encodings_of(config.Get("serverEncodings"), "serverEncodings");
+    out.delta_cache_bytes = count_of(config.Get("deltaCacheBytes"), "deltaCacheBytes");
+  }
   if (!config.Has("servers")) return out;
   out.servers = stage_servers_of(config.Get("servers"));
   out.replicas = index_of(config.Get("replicas"), "replicas");
@@ -221,6 +251,8 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
     object.Set("pagesDirect", number(env, stats.pages_direct));
     object.Set("servers", server_stats(env, stats.servers));
+    object.Set("compression", encoding_stats(env, stats.compression));
+    object.Set("delta", encoding_stats(env, stats.delta));
     return object;
   });
 }

@@ -8,6 +8,8 @@
 
 #include "stage/stage_chain.h"
 #include "stage/stage_impl.h"
+#include "wire/run_compressor.h"
+#include "wire/run_decoder.h"
 
 namespace memferry {
 
@@ -29,6 +31,7 @@ class WritingConnection final : public StageConnection {
   bool on_map(const wire::FrameHeader& header);
   bool on_barrier(const wire::FrameHeader& header);
   bool receive_pages(std::span<std::uint64_t> hashes);
+  bool receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes, bool& decoded);
   bool pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes);
   [[nodiscard]] bool meant_for_us(wire::Holders holders, std::uint64_t tag) const;
 
@@ -40,6 +43,9 @@ class WritingConnection final : public StageConnection {
   std::vector<std::uint64_t> hashes_;
   std::vector<iovec> buffers_;
   std::vector<std::byte> scratch_;  // for pages that there is no room for
+  wire::RunDecoder decoder_;
+  std::vector<std::byte> encoded_;  // the payload as it came
+  std::vector<std::byte> decoded_;
 };
 
 // kGather and kDemand.
@@ -55,8 +61,18 @@ class ReadingConnection final : public StageConnection {
   bool on_read(const wire::FrameHeader& header);
   bool on_map_request(const wire::FrameHeader& header);
 
+  void note_gap();
+  std::span<const std::byte> together(std::span<const Slab::Slot> slots);
+  bool append_packed(wire::FrameHeader& answer, std::span<const Slab::Slot> slots,
+                     std::span<const std::uint64_t> hashes, std::uint16_t allowed);
+
   const bool demand_;
   Image::Reading reading_;
+  std::optional<wire::RunCompressor> compressor_;  // once a read allows it, for what that one allows
+  std::chrono::steady_clock::time_point answered_{};
+  std::vector<std::byte> together_;
+  std::vector<std::byte> encoded_;
+  std::size_t encoded_used_ = 0;
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
 };

@@ -19,6 +19,7 @@
 #include "stage/stage.h"
 #include "stage/stage_chain.h"
 #include "wire/bandwidth_cap.h"
+#include "wire/run_compressor.h"
 #include "wire/socket.h"
 #include "wire/stream.h"
 
@@ -33,6 +34,7 @@ struct StageCommon {
   std::atomic<std::uint64_t> bytes_in{0};
   std::atomic<std::uint64_t> bytes_out{0};
   std::atomic<std::size_t> connections{0};  // whose threads run
+  wire::EncodingCounters packed;            // answers to reading ahead
 };
 
 // One connection of a source, a destination or another server, and the thread that serves it.
@@ -76,6 +78,7 @@ class StageConnection {
   [[nodiscard]] static bool bare_checksum_fits(const wire::FrameHeader& header);
   [[nodiscard]] bool inside(const wire::FrameHeader& header) const;
   bool send(std::span<iovec> buffers);
+  [[nodiscard]] int fd() const { return stream_->fd(); }  // for socket statistics
   void count_in(std::uint64_t bytes);
 
   Place place_;

@@ -1,6 +1,11 @@
 // Connections that read: pages for a destination, ahead of its guest or because somebody waits for them, and the
 // map.
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
+
+#include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "stage/stage_connection.h"
 
@@ -50,6 +55,15 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
   place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, reading_);
 
   using Kind = Image::Reading::Kind;
+  const std::uint16_t encodings = demand_ ? std::uint16_t{0} : wire::encoding_of(header);
+  bool packing = false;
+  if (encodings != 0) {
+    if (!compressor_) compressor_.emplace(wire::Compress::kAuto, encodings, place_.common->packed);
+    note_gap();
+    packing = compressor_->begin();
+    encoded_.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
+    encoded_used_ = 0;
+  }
   headers_.clear();
   buffers_.clear();
   std::size_t content = 0;
@@ -65,14 +79,60 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
       continue;
     }
     const auto pages = static_cast<std::size_t>(piece.run.count);
-    wire::seal_pages(answer, page_size_, reading_.hashes().subspan(content, pages));
-    append_slots(*place_.common->slab, reading_.slots().subspan(content, pages), buffers_);
+    const auto slots = reading_.slots().subspan(content, pages);
+    const auto hashes = reading_.hashes().subspan(content, pages);
     content += pages;
+    if (encodings != 0 && compressor_->tries_out()) {
+      compressor_->try_out(together(slots.first(
+          std::min(pages, std::max<std::size_t>(1, wire::RunCompressor::kTryBytes / page_size_)))));
+    }
+    if (packing && append_packed(answer, slots, hashes, encodings)) continue;
+    wire::seal_pages(answer, page_size_, hashes);
+    append_slots(*place_.common->slab, slots, buffers_);
   }
-  place_.common->out.debit(content * page_size_ + headers_.size() * sizeof(wire::FrameHeader));
+  std::uint64_t bytes = 0;
+  for (const iovec& each : buffers_) bytes += each.iov_len;
+  place_.common->out.debit(bytes);
   const bool sent = send(buffers_);
+  if (encodings != 0) compressor_->sent(fd(), content * page_size_);
+  answered_ = std::chrono::steady_clock::now();
   reading_.clear();
   return sent;
+}
+
+// What lies between two answers is the link's while it still carries the former one, else the destination's.
+void ReadingConnection::note_gap() {
+  int on_the_way = 0;
+  if (::ioctl(fd(), SIOCOUTQ, &on_the_way) == 0 && on_the_way > 0) {
+    compressor_->waited(std::chrono::steady_clock::now() - answered_);
+  } else {
+    compressor_->rest();
+  }
+}
+
+// Slots are pinned and never written anew: what a codec sees of them does not change.
+std::span<const std::byte> ReadingConnection::together(std::span<const Slab::Slot> slots) {
+  const auto page_size = static_cast<std::size_t>(page_size_);
+  together_.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
+  std::byte* to = together_.data();
+  for (const Slab::Slot slot : slots) {
+    std::memcpy(to, place_.common->slab->data(slot), page_size);
+    to += page_size;
+  }
+  return std::span(together_).first(slots.size() * page_size);
+}
+
+// False: it goes as it is.
+bool ReadingConnection::append_packed(wire::FrameHeader& answer, std::span<const Slab::Slot> slots,
+                                      std::span<const std::uint64_t> hashes, std::uint16_t allowed) {
+  std::uint16_t encoding = 0;
+  const std::span<std::byte> out = std::span(encoded_).subspan(encoded_used_);
+  const std::size_t length = compressor_->compress(together(slots), slots.size(), out, encoding);
+  if (length == 0 || (encoding & ~allowed) != 0) return false;
+  wire::seal_encoded(answer, encoding, length, hashes);
+  buffers_.push_back({out.data(), length});
+  encoded_used_ += length;
+  return true;
 }
 
 bool ReadingConnection::on_map_request(const wire::FrameHeader&) {

@@ -4,6 +4,7 @@
 // (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again.
 #include <algorithm>
 #include <array>
+#include <cstring>
 
 #include "page/hash.h"
 #include "stage/stage_connection.h"
@@ -91,6 +92,9 @@ bool WritingConnection::meant_for_us(wire::Holders holders, std::uint64_t tag) c
 bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   if (!inside(header) || !meant_for_us(holders, header.tag)) return false;
+  // A delta is against bytes that this server does not keep apart.
+  const std::uint16_t encoding = wire::encoding_of(header);
+  if (encoding == wire::kFlagDelta) return false;
   if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return false;
 
   Slab& slab = *place_.common->slab;
@@ -105,9 +109,10 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
     here += slab.take(run.count - here, slots_);
   }
   hashes_.resize(static_cast<std::size_t>(run.count));
-  if (!receive_pages(hashes_)) return false;
+  bool decoded = true;
+  if (encoding != 0 ? !receive_encoded(header, hashes_, decoded) : !receive_pages(hashes_)) return false;
   count_in(header.payload_bytes);
-  if (wire::pages_checksum(header, hashes_) != header.checksum) {
+  if (!decoded || wire::pages_checksum(header, hashes_) != header.checksum) {
     image.forget(header.region, run);
     return answers_.refused(header.region, run, image.ordinal(), true);
   }
@@ -125,7 +130,14 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
     if (!answers_.refused(header.region, rest, image.ordinal(), false)) return false;
   }
   if (!source_ || holders.second == wire::Holders::kNobody || here == 0) return true;
+  if (encoding != 0 && here == run.count) {
+    // As it came: nothing is packed a second time.
+    wire::FrameHeader same = header;
+    std::array<iovec, 2> whole{iovec{&same, sizeof same}, iovec{encoded_.data(), encoded_.size()}};
+    return chains_.forward(holders.second, whole);
+  }
   wire::FrameHeader onward = header;
+  onward.flags &= static_cast<std::uint16_t>(~wire::kEncodings);
   onward.page_count = here;
   return pass_on(onward, hashes);
 }
@@ -152,6 +164,22 @@ bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
     scratch_.resize(page_size);
     if (!read(scratch_)) return false;
     hash_pages(scratch_, page_size, &hashes[at]);
+  }
+  return true;
+}
+
+// The same for a payload that is encoded; `decoded` false: it cannot be, like a page that came torn.
+bool WritingConnection::receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes,
+                                        bool& decoded) {
+  const auto page_size = static_cast<std::size_t>(page_size_);
+  encoded_.resize(header.payload_bytes);
+  if (!read(encoded_)) return false;
+  decoded_.resize(hashes.size() * page_size);
+  decoded = decoder_.decode(wire::encoding_of(header), encoded_, decoded_);
+  if (!decoded) return true;
+  hash_pages(decoded_, page_size, hashes.data());
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    std::memcpy(place_.common->slab->data(slots_[i]), decoded_.data() + i * page_size, page_size);
   }
   return true;
 }

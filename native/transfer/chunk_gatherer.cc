@@ -1,13 +1,15 @@
 #include "transfer/chunk_gatherer.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "wire/frame.h"
 
 namespace memferry {
 
-ChunkGatherer::ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size)
-    : queue_(queue), pacer_(pacer), page_size_(page_size), frames_(page_size) {}
+ChunkGatherer::ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
+                             std::unique_ptr<PageEncoder> encoder)
+    : queue_(queue), pacer_(pacer), page_size_(page_size), frames_(page_size, std::move(encoder)) {}
 
 bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
   gave_back_ = false;

@@ -5,6 +5,7 @@
 // stays inside the gate of the regions' memory.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -17,7 +18,8 @@ namespace memferry {
 
 class ChunkGatherer {
  public:
-  ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size);
+  ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
+                std::unique_ptr<PageEncoder> encoder);
 
   [[nodiscard]] PageFrames& frames() { return frames_; }
   // A batch of what is pending; several runs when they are short. False when nothing more is pending. `sinks` has

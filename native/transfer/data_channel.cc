@@ -15,15 +15,19 @@ class Sender::Impl::Push {
       : impl_(impl),
         epoch_(of),
         channel_(channel),
-        chunks_(impl.queue, impl.pacer, impl.page_size),
+        chunks_(impl.queue, impl.pacer, impl.page_size,
+                PageEncoder::create(impl.encoding, PageEncoder::Towards::kDestination, impl.page_size)),
         courtesy_(wire::shared_key(impl.config.migration)),
         tracker_sinks_(impl.tracker_sinks()),
         no_sinks_(impl.queue.regions()) {}
 
   // Sends until nothing is pending: true. False when the thread is to do something else.
   bool run(bool guest_runs_here) {
+    chunks_.frames().rest();
     while (!epoch_.cut && !epoch_.leaving) {
+      const auto asked = Clock::now();
       if (!impl_.pacer.wait_turn()) return false;
+      chunks_.frames().waited(Clock::now() - asked);
       courtesy_.follow(!guest_runs_here && impl_.pacer.should_stand_back());
       // Inside the gate from taking on: what is taken is sent, or the region is gone.
       const TouchGate::Pass pass(impl_.gate);
@@ -225,6 +229,7 @@ std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire:
     } else {
       suspects[header.region]->set_run(pages);
     }
+    if (delta_cache) delta_cache->forget(header.region, pages);
     channel.suspects_named += run.page_count;
   }
   return {};

@@ -30,22 +30,28 @@ wire::IoResult Filler::pages(const Read& read, const wire::FrameHeader& header, 
   const std::uint64_t page_size = map.page_size();
   const std::uint64_t piece_pages = std::max<std::uint64_t>(kPieceBytes / page_size, 1);
   hashes_.resize(run.count);
-  map.zero.clear_run(run);
-  populate(map, run);
-  std::uint64_t done = 0;
-  while (done < run.count) {
-    const PageRun piece{PageNumber{run.first.value + done}, std::min(piece_pages, run.count - done)};
-    const std::span<std::byte> memory = map.region().contiguous(piece);
-    const wire::IoResult io = read(memory);
-    if (!io.done()) {
-      // Neither the old content nor the new: it must come again, should this migration go on at all.
-      map.received.clear_run(run);
-      return io;
+  bool decoded = true;
+  if (wire::encoding_of(header) != 0) {
+    const wire::IoResult io = receive_encoded(read, header, map, decoded);
+    if (!io.done()) return io;
+  } else {
+    map.zero.clear_run(run);
+    populate(map, run);
+    std::uint64_t done = 0;
+    while (done < run.count) {
+      const PageRun piece{PageNumber{run.first.value + done}, std::min(piece_pages, run.count - done)};
+      const std::span<std::byte> memory = map.region().contiguous(piece);
+      const wire::IoResult io = read(memory);
+      if (!io.done()) {
+        // Neither the old content nor the new: it must come again, should this migration go on at all.
+        map.received.clear_run(run);
+        return io;
+      }
+      hash_pages(memory, page_size, hashes_.data() + done);
+      done += memory.size() / page_size;
     }
-    hash_pages(memory, page_size, hashes_.data() + done);
-    done += memory.size() / page_size;
   }
-  verified = wire::pages_checksum(header, hashes_) == header.checksum;
+  verified = decoded && wire::pages_checksum(header, hashes_) == header.checksum;
   if (!verified) {
     map.received.clear_run(run);
     map.suspect.set_run(run);
@@ -57,6 +63,53 @@ wire::IoResult Filler::pages(const Read& read, const wire::FrameHeader& header, 
   map.received.set_run(run);
   if (ahead_ != nullptr) ahead_->arrived(header.region, run);
   return {};
+}
+
+wire::IoResult Filler::receive_encoded(const Read& read, const wire::FrameHeader& header, ArrivalMap& map,
+                                       bool& decoded) {
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  payload_.resize(header.payload_bytes);
+  const wire::IoResult io = read(payload_);
+  if (!io.done()) {
+    map.received.clear_run(run);
+    return io;
+  }
+  // A delta is against what is here; what is not here, or is zeros that nothing lies behind, is no base.
+  const bool delta = wire::encoding_of(header) == wire::kFlagDelta;
+  decoded = !delta || (map.received.count(run) == run.count && map.zero.count(run) == 0);
+  map.zero.clear_run(run);
+  if (!decoded) return {};
+  populate(map, run);
+  decoded = decode(header, map, run);
+  if (!decoded) return {};
+  std::uint64_t* hashes = hashes_.data();
+  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
+    hash_pages(part, map.page_size(), hashes);
+    hashes += part.size() / map.page_size();
+  });
+  return {};
+}
+
+// Nobody else uses these pages: a codec may read back what it has written there.
+bool Filler::decode(const wire::FrameHeader& header, ArrivalMap& map, PageRun run) {
+  const std::uint16_t encoding = wire::encoding_of(header);
+  const std::span<std::byte> memory = map.region().contiguous(run);
+  if (memory.size() == run.count * map.page_size()) return decoder_.decode(encoding, payload_, memory);
+  scattered_.resize(static_cast<std::size_t>(run.count * map.page_size()));
+  std::byte* at = scattered_.data();
+  if (encoding == wire::kFlagDelta) {
+    map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
+      std::memcpy(at, part.data(), part.size());
+      at += part.size();
+    });
+  }
+  if (!decoder_.decode(encoding, payload_, scattered_)) return false;
+  at = scattered_.data();
+  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
+    std::memcpy(part.data(), at, part.size());
+    at += part.size();
+  });
+  return true;
 }
 
 // One system call for the run instead of a fault for each page.

@@ -14,6 +14,7 @@
 #include "fault/discard.h"
 #include "transfer/touch_ahead.h"
 #include "wire/frame.h"
+#include "wire/run_decoder.h"
 #include "wire/stream.h"
 
 namespace memferry {
@@ -26,7 +27,8 @@ class Filler {
   Filler(const std::vector<Backing>& backings, TouchAhead* ahead);
 
   // The payload of a kPages frame whose header has been checked. `verified` false: the pages are suspect now.
-  // Throws SystemError when there is no memory for them.
+  // A payload that cannot be decoded, or is a delta of pages that are not here, makes them suspect too: another copy
+  // will do. Throws SystemError when there is no memory for them.
   wire::IoResult pages(const Read& read, const wire::FrameHeader& header, ArrivalMap& map, bool& verified);
   void zeros(std::uint32_t region, ArrivalMap& map, PageRun run);
 
@@ -38,12 +40,18 @@ class Filler {
   void sweep();
 
  private:
+  wire::IoResult receive_encoded(const Read& read, const wire::FrameHeader& header, ArrivalMap& map,
+                                 bool& decoded);
+  bool decode(const wire::FrameHeader& header, ArrivalMap& map, PageRun run);
   void populate(ArrivalMap& map, PageRun run) const;
   void drop_present(std::uint32_t region, ArrivalMap& map, PageRun run);
 
   std::vector<Discarder> discarders_;
   TouchAhead* ahead_;
   std::vector<std::uint64_t> hashes_;
+  wire::RunDecoder decoder_;
+  std::vector<std::byte> payload_;
+  std::vector<std::byte> scattered_;  // for a run that is not contiguous in memory
 };
 
 }  // namespace memferry

@@ -43,6 +43,7 @@ class Gather {
     std::uint64_t page_size = 0;
     std::uint64_t limit = 0;  // bytes/s of what is fetched ahead; 0: none
     bool sourceless = false;
+    std::uint16_t compressions = 0;  // what servers may pack answers to reading ahead with
   };
   // All called without a lock of this class, from any of its threads.
   struct Receiver {

@@ -24,7 +24,11 @@ constexpr int kDemandThreadNice = -20;
 }  // namespace
 
 GatherLink::GatherLink(Gather& gather, Gather::Server& server, wire::StageRole role)
-    : gather_(gather), server_(server), role_(role), ahead_(role == wire::StageRole::kGather) {}
+    : gather_(gather),
+      server_(server),
+      role_(role),
+      ahead_(role == wire::StageRole::kGather),
+      encodings_(ahead_ ? gather.config_.compressions : std::uint16_t{0}) {}
 
 // Several attempts, silent ones too, fit into the time after which the server counts as failed.
 std::chrono::milliseconds GatherLink::dial_timeout() const {
@@ -80,6 +84,7 @@ bool GatherLink::send_read(wire::Stream& stream, std::uint32_t region, PageRun r
     read.expected.push_back(gather_.where_[region]->hash(page));
   }
   wire::FrameHeader header = wire::make_header(wire::FrameType::kRead, region, run, read.id);
+  header.flags |= encodings_;
   wire::seal(header);
   if (reads_.empty()) silent_since_ = read.asked;
   reads_.push_back(std::move(read));
@@ -330,11 +335,9 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
   if (!result.done()) return result.describe();
   const auto type = static_cast<wire::FrameType>(header.type);
   if (type == wire::FrameType::kPages) {
-    hashes_.resize(static_cast<std::size_t>(run.count));
-    hash_pages(payload_, gather_.config_.page_size, hashes_.data());
-    if (wire::pages_checksum(header, hashes_) != header.checksum) return "a wrong checksum";
+    if (const std::string wrong = on_pages(header); !wrong.empty()) return wrong;
     if (!ahead_) gather_.limit_.debit(header.payload_bytes);
-    gather_.came(server_, region, run, payload_, hashes_, expected_);
+    gather_.came(server_, region, run, decoded_, hashes_, expected_);
   } else {
     if (wire::payload_checksum(header, {}) != header.checksum) return "a wrong checksum";
     // Zeros are in the map, and only the source's word counts for them.
@@ -360,6 +363,22 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
     }
   }
   return {};
+}
+
+// What is in payload_, into decoded_ and its hashes.
+std::string GatherLink::on_pages(const wire::FrameHeader& header) {
+  const std::uint64_t page_size = gather_.config_.page_size;
+  const std::uint16_t encoding = wire::encoding_of(header);
+  if ((encoding & ~encodings_) != 0) return "an encoding that was not asked for";
+  if (encoding == 0) {
+    decoded_.swap(payload_);
+  } else {
+    decoded_.resize(static_cast<std::size_t>(header.page_count * page_size));
+    if (!decoder_.decode(encoding, payload_, decoded_)) return "pages that cannot be decoded";
+  }
+  hashes_.resize(static_cast<std::size_t>(header.page_count));
+  hash_pages(decoded_, page_size, hashes_.data());
+  return wire::pages_checksum(header, hashes_) == header.checksum ? "" : "a wrong checksum";
 }
 
 void GatherLink::yield_to_source(wire::Stream& stream, Clock::duration took) {

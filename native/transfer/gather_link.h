@@ -16,6 +16,7 @@
 #include "os/unique_fd.h"
 #include "os/worker_thread.h"
 #include "transfer/gather.h"
+#include "wire/run_decoder.h"
 #include "wire/stream.h"
 
 namespace memferry {
@@ -65,6 +66,7 @@ class GatherLink {
   bool send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why);
   std::string read_frame(wire::Stream& stream);
   std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
+  std::string on_pages(const wire::FrameHeader& header);
   std::string on_map(wire::Stream& stream, const wire::FrameHeader& header);
   bool next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run);
   [[nodiscard]] std::chrono::milliseconds dial_timeout() const;
@@ -76,9 +78,12 @@ class GatherLink {
   Gather::Server& server_;
   const wire::StageRole role_;
   const bool ahead_;
+  const std::uint16_t encodings_;  // that answers may have: what somebody waits for comes as it is
   std::uint32_t attempt_ = 0;
   // The thread's own:
   std::vector<std::byte> payload_;
+  std::vector<std::byte> decoded_;
+  wire::RunDecoder decoder_;
   std::vector<std::uint64_t> hashes_;
   std::vector<std::uint64_t> expected_;
   std::uint32_t at_region_ = 0;

@@ -48,6 +48,8 @@ struct ReceiverConfig {
   std::uint64_t bandwidth = 0;     // bytes/s taken in over the data channels; answers to faults do not wait
   // A parked guest: nobody but the servers has it. Paging from the start.
   bool sourceless = false;
+  std::uint16_t encodings =
+      0;  // of pages, agreed on with the source; what a frame says beside them is refused
   EngineCallback on_event;
 };
 

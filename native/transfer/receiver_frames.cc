@@ -140,6 +140,8 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   ArrivalMap& map = *maps[header.region];
   if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
     return with.bad("pages outside the region");
+  if ((wire::encoding_of(header) & ~config.encodings) != 0)
+    return with.bad("an encoding that was not agreed on");
   const PageRun run{PageNumber{header.first_page}, header.page_count};
   if (!with.channel.demand && !intake.wait_and_debit(header.payload_bytes, with.channel.thread)) return false;
 
@@ -154,8 +156,9 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
 
   std::vector<std::byte>& staging = with.channel.staging;
   if (staging.size() < header.payload_bytes) staging.resize(wire::max_payload(page_size));
-  const std::span<std::byte> payload(staging.data(), header.payload_bytes);
+  std::span<std::byte> payload(staging.data(), header.payload_bytes);
   if (!with.read(payload)) return false;
+  if (wire::encoding_of(header) != 0 && !decode_staged(with, header, payload)) return false;
   std::vector<std::uint64_t>& hashes = with.channel.hashes;
   hashes.resize(run.count);
   hash_pages(payload, page_size, hashes.data());
@@ -172,6 +175,20 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   const Pager::Installed installed = pager->install(header.region, run, payload.data());
   pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
   account(installed.pages);
+  return true;
+}
+
+// The guest may run here: what a delta is against is no longer what the source has sent.
+bool Receiver::Impl::decode_staged(Conversation& with, const wire::FrameHeader& header,
+                                   std::span<std::byte>& payload) {
+  if (wire::encoding_of(header) == wire::kFlagDelta) return with.bad("a delta after the switch");
+  std::vector<std::byte>& decoded = with.channel.decoded;
+  decoded.resize(static_cast<std::size_t>(wire::max_payload(page_size)));
+  const std::span<std::byte> pages =
+      std::span(decoded).first(static_cast<std::size_t>(header.page_count * page_size));
+  if (!with.channel.decoder.decode(wire::encoding_of(header), payload, pages))
+    return with.bad("pages that cannot be decoded", "CHECKSUM");
+  payload = pages;
   return true;
 }
 

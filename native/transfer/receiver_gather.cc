@@ -28,6 +28,7 @@ void Receiver::Impl::make_gather() {
   ours.page_size = page_size;
   ours.limit = config.gather_limit;
   ours.sourceless = config.sourceless;
+  ours.compressions = config.encodings & wire::kCompressions;
   Gather::Receiver callbacks;
   callbacks.pages = [this](std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
                            std::span<const std::uint64_t> hashes) { gathered(region, run, bytes, hashes); };

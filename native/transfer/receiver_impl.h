@@ -83,6 +83,8 @@ struct Receiver::Impl {
     // The thread's own:
     std::unique_ptr<Filler> filler;
     std::vector<std::byte> staging;
+    std::vector<std::byte> decoded;
+    wire::RunDecoder decoder;
     std::vector<std::uint64_t> hashes;
     WorkerThread thread;
   };
@@ -136,6 +138,7 @@ struct Receiver::Impl {
   // Each gives false with `end` filled in when the connection is over.
   struct Conversation;
   bool on_pages(Conversation& with, const wire::FrameHeader& header);
+  bool decode_staged(Conversation& with, const wire::FrameHeader& header, std::span<std::byte>& payload);
   bool fill_pages(Conversation& with, const wire::FrameHeader& header, ArrivalMap& map, FillingHold& hold);
   bool on_zeros(Conversation& with, const wire::FrameHeader& header);
   bool on_discard(Conversation& with, const wire::FrameHeader& header);

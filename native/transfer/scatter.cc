@@ -105,7 +105,9 @@ std::shared_ptr<Scatter::Way> Scatter::open_direct(unsigned index, std::shared_p
   way->name = std::move(name);
   way->stream = std::move(stream);
   if (index == 0) way->listener = static_cast<int>(where_.destination());
-  way->chunks = std::make_unique<ChunkGatherer>(shared_.queue, shared_.pacer, page_size_);
+  way->chunks = std::make_unique<ChunkGatherer>(
+      shared_.queue, shared_.pacer, page_size_,
+      PageEncoder::create(config_.encoding, PageEncoder::Towards::kDestination, page_size_));
   // What was told on a connection that was cut may not have arrived.
   if (index == 0) where_.tell_again(where_.destination());
   const std::lock_guard lock(mutex_);
@@ -161,7 +163,9 @@ std::vector<Scatter::ServerStats> Scatter::server_stats() const {
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 
 std::uint64_t Scatter::memory_bytes() const {
-  return where_.memory_bytes() + (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes();
+  const bool encodes = config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0;
+  return where_.memory_bytes() + (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
+         (encodes ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);
 }
 
 void Scatter::shut_down() {

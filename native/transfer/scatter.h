@@ -47,6 +47,7 @@ struct ScatterConfig {
   std::chrono::milliseconds answer_timeout{30000};  // of the destination, in a round
   bool release_as_evicted = false;
   bool direct = true;  // false: there is no destination yet (park)
+  Encoding encoding;
 };
 
 class Scatter {

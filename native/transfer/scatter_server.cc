@@ -48,7 +48,9 @@ void Scatter::serve_until_failed(Server& server) {
       way->server = server.ordinal;
       way->listener = server.ordinal;  // the others are told of the copies that they may drop
       way->stream = stream;
-      way->chunks = std::make_unique<ChunkGatherer>(shared_.queue, link_pacer_, page_size_);
+      way->chunks = std::make_unique<ChunkGatherer>(
+          shared_.queue, link_pacer_, page_size_,
+          PageEncoder::create(config_.encoding, PageEncoder::Towards::kServer, page_size_));
       {
         const std::lock_guard lock(mutex_);
         if (closing_ || !server.failed.empty()) return;

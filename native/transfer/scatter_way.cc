@@ -61,6 +61,7 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
   const wire::Pacer& pacer = server ? link_pacer_ : shared_.pacer;
   const auto ended = [&] { return over() || shared_.gate.closed(); };
   std::vector<std::byte> buffer;
+  PageFrames& frames = way.chunks->frames();
   auto look = kFirstLook;
   for (;;) {
     bool records = false;
@@ -74,11 +75,16 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
         records = way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
         chunk = begun_ && wants_work(way);
         if (records || chunk || way.lane.anything_open()) break;
+        // Held up by what the receiver has in hand, or without anything to do.
+        const bool held_up = begun_ && !dry_ && !takes_more(way);
+        const auto asked = Clock::now();
+        if (!held_up) frames.rest();
         if (server && begun_ && may_take(way)) {
           changed_.wait_for(lock, look);
           look = std::min(2 * look, kLastLook);
         } else {
           changed_.wait(lock);
+          if (held_up) frames.waited(Clock::now() - asked);
         }
       }
       guest_left = kind_ == Kind::kPush;
@@ -87,6 +93,7 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       if (!send_records(way, buffer, cut)) return false;
     } else if (chunk) {
       look = kFirstLook;
+      const auto asked = Clock::now();
       if (!shared_.pacer.wait_limit(ended)) return false;
       way.pacing.store(true, std::memory_order_relaxed);
       const bool turn = server || shared_.pacer.wait_turn();
@@ -94,6 +101,7 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       way.pacing.store(false, std::memory_order_relaxed);
       const bool link_turn = turn && link_pacer_.wait_turn();
       if (!turn || (!link_turn && ended())) return false;
+      frames.waited(Clock::now() - asked);
       courtesy.follow(guest_left && pacer.should_stand_back());
       if (!send_chunk(way, *way.chunks, cut)) return false;
     }

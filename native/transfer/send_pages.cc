@@ -1,6 +1,7 @@
 #include "transfer/send_pages.h"
 
 #include <stdexcept>
+#include <utility>
 
 #include "page/hash.h"
 #include "page/zero.h"
@@ -14,8 +15,8 @@ std::uint64_t hash_of_zeros(std::uint64_t page_size) {
 
 }  // namespace
 
-PageFrames::PageFrames(std::uint64_t page_size)
-    : page_size_(page_size), zero_hash_(hash_of_zeros(page_size)) {
+PageFrames::PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> encoder)
+    : page_size_(page_size), zero_hash_(hash_of_zeros(page_size)), encoder_(std::move(encoder)) {
   const auto pages = static_cast<std::size_t>(wire::max_run_pages(page_size));
   hashes_.resize(pages);
   // Every page a frame of its own at worst: reserved, since buffers_ points into headers_.
@@ -26,7 +27,8 @@ PageFrames::PageFrames(std::uint64_t page_size)
 
 std::uint64_t PageFrames::memory_bytes() const {
   return hashes_.size() * sizeof hashes_[0] + headers_.capacity() * sizeof(wire::FrameHeader) +
-         buffers_.capacity() * sizeof(iovec) + runs_.capacity() * sizeof(RegionRun);
+         buffers_.capacity() * sizeof(iovec) + runs_.capacity() * sizeof(RegionRun) +
+         (encoder_ ? encoder_->memory_bytes() : 0);
 }
 
 void PageFrames::start_batch() {
@@ -37,12 +39,25 @@ void PageFrames::start_batch() {
   headers_.clear();
   buffers_.clear();
   runs_.clear();
+  if (encoder_) encoder_->begin();
 }
 
 void PageFrames::put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags) {
   wire::FrameHeader& header = headers_.emplace_back(wire::make_header(type, region, run, tag_));
   header.flags = flags;
   buffers_.push_back({&header, sizeof header});
+}
+
+void PageFrames::put_content(std::uint32_t region, PageRun run, std::uint16_t flags,
+                             const PageEncoder::Piece& piece, std::span<const std::uint64_t> hashes) {
+  put_header(wire::FrameType::kPages, region, run, flags);
+  if (piece.encoding == 0) {
+    wire::seal_pages(headers_.back(), page_size_, hashes);
+  } else {
+    wire::seal_encoded(headers_.back(), piece.encoding, piece.payload.size(), hashes);
+  }
+  buffers_.push_back({const_cast<std::byte*>(piece.payload.data()), piece.payload.size()});
+  content_pages_ += run.count;
 }
 
 // Hashed first and compared with zeros only where the hash says so: most pages are not zeros, and looking at
@@ -54,7 +69,8 @@ void PageFrames::add(std::uint32_t region, PageNumber first, std::span<const std
   const std::size_t size = static_cast<std::size_t>(page_size_);
   const std::size_t pages = bytes.size() / size;
   if (pages == 0 || pages > room()) throw std::logic_error("a batch of pages that is too long");
-  bytes = views_.emplace_back(bytes).bytes();
+  const auto held = encoder_ ? encoder_->hold(bytes) : std::nullopt;
+  bytes = held ? *held : views_.emplace_back(bytes).bytes();
   const std::span<std::uint64_t> hashes(&hashes_[used_], pages);
   hash_pages(bytes, page_size_, hashes.data());
   used_ += pages;
@@ -70,15 +86,24 @@ void PageFrames::add(std::uint32_t region, PageNumber first, std::span<const std
     if (on_hash) {
       for (std::size_t i = page; i < end; ++i) on_hash(PageNumber{first.value + i}, hashes[i], zeros);
     }
-    put_header(zeros ? wire::FrameType::kZero : wire::FrameType::kPages, region, run, flags);
     if (zeros) {
+      put_header(wire::FrameType::kZero, region, run, flags);
       wire::seal(headers_.back());
       zero_pages_ += run.count;
+      if (encoder_) encoder_->zeros(region, run);
     } else {
-      wire::seal_pages(headers_.back(), page_size_, hashes.subspan(page, end - page));
-      const auto payload = bytes.subspan(page * size, (end - page) * size);
-      buffers_.push_back({const_cast<std::byte*>(payload.data()), payload.size()});
-      content_pages_ += run.count;
+      const auto content = bytes.subspan(page * size, (end - page) * size);
+      if (!encoder_) {
+        put_content(region, run, flags, {run.count, 0, content}, hashes.subspan(page, end - page));
+      } else {
+        std::size_t at = page;
+        encoder_->encode(region, run.first, content, held.has_value(), [&](const PageEncoder::Piece& piece) {
+          const auto count = static_cast<std::size_t>(piece.pages);
+          put_content(region, {PageNumber{first.value + at}, piece.pages}, flags, piece,
+                      hashes.subspan(at, count));
+          at += count;
+        });
+      }
     }
     page = end;
   }
@@ -91,6 +116,7 @@ void PageFrames::add_zeros(std::uint32_t region, PageRun run, const OnHash& on_h
     for (PageNumber page = run.first; page < run.end(); ++page.value) on_hash(page, zero_hash_, true);
   }
   ++used_;
+  if (encoder_) encoder_->zeros(region, run);
   put_header(wire::FrameType::kZero, region, run, 0);
   wire::seal(headers_.back());
   runs_.push_back({region, run});
@@ -107,6 +133,7 @@ PageFrames::Sent PageFrames::send(wire::Stream& stream) {
   Sent sent{{}, bytes(), content_pages_, zero_pages_, runs_};
   sent.result = stream.send_all(buffers_);
   sent_ = true;
+  if (encoder_) encoder_->sent(stream.fd(), content_pages_ * page_size_);
   return sent;
 }
 

@@ -1,5 +1,5 @@
 // From pages in memory to frames on a stream: zero pages become kZero runs, the others are hashed once, while
-// they are in the cache, and leave straight from the guest's memory.
+// they are in the cache, and leave straight from the guest's memory, or encoded (PageEncoder).
 //
 // Threads: one a PageFrames object; each sending thread has its own.
 #pragma once
@@ -9,12 +9,14 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "page/racy_read.h"
 #include "page/range.h"
 #include "transfer/events.h"
+#include "transfer/page_encoder.h"
 #include "wire/frame.h"
 #include "wire/stream.h"
 
@@ -25,7 +27,8 @@ class PageFrames {
  public:
   using OnHash = std::function<void(PageNumber page, std::uint64_t xxh3, bool zero)>;
 
-  explicit PageFrames(std::uint64_t page_size);
+  // `encoder` nullptr: every page as it is.
+  explicit PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> encoder = nullptr);
 
   // `bytes` are the pages of the region from `first` on, contiguous in memory, at most room() of them; they
   // must stay where they are until send(). `flags` goes into every frame. `on_hash`, if any, sees every page.
@@ -53,15 +56,25 @@ class PageFrames {
   [[nodiscard]] std::uint64_t bytes() const;
   // Writes the batch; then it is empty, whatever the outcome.
   Sent send(wire::Stream& stream);
+  // For the encoder's measuring: the sender was held up for the connection's sake; it has nothing to send for a while.
+  void waited(std::chrono::steady_clock::duration duration) {
+    if (encoder_) encoder_->waited(duration);
+  }
+  void rest() {
+    if (encoder_) encoder_->rest();
+  }
 
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:
   void start_batch();
   void put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags);
+  void put_content(std::uint32_t region, PageRun run, std::uint16_t flags, const PageEncoder::Piece& piece,
+                   std::span<const std::uint64_t> hashes);
 
   const std::uint64_t page_size_;
   const std::uint64_t zero_hash_;
+  const std::unique_ptr<PageEncoder> encoder_;
   std::vector<std::uint64_t> hashes_;  // of the pages of the batch
   std::uint64_t tag_ = 0;
   std::size_t used_ = 0;  // of hashes_; a zero run counts as one page

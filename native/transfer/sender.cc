@@ -14,38 +14,11 @@
 namespace memferry {
 namespace {
 
-constexpr unsigned kMostChannels = 16;
 // Memory is read for a digest in pieces that stay in the cache, each under a pass of its own.
 constexpr std::uint64_t kDigestPieceBytes = 256 * 1024;
 
-SenderConfig checked(SenderConfig config) {
-  if (config.regions.empty()) throw std::invalid_argument("no regions");
-  if (config.servers.size() > wire::Holders::kMostServers) throw std::invalid_argument("too many servers");
-  if (config.servers.empty() && !config.direct)
-    throw std::invalid_argument("neither a destination nor servers");
-  if (config.replicas < 1 || config.replicas > 2) throw std::invalid_argument("replicas: 1 or 2");
-  for (const auto& region : config.regions) {
-    if (!region) throw std::invalid_argument("a region is missing");
-    if (region->page_size() != config.regions.front()->page_size()) {
-      throw std::invalid_argument("regions of different page sizes");
-    }
-  }
-  config.trackers.resize(std::max(config.trackers.size(), config.regions.size()));
-  if (config.trackers.size() != config.regions.size())
-    throw std::invalid_argument("more trackers than regions");
-  if (config.channels < 1 || config.channels > kMostChannels)
-    throw std::invalid_argument("channels: 1 to 16");
-  if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
-    throw std::invalid_argument("tokens: one for each channel and the demand channel, epoch by epoch");
-  }
-  if (!config.on_event) throw std::invalid_argument("no event callback");
-  return config;
-}
-
-int make_eventfd() {
-  const int fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (fd < 0) throw_errno("eventfd");
-  return fd;
+EncodingStats stats_of(const wire::EncodingCounters& counters) {
+  return {counters.raw_bytes, counters.encoded_bytes, counters.pages, counters.cpu_ns};
 }
 
 void append(std::vector<std::byte>& out, const void* data, std::size_t bytes) {
@@ -54,62 +27,6 @@ void append(std::vector<std::byte>& out, const void* data, std::size_t bytes) {
 }
 
 }  // namespace
-
-Sender::Impl::Impl(SenderConfig c)
-    : config(checked(std::move(c))),
-      address(wire::SocketAddress::parse(config.host, config.port)),
-      queue(config.regions),
-      page_size(config.regions.front()->page_size()),
-      cancel(make_eventfd()),
-      scatter(make_scatter()) {
-  pacer.set_bandwidth(config.bandwidth);
-  std::uint64_t bitmap_bytes = queue.memory_bytes();
-  for (const auto& region : config.regions) {
-    suspects.push_back(std::make_unique<AtomicBitmap>(region->capacity_pages()));
-    bitmap_bytes += suspects.back()->words() * sizeof(std::uint64_t);
-  }
-  note_memory(bitmap_bytes);
-  try {
-    for (const auto& region : config.regions) {
-      auto user = region->enlist([this] { region_gone(); });
-      if (!user) throw RegionGone("Sender");
-      users.push_back(std::move(user));
-    }
-    supervisor.start("mf-source", [this](WorkerThread&) { supervise(); });
-  } catch (...) {
-    users.clear();  // while everything that region_gone() needs is still there
-    throw;
-  }
-}
-
-Sender::Impl::~Impl() = default;
-
-std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
-  if (config.servers.empty()) return nullptr;
-  ScatterConfig ours;
-  ours.servers = config.servers;
-  ours.replicas = config.replicas;
-  ours.connect_timeout = config.connect_timeout;
-  ours.stall_timeout = config.stall_timeout;
-  ours.answer_timeout = config.answer_timeout;
-  ours.release_as_evicted = config.release_as_evicted;
-  ours.direct = config.direct;
-  return std::make_unique<Scatter>(
-      std::move(ours),
-      Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
-                      [this](const PageFrames::Sent& sent) { count_sent(sent); },
-                      [this](std::uint64_t bytes) { bytes_on_wire += bytes; }, [this] { scatter_drained(); },
-                      [this](const std::string& why) {
-                        const std::lock_guard lock(mutex);
-                        if (!fatal) {
-                          fatal = why.empty()
-                                      ? Failure{"VMD_CAPACITY", "no server takes the pages that are left"}
-                                      : Failure{"SYSTEM", why};
-                        }
-                        supervisor_changed.notify_all();
-                      }},
-      page_size);
-}
 
 // Everything that was pending is held by somebody, and told.
 void Sender::Impl::scatter_drained() {
@@ -173,6 +90,9 @@ Sender::Impl::Frames Sender::Impl::discard_frames(bool then_switch) {
   for (std::uint32_t region = 0; region < queue.regions(); ++region) {
     runs.clear();
     queue.take_discards(region, runs);
+    for (const wire::WireRun& run : runs) {
+      if (delta_cache) delta_cache->forget(region, {PageNumber{run.first_page}, run.page_count});
+    }
     for (std::size_t at = 0; at < runs.size(); at += runs_a_frame) {
       const auto piece = std::as_bytes(std::span(runs).subspan(at, std::min(runs_a_frame, runs.size() - at)));
       wire::FrameHeader header = wire::make_header(wire::FrameType::kDiscard, region);
@@ -210,6 +130,7 @@ void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames fr
     epoch->demand_barrier_sent = epoch->demand_acknowledged = false;
   }
   demand_barrier_due = false;
+  if (delta_cache && kind == TaskKind::kRound) delta_cache->next_round();
   if (scatter && kind == TaskKind::kRound) scatter->begin(Scatter::Kind::kRound, tracker_sinks());
   if (scatter && kind == TaskKind::kPush) scatter->begin(Scatter::Kind::kPush, {});
   work_changed.notify_all();
@@ -304,6 +225,7 @@ std::uint64_t Sender::switch_over() {
   impl_->require_between_rounds("switch_over()");
   const std::uint64_t newly = impl_->collect_dirty();
   if (impl_->scatter) impl_->scatter->forget_pending();
+  if (impl_->delta_cache) impl_->delta_cache->end();
   auto frames = impl_->discard_frames(true);
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return newly;
@@ -341,6 +263,8 @@ SenderStats Sender::stats() const {
   stats.faults_served = impl_->faults_served;
   stats.redials = impl_->redials;
   stats.extra_memory_bytes = impl_->peak_memory;
+  stats.compression = stats_of(impl_->compression);
+  stats.delta = stats_of(impl_->deltas);
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {

@@ -26,6 +26,7 @@
 #include "track/dirty_tracker.h"
 #include "transfer/events.h"
 #include "transfer/stage_server_address.h"
+#include "wire/codec_choice.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -52,7 +53,20 @@ struct SenderConfig {
   // A server that does not acknowledge for so long is given up; a destination gets nothing more until it does.
   std::chrono::milliseconds stall_timeout{3000};
   bool release_as_evicted = false;  // after the switchover: memory is given back as others hold it
+  // Which codec packs runs of pages, and what was agreed on with the destination and with all servers (wire::kEncodings).
+  wire::Compress compress = wire::Compress::kOff;
+  std::uint16_t destination_encodings = 0;
+  std::uint16_t server_encodings = 0;
+  std::uint64_t delta_cache_bytes = 0;  // 0: rounds send no deltas
   EngineCallback on_event;
+};
+
+// What an encoding has come to.
+struct EncodingStats {
+  std::uint64_t raw_bytes = 0;  // of the pages that went encoded
+  std::uint64_t encoded_bytes = 0;
+  std::uint64_t pages = 0;
+  std::uint64_t cpu_ns = 0;  // what was tried for nothing included
 };
 
 struct SenderStats {
@@ -71,6 +85,8 @@ struct SenderStats {
     std::string failed;  // why it was given up, or empty
   };
   std::vector<Server> servers;
+  EncodingStats compression;
+  EncodingStats delta;
 };
 
 class Sender {

@@ -1,4 +1,5 @@
 // The inside of Sender, shared by the files that implement it:
+//   sender_setup.cc  what it is made of
 //   sender.cc        the owner's calls, and what a round, a discard and a switchover consist of
 //   supervisor.cc    the one thread that decides: events in order, cuts, deadlines, the end
 //   reconnect.cc     dialling a set of connections, and the bitmap that follows a redial
@@ -23,6 +24,8 @@
 #include "os/unique_fd.h"
 #include "os/worker_thread.h"
 #include "transfer/chunk_gatherer.h"
+#include "transfer/delta_cache.h"
+#include "transfer/page_encoder.h"
 #include "transfer/scatter.h"
 #include "transfer/send_pages.h"
 #include "transfer/send_queue.h"
@@ -96,8 +99,9 @@ struct Sender::Impl {
     void join();      // all threads; after shutdown
   };
 
-  // sender.cc
+  // sender_setup.cc
   std::unique_ptr<Scatter> make_scatter();
+  // sender.cc
   void scatter_drained();
   std::uint64_t collect_dirty();
   // The eviction's barrier: outside the numbers that rounds use.
@@ -174,6 +178,10 @@ struct Sender::Impl {
   const wire::SocketAddress address;
   SendQueue queue;
   const std::uint64_t page_size;  // of every region
+  wire::EncodingCounters compression;
+  wire::EncodingCounters deltas;
+  const std::unique_ptr<DeltaCache> delta_cache;  // where rounds send deltas
+  const Encoding encoding;
   // Suspects named in the current round; they become pending at its end, when nobody takes any more.
   std::vector<std::unique_ptr<AtomicBitmap>> suspects;
   std::vector<std::unique_ptr<Region::User>> users;  // the supervisor's, and close()'s after it

@@ -59,13 +59,31 @@ void seal(FrameHeader& header, std::span<const std::byte> payload) {
   header.checksum = payload_checksum(header, payload);
 }
 
+void seal_encoded(FrameHeader& header, std::uint16_t encoding, std::size_t payload_bytes,
+                  std::span<const std::uint64_t> page_hashes) {
+  header.flags |= encoding;
+  header.payload_bytes = static_cast<std::uint32_t>(payload_bytes);
+  header.checksum = pages_checksum(header, page_hashes);
+}
+
 const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
   if (header.magic != kFrameMagic) return "not a frame: wrong magic";
   if (header.payload_bytes > max_payload(page_size)) return "payload longer than a frame may carry";
+  const bool read = header.type == static_cast<std::uint16_t>(FrameType::kRead);
+  const bool pages = header.type == static_cast<std::uint16_t>(FrameType::kPages);
+  const std::uint16_t encodings_here = pages ? kEncodings : read ? kCompressions : std::uint16_t{0};
+  if ((encoding_of(header) & ~encodings_here) != 0) return "an encoding where nothing can be encoded";
   switch (static_cast<FrameType>(header.type)) {
     case FrameType::kPages:
       if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
         return "page count of a pages frame out of bounds";
+      }
+      if (const std::uint16_t encoding = encoding_of(header); encoding != 0) {
+        if (!std::has_single_bit(encoding)) return "more than one encoding";
+        // What does not get smaller goes as it is.
+        return header.payload_bytes > 0 && header.payload_bytes < header.page_count * page_size
+                   ? nullptr
+                   : "an encoded payload that is empty or not smaller than its pages";
       }
       return header.payload_bytes == header.page_count * page_size
                  ? nullptr

@@ -127,6 +127,14 @@ inline constexpr std::uint16_t kFlagAnswer =
 inline constexpr std::uint16_t kFlagZero = 2;  // kMap: these pages are zeros, nobody needs to be asked
 inline constexpr std::uint16_t kFlagFinal = 16;  // kMap: told after the guest had left, so it never changes
 inline constexpr std::uint16_t kFlagTorn = 8;    // kRefused: not for want of room, the checksum did not fit
+// kPages: what the payload is, instead of the pages as they are; at most one of them, and only what the two ends have
+// agreed on. The checksum is over the pages all the same. kRead: which compressions the answer may have.
+inline constexpr std::uint16_t kFlagLz4 = 32;
+inline constexpr std::uint16_t kFlagZstd = 64;
+inline constexpr std::uint16_t kFlagDelta =
+    128;  // wire/delta.h, against what the receiver has of these pages
+inline constexpr std::uint16_t kCompressions = kFlagLz4 | kFlagZstd;
+inline constexpr std::uint16_t kEncodings = kCompressions | kFlagDelta;
 
 struct FrameHeader {
   std::uint32_t magic;
@@ -138,7 +146,7 @@ struct FrameHeader {
   std::uint64_t page_count;
   std::uint64_t tag;       // round or barrier number; 0 elsewhere
   std::uint64_t checksum;  // XXH3_64 over the 40 bytes before it, then: kPages the page hashes (one u64 a
-                           // page, XXH3_64 of the page), other types the payload itself
+                           // page, XXH3_64 of the page, decoded), other types the payload itself
 };
 static_assert(sizeof(FrameHeader) == 48);
 static_assert(offsetof(FrameHeader, checksum) == 40);
@@ -179,9 +187,17 @@ static_assert(std::endian::native == std::endian::little, "the wire is little-en
 // The checksum of every other frame: header and payload.
 [[nodiscard]] std::uint64_t payload_checksum(const FrameHeader& header, std::span<const std::byte> payload);
 
+// How a kPages frame's payload is encoded: one of kEncodings, or 0.
+[[nodiscard]] constexpr std::uint16_t encoding_of(const FrameHeader& header) {
+  return header.flags & kEncodings;
+}
+
 // Set the checksum; kPages frames get their payload_bytes from `page_size`, others from the payload.
 void seal_pages(FrameHeader& header, std::uint64_t page_size, std::span<const std::uint64_t> page_hashes);
 void seal(FrameHeader& header, std::span<const std::byte> payload = {});
+// The same for pages whose payload is encoded.
+void seal_encoded(FrameHeader& header, std::uint16_t encoding, std::size_t payload_bytes,
+                  std::span<const std::uint64_t> page_hashes);
 
 // What is wrong with the form of a header, whatever the state of the migration: magic, type, payload length
 // against type, page count and page size. nullptr when nothing is. Region and page range are the caller's

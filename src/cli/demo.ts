@@ -3,15 +3,18 @@ import { type Command, Option } from 'commander';
 import { type DemoReport, runDemo } from '../demo/driver.js';
 import { demoSummary } from '../demo/table.js';
 import { memferryError } from '../errors.js';
-import { type Mode, modes } from '../options.js';
+import { type CompressChoice, type Mode, modes } from '../options.js';
+import { compressFlag, given } from './leaving-guest.js';
 import { LiveProgress } from './live-progress.js';
 import { makeOutput } from './output.js';
-import { wholeNumber } from './parse-values.js';
+import { byteCount, wholeNumber } from './parse-values.js';
 import { onInterrupt } from './signals.js';
 
 interface DemoFlags {
   mode?: Mode;
   heapMb: number;
+  compress?: CompressChoice;
+  deltaCache?: number;
   json?: boolean;
 }
 
@@ -21,6 +24,12 @@ export function addDemo(program: Command): void {
     .description('move a live SQLite database between two processes while a client keeps using it')
     .addOption(new Option('--mode <mode>', 'one move by this mode, not one by each').choices(modes))
     .option('--heap-mb <MiB>', 'size of the database', wholeNumber(16, 3072), 256)
+    .addOption(compressFlag())
+    .option(
+      '--delta-cache <bytes>',
+      'modes with rounds: memory for deltas of pages that are sent again, as 256Mi',
+      byteCount,
+    )
     .option('--json', 'one JSON object a line, the last one the report')
     .action(demo);
 }
@@ -38,6 +47,7 @@ async function demo(flags: DemoFlags): Promise<void> {
     reports = await runDemo({
       modes: flags.mode ? [flags.mode] : modes,
       heapMiB: flags.heapMb,
+      ...given({ compress: flags.compress, deltaCacheBytes: flags.deltaCache }),
       signal: interruption.signal,
       onStep: (text) => {
         stopLive();

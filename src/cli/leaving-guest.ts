@@ -3,9 +3,10 @@
  * leaves when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first.
  */
 import { pathToFileURL } from 'node:url';
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import { mebibytes } from '../demo/table.js';
 import { memferryError } from '../errors.js';
+import { type CompressChoice, compressChoices } from '../options.js';
 import { rehearse } from '../rehearse.js';
 import { WorkerGuest } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
@@ -19,6 +20,7 @@ export interface GuestFlags extends ConnectionFlags {
   data?: unknown;
   afterMs?: number;
   bandwidth?: number;
+  compress?: CompressChoice;
   json?: boolean;
 }
 
@@ -36,6 +38,7 @@ export function addGuestFlags(command: Command): Command {
     .option('--data <json>', 'what the guest finds in context.data', parseData)
     .option('--after-ms <ms>', 'it leaves by itself after this long', wholeNumber(0, 86_400_000))
     .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteCount)
+    .addOption(compressFlag())
     .option('--json', 'one JSON object a line, the last one the report');
   return addConnectionFlags(command);
 }
@@ -52,10 +55,17 @@ export function addServerFlags(command: Command): Command {
     .option('--rack <name>', 'where this host stands; servers there are taken last');
 }
 
+export function compressFlag(): Option {
+  return new Option(
+    '--compress <choice>',
+    'pages on the way; auto: where the link is what is waited for',
+  ).choices(compressChoices);
+}
+
 /** The options of `migrate` and `park` that these flags are. */
 export function serverOptions(flags: GuestFlags & ServerFlags): Record<string, unknown> {
-  const { bandwidth, via, discover, replicas, rack } = flags;
-  return { ...connectionOptions(flags), ...given({ bandwidth, via, discover, replicas, rack }) };
+  const { bandwidth, compress, via, discover, replicas, rack } = flags;
+  return { ...connectionOptions(flags), ...given({ bandwidth, compress, via, discover, replicas, rack }) };
 }
 
 /** Without what was not said, so that the library's defaults hold. */

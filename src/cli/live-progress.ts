@@ -14,6 +14,8 @@ export function describeProgress(progress: Progress): string {
     `${mebibytes(progress.bytesPerSecond)} MiB/s`,
     `${mebibytes(progress.bytesOnWire)} MiB sent`,
   ];
+  const saved = progress.bytesSaved.compression + progress.bytesSaved.delta;
+  if (saved > 0) parts.push(`${mebibytes(saved)} MiB saved`);
   if (progress.dirtyPagesPerSecond !== null)
     parts.push(`${figure(progress.dirtyPagesPerSecond)} dirty pages/s`);
   if (progress.expectedDowntimeMs !== null) parts.push(`downtime ~${figure(progress.expectedDowntimeMs)} ms`);

@@ -4,7 +4,7 @@
  */
 import { type FileHandle, open, rm } from 'node:fs/promises';
 import type { Command } from 'commander';
-import { figure, mebibytes } from '../demo/table.js';
+import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { MemferryError, memferryError } from '../errors.js';
 import { type ParkReport, park } from '../source/park.js';
 import {
@@ -69,6 +69,7 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
     [
       `guest ${report.guest} is parked; ${flags.ticket} claims it again, by \`memferry unpark\``,
       `  evicted in ${figure(report.evictionMs)} ms, ${mebibytes(report.bytesOnWire)} MiB on the wire`,
+      ...describeEncodings(report),
       `  ${report.intermediaries.map((each) => `${each.pages} pages at ${each.name}`).join(', ')}`,
     ].join('\n'),
     { type: 'report', image: ticket.image, home: ticket.home, ticket: flags.ticket, ...rest },

@@ -3,7 +3,7 @@
  * when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first.
  */
 import { type Command, Option } from 'commander';
-import { figure, mebibytes } from '../demo/table.js';
+import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
@@ -20,7 +20,7 @@ import {
 } from './leaving-guest.js';
 import { LiveProgress } from './live-progress.js';
 import { makeOutput, type Output } from './output.js';
-import { positiveNumber, wholeNumber } from './parse-values.js';
+import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
 import { onInterrupt } from './signals.js';
 
 interface SendFlags extends GuestFlags, ServerFlags {
@@ -31,6 +31,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   maxRounds?: number;
   onNonConvergence?: NonConvergence;
   tracker?: string;
+  deltaCache?: number;
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
   releaseAsEvicted?: boolean;
@@ -57,6 +58,11 @@ export function addSend(program: Command): void {
       ),
     )
     .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .option(
+      '--delta-cache <bytes>',
+      'modes with rounds: memory for deltas of pages that are sent again, as 256Mi',
+      byteCount,
+    )
     .addOption(
       new Option('--on-capacity <choice>', 'scatter modes: when the servers cannot hold the guest').choices([
         'fail',
@@ -90,7 +96,7 @@ async function move(
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
   const options = {
     ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker }),
-    ...given({ onCapacity, destinationRack, releaseAsEvicted }),
+    ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags),
   };
   await using migration = migrate(guest, {
@@ -140,6 +146,7 @@ export function describeReport(report: EvictionReport | MigrationReport, to: str
       (whole ? `, total ${figure(whole.totalMs)} ms` : '; the destination gathers on'),
     `  ${mebibytes(report.bytesOnWire)} MiB on the wire in ${rounds.length} rounds: ${report.pagesSent} pages ` +
       `sent, ${report.pagesZero} zero, ${report.pagesResent} again`,
+    ...describeEncodings(report),
     ...(intermediaries.length > 0
       ? [
           `  ${report.pagesDirect} pages directly, ` +

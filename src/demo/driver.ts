@@ -4,10 +4,11 @@
  */
 import { randomBytes } from 'node:crypto';
 import { memferryError } from '../errors.js';
-import type { Mode } from '../options.js';
+import type { CompressChoice, Mode } from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type {
   ArrivalReport,
+  EncodingReport,
   EvictionReport,
   MigrationReport,
   MigrationState,
@@ -23,6 +24,9 @@ import type { LatencyFigures } from './latency.js';
 export interface DemoOptions {
   modes: readonly Mode[];
   heapMiB: number;
+  /** As `migrate` has them; its defaults where they are not given. */
+  compress?: CompressChoice;
+  deltaCacheBytes?: number;
   signal: AbortSignal;
   onStep?: (text: string) => void;
   onState?: (leg: Leg, state: MigrationState) => void;
@@ -61,6 +65,8 @@ export interface DemoReport {
   pagesSent: number;
   pagesZero: number;
   pagesResent: number;
+  compression: EncodingReport;
+  delta: EncodingReport;
   rounds: number;
   roundReports: RoundReport[];
   remoteFaults: RemoteFaults;
@@ -166,6 +172,8 @@ async function run(
         toPort: hosts[leg.to].ports.migrationPort,
         mode: leg.mode,
         bandwidth: leg.slow ? SOURCE_RATE : 0,
+        compress: options.compress ?? 'auto',
+        deltaCacheBytes: options.deltaCacheBytes ?? 0,
         via: traitsOf(leg.mode).scatter ? via : [],
       },
       MIGRATE_DEADLINE_MS,
@@ -339,6 +347,8 @@ function lineOf(
     pagesSent: report.pagesSent,
     pagesZero: report.pagesZero,
     pagesResent: report.pagesResent,
+    compression: report.compression,
+    delta: report.delta,
     rounds: report.rounds.length,
     roundReports: report.rounds,
     remoteFaults: report.remoteFaults,

@@ -6,7 +6,7 @@
 import { createServer, type Server, type Socket } from 'node:net';
 import { type Listening, listen } from '../destination/listen.js';
 import { memferryError } from '../errors.js';
-import type { Mode } from '../options.js';
+import type { CompressChoice, Mode } from '../options.js';
 import type { MigrationReport } from '../report.js';
 import { migrate } from '../source/migrate.js';
 import { WorkerGuest, workerGuests } from '../worker/index.js';
@@ -49,6 +49,8 @@ export interface MigrateCommand {
   mode: Mode;
   /** Bytes a second that this side sends; 0 for no limit. */
   bandwidth: number;
+  compress: CompressChoice;
+  deltaCacheBytes: number;
   /** VMD servers, for the scatter modes. */
   via: string[];
 }
@@ -129,11 +131,12 @@ function intake({ bytesPerSecond }: IntakeCommand): void {
   listening?.limit({ bandwidth: bytesPerSecond, gatherLimit: bytesPerSecond });
 }
 
-async function sendAway({ toPort, mode, bandwidth, via }: MigrateCommand): Promise<MigrationReport> {
+async function sendAway(command: MigrateCommand): Promise<MigrationReport> {
+  const { toPort, ...options } = command;
   const leaving = guest;
   if (!leaving) throw memferryError('INVALID_ARGUMENT', 'the guest is not here');
   const to = { host: '127.0.0.1', port: toPort };
-  const migration = migrate(leaving, { to, mode, secret, bandwidth, via, verify: true });
+  const migration = migrate(leaving, { to, secret, verify: true, ...options });
   migration.on('state', (state) => notify('state', state));
   const watching = (async () => {
     for await (const sample of migration.progress) notify('progress', sample);

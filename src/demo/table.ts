@@ -1,4 +1,5 @@
 /** Tables and figures for people: plain text, numbers right-aligned, units in the heading. */
+import type { EncodingReport } from '../report.js';
 import type { DemoReport } from './driver.js';
 
 export interface Column<Row> {
@@ -27,6 +28,10 @@ export function table<Row>(columns: readonly Column<Row>[], rows: readonly Row[]
   return lines.join('\n');
 }
 
+function savedBy({ rawBytes, encodedBytes }: EncodingReport): number {
+  return rawBytes - encodedBytes;
+}
+
 /** Three figures: 0.123, 1.23, 12.3, 123, 1234. */
 export function figure(value: number): string {
   if (!Number.isFinite(value)) return '-';
@@ -38,6 +43,18 @@ export function mebibytes(bytes: number): string {
   return figure(bytes / 2 ** 20);
 }
 
+/** Pure: a line for each encoding that was used. */
+export function describeEncodings(report: { compression: EncodingReport; delta?: EncodingReport }): string[] {
+  const line = (what: string, encoding: EncodingReport | undefined) =>
+    encoding && encoding.pages > 0
+      ? [
+          `  ${what}: ${encoding.pages} pages of ${mebibytes(encoding.rawBytes)} MiB as ` +
+            `${mebibytes(encoding.encodedBytes)} MiB, ${figure(encoding.cpuMs)} ms of CPU`,
+        ]
+      : [];
+  return [...line('compressed', report.compression), ...line('deltas', report.delta)];
+}
+
 const columns: Column<DemoReport>[] = [
   { heading: 'mode', text: true, cell: ({ mode, slow }) => (slow ? `${mode} *` : mode) },
   { heading: 'way', text: true, cell: ({ from, to }) => `${from}>${to}` },
@@ -47,6 +64,10 @@ const columns: Column<DemoReport>[] = [
   { heading: 'gather ms', cell: ({ gatherMs }) => figure(gatherMs) },
   { heading: 'total ms', cell: ({ totalMs }) => figure(totalMs) },
   { heading: 'wire MiB', cell: ({ bytesOnWire }) => mebibytes(bytesOnWire) },
+  {
+    heading: 'saved MiB',
+    cell: ({ compression, delta }) => mebibytes(savedBy(compression) + savedBy(delta)),
+  },
   { heading: 'rounds', cell: ({ rounds }) => String(rounds) },
   { heading: 'sent', cell: ({ pagesSent }) => String(pagesSent) },
   { heading: 'zero', cell: ({ pagesZero }) => String(pagesZero) },

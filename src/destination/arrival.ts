@@ -18,6 +18,7 @@ import {
   stepDestination,
 } from '../protocol/commit-destination.js';
 import { deferred } from '../protocol/deferred.js';
+import { agreedEncodings, decodedHere, encodingFlags } from '../protocol/encodings.js';
 import { InTurn } from '../protocol/in-turn.js';
 import type { DestinationMessage, OfferMessage, SourceMessage } from '../protocol/messages.js';
 import { fromPeer, toPeer } from '../protocol/peer-error.js';
@@ -112,6 +113,7 @@ export class Arrival extends EventEmitter {
         gatherLimit: options.gatherLimit,
         bandwidth: options.bandwidth,
         sourceless: false,
+        encodings: encodingFlags(agreedEncodings(offer.encodings, decodedHere)),
       },
       {
         paused: () => this.#to('postcopy-paused'),

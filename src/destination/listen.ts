@@ -15,6 +15,7 @@ import type { NativeListener } from '../native.js';
 import { type ListenOptions, type ResolvedListenOptions, resolveListenOptions } from '../options.js';
 import { within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
+import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
 import {
   type DestinationMessage,
   type OfferMessage,
@@ -228,7 +229,7 @@ class DestinationListener implements Listening {
     const taker = this.#takers.shift();
     if (taker) taker(arrival);
     else this.#untaken.push(arrival);
-    void channel.send({ type: 'accepted' });
+    void channel.send({ type: 'accepted', encodings: agreedEncodings(offer.encodings, decodedHere) });
     await serve(arrival, channel);
   }
 

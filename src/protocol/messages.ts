@@ -12,6 +12,9 @@ export const count = z.number().int().nonnegative().max(Number.MAX_SAFE_INTEGER)
 const finite = z.number().nonnegative().finite();
 export const regionIndex = z.number().int().min(0).max(63);
 
+/** Names that are not known yet are passed over; a peer that names none knows none. */
+export const encodingNames = z.array(label).max(16).default([]);
+
 export const offerSchema = z.strictObject({
   type: z.literal('offer'),
   migrationId: hex(16),
@@ -20,6 +23,8 @@ export const offerSchema = z.strictObject({
   mayPage: z.boolean(),
   verify: z.boolean(),
   channels: z.number().int().min(1).max(16),
+  /** How the source may want to encode pages; see encodings.ts. */
+  encodings: encodingNames,
   /** Scatter modes: the servers, in the order of their ordinals, and the image's secret, sealed for this session. */
   scatter: z
     .strictObject({
@@ -85,7 +90,8 @@ export type SourceMessage = z.infer<typeof sourceMessage>;
 
 /** Destination to source. */
 export const destinationMessage = z.discriminatedUnion('type', [
-  z.strictObject({ type: z.literal('accepted') }),
+  /** `encodings`: those of the offer that this side decodes. */
+  z.strictObject({ type: z.literal('accepted'), encodings: encodingNames }),
   z.strictObject({
     type: z.literal('declined'),
     code: z.string().max(64),

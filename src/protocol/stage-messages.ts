@@ -9,7 +9,7 @@
  */
 import { z } from 'zod';
 import { fromDestinationCommit, fromSourceCommit } from './commit-messages.js';
-import { count, hex, label, offerSchema, regionIndex } from './messages.js';
+import { count, encodingNames, hex, label, offerSchema, regionIndex } from './messages.js';
 
 /** Ordinals 0 .. 249, see wire::Holders. */
 export const maxServers = 250;
@@ -192,7 +192,8 @@ export type StageStatus = z.infer<typeof stageStatus>;
 
 /** Server to client. */
 export const stageAnswer = z.discriminatedUnion('type', [
-  z.strictObject({ type: z.literal('created'), request, session }),
+  /** `encodings`: of pages, which this server decodes. */
+  z.strictObject({ type: z.literal('created'), request, session, encodings: encodingNames }),
   z.strictObject({ type: z.literal('opened'), request, session: session.nullable(), info: imageInfo }),
   z.strictObject({ type: z.literal('committed'), request }),
   z.strictObject({ type: z.literal('held'), request }),

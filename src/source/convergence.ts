@@ -97,7 +97,7 @@ function throughputOf(history: readonly RoundSample[], pageSize: number): number
   let milliseconds = 0;
   for (const round of history.slice(-THROUGHPUT_ROUNDS)) {
     // Zero pages cost next to nothing on the wire: counting them as content would promise the impossible for
-    // pages that are not zeros. Compressed ones may count for less than they are, which only errs on the safe side.
+    // pages that are not zeros.
     bytes += Math.min(round.bytes, round.pagesSent * pageSize);
     milliseconds += round.durationMs;
   }

@@ -2,13 +2,22 @@
  * The source's clock over one migration: the three times, downtime by part, rounds and the samples for
  * `progress`. One monotonic clock (process.hrtime) for everything; milliseconds go out.
  */
-import type { NativeSenderStats } from '../native.js';
+import type { NativeEncodingStats, NativeSenderStats } from '../native.js';
 import type { DowntimeParts, MigrationReport, MigrationState, Progress, RoundReport } from '../report.js';
 
 export type TimesReport = Pick<
   MigrationReport,
   'pauseWaitMs' | 'downtimeMs' | 'downtimeParts' | 'evictionMs' | 'totalMs' | 'gatherMs' | 'rounds'
 >;
+
+function savedBy(stats: NativeEncodingStats | undefined): number {
+  return stats ? stats.rawBytes - stats.encodedBytes : 0;
+}
+
+/** What would have gone over the wire without encodings. */
+export function plainBytes(stats: NativeSenderStats): number {
+  return stats.bytesOnWire + savedBy(stats.compression) + savedBy(stats.delta);
+}
 
 export class Measurements {
   readonly rounds: RoundReport[] = [];
@@ -120,6 +129,7 @@ export class Measurements {
       pagesTotal: now.pagesTotal,
       expectedDowntimeMs: this.expectedDowntimeMs,
       remoteFaults: now.stats?.faultsServed ?? 0,
+      bytesSaved: { compression: savedBy(now.stats?.compression), delta: savedBy(now.stats?.delta) },
       waitingFor: now.waitingFor,
     };
   }

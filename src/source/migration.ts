@@ -18,6 +18,7 @@ import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
+import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DestinationMessage } from '../protocol/messages.js';
 import { maxEpochs } from '../protocol/epochs.js';
 import { type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
@@ -59,7 +60,8 @@ export class SourceMigration extends EventEmitter {
   #releaseRegions = (): void => {};
   #waitingFor: string | null = null;
   #pagesSeen = 0;
-  #accepted: Deferred<void> = deferred();
+  /** With the encodings that the destination takes. */
+  #accepted: Deferred<string[]> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
   /** The destination's pager serves, and this side knows it; at once where nothing is paged. */
@@ -274,6 +276,7 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
       });
     }
+    const wanted = wantedEncodings(options);
     this.#session.send({
       type: 'offer',
       migrationId: this.id,
@@ -281,6 +284,7 @@ export class SourceMigration extends EventEmitter {
       mayPage: this.#paging || options.onNonConvergence === 'post-copy',
       verify: options.verify,
       channels: options.channels,
+      encodings: wanted,
       scatter: this.#images
         ? {
             servers: this.#images.list,
@@ -291,7 +295,7 @@ export class SourceMigration extends EventEmitter {
       guest: describeGuest(guest, lengths),
     });
     rehearseSwitchover(); // while the destination makes up its mind
-    await untilAborted(this.#accepted.promise, this.#abort.signal);
+    const agreed = agreedEncodings(await untilAborted(this.#accepted.promise, this.#abort.signal), wanted);
 
     if (this.#traits.rounds) {
       for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
@@ -312,6 +316,10 @@ export class SourceMigration extends EventEmitter {
         recoverTimeoutMs: options.recoverTimeoutMs,
         servers: this.#images?.servers ?? [],
         replicas: options.replicas,
+        compress: options.compress,
+        destinationEncodings: encodingFlags(agreed),
+        serverEncodings: encodingFlags(agreedEncodings(this.#images?.encodings ?? [], wanted)),
+        deltaCacheBytes: agreed.includes('delta') ? options.deltaCacheBytes : 0,
         direct: true,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: options.releaseAsEvicted,
@@ -437,6 +445,8 @@ export class SourceMigration extends EventEmitter {
       pagesSent: stats.pagesSent,
       pagesZero: stats.pagesZero,
       pagesResent: stats.pagesResent,
+      compression: stats.compression,
+      delta: stats.delta,
       redials: stats.redials,
       // What was sent to the destination itself; without servers that is everything.
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
@@ -458,7 +468,7 @@ export class SourceMigration extends EventEmitter {
   #onMessage(message: DestinationMessage): void {
     switch (message.type) {
       case 'accepted':
-        this.#accepted.resolve();
+        this.#accepted.resolve(message.encodings);
         break;
       case 'declined':
         // At once: the destination closes the connection now, and that must not be taken for the reason.

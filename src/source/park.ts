@@ -13,7 +13,8 @@ import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
-import type { Intermediary } from '../report.js';
+import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
+import type { EncodingReport, Intermediary } from '../report.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver } from './commit-driver.js';
@@ -40,6 +41,7 @@ export interface ParkReport {
   bytesOnWire: number;
   pagesSent: number;
   pagesZero: number;
+  compression: EncodingReport;
   intermediaries: Intermediary[];
 }
 
@@ -121,6 +123,10 @@ class Parking {
         recoverTimeoutMs: options.recoverTimeoutMs,
         servers: images.servers,
         replicas: options.replicas,
+        compress: options.compress,
+        destinationEncodings: 0,
+        serverEncodings: encodingFlags(agreedEncodings(images.encodings, wantedEncodings(options))),
+        deltaCacheBytes: 0,
         direct: false,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
@@ -195,6 +201,7 @@ class Parking {
       bytesOnWire: stats.bytesOnWire,
       pagesSent: stats.pagesSent,
       pagesZero: stats.pagesZero,
+      compression: stats.compression,
       intermediaries: images.account(stats.servers),
     };
   }

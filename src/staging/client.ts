@@ -46,6 +46,8 @@ export interface StageClientConfig {
 export interface StageSession {
   readonly session: number;
   readonly tokens: Uint8Array;
+  /** For writing: the encodings of pages that the server decodes. */
+  readonly encodings?: string[];
 }
 
 export interface Claim {
@@ -180,7 +182,7 @@ export class StageClient extends EventEmitter<ClientEvents> {
     );
     this.#images.set(create.image, { secret, claim: null });
     link.open.add(create.image);
-    return sessionOf(link, create.image, message.session, 'write');
+    return { ...sessionOf(link, create.image, message.session, 'write'), encodings: message.encodings };
   }
 
   /** Rejects with VMD_LOST, AUTH_FAILED. The session is null for `control`. */

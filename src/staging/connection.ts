@@ -6,6 +6,7 @@ import type { ControlChannel } from '../control/channel.js';
 import { MemferryError } from '../errors.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import { answerUnknown } from '../protocol/commit-destination.js';
+import { decodedByServers } from '../protocol/encodings.js';
 import type { ClaimsAnswer } from '../protocol/image-claims.js';
 import { toPeer } from '../protocol/peer-error.js';
 import type { Announcement, StageAnswer, StageRequest, StageStatus } from '../protocol/stage-messages.js';
@@ -132,7 +133,7 @@ export class StageConnection implements Opener {
     }
     this.#open.set(image.id, image);
     this.#commitImage = image.id;
-    return { type: 'created', session: session as number };
+    return { type: 'created', session: session as number, encodings: [...decodedByServers] };
   }
 
   #openImage(message: Extract<Request, { type: 'open' }>): Said {

@@ -219,6 +219,12 @@ export class ImageSet {
     }));
   }
 
+  /** Of pages, which every server decodes: what comes to one may be passed on to another as it is. */
+  get encodings(): string[] {
+    const [first, ...others] = this.#members.map(({ session }) => session?.encodings ?? []);
+    return (first ?? []).filter((name) => others.every((known) => known.includes(name)));
+  }
+
   /** Its clients by ordinal; null for one that failed. For announcements, mostly. */
   get clients(): readonly (StageClient | null)[] {
     return this.#members.map(({ client }) => client);

@@ -91,6 +91,8 @@ describe('one mode', () => {
         pagesSent: number,
         pagesZero: number,
         pagesResent: number,
+        compression: { pages: number, rawBytes: number, encodedBytes: number, cpuMs: number },
+        delta: { pages: 0, rawBytes: 0, encodedBytes: 0, cpuMs: 0 },
         rounds: number,
         remoteFaults: { count: number, p50Us: number, p99Us: number, maxUs: number },
         client: { acknowledged: number, lost: 0, duplicated: 0, staleReads: 0, longestGapMs: number },
@@ -102,6 +104,24 @@ describe('one mode', () => {
     60_000,
   );
 });
+
+test('compressed and with deltas: what each came to is in the report', async () => {
+  const flags = ['--mode', 'pre-copy', '--heap-mb', '24', '--compress', 'zstd', '--delta-cache', '64Mi'];
+  const run = demo(...flags);
+  const { code } = await run.closed;
+  expect(run.errors()).toBe('');
+  expect(code).toBe(0);
+  const report = run.lines.at(-1) as { verified: boolean } & Record<
+    'compression' | 'delta',
+    { pages: number; rawBytes: number; encodedBytes: number; cpuMs: number }
+  >;
+  expect(report.verified).toBe(true);
+  for (const { pages, rawBytes, encodedBytes, cpuMs } of [report.compression, report.delta]) {
+    expect(pages).toBeGreaterThan(0);
+    expect(encodedBytes).toBeLessThan(rawBytes);
+    expect(cpuMs).toBeGreaterThan(0);
+  }
+}, 60_000);
 
 test('every mode in turn, there and back', async () => {
   const run = demo('--heap-mb', '24');

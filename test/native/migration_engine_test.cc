@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -178,6 +179,8 @@ class Guest {
 struct Case {
   TrackerKind tracker;
   unsigned channels;
+  wire::Compress compress = wire::Compress::kOff;
+  std::uint64_t delta_cache = 0;
 };
 
 class EngineTest : public testing::TestWithParam<Case> {
@@ -189,7 +192,8 @@ class EngineTest : public testing::TestWithParam<Case> {
       target.push_back(Region::allocate(pages * page_size()));
       auto words = source.back()->contiguous(PageRun{PageNumber{0}, pages * 3 / 4});
       for (std::size_t i = 0; i < words.size(); i += 8) {
-        const std::uint64_t word = random();
+        // A third of the pages are of few words: these pack.
+        const std::uint64_t word = i / page_size() % 3 == 0 ? 1 + random() % 5 : random();
         std::memcpy(words.data() + i, &word, 8);
       }
     }
@@ -211,6 +215,7 @@ class EngineTest : public testing::TestWithParam<Case> {
     to.may_page = may_page;
     to.keep_page_hashes = true;
     to.recover_timeout = 20s;
+    to.encodings = encodings();
     to.on_event = arrived.callback();
     receiver = Receiver::create(to);
     listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", 0, [](UniqueFd, std::string) {}});
@@ -232,11 +237,41 @@ class EngineTest : public testing::TestWithParam<Case> {
     from.channels = GetParam().channels;
     from.tokens = tokens;
     from.recover_timeout = 20s;
+    from.compress = GetParam().compress;
+    from.destination_encodings = encodings();
+    from.delta_cache_bytes = GetParam().delta_cache;
     from.on_event = left.callback();
     sender = std::make_unique<Sender>(std::move(from));
     sender->connect();
     left.expect(kConnected);
     arrived.expect(kFirstChannel);
+  }
+  static std::uint16_t encodings() {
+    std::uint16_t agreed =
+        GetParam().compress == wire::Compress::kOff ? std::uint16_t{0} : wire::kCompressions;
+    if (GetParam().delta_cache > 0) agreed |= wire::kFlagDelta;
+    return agreed;
+  }
+  static bool forced() {
+    return GetParam().compress == wire::Compress::kLz4 || GetParam().compress == wire::Compress::kZstd;
+  }
+  // What was encoded got smaller, and was encoded at all where that is certain.
+  void expect_encoded(bool later_rounds) {
+    const SenderStats stats = sender->stats();
+    // Adaptive compression may find that it pays through the forwarder, or not.
+    if (GetParam().compress != wire::Compress::kAuto) {
+      EXPECT_EQ(stats.compression.pages > 0, forced());
+    }
+    EXPECT_LE(stats.compression.encoded_bytes, stats.compression.raw_bytes);
+    if (forced()) {
+      EXPECT_LT(stats.compression.encoded_bytes, stats.compression.raw_bytes);
+    }
+    if (GetParam().delta_cache == 0 || !later_rounds) {
+      EXPECT_EQ(stats.delta.pages, 0u);
+    } else {
+      EXPECT_GT(stats.delta.pages, 0u);
+      EXPECT_LT(stats.delta.encoded_bytes, stats.delta.raw_bytes / 2);
+    }
   }
   std::uint64_t round(std::uint64_t tag) {
     sender->start_round(tag);
@@ -284,6 +319,7 @@ TEST_P(EngineTest, StopAndCopy) {
   EXPECT_TRUE(receiver->ready());
   expect_equal();
   expect_equal_digests();
+  expect_encoded(false);
   sender->close(true);
   arrived.expect(kComplete);
 }
@@ -307,8 +343,38 @@ TEST_P(EngineTest, PreCopyUnderAWriter) {
   expect_equal();
   expect_equal_digests();
   EXPECT_GT(sender->stats().pages_resent, 0u);
+  expect_encoded(true);
   sender->close(true);
   arrived.expect(kComplete);
+}
+
+// With a cache that holds every page.
+class DeltaEngineTest : public EngineTest {};
+
+// What the source takes for the base is not what the destination has: found out by the checksum, and sent as it is.
+TEST_P(DeltaEngineTest, AWrongBaseGoesAgainPlainly) {
+  connect(true, false, false);
+  sender->queue_populated();
+  ASSERT_EQ(round(1), 0u);
+  // Nobody runs at the destination, so this is no guest's doing.
+  for (const std::uint64_t page : {7u, 8u, 700u}) {
+    target[0]->address(PageNumber{page}).pointer()[100] ^= std::byte{1};
+  }
+  for (const std::uint64_t page : {6u, 7u, 8u, 9u, 300u, 700u}) {
+    source[0]->address(PageNumber{page}).pointer()[2000] ^= std::byte{1};
+  }
+  sender->queue_dirty();
+  const std::uint64_t suspect = round(2);
+  EXPECT_GE(suspect, 3u);
+  EXPECT_LE(suspect, 5u) << "whole runs, and no others";
+  EXPECT_FALSE(receiver->ready());
+  const std::uint64_t deltas = sender->stats().delta.pages;
+  EXPECT_GE(deltas, 6u);
+  EXPECT_EQ(round(3), 0u);
+  EXPECT_EQ(sender->stats().delta.pages, deltas) << "a suspect page has left the cache";
+  EXPECT_TRUE(receiver->ready());
+  expect_equal();
+  expect_equal_digests();
 }
 
 TEST_P(EngineTest, PostCopy) {
@@ -418,14 +484,28 @@ TEST_P(EngineTest, SourceDiesInPostCopyAndTheLossIsReported) {
 }
 
 std::string name_of(const testing::TestParamInfo<Case>& info) {
+  constexpr std::array<const char*, 4> kCompress{"", "Auto", "Lz4", "Zstd"};
   return std::string(info.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-         std::to_string(info.param.channels) + "Channels";
+         std::to_string(info.param.channels) + "Channels" +
+         kCompress[static_cast<std::size_t>(info.param.compress)] +
+         (info.param.delta_cache > 0 ? "Delta" + std::to_string(info.param.delta_cache >> 20) : "");
 }
 
 INSTANTIATE_TEST_SUITE_P(All, EngineTest,
                          testing::Values(Case{TrackerKind::kUffdWpAsync, 1},
                                          Case{TrackerKind::kUffdWpAsync, 2},
-                                         Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2}),
+                                         Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2},
+                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kLz4},
+                                         Case{TrackerKind::kHashDiff, 1, wire::Compress::kZstd},
+                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
+                                         // Too small for all that is written.
+                                         Case{TrackerKind::kHashDiff, 2, wire::Compress::kZstd, 1 << 20},
+                                         Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kOff, 64 << 20}),
+                         name_of);
+
+INSTANTIATE_TEST_SUITE_P(All, DeltaEngineTest,
+                         testing::Values(Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
+                                         Case{TrackerKind::kHashDiff, 1, wire::Compress::kOff, 64 << 20}),
                          name_of);
 
 }  // namespace

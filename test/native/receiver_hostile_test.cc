@@ -9,6 +9,7 @@
 
 #include "fake_source.h"
 #include "os/userfaultfd.h"
+#include "packed.h"
 
 namespace memferry::test {
 namespace {
@@ -32,6 +33,17 @@ std::vector<Attack> attacks() {
     };
   };
   const auto page_size = static_cast<std::uint32_t>(Bench::page_size_of());
+  // One page, said to be encoded.
+  const auto coded = [](unsigned flags, std::uint32_t payload_bytes) {
+    return [=](Bench& bench) {
+      const auto content = random_bytes(Bench::page_size_of(), 9);
+      const wire::FrameHeader header = encoded_header(static_cast<std::uint16_t>(flags), 0, 3, content,
+                                                      payload_bytes, Bench::page_size_of());
+      bench.data(0).raw(&header, sizeof header);
+      const std::vector<std::byte> payload(payload_bytes);
+      bench.data(0).raw(payload.data(), payload.size());
+    };
+  };
   const std::uint64_t huge = ~std::uint64_t{0};
   const auto zeros = [](std::uint64_t first, std::uint64_t count) {
     return [=](Bench& bench) { bench.data(0).zeros(0, first, count); };
@@ -96,6 +108,19 @@ std::vector<Attack> attacks() {
       {"a fault request",
        [](Bench& bench) {
          bench.demand().frame(wire::FrameType::kFaultRequest, 0, {PageNumber{0}, 1});
+       }},
+      {"pages in two encodings", coded(wire::kFlagLz4 | wire::kFlagZstd, page_size - 1)},
+      {"a delta that is compressed", coded(wire::kFlagDelta | wire::kFlagLz4, page_size - 1)},
+      {"an encoding that was not agreed on", coded(wire::kFlagZstd, page_size - 1)},
+      {"an encoded payload of nothing", coded(wire::kFlagLz4, 0)},
+      {"an encoded payload as long as its pages", coded(wire::kFlagLz4, page_size)},
+      {"an encoded payload longer than its pages", coded(wire::kFlagLz4, page_size + 1)},
+      {"encoded zeros",
+       [](Bench& bench) {
+         wire::FrameHeader header = wire::make_header(wire::FrameType::kZero, 0, {PageNumber{0}, 1});
+         header.flags = wire::kFlagLz4;
+         wire::seal(header);
+         bench.data(0).raw(&header, sizeof header);
        }},
       {"a bitmap",
        [](Bench& bench) {

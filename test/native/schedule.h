@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "wire/codec_choice.h"
+#include "wire/frame.h"
+
 namespace memferry::test {
 
 struct Schedule {
@@ -73,6 +76,13 @@ struct Schedule {
     unsigned discards = 0;
     unsigned touchers = 1;
     unsigned touch_every_us = 100;
+    wire::Compress compress = wire::Compress::kOff;
+    std::uint64_t delta_cache = 0;
+    std::uint16_t encodings() const {
+      std::uint16_t agreed = compress == wire::Compress::kOff ? std::uint16_t{0} : wire::kCompressions;
+      if (delta_cache > 0) agreed |= wire::kFlagDelta;
+      return agreed;
+    }
     std::uint64_t pages() const {
       std::uint64_t all = 0;
       for (const std::uint64_t each : region_pages) all += each;
@@ -206,6 +216,11 @@ inline Schedule Schedule::of(std::uint64_t seed) {
     }
     made.faults.push_back(fault);
   }
+  // Last, so that a seed's schedule is otherwise what it was before there were encodings.
+  for (Guest& guest : made.guests) {
+    guest.compress = static_cast<wire::Compress>(below(4));
+    guest.delta_cache = one_in(2) ? 4096 * number(1, 600) : 0;
+  }
   return made;
 }
 
@@ -221,7 +236,9 @@ inline std::string Schedule::line() const {
             std::to_string(guest.rounds) + "+" + std::to_string(guest.discards) + " rounds" +
             (guest.release_as_evicted ? ", releases" : "") +
             (guest.paging_from_start ? ", pages at once" : "") +
-            (guest.write_tracker ? ", write tracker" : "");
+            (guest.write_tracker ? ", write tracker" : "") + ", compress " +
+            std::to_string(static_cast<int>(guest.compress)) + ", delta cache " +
+            std::to_string(guest.delta_cache >> 10);
   }
   for (const Fault& fault : faults) {
     text += std::string("; ") + name_of(fault.kind);

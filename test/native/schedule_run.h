@@ -106,6 +106,7 @@ class ScheduleRun : public ScheduleVerdict {
     config.gather_limit = of.plan.gather_limit;
     config.bandwidth = of.plan.intake_limit;
     config.sourceless = sourceless;
+    config.encodings = of.plan.encodings();
     config.on_event = [&of, keep = of.arrivals.callback()](const EngineEvent& event) {
       // Before whoever waits for the lost pages is woken.
       if (event.kind == EngineEventKind::kLost || event.kind == EngineEventKind::kFailed)
@@ -152,6 +153,10 @@ class ScheduleRun : public ScheduleVerdict {
     config.stall_timeout =
         schedule_.replicas > 1 && schedule_.has(FaultKind::kServerSilent) ? kChainStall : kStall;
     config.release_as_evicted = of.plan.release_as_evicted;
+    config.compress = of.plan.compress;
+    config.destination_encodings = of.plan.encodings();
+    config.server_encodings = of.plan.encodings() & wire::kCompressions;
+    config.delta_cache_bytes = of.plan.delta_cache;
     config.on_event = [&of, keep = of.departures.callback()](const EngineEvent& event) {
       // At once: what is on its way to the destination now has not been acknowledged.
       const bool done = event.kind == EngineEventKind::kEvicted || event.kind == EngineEventKind::kRoundDone;

@@ -18,6 +18,7 @@
 #include "page/hash.h"
 #include "stage/stage.h"
 #include "transfer/listener.h"
+#include "wire/codec.h"
 #include "wire/frame.h"
 
 namespace memferry::test {
@@ -224,7 +225,7 @@ class StageClient {
     return map;
   }
 
-  // The next frame, its checksum right.
+  // The next frame, its checksum right; the payload is that of the decoded pages.
   std::optional<Frame> receive() {
     Frame frame;
     if (!wire_.read(&frame.header, sizeof frame.header)) return std::nullopt;
@@ -233,6 +234,13 @@ class StageClient {
     if (wrong != nullptr) return std::nullopt;
     frame.payload.resize(frame.header.payload_bytes);
     if (!wire_.read(frame.payload.data(), frame.payload.size())) return std::nullopt;
+    if (const std::uint16_t encoding = wire::encoding_of(frame.header);
+        frame.is(wire::FrameType::kPages) && encoding != 0) {
+      std::vector<std::byte> pages(frame.header.page_count * page_size());
+      wire::Decompressor decompressor;
+      EXPECT_TRUE(decompressor.decompress(encoding, frame.payload, pages));
+      frame.payload = std::move(pages);
+    }
     if (frame.is(wire::FrameType::kPages)) {
       std::vector<std::uint64_t> hashes(frame.header.page_count);
       hash_pages(frame.payload, page_size(), hashes.data());

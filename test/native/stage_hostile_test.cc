@@ -100,6 +100,22 @@ std::vector<Bad> writes(Holders mine) {
   Bad& huge = add("pages whose payload is huge", header_of(FrameType::kPages, 0, 0, 1, mine.tag()));
   huge.header.payload_bytes = 0xffffffff;
   huge.sealed = false;
+  const auto encoded = [&](std::string name, unsigned flags, std::size_t payload) {
+    FrameHeader header = header_of(FrameType::kPages, 0, 0, 1, mine.tag());
+    header.flags = static_cast<std::uint16_t>(flags);
+    header.payload_bytes = static_cast<std::uint32_t>(payload);
+    const std::uint64_t hash_of_zeros = xxh3_64(std::vector<std::byte>(page));
+    header.checksum = wire::pages_checksum(header, std::span(&hash_of_zeros, 1));
+    add(std::move(name), header, payload).sealed = false;
+  };
+  encoded("pages in two encodings", wire::kFlagLz4 | wire::kFlagZstd, page - 1);
+  encoded("a delta", wire::kFlagDelta, page - 1);
+  encoded("an encoded payload of nothing", wire::kFlagLz4, 0);
+  encoded("an encoded payload as long as its pages", wire::kFlagZstd, page);
+  encoded("an encoded payload longer than its pages", wire::kFlagZstd, page + 1);
+  FrameHeader encoded_zeros = header_of(FrameType::kZero, 0, 0, 1, mine.tag());
+  encoded_zeros.flags = wire::kFlagLz4;
+  add("encoded zeros", encoded_zeros);
   add("zeros with a payload", header_of(FrameType::kZero, 0, 0, 1, mine.tag()), 8);
   add("barrier with a payload", header_of(FrameType::kBarrier), 8);
   add("read from a writer", header_of(FrameType::kRead, 0, 0, 1));
@@ -182,6 +198,9 @@ std::vector<Bad> reads() {
   };
   add("read of too many", header_of(FrameType::kRead, 0, 0, wire::max_run_pages(system_page_size()) + 1));
   add("read with a payload", header_of(FrameType::kRead, 0, 0, 1), 8);
+  FrameHeader delta = header_of(FrameType::kRead, 0, 0, 1);
+  delta.flags = wire::kFlagDelta;
+  add("read that wants deltas", delta);
   add("map request with a payload", header_of(FrameType::kMapRequest), 8);
   add("pages from a reader", header_of(FrameType::kPages, 0, 0, 1, kHere.tag()), system_page_size());
   add("zeros from a reader", header_of(FrameType::kZero, 0, 0, 1, kHere.tag()));

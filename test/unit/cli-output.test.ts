@@ -3,7 +3,7 @@ import { describe, expect, test } from 'vitest';
 import { section } from '../../src/cli/doctor.js';
 import { describeProgress } from '../../src/cli/live-progress.js';
 import { describeError, describeUsageError } from '../../src/cli/output.js';
-import { figure, table } from '../../src/demo/table.js';
+import { describeEncodings, figure, table } from '../../src/demo/table.js';
 import { memferryError } from '../../src/errors.js';
 
 describe('errors', () => {
@@ -103,6 +103,8 @@ describe('progress beside the bar', () => {
     pagesTotal: 2,
     expectedDowntimeMs: null,
     remoteFaults: 0,
+    bytesSaved: { compression: 0, delta: 0 },
+    waitingFor: null,
   };
   test('says what is known', () => {
     expect(describeProgress(sample)).toBe('active, round 2, 1024 MiB/s, 1.00 MiB sent');
@@ -111,5 +113,24 @@ describe('progress beside the bar', () => {
     ).toBe(
       'active, round 2, 1024 MiB/s, 1.00 MiB sent, 500 dirty pages/s, downtime ~2.50 ms, 3 remote faults',
     );
+    expect(describeProgress({ ...sample, bytesSaved: { compression: 2 ** 20, delta: 2 ** 19 } })).toBe(
+      'active, round 2, 1024 MiB/s, 1.00 MiB sent, 1.50 MiB saved',
+    );
+  });
+});
+
+describe('what encodings came to', () => {
+  const nothing = { pages: 0, rawBytes: 0, encodedBytes: 0, cpuMs: 3 };
+  test('a line for each that was used', () => {
+    expect(describeEncodings({ compression: nothing, delta: nothing })).toEqual([]);
+    expect(
+      describeEncodings({
+        compression: { pages: 512, rawBytes: 2 ** 21, encodedBytes: 2 ** 20, cpuMs: 12.34 },
+        delta: { pages: 256, rawBytes: 2 ** 20, encodedBytes: 2 ** 14, cpuMs: 0.5 },
+      }),
+    ).toEqual([
+      '  compressed: 512 pages of 2.00 MiB as 1.00 MiB, 12.3 ms of CPU',
+      '  deltas: 256 pages of 1.00 MiB as 0.016 MiB, 0.500 ms of CPU',
+    ]);
   });
 });

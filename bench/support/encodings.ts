@@ -1,0 +1,2 @@
+/** lz4, zstd and deltas, as in src/protocol/encodings.ts; what is used is the sender's to say. */
+export const allEncodings = 32 + 64 + 128;

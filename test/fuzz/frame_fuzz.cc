@@ -1,0 +1,51 @@
+// Headers of frames: what malformed() lets through is within the bounds that everybody behind it relies on.
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "wire/frame.h"
+
+namespace {
+
+void require(bool holds) {
+  if (!holds) std::abort();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  using namespace memferry::wire;
+  FrameHeader header{};
+  if (size < 1 + sizeof header) return 0;
+  const std::uint64_t page_size = data[0] % 2 == 0 ? 4096 : 2 << 20;
+  std::memcpy(&header, data + 1, sizeof header);
+  if (malformed(header, page_size) != nullptr) return 0;
+  require(header.magic == kFrameMagic);
+  require(header.payload_bytes <= max_payload(page_size));
+  const auto type = static_cast<FrameType>(header.type);
+  const std::uint16_t encoding = encoding_of(header);
+  if (type == FrameType::kPages) {
+    require(header.page_count > 0 && header.page_count <= max_run_pages(page_size));
+    const std::uint64_t bytes = header.page_count * page_size;
+    require(encoding == 0
+                ? header.payload_bytes == bytes
+                : std::has_single_bit(encoding) && header.payload_bytes > 0 && header.payload_bytes < bytes);
+  } else {
+    require(encoding == 0 || (type == FrameType::kRead && (encoding & ~kCompressions) == 0));
+  }
+  if (type == FrameType::kRead) require(header.page_count <= max_run_pages(page_size));
+  if (type == FrameType::kMap && header.payload_bytes > 0) {
+    require(header.payload_bytes == header.page_count * sizeof(std::uint64_t));
+  }
+  if (type == FrameType::kDiscard || type == FrameType::kSuspects) {
+    require(header.payload_bytes % sizeof(WireRun) == 0);
+  }
+  for (const std::uint64_t pages : {std::uint64_t{1}, std::uint64_t{100}, ~std::uint64_t{0}}) {
+    if (!run_inside(header.first_page, header.page_count, pages)) continue;
+    require(header.first_page < pages && header.first_page + (header.page_count - 1) < pages &&
+            header.first_page + (header.page_count - 1) >= header.first_page);
+  }
+  return 0;
+}

@@ -1,0 +1,96 @@
+/**
+ * Every mode with pages compressed and sent as deltas, with a guest that writes throughout: every byte is compared with
+ * what the journal of writes says, and the report with what must have been encoded.
+ */
+import { afterEach, describe, expect, test } from 'vitest';
+import { endHosts } from '../support/host.js';
+import {
+  expectIntact,
+  expectOneOwner,
+  expectRuns,
+  expectStands,
+  hosts,
+  listen,
+  migrate,
+  type Report,
+  regionsOf,
+  report,
+  startGuest,
+  startStages,
+  via,
+} from '../support/scenario.js';
+
+afterEach(async () => {
+  expect(await endHosts()).toEqual([]);
+});
+
+interface Encoding {
+  pages: number;
+  rawBytes: number;
+  encodedBytes: number;
+  cpuMs: number;
+}
+type Encoded = Report & { compression: Encoding; delta: Encoding };
+
+const MB = 1e6;
+const choices = [
+  { compress: 'lz4', deltaCacheBytes: 0 },
+  { compress: 'zstd', deltaCacheBytes: 64 * 2 ** 20 },
+  { compress: 'auto', deltaCacheBytes: 2 ** 20 },
+  { compress: 'off', deltaCacheBytes: 64 * 2 ** 20 },
+] as const;
+const nothing = { pages: 0, rawBytes: 0, encodedBytes: 0 };
+
+function expectEncoded(figures: Encoded, options: (typeof choices)[number], rounds: boolean): void {
+  const { compression, delta } = figures;
+  if (options.compress === 'off') expect(compression).toMatchObject(nothing);
+  if (options.compress === 'lz4' || options.compress === 'zstd') {
+    expect(compression.pages).toBeGreaterThan(0);
+    expect(compression.rawBytes).toBe(compression.pages * 4096);
+    expect(compression.encodedBytes).toBeLessThan(compression.rawBytes);
+  }
+  if (options.deltaCacheBytes === 0 || !rounds) expect(delta).toMatchObject(nothing);
+  else expect(delta.encodedBytes).toBeLessThanOrEqual(delta.rawBytes / 2);
+}
+
+describe.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'] as const)('%s', (mode) => {
+  test.each(choices)('$compress, deltas within $deltaCacheBytes bytes', async (options) => {
+    const [a, b] = await hosts('a', 'b');
+    const port = await listen(b);
+    await startGuest(a, regionsOf('wasm'));
+    await migrate(a, port, { mode, ...options });
+    const figures = (await report(a)) as Encoded;
+    expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
+    expectEncoded(figures, options, mode === 'pre-copy' || mode === 'hybrid');
+    // The guest writes all the time, so that there are later rounds with pages of the first.
+    if (mode === 'pre-copy' && options.deltaCacheBytes > 2 ** 20) {
+      expect(figures.delta.pages).toBeGreaterThan(0);
+    }
+    expect((await b.untilArrival('main/g', 'complete')).ok).toBe(true);
+    await expectRuns(b);
+    await expectIntact(a);
+    await expectStands(a);
+    await expectOneOwner([a, b]);
+  });
+});
+
+describe.each(['scatter', 'scatter-pre-copy', 'scatter-hybrid'] as const)('%s', (mode) => {
+  test.each(choices)('$compress, deltas within $deltaCacheBytes bytes', async (options) => {
+    const [a, b] = await hosts('a', 'b');
+    const stages = await startStages('i', 'j');
+    const port = await listen(b, {
+      options: { bandwidth: (mode === 'scatter' ? 2 : 8) * MB, gatherLimit: 4 * MB },
+      rate: { batch: 2, restMs: 5 },
+    });
+    await startGuest(a, regionsOf('wasm'));
+    await migrate(a, port, { mode, maxRounds: 3, replicas: 2, ...options, ...via(...stages) });
+    const figures = (await report(a)) as Encoded;
+    expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
+    expectEncoded(figures, options, mode !== 'scatter');
+    expect((await b.untilArrival('main/g', 'complete')).ok).toBe(true);
+    await expectRuns(b);
+    await expectIntact(a);
+    await expectStands(a);
+    await expectOneOwner([a, b]);
+  });
+});

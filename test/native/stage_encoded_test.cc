@@ -1,0 +1,124 @@
+// Encoded pages at a VMD server: held decoded, passed on as they came, answered packed where the reader allows it and
+// its link is what is waited for.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "packed.h"
+#include "stage_client.h"
+
+namespace memferry::test {
+namespace {
+
+using namespace std::chrono_literals;
+using wire::Holders;
+using wire::StageRole;
+
+constexpr Holders kHere{0, Holders::kNobody};
+constexpr std::uint64_t kPages = 256;
+
+class StageEncoded : public testing::Test {
+ protected:
+  void SetUp() override {
+    bench.make(id, {kPages});
+    source = bench.scatter(id);
+    gather = bench.gather(id);
+  }
+  static bool encoded(StageClient& to, std::uint16_t flags, std::uint64_t first,
+                      std::span<const std::byte> pages, std::span<const std::byte> payload, Holders holders) {
+    const wire::FrameHeader header =
+        encoded_header(flags, 0, first, pages, payload.size(), StageClient::page_size(), holders.tag());
+    return to.wire().raw(&header, sizeof header) && to.wire().raw(payload.data(), payload.size());
+  }
+  static std::vector<std::byte> pages(std::uint64_t count, std::uint64_t seed) {
+    return packable_bytes(static_cast<std::size_t>(count * StageClient::page_size()), seed);
+  }
+  const ImageId id = image_id(3);
+  StageBench bench;
+  ImageOracle oracle{{kPages}};
+  std::unique_ptr<StageClient> source;
+  std::unique_ptr<StageClient> gather;
+};
+
+TEST_F(StageEncoded, RunsAreHeldDecoded) {
+  const auto a = pages(64, 1);
+  const auto b = pages(3, 2);
+  ASSERT_TRUE(encoded(*source, wire::kFlagLz4, 0, a, packed(wire::kFlagLz4, a), kHere));
+  ASSERT_TRUE(encoded(*source, wire::kFlagZstd, 100, b, packed(wire::kFlagZstd, b), kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  oracle.content(0, 0, a);
+  oracle.content(0, 100, b);
+  oracle.check(*gather);
+}
+
+TEST_F(StageEncoded, WhatCannotBeDecodedIsRefusedAndForgotten) {
+  const auto held = pages(8, 3);
+  ASSERT_TRUE(source->pages(0, 0, held, kHere));
+  oracle.content(0, 0, held);
+  const auto newer = pages(4, 4);
+  auto damaged = packed(wire::kFlagZstd, newer);
+  damaged.resize(damaged.size() / 2);
+  ASSERT_TRUE(encoded(*source, wire::kFlagZstd, 0, newer, damaged, kHere));
+  // A bomb, and the right length of other pages.
+  ASSERT_TRUE(encoded(*source, wire::kFlagLz4, 4, std::span(newer).first(StageClient::page_size()),
+                      packed(wire::kFlagLz4, std::vector<std::byte>(64 * StageClient::page_size())), kHere));
+  ASSERT_TRUE(encoded(*source, wire::kFlagLz4, 5, std::span(newer).first(2 * StageClient::page_size()),
+                      packed(wire::kFlagLz4, std::span(newer).subspan(StageClient::page_size(),
+                                                                      2 * StageClient::page_size())),
+                      kHere));
+  const StageClient::Barrier answer = source->barrier(2);
+  ASSERT_TRUE(answer.acknowledged);
+  EXPECT_EQ(answer.refused, (std::vector<StageClient::Refused>{{0, 0, 4}, {0, 4, 1}, {0, 5, 2}}));
+  oracle.absent(0, 0, 7);
+  oracle.check(*gather);
+}
+
+TEST_F(StageEncoded, ReplicasGetWhatCameAsItCame) {
+  StageBench second;
+  second.make(id, {kPages}, 1);
+  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+  ASSERT_TRUE(second.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+  ASSERT_TRUE(bench.stage->set_chain(id, 1, "127.0.0.1", second.listener->port(), chain_tokens(id, 0)));
+  const auto content = pages(64, 5);
+  const auto payload = packed(wire::kFlagZstd, content);
+  ASSERT_TRUE(encoded(*source, wire::kFlagZstd, 0, content, payload, {0, 1}));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  oracle.content(0, 0, content);
+  oracle.check(*gather);
+  oracle.check(*second.gather(id));
+  EXPECT_LT(second.stage->image(id)->bytes_in, payload.size() + 4096) << "not packed any more";
+}
+
+// A reader on a slow link: answers are packed as soon as that is found out, and only where they may be.
+TEST_F(StageEncoded, SlowReadersThatAllowItGetPackedAnswers) {
+  const auto content = pages(64, 6);
+  ASSERT_TRUE(source->pages(0, 0, content, kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  for (const std::uint16_t allowed : {std::uint16_t{0}, wire::kCompressions}) {
+    const auto reader = bench.gather(id, allowed == 0 ? 1 : 2);
+    // Or the whole test fits into the socket.
+    const int little = 64 * 1024;
+    ASSERT_EQ(::setsockopt(reader->fd(), SOL_SOCKET, SO_RCVBUF, &little, sizeof little), 0);
+    std::uint64_t asked = 0;
+    std::size_t packed_answers = 0;
+    for (std::uint64_t answered = 0; answered < 400 && packed_answers < 20; ++answered) {
+      for (; asked < answered + 8; ++asked) {
+        wire::FrameHeader read = wire::make_header(wire::FrameType::kRead, 0, {PageNumber{0}, 64}, asked + 1);
+        read.flags = allowed;
+        ASSERT_TRUE(reader->frame(read));
+      }
+      std::this_thread::sleep_for(10ms);
+      const auto answer = reader->receive();
+      ASSERT_TRUE(answer && answer->is(wire::FrameType::kPages));
+      ASSERT_EQ(answer->header.tag, answered + 1);
+      ASSERT_EQ(answer->header.page_count, 64u);
+      ASSERT_EQ(answer->payload, content);
+      packed_answers += wire::encoding_of(answer->header) != 0 ? 1 : 0;
+      if (allowed == 0 && answered > 60) break;
+    }
+    EXPECT_EQ(packed_answers, allowed == 0 ? 0u : 20u);
+  }
+}
+
+}  // namespace
+}  // namespace memferry::test
