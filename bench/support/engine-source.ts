@@ -8,7 +8,7 @@ import type {
   NativeTracker,
 } from '../../lib/native.js';
 import { loadAddon } from './addon.js';
-import { allEncodings } from './encodings.js';
+import { allEncodings, compressions } from './encodings.js';
 import { fillFrom, fillRandom, shuffledPages } from './memory.js';
 import { answerCalls, monotonicMs } from './peer.js';
 
@@ -92,7 +92,7 @@ answerCalls(
         deltaCacheBytes: 0,
         ...parameters,
         destinationEncodings: allEncodings,
-        serverEncodings: 0,
+        serverEncodings: compressions,
         regions: [must(region)],
         trackers: [tracked ? trackerOf(must(region)) : null],
         bandwidth: 0,
