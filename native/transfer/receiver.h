@@ -19,6 +19,7 @@
 
 #include "os/unique_fd.h"
 #include "page/hash.h"
+#include "page/keyed_hash.h"
 #include "page/region.h"
 #include "transfer/events.h"
 #include "transfer/gather.h"
@@ -48,6 +49,11 @@ struct ReceiverConfig {
   std::uint64_t bandwidth = 0;     // bytes/s taken in over the data channels; answers to faults do not wait
   // A parked guest: nobody but the servers has it. Paging from the start.
   bool sourceless = false;
+  // For each region (empty: for none) whether and how it starts from a base, which the source compares with its own
+  // pages. kGiven: the owner puts it there after create(); kInPlace: it is there, and not discarded.
+  enum class Base : std::uint8_t { kNone, kGiven, kInPlace };
+  std::vector<Base> bases;
+  KeyedHashKey base_key{};
   EngineCallback on_event;
 };
 
@@ -69,6 +75,8 @@ struct ReceiverStats {
   std::uint64_t pages_gathered = 0;
   std::uint64_t pages_lost = 0;
   std::vector<Gather::ServerStats> servers;
+  std::uint64_t pages_from_base = 0;
+  std::uint64_t base_hash_us = 0;  // CPU time
 };
 
 class Receiver : public std::enable_shared_from_this<Receiver> {
@@ -94,6 +102,9 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   // Sender::digest() of the paused source.
   [[nodiscard]] Hash128 digest(std::uint32_t region) const;
   void acknowledge_loss();  // poison now
+  // The bases are where they belong, and nobody but the source writes the regions any more. Until then it may not
+  // compare, nor send pages.
+  void base_ready();
   // kFilled is to come once every page is here (filling).
   void await_filled();
   void set_gather_limit(std::uint64_t bytes_per_second);

@@ -38,6 +38,13 @@ SenderConfig checked(SenderConfig config) {
   if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
     throw std::invalid_argument("tokens: one for each channel and the demand channel, epoch by epoch");
   }
+  config.base_pages.resize(config.regions.size());
+  for (std::size_t i = 0; i < config.base_pages.size(); ++i) {
+    if (config.base_pages[i] > config.regions[i]->pages()) config.base_pages[i] = 0;  // of some other region
+    // What is written after its page was compared must be known.
+    if (config.base_pages[i] > 0 && !config.trackers[i])
+      throw std::invalid_argument("a base without a tracker");
+  }
   if (!config.on_event) throw std::invalid_argument("no event callback");
   return config;
 }
@@ -69,6 +76,10 @@ Sender::Impl::Impl(SenderConfig c)
     bitmap_bytes += suspects.back()->words() * sizeof(std::uint64_t);
   }
   note_memory(bitmap_bytes);
+  if (std::any_of(config.base_pages.begin(), config.base_pages.end(), [](auto pages) { return pages > 0; })) {
+    comparison = std::make_unique<BaseComparison>(config.regions, config.base_pages, config.base_key,
+                                                  config.answer_timeout);
+  }
   try {
     for (const auto& region : config.regions) {
       auto user = region->enlist([this] { region_gone(); });
@@ -155,8 +166,19 @@ std::uint64_t Sender::Impl::collect_dirty() {
   const TouchGate::Pass pass(gate);
   if (!pass) throw RegionGone("collect");
   std::uint64_t before = queue.pending_pages();
+  bool first_round_is_due = false;
+  {
+    const std::lock_guard lock(mutex);
+    first_round_is_due = comparison && !rounds_begun;
+  }
   for (std::uint32_t i = 0; i < queue.regions(); ++i) {
-    if (const auto& tracker = config.trackers[i]) {
+    if (const auto& tracker = config.trackers[i]; tracker && first_round_is_due) {
+      // Pages that were compared in a mode without rounds: what is untouched and was not written still is zeros, and
+      // nothing of it has gone yet. Forgotten, it would be read, a whole reservation perhaps.
+      AtomicBitmap written(config.regions[i]->capacity_pages());
+      tracker->collect(written);
+      queue.mark_written(i, written);
+    } else if (tracker) {
       queue.forget_untouched(i);
       tracker->collect(queue.pending(i));
     }
@@ -284,6 +306,7 @@ void Sender::start_round(std::uint64_t tag) {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return;  // kFailed has said so
   if (impl_->phase != Impl::Phase::kRounds) throw std::logic_error("start_round() before kConnected");
+  impl_->rounds_begun = true;
   impl_->start_task_locked(Impl::TaskKind::kRound, tag, nullptr);
 }
 
@@ -341,6 +364,10 @@ SenderStats Sender::stats() const {
   stats.faults_served = impl_->faults_served;
   stats.redials = impl_->redials;
   stats.extra_memory_bytes = impl_->peak_memory;
+  if (impl_->comparison) {
+    stats.base = impl_->comparison->stats();
+    stats.extra_memory_bytes += stats.base.memory_bytes;
+  }
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {
