@@ -9,6 +9,7 @@ export type {
   GuestOffer,
   GuestRegion,
   PausedGuest,
+  RegionBase,
 } from './guest.js';
 export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
@@ -25,6 +26,7 @@ export {
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
+  BaseReport,
   DowntimeParts,
   EvictionReport,
   Intermediary,

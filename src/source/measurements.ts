@@ -120,6 +120,7 @@ export class Measurements {
       pagesTotal: now.pagesTotal,
       expectedDowntimeMs: this.expectedDowntimeMs,
       remoteFaults: now.stats?.faultsServed ?? 0,
+      pagesFromBase: now.stats?.base.pagesSame ?? 0,
       waitingFor: now.waitingFor,
     };
   }

@@ -11,7 +11,7 @@
 import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { stillArriving } from '../arrivals.js';
-import { dataTokens } from '../control/tokens.js';
+import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
@@ -31,8 +31,10 @@ import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
-import { preCopy } from './precopy.js';
+import { discardWhileRunning, preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
+import { keepStaleCopy } from './stale-copy.js';
+import { StartFromBase } from './start-from-base.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
 /** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
@@ -62,6 +64,8 @@ export class SourceMigration extends EventEmitter {
   #accepted: Deferred<void> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
+  /** The destination has a base. */
+  #base: StartFromBase | null = null;
   /** The destination's pager serves, and this side knows it; at once where nothing is paged. */
   #switched: Promise<unknown> = Promise.resolve();
   #summary: Deferred<Extract<DestinationMessage, { type: 'summary' }>> = deferred();
@@ -220,16 +224,21 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
         switchoverAsked: this.#switchoverAsked,
         followGrowth: () => this.#followGrowth(),
+        startFromBase: () => this.#startFromBase(),
         converged: () => this.#to('pre-switchover'),
       });
       this.#paging ||= outcome === 'post-copy';
     } else {
       // While the guest runs: what it touches from here on is looked at again when its turn comes.
+      for (const tracker of this.#trackers) tracker?.arm();
       await untilAborted(this.#requireEngine().queuePopulated(), this.#abort.signal);
+      await this.#startFromBase();
       if (this.options.holdSwitchover) {
         this.#to('pre-switchover');
         await untilAborted(this.#switchoverAsked.promise, this.#abort.signal);
       }
+      // Pages that the base had, and the guest has written since.
+      if (this.#paging && this.#base) await discardWhileRunning(this.#requireEngine(), this.#abort.signal);
     }
     await this.#switchOver();
   }
@@ -258,6 +267,7 @@ export class SourceMigration extends EventEmitter {
       onMessage: (message) => this.#onMessage(message),
       onLost: (error) => {
         this.#accepted.reject(error);
+        this.#base?.fail(error);
         this.#grown?.reject(error);
         this.#commit.connectionLost(error);
       },
@@ -274,13 +284,15 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
       });
     }
-    this.#session.send({
-      type: 'offer',
+    const offer = {
+      type: 'offer' as const,
       migrationId: this.id,
       mode: options.mode,
       mayPage: this.#paging || options.onNonConvergence === 'post-copy',
       verify: options.verify,
       channels: options.channels,
+      base: options.base !== 'off',
+      replay: options.base !== 'off' && options.replayLog !== undefined,
       scatter: this.#images
         ? {
             servers: this.#images.list,
@@ -289,15 +301,17 @@ export class SourceMigration extends EventEmitter {
           }
         : null,
       guest: describeGuest(guest, lengths),
-    });
+    };
+    this.#session.send(offer, offer.replay ? (options.replayLog ?? null) : null);
     rehearseSwitchover(); // while the destination makes up its mind
     await untilAborted(this.#accepted.promise, this.#abort.signal);
 
     if (this.#traits.rounds) {
       for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
     } else {
-      this.#trackers = regions.map(() => null);
+      this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
     }
+    const basePages = this.#trackers.every((tracker) => tracker) ? (this.#base?.pages ?? null) : null;
     this.#engine = new SourceEngine(
       {
         regions: regions.map((region) => region.native),
@@ -315,6 +329,12 @@ export class SourceMigration extends EventEmitter {
         direct: true,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: options.releaseAsEvicted,
+        ...(basePages
+          ? {
+              basePages: [...basePages],
+              baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
+            }
+          : {}),
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -326,6 +346,36 @@ export class SourceMigration extends EventEmitter {
       },
     );
     await untilAborted(this.#engine.connect(), this.#abort.signal);
+  }
+
+  /** A mode without rounds needs trackers only to compare while the guest runs; without them it goes as usual. */
+  #trackersForBase(base: StartFromBase): (DirtyTracker | null)[] {
+    const regions = this.guest.regions.map(({ region }) => region);
+    try {
+      return regions.map((region, index) =>
+        base.pages[index] ? DirtyTracker.create(region, this.options.tracker) : null,
+      );
+    } catch {
+      return regions.map(() => null);
+    }
+  }
+
+  async #startFromBase(): Promise<void> {
+    const base = this.#base;
+    if (!base) return;
+    if (!this.#trackers.some((tracker) => tracker)) {
+      await base.decline('no dirty tracker is available');
+      return;
+    }
+    const pageSize = this.guest.regions[0]?.region.pageSize ?? 4096;
+    const engine = this.#requireEngine();
+    // Where pages are dropped while the guest is paused, none of the base may be left that was not confirmed.
+    await base.run(
+      engine,
+      engine.stats().pagesPending * pageSize,
+      pageSize,
+      !this.#traits.rounds && this.#paging,
+    );
   }
 
   /** The destination has every page before it prepares, though not all of them come from here. */
@@ -397,6 +447,7 @@ export class SourceMigration extends EventEmitter {
       engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
     }
     this.#evicted.resolve(evicted);
+    await keepStaleCopy(this.guest, this.options.keepStaleCopy);
     await this.guest.release?.();
     const summary = await this.#askSummary(digests);
     if (summary.mismatched.length > 0) {
@@ -441,6 +492,7 @@ export class SourceMigration extends EventEmitter {
       // What was sent to the destination itself; without servers that is everything.
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
       intermediaries: this.#images?.account(stats.servers) ?? [],
+      base: this.#base?.report(engine, this.guest.regions[0]?.region.pageSize ?? 4096) ?? null,
     };
   }
 
@@ -458,7 +510,14 @@ export class SourceMigration extends EventEmitter {
   #onMessage(message: DestinationMessage): void {
     switch (message.type) {
       case 'accepted':
+        if (message.basePages) this.#baseOffered(message.basePages);
         this.#accepted.resolve();
+        break;
+      case 'base-progress':
+        this.#base?.onProgress(message);
+        break;
+      case 'base-ready':
+        this.#base?.onReady(message);
         break;
       case 'declined':
         // At once: the destination closes the connection now, and that must not be taken for the reason.
@@ -502,6 +561,21 @@ export class SourceMigration extends EventEmitter {
         if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
         this.#commit.message(message);
     }
+  }
+
+  #baseOffered(basePages: readonly number[]): void {
+    if (this.options.base === 'off' || this.#base) return;
+    const { options } = this;
+    this.#base = new StartFromBase(
+      // A base of more pages than there are is one of something else.
+      this.guest.regions.map(({ region }, index) => {
+        const pages = basePages[index] ?? 0;
+        return pages <= region.pages ? pages : 0;
+      }),
+      options,
+      (message) => this.#session?.send(message),
+      this.#abort.signal,
+    );
   }
 
   /** Tells the destination of memory that has grown, before the engine may send pages of it. */

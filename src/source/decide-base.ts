@@ -1,0 +1,86 @@
+/**
+ * Whether a migration waits for the destination's base, and compares itself with it, or sends its pages plainly: pure
+ * functions of rates that were measured in this migration. A comparison may never lengthen it.
+ */
+
+export interface WaitInput {
+  /** Since the destination began to lay its base out. */
+  elapsedMs: number;
+  /** Since its last word. */
+  sinceToldMs: number;
+  /** How much of that is done, by the destination's last word; 0 while it has said nothing. */
+  fraction: number;
+  /** What the destination expects to need after that (a log that is applied); null: nobody knows. */
+  expectedMs: number | null;
+  /** What sending everything takes at the measured rate. */
+  plainMs: number;
+}
+
+/** A wait that costs less than this part of the migration is not worth a decision. */
+const GRACE_PART = 0.02;
+const GRACE_LEAST_MS = 20;
+/** The rest of the time is for the comparison and for what differs. */
+const WAIT_PART = 0.5;
+
+/** Asked again with each word of the destination. */
+export function decideWait(input: WaitInput): 'wait' | 'give-up' {
+  const { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs } = input;
+  const graceMs = Math.max(GRACE_LEAST_MS, GRACE_PART * plainMs);
+  if (elapsedMs < graceMs) return 'wait';
+  if (fraction <= 0 || expectedMs === null) return 'give-up';
+  const promisedMs = ((elapsedMs - sinceToldMs) * (1 - fraction)) / fraction + expectedMs;
+  // It may take twice as long as it said; then its word is worth nothing.
+  if (sinceToldMs > 2 * promisedMs + graceMs) return 'give-up';
+  // What was waited for already is spent in any case; only what is left is compared with what it may save.
+  return promisedMs - sinceToldMs <= WAIT_PART * plainMs ? 'wait' : 'give-up';
+}
+
+export interface CompareInput {
+  /** Everything that would be sent or compared. */
+  bytes: number;
+  pageSize: number;
+  linkBytesPerSecond: number;
+  /** The sample: pages that both sides hashed, those of them that are equal, and how long that took in all. */
+  sampledPages: number;
+  samePages: number;
+  sampleMs: number;
+}
+
+export interface CompareDecision {
+  action: 'compare' | 'plain';
+  reason: 'saves' | 'nothing-matches' | 'link-is-faster';
+  plainMs: number;
+  compareMs: number;
+}
+
+/** Of each page that is compared: its hash. */
+const HASH_BYTES = 16;
+/** The prediction has to be this much better: rates that were measured for some milliseconds are no oracle. */
+const WORTH = 0.9;
+/** Below this part of equal pages nothing is to be had. */
+const LEAST_SAME = 0.01;
+
+export function decideCompare(input: CompareInput): CompareDecision {
+  const { bytes, pageSize, linkBytesPerSecond, sampledPages, samePages, sampleMs } = input;
+  const plainMs = (bytes * 1000) / linkBytesPerSecond;
+  const same = sampledPages > 0 ? samePages / sampledPages : 0;
+  // The sample's round trip is counted as if the rest had as many of them: on the safe side.
+  const hashingMs =
+    sampledPages > 0 ? (sampleMs * bytes) / (sampledPages * pageSize) : Number.POSITIVE_INFINITY;
+  const hashBytes = (bytes / pageSize) * HASH_BYTES;
+  const compareMs = hashingMs + ((bytes * (1 - same) + hashBytes) * 1000) / linkBytesPerSecond;
+  if (same < LEAST_SAME) return { action: 'plain', reason: 'nothing-matches', plainMs, compareMs };
+  return compareMs <= WORTH * plainMs
+    ? { action: 'compare', reason: 'saves', plainMs, compareMs }
+    : { action: 'plain', reason: 'link-is-faster', plainMs, compareMs };
+}
+
+/** How many bytes a probe of the link takes: a small part of what is to be sent, and enough to fill its pipe. */
+export function probeBytes(bytes: number): number {
+  return Math.min(4 * 2 ** 20, Math.max(64 * 2 ** 10, Math.round(bytes / 256)));
+}
+
+/** Nodes of the sample, of so many: a small part, and enough to say something of the rest. */
+export function sampleNodes(nodes: number): number {
+  return Math.max(1, Math.min(16, Math.ceil(nodes / 64)));
+}
