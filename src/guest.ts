@@ -78,11 +78,13 @@ export interface ArrivingGuest {
    * Applies the source's log to the bases, while the guest still runs there. What comes of it need not be exact: the
    * comparison makes it so. When `signal` aborts nobody waits for it any more, and it must stop writing the regions.
    */
-  readonly replay?: {
-    apply(log: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
-    /** How long that takes, in ms, where the owner knows: without it nobody waits unless `base: 'always'` says so. */
-    expectedMs?: number;
-  };
+  readonly replay?:
+    | {
+        apply(log: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
+        /** How long that takes, in ms, where the owner knows: without it nobody waits unless `base: 'always'` says so. */
+        expectedMs?: number;
+      }
+    | undefined;
   /** The source's region grew before the switchover: make ours as long. */
   grow?(index: number, lengthBytes: number): Promise<void>;
   /** Everything that can fail. May touch the regions. */

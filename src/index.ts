@@ -1,5 +1,6 @@
 /** memferry: moves live memory between processes and machines while its owner keeps running. */
 export { type Arrival, type Listening, listen } from './destination/listen.js';
+export { type BaseFiles, type BaseFilesOptions, readBase, saveBase } from './base-files.js';
 export { type Doctor, doctor } from './doctor.js';
 export * from './errors.js';
 export type {

@@ -11,6 +11,7 @@
 import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { stillArriving } from '../arrivals.js';
+import { keepStaleCopy } from '../base-files.js';
 import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
@@ -33,7 +34,6 @@ import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
 import { discardWhileRunning, preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
-import { keepStaleCopy } from './stale-copy.js';
 import { StartFromBase } from './start-from-base.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
@@ -64,6 +64,8 @@ export class SourceMigration extends EventEmitter {
   #accepted: Deferred<void> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
+  /** For the stale copy. */
+  #pausedState: Uint8Array = new Uint8Array(0);
   /** The destination has a base. */
   #base: StartFromBase | null = null;
   /** The destination's pager serves, and this side knows it; at once where nothing is paged. */
@@ -390,6 +392,7 @@ export class SourceMigration extends EventEmitter {
     this.#measured.pauseAsked();
     const paused = await this.#commit.pause();
     this.#measured.paused(paused.pausedAtNs);
+    if (this.options.keepStaleCopy) this.#pausedState = paused.state;
     await this.#followGrowth();
     if (this.#paging) {
       const { switched } = engine.switchOver();
@@ -447,7 +450,9 @@ export class SourceMigration extends EventEmitter {
       engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
     }
     this.#evicted.resolve(evicted);
-    await keepStaleCopy(this.guest, this.options.keepStaleCopy);
+    if (this.options.keepStaleCopy) {
+      await keepStaleCopy(this.guest, this.#pausedState, this.options.keepStaleCopy);
+    }
     await this.guest.release?.();
     const summary = await this.#askSummary(digests);
     if (summary.mismatched.length > 0) {

@@ -4,8 +4,7 @@
  * told as `{ event, ... }`. Nothing here decides anything: it does what it is told.
  */
 import { closeSync, ftruncateSync, openSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
-import { listen, MemferryError, migrate } from '../../lib/index.js';
-import { staleCopy } from '../../lib/source/stale-copy.js';
+import { listen, MemferryError, migrate, readBase, saveBase } from '../../lib/index.js';
 import { stage } from '../../lib/staging/server.js';
 import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import { TestGuest } from './test-guest.mjs';
@@ -118,6 +117,19 @@ function replayOf(replay, arriving, offer) {
   return { apply, expectedMs: 1 };
 }
 
+/** The log is requests as JSON, one a line. A replay that diverges leaves some out, and adds one of its own. */
+function workerBaseOf({ directory, diverge }) {
+  const replay = async (guest, log) => {
+    const lines = Buffer.from(log).toString('utf8').split('\n').filter(Boolean);
+    tell('replay', { guest: guest.name, requests: lines.length });
+    for (const [index, line] of lines.entries()) {
+      if (!diverge || index % 7 !== 3) await guest.request(JSON.parse(line));
+    }
+    if (diverge) await guest.request({ op: 'exec', sql: 'CREATE TABLE diverged (x)' });
+  };
+  return { directory, replay, replayMs: 1000 };
+}
+
 const operations = {
   async create({ guest, regions, rate = {}, behaviour = {} }) {
     const rates = { batch: 8, restMs: 1, ...rate };
@@ -168,6 +180,7 @@ const operations = {
     staleCopies = null,
     fromGuest = null,
     replay = null,
+    workerBase = null,
   }) {
     const rates = { batch: 8, restMs: 1, ...rate };
     const accept = async (offer) => {
@@ -186,7 +199,7 @@ const operations = {
         }
         arriving.bases = bases.map(() => ({ inPlace: true }));
       }
-      if (staleCopies) arriving.bases = await staleCopy(staleCopies, offer);
+      if (staleCopies) arriving.bases = (await readBase(staleCopies, offer.name))?.bases;
       if (former) arriving.bases = former.regions.map(({ region }) => ({ region }));
       if (replay) arriving.replay = replayOf(replay, arriving, offer);
       if (behaviour.base === 'hang') {
@@ -202,6 +215,7 @@ const operations = {
       moduleUrls &&
       workerGuests({
         modules: moduleUrls,
+        ...(workerBase ? { base: workerBaseOf(workerBase) } : {}),
         onGuest: (guest) => {
           guests.set(guest.name, guest);
           watchWorker(guest);
@@ -274,6 +288,7 @@ const operations = {
     guests.set(guest, started);
     watchWorker(started);
   },
+  saveBase: ({ guest, options }) => saveBase(find(guests, guest, 'guest'), options),
   request: ({ guest, request }) => settled(find(guests, guest, 'guest').request(request)),
   workerStatus: ({ guest }) => find(guests, guest, 'guest').status,
   terminateWorker: ({ guest }) => find(guests, guest, 'guest').terminate(),
