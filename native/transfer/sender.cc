@@ -411,12 +411,14 @@ void Sender::close(bool goodbye) {
     }
     impl_->pacer.cancel();
     if (impl_->scatter) impl_->scatter->shut_down();
+    if (impl_->comparison) impl_->comparison->wake();
     ::eventfd_write(impl_->cancel.get(), 1);
     impl_->work_changed.notify_all();
     impl_->supervisor_changed.notify_all();
   }
   impl_->supervisor.stop();
   if (impl_->scatter) impl_->scatter->close();
+  if (impl_->comparison) impl_->comparison->release();
   impl_->users.clear();  // waits for a region_gone() on its way
   // A closed sender may be kept for its last figures; its trackers' userfaultfds and the pagemap must not be.
   const std::lock_guard collecting(impl_->collect_mutex);
