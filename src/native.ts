@@ -234,6 +234,8 @@ export interface NativeReceiver {
   missing(maxRuns: number): NativeRun[];
   digest(region: number): Promise<string>;
   acknowledgeLoss(): void;
+  /** Of the bases the sample's nodes are, for good: those may be compared already. */
+  baseSampled(): void;
   /** The bases are where they belong; until then the source may neither compare nor send pages. */
   baseReady(): void;
   /** 'filled' is to come once every page is here, before the switch. */

@@ -77,6 +77,7 @@ class ReceiverHandle : public Napi::ObjectWrap<ReceiverHandle>, public Engine {
   Napi::Value missing(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);
   Napi::Value acknowledge_loss(const Napi::CallbackInfo& info);
+  Napi::Value base_sampled(const Napi::CallbackInfo& info);
   Napi::Value base_ready(const Napi::CallbackInfo& info);
   Napi::Value await_filled(const Napi::CallbackInfo& info);
   Napi::Value limit(const Napi::CallbackInfo& info);

@@ -74,6 +74,7 @@ void ReceiverHandle::define(Napi::Env env) {
                       InstanceMethod<&ReceiverHandle::missing>("missing"),
                       InstanceMethod<&ReceiverHandle::digest>("digest"),
                       InstanceMethod<&ReceiverHandle::acknowledge_loss>("acknowledgeLoss"),
+                      InstanceMethod<&ReceiverHandle::base_sampled>("baseSampled"),
                       InstanceMethod<&ReceiverHandle::base_ready>("baseReady"),
                       InstanceMethod<&ReceiverHandle::await_filled>("awaitFilled"),
                       InstanceMethod<&ReceiverHandle::limit>("limit"),
@@ -171,6 +172,13 @@ Napi::Value ReceiverHandle::digest(const Napi::CallbackInfo& info) {
 Napi::Value ReceiverHandle::acknowledge_loss(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     if (open_) receiver().acknowledge_loss();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::base_sampled(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().base_sampled();
     return info.Env().Undefined();
   });
 }

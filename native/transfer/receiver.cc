@@ -401,6 +401,8 @@ void Receiver::acknowledge_loss() {
   impl_->changed.notify_all();
 }
 
+void Receiver::base_sampled() { impl_->base_sampled = true; }
+
 void Receiver::base_ready() { impl_->base_awaited = false; }
 
 void Receiver::await_filled() {

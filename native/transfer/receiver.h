@@ -102,8 +102,10 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   // Sender::digest() of the paused source.
   [[nodiscard]] Hash128 digest(std::uint32_t region) const;
   void acknowledge_loss();  // poison now
-  // The bases are where they belong, and nobody but the source writes the regions any more. Until then it may not
-  // compare, nor send pages.
+  // The nodes of the sample are, and stay as they are: the source may compare those already.
+  void base_sampled();
+  // The bases are where they belong, and nobody but the source writes the regions any more. Until then it may
+  // compare no more than the sample, nor send pages.
   void base_ready();
   // kFilled is to come once every page is here (filling).
   void await_filled();

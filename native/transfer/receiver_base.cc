@@ -38,7 +38,9 @@ void Receiver::Impl::take_bases() {
 
 bool Receiver::Impl::may_compare(Conversation& with) {
   if (with.channel.index != 0) return with.bad("bases are compared on channel 0");
-  if (base_awaited) return with.bad("a comparison before the base is there");
+  // Which nodes the sample has is the source's to know: whoever asks for others gets what is there, and confirms it to
+  // its own guest's harm.
+  if (base_awaited && !base_sampled) return with.bad("a comparison before the base is there");
   if (state != State::kFilling) return with.bad("a comparison after the switch");
   return true;
 }
@@ -116,6 +118,7 @@ bool Receiver::Impl::on_same(Conversation& with, const wire::FrameHeader& header
 
 bool Receiver::Impl::on_base_end(Conversation& with, const wire::FrameHeader& header) {
   if (!with.check_no_payload(header) || !may_compare(with)) return false;
+  if (base_awaited) return with.bad("the end of a comparison before the base is there");
   if (header.tag != 0) {
     // While the guest still runs at the source: thousands of single pages would be dropped during the downtime.
     if (filling_frames != 0) return with.bad("the end of a comparison while pages are in flight");

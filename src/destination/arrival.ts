@@ -236,9 +236,11 @@ export class Arrival extends EventEmitter {
   }
 
   #fillBase(): BaseFilling {
-    const filling = new BaseFilling(this.guest, this.offer.replayLog ?? null, (fraction, expectedMs) =>
-      this.#tell({ type: 'base-progress', fraction, expectedMs }),
-    );
+    const filling = new BaseFilling(this.guest, this.offer.replayLog ?? null, (progress) => {
+      if (this.#closed) return;
+      if (progress.sampled) this.#engine.receiver.baseSampled();
+      this.#tell({ type: 'base-progress', ...progress });
+    });
     filling.outcome.then(
       ({ ready, problem, fillMs, replayMs }) => {
         if (this.#closed) return;

@@ -5,6 +5,7 @@
  */
 import { native, nativeAsync } from '../errors.js';
 import type { ArrivingGuest, RegionBase } from '../guest.js';
+import { samplePages } from '../protocol/base-sample.js';
 import type { Region } from '../region.js';
 
 /** What became of it. */
@@ -18,6 +19,12 @@ export interface BaseOutcome {
   replayMs: number;
 }
 
+export interface BaseProgress {
+  sampled: boolean;
+  fraction: number;
+  expectedMs: number | null;
+}
+
 /** Between two looks at whether it is still wanted: some ms. */
 const pieceBytes = 8 * 2 ** 20;
 const tellEveryMs = 50;
@@ -29,8 +36,8 @@ export class BaseFilling {
   constructor(
     private readonly guest: ArrivingGuest,
     private readonly replayLog: Uint8Array | null,
-    /** How much is there; what the rest is expected to take beyond that, or null where nobody knows. */
-    private readonly tell: (fraction: number, expectedMs: number | null) => void,
+    /** How much is there, the sample at least; what the rest is expected to take, or null where nobody knows. */
+    private readonly tell: (progress: BaseProgress) => void,
   ) {
     this.outcome = this.#fill();
   }
@@ -57,13 +64,29 @@ export class BaseFilling {
       outcome.filledBytes += filled;
       if (performance.now() - toldAtMs < tellEveryMs) return;
       toldAtMs = performance.now();
-      this.tell(Math.min(1, doneBytes / totalBytes), this.#expectedMs());
+      this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
     };
+    // A replay changes what matches, and a function of the owner's has an order of its own.
+    const samples = this.#replays || bases.some(({ base }) => base && 'fill' in base) ? [] : this.#sample();
+    let sampled = false;
     try {
-      for (const { region, base } of bases) if (base) await fillRegion(region, base, done, signal);
+      for (const { region: index, first, count } of samples) {
+        const { region, base } = bases[index] as (typeof bases)[number];
+        if (!base || signal.aborted) continue;
+        const filled = await fillPages(region, base, first, count);
+        done(count * region.pageSize, filled);
+      }
+      if (samples.length > 0 && !signal.aborted) {
+        sampled = true;
+        this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
+      }
+      for (const [index, { region, base }] of bases.entries()) {
+        const there = samples.filter((sample) => sample.region === index);
+        if (base) await fillRegion(region, base, there, done, signal);
+      }
       outcome.fillMs = performance.now() - started;
       if (this.#replays && !signal.aborted) {
-        this.tell(1, this.#expectedMs());
+        this.tell({ sampled, fraction: 1, expectedMs: this.#expectedMs() });
         const replaying = performance.now();
         try {
           await this.guest.replay?.apply(this.replayLog as Uint8Array, { signal });
@@ -82,43 +105,64 @@ export class BaseFilling {
     return outcome;
   }
 
+  #sample() {
+    return samplePages(this.guest.regions.map(({ pages }, index) => (this.guest.bases?.[index] ? pages : 0)));
+  }
+
   #expectedMs(): number | null {
     return this.#replays ? (this.guest.replay?.expectedMs ?? null) : 0;
   }
 }
 
+/** Gives the bytes that there were. */
+async function fillPages(region: Region, base: RegionBase, first: number, count: number): Promise<number> {
+  const { pageSize } = region;
+  if ('path' in base) {
+    const offset = (base.offsetBytes ?? 0) + first * pageSize;
+    return nativeAsync(() => region.native.fill(base.path, offset, first, count));
+  }
+  if ('region' in base) {
+    return nativeAsync(() =>
+      region.native.fillFrom(
+        native(() => base.region.native),
+        first,
+        count,
+      ),
+    );
+  }
+  return count * pageSize;
+}
+
+/** `there`: pages that are filled already, and perhaps confirmed: they are not touched again. */
 async function fillRegion(
   region: Region,
   base: RegionBase,
+  there: readonly { first: number; count: number }[],
   done: (bytes: number, filled: number) => void,
   signal: AbortSignal,
 ): Promise<void> {
   const { pages, pageSize, lengthBytes } = region;
-  if ('inPlace' in base) {
-    done(lengthBytes, lengthBytes);
-    return;
-  }
   if ('fill' in base) {
     await base.fill(region, { signal });
     done(lengthBytes, lengthBytes);
     return;
   }
   const most = Math.max(1, Math.floor(pieceBytes / pageSize));
-  for (let first = 0; first < pages && !signal.aborted; first += most) {
-    const count = Math.min(most, pages - first);
-    const filled = await nativeAsync(() =>
-      'path' in base
-        ? region.native.fill(base.path, (base.offsetBytes ?? 0) + first * pageSize, first, count)
-        : region.native.fillFrom(
-            native(() => base.region.native),
-            first,
-            count,
-          ),
-    );
+  for (let first = 0; first < pages && !signal.aborted; ) {
+    const next = there.find((run) => run.first + run.count > first);
+    if (next && next.first <= first) {
+      first = next.first + next.count;
+      continue;
+    }
+    const count = Math.min(most, (next?.first ?? pages) - first);
+    const filled = await fillPages(region, base, first, count);
     done(count * pageSize, filled);
+    first += count;
     if (filled < count * pageSize) {
-      done((pages - first - count) * pageSize, 0);
-      return; // the rest of the region is zeros
+      // The rest of the region is zeros.
+      const sampled = there.reduce((sum, run) => sum + (run.first >= first ? run.count : 0), 0);
+      done((pages - first - sampled) * pageSize, 0);
+      return;
     }
   }
 }

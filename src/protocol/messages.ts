@@ -96,9 +96,13 @@ export const destinationMessage = z.discriminatedUnion('type', [
     type: z.literal('accepted'),
     basePages: z.array(count).max(64).nullable().default(null),
   }),
-  /** How much of the base is there, and what the rest will take besides (null: nobody knows). */
+  /**
+   * How much of the base is there, and what the rest will take besides (null: nobody knows). `sampled`: the nodes of the
+   * sample (base-sample.ts) are there, and may be compared.
+   */
   z.strictObject({
     type: z.literal('base-progress'),
+    sampled: z.boolean(),
     fraction: z.number().min(0).max(1),
     expectedMs: finite.nullable(),
   }),

@@ -14,17 +14,19 @@ export interface WaitInput {
   expectedMs: number | null;
   /** What sending everything takes at the measured rate. */
   plainMs: number;
+  /** How long it may still take: what a sample says that the base saves; null: there was none yet. */
+  worthMs: number | null;
 }
 
 /** A wait that costs less than this part of the migration is not worth a decision. */
 const GRACE_PART = 0.02;
-const GRACE_LEAST_MS = 20;
-/** The rest of the time is for the comparison and for what differs. */
+const GRACE_LEAST_MS = 50;
+/** Without a sample: half of the time is for the comparison and for what differs. */
 const WAIT_PART = 0.5;
 
 /** Asked again with each word of the destination. */
 export function decideWait(input: WaitInput): 'wait' | 'give-up' {
-  const { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs } = input;
+  const { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs } = input;
   const graceMs = Math.max(GRACE_LEAST_MS, GRACE_PART * plainMs);
   if (elapsedMs < graceMs) return 'wait';
   if (fraction <= 0 || expectedMs === null) return 'give-up';
@@ -32,7 +34,7 @@ export function decideWait(input: WaitInput): 'wait' | 'give-up' {
   // It may take twice as long as it said; then its word is worth nothing.
   if (sinceToldMs > 2 * promisedMs + graceMs) return 'give-up';
   // What was waited for already is spent in any case; only what is left is compared with what it may save.
-  return promisedMs - sinceToldMs <= WAIT_PART * plainMs ? 'wait' : 'give-up';
+  return promisedMs - sinceToldMs <= (worthMs ?? WAIT_PART * plainMs) ? 'wait' : 'give-up';
 }
 
 export interface CompareInput {
@@ -49,6 +51,8 @@ export interface CompareInput {
 export interface CompareDecision {
   action: 'compare' | 'plain';
   reason: 'saves' | 'nothing-matches' | 'link-is-faster';
+  /** How long the base may still take to be ready, and be worth it all the same. */
+  worthMs: number;
   plainMs: number;
   compareMs: number;
 }
@@ -69,18 +73,15 @@ export function decideCompare(input: CompareInput): CompareDecision {
     sampledPages > 0 ? (sampleMs * bytes) / (sampledPages * pageSize) : Number.POSITIVE_INFINITY;
   const hashBytes = (bytes / pageSize) * HASH_BYTES;
   const compareMs = hashingMs + ((bytes * (1 - same) + hashBytes) * 1000) / linkBytesPerSecond;
-  if (same < LEAST_SAME) return { action: 'plain', reason: 'nothing-matches', plainMs, compareMs };
+  const worthMs = Math.max(0, WORTH * plainMs - compareMs);
+  if (same < LEAST_SAME)
+    return { action: 'plain', reason: 'nothing-matches', worthMs: 0, plainMs, compareMs };
   return compareMs <= WORTH * plainMs
-    ? { action: 'compare', reason: 'saves', plainMs, compareMs }
-    : { action: 'plain', reason: 'link-is-faster', plainMs, compareMs };
+    ? { action: 'compare', reason: 'saves', worthMs, plainMs, compareMs }
+    : { action: 'plain', reason: 'link-is-faster', worthMs, plainMs, compareMs };
 }
 
 /** How many bytes a probe of the link takes: a small part of what is to be sent, and enough to fill its pipe. */
 export function probeBytes(bytes: number): number {
   return Math.min(4 * 2 ** 20, Math.max(64 * 2 ** 10, Math.round(bytes / 256)));
-}
-
-/** Nodes of the sample, of so many: a small part, and enough to say something of the rest. */
-export function sampleNodes(nodes: number): number {
-  return Math.max(1, Math.min(16, Math.ceil(nodes / 64)));
 }

@@ -9,7 +9,8 @@ import { untilAborted, within } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/messages.js';
 import type { BaseReport } from '../report.js';
-import { decideCompare, decideWait, probeBytes, sampleNodes } from './decide-base.js';
+import { nodePages, sampleNodes } from '../protocol/base-sample.js';
+import { type CompareDecision, decideCompare, decideWait, probeBytes } from './decide-base.js';
 import type { SourceEngine } from './engine.js';
 
 type BaseReady = Extract<DestinationMessage, { type: 'base-ready' }>;
@@ -22,15 +23,15 @@ export interface BaseOptions {
   prepareTimeoutMs: number;
 }
 
-/** Pages of a node of the hash tree (wire::kTreeNodePages). */
-const nodePages = 256;
 /** All nodes that are left. */
 const everyNode = Number.MAX_SAFE_INTEGER;
 
 /** The source's part in a base; made when the destination says that it has one. */
 export class StartFromBase {
   readonly #ready = deferred<BaseReady>();
-  #progress: { fraction: number; expectedMs: number | null } = { fraction: 0, expectedMs: null };
+  #progress: Omit<BaseProgress, 'type'> = { sampled: false, fraction: 0, expectedMs: null };
+  /** What a sample said. */
+  #decision: CompareDecision | null = null;
   #told: Deferred<void> = deferred();
   #toldAt = performance.now();
   readonly #report: BaseReport;
@@ -82,12 +83,12 @@ export class StartFromBase {
   async run(engine: SourceEngine, bytes: number, pageSize: number, drop: boolean): Promise<void> {
     const link = await this.#measureLink(engine, bytes);
     this.#report.linkBytesPerSecond = link;
-    const ready = await this.#await((bytes * 1000) / link);
+    const ready = await this.#await((bytes * 1000) / link, () => this.#sample(engine, bytes, pageSize, link));
     this.#report.problem = ready.problem;
     this.#report.fillMs = ready.fillMs;
     this.#report.replayMs = ready.replayMs;
     const started = performance.now();
-    if (ready.ready) await this.#compare(engine, bytes, pageSize, link);
+    if (ready.ready) await this.#compare(engine, () => this.#sample(engine, bytes, pageSize, link));
     await untilAborted(engine.endBase(drop), this.signal);
     this.#report.compareMs = performance.now() - started;
   }
@@ -121,7 +122,7 @@ export class StartFromBase {
     return this.options.bandwidth > 0 ? Math.min(measured, this.options.bandwidth) : measured;
   }
 
-  async #await(plainMs: number): Promise<BaseReady> {
+  async #await(plainMs: number, sample: () => Promise<CompareDecision>): Promise<BaseReady> {
     const { base, baseTimeoutMs } = this.options;
     const started = performance.now();
     try {
@@ -130,9 +131,18 @@ export class StartFromBase {
         const elapsedMs = performance.now() - started;
         const late = elapsedMs >= baseTimeoutMs;
         const sinceToldMs = Math.min(elapsedMs, performance.now() - this.#toldAt);
-        const { fraction, expectedMs } = this.#progress;
-        const input = { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs };
-        if (late || (base === 'auto' && decideWait(input) === 'give-up')) return await this.#cancel();
+        const { fraction, expectedMs, sampled } = this.#progress;
+        if (sampled && base === 'auto' && !this.#decision) {
+          // Before it is all there: a base that has nothing in common is not worth any wait.
+          if ((await sample()).action === 'plain') return await this.#cancel();
+          continue;
+        }
+        const worthMs = this.#decision?.worthMs ?? null;
+        const input = { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs };
+        if (late || (base === 'auto' && decideWait(input) === 'give-up')) {
+          this.#report.reason = 'not-ready';
+          return await this.#cancel();
+        }
         this.#told = deferred();
         this.#told.promise.catch(() => {});
         const look = new Promise<void>((resolve) => setTimeout(resolve, 20));
@@ -160,25 +170,33 @@ export class StartFromBase {
     return ready;
   }
 
-  async #compare(engine: SourceEngine, bytes: number, pageSize: number, link: number): Promise<void> {
-    if (this.options.base === 'auto') {
-      const nodes = this.pages.reduce((sum, pages) => sum + Math.ceil(pages / nodePages), 0);
-      const started = performance.now();
-      await untilAborted(engine.compareBase(sampleNodes(nodes), true), this.signal);
-      const { pagesCompared, pagesSame } = engine.stats().base;
-      const decision = decideCompare({
-        bytes,
-        pageSize,
-        linkBytesPerSecond: link,
-        sampledPages: pagesCompared,
-        samePages: pagesSame,
-        sampleMs: performance.now() - started,
-      });
-      this.#report.reason = decision.reason;
-      if (decision.action === 'plain') return;
-    }
+  async #sample(
+    engine: SourceEngine,
+    bytes: number,
+    pageSize: number,
+    link: number,
+  ): Promise<CompareDecision> {
+    const nodes = this.pages.reduce((sum, pages) => sum + Math.ceil(pages / nodePages), 0);
+    const started = performance.now();
+    await untilAborted(engine.compareBase(sampleNodes(nodes), true), this.signal);
+    const { pagesCompared, pagesSame } = engine.stats().base;
+    this.#decision = decideCompare({
+      bytes,
+      pageSize,
+      linkBytesPerSecond: link,
+      sampledPages: pagesCompared,
+      samePages: pagesSame,
+      sampleMs: performance.now() - started,
+    });
+    this.#report.reason = this.#decision.reason;
+    return this.#decision;
+  }
+
+  async #compare(engine: SourceEngine, sample: () => Promise<CompareDecision>): Promise<void> {
+    const { base } = this.options;
+    if (base === 'auto' && (this.#decision ?? (await sample())).action === 'plain') return;
     await untilAborted(engine.compareBase(everyNode, false), this.signal);
     this.#report.used = true;
-    this.#report.reason = this.options.base === 'always' ? 'always' : 'saves';
+    this.#report.reason = base === 'always' ? 'always' : 'saves';
   }
 }

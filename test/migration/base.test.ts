@@ -183,6 +183,32 @@ describe('what a base may be', () => {
     expect(base).toMatchObject({ used: false, reason: 'not-ready' });
   });
 
+  test.each(['hybrid', 'post-copy'])(
+    '%s: by measured rates, over a link that is slower than hashing',
+    async (mode) => {
+      const [a, b] = await hosts('a', 'b');
+      const bases = await guestWithImages(a);
+      await change(bases[0] as string, 5);
+      const port = await listen(b, { bases });
+      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: 1_000_000 });
+      expect(base).toMatchObject({ used: true, reason: 'saves' });
+      expect(base?.pagesSame).toBeGreaterThan(0.7 * PAGES);
+    },
+  );
+
+  test.each(['hybrid', 'post-copy'])(
+    '%s: one that has nothing in common is let go after a sample',
+    async (mode) => {
+      const [a, b] = await hosts('a', 'b');
+      const bases = await guestWithImages(a);
+      await change(bases[0] as string, 1);
+      const port = await listen(b, { bases });
+      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: 3_000_000 });
+      expect(base).toMatchObject({ used: false, reason: 'nothing-matches', pagesSame: 0 });
+      expect(base?.pagesCompared).toBeLessThan(PAGES);
+    },
+  );
+
   test('one that the source does not want is not even laid out', async () => {
     const [a, b] = await hosts('a', 'b');
     const bases = await guestWithImages(a);

@@ -177,6 +177,21 @@ TEST(BaseHostile, NothingComesBeforeTheBaseIsThere) {
   }
 }
 
+// The sample may be compared, and what it has is confirmed; nothing else may come yet.
+TEST(BaseHostile, OnlyTheSampleComesBeforeTheBaseIsThere) {
+  test::Bench bench(kPages, 2);
+  prepare(bench);
+  bench.receiver->base_sampled();
+  bench.connect();
+  ask(bench, wire::kTreePages, run(256, 256));
+  ASSERT_TRUE(bench.data(0).receive());
+  same(bench, {{256, 10}});
+  EXPECT_TRUE(bench.data(0).barrier(1).answered);
+  EXPECT_EQ(bench.receiver->stats().pages_from_base, 10u);
+  bench.data(1).zeros(1, 0, 1);
+  EXPECT_EQ(bench.log.wait(EngineEventKind::kFailed).code, "PROTOCOL");
+}
+
 // --- a destination that lies
 
 struct Lie {

@@ -68,10 +68,12 @@ test('a base of a running guest is that guest, and the guest runs on', async () 
 test('a later one takes the place of an earlier one, and nothing is left of that', async () => {
   const of = guest('one');
   await saveBase(of, options());
-  (of.regions[1]?.region.views[0] as Uint8Array).fill(9);
+  const [, second] = of.regions as [unknown, { region: Region }];
+  (second.region.views[0] as Uint8Array).fill(9);
   await saveBase(of, options());
   const found = await readBase(directory, 'one');
-  const image = readFileSync((found?.bases[1] as { path: string }).path);
+  const [, image1] = (found?.bases ?? []) as { path: string }[];
+  const image = readFileSync(image1?.path ?? '');
   expect(image.equals(of.bytes()[1] as Buffer)).toBe(true);
   expect(readdirSync(directory)).toHaveLength(1);
 });

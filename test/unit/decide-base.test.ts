@@ -1,6 +1,7 @@
 /** Waiting for a base, and comparing with it: when it pays by measured rates, and when it steps aside. */
 import { describe, expect, test } from 'vitest';
-import { decideCompare, decideWait, probeBytes, sampleNodes } from '../../lib/source/decide-base.js';
+import { sampleNodes, samplePages } from '../../lib/protocol/base-sample.js';
+import { decideCompare, decideWait, probeBytes } from '../../lib/source/decide-base.js';
 
 const GIB = 2 ** 30;
 const MIB = 2 ** 20;
@@ -87,13 +88,19 @@ describe('decideWait', () => {
       'give-up',
     ],
   ] as const)('%s', (_, input, decision) => {
-    expect(decideWait({ sinceToldMs: 0, ...input, plainMs })).toBe(decision);
+    expect(decideWait({ sinceToldMs: 0, worthMs: null, ...input, plainMs })).toBe(decision);
+  });
+
+  test('after a sample, as long as the base is worth', () => {
+    const input = { elapsedMs: 1000, sinceToldMs: 0, fraction: 0.5, expectedMs: 0, plainMs };
+    expect(decideWait({ ...input, worthMs: 7000 })).toBe('wait');
+    expect(decideWait({ ...input, worthMs: 900 })).toBe('give-up');
   });
 
   test('on a link that takes no time nobody waits for long', () => {
-    expect(decideWait({ elapsedMs: 25, sinceToldMs: 0, fraction: 0.2, expectedMs: 0, plainMs: 50 })).toBe(
-      'give-up',
-    );
+    expect(
+      decideWait({ elapsedMs: 55, sinceToldMs: 0, fraction: 0.2, expectedMs: 0, plainMs: 50, worthMs: null }),
+    ).toBe('give-up');
   });
 });
 
@@ -106,4 +113,25 @@ test('a probe and a sample are small parts of what they stand for', () => {
     expect(sampleNodes(nodes)).toBeGreaterThanOrEqual(1);
     expect(sampleNodes(nodes)).toBeLessThanOrEqual(Math.max(1, Math.min(16, nodes / 64 + 1)));
   }
+});
+
+describe('samplePages', () => {
+  test.each([[[1]], [[255, 257]], [[0, 4096, 0]], [[262_144]], [[1000, 0, 131_072, 3]]])(
+    '%j',
+    (basePages) => {
+      const runs = samplePages(basePages);
+      const nodes = basePages.reduce((sum, pages) => sum + Math.ceil(pages / 256), 0);
+      expect(runs.length).toBeGreaterThan(0);
+      expect(runs.length).toBeLessThanOrEqual(sampleNodes(nodes));
+      for (const { region, first, count } of runs) {
+        expect(first % 256).toBe(0);
+        expect(first + count).toBeLessThanOrEqual(basePages[region] as number);
+        expect(count === 256 || first + count === basePages[region]).toBe(true);
+      }
+    },
+  );
+
+  test('of nothing is nothing', () => {
+    expect(samplePages([0, 0])).toEqual([]);
+  });
 });
