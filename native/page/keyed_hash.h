@@ -3,7 +3,8 @@
 // under another one (an almost-universal hash and a pseudorandom function over it). The keys are fresh for each
 // migration, so what was prepared before is worthless, and a hash that is overheard says nothing of them.
 //
-// Measured at 4.2 GB/s a thread for pages of 4 KiB, where SHA-256 does 1.35 (AMD EPYC, SHA and VAES instructions).
+// Measured at 4.2 GB/s a thread for pages of 4 KiB on a machine that was busy otherwise, where SHA-256 does 1.35 (AMD
+// EPYC, SHA and VAES instructions).
 //
 // Threads: one at a time for each object.
 #pragma once
