@@ -23,6 +23,8 @@ const order = [
   'delta',
   'downtime',
   'scale',
+  'return',
+  'replay',
   'client-gap',
 ];
 

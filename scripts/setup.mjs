@@ -64,6 +64,12 @@ const NEEDS = {
     deb: 'libclang-rt-dev',
     rpm: 'compiler-rt',
   },
+  openssl: {
+    what: "OpenSSL's headers (the native core without Node)",
+    there: () => header('openssl/evp.h'),
+    deb: 'libssl-dev',
+    rpm: 'openssl-devel',
+  },
   gtest: {
     what: 'GoogleTest',
     there: () => header('gtest/gtest.h'),
@@ -93,7 +99,18 @@ const NEEDS = {
 const BUILD = ['g++', 'make', 'python3', 'xxhash', 'lz4', 'zstd'];
 const PROFILES = {
   demo: BUILD,
-  test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'ip'],
+  test: [
+    ...BUILD,
+    'cmake',
+    'ninja',
+    'clang',
+    'clang-format',
+    'clang-tidy',
+    'clang-rt',
+    'openssl',
+    'gtest',
+    'ip',
+  ],
   bench: [...BUILD, 'gcc', 'ip'],
   'bench:paper': [...BUILD, 'gcc', 'ip', 'mkswap', 'redis'],
 };

@@ -52,12 +52,39 @@ export interface GuestOffer {
   module: GuestModule | null;
   description: unknown;
   regions: { name: string; lengthBytes: number; capacityBytes: number; pageSize: number }[];
+  /** The source's `replayLog`: operations since the base, as the guest's owner wrote them. As untrusted as the guest. */
+  replayLog?: Uint8Array;
 }
+
+/**
+ * What a region starts from, so that only what differs has to come: a raw image file (its byte n is the region's byte
+ * n), another region of this process, the region's own content (a guest that comes back to memory that it left), or
+ * whatever a function of the owner's writes into it. It need not be right, nor as long as the region: every page is
+ * confirmed by hash, and what is not confirmed is never read.
+ */
+export type RegionBase =
+  | { path: string; offsetBytes?: number }
+  | { region: Region }
+  | { inPlace: true }
+  | { fill(region: Region, options: { signal: AbortSignal }): Promise<void> };
 
 /** The destination's side of a guest. */
 export interface ArrivingGuest {
   /** In the order of the offer, each at least as long as offered. Their content is discarded. */
   readonly regions: readonly Region[];
+  /** What the regions start from, in their order; null or absent: from nothing. */
+  readonly bases?: readonly (RegionBase | null | undefined)[];
+  /**
+   * Applies the source's log to the bases, while the guest still runs there. What comes of it need not be exact: the
+   * comparison makes it so. When `signal` aborts nobody waits for it any more, and it must stop writing the regions.
+   */
+  readonly replay?:
+    | {
+        apply(log: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
+        /** How long that takes, in ms, where the owner knows: without it nobody waits unless `base: 'always'` says so. */
+        expectedMs?: number;
+      }
+    | undefined;
   /** The source's region grew before the switchover: make ours as long. */
   grow?(index: number, lengthBytes: number): Promise<void>;
   /** Everything that can fail. May touch the regions. */

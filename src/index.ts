@@ -1,5 +1,6 @@
 /** memferry: moves live memory between processes and machines while its owner keeps running. */
 export { type Arrival, type Listening, listen } from './destination/listen.js';
+export { type BaseFiles, type BaseFilesOptions, readBase, saveBase } from './base-files.js';
 export { type Doctor, doctor } from './doctor.js';
 export * from './errors.js';
 export type {
@@ -9,6 +10,7 @@ export type {
   GuestOffer,
   GuestRegion,
   PausedGuest,
+  RegionBase,
 } from './guest.js';
 export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
@@ -26,6 +28,7 @@ export {
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
+  BaseReport,
   DowntimeParts,
   EncodingReport,
   EvictionReport,

@@ -38,6 +38,15 @@ export interface NativeRegion {
   release(): void;
   /** XXH3_128 over the page hashes, as 32 hex digits. On a thread of the pool. */
   digest(): Promise<string>;
+  /**
+   * Reads the file from `offsetBytes` on into pages [first, first + count), as far as it goes; gives the bytes. On a
+   * thread of the pool, as the next two.
+   */
+  fill(path: string, offsetBytes: number, first: number, count: number): Promise<number>;
+  /** The same from the pages with the same numbers of another region. */
+  fillFrom(from: NativeRegion, first: number, count: number): Promise<number>;
+  /** Writes these pages to where they belong in an existing file; pages of zeros are left out. */
+  save(path: string, first: number, count: number): Promise<void>;
   /** Drops this handle. Memory of our own goes when the last handle, view and engine have let go. Twice is fine. */
   close(): void;
 }
@@ -123,6 +132,10 @@ export interface NativeSenderConfig {
   serverEncodings: number;
   /** 0: rounds send no deltas. */
   deltaCacheBytes: number;
+  /** Pages of each region that the destination has as a base (0: none; it needs a tracker else), and the hashes' key. */
+  basePages?: number[];
+  /** 64 bytes. */
+  baseKey?: Uint8Array;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -133,6 +146,19 @@ export interface NativeEncodingStats {
   encodedBytes: number;
   /** Of the sending threads, attempts included. */
   cpuMs: number;
+}
+
+/** What was compared with the destination's base. `bytesOut` are in `bytesOnWire` too. */
+export interface NativeBaseStats {
+  pagesCompared: number;
+  pagesSame: number;
+  bytesOut: number;
+  bytesIn: number;
+  roundTrips: number;
+  /** CPU time. */
+  sourceHashUs: number;
+  /** CPU time, as the destination says. */
+  destinationHashUs: number;
 }
 
 export interface NativeSenderStats {
@@ -150,6 +176,7 @@ export interface NativeSenderStats {
   servers: NativeServerStats[];
   compression: NativeEncodingStats;
   delta: NativeEncodingStats;
+  base: NativeBaseStats;
 }
 
 /** See native/transfer/sender.h for the order of calls. */
@@ -161,6 +188,10 @@ export interface NativeSender {
   /** The same on this thread, for the final scan of a paused guest. */
   queueDirtySync(): number;
   startRound(tag: number): void;
+  /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
+  probe(tag: number, bytes: number): void;
+  compareBase(tag: number, mostNodes: number, sample: boolean): void;
+  endBase(tag: number, drop: boolean): void;
   discardDirty(tag: number): Promise<number>;
   /** On this thread; gives the number of pages that the final scan found. */
   switchOver(): number;
@@ -192,6 +223,10 @@ export interface NativeReceiverConfig {
   sourceless: boolean;
   /** Flags of the encodings that pages may come in. */
   encodings: number;
+  /** For each region; 'given': its owner puts it there and then calls `baseReady`; 'in-place': it is there. */
+  bases?: ('none' | 'given' | 'in-place')[];
+  /** 64 bytes, as the source's. */
+  baseKey?: Uint8Array;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -204,6 +239,9 @@ export interface NativeReceiverStats {
   faults: { count: number; p50Us: number; p99Us: number; maxUs: number };
   extraMemoryBytes: number;
   pagesGathered: number;
+  pagesFromBase: number;
+  /** CPU time. */
+  baseHashUs: number;
   servers: NativeServerStats[];
 }
 
@@ -215,6 +253,10 @@ export interface NativeReceiver {
   missing(maxRuns: number): NativeRun[];
   digest(region: number): Promise<string>;
   acknowledgeLoss(): void;
+  /** Of the bases the sample's nodes are, for good: those may be compared already. */
+  baseSampled(): void;
+  /** The bases are where they belong; until then the source may neither compare nor send pages. */
+  baseReady(): void;
   /** 'filled' is to come once every page is here, before the switch. */
   awaitFilled(): void;
   /** Bytes a second; 0 for no limit. */

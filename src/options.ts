@@ -85,6 +85,16 @@ const migrateSchema = z.strictObject({
   tracker: z.string().optional(),
   /** Compare a digest of every region from both sides at the end. */
   verify: z.boolean().default(true),
+  /**
+   * A base that the destination has: compare with it where measured rates say that it pays (`auto`), in any case
+   * (`always`: waits for it up to `baseTimeoutMs`), or not at all (`off`).
+   */
+  base: z.enum(['auto', 'always', 'off']).default('auto'),
+  baseTimeoutMs: milliseconds.default(60_000),
+  /** Operations since the base, for the destination's `replay`; at most 4 MiB. */
+  replayLog: z.instanceof(Uint8Array).optional(),
+  /** When the guest has left: write its regions there as a base for its return, if they have no more bytes than that. */
+  keepStaleCopy: z.strictObject({ directory: z.string().min(1), maxBytes: bytes }).optional(),
   /** Scatter modes: VMD servers (`memferry stage`), `host:port` each, in addition to those that are discovered. */
   via: z.array(z.string().min(1)).max(250).default([]),
   /** Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). */
@@ -197,6 +207,10 @@ export type ParkOptions = Omit<
   | 'hybridRounds'
   | 'tracker'
   | 'verify'
+  | 'base'
+  | 'baseTimeoutMs'
+  | 'replayLog'
+  | 'keepStaleCopy'
   | 'holdSwitchover'
   | 'destinationRack'
   | 'onCapacity'
@@ -279,9 +293,25 @@ function checkStall(
   );
 }
 
+/** It comes with the offer, which has to be there whole within seconds. */
+const mostReplayBytes = 4 * 2 ** 20;
+
+function checkBase({ replayLog, keepStaleCopy, releaseAsEvicted }: z.output<typeof migrateSchema>): void {
+  if ((replayLog?.length ?? 0) > mostReplayBytes) {
+    throw new MemferryError('INVALID_ARGUMENT', `migrate.replayLog: more than ${mostReplayBytes} bytes`);
+  }
+  if (keepStaleCopy && releaseAsEvicted) {
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      'migrate.keepStaleCopy: nothing is left to keep with releaseAsEvicted',
+    );
+  }
+}
+
 export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
   const parsed = parse(migrateSchema, options, 'migrate');
   checkStall(parsed, 'migrate');
+  checkBase(parsed);
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 

@@ -34,6 +34,8 @@ export interface Progress {
   remoteFaults: number;
   /** Bytes that did not have to go over the wire so far. */
   bytesSaved: { compression: number; delta: number };
+  /** Pages that the destination's base has. */
+  pagesFromBase: number;
   /** What the migration waits for before it can begin, for people; null when it does not. */
   waitingFor: string | null;
 }
@@ -78,6 +80,34 @@ export interface EncodingReport {
   cpuMs: number;
 }
 
+/** What a base at the destination saved, and what it cost. */
+export interface BaseReport {
+  /** Every page was compared. */
+  used: boolean;
+  /** Why, or why not. */
+  reason: 'saves' | 'always' | 'link-is-faster' | 'nothing-matches' | 'not-ready' | 'no-tracker';
+  /** What the destination could not do with its base, or null. */
+  problem: string | null;
+  /** Pages that did not have to be sent in the first round. */
+  pagesSame: number;
+  bytesSaved: number;
+  pagesCompared: number;
+  /** On the wire for it, in both directions: requests, hashes, lists of equal pages. */
+  bytesExchanged: number;
+  roundTrips: number;
+  /** Until the base was there, or was not waited for any longer. */
+  waitMs: number;
+  compareMs: number;
+  /** At the destination, before the comparison. */
+  fillMs: number;
+  replayMs: number;
+  /** CPU time of hashing. */
+  sourceCpuMs: number;
+  destinationCpuMs: number;
+  /** As a probe before the first page found it. */
+  linkBytesPerSecond: number | null;
+}
+
 /** What the source knows when it has evicted the guest; the destination may still be gathering. */
 export interface EvictionReport {
   migrationId: string;
@@ -105,6 +135,8 @@ export interface EvictionReport {
   /** Pages that went straight to the destination; in scatter modes the rest is at the intermediaries. */
   pagesDirect: number;
   intermediaries: Intermediary[];
+  /** Null where the destination had none. */
+  base: BaseReport | null;
 }
 
 export interface MigrationReport extends EvictionReport {
@@ -148,4 +180,6 @@ export interface ArrivalReport {
   /** Scatter modes: pages that were fetched from VMD servers. */
   pagesGathered: number;
   intermediaries: Intermediary[];
+  /** Pages that were here already, and confirmed by the source. */
+  pagesFromBase: number;
 }

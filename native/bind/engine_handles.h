@@ -42,6 +42,9 @@ class SenderHandle : public Napi::ObjectWrap<SenderHandle>, public Engine {
   Napi::Value queue_dirty(const Napi::CallbackInfo& info);
   Napi::Value queue_dirty_sync(const Napi::CallbackInfo& info);
   Napi::Value start_round(const Napi::CallbackInfo& info);
+  Napi::Value probe(const Napi::CallbackInfo& info);
+  Napi::Value compare_base(const Napi::CallbackInfo& info);
+  Napi::Value end_base(const Napi::CallbackInfo& info);
   Napi::Value discard_dirty(const Napi::CallbackInfo& info);
   Napi::Value switch_over(const Napi::CallbackInfo& info);
   Napi::Value start_push(const Napi::CallbackInfo& info);
@@ -74,6 +77,8 @@ class ReceiverHandle : public Napi::ObjectWrap<ReceiverHandle>, public Engine {
   Napi::Value missing(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);
   Napi::Value acknowledge_loss(const Napi::CallbackInfo& info);
+  Napi::Value base_sampled(const Napi::CallbackInfo& info);
+  Napi::Value base_ready(const Napi::CallbackInfo& info);
   Napi::Value await_filled(const Napi::CallbackInfo& info);
   Napi::Value limit(const Napi::CallbackInfo& info);
   Napi::Value grow(const Napi::CallbackInfo& info);

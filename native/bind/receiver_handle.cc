@@ -29,6 +29,16 @@ ReceiverConfig config_of(const Napi::Object& config) {
       throw std::invalid_argument("encodings: flags of encodings");
     out.encodings = static_cast<std::uint16_t>(flags);
   }
+  if (config.Has("bases")) {
+    const Napi::Array bases = array_of(config.Get("bases"), "bases");
+    for (std::uint32_t i = 0; i < bases.Length(); ++i) {
+      const std::string kind = text_of(bases.Get(i), "bases");
+      out.bases.push_back(kind == "given"      ? ReceiverConfig::Base::kGiven
+                          : kind == "in-place" ? ReceiverConfig::Base::kInPlace
+                                               : ReceiverConfig::Base::kNone);
+    }
+    out.base_key = fixed_bytes_of<sizeof(KeyedHashKey)>(config.Get("baseKey"), "baseKey");
+  }
   if (!config.Has("servers")) return out;
   out.servers = stage_servers_of(config.Get("servers"));
   out.gather_limit = count_of(config.Get("gatherLimit"), "gatherLimit");
@@ -52,6 +62,8 @@ Napi::Object stats_object(Napi::Env env, const ReceiverStats& stats) {
   object.Set("faults", faults);
   object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
   object.Set("pagesGathered", number(env, stats.pages_gathered));
+  object.Set("pagesFromBase", number(env, stats.pages_from_base));
+  object.Set("baseHashUs", number(env, stats.base_hash_us));
   object.Set("servers", server_stats(env, stats.servers));
   return object;
 }
@@ -68,6 +80,8 @@ void ReceiverHandle::define(Napi::Env env) {
                       InstanceMethod<&ReceiverHandle::missing>("missing"),
                       InstanceMethod<&ReceiverHandle::digest>("digest"),
                       InstanceMethod<&ReceiverHandle::acknowledge_loss>("acknowledgeLoss"),
+                      InstanceMethod<&ReceiverHandle::base_sampled>("baseSampled"),
+                      InstanceMethod<&ReceiverHandle::base_ready>("baseReady"),
                       InstanceMethod<&ReceiverHandle::await_filled>("awaitFilled"),
                       InstanceMethod<&ReceiverHandle::limit>("limit"),
                       InstanceMethod<&ReceiverHandle::grow>("grow"),
@@ -164,6 +178,20 @@ Napi::Value ReceiverHandle::digest(const Napi::CallbackInfo& info) {
 Napi::Value ReceiverHandle::acknowledge_loss(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     if (open_) receiver().acknowledge_loss();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::base_sampled(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().base_sampled();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::base_ready(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().base_ready();
     return info.Env().Undefined();
   });
 }

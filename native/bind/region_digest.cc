@@ -18,7 +18,8 @@ namespace {
 
 constexpr std::uint64_t kPieceBytes = 256 * 1024;  // stays in the second-level cache
 
-// Reads our own memory; false when this system does not let a process do so by system call.
+}  // namespace
+
 bool read_piece(std::span<std::byte> from, std::byte* to, PageNumber first) {
   std::size_t done = 0;
   while (done < from.size()) {
@@ -36,8 +37,6 @@ bool read_piece(std::span<std::byte> from, std::byte* to, PageNumber first) {
   }
   return true;
 }
-
-}  // namespace
 
 Hash128 region_digest(const std::shared_ptr<Region>& region) {
   const RegionUse use(region, "digest");

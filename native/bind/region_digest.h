@@ -13,4 +13,8 @@ namespace memferry::bind {
 // Throws CodedError (UNREADABLE), RegionGone, std::bad_alloc.
 [[nodiscard]] Hash128 region_digest(const std::shared_ptr<Region>& region);
 
+// Copies pages of our own memory by system call, so that one that cannot be read is an error (CodedError UNREADABLE) and
+// no signal. False when this system does not let a process do so.
+bool read_piece(std::span<std::byte> from, std::byte* to, PageNumber first);
+
 }  // namespace memferry::bind

@@ -6,6 +6,7 @@
 #include "bind/async_work.h"
 #include "bind/memory_map.h"
 #include "bind/region_digest.h"
+#include "bind/region_image.h"
 #include "bind/values.h"
 #include "os/mapping.h"
 
@@ -61,6 +62,9 @@ void RegionHandle::define(Napi::Env env) {
                       InstanceMethod<&RegionHandle::claim>("claim"),
                       InstanceMethod<&RegionHandle::release>("release"),
                       InstanceMethod<&RegionHandle::digest>("digest"),
+                      InstanceMethod<&RegionHandle::fill>("fill"),
+                      InstanceMethod<&RegionHandle::fill_from>("fillFrom"),
+                      InstanceMethod<&RegionHandle::save>("save"),
                       InstanceMethod<&RegionHandle::close>("close"),
                   });
   Environment::of(env).region_class = Napi::Persistent(constructor);
@@ -248,6 +252,46 @@ Napi::Value RegionHandle::digest(const Napi::CallbackInfo& info) {
         [](Napi::Env js, Hash128 hash) -> Napi::Value {
           return Napi::String::New(js, hex128(hash.high, hash.low));
         });
+  });
+}
+
+Napi::Value RegionHandle::fill(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::string path = text_of(info[0], "path");
+    const std::uint64_t offset = count_of(info[1], "offsetBytes");
+    const PageRun run{PageNumber{count_of(info[2], "first")}, count_of(info[3], "count")};
+    return run_async(
+        info.Env(), "memferry.fill",
+        [held = hold(), path, offset, run] {
+          return fill_from_file(held.shared->region_pointer(), path, offset, run);
+        },
+        [](Napi::Env js, std::uint64_t bytes) -> Napi::Value { return number(js, bytes); });
+  });
+}
+
+Napi::Value RegionHandle::fill_from(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const PageRun run{PageNumber{count_of(info[1], "first")}, count_of(info[2], "count")};
+    return run_async(
+        info.Env(), "memferry.fillFrom",
+        [held = hold(), from = hold_of(info[0]), run] {
+          return fill_from_region(held.shared->region_pointer(), from.shared->region_pointer(), run);
+        },
+        [](Napi::Env js, std::uint64_t bytes) -> Napi::Value { return number(js, bytes); });
+  });
+}
+
+Napi::Value RegionHandle::save(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    const std::string path = text_of(info[0], "path");
+    const PageRun run{PageNumber{count_of(info[1], "first")}, count_of(info[2], "count")};
+    return run_async(
+        info.Env(), "memferry.save",
+        [held = hold(), path, run] {
+          save_to_file(held.shared->region_pointer(), path, run);
+          return true;
+        },
+        [](Napi::Env js, bool) -> Napi::Value { return js.Undefined(); });
   });
 }
 

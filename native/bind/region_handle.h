@@ -52,6 +52,9 @@ class RegionHandle : public Napi::ObjectWrap<RegionHandle> {
   Napi::Value claim(const Napi::CallbackInfo& info);
   Napi::Value release(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);
+  Napi::Value fill(const Napi::CallbackInfo& info);
+  Napi::Value fill_from(const Napi::CallbackInfo& info);
+  Napi::Value save(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
 
   RegionHold hold_;  // of a live handle; kept after close() only for `id`

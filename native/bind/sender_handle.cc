@@ -55,6 +55,12 @@ SenderConfig config_of(const Napi::Object& config) {
     out.server_encodings = encodings_of(config.Get("serverEncodings"), "serverEncodings");
     out.delta_cache_bytes = count_of(config.Get("deltaCacheBytes"), "deltaCacheBytes");
   }
+  if (config.Has("basePages")) {
+    const Napi::Array pages = array_of(config.Get("basePages"), "basePages");
+    for (std::uint32_t i = 0; i < pages.Length(); ++i)
+      out.base_pages.push_back(count_of(pages.Get(i), "basePages"));
+    out.base_key = fixed_bytes_of<sizeof(KeyedHashKey)>(config.Get("baseKey"), "baseKey");
+  }
   if (!config.Has("servers")) return out;
   out.servers = stage_servers_of(config.Get("servers"));
   out.replicas = index_of(config.Get("replicas"), "replicas");
@@ -75,6 +81,9 @@ void SenderHandle::define(Napi::Env env) {
                       InstanceMethod<&SenderHandle::queue_dirty>("queueDirty"),
                       InstanceMethod<&SenderHandle::queue_dirty_sync>("queueDirtySync"),
                       InstanceMethod<&SenderHandle::start_round>("startRound"),
+                      InstanceMethod<&SenderHandle::probe>("probe"),
+                      InstanceMethod<&SenderHandle::compare_base>("compareBase"),
+                      InstanceMethod<&SenderHandle::end_base>("endBase"),
                       InstanceMethod<&SenderHandle::discard_dirty>("discardDirty"),
                       InstanceMethod<&SenderHandle::switch_over>("switchOver"),
                       InstanceMethod<&SenderHandle::start_push>("startPush"),
@@ -201,6 +210,28 @@ Napi::Value SenderHandle::start_round(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value SenderHandle::probe(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->probe(count_of(info[0], "tag"), count_of(info[1], "bytes"));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::compare_base(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->compare_base(count_of(info[0], "tag"), count_of(info[1], "mostNodes"),
+                                 flag_of(info[2], "sample"));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::end_base(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->end_base(count_of(info[0], "tag"), flag_of(info[1], "drop"));
+    return info.Env().Undefined();
+  });
+}
+
 Napi::Value SenderHandle::discard_dirty(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const std::uint64_t tag = count_of(info[0], "tag");
@@ -253,6 +284,15 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("servers", server_stats(env, stats.servers));
     object.Set("compression", encoding_stats(env, stats.compression));
     object.Set("delta", encoding_stats(env, stats.delta));
+    Napi::Object base = Napi::Object::New(env);
+    base.Set("pagesCompared", number(env, stats.base.pages_compared));
+    base.Set("pagesSame", number(env, stats.base.pages_same));
+    base.Set("bytesOut", number(env, stats.base.bytes_out));
+    base.Set("bytesIn", number(env, stats.base.bytes_in));
+    base.Set("roundTrips", number(env, stats.base.round_trips));
+    base.Set("sourceHashUs", number(env, stats.base.source_hash_us));
+    base.Set("destinationHashUs", number(env, stats.base.destination_hash_us));
+    object.Set("base", base);
     return object;
   });
 }

@@ -89,7 +89,7 @@ bool Sender::Impl::send_barrier(Epoch& of, DataChannel& channel, const Task& min
     // The clock runs once nothing is being sent any more: a slow link or a low limit is no silence.
     const bool all =
         std::all_of(of.data.begin(), of.data.end(), [](const auto& c) { return c->barrier_sent; });
-    if (all || mine.kind == TaskKind::kDiscard) {
+    if (all || mine.kind == TaskKind::kDiscard || mine.kind == TaskKind::kCompare) {
       answer_deadline = Clock::now() + config.answer_timeout;
       supervisor_changed.notify_all();
     }
@@ -148,6 +148,9 @@ void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
           if (channel.index == 0 && (mine.frames->empty() || say(*mine.frames)))
             send_barrier(of, channel, mine);
           break;
+        case TaskKind::kCompare:
+          if (channel.index == 0 && compare_on(of, mine, say)) send_barrier(of, channel, mine);
+          break;
         case TaskKind::kSwitch:
           if (channel.index == 0) {
             {
@@ -191,8 +194,9 @@ bool Sender::Impl::receive_frame(Epoch& of, wire::Stream& stream, wire::FrameHea
       report_violation(of, wrong);
       return false;
     }
-    // Of the frames with a payload only these two come this way; kBitmap is read before this loop begins.
-    if (header.payload_bytes > 0 && header.type != static_cast<std::uint16_t>(wire::FrameType::kSuspects)) {
+    // Of the frames with a payload only these come this way; kBitmap is read before this loop begins.
+    if (header.payload_bytes > 0 && header.type != static_cast<std::uint16_t>(wire::FrameType::kSuspects) &&
+        header.type != static_cast<std::uint16_t>(wire::FrameType::kTree)) {
       report_violation(of, "a frame that a destination does not send");
       return false;
     }
@@ -258,6 +262,9 @@ std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const w
       if (answer_deadline) answer_deadline = Clock::now() + config.answer_timeout;
       finish_if_acknowledged_locked(of);
       return {};
+    case wire::FrameType::kTree:
+      if (channel.index != 0 || task.kind != TaskKind::kCompare) return "hashes that were not asked for";
+      return comparison->answered(header, payload);
     case wire::FrameType::kSwitchAck: {
       if (channel.index != 0 || phase != Phase::kSwitching || task.kind != TaskKind::kSwitch) {
         return "an answer to a switch that was not asked for";

@@ -29,8 +29,11 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
     backings.push_back(backing_of(*region));
-    maps.push_back(std::make_unique<ArrivalMap>(region, config.discard_first, config.keep_page_hashes));
+    const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
+    maps.push_back(
+        std::make_unique<ArrivalMap>(region, config.discard_first && !in_place, config.keep_page_hashes));
   }
+  if (from_start && !config.bases.empty()) throw std::invalid_argument("a base for paging from the start");
   std::vector<ArrivalMap*> all;
   for (std::size_t i = 0; i < maps.size(); ++i) {
     ArrivalMap& map = *maps[i];
@@ -41,7 +44,9 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
       // EINVAL: a kernel without huge pages.
       if (may_page) ::madvise(part.data(), part.size(), MADV_NOHUGEPAGE);
       // What is there is none of the guest's, and while paging present means arrived.
-      if (config.discard_first || from_start) discarder.add(Address::of(part.data()), part.size());
+      const bool in_place = base_of(i) == ReceiverConfig::Base::kInPlace;
+      if ((config.discard_first && !in_place) || from_start)
+        discarder.add(Address::of(part.data()), part.size());
     });
     discarder.flush();
     if (from_start) map.present.clear_run({PageNumber{0}, map.pages()});
@@ -53,6 +58,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
     ahead = std::make_unique<TouchAhead>(all);
   }
   make_gather();
+  take_bases();
   if (from_start) {
     pager->serve();
     state = State::kPaging;
@@ -359,6 +365,9 @@ ReceiverStats Receiver::stats() const {
     stats.pages_missing += map->missing();
     stats.extra_memory_bytes += map->extra_bytes();
   }
+  stats.pages_from_base = impl_->pages_from_base;
+  stats.base_hash_us = impl_->base_hash_us;
+  stats.extra_memory_bytes += impl_->tree_bytes;
   stats.pages_gathered = impl_->pages_gathered;
   stats.pages_lost = impl_->pages_lost;
   stats.pages_missing += impl_->pages_lost;
@@ -391,6 +400,10 @@ void Receiver::acknowledge_loss() {
   impl_->poison_at = Impl::Clock::now();
   impl_->changed.notify_all();
 }
+
+void Receiver::base_sampled() { impl_->base_sampled = true; }
+
+void Receiver::base_ready() { impl_->base_awaited = false; }
 
 void Receiver::await_filled() {
   // The rounds are over and the guest stands still: the link is the gather's now.

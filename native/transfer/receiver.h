@@ -19,6 +19,7 @@
 
 #include "os/unique_fd.h"
 #include "page/hash.h"
+#include "page/keyed_hash.h"
 #include "page/region.h"
 #include "transfer/events.h"
 #include "transfer/gather.h"
@@ -50,6 +51,11 @@ struct ReceiverConfig {
   bool sourceless = false;
   std::uint16_t encodings =
       0;  // of pages, agreed on with the source; what a frame says beside them is refused
+  // For each region (empty: for none) whether and how it starts from a base, which the source compares with its own
+  // pages. kGiven: the owner puts it there after create(); kInPlace: it is there, and not discarded.
+  enum class Base : std::uint8_t { kNone, kGiven, kInPlace };
+  std::vector<Base> bases;
+  KeyedHashKey base_key{};
   EngineCallback on_event;
 };
 
@@ -71,6 +77,8 @@ struct ReceiverStats {
   std::uint64_t pages_gathered = 0;
   std::uint64_t pages_lost = 0;
   std::vector<Gather::ServerStats> servers;
+  std::uint64_t pages_from_base = 0;
+  std::uint64_t base_hash_us = 0;  // CPU time
 };
 
 class Receiver : public std::enable_shared_from_this<Receiver> {
@@ -96,6 +104,11 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   // Sender::digest() of the paused source.
   [[nodiscard]] Hash128 digest(std::uint32_t region) const;
   void acknowledge_loss();  // poison now
+  // The nodes of the sample are, and stay as they are: the source may compare those already.
+  void base_sampled();
+  // The bases are where they belong, and nobody but the source writes the regions any more. Until then it may
+  // compare no more than the sample, nor send pages.
+  void base_ready();
   // kFilled is to come once every page is here (filling).
   void await_filled();
   void set_gather_limit(std::uint64_t bytes_per_second);

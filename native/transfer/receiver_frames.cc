@@ -125,6 +125,18 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
       case wire::FrameType::kElsewhere:
         going_on = on_elsewhere(with, header);
         break;
+      case wire::FrameType::kTreeRequest:
+        going_on = on_tree_request(with, header);
+        break;
+      case wire::FrameType::kSame:
+        going_on = on_same(with, header);
+        break;
+      case wire::FrameType::kBaseEnd:
+        going_on = on_base_end(with, header);
+        break;
+      case wire::FrameType::kProbe:
+        going_on = on_probe(with, header);
+        break;
       case wire::FrameType::kGoodbye:
         if (with.check_no_payload(header)) with.end = {ChannelEnd::Kind::kGoodbye, "", ""};
         break;
@@ -136,6 +148,7 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
 }
 
 bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& header) {
+  if (base_awaited) return with.bad("pages before the base is there");
   if (header.region >= maps.size()) return with.bad("no such region");
   ArrivalMap& map = *maps[header.region];
   if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
@@ -204,6 +217,7 @@ bool Receiver::Impl::fill_pages(Conversation& with, const wire::FrameHeader& hea
 }
 
 bool Receiver::Impl::on_zeros(Conversation& with, const wire::FrameHeader& header) {
+  if (base_awaited) return with.bad("zeros before the base is there");
   if (header.region >= maps.size()) return with.bad("no such region");
   ArrivalMap& map = *maps[header.region];
   if (!wire::run_inside(header.first_page, header.page_count, map.pages()))
@@ -280,6 +294,7 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
 
 bool Receiver::Impl::on_switch(Conversation& with, const wire::FrameHeader& header) {
   if (with.channel.index != 0) return with.bad("the switch comes on channel 0");
+  if (base_awaited) return with.bad("a switch before the base is there");
   if (!with.check_no_payload(header)) return false;
   if (!pager) return with.bad("a switch to post-copy that was not agreed on");
   if (!switched) {

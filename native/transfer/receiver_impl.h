@@ -1,5 +1,5 @@
 // The inside of Receiver, shared by its parts: receiver.cc (life, owner's calls), receiver_channels.cc (who is
-// connected; cuts and recovery), receiver_frames.cc (what a connection says).
+// connected; cuts and recovery), receiver_frames.cc (what a connection says), receiver_base.cc (comparing with a base).
 //
 // Threads: one for each channel (the demand channel's is the last), one supervisor (events, deadlines,
 // completion, poisoning), the pager's, and one that touches memory ahead. Locks: Impl::mutex before the
@@ -20,6 +20,7 @@
 #include "os/worker_thread.h"
 #include "transfer/fill.h"
 #include "transfer/gather.h"
+#include "transfer/hash_tree.h"
 #include "transfer/receiver.h"
 #include "transfer/touch_ahead.h"
 #include "wire/bandwidth_cap.h"
@@ -147,6 +148,18 @@ struct Receiver::Impl {
   void forget_locations(std::uint32_t region, PageRun run);
   bool on_map(Conversation& with, const wire::FrameHeader& header);
   bool on_elsewhere(Conversation& with, const wire::FrameHeader& header);
+
+  // receiver_base.cc
+  [[nodiscard]] ReceiverConfig::Base base_of(std::size_t region) const {
+    return region < config.bases.size() ? config.bases[region] : ReceiverConfig::Base::kNone;
+  }
+  void take_bases();
+  bool may_compare(Conversation& with);
+  bool on_tree_request(Conversation& with, const wire::FrameHeader& header);
+  bool send_hashes(Conversation& with, const wire::FrameHeader& request, NodeRun nodes, std::uint64_t cpu_us);
+  bool on_same(Conversation& with, const wire::FrameHeader& header);
+  bool on_base_end(Conversation& with, const wire::FrameHeader& header);
+  bool on_probe(Conversation& with, const wire::FrameHeader& header);
   bool name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag, std::uint64_t& named);
   void account(std::uint64_t settled_pages);
 
@@ -175,6 +188,15 @@ struct Receiver::Impl {
   std::atomic<std::uint64_t> bytes_received{0};
   std::atomic<std::uint64_t> pages_received{0};
   std::atomic<std::uint64_t> pages_zero{0};
+
+  // A base. The trees are channel 0's alone.
+  std::vector<std::unique_ptr<HashTree>> trees;  // one a region; nullptr: no base, or no more is compared
+  // The owner puts bases into the regions: no page may come before it says that it is done.
+  std::atomic<bool> base_awaited{false};
+  std::atomic<bool> base_sampled{false};  // a sample of it may be compared before that
+  std::atomic<std::uint64_t> pages_from_base{0};
+  std::atomic<std::uint64_t> base_hash_us{0};
+  std::atomic<std::uint64_t> tree_bytes{0};
 
   mutable std::mutex mutex;  // guards everything below, and the marked fields of Channel
   std::condition_variable changed;

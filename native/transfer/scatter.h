@@ -80,6 +80,9 @@ class Scatter {
   // Dials all servers; returns when each is connected or has failed. Gives why none could be reached, or nothing.
   std::string open();
 
+  // The destination has these pages already, as they are here; their hashes.
+  void note_same(std::uint32_t region, PageRun run, std::span<const std::uint64_t> xxh3);
+
   enum class Kind { kRound, kPush };
   // What is pending now goes out. In a round the guest runs here: `sinks` see what leaves.
   void begin(Kind kind, std::vector<PageFrames::OnHash> sinks);

@@ -6,6 +6,13 @@
 
 namespace memferry {
 
+void Scatter::note_same(std::uint32_t region, PageRun run, std::span<const std::uint64_t> xxh3) {
+  for (std::uint64_t i = 0; i < run.count; ++i) {
+    where_.note_hash(region, PageNumber{run.first.value + i}, xxh3[i], false);
+  }
+  (void)where_.settle(region, run, {wire::Holders::kDestination, wire::Holders::kNobody});
+}
+
 void Scatter::answering(Way& way, const RegionRun& run, std::uint64_t bytes) {
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   if (run.run.count == 0) return;

@@ -118,6 +118,12 @@ std::uint64_t SendQueue::note_sent(std::uint32_t region, PageRun run) {
   return run.count - entry.ever_sent.set_run(run);
 }
 
+void SendQueue::note_same(std::uint32_t region, PageRun run) {
+  Entry& entry = *entries_[region];
+  entry.at_destination.set_run(run);
+  entry.pending.clear_run(run);
+}
+
 void SendQueue::mark_all(std::uint32_t region) {
   Entry& entry = *entries_[region];
   const std::uint64_t pages = entry.region->pages();
@@ -163,6 +169,17 @@ void SendQueue::forget_untouched(std::uint32_t region) {
   Entry& entry = *entries_[region];
   entry.untouched.clear_run(PageRun{PageNumber{0}, entry.untouched.capacity()});
   entry.tracked = false;
+}
+
+void SendQueue::mark_written(std::uint32_t region, const AtomicBitmap& written) {
+  Entry& entry = *entries_[region];
+  const PageNumber end{written.capacity()};
+  PageNumber at{0};
+  while (const auto run = written.next_set(at, end, written.capacity())) {
+    entry.untouched.clear_run(*run);
+    entry.pending.set_run(*run);
+    at = run->end();
+  }
 }
 
 void SendQueue::mark_growth(std::uint32_t region) {

@@ -56,6 +56,12 @@ class SendQueue {
   // The destination will hold this run. Gives how many of its pages had been sent before.
   std::uint64_t note_sent(std::uint32_t region, PageRun run);
 
+  // The destination has this run already, as it is here: nothing of it goes in the first round.
+  void note_same(std::uint32_t region, PageRun run);
+  [[nodiscard]] const AtomicBitmap& untouched(std::uint32_t region) const {
+    return entries_[region]->untouched;
+  }
+
   // Every page pending, none known to be untouched.
   void mark_all(std::uint32_t region);
   // Which pages were never touched, and nothing else.
@@ -65,6 +71,8 @@ class SendQueue {
   void forget_untouched(std::uint32_t region);
   // Pages that the region has gained since the last mark.
   void mark_growth(std::uint32_t region);
+  // Pending, and untouched no more.
+  void mark_written(std::uint32_t region, const AtomicBitmap& written);
   // For a tracker to collect into.
   [[nodiscard]] AtomicBitmap& pending(std::uint32_t region) { return entries_[region]->pending; }
   // Pending becomes everything that is not in `have`.

@@ -72,8 +72,19 @@ std::uint64_t Sender::Impl::collect_dirty() {
   const TouchGate::Pass pass(gate);
   if (!pass) throw RegionGone("collect");
   std::uint64_t before = queue.pending_pages();
+  bool first_round_is_due = false;
+  {
+    const std::lock_guard lock(mutex);
+    first_round_is_due = comparison && !rounds_begun;
+  }
   for (std::uint32_t i = 0; i < queue.regions(); ++i) {
-    if (const auto& tracker = config.trackers[i]) {
+    if (const auto& tracker = config.trackers[i]; tracker && first_round_is_due) {
+      // Pages that were compared in a mode without rounds: what is untouched and was not written still is zeros, and
+      // nothing of it has gone yet. Forgotten, it would be read, a whole reservation perhaps.
+      AtomicBitmap written(config.regions[i]->capacity_pages());
+      tracker->collect(written);
+      queue.mark_written(i, written);
+    } else if (tracker) {
       queue.forget_untouched(i);
       tracker->collect(queue.pending(i));
     }
@@ -205,6 +216,7 @@ void Sender::start_round(std::uint64_t tag) {
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return;  // kFailed has said so
   if (impl_->phase != Impl::Phase::kRounds) throw std::logic_error("start_round() before kConnected");
+  impl_->rounds_begun = true;
   impl_->start_task_locked(Impl::TaskKind::kRound, tag, nullptr);
 }
 
@@ -265,6 +277,10 @@ SenderStats Sender::stats() const {
   stats.extra_memory_bytes = impl_->peak_memory;
   stats.compression = stats_of(impl_->compression);
   stats.delta = stats_of(impl_->deltas);
+  if (impl_->comparison) {
+    stats.base = impl_->comparison->stats();
+    stats.extra_memory_bytes += stats.base.memory_bytes;
+  }
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {
@@ -308,12 +324,14 @@ void Sender::close(bool goodbye) {
     }
     impl_->pacer.cancel();
     if (impl_->scatter) impl_->scatter->shut_down();
+    if (impl_->comparison) impl_->comparison->wake();
     ::eventfd_write(impl_->cancel.get(), 1);
     impl_->work_changed.notify_all();
     impl_->supervisor_changed.notify_all();
   }
   impl_->supervisor.stop();
   if (impl_->scatter) impl_->scatter->close();
+  if (impl_->comparison) impl_->comparison->release();
   impl_->users.clear();  // waits for a region_gone() on its way
   // A closed sender may be kept for its last figures; its trackers' userfaultfds and the pagemap must not be.
   const std::lock_guard collecting(impl_->collect_mutex);

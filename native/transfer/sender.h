@@ -7,6 +7,8 @@
 //
 // Life: construct, connect() -> kConnected, then rounds:
 //   queue_populated()/queue_dirty() ; start_round(tag) -> kRoundDone{tag}
+// Between queue_populated() and the first round, where the destination has a base:
+//   probe(tag), compare_base(tag), end_base(tag), each -> kRoundDone{tag}
 // stop-and-copy and pre-copy end there. Post-copy and hybrid go on:
 //   discard_dirty()  (any number of times while the guest runs; each is a round of discards only)
 //   ... guest paused ...  switch_over() -> kSwitched   (demand faults are served from here on)
@@ -22,8 +24,10 @@
 #include <vector>
 
 #include "page/hash.h"
+#include "page/keyed_hash.h"
 #include "page/region.h"
 #include "track/dirty_tracker.h"
+#include "transfer/base_comparison.h"
 #include "transfer/events.h"
 #include "transfer/stage_server_address.h"
 #include "wire/codec_choice.h"
@@ -58,6 +62,10 @@ struct SenderConfig {
   std::uint16_t destination_encodings = 0;
   std::uint16_t server_encodings = 0;
   std::uint64_t delta_cache_bytes = 0;  // 0: rounds send no deltas
+  // How many pages of each region the destination has as a base (empty: none); such a region needs a tracker. And the
+  // key of the hashes by which they are compared.
+  std::vector<std::uint64_t> base_pages;
+  KeyedHashKey base_key{};
   EngineCallback on_event;
 };
 
@@ -87,6 +95,7 @@ struct SenderStats {
   std::vector<Server> servers;
   EncodingStats compression;
   EncodingStats delta;
+  BaseStats base;
 };
 
 class Sender {
@@ -105,6 +114,15 @@ class Sender {
   std::uint64_t queue_dirty();
   // Sends all that is pending, then a barrier on every channel.
   void start_round(std::uint64_t tag);
+
+  // Sends so many bytes that nobody needs, at most kMostProbeBytes, then a barrier: how fast is the link?
+  static constexpr std::uint64_t kMostProbeBytes = 8 * 1024 * 1024;
+  void probe(std::uint64_t tag, std::uint64_t bytes);
+  // Compares at most `most_nodes` nodes with the destination's base, page by page with `sample`; those that are equal
+  // are pending no more. The trackers are armed. The guest may run.
+  void compare_base(std::uint64_t tag, std::uint64_t most_nodes, bool sample);
+  // No more is compared. With `drop` the destination lets go at once of what was not confirmed.
+  void end_base(std::uint64_t tag, bool drop);
 
   // Collects what is dirty, marks it pending and tells the destination to discard it, then a barrier:
   // kRoundDone{tag}. Gives the number of pages newly marked.

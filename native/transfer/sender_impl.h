@@ -5,6 +5,7 @@
 //   reconnect.cc     dialling a set of connections, and the bitmap that follows a redial
 //   data_channel.cc  the loops of the data channels: sending, and reading what the destination answers
 //   demand_server.cc the loop that answers faults
+//   compare_base.cc  what comes before the first round where the destination has a base
 //
 // Threads: the supervisor lives as long as the sender. Each set of connections (an epoch) has two threads a
 // data channel and one for the demand channel; the supervisor starts them and joins them, nobody else.
@@ -47,7 +48,8 @@ struct Sender::Impl {
   enum class TaskKind {
     kNone,
     kRound,    // every channel: what is pending, then a barrier
-    kDiscard,  // channel 0: the list of discards, then a barrier
+    kDiscard,  // channel 0: the list of discards (or other frames), then a barrier
+    kCompare,  // channel 0: hashes are compared with the destination's base, then a barrier
     kSwitch,   // channel 0: the list of discards and kSwitch
     kPush,     // every channel and the demand channel: what is pending, then a barrier
   };
@@ -56,6 +58,8 @@ struct Sender::Impl {
     std::uint64_t generation = 0;
     std::uint64_t tag = 0;
     std::shared_ptr<const std::vector<std::byte>> frames;  // kDiscard, kSwitch: sent as they are
+    std::uint64_t most_nodes = 0;                          // kCompare
+    bool sample = false;                                   // likewise
   };
 
   enum class Phase {
@@ -112,6 +116,10 @@ struct Sender::Impl {
   void start_task_locked(TaskKind kind, std::uint64_t tag, Frames frames);
   void require_between_rounds(const char* operation) const;  // takes mutex; throws std::logic_error
   void say_goodbye();
+  // compare_base.cc
+  void start_before_rounds(TaskKind kind, std::uint64_t tag, Frames frames, const char* operation,
+                           std::uint64_t most_nodes = 0, bool sample = false);
+  bool compare_on(Epoch& of, const Task& mine, const std::function<bool(std::span<const std::byte>)>& say);
   void note_memory(std::uint64_t bytes);
 
   // supervisor.cc
@@ -158,7 +166,8 @@ struct Sender::Impl {
   std::string handle_answer(Epoch& of, DataChannel& channel, const wire::FrameHeader& header,
                             std::span<const std::byte> payload);
   [[nodiscard]] bool scattering_locked() const {
-    return scatter && task.kind != TaskKind::kDiscard && task.kind != TaskKind::kSwitch;
+    return scatter && task.kind != TaskKind::kDiscard && task.kind != TaskKind::kCompare &&
+           task.kind != TaskKind::kSwitch;
   }
   std::string note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                    std::span<const std::byte> payload);
@@ -200,6 +209,7 @@ struct Sender::Impl {
   std::uint32_t next_epoch = 0;
   bool connect_wanted = false;
   bool push_wanted = false;
+  bool rounds_begun = false;
   bool switch_acknowledged = false;
   bool evicted = false;
   bool demand_barrier_due = false;
@@ -229,8 +239,9 @@ struct Sender::Impl {
   std::atomic<std::uint64_t> redials{0};
   std::atomic<std::uint64_t> peak_memory{0};
 
-  std::unique_ptr<Scatter> scatter;  // where there are servers
-  std::mutex close_mutex;            // one close() at a time; the second waits for the first
+  std::unique_ptr<Scatter> scatter;            // where there are servers
+  std::unique_ptr<BaseComparison> comparison;  // where the destination has a base
+  std::mutex close_mutex;                      // one close() at a time; the second waits for the first
   WorkerThread supervisor;
 };
 

@@ -32,6 +32,13 @@ SenderConfig checked(SenderConfig config) {
   if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
     throw std::invalid_argument("tokens: one for each channel and the demand channel, epoch by epoch");
   }
+  config.base_pages.resize(config.regions.size());
+  for (std::size_t i = 0; i < config.base_pages.size(); ++i) {
+    if (config.base_pages[i] > config.regions[i]->pages()) config.base_pages[i] = 0;  // of some other region
+    // What is written after its page was compared must be known.
+    if (config.base_pages[i] > 0 && !config.trackers[i])
+      throw std::invalid_argument("a base without a tracker");
+  }
   if (!config.on_event) throw std::invalid_argument("no event callback");
   return config;
 }
@@ -71,6 +78,10 @@ Sender::Impl::Impl(SenderConfig c)
   }
   if (delta_cache) bitmap_bytes += delta_cache->memory_bytes();
   note_memory(bitmap_bytes);
+  if (std::any_of(config.base_pages.begin(), config.base_pages.end(), [](auto pages) { return pages > 0; })) {
+    comparison = std::make_unique<BaseComparison>(config.regions, config.base_pages, config.base_key,
+                                                  config.answer_timeout);
+  }
   try {
     for (const auto& region : config.regions) {
       auto user = region->enlist([this] { region_gone(); });

@@ -64,6 +64,7 @@ void Sender::Impl::cut_locked(Epoch& of, std::string why) {
   of.shutdown();
   pacer.cancel();
   if (scatter) scatter->wake();
+  if (comparison) comparison->wake();
   cut_reason = why.empty() ? "connection lost" : std::move(why);
   work_changed.notify_all();
   supervisor_changed.notify_all();
@@ -112,7 +113,7 @@ void Sender::Impl::region_gone() {
 }
 
 void Sender::Impl::finish_if_acknowledged_locked(Epoch& of) {
-  const bool only_first = task.kind == TaskKind::kDiscard;
+  const bool only_first = task.kind == TaskKind::kDiscard || task.kind == TaskKind::kCompare;
   for (const auto& channel : of.data) {
     if (!channel->acknowledged && (channel->index == 0 || !only_first)) return;
   }

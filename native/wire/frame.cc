@@ -120,7 +120,26 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
                  ? nullptr
                  : "payload is not one hash a page";
     }
+    case FrameType::kTreeRequest:
+      if (header.page_count == 0) return "empty run of pages";
+      if (header.tag != kTreePages && header.tag != kTreeNodes) return "no such level of a hash tree";
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kTree: {
+      const std::uint64_t level = header.tag & 0xff;
+      if (header.page_count == 0) return "empty run of pages";
+      if (level != kTreePages && level != kTreeNodes) return "no such level of a hash tree";
+      const std::uint64_t hashes = level == kTreePages ? header.page_count : tree_nodes(header.page_count);
+      return hashes <= max_payload(page_size) / sizeof(TreeHash) &&
+                     header.payload_bytes == hashes * sizeof(TreeHash)
+                 ? nullptr
+                 : "payload is not one hash a page or node";
+    }
+    case FrameType::kBaseEnd:
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kProbe:
+      return header.payload_bytes > 0 ? nullptr : "a probe without bytes";
     case FrameType::kDiscard:
+    case FrameType::kSame:
     case FrameType::kSuspects:
       if (header.payload_bytes == 0 || header.payload_bytes % sizeof(WireRun) != 0) {
         return "payload is not a list of runs";

@@ -100,7 +100,28 @@ enum class FrameType : std::uint16_t {
            // ends, and what was not acknowledged on it is not held twice
   kElsewhere =
       20,  // source to destination, demand channel: it has let go of this page; a kMap says where it is
+
+  // A destination that starts from a base (docs/protocol.md, "Starting from a base"). All on channel 0, before
+  // the first page.
+  kTreeRequest =
+      27,  // source to destination: hashes of this run of whole nodes, tag: the level (kTreePages, kTreeNodes)
+  kTree =
+      28,  // destination to source, in the order of the requests: page_count pages from first_page on, payload:
+           // one TreeHash a page or node; tag: level | microseconds that hashing took << 8
+  kSame = 29,  // source to destination: WireRun[] of pages that the base has as they are at the source
+  kBaseEnd =
+      30,  // source to destination: no more is compared; tag 1: what was not confirmed is dropped at once
+  kProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
 };
+
+// A hash of a page, or of a node's page hashes, under this migration's key.
+using TreeHash = std::array<std::uint8_t, 16>;
+inline constexpr std::uint64_t kTreeNodePages = 256;  // of one node; the last one of a region may have fewer
+inline constexpr std::uint64_t kTreePages = 0;
+inline constexpr std::uint64_t kTreeNodes = 1;
+[[nodiscard]] constexpr std::uint64_t tree_nodes(std::uint64_t pages) {
+  return pages / kTreeNodePages + (pages % kTreeNodePages != 0 ? 1 : 0);
+}
 
 // Where a page is, as a server's ordinal in the migration's list; in the tags of kPages and kZero (to a server) and
 // of kMap. `second` is the replica, which the first holder passes the page on to.

@@ -13,7 +13,8 @@ import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import { makeOutput, type Output } from './output.js';
-import { byteCount, type NamedModule, namedModules } from './parse-values.js';
+import { byteCount, type NamedModule, namedModules, positiveNumber } from './parse-values.js';
+import { replayLines } from './replay-lines.js';
 import { interrupted, onInterrupt } from './signals.js';
 
 interface ReceiveFlags extends ConnectionFlags {
@@ -22,6 +23,8 @@ interface ReceiveFlags extends ConnectionFlags {
   maxBytes?: number;
   bandwidth?: number;
   gatherLimit?: number;
+  base?: string;
+  replayMs?: number;
   json?: boolean;
   once?: boolean;
 }
@@ -39,6 +42,11 @@ export function addReceive(program: Command): void {
     .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
     .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteCount)
     .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
+    .option(
+      '--base <directory>',
+      'guests start from what was kept of them there, and logs are replayed on it',
+    )
+    .option('--replay-ms <ms>', 'how long a replay takes, so that a source may wait for it', positiveNumber)
     .option('--once', 'end with the first migration, and its guest with it')
     .option('--json', 'one JSON object a line');
   addConnectionFlags(command).action(receive);
@@ -58,6 +66,14 @@ async function receive(flags: ReceiveFlags): Promise<void> {
     signal: interruption.signal,
     accept: workerGuests({
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
+      base:
+        flags.base === undefined
+          ? undefined
+          : {
+              directory: flags.base,
+              replay: replayLines,
+              ...(flags.replayMs === undefined ? {} : { replayMs: flags.replayMs }),
+            },
       onGuest: (guest) => {
         guests.add(guest);
         latest = guest;
@@ -105,7 +121,8 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
   const report = await arrival.complete;
   output.result(
     `guest ${offer.name} is complete: ${mebibytes(report.bytesReceived)} MiB received, ` +
-      `${report.remoteFaults.count} remote faults (p50 ${figure(report.remoteFaults.p50Us)} us)`,
+      `${report.remoteFaults.count} remote faults (p50 ${figure(report.remoteFaults.p50Us)} us)` +
+      (report.pagesFromBase > 0 ? `, ${report.pagesFromBase} pages were here already` : ''),
     { type: 'report', ...report },
   );
   return report;

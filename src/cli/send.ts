@@ -2,11 +2,13 @@
  * `memferry send`: starts a guest from a module of one's own, lets one talk to it line by line, and moves it
  * when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first.
  */
+import { readFile } from 'node:fs/promises';
 import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
+import { memferryError } from '../errors.js';
 import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
-import type { EvictionReport, MigrationReport } from '../report.js';
+import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
@@ -36,6 +38,10 @@ interface SendFlags extends GuestFlags, ServerFlags {
   destinationRack?: string;
   releaseAsEvicted?: boolean;
   leaveWhenEvicted?: boolean;
+  useBase?: 'auto' | 'always' | 'off';
+  replay?: string;
+  keepStaleCopy?: string;
+  staleBytes?: number;
   verify: boolean;
 }
 
@@ -72,6 +78,19 @@ export function addSend(program: Command): void {
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
     .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
+    .addOption(
+      new Option('--use-base <choice>', 'a base that the destination has: compare with it').choices([
+        'auto',
+        'always',
+        'off',
+      ]),
+    )
+    .option('--replay <file>', 'requests since that base, one a line, which the destination is to replay')
+    .option(
+      '--keep-stale-copy <directory>',
+      'when the guest has left, keep it there as a base for its return',
+    )
+    .option('--stale-bytes <bytes>', 'keep no larger guest (default 64Gi)', byteCount)
     .option('--no-verify', 'do not compare digests at the end');
   addServerFlags(addGuestFlags(command)).action(send);
 }
@@ -94,7 +113,13 @@ async function move(
   const { to, mode, verify } = flags;
   const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker } = flags;
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
+  const { useBase, replay, keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
   const options = {
+    ...given({
+      base: useBase,
+      replayLog: replay === undefined ? undefined : new Uint8Array(await readReplay(replay)),
+      keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
+    }),
     ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker }),
     ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags),
@@ -118,6 +143,15 @@ async function move(
   return report;
 }
 
+/** Read when the guest goes: whoever writes it may do so until then. */
+async function readReplay(file: string): Promise<Buffer> {
+  try {
+    return await readFile(file);
+  } catch (cause) {
+    throw memferryError('INVALID_ARGUMENT', `--replay: ${file} cannot be read`, { cause });
+  }
+}
+
 async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
   const live = output.json ? null : new LiveProgress(mode);
   migration.on('state', (state) => {
@@ -134,9 +168,20 @@ async function show(migration: Migration, mode: Mode, output: Output): Promise<v
   }
 }
 
+function describeBase(base: BaseReport): string {
+  if (!base.used && base.pagesSame === 0) {
+    return `the destination's base was of no use (${base.problem ?? base.reason})`;
+  }
+  return (
+    `${mebibytes(base.bytesSaved)} MiB were there already: compared in ${figure(base.compareMs)} ms and ` +
+    `${base.roundTrips} round trips, ${figure(base.sourceCpuMs)} + ${figure(base.destinationCpuMs)} ms of CPU time, ` +
+    `${mebibytes(base.bytesExchanged)} MiB of hashes`
+  );
+}
+
 /** Pure: the report for people. */
 export function describeReport(report: EvictionReport | MigrationReport, to: string): string {
-  const { rounds, intermediaries } = report;
+  const { rounds, intermediaries, base } = report;
   const whole = 'totalMs' in report ? report : null;
   const faults = whole?.remoteFaults;
   return [
@@ -147,6 +192,7 @@ export function describeReport(report: EvictionReport | MigrationReport, to: str
     `  ${mebibytes(report.bytesOnWire)} MiB on the wire in ${rounds.length} rounds: ${report.pagesSent} pages ` +
       `sent, ${report.pagesZero} zero, ${report.pagesResent} again`,
     ...describeEncodings(report),
+    ...(base ? [`  ${describeBase(base)}`] : []),
     ...(intermediaries.length > 0
       ? [
           `  ${report.pagesDirect} pages directly, ` +

@@ -31,6 +31,11 @@ export function tokenStream(key: Uint8Array, label: string, context: Uint8Array,
   return tokens;
 }
 
+/** 64 bytes: the keys of the hashes by which a base is compared, of no use in another migration. */
+export function baseKey(sessionKey: Uint8Array, migrationId: Uint8Array): Uint8Array {
+  return tokenStream(sessionKey, 'memferry base', migrationId, 2);
+}
+
 /**
  * Tokens for `epochs` sets of connections, row by row: at `epoch * (channels + 1) + channel`, the demand
  * channel's last in each row: the stream of the session key, `memferry data` and the migration's id.

@@ -26,6 +26,7 @@ import { NamedTimers } from '../protocol/timers.js';
 import type { Region } from '../region.js';
 import type { ImageSet } from '../staging/image-set.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
+import { BaseFilling, basesOf } from './base.js';
 import { DestinationEngine } from './engine.js';
 
 /** Pages named in one report of a loss; the rest is counted only. */
@@ -41,10 +42,14 @@ export interface ArrivalLink {
 
 export interface ArrivalConfig {
   offer: OfferMessage;
+  /** The same as the guest's owner was given it. */
+  given: GuestOffer;
   guest: ArrivingGuest;
   listener: NativeListener;
   link: ArrivalLink;
   tokens: Uint8Array;
+  /** 64 bytes: for comparing a base. */
+  baseKey: Uint8Array;
   options: ResolvedListenOptions;
   /** Scatter modes: the servers that hold a part of the guest. */
   images: ImageSet | null;
@@ -68,6 +73,9 @@ export class Arrival extends EventEmitter {
   readonly #timers: NamedTimers<'grant' | 'linger'>;
   readonly #prepareAbort = new AbortController();
   readonly #migration: Uint8Array;
+  /** How many pages of each region start from a base; null: none does. */
+  readonly basePages: number[] | null;
+  readonly #filling: BaseFilling | null;
   #link: ArrivalLink | null;
   #commit: DestinationState = initialDestination();
   readonly #events = new InTurn<DestinationEvent>((event) => {
@@ -89,7 +97,7 @@ export class Arrival extends EventEmitter {
     super();
     const { offer, guest, options } = config;
     this.id = offer.migrationId;
-    this.offer = { ...offer.guest, description: offer.guest.description };
+    this.offer = config.given;
     this.guest = guest;
     this.#link = config.link;
     this.#migration = Buffer.from(offer.migrationId, 'hex');
@@ -97,6 +105,7 @@ export class Arrival extends EventEmitter {
       { grant: options.grantTimeoutMs, linger: options.recoverTimeoutMs },
       (timer) => (timer === 'grant' ? this.#dispatch({ type: 'timer', timer }) : void this.#end()),
     );
+    const bases = offer.base ? basesOf(guest) : null;
     this.#engine = new DestinationEngine(
       {
         regions: guest.regions.map((region) => region.native),
@@ -114,6 +123,7 @@ export class Arrival extends EventEmitter {
         bandwidth: options.bandwidth,
         sourceless: false,
         encodings: encodingFlags(agreedEncodings(offer.encodings, decodedHere)),
+        ...(bases ? { bases, baseKey: config.baseKey } : {}),
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -133,6 +143,8 @@ export class Arrival extends EventEmitter {
       () => {},
     );
     for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
+    this.basePages = bases?.map((kind, index) => (kind === 'none' ? 0 : this.#pagesOf(index))) ?? null;
+    this.#filling = bases ? this.#fillBase() : null;
     this.#to('active');
   }
 
@@ -187,6 +199,9 @@ export class Arrival extends EventEmitter {
       case 'resume-session':
         this.#fail(new MemferryError('PROTOCOL_ERROR', `'${message.type}' on a connection that is in use`));
         break;
+      case 'base-cancel':
+        this.#filling?.stop();
+        break;
       case 'grow':
         this.#grow(message.region, message.lengthBytes).catch((error) => this.#fail(error));
         break;
@@ -216,6 +231,37 @@ export class Arrival extends EventEmitter {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#fail(new MemferryError('CANCELLED', 'the destination closed the arrival'));
     await this.#end();
+  }
+
+  #pagesOf(index: number): number {
+    return this.guest.regions[index]?.pages ?? 0;
+  }
+
+  #fillBase(): BaseFilling {
+    const filling = new BaseFilling(this.guest, this.offer.replayLog ?? null, (progress) => {
+      if (this.#closed) return;
+      if (progress.sampled) this.#engine.receiver.baseSampled();
+      this.#tell({ type: 'base-progress', ...progress });
+    });
+    filling.outcome.then(
+      ({ ready, problem, fillMs, replayMs }) => {
+        if (this.#closed) return;
+        this.#engine.receiver.baseReady();
+        const said = problem?.slice(0, 1024) ?? null;
+        this.#tell({ type: 'base-ready', ready, problem: said, fillMs, replayMs });
+      },
+      (error) => this.#fail(error),
+    );
+    return filling;
+  }
+
+  /** What still writes the regions is told to stop, and waited for: their owner lets go of them next. */
+  async #stopFilling(): Promise<void> {
+    if (!this.#filling) return;
+    this.#filling.stop();
+    const { prepareTimeoutMs } = this.config.options;
+    const late = 'the base was still being laid out';
+    await within(this.#filling.outcome, prepareTimeoutMs, 'PREPARE_TIMEOUT', late).catch(() => {});
   }
 
   #dispatch(event: DestinationEvent): void {
@@ -399,6 +445,7 @@ export class Arrival extends EventEmitter {
       gatherMs: this.#gatherMs,
       pagesGathered: stats.pagesGathered,
       intermediaries: this.config.images?.account(stats.servers) ?? [],
+      pagesFromBase: stats.pagesFromBase,
     });
   }
 
@@ -480,6 +527,7 @@ export class Arrival extends EventEmitter {
     this.#engine.close(
       this.#error ?? new MemferryError('CANCELLED', 'the migration failed before the commit'),
     );
+    await this.#stopFilling();
     try {
       await this.guest.abandon();
     } catch (error) {

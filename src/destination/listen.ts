@@ -8,7 +8,7 @@ import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
 import { loadSecret } from '../control/secret.js';
-import { dataTokens } from '../control/tokens.js';
+import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, native } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { NativeListener } from '../native.js';
@@ -182,7 +182,7 @@ class DestinationListener implements Listening {
         'an authenticated peer says nothing',
       );
       if (first?.message.type === 'offer') {
-        await this.#onOffer(first.message, channel, session.sessionKey);
+        await this.#onOffer(first.message, first.binary, channel, session.sessionKey);
       } else if (first?.message.type === 'resume-session') {
         await this.#onResume(first.message, channel);
       } else {
@@ -193,22 +193,37 @@ class DestinationListener implements Listening {
     }
   }
 
-  async #onOffer(offer: OfferMessage, channel: Channel, sessionKey: Uint8Array): Promise<void> {
+  async #onOffer(
+    offer: OfferMessage,
+    replayLog: Uint8Array | null,
+    channel: Channel,
+    sessionKey: Uint8Array,
+  ): Promise<void> {
     let guest: ArrivingGuest | null = null;
     let images: ImageSet | null = null;
     let arrival: ArrivalInProgress;
+    const given: GuestOffer = {
+      ...offer.guest,
+      description: offer.guest.description,
+      ...(replayLog ? { replayLog } : {}),
+    };
     try {
+      if (offer.replay !== (replayLog !== null)) {
+        throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
+      }
       const bytes = this.#admit(offer);
       this.#accepting.set(offer.migrationId, bytes);
       images = await this.#openImages(offer, sessionKey);
-      guest = await this.#makeGuest(offer);
+      guest = await this.#makeGuest(offer, given);
       this.#closing.signal.throwIfAborted();
       if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
       arrival = new ArrivalInProgress({
         offer,
+        given,
         guest,
         listener: this.#native,
         link: linkOver(channel),
+        baseKey: baseKey(sessionKey, Buffer.from(offer.migrationId, 'hex')),
         tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
         options: this.options,
         images,
@@ -229,7 +244,11 @@ class DestinationListener implements Listening {
     const taker = this.#takers.shift();
     if (taker) taker(arrival);
     else this.#untaken.push(arrival);
-    void channel.send({ type: 'accepted', encodings: agreedEncodings(offer.encodings, decodedHere) });
+    void channel.send({
+      type: 'accepted',
+      encodings: agreedEncodings(offer.encodings, decodedHere),
+      basePages: arrival.basePages,
+    });
     await serve(arrival, channel);
   }
 
@@ -295,9 +314,8 @@ class DestinationListener implements Listening {
     );
   }
 
-  async #makeGuest(offer: OfferMessage): Promise<ArrivingGuest> {
+  async #makeGuest(offer: OfferMessage, given: GuestOffer): Promise<ArrivingGuest> {
     const { accept } = this.options;
-    const given: GuestOffer = { ...offer.guest, description: offer.guest.description };
     const guest = accept ? await accept(given, { signal: this.#closing.signal }) : allocateGuest(given);
     const short = offer.guest.regions.findIndex(
       (wanted, index) => (guest.regions[index]?.lengthBytes ?? 0) < wanted.lengthBytes,

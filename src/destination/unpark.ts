@@ -210,6 +210,7 @@ class GatheringGuest implements Unparked {
       gatherMs,
       pagesGathered: stats.pagesGathered,
       intermediaries: this.images.account(stats.servers),
+      pagesFromBase: 0,
     });
   }
 

@@ -25,6 +25,10 @@ export const offerSchema = z.strictObject({
   channels: z.number().int().min(1).max(16),
   /** How the source may want to encode pages; see encodings.ts. */
   encodings: encodingNames,
+  /** The source compares with a base, should the destination have one. */
+  base: z.boolean().default(false),
+  /** A log of operations since the base is the message's binary part. */
+  replay: z.boolean().default(false),
   /** Scatter modes: the servers, in the order of their ordinals, and the image's secret, sealed for this session. */
   scatter: z
     .strictObject({
@@ -75,6 +79,8 @@ export const sourceMessage = z.discriminatedUnion('type', [
   offerSchema,
   /** A control connection that replaces a cut one; `proof` shows knowledge of the first one's session key. */
   z.strictObject({ type: z.literal('resume-session'), migrationId: hex(16), proof: hex(32) }),
+  /** The source does not wait for the base any more; `base-ready` is still to come. */
+  z.strictObject({ type: z.literal('base-cancel') }),
   z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
   /**
    * The guest is paused; its execution state is the message's binary part. PREPARE follows. `paging`: the switch
@@ -90,8 +96,33 @@ export type SourceMessage = z.infer<typeof sourceMessage>;
 
 /** Destination to source. */
 export const destinationMessage = z.discriminatedUnion('type', [
-  /** `encodings`: those of the offer that this side decodes. */
-  z.strictObject({ type: z.literal('accepted'), encodings: encodingNames }),
+  /**
+   * `encodings`: those of the offer that this side decodes. `basePages`: how many pages of each region start from a base;
+   * `base-ready` follows, and no page may come before.
+   */
+  z.strictObject({
+    type: z.literal('accepted'),
+    encodings: encodingNames,
+    basePages: z.array(count).max(64).nullable().default(null),
+  }),
+  /**
+   * How much of the base is there, and what the rest will take besides (null: nobody knows). `sampled`: the nodes of the
+   * sample (base-sample.ts) are there, and may be compared.
+   */
+  z.strictObject({
+    type: z.literal('base-progress'),
+    sampled: z.boolean(),
+    fraction: z.number().min(0).max(1),
+    expectedMs: finite.nullable(),
+  }),
+  /** Nobody here writes the regions any more. `ready`: there is something to compare with. */
+  z.strictObject({
+    type: z.literal('base-ready'),
+    ready: z.boolean(),
+    problem: z.string().max(1024).nullable(),
+    fillMs: finite,
+    replayMs: finite,
+  }),
   z.strictObject({
     type: z.literal('declined'),
     code: z.string().max(64),

@@ -56,6 +56,19 @@ export class SourceEngine {
     return (await done).suspects;
   }
 
+  /** Sends bytes that nobody needs; resolves when they have arrived. */
+  probe(bytes: number): Promise<unknown> {
+    return this.#tagged((tag) => this.#sender.probe(tag, bytes));
+  }
+
+  compareBase(mostNodes: number, sample: boolean): Promise<unknown> {
+    return this.#tagged((tag) => this.#sender.compareBase(tag, mostNodes, sample));
+  }
+
+  endBase(drop: boolean): Promise<unknown> {
+    return this.#tagged((tag) => this.#sender.endBase(tag, drop));
+  }
+
   /**
    * A round of a paused guest: what a server took along that failed during it goes again, as often as servers can
    * fail. Gives the suspect pages that are left.
@@ -103,6 +116,13 @@ export class SourceEngine {
     this.#closed = true;
     this.#sender.close(goodbye);
     this.#rejectAll(reason);
+  }
+
+  #tagged(start: (tag: number) => void): Promise<unknown> {
+    const tag = this.#nextTag++;
+    const done = this.#expect(`round-done ${tag}`);
+    start(tag);
+    return done;
   }
 
   #expect(key: string): Promise<NativeEvent> {

@@ -130,6 +130,7 @@ export class Measurements {
       expectedDowntimeMs: this.expectedDowntimeMs,
       remoteFaults: now.stats?.faultsServed ?? 0,
       bytesSaved: { compression: savedBy(now.stats?.compression), delta: savedBy(now.stats?.delta) },
+      pagesFromBase: now.stats?.base.pagesSame ?? 0,
       waitingFor: now.waitingFor,
     };
   }

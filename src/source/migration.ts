@@ -11,7 +11,8 @@
 import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { stillArriving } from '../arrivals.js';
-import { dataTokens } from '../control/tokens.js';
+import { keepStaleCopy } from '../base-files.js';
+import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
@@ -32,8 +33,9 @@ import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
-import { preCopy } from './precopy.js';
+import { discardWhileRunning, preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
+import { StartFromBase } from './start-from-base.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
 /** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
@@ -64,6 +66,10 @@ export class SourceMigration extends EventEmitter {
   #accepted: Deferred<string[]> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
+  /** For the stale copy. */
+  #pausedState: Uint8Array = new Uint8Array(0);
+  /** The destination has a base. */
+  #base: StartFromBase | null = null;
   /** The destination's pager serves, and this side knows it; at once where nothing is paged. */
   #switched: Promise<unknown> = Promise.resolve();
   #summary: Deferred<Extract<DestinationMessage, { type: 'summary' }>> = deferred();
@@ -222,16 +228,21 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
         switchoverAsked: this.#switchoverAsked,
         followGrowth: () => this.#followGrowth(),
+        startFromBase: () => this.#startFromBase(),
         converged: () => this.#to('pre-switchover'),
       });
       this.#paging ||= outcome === 'post-copy';
     } else {
       // While the guest runs: what it touches from here on is looked at again when its turn comes.
+      for (const tracker of this.#trackers) tracker?.arm();
       await untilAborted(this.#requireEngine().queuePopulated(), this.#abort.signal);
+      await this.#startFromBase();
       if (this.options.holdSwitchover) {
         this.#to('pre-switchover');
         await untilAborted(this.#switchoverAsked.promise, this.#abort.signal);
       }
+      // Pages that the base had, and the guest has written since.
+      if (this.#paging && this.#base) await discardWhileRunning(this.#requireEngine(), this.#abort.signal);
     }
     await this.#switchOver();
   }
@@ -260,6 +271,7 @@ export class SourceMigration extends EventEmitter {
       onMessage: (message) => this.#onMessage(message),
       onLost: (error) => {
         this.#accepted.reject(error);
+        this.#base?.fail(error);
         this.#grown?.reject(error);
         this.#commit.connectionLost(error);
       },
@@ -277,14 +289,16 @@ export class SourceMigration extends EventEmitter {
       });
     }
     const wanted = wantedEncodings(options);
-    this.#session.send({
-      type: 'offer',
+    const offer = {
+      type: 'offer' as const,
       migrationId: this.id,
       mode: options.mode,
       mayPage: this.#paging || options.onNonConvergence === 'post-copy',
       verify: options.verify,
       channels: options.channels,
       encodings: wanted,
+      base: options.base !== 'off',
+      replay: options.base !== 'off' && options.replayLog !== undefined,
       scatter: this.#images
         ? {
             servers: this.#images.list,
@@ -293,15 +307,17 @@ export class SourceMigration extends EventEmitter {
           }
         : null,
       guest: describeGuest(guest, lengths),
-    });
+    };
+    this.#session.send(offer, offer.replay ? (options.replayLog ?? null) : null);
     rehearseSwitchover(); // while the destination makes up its mind
     const agreed = agreedEncodings(await untilAborted(this.#accepted.promise, this.#abort.signal), wanted);
 
     if (this.#traits.rounds) {
       for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
     } else {
-      this.#trackers = regions.map(() => null);
+      this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
     }
+    const basePages = this.#trackers.every((tracker) => tracker) ? (this.#base?.pages ?? null) : null;
     this.#engine = new SourceEngine(
       {
         regions: regions.map((region) => region.native),
@@ -323,6 +339,12 @@ export class SourceMigration extends EventEmitter {
         direct: true,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: options.releaseAsEvicted,
+        ...(basePages
+          ? {
+              basePages: [...basePages],
+              baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
+            }
+          : {}),
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -334,6 +356,36 @@ export class SourceMigration extends EventEmitter {
       },
     );
     await untilAborted(this.#engine.connect(), this.#abort.signal);
+  }
+
+  /** A mode without rounds needs trackers only to compare while the guest runs; without them it goes as usual. */
+  #trackersForBase(base: StartFromBase): (DirtyTracker | null)[] {
+    const regions = this.guest.regions.map(({ region }) => region);
+    try {
+      return regions.map((region, index) =>
+        base.pages[index] ? DirtyTracker.create(region, this.options.tracker) : null,
+      );
+    } catch {
+      return regions.map(() => null);
+    }
+  }
+
+  async #startFromBase(): Promise<void> {
+    const base = this.#base;
+    if (!base) return;
+    if (!this.#trackers.some((tracker) => tracker)) {
+      await base.decline('no dirty tracker is available');
+      return;
+    }
+    const pageSize = this.guest.regions[0]?.region.pageSize ?? 4096;
+    const engine = this.#requireEngine();
+    // Where pages are dropped while the guest is paused, none of the base may be left that was not confirmed.
+    await base.run(
+      engine,
+      engine.stats().pagesPending * pageSize,
+      pageSize,
+      !this.#traits.rounds && this.#paging,
+    );
   }
 
   /** The destination has every page before it prepares, though not all of them come from here. */
@@ -348,6 +400,7 @@ export class SourceMigration extends EventEmitter {
     this.#measured.pauseAsked();
     const paused = await this.#commit.pause();
     this.#measured.paused(paused.pausedAtNs);
+    if (this.options.keepStaleCopy) this.#pausedState = paused.state;
     await this.#followGrowth();
     if (this.#paging) {
       const { switched } = engine.switchOver();
@@ -405,6 +458,9 @@ export class SourceMigration extends EventEmitter {
       engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
     }
     this.#evicted.resolve(evicted);
+    if (this.options.keepStaleCopy) {
+      await keepStaleCopy(this.guest, this.#pausedState, this.options.keepStaleCopy);
+    }
     await this.guest.release?.();
     const summary = await this.#askSummary(digests);
     if (summary.mismatched.length > 0) {
@@ -451,6 +507,7 @@ export class SourceMigration extends EventEmitter {
       // What was sent to the destination itself; without servers that is everything.
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
       intermediaries: this.#images?.account(stats.servers) ?? [],
+      base: this.#base?.report(engine, this.guest.regions[0]?.region.pageSize ?? 4096) ?? null,
     };
   }
 
@@ -468,7 +525,14 @@ export class SourceMigration extends EventEmitter {
   #onMessage(message: DestinationMessage): void {
     switch (message.type) {
       case 'accepted':
+        if (message.basePages) this.#baseOffered(message.basePages);
         this.#accepted.resolve(message.encodings);
+        break;
+      case 'base-progress':
+        this.#base?.onProgress(message);
+        break;
+      case 'base-ready':
+        this.#base?.onReady(message);
         break;
       case 'declined':
         // At once: the destination closes the connection now, and that must not be taken for the reason.
@@ -512,6 +576,21 @@ export class SourceMigration extends EventEmitter {
         if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
         this.#commit.message(message);
     }
+  }
+
+  #baseOffered(basePages: readonly number[]): void {
+    if (this.options.base === 'off' || this.#base) return;
+    const { options } = this;
+    this.#base = new StartFromBase(
+      // A base of more pages than there are is one of something else.
+      this.guest.regions.map(({ region }, index) => {
+        const pages = basePages[index] ?? 0;
+        return pages <= region.pages ? pages : 0;
+      }),
+      options,
+      (message) => this.#session?.send(message),
+      this.#abort.signal,
+    );
   }
 
   /** Tells the destination of memory that has grown, before the engine may send pages of it. */

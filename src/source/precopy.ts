@@ -24,6 +24,8 @@ export interface PreCopyContext {
   switchoverAsked: Deferred<void>;
   /** Tells the destination of memory that has grown; before each round. */
   followGrowth(): Promise<void>;
+  /** Once, before the first round, when every page is pending and the trackers are armed. */
+  startFromBase(): Promise<void>;
   /** The rounds could end here; the switchover is only held back by the caller's wish. */
   converged(): void;
 }
@@ -43,6 +45,7 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
   const history: RoundSample[] = [];
   for (const tracker of context.trackers) tracker?.arm();
   await untilAborted(engine.queuePopulated(), signal);
+  await context.startFromBase();
 
   for (;;) {
     measured.roundUnderWay++;
@@ -105,7 +108,7 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
  * the guest still runs, in passes that each leave only what was written during the last one, so that the pause
  * drops a handful.
  */
-async function discardWhileRunning(engine: SourceEngine, signal: AbortSignal): Promise<void> {
+export async function discardWhileRunning(engine: SourceEngine, signal: AbortSignal): Promise<void> {
   for (let pass = 0; pass < maxDiscardPasses; pass++) {
     const pages = await untilAborted(engine.discardDirty(), signal);
     if (pass > 0 && pages <= fewPages) return;

@@ -34,6 +34,8 @@ export class SourceSession {
   /** Numeric: what answered, and where the data connections go. */
   readonly remoteAddress: string;
   #channel: Channel | null = null;
+  /** Ends when everything of the newest connection has been handed on, and it is over. */
+  #reading: Promise<void> = Promise.resolve();
   #resumed: Deferred<void> | null = null;
   #closed = false;
 
@@ -96,7 +98,9 @@ export class SourceSession {
       if (channel && !channel.reason) {
         deadline = null;
         void channel.send(message);
-        await Promise.race([channel.closed, settled.catch(() => {})]);
+        // Until its last message has been read, not only until it is closed: the answer and the goodbye may come in
+        // one piece, and dialling anew would drop what nobody has looked at.
+        await Promise.race([this.#reading, settled.catch(() => {})]);
         continue;
       }
       deadline ??= performance.now() + boundMs;
@@ -129,7 +133,7 @@ export class SourceSession {
       maxBinaryBytes: 2 ** 32 - 1,
     });
     this.#channel = channel;
-    void this.#read(channel);
+    this.#reading = this.#read(channel);
   }
 
   async #read(channel: Channel): Promise<void> {

@@ -11,6 +11,7 @@ export {
   type WorkerGuestsOptions,
   workerGuests,
 } from './worker-arrival.js';
+export type { WorkerBaseOptions } from './worker-base.js';
 export {
   WorkerGuest,
   type WorkerGuestEvents,

@@ -12,13 +12,16 @@ import { Region } from '../region.js';
 import { type GuestDescription, parseDescription } from './description.js';
 import { sha256OfModule } from './module-file.js';
 import { closeQuietly, GuestWiring, openRegions, startAll, WorkerGuest } from './worker-guest.js';
+import { type WorkerBase, type WorkerBaseOptions, workerBase } from './worker-base.js';
 import { WorkerLink } from './worker-link.js';
 
 export interface WorkerGuestsOptions {
   /** What this host is willing to run: names, and the files behind them. */
   modules: Readonly<Record<string, URL | string>>;
   /** Called when a guest has arrived and runs; its pages may still be on their way. */
-  onGuest?: (guest: WorkerGuest) => void;
+  onGuest?: ((guest: WorkerGuest) => void) | undefined;
+  /** Guests start from what lies there, where there is something. */
+  base?: WorkerBaseOptions | undefined;
   pauseTimeoutMs?: number;
   resourceLimits?: ResourceLimits;
 }
@@ -38,6 +41,8 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
   readonly #description: GuestDescription;
   readonly #sharedRegion: Region | null;
   readonly #onGuest: ((guest: WorkerGuest) => void) | undefined;
+  /** Set before it is handed over. */
+  #base: WorkerBase | null = null;
 
   private constructor(parts: {
     guest: WorkerGuest;
@@ -101,17 +106,27 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
         wiring,
       );
       const { onGuest } = options;
-      return new ArrivingWorkerGuest({
+      const arriving = new ArrivingWorkerGuest({
         guest,
         links,
         description,
         sharedRegion: shared,
         onGuest,
       });
+      arriving.#base = await workerBase(offer, arriving.regions, options, ArrivingWorkerGuest.start);
+      return arriving;
     } catch (error) {
       await Promise.all(links.map((link) => link.stop(error as Error)));
       throw error;
     }
+  }
+
+  get bases(): WorkerBase['bases'] {
+    return this.#base?.bases ?? [];
+  }
+
+  get replay(): NonNullable<ArrivingGuest['replay']> | undefined {
+    return this.#base?.replay;
   }
 
   async grow(index: number, lengthBytes: number): Promise<void> {

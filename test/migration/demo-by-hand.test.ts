@@ -120,3 +120,54 @@ describe('what is wrong is one line with a code', () => {
     expect(here.errors()).toMatch(/^memferry: PLAINTEXT_REQUIRED: [^\n]*\n$/);
   }, 30_000);
 });
+
+describe('a guest that comes back', () => {
+  test('leaves a stale copy, and finds it; what was asked meanwhile is replayed', async () => {
+    const kept = join(place.directory, 'kept');
+    const log = join(place.directory, 'log');
+    const far = await receiver();
+    const here = command(
+      ...['send', '--to', far.to, '--module', `counter=${counter}`, '--keep-stale-copy', kept],
+    );
+    await here.next('started');
+    expect(await here.ask({ add: 3 })).toBe(3);
+    here.child.stdin.write('\n');
+    expect(await here.closed).toBe(0);
+    // The way back is another guest of the same name and module: what it was is in the directory.
+    writeFileSync(log, '{"add": 4}\n{"add": 5, "slot": 1000}\n');
+    const home = await receiver('--once', '--base', kept, '--replay-ms', '1000');
+    const back = command(
+      ...['send', '--to', home.to, '--module', `counter=${counter}`, '--use-base', 'always', '--replay', log],
+    );
+    await back.next('started');
+    expect(await back.ask({ add: 7 })).toBe(7);
+    expect(await back.ask({ add: 5, slot: 1000 })).toBe(5);
+    back.child.stdin.write('\n');
+    const report = await back.next('report');
+    expect(report).toMatchObject({ verified: true, base: { used: true, problem: null } });
+    expect((report['base'] as { pagesSame: number }).pagesSame).toBeGreaterThan(16_000);
+    expect(await back.closed).toBe(0);
+    expect(await home.next('report')).toMatchObject({ type: 'report', verified: true });
+    far.child.kill('SIGINT');
+    expect(await far.closed).toBe(0);
+  }, 60_000);
+
+  test('a log that cannot be read is said at once', async () => {
+    const there = await receiver();
+    const here = command(
+      'send',
+      '--to',
+      there.to,
+      '--module',
+      `counter=${counter}`,
+      '--replay',
+      '/nowhere/log',
+    );
+    await here.next('started');
+    here.child.stdin.write('\n');
+    expect(await here.closed).toBe(2);
+    expect(here.errors()).toContain('INVALID_ARGUMENT: --replay');
+    there.child.kill('SIGINT');
+    expect(await there.closed).toBe(0);
+  }, 60_000);
+});

@@ -3,8 +3,8 @@
  * at a time is `{ id, op, ... }`, answered by `{ id, value }` or `{ id, error }`; whatever happens meanwhile is
  * told as `{ event, ... }`. Nothing here decides anything: it does what it is told.
  */
-import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
-import { listen, MemferryError, migrate } from '../../lib/index.js';
+import { closeSync, ftruncateSync, openSync, readdirSync, readFileSync, readlinkSync } from 'node:fs';
+import { listen, MemferryError, migrate, readBase, saveBase } from '../../lib/index.js';
 import { stage } from '../../lib/staging/server.js';
 import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import { TestGuest } from './test-guest.mjs';
@@ -99,6 +99,37 @@ async function takeArrivals(key, listening) {
   }
 }
 
+/** The log is bytes [offset u32, value u8]; `replay`: what goes wrong, or 'exact'. */
+function replayOf(replay, arriving, offer) {
+  const apply = async (log, { signal }) => {
+    tell('replay', { guest: offer.name, bytes: log.length });
+    if (replay === 'throw') throw new Error('this log cannot be applied');
+    if (replay === 'hang') {
+      await new Promise((resolve) => signal.addEventListener('abort', resolve, { once: true }));
+      return;
+    }
+    const view = new DataView(log.buffer, log.byteOffset, log.length);
+    const [memory] = arriving.regions[0].views;
+    for (let at = 0; at < log.length; at += 5) {
+      memory[view.getUint32(at, true)] = view.getUint8(at + 4) + (replay === 'diverge' ? 1 : 0);
+    }
+  };
+  return { apply, expectedMs: 1 };
+}
+
+/** The log is requests as JSON, one a line. A replay that diverges leaves some out, and adds one of its own. */
+function workerBaseOf({ directory, diverge }) {
+  const replay = async (guest, log) => {
+    const lines = Buffer.from(log).toString('utf8').split('\n').filter(Boolean);
+    tell('replay', { guest: guest.name, requests: lines.length });
+    for (const [index, line] of lines.entries()) {
+      if (!diverge || index % 7 !== 3) await guest.request(JSON.parse(line));
+    }
+    if (diverge) await guest.request({ op: 'exec', sql: 'CREATE TABLE diverged (x)' });
+  };
+  return { directory, replay, replayMs: 1000 };
+}
+
 const operations = {
   async create({ guest, regions, rate = {}, behaviour = {} }) {
     const rates = { batch: 8, restMs: 1, ...rate };
@@ -123,16 +154,60 @@ const operations = {
     guests.delete(guest);
   },
 
-  async listen({ key = 'main', options = {}, rate = {}, behaviour = {}, plain = false, modules = null }) {
+  /** An image file of each region, as the guest's memory is now (it may be writing). */
+  async saveRegions({ guest, paths }) {
+    for (const [index, { region }] of find(guests, guest, 'guest').regions.entries()) {
+      const file = openSync(paths[index], 'w', 0o600);
+      ftruncateSync(file, region.lengthBytes);
+      closeSync(file);
+      await region.native.save(paths[index], 0, region.pages);
+    }
+  },
+
+  /**
+   * `bases`: paths of image files, one a region; with `inPlace` they are in the regions before the offer is accepted.
+   * `staleCopies`: a directory; `fromGuest`: the memory of a guest that has left this host.
+   */
+  async listen({
+    key = 'main',
+    options = {},
+    rate = {},
+    behaviour = {},
+    plain = false,
+    modules = null,
+    bases = null,
+    inPlace = false,
+    staleCopies = null,
+    fromGuest = null,
+    replay = null,
+    workerBase = null,
+  }) {
     const rates = { batch: 8, restMs: 1, ...rate };
     const accept = async (offer) => {
       tell('offer', { key, guest: offer.name });
       if (behaviour.accept === 'hang') await new Promise(() => {});
       if (behaviour.accept === 'throw') throw new Error('this host does not like the guest');
       const log = (step) => tell('guest', { guest: offer.name, step, arrived: true });
+      const former = fromGuest === null ? null : find(guests, fromGuest, 'guest');
       const guest = await TestGuest.accept(offer, rates, { ...behaviour }, log);
       guests.set(offer.name, guest);
-      return guest.arriving();
+      const arriving = guest.arriving();
+      if (bases) arriving.bases = bases.map((path) => path && { path });
+      if (inPlace) {
+        for (const [index, region] of arriving.regions.entries()) {
+          await region.native.fill(bases[index], 0, 0, region.pages);
+        }
+        arriving.bases = bases.map(() => ({ inPlace: true }));
+      }
+      if (staleCopies) arriving.bases = (await readBase(staleCopies, offer.name))?.bases;
+      if (former) arriving.bases = former.regions.map(({ region }) => ({ region }));
+      if (replay) arriving.replay = replayOf(replay, arriving, offer);
+      if (behaviour.base === 'hang') {
+        const fill = (_, { signal }) =>
+          new Promise((resolve) => signal.addEventListener('abort', resolve, { once: true }));
+        arriving.bases = arriving.regions.map(() => ({ fill }));
+      }
+      return arriving;
     };
     const moduleUrls =
       modules && Object.fromEntries(Object.entries(modules).map(([n, u]) => [n, new URL(u)]));
@@ -140,6 +215,7 @@ const operations = {
       moduleUrls &&
       workerGuests({
         modules: moduleUrls,
+        ...(workerBase ? { base: workerBaseOf(workerBase) } : {}),
         onGuest: (guest) => {
           guests.set(guest.name, guest);
           watchWorker(guest);
@@ -212,6 +288,7 @@ const operations = {
     guests.set(guest, started);
     watchWorker(started);
   },
+  saveBase: ({ guest, options }) => saveBase(find(guests, guest, 'guest'), options),
   request: ({ guest, request }) => settled(find(guests, guest, 'guest').request(request)),
   workerStatus: ({ guest }) => find(guests, guest, 'guest').status,
   terminateWorker: ({ guest }) => find(guests, guest, 'guest').terminate(),

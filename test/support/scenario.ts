@@ -32,6 +32,17 @@ export interface Report {
   rounds: { round: number; pagesSent: number; dirtyPagesAfter: number; durationMs: number }[];
   remoteFaults: { count: number; p50Us: number; p99Us: number; maxUs: number };
   redials: number;
+  base: {
+    used: boolean;
+    reason: string;
+    problem: string | null;
+    pagesSame: number;
+    bytesSaved: number;
+    pagesCompared: number;
+    bytesExchanged: number;
+    roundTrips: number;
+    replayMs: number;
+  } | null;
   pagesDirect: number;
   intermediaries: Intermediary[];
 }

@@ -44,6 +44,11 @@ const FRAME_NAMES: Record<number, string> = {
   18: 'refused',
   19: 'chain-broken',
   20: 'elsewhere',
+  27: 'tree-request',
+  28: 'tree',
+  29: 'same',
+  30: 'base-end',
+  31: 'probe',
 };
 const CONTROL_KINDS: Record<number, string> = { 2: 'chunk', 3: 'ping', 4: 'bye' };
 

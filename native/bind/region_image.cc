@@ -1,0 +1,127 @@
+#include "bind/region_image.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <stdexcept>
+#include <vector>
+
+#include "bind/region_digest.h"
+#include "os/sys_error.h"
+#include "os/unique_fd.h"
+#include "page/racy_read.h"
+#include "page/zero.h"
+#include "wire/frame.h"
+
+namespace memferry::bind {
+namespace {
+
+constexpr std::uint64_t kPieceBytes = 256 * 1024;
+
+void check(const Region& region, PageRun run) {
+  if (!wire::run_inside(run.first.value, run.count, region.pages()))
+    throw std::out_of_range("pages outside the region");
+}
+
+UniqueFd open_regular(const std::string& path, int flags) {
+  // Not to be blocked by a fifo; what is no regular file is refused.
+  UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (file.get() < 0) throw_errno("open");
+  struct stat status {};
+  if (::fstat(file.get(), &status) != 0) throw_errno("fstat");
+  if (!S_ISREG(status.st_mode)) throw SystemError("open: not a regular file", EINVAL);
+  return file;
+}
+
+// Visits the run in pieces that are contiguous in memory, until visit gives false.
+template <typename Visit>
+void in_pieces(const Region& region, const RegionUse& use, PageRun run, const char* operation, Visit visit) {
+  const std::uint64_t page_size = region.page_size();
+  const std::uint64_t most = std::max<std::uint64_t>(1, kPieceBytes / page_size);
+  for (PageNumber at = run.first; at < run.end();) {
+    if (use.revoked()) throw RegionGone(operation);
+    const auto piece = region.contiguous({at, std::min(most, run.end().value - at.value)});
+    if (!visit(piece, at)) return;
+    at.value += piece.size() / page_size;
+  }
+}
+
+}  // namespace
+
+std::uint64_t fill_from_file(const std::shared_ptr<Region>& region, const std::string& path,
+                             std::uint64_t offset, PageRun run) {
+  const RegionUse use(region, "fill");
+  check(*region, run);
+  const UniqueFd file = open_regular(path, O_RDONLY);
+  std::uint64_t filled = 0;
+  in_pieces(*region, use, run, "fill", [&](std::span<std::byte> piece, PageNumber) {
+    std::size_t done = 0;
+    while (done < piece.size()) {
+      const ssize_t got = ::pread(file.get(), piece.data() + done, piece.size() - done,
+                                  static_cast<off_t>(offset + filled + done));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) throw_errno("pread");
+      if (got == 0) break;
+      done += static_cast<std::size_t>(got);
+    }
+    filled += done;
+    return done == piece.size();
+  });
+  return filled;
+}
+
+std::uint64_t fill_from_region(const std::shared_ptr<Region>& region, const std::shared_ptr<Region>& from,
+                               PageRun run) {
+  const RegionUse use(region, "fill");
+  const RegionUse reading(from, "fill");
+  check(*region, run);
+  std::uint64_t filled = 0;
+  in_pieces(*region, use, run, "fill", [&](std::span<std::byte> piece, PageNumber first) {
+    const std::uint64_t page_size = region->page_size();
+    for (std::size_t done = 0; done < piece.size();) {
+      const PageNumber at{first.value + done / page_size};
+      if (at.value >= from->pages() || reading.revoked()) return false;
+      const auto part = from->contiguous({at, (piece.size() - done) / page_size});
+      if (!read_piece(part, piece.data() + done, at))
+        racy_copy(piece.data() + done, part.data(), part.size());
+      done += part.size();
+      filled += part.size();
+    }
+    return true;
+  });
+  return filled;
+}
+
+void save_to_file(const std::shared_ptr<Region>& region, const std::string& path, PageRun run) {
+  const RegionUse use(region, "save");
+  check(*region, run);
+  const UniqueFd file = open_regular(path, O_WRONLY);
+  const std::uint64_t page_size = region->page_size();
+  std::vector<std::byte> copy(std::max(kPieceBytes, page_size));
+  in_pieces(*region, use, run, "save", [&](std::span<std::byte> piece, PageNumber first) {
+    if (!read_piece(piece, copy.data(), first)) racy_copy(copy.data(), piece.data(), piece.size());
+    const std::span<const std::byte> bytes(copy.data(), piece.size());
+    // Whole runs of pages with content go out by one call each.
+    for (std::size_t at = 0; at < bytes.size();) {
+      if (is_zero(bytes.subspan(at, page_size))) {
+        at += page_size;
+        continue;
+      }
+      std::size_t end = at + page_size;
+      while (end < bytes.size() && !is_zero(bytes.subspan(end, page_size))) end += page_size;
+      while (at < end) {
+        const ssize_t wrote = ::pwrite(file.get(), bytes.data() + at, end - at,
+                                       static_cast<off_t>(first.value * page_size + at));
+        if (wrote < 0 && errno == EINTR) continue;
+        if (wrote <= 0) throw_errno("pwrite");
+        at += static_cast<std::size_t>(wrote);
+      }
+    }
+    return true;
+  });
+}
+
+}  // namespace memferry::bind

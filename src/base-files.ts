@@ -1,0 +1,131 @@
+/**
+ * Bases in files: a guest as it was at some moment, for a destination to start from. A directory holds one base for
+ * each guest: its regions as raw images (byte n of the file is byte n of the region), what was offered of it, and its
+ * execution state, with which it can be run again to replay a log. Written anew beside the former one and then put in
+ * its place, so that a reader finds one or the other.
+ */
+import { createHash } from 'node:crypto';
+import { mkdir, open, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { z } from 'zod';
+import { MemferryError, nativeAsync } from './errors.js';
+import type { Guest, GuestOffer, RegionBase } from './guest.js';
+import { offerSchema } from './protocol/messages.js';
+import { describeGuest } from './source/stage-image.js';
+
+export interface BaseFilesOptions {
+  directory: string;
+  /** A guest with more memory than this is not written. */
+  maxBytes: number;
+}
+
+/** What `readBase` finds. */
+export interface BaseFiles {
+  /** As the guest was offered then. */
+  offer: GuestOffer;
+  state: Uint8Array;
+  /** In the order of the regions, as `ArrivingGuest.bases` takes them. */
+  bases: RegionBase[];
+}
+
+const manifestSchema = z.strictObject({ version: z.literal(1), guest: offerSchema.shape.guest });
+/** Written at a time: some ms. */
+const piecePages = 2048;
+const mostManifestBytes = 2 ** 20;
+
+/** A guest's name may come from a peer: nothing of it may be a path. */
+function folderOf(directory: string, guest: string): string {
+  const readable = guest.replace(/[^A-Za-z0-9_-]/g, '_');
+  const exact = createHash('sha256').update(guest).digest('hex').slice(0, 16);
+  return join(directory, `${readable}-${exact}`);
+}
+
+const imageIn = (folder: string, index: number) => join(folder, `${index}.image`);
+
+/** Writes a paused guest, or one that has left. @throws LIMIT_EXCEEDED, SYSTEM, PAGES_LOST */
+export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFilesOptions): Promise<void> {
+  const regions = guest.regions.map(({ region }) => region);
+  const lengths = regions.map((region) => region.lengthBytes);
+  const bytes = lengths.reduce((sum, length) => sum + length, 0);
+  const { directory, maxBytes } = options;
+  if (bytes > maxBytes) {
+    throw new MemferryError('LIMIT_EXCEEDED', `the guest has ${bytes} bytes; ${maxBytes} may be kept`, {
+      facts: { bytes, limit: maxBytes },
+    });
+  }
+  const folder = folderOf(directory, guest.name);
+  const made = `${folder}.${process.pid}.new`;
+  const former = `${folder}.${process.pid}.old`;
+  try {
+    await rm(made, { recursive: true, force: true });
+    // Others may not read what a guest had in memory.
+    await mkdir(made, { recursive: true, mode: 0o700 });
+    for (const [index, region] of regions.entries()) {
+      const path = imageIn(made, index);
+      const file = await open(path, 'wx', 0o600);
+      await file.truncate(lengths[index]).finally(() => file.close());
+      for (let first = 0; first < region.pages; first += piecePages) {
+        const count = Math.min(piecePages, region.pages - first);
+        await nativeAsync(() => region.native.save(path, first, count));
+      }
+    }
+    await writeFile(join(made, 'state'), state, { mode: 0o600 });
+    const manifest = { version: 1, guest: describeGuest(guest, lengths) };
+    await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
+    await rename(folder, former).catch(() => {});
+    await rename(made, folder);
+  } finally {
+    await rm(made, { recursive: true, force: true }).catch(() => {});
+    await rm(former, { recursive: true, force: true }).catch(() => {});
+  }
+}
+
+/** The base of the guest with this name, or null when there is none that can be used. */
+export async function readBase(directory: string, name: string): Promise<BaseFiles | null> {
+  const folder = folderOf(directory, name);
+  try {
+    const manifest = join(folder, 'base.json');
+    if ((await stat(manifest)).size > mostManifestBytes) return null;
+    const { guest } = manifestSchema.parse(JSON.parse(await readFile(manifest, 'utf8')));
+    const state = new Uint8Array(await readFile(join(folder, 'state')));
+    const bases = guest.regions.map((_, index) => ({ path: imageIn(folder, index) }));
+    return { offer: { ...guest, description: guest.description }, state, bases };
+  } catch {
+    return null;
+  }
+}
+
+/**
+ * A base of a guest that runs here: pauses it, writes it, and lets it run on. `pauseMs`: how long it stood.
+ * @throws what `pause` throws, LIMIT_EXCEEDED, SYSTEM
+ */
+export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise<{ pauseMs: number }> {
+  const started = performance.now();
+  const paused = await guest.pause({ signal: new AbortController().signal });
+  try {
+    await writeBase(guest, paused instanceof Uint8Array ? paused : paused.state, options);
+  } finally {
+    await guest.unpause();
+  }
+  return { pauseMs: performance.now() - started };
+}
+
+/**
+ * The copy that a source keeps of a guest that has left. A disk that is full costs the copy, never the migration,
+ * which is over: a warning says so.
+ */
+export async function keepStaleCopy(
+  guest: Guest,
+  state: Uint8Array,
+  options: BaseFilesOptions,
+): Promise<boolean> {
+  try {
+    await writeBase(guest, state, options);
+    return true;
+  } catch (error) {
+    process.emitWarning(`no stale copy of guest '${guest.name}' was kept: ${String(error)}`, {
+      code: 'MEMFERRY_NO_STALE_COPY',
+    });
+    return false;
+  }
+}

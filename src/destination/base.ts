@@ -1,0 +1,178 @@
+/**
+ * The destination's base: what it puts into a guest's regions before the first page, so that only what differs has to
+ * come. Nothing of it is believed: the source confirms each page by hash (docs/protocol.md, "Starting from a base").
+ * JavaScript thread; the bytes go from files and other regions straight into memory, on threads of the pool.
+ */
+import { native, nativeAsync } from '../errors.js';
+import type { ArrivingGuest, RegionBase } from '../guest.js';
+import { samplePages } from '../protocol/base-sample.js';
+import type { Region } from '../region.js';
+
+/** What became of it. */
+export interface BaseOutcome {
+  /** Something is there that may be compared. */
+  ready: boolean;
+  /** Why not all of it, or nothing; for reports. */
+  problem: string | null;
+  filledBytes: number;
+  fillMs: number;
+  replayMs: number;
+}
+
+export interface BaseProgress {
+  sampled: boolean;
+  fraction: number;
+  expectedMs: number | null;
+}
+
+/** Between two looks at whether it is still wanted: some ms. */
+const pieceBytes = 8 * 2 ** 20;
+const tellEveryMs = 50;
+
+export class BaseFilling {
+  readonly #stop = new AbortController();
+  readonly outcome: Promise<BaseOutcome>;
+
+  constructor(
+    private readonly guest: ArrivingGuest,
+    private readonly replayLog: Uint8Array | null,
+    /** How much is there, the sample at least; what the rest is expected to take, or null where nobody knows. */
+    private readonly tell: (progress: BaseProgress) => void,
+  ) {
+    this.outcome = this.#fill();
+  }
+
+  /** Ends it soon: in the middle of a region, or by the signal that a function of the owner's has. */
+  stop(): void {
+    this.#stop.abort();
+  }
+
+  get #replays(): boolean {
+    return this.replayLog !== null && this.guest.replay !== undefined;
+  }
+
+  async #fill(): Promise<BaseOutcome> {
+    const { signal } = this.#stop;
+    const outcome: BaseOutcome = { ready: false, problem: null, filledBytes: 0, fillMs: 0, replayMs: 0 };
+    const started = performance.now();
+    const bases = this.guest.regions.map((region, index) => ({ region, base: this.guest.bases?.[index] }));
+    const totalBytes = bases.reduce((sum, { region, base }) => sum + (base ? region.lengthBytes : 0), 0);
+    let doneBytes = 0;
+    let toldAtMs = 0;
+    const done = (bytes: number, filled: number) => {
+      doneBytes += bytes;
+      outcome.filledBytes += filled;
+      if (performance.now() - toldAtMs < tellEveryMs) return;
+      toldAtMs = performance.now();
+      this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
+    };
+    // A replay changes what matches, and a function of the owner's has an order of its own.
+    const samples = this.#replays || bases.some(({ base }) => base && 'fill' in base) ? [] : this.#sample();
+    let sampled = false;
+    try {
+      for (const { region: index, first, count } of samples) {
+        const { region, base } = bases[index] as (typeof bases)[number];
+        if (!base || signal.aborted) continue;
+        const filled = await fillPages(region, base, first, count);
+        done(count * region.pageSize, filled);
+      }
+      if (samples.length > 0 && !signal.aborted) {
+        sampled = true;
+        this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
+      }
+      for (const [index, { region, base }] of bases.entries()) {
+        const there = samples.filter((sample) => sample.region === index);
+        if (base) await fillRegion(region, base, there, done, signal);
+      }
+      outcome.fillMs = performance.now() - started;
+      if (this.#replays && !signal.aborted) {
+        this.tell({ sampled, fraction: 1, expectedMs: this.#expectedMs() });
+        const replaying = performance.now();
+        try {
+          await this.guest.replay?.apply(this.replayLog as Uint8Array, { signal });
+        } catch (error) {
+          // The base is what it was, or something in between: the comparison finds out.
+          outcome.problem = `replay: ${String(error)}`;
+        }
+        outcome.replayMs = performance.now() - replaying;
+      }
+    } catch (error) {
+      outcome.problem = String(error);
+      outcome.fillMs ||= performance.now() - started;
+    }
+    outcome.ready = outcome.filledBytes > 0 && !signal.aborted;
+    if (!outcome.ready) outcome.problem ??= signal.aborted ? 'not ready in time' : 'the base is empty';
+    return outcome;
+  }
+
+  #sample() {
+    return samplePages(this.guest.regions.map(({ pages }, index) => (this.guest.bases?.[index] ? pages : 0)));
+  }
+
+  #expectedMs(): number | null {
+    return this.#replays ? (this.guest.replay?.expectedMs ?? null) : 0;
+  }
+}
+
+/** Gives the bytes that there were. */
+async function fillPages(region: Region, base: RegionBase, first: number, count: number): Promise<number> {
+  const { pageSize } = region;
+  if ('path' in base) {
+    const offset = (base.offsetBytes ?? 0) + first * pageSize;
+    return nativeAsync(() => region.native.fill(base.path, offset, first, count));
+  }
+  if ('region' in base) {
+    return nativeAsync(() =>
+      region.native.fillFrom(
+        native(() => base.region.native),
+        first,
+        count,
+      ),
+    );
+  }
+  return count * pageSize;
+}
+
+/** `there`: pages that are filled already, and perhaps confirmed: they are not touched again. */
+async function fillRegion(
+  region: Region,
+  base: RegionBase,
+  there: readonly { first: number; count: number }[],
+  done: (bytes: number, filled: number) => void,
+  signal: AbortSignal,
+): Promise<void> {
+  const { pages, pageSize, lengthBytes } = region;
+  if ('fill' in base) {
+    await base.fill(region, { signal });
+    done(lengthBytes, lengthBytes);
+    return;
+  }
+  const most = Math.max(1, Math.floor(pieceBytes / pageSize));
+  for (let first = 0; first < pages && !signal.aborted; ) {
+    const next = there.find((run) => run.first + run.count > first);
+    if (next && next.first <= first) {
+      first = next.first + next.count;
+      continue;
+    }
+    const count = Math.min(most, (next?.first ?? pages) - first);
+    const filled = await fillPages(region, base, first, count);
+    done(count * pageSize, filled);
+    first += count;
+    if (filled < count * pageSize) {
+      // The rest of the region is zeros.
+      const sampled = there.reduce((sum, run) => sum + (run.first >= first ? run.count : 0), 0);
+      done((pages - first - sampled) * pageSize, 0);
+      return;
+    }
+  }
+}
+
+/** As the native receiver takes them; null: no region has a base. */
+export function basesOf(guest: ArrivingGuest): ('none' | 'given' | 'in-place')[] | null {
+  const kinds = guest.regions.map((_, index) => {
+    const base = guest.bases?.[index];
+    if (!base) return 'none';
+    return 'inPlace' in base ? 'in-place' : 'given';
+  });
+  return kinds.some((kind) => kind !== 'none') ? kinds : null;
+}

@@ -1,0 +1,87 @@
+/**
+ * Whether a migration waits for the destination's base, and compares itself with it, or sends its pages plainly: pure
+ * functions of rates that were measured in this migration. A comparison may never lengthen it.
+ */
+
+export interface WaitInput {
+  /** Since the destination began to lay its base out. */
+  elapsedMs: number;
+  /** Since its last word. */
+  sinceToldMs: number;
+  /** How much of that is done, by the destination's last word; 0 while it has said nothing. */
+  fraction: number;
+  /** What the destination expects to need after that (a log that is applied); null: nobody knows. */
+  expectedMs: number | null;
+  /** What sending everything takes at the measured rate. */
+  plainMs: number;
+  /** How long it may still take: what a sample says that the base saves; null: there was none yet. */
+  worthMs: number | null;
+}
+
+/** A wait that costs less than this part of the migration is not worth a decision. */
+const GRACE_PART = 0.02;
+const GRACE_LEAST_MS = 50;
+/** Without a sample: half of the time is for the comparison and for what differs. */
+const WAIT_PART = 0.5;
+
+/** Asked again with each word of the destination. */
+export function decideWait(input: WaitInput): 'wait' | 'give-up' {
+  const { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs } = input;
+  const graceMs = Math.max(GRACE_LEAST_MS, GRACE_PART * plainMs);
+  if (elapsedMs < graceMs) return 'wait';
+  if (fraction <= 0 || expectedMs === null) return 'give-up';
+  const promisedMs = ((elapsedMs - sinceToldMs) * (1 - fraction)) / fraction + expectedMs;
+  // It may take twice as long as it said; then its word is worth nothing.
+  if (sinceToldMs > 2 * promisedMs + graceMs) return 'give-up';
+  // What was waited for already is spent in any case; only what is left is compared with what it may save.
+  return promisedMs - sinceToldMs <= (worthMs ?? WAIT_PART * plainMs) ? 'wait' : 'give-up';
+}
+
+export interface CompareInput {
+  /** Everything that would be sent or compared. */
+  bytes: number;
+  pageSize: number;
+  linkBytesPerSecond: number;
+  /** The sample: pages that both sides hashed, those of them that are equal, and how long that took in all. */
+  sampledPages: number;
+  samePages: number;
+  sampleMs: number;
+}
+
+export interface CompareDecision {
+  action: 'compare' | 'plain';
+  reason: 'saves' | 'nothing-matches' | 'link-is-faster';
+  /** How long the base may still take to be ready, and be worth it all the same. */
+  worthMs: number;
+  plainMs: number;
+  compareMs: number;
+}
+
+/** Of each page that is compared: its hash. */
+const HASH_BYTES = 16;
+/** The prediction has to be this much better: rates that were measured for some milliseconds are no oracle. */
+const WORTH = 0.9;
+/** Below this part of equal pages nothing is to be had. */
+const LEAST_SAME = 0.01;
+
+export function decideCompare(input: CompareInput): CompareDecision {
+  const { bytes, pageSize, linkBytesPerSecond, sampledPages, samePages, sampleMs } = input;
+  const plainMs = (bytes * 1000) / linkBytesPerSecond;
+  const same = sampledPages > 0 ? samePages / sampledPages : 0;
+  // The sample's round trip is counted as if the rest had as many of them: on the safe side.
+  const hashingMs =
+    sampledPages > 0 ? (sampleMs * bytes) / (sampledPages * pageSize) : Number.POSITIVE_INFINITY;
+  const hashBytes = (bytes / pageSize) * HASH_BYTES;
+  const compareMs = hashingMs + ((bytes * (1 - same) + hashBytes) * 1000) / linkBytesPerSecond;
+  const worthMs = Math.max(0, WORTH * plainMs - compareMs);
+  if (same < LEAST_SAME)
+    return { action: 'plain', reason: 'nothing-matches', worthMs: 0, plainMs, compareMs };
+  return compareMs <= WORTH * plainMs
+    ? { action: 'compare', reason: 'saves', worthMs, plainMs, compareMs }
+    : { action: 'plain', reason: 'link-is-faster', worthMs, plainMs, compareMs };
+}
+
+/** How many bytes a probe of the link takes: a small part of what is to be sent, and enough to fill its pipe. */
+export function probeBytes(bytes: number): number {
+  return Math.min(4 * 2 ** 20, Math.max(64 * 2 ** 10, Math.round(bytes / 256)));
+}

@@ -1,0 +1,202 @@
+/**
+ * Before the first page, where the destination starts from a base: how fast is the link, is the base there in time,
+ * does a sample match, and then the comparison of all. The guest runs meanwhile, its trackers armed; what it writes is
+ * found by the next collect whatever was compared (native/transfer/base_comparison.h). The decisions are
+ * decide-base.ts's.
+ */
+import type { MemferryError } from '../errors.js';
+import { untilAborted, within } from '../protocol/bounded.js';
+import { type Deferred, deferred } from '../protocol/deferred.js';
+import type { DestinationMessage, SourceMessage } from '../protocol/messages.js';
+import type { BaseReport } from '../report.js';
+import { nodePages, sampleNodes } from '../protocol/base-sample.js';
+import { type CompareDecision, decideCompare, decideWait, probeBytes } from './decide-base.js';
+import type { SourceEngine } from './engine.js';
+
+type BaseReady = Extract<DestinationMessage, { type: 'base-ready' }>;
+type BaseProgress = Extract<DestinationMessage, { type: 'base-progress' }>;
+
+export interface BaseOptions {
+  base: 'auto' | 'always' | 'off';
+  baseTimeoutMs: number;
+  bandwidth: number;
+  prepareTimeoutMs: number;
+}
+
+/** All nodes that are left. */
+const everyNode = Number.MAX_SAFE_INTEGER;
+
+/** The source's part in a base; made when the destination says that it has one. */
+export class StartFromBase {
+  readonly #ready = deferred<BaseReady>();
+  #progress: Omit<BaseProgress, 'type'> = { sampled: false, fraction: 0, expectedMs: null };
+  /** What a sample said. */
+  #decision: CompareDecision | null = null;
+  #told: Deferred<void> = deferred();
+  #toldAt = performance.now();
+  readonly #report: BaseReport;
+
+  constructor(
+    /** Of each region, as the destination has them; 0 for a region without a base. */
+    readonly pages: readonly number[],
+    private readonly options: BaseOptions,
+    private readonly send: (message: SourceMessage) => void,
+    private readonly signal: AbortSignal,
+  ) {
+    this.#report = {
+      used: false,
+      reason: 'not-ready',
+      problem: null,
+      pagesSame: 0,
+      bytesSaved: 0,
+      pagesCompared: 0,
+      bytesExchanged: 0,
+      roundTrips: 0,
+      waitMs: 0,
+      compareMs: 0,
+      fillMs: 0,
+      replayMs: 0,
+      sourceCpuMs: 0,
+      destinationCpuMs: 0,
+      linkBytesPerSecond: null,
+    };
+  }
+
+  onProgress(message: BaseProgress): void {
+    this.#progress = message;
+    this.#toldAt = performance.now();
+    this.#told.resolve();
+  }
+
+  onReady(message: BaseReady): void {
+    this.#ready.resolve(message);
+    this.#told.resolve();
+  }
+
+  /** The connection is gone, or the destination gave up. */
+  fail(error: MemferryError): void {
+    this.#ready.reject(error);
+    this.#told.reject(error);
+  }
+
+  /** `drop`: what is not confirmed is let go of before the guest pauses. */
+  async run(engine: SourceEngine, bytes: number, pageSize: number, drop: boolean): Promise<void> {
+    const link = await this.#measureLink(engine, bytes);
+    this.#report.linkBytesPerSecond = link;
+    const ready = await this.#await((bytes * 1000) / link, () => this.#sample(engine, bytes, pageSize, link));
+    this.#report.problem = ready.problem;
+    this.#report.fillMs = ready.fillMs;
+    this.#report.replayMs = ready.replayMs;
+    const started = performance.now();
+    if (ready.ready) await this.#compare(engine, () => this.#sample(engine, bytes, pageSize, link));
+    await untilAborted(engine.endBase(drop), this.signal);
+    this.#report.compareMs = performance.now() - started;
+  }
+
+  /** There is nothing to compare by: no tracker. The destination is told, since it waits for no page until then. */
+  async decline(problem: string): Promise<void> {
+    this.#report.problem = problem;
+    this.#report.reason = 'no-tracker';
+    await this.#cancel();
+  }
+
+  report(engine: SourceEngine, pageSize: number): BaseReport {
+    const { base } = engine.stats();
+    return {
+      ...this.#report,
+      pagesSame: base.pagesSame,
+      bytesSaved: base.pagesSame * pageSize,
+      pagesCompared: base.pagesCompared,
+      bytesExchanged: base.bytesOut + base.bytesIn,
+      roundTrips: base.roundTrips,
+      sourceCpuMs: base.sourceHashUs / 1000,
+      destinationCpuMs: base.destinationHashUs / 1000,
+    };
+  }
+
+  async #measureLink(engine: SourceEngine, bytes: number): Promise<number> {
+    const probe = probeBytes(bytes);
+    const started = performance.now();
+    await untilAborted(engine.probe(probe), this.signal);
+    const measured = (probe * 1000) / Math.max(performance.now() - started, 0.01);
+    return this.options.bandwidth > 0 ? Math.min(measured, this.options.bandwidth) : measured;
+  }
+
+  async #await(plainMs: number, sample: () => Promise<CompareDecision>): Promise<BaseReady> {
+    const { base, baseTimeoutMs } = this.options;
+    const started = performance.now();
+    try {
+      for (;;) {
+        if (this.#ready.settled) return await untilAborted(this.#ready.promise, this.signal);
+        const elapsedMs = performance.now() - started;
+        const late = elapsedMs >= baseTimeoutMs;
+        const sinceToldMs = Math.min(elapsedMs, performance.now() - this.#toldAt);
+        const { fraction, expectedMs, sampled } = this.#progress;
+        if (sampled && base === 'auto' && !this.#decision) {
+          // Before it is all there: a base that has nothing in common is not worth any wait.
+          if ((await sample()).action === 'plain') return await this.#cancel();
+          continue;
+        }
+        const worthMs = this.#decision?.worthMs ?? null;
+        const input = { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs };
+        if (late || (base === 'auto' && decideWait(input) === 'give-up')) {
+          this.#report.reason = 'not-ready';
+          return await this.#cancel();
+        }
+        this.#told = deferred();
+        this.#told.promise.catch(() => {});
+        const look = new Promise<void>((resolve) => setTimeout(resolve, 20));
+        await untilAborted(Promise.race([this.#told.promise, look]), this.signal);
+      }
+    } finally {
+      this.#report.waitMs = performance.now() - started;
+    }
+  }
+
+  /** No page may leave before the destination has stopped writing its regions. */
+  async #cancel(): Promise<BaseReady> {
+    this.send({ type: 'base-cancel' });
+    const { prepareTimeoutMs } = this.options;
+    const ready = await untilAborted(
+      within(
+        this.#ready.promise,
+        prepareTimeoutMs,
+        'PREPARE_TIMEOUT',
+        `the destination did not let go of its base within ${prepareTimeoutMs} ms`,
+      ),
+      this.signal,
+    );
+    // What was ready in the same moment is as good as any.
+    return ready;
+  }
+
+  async #sample(
+    engine: SourceEngine,
+    bytes: number,
+    pageSize: number,
+    link: number,
+  ): Promise<CompareDecision> {
+    const nodes = this.pages.reduce((sum, pages) => sum + Math.ceil(pages / nodePages), 0);
+    const started = performance.now();
+    await untilAborted(engine.compareBase(sampleNodes(nodes), true), this.signal);
+    const { pagesCompared, pagesSame } = engine.stats().base;
+    this.#decision = decideCompare({
+      bytes,
+      pageSize,
+      linkBytesPerSecond: link,
+      sampledPages: pagesCompared,
+      samePages: pagesSame,
+      sampleMs: performance.now() - started,
+    });
+    this.#report.reason = this.#decision.reason;
+    return this.#decision;
+  }
+
+  async #compare(engine: SourceEngine, sample: () => Promise<CompareDecision>): Promise<void> {
+    const { base } = this.options;
+    if (base === 'auto' && (this.#decision ?? (await sample())).action === 'plain') return;
+    await untilAborted(engine.compareBase(everyNode, false), this.signal);
+    this.#report.used = true;
+    this.#report.reason = base === 'always' ? 'always' : 'saves';
+  }
+}

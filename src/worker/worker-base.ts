@@ -1,0 +1,96 @@
+/**
+ * Worker guests that start from a base in files (base-files.ts), and the replay of a log on it. The replay runs the
+ * guest as it was then, in workers of its own, gives it the log, and copies the memory that comes of it over the base
+ * of the guest that arrives. So it takes that memory once more while it lasts. Main thread.
+ */
+import { type BaseFiles, readBase } from '../base-files.js';
+import { memferryError, nativeAsync } from '../errors.js';
+import type { ArrivingGuest, GuestOffer, RegionBase } from '../guest.js';
+import type { Region } from '../region.js';
+import type { ArrivingWorkerGuest, WorkerGuestsOptions } from './worker-arrival.js';
+import type { WorkerGuest } from './worker-guest.js';
+
+export interface WorkerBaseOptions {
+  /** Where bases lie: what `keepStaleCopy` and `saveBase` have written. */
+  directory: string;
+  /** Applies a source's log to the guest as it was: requests, in most cases. Without it logs are ignored. */
+  replay?: (guest: WorkerGuest, log: Uint8Array, options: { signal: AbortSignal }) => Promise<void>;
+  /** How long a replay takes, in ms, where it is known. */
+  replayMs?: number;
+}
+
+export interface WorkerBase {
+  bases: readonly (RegionBase | null)[];
+  replay?: NonNullable<ArrivingGuest['replay']>;
+}
+
+type Start = (
+  offer: GuestOffer,
+  options: WorkerGuestsOptions,
+  signal?: AbortSignal,
+) => Promise<ArrivingWorkerGuest>;
+
+/** Null when there is no base for this guest. `regions`: the arriving guest's. */
+export async function workerBase(
+  offer: GuestOffer,
+  regions: readonly Region[],
+  options: WorkerGuestsOptions,
+  start: Start,
+): Promise<WorkerBase | null> {
+  const { base } = options;
+  const files = base ? await readBase(base.directory, offer.name) : null;
+  if (!base || !files) return null;
+  const bases = regions.map((_, index) => files.bases[index] ?? null);
+  const { replay, replayMs } = base;
+  if (!replay || !offer.replayLog) return { bases };
+  const apply = async (log: Uint8Array, { signal }: { signal: AbortSignal }) => {
+    const former = await start(files.offer, { ...options, base: undefined, onGuest: undefined }, signal);
+    try {
+      await run(former, files, signal);
+      await replay(former.guest, log, { signal });
+      await former.guest.pause({ signal });
+      for (const [index, region] of regions.entries()) {
+        const replayed = former.guest.regions[index]?.region;
+        if (replayed && !signal.aborted) await copy(replayed, region, signal);
+      }
+    } finally {
+      await former.guest.terminate();
+    }
+  };
+  return { bases, replay: { apply, ...(replayMs === undefined ? {} : { expectedMs: replayMs }) } };
+}
+
+/** The guest as it was, from its files. */
+async function run(former: ArrivingWorkerGuest, files: BaseFiles, signal: AbortSignal): Promise<void> {
+  for (const [index, region] of former.regions.entries()) {
+    const base = files.bases[index] as { path: string };
+    const bytes = await inPieces(region, signal, (first, count) =>
+      region.native.fill(base.path, first * region.pageSize, first, count),
+    );
+    // A guest that begins in the middle of its memory is none.
+    if (bytes < (files.offer.regions[index]?.lengthBytes ?? 0)) {
+      throw memferryError('PREPARE_FAILED', `the base of region ${index} is not whole`);
+    }
+  }
+  await former.prepare(files.state, { signal });
+  former.resume();
+}
+
+function copy(from: Region, to: Region, signal: AbortSignal): Promise<number> {
+  return inPieces(to, signal, (first, count) => to.native.fillFrom(from.native, first, count));
+}
+
+/** Some ms each, so that it can be called off in between. */
+const piecePages = 2048;
+
+async function inPieces(
+  region: Region,
+  signal: AbortSignal,
+  piece: (first: number, count: number) => Promise<number>,
+): Promise<number> {
+  let bytes = 0;
+  for (let first = 0; first < region.pages && !signal.aborted; first += piecePages) {
+    bytes += await nativeAsync(() => piece(first, Math.min(piecePages, region.pages - first)));
+  }
+  return bytes;
+}

@@ -1,0 +1,129 @@
+/** Bases in files: what is written is what was there, and a guest's name never leads out of the directory. */
+import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { type Guest, Region, readBase, saveBase } from '../../lib/index.js';
+
+let directory = '';
+const regions: Region[] = [];
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), 'memferry-base-'));
+});
+afterEach(() => {
+  for (const region of regions.splice(0)) region.close();
+  rmSync(directory, { recursive: true, force: true });
+});
+
+/** Pages of zeros, untouched pages and others, in two regions. */
+function guest(name: string, steps: string[] = []): Guest & { bytes(): Buffer[] } {
+  const made = [5000, 64].map((pages) => Region.allocate({ lengthBytes: pages * 4096 }));
+  regions.push(...made);
+  for (const [index, region] of made.entries()) {
+    const [view] = region.views as [Uint8Array];
+    for (let page = 0; page < region.pages; page++) {
+      if (page % 3 === 1) view.fill(0, page * 4096, (page + 1) * 4096);
+      else if (page % 3 === 2) view[page * 4096 + ((page * 97) % 4096)] = 1 + index + (page % 200);
+    }
+  }
+  return {
+    name,
+    regions: made.map((region, index) => ({ name: `r${index}`, region })),
+    module: null,
+    description: { of: name },
+    pause: async () => {
+      steps.push('pause');
+      return new Uint8Array([1, 2, 3]);
+    },
+    unpause: () => void steps.push('unpause'),
+    bytes: () => made.map((region) => Buffer.from(region.views[0] as Uint8Array)),
+  };
+}
+
+const options = () => ({ directory, maxBytes: 2 ** 30 });
+
+test('a base of a running guest is that guest, and the guest runs on', async () => {
+  const steps: string[] = [];
+  const of = guest('one', steps);
+  await saveBase(of, options());
+  expect(steps).toEqual(['pause', 'unpause']);
+  const found = await readBase(directory, 'one');
+  expect(found?.state).toEqual(new Uint8Array([1, 2, 3]));
+  expect(found?.offer).toMatchObject({ name: 'one', module: null, description: { of: 'one' } });
+  const paths = found?.bases.map((base) => (base as { path: string }).path) ?? [];
+  expect(paths.map((path, index) => readFileSync(path).equals(of.bytes()[index] as Buffer))).toEqual([
+    true,
+    true,
+  ]);
+  // And back into memory.
+  const back = Region.allocate({ lengthBytes: 5000 * 4096 });
+  regions.push(back);
+  expect(await back.native.fill(paths[0] as string, 0, 0, 5000)).toBe(5000 * 4096);
+  expect(Buffer.from(back.views[0] as Uint8Array).equals(of.bytes()[0] as Buffer)).toBe(true);
+  expect(await back.digest()).toBe(await of.regions[0]?.region.digest());
+  // Nobody else's business.
+  for (const path of paths) expect(statSync(path).mode & 0o077).toBe(0);
+});
+
+test('a later one takes the place of an earlier one, and nothing is left of that', async () => {
+  const of = guest('one');
+  await saveBase(of, options());
+  const [, second] = of.regions as [unknown, { region: Region }];
+  (second.region.views[0] as Uint8Array).fill(9);
+  await saveBase(of, options());
+  const found = await readBase(directory, 'one');
+  const [, image1] = (found?.bases ?? []) as { path: string }[];
+  const image = readFileSync(image1?.path ?? '');
+  expect(image.equals(of.bytes()[1] as Buffer)).toBe(true);
+  expect(readdirSync(directory)).toHaveLength(1);
+});
+
+test('a budget that is exceeded leaves what was there', async () => {
+  const steps: string[] = [];
+  const of = guest('one', steps);
+  const tooLittle = saveBase(of, { directory, maxBytes: 5063 * 4096 });
+  await expect(tooLittle).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
+  expect(steps).toEqual(['pause', 'unpause']);
+  expect(readdirSync(directory)).toEqual([]);
+});
+
+describe('names', () => {
+  test.each(['..', '../../outside', '/etc/passwd', 'a/b', 'ü'.repeat(64), '\0', '.'])(
+    '%j stays inside',
+    async (name) => {
+      await saveBase(guest(name), options());
+      expect((await readBase(directory, name))?.offer.name).toBe(name);
+      expect(readdirSync(directory)).toHaveLength(1);
+    },
+  );
+
+  test('that look alike are two', async () => {
+    await saveBase(guest('a/b'), options());
+    expect(await readBase(directory, 'a?b')).toBeNull();
+  });
+});
+
+test('what was spoilt is no base', async () => {
+  expect(await readBase(directory, 'one')).toBeNull();
+  await saveBase(guest('one'), options());
+  const [folder] = readdirSync(directory);
+  const manifest = join(directory, folder as string, 'base.json');
+  for (const spoilt of ['', '{', '{"version":2}', ' '.repeat(2 ** 20 + 1)]) {
+    writeFileSync(manifest, spoilt);
+    expect(await readBase(directory, 'one')).toBeNull();
+  }
+});
+
+test('a region is filled only inside, from files only, as far as they go', async () => {
+  const region = Region.allocate({ lengthBytes: 4 * 4096 });
+  regions.push(region);
+  const file = join(directory, 'short');
+  writeFileSync(file, Buffer.alloc(4096 + 10, 7));
+  expect(await region.native.fill(file, 0, 1, 3)).toBe(4096 + 10);
+  const view = region.views[0] as Uint8Array;
+  expect([view[4095], view[4096], view[8191], view[8192 + 9], view[8192 + 10]]).toEqual([0, 7, 7, 7, 0]);
+  await expect(region.native.fill(file, 0, 1, 4)).rejects.toThrow();
+  await expect(region.native.fill(directory, 0, 0, 1)).rejects.toThrow();
+  await expect(region.native.fill(join(directory, 'none'), 0, 0, 1)).rejects.toThrow();
+  await expect(region.native.save(join(directory, 'none'), 0, 1)).rejects.toThrow();
+});
