@@ -40,6 +40,12 @@ const NEEDS = {
     deb: 'libxxhash-dev',
     rpm: 'xxhash-devel',
   },
+  libcrypto: {
+    what: "OpenSSL's headers (the addon takes those of Node)",
+    there: () => header('openssl/sha.h'),
+    deb: 'libssl-dev',
+    rpm: 'openssl-devel',
+  },
   gcc: { what: 'a C compiler (gcc)', there: () => onPath('gcc'), deb: 'gcc', rpm: 'gcc' },
   cmake: { what: 'CMake', there: () => onPath('cmake'), deb: 'cmake', rpm: 'cmake' },
   ninja: { what: 'Ninja', there: () => onPath('ninja'), deb: 'ninja-build', rpm: 'ninja-build' },
@@ -91,9 +97,9 @@ const NEEDS = {
 const BUILD = ['g++', 'make', 'python3', 'xxhash'];
 const PROFILES = {
   demo: BUILD,
-  test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'ip'],
-  bench: [...BUILD, 'gcc', 'ip'],
-  'bench:paper': [...BUILD, 'gcc', 'ip', 'mkswap', 'redis'],
+  test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'libcrypto', 'ip'],
+  bench: [...BUILD, 'gcc', 'libcrypto', 'ip'],
+  'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis'],
 };
 
 main(process.argv[2] ?? 'demo');
