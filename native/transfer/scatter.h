@@ -27,7 +27,9 @@
 #include <vector>
 
 #include "os/worker_thread.h"
+#include "page/content_hash.h"
 #include "transfer/chunk_gatherer.h"
+#include "transfer/dedup_stats.h"
 #include "transfer/lane.h"
 #include "transfer/stage_server_address.h"
 #include "transfer/touch_gate.h"
@@ -46,6 +48,8 @@ struct ScatterConfig {
   std::chrono::milliseconds answer_timeout{30000};  // of the destination, in a round
   bool release_as_evicted = false;
   bool direct = true;  // false: there is no destination yet (park)
+  // Of the guest's deduplication domain; none: every page is sent.
+  std::optional<ContentKey> dedup;
 };
 
 class Scatter {
@@ -123,6 +127,7 @@ class Scatter {
     std::string failed;       // why, or empty
   };
   [[nodiscard]] std::vector<ServerStats> server_stats() const;
+  [[nodiscard]] std::optional<DedupStats> dedup_stats() const;
   [[nodiscard]] bool servers_can_take() const;
   [[nodiscard]] std::uint64_t pages_direct() const;
   [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
@@ -137,6 +142,7 @@ class Scatter {
 
  private:
   struct Server;
+  class Dedup;
   [[nodiscard]] bool wants_work(const Way& way) const;
   [[nodiscard]] bool may_take(const Way& way) const;
   static bool takes_more(const Way& way);
@@ -149,6 +155,8 @@ class Scatter {
   bool send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut);
   bool send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut);
   bool send_barrier(Way& way, bool now, std::string& cut);
+  [[nodiscard]] bool may_refer(const Way& way) const;  // scatter_refer.cc
+  bool send_references(Way& way, std::string& cut);
   void settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again);
   void looked_locked(bool more, bool gave_back, std::uint64_t returns_before);
   [[nodiscard]] std::optional<Clock::time_point> waits_since(const Way& way) const;
@@ -195,6 +203,7 @@ class Scatter {
   std::vector<std::unique_ptr<Server>> servers_;
   std::vector<RegionRun> to_release_;
   WorkerThread watcher_;
+  std::unique_ptr<Dedup> dedup_;  // or nullptr, for good
 };
 
 }  // namespace memferry

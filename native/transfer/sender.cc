@@ -94,6 +94,7 @@ std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
   ours.answer_timeout = config.answer_timeout;
   ours.release_as_evicted = config.release_as_evicted;
   ours.direct = config.direct;
+  ours.dedup = config.dedup;
   return std::make_unique<Scatter>(
       std::move(ours),
       Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
@@ -343,6 +344,7 @@ SenderStats Sender::stats() const {
   stats.extra_memory_bytes = impl_->peak_memory;
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
+    stats.dedup = impl_->scatter->dedup_stats();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {
       stats.servers.push_back({each.pages, each.bytes, std::move(each.failed)});
     }

@@ -18,12 +18,15 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "page/content_hash.h"
 #include "page/hash.h"
 #include "page/region.h"
 #include "track/dirty_tracker.h"
+#include "transfer/dedup_stats.h"
 #include "transfer/events.h"
 #include "transfer/stage_server_address.h"
 #include "wire/frame.h"
@@ -52,6 +55,8 @@ struct SenderConfig {
   // A server that does not acknowledge for so long is given up; a destination gets nothing more until it does.
   std::chrono::milliseconds stall_timeout{3000};
   bool release_as_evicted = false;  // after the switchover: memory is given back as others hold it
+  // Of a scatter: pages that the servers hold already for this domain go as references, after the switchover.
+  std::optional<ContentKey> dedup;
   EngineCallback on_event;
 };
 
@@ -71,6 +76,7 @@ struct SenderStats {
     std::string failed;  // why it was given up, or empty
   };
   std::vector<Server> servers;
+  std::optional<DedupStats> dedup;  // where it was asked for
 };
 
 class Sender {
