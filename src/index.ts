@@ -25,6 +25,7 @@ export {
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
+  DedupReport,
   DowntimeParts,
   EvictionReport,
   Intermediary,

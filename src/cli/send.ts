@@ -4,9 +4,16 @@
  */
 import { type Command, Option } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
-import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
+import { MemferryError } from '../errors.js';
+import {
+  type MigrateOptions,
+  type Mode,
+  modes,
+  type NonConvergence,
+  nonConvergenceChoices,
+} from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
-import type { EvictionReport, MigrationReport } from '../report.js';
+import type { DedupReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
@@ -34,6 +41,9 @@ interface SendFlags extends GuestFlags, ServerFlags {
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
   releaseAsEvicted?: boolean;
+  dedup?: boolean;
+  dedupDomain?: string;
+  dedupSecretFile?: string;
   leaveWhenEvicted?: boolean;
   verify: boolean;
 }
@@ -65,6 +75,9 @@ export function addSend(program: Command): void {
     )
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
+    .option('--dedup', 'scatter modes: pages that the servers hold already go as references')
+    .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
+    .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
     .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
     .option('--no-verify', 'do not compare digests at the end');
   addServerFlags(addGuestFlags(command)).action(send);
@@ -90,7 +103,7 @@ async function move(
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
   const options = {
     ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker }),
-    ...given({ onCapacity, destinationRack, releaseAsEvicted }),
+    ...given({ onCapacity, destinationRack, releaseAsEvicted, dedup: dedupOption(flags) }),
     ...serverOptions(flags),
   };
   await using migration = migrate(guest, {
@@ -112,6 +125,17 @@ async function move(
   return report;
 }
 
+/** Pure: a domain means deduplication, with or without the flag itself. */
+export function dedupOption({
+  dedup,
+  dedupDomain: domain,
+  dedupSecretFile: secretFile,
+}: Pick<SendFlags, 'dedup' | 'dedupDomain' | 'dedupSecretFile'>): MigrateOptions['dedup'] {
+  if (domain !== undefined) return secretFile === undefined ? { domain } : { domain, secretFile };
+  if (secretFile === undefined) return dedup;
+  throw new MemferryError('INVALID_ARGUMENT', '--dedup-secret-file is for --dedup-domain');
+}
+
 async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
   const live = output.json ? null : new LiveProgress(mode);
   migration.on('state', (state) => {
@@ -126,6 +150,15 @@ async function show(migration: Migration, mode: Mode, output: Output): Promise<v
   } finally {
     live?.stop();
   }
+}
+
+function describeDedup(dedup: DedupReport | null): string[] {
+  if (!dedup) return [];
+  const { pagesDeduplicated, bytesSaved, pagesHashed, cpuMs } = dedup;
+  return [
+    `  ${pagesDeduplicated} pages deduplicated, ${mebibytes(Math.max(0, bytesSaved))} MiB saved; ` +
+      `${pagesHashed} hashed in ${figure(cpuMs)} ms of CPU`,
+  ];
 }
 
 /** Pure: the report for people. */
@@ -151,6 +184,7 @@ export function describeReport(report: EvictionReport | MigrationReport, to: str
               .join(', '),
         ]
       : []),
+    ...describeDedup(report.dedup),
     ...(faults
       ? [
           `  ${faults.count} remote faults` +

@@ -29,6 +29,7 @@ import type { ImageSet } from '../staging/image-set.js';
 import { DirtyTracker } from '../trackers.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
+import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
 import { preCopy } from './precopy.js';
@@ -315,6 +316,7 @@ export class SourceMigration extends EventEmitter {
         direct: true,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: options.releaseAsEvicted,
+        dedupKey: this.#images?.domainKey ?? null,
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -441,6 +443,7 @@ export class SourceMigration extends EventEmitter {
       // What was sent to the destination itself; without servers that is everything.
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
       intermediaries: this.#images?.account(stats.servers) ?? [],
+      dedup: stats.dedup && dedupReport(stats.dedup, this.guest.regions[0]?.region.pageSize ?? 4096),
     };
   }
 

@@ -124,6 +124,7 @@ class Parking {
         direct: false,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
+        dedupKey: null,
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );

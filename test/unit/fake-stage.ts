@@ -10,6 +10,7 @@ import { readPreface } from './control-pair.js';
 interface FakeImage {
   regionPages: number[];
   ordinal: number;
+  domainKey: Uint8Array | null;
   sessions: Map<number, { roles: number; tokens: Uint8Array }>;
   chains: Map<number, { host: string; port: number; tokens: Uint8Array }>;
   state: Uint8Array | null;
@@ -26,7 +27,16 @@ export class FakeStage implements NativeStage {
 
   constructor(readonly memoryBytes: number) {}
 
-  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean {
+  identity(): string {
+    return '0123456789abcdef';
+  }
+
+  createImage(
+    image: Uint8Array,
+    regionPages: number[],
+    ordinal: number,
+    domainKey: Uint8Array | null,
+  ): boolean {
     const id = hexOf(image);
     if (this.images.has(id)) throw new RangeError('the id is taken');
     const index = regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage;
@@ -34,6 +44,7 @@ export class FakeStage implements NativeStage {
     this.images.set(id, {
       regionPages,
       ordinal,
+      domainKey,
       sessions: new Map(),
       chains: new Map(),
       state: null,
@@ -97,6 +108,8 @@ export class FakeStage implements NativeStage {
       connections: 0,
       bytesIn,
       bytesOut,
+      sharedPages: 0,
+      hintBytes: 0,
     };
   }
 
@@ -107,6 +120,7 @@ export class FakeStage implements NativeStage {
 
 const nothing: NativeImageStats = {
   pagesHeld: 0,
+  pagesShared: 0,
   pagesZero: 0,
   pagesKnown: 0,
   bytes: 0,
@@ -207,6 +221,7 @@ export function newImage(more: Partial<NewImage> = {}): NewImage {
   return {
     image: imageId,
     secret: imageSecret,
+    domainKey: null,
     name: 'guest',
     kind: 'migration',
     regions: [{ name: 'heap', pages: 64, capacityPages: 128 }],
