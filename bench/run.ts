@@ -12,7 +12,18 @@ import type { Result } from './support/result.js';
 import { heading, row } from './support/table.js';
 
 /** From the cheap to the expensive; trials that are not listed come last. */
-const order = ['hash', 'track', 'bulk', 'fault', 'fault-lab', 'scatter', 'downtime', 'scale', 'client-gap'];
+const order = [
+  'hash',
+  'track',
+  'bulk',
+  'fault',
+  'fault-lab',
+  'scatter',
+  'dedup',
+  'downtime',
+  'scale',
+  'client-gap',
+];
 
 /** More than any trial needs; one that hangs must not take the others with it. */
 const trialTimeoutMs = 10 * 60_000;

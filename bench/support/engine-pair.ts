@@ -18,6 +18,12 @@ export interface PairOptions {
   servers?: EngineServers;
   /** What the destination takes in at first, in bytes a second; without it, as much as it can. */
   limits?: Pick<ReceiveParameters, 'bandwidth' | 'gatherLimit'>;
+  /** Of the guest's deduplication domain at the servers. */
+  domainKey?: Uint8Array | null;
+  /** Whether the source makes use of it. */
+  dedup?: boolean;
+  /** Of the source, in bytes a second; without it, no limit. */
+  bandwidth?: number;
 }
 
 /** Two that know each other: the image of a scatter has the migration's id. */
@@ -57,11 +63,15 @@ export class EnginePair {
       servers,
       host = '127.0.0.1',
       limits = { bandwidth: 0, gatherLimit: 0 },
+      domainKey = null,
+      dedup = false,
+      bandwidth = 0,
     } = this.#options;
     const credentials = makeCredentials(channels);
     const lists: ServerLists | undefined = await servers?.makeImage(
       credentials.migration,
       await this.source.call<number>('pages'),
+      domainKey,
     );
     const port = await this.destination.call<number>('listen', { host });
     const receiving: ReceiveParameters = {
@@ -77,6 +87,8 @@ export class EnginePair {
       port,
       servers: lists?.source ?? [],
       direct: true,
+      dedupKey: dedup ? domainKey : null,
+      bandwidth,
     };
     await this.source.call('connect', sending);
   }

@@ -7,7 +7,7 @@ import type {
   NativeStageServer,
 } from '../../lib/native.js';
 import { loadAddon } from './addon.js';
-import { fillRandom } from './memory.js';
+import { fillRandom, fillShared } from './memory.js';
 import { answerCalls, monotonicMs } from './peer.js';
 
 const addon = loadAddon();
@@ -59,6 +59,21 @@ export interface SendParameters {
   servers: NativeStageServer[];
   /** False: there is no destination, everything goes to the servers. */
   direct: boolean;
+  /** Of its deduplication domain; null: every page is sent. */
+  dedupKey?: Uint8Array | null;
+  /** Bytes a second; 0, or without it: no limit. */
+  bandwidth?: number;
+}
+
+/** A guest of which some pages are others' too. */
+export interface SharedContent {
+  lengthBytes: number;
+  /** Of the pages that are alike in every guest with this seed. */
+  seed: number;
+  /** Of its own pages. */
+  ownSeed: number;
+  /** Pages in a thousand that are alike, the same ones everywhere. */
+  alike: number;
 }
 
 answerCalls(
@@ -69,13 +84,20 @@ answerCalls(
       fillRandom(buffer, seed);
       memory = new Uint8Array(buffer);
     },
+    allocateShared: ({ lengthBytes, seed, ownSeed, alike }: SharedContent) => {
+      region = addon.allocate(lengthBytes);
+      const buffer = region.buffers()[0] as ArrayBuffer;
+      fillShared(buffer, region.pageSize, { seed, ownSeed, alike });
+      memory = new Uint8Array(buffer);
+    },
     pages: () => must(region).pages(),
     connect: async (parameters: SendParameters) => {
       sender = addon.createSender({
         ...parameters,
         regions: [must(region)],
         trackers: [null],
-        bandwidth: 0,
+        bandwidth: parameters.bandwidth ?? 0,
+        dedupKey: parameters.dedupKey ?? null,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
         replicas: 1,
