@@ -15,6 +15,8 @@ constexpr std::uint64_t kLeastBatch = 64;
 constexpr std::chrono::milliseconds kSampleEvery{250};
 constexpr std::chrono::milliseconds kRateTime{50};
 constexpr std::chrono::milliseconds kIdle{5};
+// The list of those that wait is gone through so often, with the mutex held; oftener when nothing else is left.
+constexpr std::chrono::milliseconds kRetryEvery{20};
 constexpr std::chrono::milliseconds kFirstRetry{30};
 constexpr std::chrono::milliseconds kLongestRetry{240};
 constexpr std::chrono::milliseconds kRetryWhenDry{10};
@@ -224,6 +226,8 @@ bool Scatter::Dedup::retry(Clock::time_point now) {
   {
     const std::lock_guard lock(scatter_.mutex_);
     const bool dry = scatter_.dry_;
+    if (deferred_.empty() || (!dry && now < next_retry_)) return false;
+    next_retry_ = now + kRetryEvery;
     for (Deferred& each : deferred_) {
       if (scatter_.where_.safe(each.page.region, each.page.page)) continue;  // a fault's answer was faster
       if (each.twin) {
@@ -252,7 +256,8 @@ bool Scatter::Dedup::retry(Clock::time_point now) {
         asking_.push_back(each);
         continue;
       }
-      deferred_[keep++] = each;
+      if (&deferred_[keep] != &each) deferred_[keep] = each;
+      ++keep;
     }
     deferred_.resize(keep);
   }

@@ -173,6 +173,7 @@ class Scatter::Dedup {
   Clock::time_point measured_at_{};
   std::uint64_t measured_bytes_ = 0;
   Clock::time_point next_sample_{};
+  Clock::time_point next_retry_{};
 
   std::atomic<std::uint64_t> acknowledged_bytes_{0};
   std::atomic<std::uint64_t> overhead_bytes_{0};
