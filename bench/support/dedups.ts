@@ -9,7 +9,7 @@ const scatterTimeoutMs = 120_000;
 /** A destination that takes next to nothing: nearly all of it goes to the servers. */
 const slow = { bandwidth: 2 ** 20, gatherLimit: 2 ** 20 };
 /** Of the guest that was there before: a link over which deduplication looks at every page. */
-const slowLink = 120e6;
+const slowLink = 60e6;
 
 export interface DedupFigures {
   /** From the push's start until the source could go. */
