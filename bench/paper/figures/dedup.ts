@@ -94,7 +94,7 @@ export const figures: FigureModule = {
       const all = (count * guestBytes) / 2 ** 20;
       const bytes = of('80 % alike', 'with', 'bytes', count);
       // 1 % of everything is what its asking may take.
-      const limit = 1.02 + (0.01 * all) / distinct;
+      const limit = Number((1.02 + (0.01 * all) / distinct).toFixed(3));
       bytesChecks.push(
         atMost(`${count} guests, 80 % alike: bytes`, quotient(bytes, distinct), limit, 'the distinct bytes'),
       );
