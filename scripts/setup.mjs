@@ -97,7 +97,18 @@ const NEEDS = {
 const BUILD = ['g++', 'make', 'python3', 'xxhash'];
 const PROFILES = {
   demo: BUILD,
-  test: [...BUILD, 'cmake', 'ninja', 'clang', 'clang-format', 'clang-tidy', 'clang-rt', 'gtest', 'libcrypto', 'ip'],
+  test: [
+    ...BUILD,
+    'cmake',
+    'ninja',
+    'clang',
+    'clang-format',
+    'clang-tidy',
+    'clang-rt',
+    'gtest',
+    'libcrypto',
+    'ip',
+  ],
   bench: [...BUILD, 'gcc', 'libcrypto', 'ip'],
   'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis'],
 };

@@ -641,7 +641,8 @@ TEST(Stage, BoundsOfWhatMayBeAskedFor) {
   EXPECT_THROW(stage->add_session(id, 1, 32, tokens), std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 1, {}), std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(6)), std::invalid_argument);
-  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(65 * wire::kStageRoles)), std::invalid_argument);
+  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(65 * wire::kStageRoles)),
+               std::invalid_argument);
   EXPECT_TRUE(stage->add_session(id, 1, 1, tokens));
   EXPECT_THROW(stage->add_session(id, 1, 1, tokens), std::invalid_argument);
   EXPECT_THROW(stage->set_chain(id, 250, "127.0.0.1", 1, chain_tokens(id, 0)), std::invalid_argument);
