@@ -19,6 +19,7 @@ const order = [
   'fault',
   'fault-lab',
   'scatter',
+  'dedup',
   'compress',
   'delta',
   'downtime',

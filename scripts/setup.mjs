@@ -42,6 +42,12 @@ const NEEDS = {
   },
   lz4: { what: "lz4's headers", there: () => header('lz4.h'), deb: 'liblz4-dev', rpm: 'lz4-devel' },
   zstd: { what: "zstd's headers", there: () => header('zstd.h'), deb: 'libzstd-dev', rpm: 'libzstd-devel' },
+  libcrypto: {
+    what: "OpenSSL's headers (the addon takes those of Node)",
+    there: () => header('openssl/evp.h'),
+    deb: 'libssl-dev',
+    rpm: 'openssl-devel',
+  },
   gcc: { what: 'a C compiler (gcc)', there: () => onPath('gcc'), deb: 'gcc', rpm: 'gcc' },
   cmake: { what: 'CMake', there: () => onPath('cmake'), deb: 'cmake', rpm: 'cmake' },
   ninja: { what: 'Ninja', there: () => onPath('ninja'), deb: 'ninja-build', rpm: 'ninja-build' },
@@ -63,12 +69,6 @@ const NEEDS = {
     there: sanitizerRuntimes,
     deb: 'libclang-rt-dev',
     rpm: 'compiler-rt',
-  },
-  openssl: {
-    what: "OpenSSL's headers (the native core without Node)",
-    there: () => header('openssl/evp.h'),
-    deb: 'libssl-dev',
-    rpm: 'openssl-devel',
   },
   gtest: {
     what: 'GoogleTest',
@@ -107,12 +107,12 @@ const PROFILES = {
     'clang-format',
     'clang-tidy',
     'clang-rt',
-    'openssl',
+    'libcrypto',
     'gtest',
     'ip',
   ],
-  bench: [...BUILD, 'gcc', 'ip'],
-  'bench:paper': [...BUILD, 'gcc', 'ip', 'mkswap', 'redis'],
+  bench: [...BUILD, 'gcc', 'libcrypto', 'ip'],
+  'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis'],
 };
 
 main(process.argv[2] ?? 'demo');

@@ -29,6 +29,7 @@ export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from '.
 export type {
   ArrivalReport,
   BaseReport,
+  DedupReport,
   DowntimeParts,
   EncodingReport,
   EvictionReport,

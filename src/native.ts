@@ -88,13 +88,15 @@ export interface NativeEvent {
   lost: NativeRun[];
 }
 
-/** A VMD server of a migration, with this side's tokens for it: [attempt * 4 + role], 32 bytes each. */
+/** A VMD server of a migration, with this side's tokens for it: [attempt * 5 + role], 32 bytes each. */
 export interface NativeStageServer {
   name: string;
   host: string;
   port: number;
   session: number;
   tokens: Uint8Array;
+  /** 16 hex digits, see `NativeStage.identity`; null: nothing is deduplicated there. */
+  identity: string | null;
 }
 
 export interface NativeServerStats {
@@ -136,6 +138,8 @@ export interface NativeSenderConfig {
   basePages?: number[];
   /** 64 bytes. */
   baseKey?: Uint8Array;
+  /** Key (32 bytes) of the guest's deduplication domain; null: every page is sent. */
+  dedupKey: Uint8Array | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -177,6 +181,23 @@ export interface NativeSenderStats {
   compression: NativeEncodingStats;
   delta: NativeEncodingStats;
   base: NativeBaseStats;
+  /** Null where it was not asked for. */
+  dedup: NativeDedupStats | null;
+}
+
+export interface NativeDedupStats {
+  /** Acknowledged as references. */
+  pages: number;
+  /** References to what was not there any more. */
+  refused: number;
+  /** Pages hashed. */
+  examined: number;
+  /** Contents asked for. */
+  probes: number;
+  /** On the wire: references, questions, names. */
+  overheadBytes: number;
+  /** Of CPU. */
+  hashMs: number;
 }
 
 /** See native/transfer/sender.h for the order of calls. */
@@ -277,6 +298,8 @@ export interface NativeListener {
 export interface NativeImageStats {
   /** With content, here. */
   pagesHeld: number;
+  /** Of these: taken over by a reference instead of being sent. */
+  pagesShared: number;
   pagesZero: number;
   /** In the map, wherever they are. */
   pagesKnown: number;
@@ -297,6 +320,10 @@ export interface NativeStageStats {
   connections: number;
   bytesIn: number;
   bytesOut: number;
+  /** Over all images, see `NativeImageStats.pagesShared`. */
+  sharedPages: number;
+  /** Of the memory: what is known of contents by their names. */
+  hintBytes: number;
 }
 
 /**
@@ -307,9 +334,19 @@ export interface NativeStageStats {
 export interface NativeStage {
   /** Takes all memory from the system and keeps it; before the first image. Rejects with SYSTEM: there is not so much. */
   preallocate(): Promise<void>;
-  /** `regionPages` are capacities; false: no room for their index. */
-  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean;
-  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 4 + role], 32 bytes each, at most 64 attempts. */
+  /** Another one with every stage, 16 hex digits. */
+  identity(): string;
+  /**
+   * `regionPages` are capacities; false: no room for their index. `domainKey` (32 bytes): images with the same one
+   * share content; null: it shares nothing.
+   */
+  createImage(
+    image: Uint8Array,
+    regionPages: number[],
+    ordinal: number,
+    domainKey: Uint8Array | null,
+  ): boolean;
+  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 5 + role], 32 bytes each, at most 64 attempts. */
   addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
   /** Ends its connections too. */
   removeSession(image: Uint8Array, session: number): boolean;

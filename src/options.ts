@@ -5,6 +5,7 @@
 import { z } from 'zod';
 import { MemferryError } from './errors.js';
 import type { ArrivingGuest, GuestOffer } from './guest.js';
+import { traitsOf } from './protocol/mode-traits.js';
 
 export const modes = [
   'stop-and-copy',
@@ -54,6 +55,17 @@ const connectionShape = {
   /** Post-copy: how long a cut may last before it is final, in ms. */
   recoverTimeoutMs: milliseconds.default(60_000),
 };
+
+const dedupSchema = z.strictObject({
+  /** Guests of the domain of this name share pages. */
+  domain: z.string().min(1).max(256),
+  /** What only hosts of the domain know, at least 16 bytes; without one its key comes from the hosts' shared secret. */
+  secret: secret.optional(),
+  /** A file that holds it, mode 0600. */
+  secretFile: z.string().min(1).optional(),
+});
+/** See `MigrateOptions.dedup`. */
+export type DedupOptions = z.output<typeof dedupSchema>;
 
 const migrateSchema = z.strictObject({
   ...connectionShape,
@@ -112,6 +124,12 @@ const migrateSchema = z.strictObject({
   stallTimeoutMs: milliseconds.default(3_000),
   /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
+  /**
+   * Scatter modes, after the switchover: pages that the VMD servers hold already go as references. True: pages of this
+   * guest alone (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by
+   * timing what others of it hold, see docs/security.md.
+   */
+  dedup: z.union([z.boolean(), dedupSchema]).default(false),
   /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
   releaseAsEvicted: z.boolean().default(false),
   /** `scatter-pre-copy`: how long the paused guest may wait for the destination to gather the rest, in ms. */
@@ -215,6 +233,7 @@ export type ParkOptions = Omit<
   | 'destinationRack'
   | 'onCapacity'
   | 'releaseAsEvicted'
+  | 'dedup'
   | 'gatherTimeoutMs'
   | 'progressIntervalMs'
   | 'deltaCacheBytes'
@@ -312,6 +331,13 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   const parsed = parse(migrateSchema, options, 'migrate');
   checkStall(parsed, 'migrate');
   checkBase(parsed);
+  const { scatter, paging } = traitsOf(parsed.mode);
+  if (parsed.dedup !== false && !(scatter && paging)) {
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      `migrate.dedup: it works in the push of 'scatter' and 'scatter-hybrid', not in mode '${parsed.mode}'`,
+    );
+  }
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 
@@ -323,7 +349,7 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
   }
   // Where it goes is not said, so nothing may be said of where.
-  for (const name of ['to', 'mode', 'channels', 'tracker'] as const) {
+  for (const name of ['to', 'mode', 'channels', 'tracker', 'dedup'] as const) {
     if (name in options) {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
     }

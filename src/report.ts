@@ -137,6 +137,24 @@ export interface EvictionReport {
   intermediaries: Intermediary[];
   /** Null where the destination had none. */
   base: BaseReport | null;
+  /** What deduplication did; null where it was not asked for. */
+  dedup: DedupReport | null;
+}
+
+/** What deduplication saved, and what it cost. */
+export interface DedupReport {
+  /** Pages that went as a reference to content which a server held already. */
+  pagesDeduplicated: number;
+  /** Bytes of these pages, less all that was said about them; below zero where little was found. */
+  bytesSaved: number;
+  /** Pages looked at. The rest was sent before it was their turn. */
+  pagesHashed: number;
+  /** CPU time of hashing at the source, in ms. */
+  cpuMs: number;
+  /** Contents that servers were asked for. */
+  probes: number;
+  /** References to what was gone by then; those pages went again, plainly. */
+  refused: number;
 }
 
 export interface MigrationReport extends EvictionReport {

@@ -1,7 +1,7 @@
 /** The guests of the evaluation, made at the source and taken in at the destination, by kind. */
 import { type ArrivingGuest, type Guest, type GuestOffer, Region } from 'memferry';
 import { WritingGuest } from '../support/guest-writer.js';
-import { fillRandom } from '../support/memory.js';
+import { fillRandom, fillShared } from '../support/memory.js';
 import { fillTable } from './key-value.js';
 import { ServingGuest } from './serving-guest.js';
 
@@ -13,6 +13,8 @@ export interface GuestSpec {
   writerBytesPerSecond: number;
   /** Serving guests: where they listen, on either side's address. */
   port: number;
+  /** Pages in a thousand that every guest with this has alike; without it none. */
+  alike?: number;
 }
 
 /** Started, with its memory filled. */
@@ -21,7 +23,8 @@ export async function makeGuest(spec: GuestSpec, host: string, name: string, see
   const region = Region.allocate({ lengthBytes });
   for (const [index, view] of region.views.entries()) {
     if (kind === 'serving') fillTable(view.buffer);
-    else fillRandom(view.buffer, seed * 16 + index + 1);
+    else if (spec.alike === undefined) fillRandom(view.buffer, seed * 16 + index + 1);
+    else fillShared(view.buffer, region.pageSize, { seed: index + 1, ownSeed: seed, alike: spec.alike });
   }
   const regions = [{ name: 'heap', region }];
   if (kind === 'busy') {

@@ -4,6 +4,7 @@
  */
 import type { FigureModule } from './figure.js';
 import { figures as bandwidth } from './figures/bandwidth.js';
+import { figures as dedup } from './figures/dedup.js';
 import { figures as gang } from './figures/gang.js';
 import { figures as intermediaries } from './figures/intermediaries.js';
 import { figures as pressure } from './figures/pressure.js';
@@ -13,7 +14,7 @@ import { terminalTable, writeDocumentation } from './report.js';
 import type { FigureResult } from './result.js';
 import { Obstacle, Rig, rigObstacle } from './rig.js';
 
-const modules: FigureModule[] = [pressure, gang, bandwidth, serving, intermediaries];
+const modules: FigureModule[] = [pressure, gang, bandwidth, serving, dedup, intermediaries];
 const known = modules.flatMap(({ names }) => names);
 
 function options(): PaperOptions {

@@ -25,6 +25,12 @@ export interface PairOptions {
   /** There are later rounds. */
   tracked?: boolean;
   limits?: Pick<ReceiveParameters, 'bandwidth' | 'gatherLimit'>;
+  /** Of the guest's deduplication domain at the servers. */
+  domainKey?: Uint8Array | null;
+  /** Whether the source makes use of it. */
+  dedup?: boolean;
+  /** Of the source, in bytes a second; without it, no limit. */
+  bandwidth?: number;
 }
 
 /** Two that know each other: the image of a scatter has the migration's id. */
@@ -67,11 +73,15 @@ export class EnginePair {
       compress = 'off',
       deltaCacheBytes = 0,
       tracked = false,
+      domainKey = null,
+      dedup = false,
+      bandwidth = 0,
     } = this.#options;
     const credentials = makeCredentials(channels);
     const lists: ServerLists | undefined = await servers?.makeImage(
       credentials.migration,
       await this.source.call<number>('pages'),
+      domainKey,
     );
     const port = await this.destination.call<number>('listen', { host });
     const receiving: ReceiveParameters = {
@@ -91,6 +101,8 @@ export class EnginePair {
       compress,
       deltaCacheBytes,
       tracked,
+      dedupKey: dedup ? domainKey : null,
+      bandwidth,
     };
     await this.source.call('connect', sending);
   }

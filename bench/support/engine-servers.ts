@@ -13,10 +13,10 @@ export interface ServerPlace {
 export const serversOnLoopback = (count: number): ServerPlace[] =>
   Array.from({ length: count }, () => ({ host: '127.0.0.1', namespace: null }));
 
-/** docs/protocol.md, "The VMD": scatter is role 0, gather 1, demand 2. */
-const sourceRoles = 0b001;
-const destinationRoles = 0b110;
-const roleCount = 4;
+/** docs/protocol.md, "The VMD": scatter is role 0, gather 1, demand 2, probe 4. */
+const sourceRoles = 0b10001;
+const destinationRoles = 0b00110;
+const roleCount = 5;
 /** Enough for a connection and some redials. */
 const attempts = 8;
 const tokenBytes = 32;
@@ -60,15 +60,25 @@ export class EngineServers {
   }
 
   /** Every server makes the image, for one region of `pages`; each of the two may connect to all. */
-  async makeImage(image: Uint8Array, pages: number): Promise<ServerLists> {
+  async makeImage(
+    image: Uint8Array,
+    pages: number,
+    domainKey: Uint8Array | null = null,
+  ): Promise<ServerLists> {
     const lists: ServerLists = { source: [], destination: [] };
     for (const [ordinal, server] of this.#servers.entries()) {
       const source = session(1, sourceRoles);
       const destination = session(2, destinationRoles);
-      const parameters: ImageParameters = { image, pages, ordinal, sessions: [source, destination] };
-      await server.peer.call('createImage', parameters);
-      lists.source.push(addressed(server, ordinal, source));
-      lists.destination.push(addressed(server, ordinal, destination));
+      const parameters: ImageParameters = {
+        image,
+        pages,
+        ordinal,
+        domainKey,
+        sessions: [source, destination],
+      };
+      const identity = await server.peer.call<string>('createImage', parameters);
+      lists.source.push(addressed(server, ordinal, source, identity));
+      lists.destination.push(addressed(server, ordinal, destination, identity));
     }
     return lists;
   }
@@ -90,6 +100,7 @@ function addressed(
   { place, port }: RunningServer,
   ordinal: number,
   { session, tokens }: StageSession,
+  identity: string,
 ): NativeStageServer {
-  return { name: `server ${ordinal}`, host: place.host, port, session, tokens };
+  return { name: `server ${ordinal}`, host: place.host, port, session, tokens, identity };
 }

@@ -9,7 +9,7 @@ import type {
 } from '../../lib/native.js';
 import { loadAddon } from './addon.js';
 import { allEncodings, compressions } from './encodings.js';
-import { fillFrom, fillRandom, shuffledPages } from './memory.js';
+import { fillFrom, fillRandom, fillShared, shuffledPages } from './memory.js';
 import { answerCalls, monotonicMs } from './peer.js';
 
 const addon = loadAddon();
@@ -66,6 +66,10 @@ export interface SendParameters {
   deltaCacheBytes?: number;
   /** What is written is sent again by `writeAndCopy`. */
   tracked?: boolean;
+  /** Of its deduplication domain; null: every page is sent. */
+  dedupKey?: Uint8Array | null;
+  /** Bytes a second; 0, or without it: no limit. */
+  bandwidth?: number;
 }
 
 function trackerOf(of: NativeRegion): NativeTracker {
@@ -73,6 +77,17 @@ function trackerOf(of: NativeRegion): NativeTracker {
   const tracker = addon.makeTracker(name, of);
   tracker.arm();
   return tracker;
+}
+
+/** A guest of which some pages are others' too. */
+export interface SharedContent {
+  lengthBytes: number;
+  /** Of the pages that are alike in every guest with this seed. */
+  seed: number;
+  /** Of its own pages. */
+  ownSeed: number;
+  /** Pages in a thousand that are alike, the same ones everywhere. */
+  alike: number;
 }
 
 answerCalls(
@@ -85,6 +100,12 @@ answerCalls(
       if (file) fillFrom(memory, file);
       else fillRandom(buffer, seed);
     },
+    allocateShared: ({ lengthBytes, seed, ownSeed, alike }: SharedContent) => {
+      region = addon.allocate(lengthBytes);
+      const buffer = region.buffers()[0] as ArrayBuffer;
+      fillShared(buffer, region.pageSize, { seed, ownSeed, alike });
+      memory = new Uint8Array(buffer);
+    },
     pages: () => must(region).pages(),
     connect: async ({ tracked = false, ...parameters }: SendParameters) => {
       sender = addon.createSender({
@@ -95,7 +116,8 @@ answerCalls(
         serverEncodings: compressions,
         regions: [must(region)],
         trackers: [tracked ? trackerOf(must(region)) : null],
-        bandwidth: 0,
+        bandwidth: parameters.bandwidth ?? 0,
+        dedupKey: parameters.dedupKey ?? null,
         connectTimeoutMs: 5000,
         recoverTimeoutMs: 2000,
         replicas: 1,

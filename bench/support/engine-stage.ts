@@ -25,6 +25,8 @@ export interface ImageParameters {
   image: Uint8Array;
   pages: number;
   ordinal: number;
+  /** Of its deduplication domain. */
+  domainKey: Uint8Array | null;
   sessions: readonly StageSession[];
 }
 
@@ -44,12 +46,13 @@ answerCalls(
     },
     createImage: (parameters: ImageParameters) => {
       image = parameters.image;
-      if (!must(stage).createImage(image, [parameters.pages], parameters.ordinal)) {
+      if (!must(stage).createImage(image, [parameters.pages], parameters.ordinal, parameters.domainKey)) {
         throw new Error('no room for the index');
       }
       for (const { session, roles, tokens } of parameters.sessions) {
         must(stage).addSession(image, session, roles, tokens);
       }
+      return must(stage).identity();
     },
     figures: (): StageFigures => ({
       image: must(must(stage).image(image)),

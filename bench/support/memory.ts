@@ -22,6 +22,23 @@ export function fillFrom(memory: Uint8Array, path: string): void {
   }
 }
 
+/** Random bytes of which `alike` pages in a thousand, the same ones for every `ownSeed`, depend on `seed` alone. */
+export function fillShared(
+  buffer: ArrayBufferLike,
+  pageSize: number,
+  { seed, ownSeed, alike }: { seed: number; ownSeed: number; alike: number },
+): void {
+  fillRandom(buffer, seed);
+  const words = new Uint32Array(buffer);
+  const pageWords = pageSize / 4;
+  for (let page = 0; page * pageWords < words.length; page++) {
+    // Spread out evenly, in no order that anything else here has.
+    if ((Math.imul(page, 0x9e3779b1) >>> 0) % 1000 < alike) continue;
+    words[page * pageWords] = Math.imul(ownSeed, 0x85ebca6b) ^ page;
+    words[page * pageWords + 1] = ownSeed;
+  }
+}
+
 /** A permutation of 0 .. count-1. */
 export function shuffledPages(count: number, seed: number): Uint32Array {
   const order = new Uint32Array(count);

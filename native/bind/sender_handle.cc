@@ -67,7 +67,20 @@ SenderConfig config_of(const Napi::Object& config) {
   out.direct = flag_of(config.Get("direct"), "direct");
   out.stall_timeout = milliseconds_of(config.Get("stallTimeoutMs"), "stallTimeoutMs");
   out.release_as_evicted = flag_of(config.Get("releaseAsEvicted"), "releaseAsEvicted");
+  const Napi::Value dedup_key = config.Get("dedupKey");
+  if (dedup_key.IsTypedArray()) out.dedup = fixed_bytes_of<sizeof(ContentKey)>(dedup_key, "dedupKey");
   return out;
+}
+
+Napi::Value dedup_object(Napi::Env env, const DedupStats& stats) {
+  Napi::Object object = Napi::Object::New(env);
+  object.Set("pages", number(env, stats.pages));
+  object.Set("refused", number(env, stats.refused));
+  object.Set("examined", number(env, stats.examined));
+  object.Set("probes", number(env, stats.probes));
+  object.Set("overheadBytes", number(env, stats.overhead_bytes));
+  object.Set("hashMs", Napi::Number::New(env, static_cast<double>(stats.hash_ns) / 1e6));
+  return object;
 }
 
 }  // namespace
@@ -293,6 +306,7 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     base.Set("sourceHashUs", number(env, stats.base.source_hash_us));
     base.Set("destinationHashUs", number(env, stats.base.destination_hash_us));
     object.Set("base", base);
+    object.Set("dedup", stats.dedup ? dedup_object(env, *stats.dedup) : env.Null());
     return object;
   });
 }

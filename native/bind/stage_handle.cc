@@ -41,6 +41,7 @@ void StageHandle::define(Napi::Env env) {
       DefineClass(env, "NativeStage",
                   {
                       InstanceMethod<&StageHandle::preallocate>("preallocate"),
+                      InstanceMethod<&StageHandle::identity>("identity"),
                       InstanceMethod<&StageHandle::create_image>("createImage"),
                       InstanceMethod<&StageHandle::add_session>("addSession"),
                       InstanceMethod<&StageHandle::remove_session>("removeSession"),
@@ -114,12 +115,18 @@ Napi::Value StageHandle::preallocate(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value StageHandle::identity(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(),
+                 [&] { return Napi::String::New(info.Env(), hex128(stage().identity(), 0).substr(0, 16)); });
+}
+
 Napi::Value StageHandle::create_image(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     ImageConfig config;
     config.id = image_of(info[0]);
     config.region_pages = counts_of(info[1], "regionPages");
     config.ordinal = small_of<std::uint8_t>(info[2], "ordinal");
+    if (info[3].IsTypedArray()) config.domain = fixed_bytes_of<sizeof(DomainKey)>(info[3], "domainKey");
     return Napi::Boolean::New(info.Env(), stage().create_image(config));
   });
 }
@@ -182,6 +189,7 @@ Napi::Value StageHandle::image(const Napi::CallbackInfo& info) {
     if (!stats) return env.Null();
     Napi::Object object = Napi::Object::New(env);
     object.Set("pagesHeld", number(env, stats->pages_held));
+    object.Set("pagesShared", number(env, stats->pages_shared));
     object.Set("pagesZero", number(env, stats->pages_zero));
     object.Set("pagesKnown", number(env, stats->pages_known));
     object.Set("bytes", number(env, stats->bytes));
@@ -213,6 +221,8 @@ Napi::Value StageHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("connections", number(env, stats.connections));
     object.Set("bytesIn", number(env, stats.bytes_in));
     object.Set("bytesOut", number(env, stats.bytes_out));
+    object.Set("sharedPages", number(env, stats.shared_pages));
+    object.Set("hintBytes", number(env, stats.hint_bytes));
     return object;
   });
 }

@@ -25,6 +25,7 @@ class StageHandle : public Napi::ObjectWrap<StageHandle>, public Engine {
   [[nodiscard]] Stage& stage() const;  // throws CodedError (CLOSED)
 
   Napi::Value preallocate(const Napi::CallbackInfo& info);
+  Napi::Value identity(const Napi::CallbackInfo& info);
   Napi::Value create_image(const Napi::CallbackInfo& info);
   Napi::Value add_session(const Napi::CallbackInfo& info);
   Napi::Value remove_session(const Napi::CallbackInfo& info);

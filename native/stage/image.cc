@@ -17,7 +17,8 @@ struct Image::Entry {
   std::uint32_t slot = kNoSlot;  // kZeroSlot, or one above the slot of the content
   std::uint8_t first = 0;        // the holders' complements
   std::uint8_t second = 0;
-  std::uint16_t final = 0;  // 1: see apply_map()
+  std::uint8_t final = 0;   // 1: see apply_map()
+  std::uint8_t shared = 0;  // 1: its content came by a reference
 
   static Entry of(wire::Holders holders) {
     Entry made;
@@ -53,7 +54,8 @@ void Image::Reading::clear() {
   pieces_.clear();
 }
 
-std::shared_ptr<Image> Image::create(std::shared_ptr<Slab> slab, const ImageConfig& config) {
+std::shared_ptr<Image> Image::create(std::shared_ptr<Slab> slab, const ImageConfig& config,
+                                     std::shared_ptr<ContentDomain> domain) {
   static_assert(sizeof(Entry) == kEntryBytes);
   if (config.region_pages.empty() || config.region_pages.size() > kMostRegions) {
     throw std::invalid_argument("an image of " + std::to_string(config.region_pages.size()) + " regions");
@@ -67,7 +69,7 @@ std::shared_ptr<Image> Image::create(std::shared_ptr<Slab> slab, const ImageConf
     if (needed > left) throw std::invalid_argument("an image of more pages than this server can index");
     left -= needed;
   }
-  auto image = std::shared_ptr<Image>(new Image(std::move(slab), config));
+  auto image = std::shared_ptr<Image>(new Image(std::move(slab), config, std::move(domain)));
   for (std::size_t region = 0; region < image->region_pages_.size(); ++region) {
     const std::uint64_t needed = slots_for(image->region_pages_[region], image->entries_a_slot_);
     if (!image->slab_->take_all_zeroed(needed, image->index_[region])) return nullptr;
@@ -75,10 +77,11 @@ std::shared_ptr<Image> Image::create(std::shared_ptr<Slab> slab, const ImageConf
   return image;
 }
 
-Image::Image(std::shared_ptr<Slab> slab, const ImageConfig& config)
+Image::Image(std::shared_ptr<Slab> slab, const ImageConfig& config, std::shared_ptr<ContentDomain> domain)
     : id_(config.id),
       ordinal_(config.ordinal),
       slab_(std::move(slab)),
+      domain_(std::move(domain)),
       entries_a_slot_(slab_->slot_bytes() / kEntryBytes),
       region_pages_(config.region_pages),
       index_(config.region_pages.size()) {}
@@ -94,6 +97,7 @@ Image::Entry& Image::entry(std::uint32_t region, std::uint64_t page) const {
 
 bool Image::set(Entry& entry, const Entry& to, Slab::Slot& freed) {
   held_ += static_cast<std::uint64_t>(to.held()) - static_cast<std::uint64_t>(entry.held());
+  shared_ += std::uint64_t{to.shared} - std::uint64_t{entry.shared};
   zero_ += static_cast<std::uint64_t>(to.zero()) - static_cast<std::uint64_t>(entry.zero());
   known_ += static_cast<std::uint64_t>(to.known()) - static_cast<std::uint64_t>(entry.known());
   const bool frees = entry.held() && entry.slot != to.slot;
@@ -121,13 +125,18 @@ void Image::change(std::uint32_t region, PageRun run, const Change& to_of) {
 }
 
 void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
-                  std::span<const std::uint64_t> hashes, wire::Holders holders) {
-  change(region, run, [&](std::uint64_t at, const Entry&) {
+                  std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared) {
+  std::vector<Slab::Slot> twice;
+  change(region, run, [&](std::uint64_t at, const Entry& before) {
     Entry to = Entry::of(holders);
+    to.shared = shared ? 1 : 0;
     to.slot = slots[static_cast<std::size_t>(at)] + 1;
     to.hash = hashes[static_cast<std::size_t>(at)];
+    // A reference to what the page is already: one count is enough.
+    if (before.slot == to.slot) twice.push_back(before.content());
     return to;
   });
+  slab_->release(twice);
 }
 
 void Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders) {
@@ -153,7 +162,10 @@ void Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, 
     } else if (to.known() && to.hashed()) {
       to.hash = hashes[static_cast<std::size_t>(at)];
       // Other content than the one meant is out of date, whoever is said to hold it.
-      if (ours && before.held() && before.hash == to.hash) to.slot = before.slot;
+      if (ours && before.held() && before.hash == to.hash) {
+        to.slot = before.slot;
+        to.shared = before.shared;
+      }
     }
     return to;
   });
@@ -177,6 +189,19 @@ void Image::read(std::uint32_t region, PageRun run, Reading& into) {
     }
     if (into.pieces_.empty() || into.pieces_.back().kind != kind) into.pieces_.push_back({kind, {page, 0}});
     ++into.pieces_.back().run.count;
+  }
+}
+
+void Image::places(std::uint32_t region, PageRun run, std::vector<Place>& into) {
+  into.clear();
+  for (std::uint64_t at = 0; at < run.count;) {
+    const std::uint64_t until = std::min(run.count, at + kEntriesAtOnce);
+    const std::lock_guard lock(mutex_);
+    if (index_.empty()) return;
+    for (; at < until; ++at) {
+      const Entry& here = entry(region, run.first.value + at);
+      if (here.held()) into.push_back({at, here.content()});
+    }
   }
 }
 
@@ -268,6 +293,7 @@ ImageStats Image::stats() const {
   stats.sealed = sealed_;
   const std::lock_guard lock(mutex_);
   stats.pages_held = held_;
+  stats.pages_shared = shared_;
   stats.pages_zero = zero_;
   stats.pages_known = known_;
   std::uint64_t slots = held_ + (state_ ? state_->slots.size() : 0);

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "page/range.h"
+#include "stage/content_domain.h"
 #include "stage/slab.h"
 #include "stage/stage.h"
 #include "wire/frame.h"
@@ -69,7 +70,9 @@ class Image {
   };
 
   // nullptr when the index finds no room; throws std::invalid_argument when a bound is exceeded.
-  static std::shared_ptr<Image> create(std::shared_ptr<Slab> slab, const ImageConfig& config);
+  // `domain`: nullptr where it shares nothing.
+  static std::shared_ptr<Image> create(std::shared_ptr<Slab> slab, const ImageConfig& config,
+                                       std::shared_ptr<ContentDomain> domain = nullptr);
   ~Image() { drop(); }
   Image(const Image&) = delete;
   Image& operator=(const Image&) = delete;
@@ -77,12 +80,14 @@ class Image {
   [[nodiscard]] const ImageId& id() const { return id_; }
   [[nodiscard]] std::uint8_t ordinal() const { return ordinal_; }
   [[nodiscard]] const std::shared_ptr<Slab>& slab() const { return slab_; }
+  [[nodiscard]] ContentDomain* domain() const { return domain_.get(); }
   [[nodiscard]] bool inside(std::uint32_t region, std::uint64_t first_page, std::uint64_t page_count) const;
 
   // All of these replace what was known of the pages; a run must lie inside its region.
   // Takes over one count of each slot.
+  // `shared`: they came by a reference.
   void store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
-             std::span<const std::uint64_t> hashes, wire::Holders holders);
+             std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared = false);
   void store_zeros(std::uint32_t region, PageRun run, wire::Holders holders);
   // What was known is out of date, and what is newer is not here.
   void forget(std::uint32_t region, PageRun run);
@@ -92,6 +97,12 @@ class Image {
                  std::span<const std::uint64_t> hashes);
 
   void read(std::uint32_t region, PageRun run, Reading& into);
+  // Pages of the run that have content here, by position in it, and where that lies now.
+  struct Place {
+    std::uint64_t at;
+    Slab::Slot slot;
+  };
+  void places(std::uint32_t region, PageRun run, std::vector<Place>& into);
   // The next maximal run at or after the cursor, which then stands behind it; content in at most `most_content`
   // pages. False at the end.
   bool next_map_run(Cursor& cursor, std::uint64_t most_content, MapRun& into);
@@ -123,7 +134,7 @@ class Image {
     std::size_t bytes = 0;
   };
 
-  Image(std::shared_ptr<Slab> slab, const ImageConfig& config);
+  Image(std::shared_ptr<Slab> slab, const ImageConfig& config, std::shared_ptr<ContentDomain> domain);
   // With the mutex held:
   [[nodiscard]] Entry& entry(std::uint32_t region, std::uint64_t page) const;
   // Changes the entry and the counts. True when `freed` is a slot that the image has let go of.
@@ -136,6 +147,7 @@ class Image {
   const ImageId id_;
   const std::uint8_t ordinal_;
   const std::shared_ptr<Slab> slab_;
+  const std::shared_ptr<ContentDomain> domain_;
   const std::uint64_t entries_a_slot_;
   std::atomic<bool> sealed_{false};
 
@@ -144,6 +156,7 @@ class Image {
   mutable std::mutex mutex_;                    // guards what follows and every entry
   std::vector<std::vector<Slab::Slot>> index_;  // by region; empty after drop()
   std::uint64_t held_ = 0;
+  std::uint64_t shared_ = 0;
   std::uint64_t zero_ = 0;
   std::uint64_t known_ = 0;
   std::shared_ptr<const State> state_;

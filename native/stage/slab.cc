@@ -30,7 +30,8 @@ Slab::Slab(std::uint64_t bytes, std::uint64_t slot_bytes)
   // system has none it is as before. A part of one that is given back counts as ours no longer, and is the system's
   // once it needs it.
   (void)::madvise(mapping_.data(), mapping_.size(), MADV_HUGEPAGE);
-  counts_ = std::make_unique<std::atomic<std::uint16_t>[]>(static_cast<std::size_t>(slots_));
+  counts_ = std::make_unique<std::atomic<std::uint32_t>[]>(static_cast<std::size_t>(slots_));
+  domains_ = std::make_unique<std::atomic<std::uint16_t>[]>(static_cast<std::size_t>(slots_));
   next_ = std::make_unique_for_overwrite<Slot[]>(static_cast<std::size_t>(slots_));
 }
 
@@ -108,9 +109,40 @@ bool Slab::take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
 }
 
 void Slab::pin(Slot slot) {
-  // From 0 the slot would be somebody else's already; as many connections as this there never are.
-  const std::uint16_t before = counts_[slot].fetch_add(1, std::memory_order_relaxed);
-  if (before == 0 || before == UINT16_MAX) std::abort();
+  // From 0 the slot would be somebody else's already. Who shares stays far below what readers have left.
+  const std::uint32_t before = counts_[slot].fetch_add(1, std::memory_order_relaxed) & ~kSettled;
+  if (before == 0 || before >= kSettled - 1) std::abort();
+}
+
+void Slab::settle(std::span<const Slot> slots, std::uint16_t domain) {
+  for (const Slot slot : slots) {
+    domains_[slot].store(domain, std::memory_order_relaxed);
+    // Releases that, and what was written into the slot, to whoever shares it.
+    counts_[slot].fetch_or(kSettled, std::memory_order_release);
+  }
+}
+
+bool Slab::share(Slot slot, std::uint16_t domain) {
+  if (slot >= slots_) return false;
+  std::uint32_t seen = counts_[slot].load(std::memory_order_relaxed);
+  do {
+    const std::uint32_t counts = seen & ~kSettled;
+    if ((seen & kSettled) == 0 || counts == 0 || counts >= kMostCounts) return false;
+  } while (!counts_[slot].compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
+                                                std::memory_order_relaxed));
+  // Settled and counted, so it is one domain's for as long as we have it.
+  if (domains_[slot].load(std::memory_order_relaxed) == domain) return true;
+  release(std::span(&slot, 1));
+  return false;
+}
+
+bool Slab::let_go(Slot slot) {
+  const std::uint32_t before = counts_[slot].fetch_sub(1, std::memory_order_acq_rel) & ~kSettled;
+  if (before == 0) std::abort();
+  if (before > 1) return false;
+  // Nobody shares what has no count, so nobody changes it any more.
+  counts_[slot].store(0, std::memory_order_release);
+  return true;
 }
 
 void Slab::release(std::span<const Slot> slots) {
@@ -119,9 +151,7 @@ void Slab::release(std::span<const Slot> slots) {
   // From the back: the first of them is taken first, so neighbours stay neighbours.
   for (std::size_t i = slots.size(); i > 0; --i) {
     const Slot slot = slots[i - 1];
-    const std::uint16_t before = counts_[slot].fetch_sub(1, std::memory_order_acq_rel);
-    if (before == 0) std::abort();
-    if (before == 1) push(warm_, slot);
+    if (let_go(slot)) push(warm_, slot);
   }
 }
 
@@ -132,9 +162,7 @@ void Slab::drop(std::span<const Slot> slots) {
     std::size_t count = 0;
     std::size_t seen = 0;
     for (; seen < slots.size() && count < batch.size(); ++seen) {
-      const std::uint16_t before = counts_[slots[seen]].fetch_sub(1, std::memory_order_acq_rel);
-      if (before == 0) std::abort();
-      if (before == 1) batch[count++] = slots[seen];
+      if (let_go(slots[seen])) batch[count++] = slots[seen];
     }
     slots = slots.subspan(seen);
     // Before anyone can take them again.

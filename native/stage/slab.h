@@ -1,10 +1,11 @@
 // The memory of a VMD server, in slots of one page: pages of guests, blocks of their index, execution states. One
 // mapping of the size it was given, so that it can never grow beyond it.
 //
-// A slot is counted: its owner has one count, everyone who is sending from it another. Whoever takes the last one
-// away frees it. Free slots are *warm* (there is memory behind them, with what was written last) or *cold* (none;
-// they read as zeros). Warm ones are given out first, because touching fresh memory costs more than the copy. Once
-// preallocated there is memory behind all of them for good.
+// A slot is counted: every owner has one count, everyone who is sending from it another. Whoever takes the last one
+// away frees it. A slot that is *settled* never changes its content until it is free; only such a one is shared. Free
+// slots are *warm* (there is memory behind them, with what was written last) or *cold* (none; they read as zeros). Warm
+// ones are given out first, because touching fresh memory costs more than the copy. Once preallocated there is memory
+// behind all of them for good.
 //
 // Beside the mapping a slab takes kTableBytes a slot, and nothing more however it is used.
 //
@@ -27,7 +28,8 @@ class Slab {
  public:
   using Slot = std::uint32_t;
   static constexpr std::uint64_t kMostSlots = 1ULL << 31;
-  static constexpr std::uint64_t kTableBytes = sizeof(std::uint16_t) + sizeof(Slot);
+  static constexpr std::uint32_t kMostCounts = 1U << 20;
+  static constexpr std::uint64_t kTableBytes = sizeof(std::uint32_t) + sizeof(std::uint16_t) + sizeof(Slot);
 
   // Throws SystemError (mmap), std::invalid_argument (no slot, or more than kMostSlots).
   Slab(std::uint64_t bytes, std::uint64_t slot_bytes);
@@ -44,6 +46,11 @@ class Slab {
   // The same; they read as zeros, and their memory is not touched until somebody does.
   bool take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots);
   void pin(Slot slot);
+  // What lies in it is final: from now on it may be shared within this domain (not 0).
+  void settle(std::span<const Slot> slots, std::uint16_t domain);
+  // Another count of a slot that may be anybody's by now. False when it is free, not settled, another domain's, or
+  // shared as often as it may be: so a count never runs over, whatever a peer asks for.
+  bool share(Slot slot, std::uint16_t domain);
   // Takes one count of each away.
   void release(std::span<const Slot> slots);
   // The same, and memory whose last count went away goes back to the system: for whole images.
@@ -65,6 +72,9 @@ class Slab {
     Slot top = 0;
     std::uint64_t size = 0;
   };
+  static constexpr std::uint32_t kSettled = 1U << 31;
+  // Takes one count away; true when it was the last.
+  bool let_go(Slot slot);
   void push(Stack& stack, Slot slot);
   [[nodiscard]] Slot pop(Stack& stack);
   void give_out(Slot slot, std::vector<Slot>& slots);
@@ -75,8 +85,10 @@ class Slab {
   const std::uint64_t slots_;
   Mapping mapping_;
   std::atomic<bool> preallocated_{false};
-  std::unique_ptr<std::atomic<std::uint16_t>[]> counts_;
-  mutable std::mutex mutex_;  // guards what follows
+  // Counts, and kSettled.
+  std::unique_ptr<std::atomic<std::uint32_t>[]> counts_;
+  std::unique_ptr<std::atomic<std::uint16_t>[]> domains_;  // of settled slots
+  mutable std::mutex mutex_;                               // guards what follows
   std::unique_ptr<Slot[]> next_;
   Stack warm_;
   Stack cold_;

@@ -1,11 +1,14 @@
 // Images and sessions of a server, and who may connect to them.
 #include "stage/stage.h"
 
+#include <sys/random.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
 
 #include "os/mapping.h"
+#include "os/sys_error.h"
 #include "stage/stage_impl.h"
 #include "wire/hello.h"
 
@@ -25,6 +28,14 @@ std::uint64_t slab_bytes(std::uint64_t memory_bytes) {
   return std::min(usable / (page + kSlotTables), Slab::kMostSlots) * page;
 }
 
+std::uint64_t fresh_identity() {
+  std::uint64_t identity = 0;
+  do {
+    if (::getrandom(&identity, sizeof identity, 0) != sizeof identity) throw_errno("getrandom");
+  } while (identity == wire::KnownHolders::kNobody || identity == wire::KnownHolders::kOnItsWay);
+  return identity;
+}
+
 using Connections = std::vector<std::shared_ptr<StageConnection>>;
 
 // All at once, and then each: they end side by side.
@@ -37,6 +48,7 @@ void end_all(const Connections& connections) {
 
 StageCommon::StageCommon(const StageConfig& config)
     : slab(std::make_shared<Slab>(slab_bytes(config.memory_bytes), system_page_size())),
+      hints(std::make_shared<ContentHints>(slab)),
       in(config.bandwidth),
       out(config.bandwidth) {}
 
@@ -57,7 +69,7 @@ struct Stage::Impl {
   };
 
   explicit Impl(StageConfig config_in)
-      : config(config_in), common(std::make_shared<StageCommon>(config_in)) {}
+      : config(config_in), common(std::make_shared<StageCommon>(config_in)), identity(fresh_identity()) {}
 
   [[nodiscard]] std::shared_ptr<Image> find(const ImageId& id) const {
     const std::lock_guard lock(mutex);
@@ -71,6 +83,7 @@ struct Stage::Impl {
 
   const StageConfig config;
   const std::shared_ptr<StageCommon> common;
+  const std::uint64_t identity;
   mutable std::mutex mutex;  // guards the two below; not held while a thread is waited for
   std::map<ImageId, Held> images;
   bool closed = false;
@@ -164,7 +177,8 @@ bool Stage::create_image(const ImageConfig& config) {
   if (impl_->images.contains(config.id))
     throw std::invalid_argument("an image with this id is there already");
   if (impl_->images.size() >= kMostImages) throw std::invalid_argument("too many images");
-  auto image = Image::create(impl_->common->slab, config);
+  auto domain = config.domain ? impl_->common->hints->domain(*config.domain) : nullptr;
+  auto image = Image::create(impl_->common->slab, config, std::move(domain));
   if (!image) return false;
   impl_->images.emplace(config.id, Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}});
   return true;
@@ -277,9 +291,15 @@ StageStats Stage::stats() const {
   Connections ended;  // whoever asks regularly keeps the stacks of ended threads from lying about
   const std::lock_guard lock(impl_->mutex);
   stats.images = impl_->images.size();
-  for (auto& [id, held] : impl_->images) Impl::take_ended(held, ended);
+  stats.hint_bytes = impl_->common->hints->bytes();
+  for (auto& [id, held] : impl_->images) {
+    stats.shared_pages += held.image->stats().pages_shared;
+    Impl::take_ended(held, ended);
+  }
   return stats;
 }
+
+std::uint64_t Stage::identity() const { return impl_->identity; }
 
 wire::HelloStatus Stage::attach(const wire::Hello& hello, UniqueFd& fd) { return impl_->attach(hello, fd); }
 

@@ -4,9 +4,9 @@
 //
 // Memory: everything that grows with what is held (pages, their index, execution states) lies in the slab; so the cap
 // holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections
-// and what they read into, and 10 bytes a slot for tables (its count, its place among the free ones, its place in the
-// list of the image that it indexes). A connection that takes packed pages uses up to 0.7 MiB beside that once they come,
-// one that packs its answers 1.2 MiB once it does.
+// and what they read into, and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its
+// place in the list of the image that it indexes). A connection that takes packed pages uses up to 0.7 MiB beside that
+// once they come, one that packs its answers 1.2 MiB once it does.
 //
 // Bounds: kMostImages images, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
 // kMostConnections in all.
@@ -15,6 +15,7 @@
 // to; calls from any thread.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,6 +30,8 @@
 namespace memferry {
 
 using ImageId = wire::MigrationId;
+// Of a deduplication domain: the key of its content hash. Who has it may ask what the domain's images hold.
+using DomainKey = std::array<std::uint8_t, 32>;
 
 struct StageConfig {
   std::uint64_t memory_bytes = 0;
@@ -39,14 +42,16 @@ struct ImageConfig {
   ImageId id{};
   std::vector<std::uint64_t> region_pages;  // capacities: what the index is made for
   std::uint8_t ordinal = 0;                 // of this server in the image's list
+  std::optional<DomainKey> domain{};        // whose images may share content; none: it shares nothing
 };
 
 struct ImageStats {
-  std::uint64_t pages_held = 0;   // with content, here
-  std::uint64_t pages_zero = 0;   // known to be zeros
-  std::uint64_t pages_known = 0;  // in the map, wherever they are
-  std::uint64_t bytes = 0;        // of the slab: content, index and execution state
-  std::uint64_t bytes_in = 0;     // on the wire, headers included
+  std::uint64_t pages_held = 0;    // with content, here
+  std::uint64_t pages_shared = 0;  // of these: taken over by a reference instead of being sent
+  std::uint64_t pages_zero = 0;    // known to be zeros
+  std::uint64_t pages_known = 0;   // in the map, wherever they are
+  std::uint64_t bytes = 0;         // of the slab: content, index and execution state
+  std::uint64_t bytes_in = 0;      // on the wire, headers included
   std::uint64_t bytes_out = 0;
   bool sealed = false;
 };
@@ -59,6 +64,8 @@ struct StageStats {
   std::uint64_t connections = 0;
   std::uint64_t bytes_in = 0;
   std::uint64_t bytes_out = 0;
+  std::uint64_t shared_pages = 0;  // over all images
+  std::uint64_t hint_bytes = 0;    // of the slab: what is known of contents by their names
 };
 
 class Stage {
@@ -103,6 +110,8 @@ class Stage {
   [[nodiscard]] std::optional<bool> whole(const ImageId& image,
                                           std::span<const std::uint64_t> region_pages) const;
   [[nodiscard]] StageStats stats() const;
+  // Fresh with every stage, so that what is known of a former one's memory is known of nobody.
+  [[nodiscard]] std::uint64_t identity() const;
 
   // For the listener: kAccepted takes the descriptor (and has answered it); otherwise the listener answers. A token is
   // good for one connection, and so are those of earlier attempts. Never blocks.

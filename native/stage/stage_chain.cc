@@ -34,9 +34,9 @@ bool ScatterAnswers::send_locked(wire::FrameHeader header) {
   return !over_;
 }
 
-bool ScatterAnswers::refused(std::uint32_t region, PageRun run, std::uint8_t ordinal, bool torn) {
+bool ScatterAnswers::refused(std::uint32_t region, PageRun run, std::uint8_t ordinal, std::uint16_t why) {
   wire::FrameHeader header = wire::make_header(wire::FrameType::kRefused, region, run, ordinal);
-  if (torn) header.flags |= wire::kFlagTorn;
+  header.flags = why;
   const std::lock_guard lock(mutex_);
   return send_locked(header);
 }
@@ -213,7 +213,7 @@ bool ReplicaChains::answered(std::uint8_t ordinal, const wire::FrameHeader& head
     case wire::FrameType::kRefused:
       return image_->inside(header.region, header.first_page, header.page_count) &&
              answers_.refused(header.region, {PageNumber{header.first_page}, header.page_count}, ordinal,
-                              (header.flags & wire::kFlagTorn) != 0);
+                              header.flags & (wire::kFlagTorn | wire::kFlagReference));
     default:
       return false;
   }

@@ -62,7 +62,8 @@ class ScatterAnswers {
 
   // All give false when the connection is over.
   // `ordinal`: of the server that has not stored them.
-  bool refused(std::uint32_t region, PageRun run, std::uint8_t ordinal, bool torn);
+  // `why`: 0 (no room), kFlagTorn or kFlagReference.
+  bool refused(std::uint32_t region, PageRun run, std::uint8_t ordinal, std::uint16_t why);
   // Everything before it is here; `waiting` are the servers that have yet to say so.
   bool barrier(std::uint64_t tag, std::vector<std::uint8_t> waiting);
   // False as well when that server was not asked this.

@@ -21,7 +21,9 @@ std::shared_ptr<StageConnection> StageConnection::start(Place place, UniqueFd fd
                                                         std::shared_ptr<StageConnection> predecessor) {
   const bool writer = place.role == wire::StageRole::kScatter || place.role == wire::StageRole::kChain;
   std::shared_ptr<StageConnection> made;
-  if (writer) {
+  if (place.role == wire::StageRole::kProbe) {
+    made = std::make_shared<ProbingConnection>(std::move(place), std::move(fd));
+  } else if (writer) {
     made = std::make_shared<WritingConnection>(std::move(place), std::move(fd));
   } else {
     made = std::make_shared<ReadingConnection>(std::move(place), std::move(fd));

@@ -30,6 +30,7 @@ class WritingConnection final : public StageConnection {
   bool on_zeros(const wire::FrameHeader& header);
   bool on_map(const wire::FrameHeader& header);
   bool on_barrier(const wire::FrameHeader& header);
+  bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
   bool receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes, bool& decoded);
   bool pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes);
@@ -75,6 +76,30 @@ class ReadingConnection final : public StageConnection {
   std::size_t encoded_used_ = 0;
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
+};
+
+// kProbe: a source asks what is held already, and tells what is by now. stage_prober.cc.
+class ProbingConnection final : public StageConnection {
+ public:
+  ProbingConnection(Place place, UniqueFd fd);
+  ~ProbingConnection() override;
+
+ protected:
+  void serve() override;
+
+ private:
+  // Each gives false when the connection is over.
+  bool serve_frame(const wire::FrameHeader& header);
+  bool on_probe(const wire::FrameHeader& header);
+  bool on_held(const wire::FrameHeader& header);
+  bool on_names(const wire::FrameHeader& header);
+  bool read_payload(const wire::FrameHeader& header);
+
+  const std::uint32_t asker_;
+  // What the frame that was read last carries; kHeld has its holders before the names.
+  std::vector<wire::ContentName> names_;
+  std::vector<wire::KnownHolders> answers_;
+  std::vector<Image::Place> places_;
 };
 
 // Slots as they lie in memory: neighbours in one piece.

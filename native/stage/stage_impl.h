@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "os/worker_thread.h"
+#include "stage/content_domain.h"
 #include "stage/image.h"
 #include "stage/slab.h"
 #include "stage/stage.h"
@@ -29,6 +30,7 @@ namespace memferry {
 struct StageCommon {
   explicit StageCommon(const StageConfig& config);
   const std::shared_ptr<Slab> slab;
+  const std::shared_ptr<ContentHints> hints;
   wire::BandwidthCap in;
   wire::BandwidthCap out;
   std::atomic<std::uint64_t> bytes_in{0};

@@ -72,6 +72,8 @@ bool WritingConnection::serve_frame(const wire::FrameHeader& header, bool& goodb
       return source_ && on_map(header);
     case wire::FrameType::kBarrier:
       return on_barrier(header);
+    case wire::FrameType::kReference:
+      return on_reference(header);
     case wire::FrameType::kGoodbye:
       goodbye = bare_checksum_fits(header);
       return goodbye;
@@ -114,7 +116,7 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   count_in(header.payload_bytes);
   if (!decoded || wire::pages_checksum(header, hashes_) != header.checksum) {
     image.forget(header.region, run);
-    return answers_.refused(header.region, run, image.ordinal(), true);
+    return answers_.refused(header.region, run, image.ordinal(), wire::kFlagTorn);
   }
 
   const PageRun stored{run.first, here};
@@ -122,12 +124,13 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   if (here > 0) {
     // One count is the image's from now on, the other ours: a page may be replaced while it is passed on.
     for (const Slab::Slot slot : slots_) slab.pin(slot);
+    if (image.domain() != nullptr) slab.settle(slots_, image.domain()->number());
     image.store(header.region, stored, slots_, hashes, holders);
   }
   if (here < run.count) {
     // Forgotten above.
     const PageRun rest{stored.end(), run.count - here};
-    if (!answers_.refused(header.region, rest, image.ordinal(), false)) return false;
+    if (!answers_.refused(header.region, rest, image.ordinal(), 0)) return false;
   }
   if (!source_ || holders.second == wire::Holders::kNobody || here == 0) return true;
   if (encoding != 0 && here == run.count) {

@@ -29,7 +29,7 @@ void Sender::probe(std::uint64_t tag, std::uint64_t bytes) {
   auto frames = std::make_shared<std::vector<std::byte>>();
   for (std::uint64_t left = std::min(bytes, kMostProbeBytes); left > 0;) {
     const auto payload = std::span(nothing).first(static_cast<std::size_t>(std::min(left, most)));
-    wire::FrameHeader header = wire::make_header(wire::FrameType::kProbe);
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kLinkProbe);
     wire::seal(header, payload);
     const auto head = std::as_bytes(std::span(&header, 1));
     frames->insert(frames->end(), head.begin(), head.end());

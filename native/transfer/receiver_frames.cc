@@ -134,7 +134,7 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
       case wire::FrameType::kBaseEnd:
         going_on = on_base_end(with, header);
         break;
-      case wire::FrameType::kProbe:
+      case wire::FrameType::kLinkProbe:
         going_on = on_probe(with, header);
         break;
       case wire::FrameType::kGoodbye:

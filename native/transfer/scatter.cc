@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "transfer/scatter_impl.h"
+#include "transfer/scatter_dedup.h"
 
 namespace memferry {
 namespace {
@@ -40,6 +40,7 @@ Scatter::Scatter(ScatterConfig config, Shared shared, std::uint64_t page_size)
     servers_.push_back(std::make_unique<Server>(address));
     servers_.back()->ordinal = static_cast<std::uint8_t>(servers_.size() - 1);
   }
+  if (config_.dedup) dedup_ = std::make_unique<Dedup>(*this, *config_.dedup);
 }
 
 Scatter::~Scatter() { close(); }
@@ -51,6 +52,7 @@ std::string Scatter::open() {
                      [this, &own](WorkerThread&) { serve(own); });
   }
   watcher_.start("mf-evict", [this](WorkerThread& self) { watch(self); });
+  if (dedup_) dedup_->start();
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] {
     return closing_ ||
@@ -160,11 +162,16 @@ std::vector<Scatter::ServerStats> Scatter::server_stats() const {
   return all;
 }
 
+std::optional<DedupStats> Scatter::dedup_stats() const {
+  return dedup_ ? std::optional(dedup_->stats()) : std::nullopt;
+}
+
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 
 std::uint64_t Scatter::memory_bytes() const {
   const bool encodes = config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0;
-  return where_.memory_bytes() + (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
+  return where_.memory_bytes() + (dedup_ ? dedup_->memory_bytes() : 0) +
+         (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
          (encodes ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);
 }
 
@@ -175,11 +182,13 @@ void Scatter::shut_down() {
   for (const auto& server : servers_) {
     if (server->way && server->way->stream) server->way->stream->shutdown();
   }
+  if (dedup_) dedup_->shut_down_locked();
   changed_.notify_all();
 }
 
 void Scatter::close() {
   shut_down();
+  if (dedup_) dedup_->stop();
   watcher_.stop();
   for (const auto& server : servers_) server->thread.stop();
 }

@@ -28,7 +28,9 @@
 
 #include "fault/discard.h"
 #include "os/worker_thread.h"
+#include "page/content_hash.h"
 #include "transfer/chunk_gatherer.h"
+#include "transfer/dedup_stats.h"
 #include "transfer/lane.h"
 #include "transfer/stage_server_address.h"
 #include "transfer/touch_gate.h"
@@ -48,6 +50,8 @@ struct ScatterConfig {
   bool release_as_evicted = false;
   bool direct = true;  // false: there is no destination yet (park)
   Encoding encoding;
+  // Of the guest's deduplication domain; none: every page is sent.
+  std::optional<ContentKey> dedup;
 };
 
 class Scatter {
@@ -128,6 +132,7 @@ class Scatter {
     std::string failed;       // why, or empty
   };
   [[nodiscard]] std::vector<ServerStats> server_stats() const;
+  [[nodiscard]] std::optional<DedupStats> dedup_stats() const;
   [[nodiscard]] bool servers_can_take() const;
   [[nodiscard]] std::uint64_t pages_direct() const;
   [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
@@ -142,6 +147,7 @@ class Scatter {
 
  private:
   struct Server;
+  class Dedup;
   [[nodiscard]] bool wants_work(const Way& way) const;
   [[nodiscard]] bool may_take(const Way& way) const;
   static bool takes_more(const Way& way);
@@ -154,6 +160,8 @@ class Scatter {
   bool send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut);
   bool send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut);
   bool send_barrier(Way& way, bool now, std::string& cut);
+  [[nodiscard]] bool may_refer(const Way& way) const;  // scatter_refer.cc
+  bool send_references(Way& way, std::string& cut);
   void settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again);
   void looked_locked(bool more, bool gave_back, std::uint64_t returns_before);
   [[nodiscard]] std::optional<Clock::time_point> waits_since(const Way& way) const;
@@ -201,6 +209,7 @@ class Scatter {
   std::vector<std::unique_ptr<Server>> servers_;
   std::vector<RegionRun> to_release_;
   WorkerThread watcher_;
+  std::unique_ptr<Dedup> dedup_;  // or nullptr, for good
 };
 
 }  // namespace memferry

@@ -1,7 +1,7 @@
 // The connections to the servers of a scatter: dialling and dialling again, what they answer, and giving one up.
 #include <algorithm>
 
-#include "transfer/scatter_impl.h"
+#include "transfer/scatter_dedup.h"
 #include "transfer/stage_dial.h"
 
 namespace memferry {
@@ -77,6 +77,7 @@ void Scatter::serve_until_failed(Server& server) {
         attach_pacer_locked();
         if (closing_ || shared_.gate.closed()) return;
         put_back_locked(way->lane.take_back(true));
+        if (dedup_) dedup_->give_back_locked(server.ordinal);
         if (server.failed.empty() && server.broken_chain) {
           Server& replica = *servers_[*server.broken_chain];
           fail_server_locked(replica, "cannot be reached by " + server.address.name);
@@ -147,8 +148,13 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
             (header.tag != server.ordinal &&
              !way->lane.passes_on_to(static_cast<std::uint8_t>(header.tag))) ||
             !way->lane.refused(header.region, {PageNumber{header.first_page}, header.page_count},
-                               (header.flags & wire::kFlagTorn) == 0)) {
+                               (header.flags & (wire::kFlagTorn | wire::kFlagReference)) == 0)) {
           wrong = "pages refused that it was not sent";
+          break;
+        }
+        if ((header.flags & wire::kFlagReference) != 0) {
+          if (dedup_)
+            dedup_->refused_locked(header.region, {PageNumber{header.first_page}, header.page_count});
           break;
         }
         // It, or the server that it passes replicas on to, takes no more.
@@ -196,6 +202,7 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
     again.insert(again.end(), lost.begin(), lost.end());
   }
   put_back_locked(again);
+  if (dedup_) dedup_->give_back_locked(server.ordinal);
   changed_.notify_all();
 }
 

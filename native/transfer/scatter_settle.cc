@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "transfer/scatter_impl.h"
+#include "transfer/scatter_dedup.h"
 
 namespace memferry {
 
@@ -44,6 +44,7 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
     const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
     if (!batch) return "an answer to a barrier that was not sent";
     way.stalled = false;
+    if (dedup_) dedup_->acknowledged(batch->bytes);
     std::vector<RegionRun> again;
     settle_locked(*batch, again);
     put_back_locked(again);
@@ -93,6 +94,7 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
           sent_twice_[each.region]->set_run(part);
         }
         where_.settle(each.region, part, holders);
+        if (dedup_ && kind_ == Kind::kPush) dedup_->settled_locked(each.region, part, holders);
         if (config_.release_as_evicted && kind_ == Kind::kPush) to_release_.push_back({each.region, part});
       }
       left = {part.end(), left.count - count};

@@ -4,12 +4,15 @@
 #include <utility>
 
 #include "fault/discard.h"
-#include "transfer/scatter_impl.h"
+#include "transfer/scatter_dedup.h"
 
 namespace memferry {
 namespace {
 
 constexpr std::chrono::milliseconds kWatchInterval{20};
+// What is to go by a way as a reference waits no longer for it: somebody else sends it.
+constexpr std::chrono::milliseconds kReferencePatience{1000};
+constexpr std::chrono::milliseconds kLastReferencePatience{160};
 // A longer pause of the watcher's own says nothing about its peers.
 constexpr std::chrono::milliseconds kWatchGap{500};
 
@@ -77,6 +80,8 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       for (const Way* way : ways) {
         if (somebody_idle && tail_is_late(*way, now)) late.push_back(way);
       }
+      if (dedup_ && begun_)
+        dedup_->give_back_late_locked(now, dry_ ? kLastReferencePatience : kReferencePatience);
       for (Way* way : ways) {
         const auto since = waits_since(*way);
         if (!since || !awake) continue;

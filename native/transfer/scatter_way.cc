@@ -66,6 +66,7 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
   for (;;) {
     bool records = false;
     bool chunk = false;
+    bool references = false;
     bool guest_left = false;
     {
       std::unique_lock lock(mutex_);
@@ -74,7 +75,8 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
         if (!begun_ && !server) return true;
         records = way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
         chunk = begun_ && wants_work(way);
-        if (records || chunk || way.lane.anything_open()) break;
+        references = may_refer(way);
+        if (records || chunk || references || way.lane.anything_open()) break;
         // Held up by what the receiver has in hand, or without anything to do.
         const bool held_up = begun_ && !dry_ && !takes_more(way);
         const auto asked = Clock::now();
@@ -89,6 +91,8 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       }
       guest_left = kind_ == Kind::kPush;
     }
+    // A barrier of their own: each may be refused, and a batch takes only so many refusals.
+    if (references && (!send_references(way, cut) || !send_barrier(way, true, cut))) return false;
     if (records) {
       if (!send_records(way, buffer, cut)) return false;
     } else if (chunk) {
@@ -105,7 +109,7 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       courtesy.follow(guest_left && pacer.should_stand_back());
       if (!send_chunk(way, *way.chunks, cut)) return false;
     }
-    if (!send_barrier(way, !records && !chunk, cut)) return false;
+    if (!send_barrier(way, !records && !chunk && !references, cut)) return false;
   }
 }
 

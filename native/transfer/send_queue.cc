@@ -72,6 +72,11 @@ std::optional<SendQueue::Chunk> SendQueue::take_between(std::uint32_t region, Pa
   return std::nullopt;
 }
 
+std::pair<std::uint32_t, PageNumber> SendQueue::cursor() const {
+  const std::uint64_t seen = cursor_.load(std::memory_order_relaxed);
+  return {static_cast<std::uint32_t>(seen >> kRegionShift), PageNumber{seen & ((1ULL << kRegionShift) - 1)}};
+}
+
 std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages) {
   const std::uint64_t seen = cursor_.load(std::memory_order_relaxed);
   const auto start_region = static_cast<std::uint32_t>(seen >> kRegionShift);

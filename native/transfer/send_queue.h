@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "os/pagemap.h"
@@ -73,6 +74,12 @@ class SendQueue {
   void mark_growth(std::uint32_t region);
   // Pending, and untouched no more.
   void mark_written(std::uint32_t region, const AtomicBitmap& written);
+  // Where the next one is taken, if nobody moves it.
+  [[nodiscard]] std::pair<std::uint32_t, PageNumber> cursor() const;
+  // Of 64 pages those that are pending and have content to look at.
+  [[nodiscard]] std::uint64_t content_word(std::uint32_t region, std::uint64_t index) const {
+    return entries_[region]->pending.word(index) & ~entries_[region]->untouched.word(index);
+  }
   // For a tracker to collect into.
   [[nodiscard]] AtomicBitmap& pending(std::uint32_t region) { return entries_[region]->pending; }
   // Pending becomes everything that is not in `have`.

@@ -20,14 +20,17 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "page/content_hash.h"
 #include "page/hash.h"
 #include "page/keyed_hash.h"
 #include "page/region.h"
 #include "track/dirty_tracker.h"
 #include "transfer/base_comparison.h"
+#include "transfer/dedup_stats.h"
 #include "transfer/events.h"
 #include "transfer/stage_server_address.h"
 #include "wire/codec_choice.h"
@@ -66,6 +69,8 @@ struct SenderConfig {
   // key of the hashes by which they are compared.
   std::vector<std::uint64_t> base_pages;
   KeyedHashKey base_key{};
+  // Of a scatter: pages that the servers hold already for this domain go as references, after the switchover.
+  std::optional<ContentKey> dedup;
   EngineCallback on_event;
 };
 
@@ -96,6 +101,7 @@ struct SenderStats {
   EncodingStats compression;
   EncodingStats delta;
   BaseStats base;
+  std::optional<DedupStats> dedup;  // where it was asked for
 };
 
 class Sender {

@@ -108,6 +108,7 @@ std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
   ours.release_as_evicted = config.release_as_evicted;
   ours.direct = config.direct;
   ours.encoding = encoding;
+  ours.dedup = config.dedup;
   return std::make_unique<Scatter>(
       std::move(ours),
       Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),

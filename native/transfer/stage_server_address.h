@@ -15,6 +15,7 @@ struct StageServer {
   std::uint16_t port = 0;
   std::uint16_t session = 0;
   std::vector<wire::Token> tokens;  // [attempt * wire::kStageRoles + role]
+  std::uint64_t identity = 0;       // the stage's; 0: not known, and nothing is deduplicated there
 };
 
 }  // namespace memferry

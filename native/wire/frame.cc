@@ -104,6 +104,7 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     case FrameType::kMapRequest:
     case FrameType::kMapEnd:
     case FrameType::kChainBroken:
+    case FrameType::kNamed:
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kRead:
       if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
@@ -136,8 +137,20 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     }
     case FrameType::kBaseEnd:
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
-    case FrameType::kProbe:
+    case FrameType::kLinkProbe:
       return header.payload_bytes > 0 ? nullptr : "a probe without bytes";
+    case FrameType::kProbe:
+    case FrameType::kProbed:
+    case FrameType::kHeld:
+    case FrameType::kNames:
+    case FrameType::kReference: {
+      if (header.page_count == 0 || header.page_count > kMostNames) return "count of contents out of bounds";
+      const auto type = static_cast<FrameType>(header.type);
+      const std::uint64_t each = type == FrameType::kReference ? sizeof(ContentHash) : sizeof(ContentName);
+      const std::uint64_t before = type == FrameType::kHeld ? sizeof(KnownHolders) : 0;
+      return header.payload_bytes == before + header.page_count * each ? nullptr
+                                                                       : "payload is not one entry a content";
+    }
     case FrameType::kDiscard:
     case FrameType::kSame:
     case FrameType::kSuspects:

@@ -48,8 +48,9 @@ enum class StageRole : std::uint16_t {
   kGather = 1,   // the destination reads ahead of the guest
   kDemand = 2,   // the destination reads what somebody waits for
   kChain = 3,    // another server writes replicas
+  kProbe = 4,    // the source asks what the servers hold already, and tells what they hold by now
 };
-inline constexpr std::uint16_t kStageRoles = 4;
+inline constexpr std::uint16_t kStageRoles = 5;
 // Session of the chain that comes from the server with ordinal n: kFirstChainSession + n.
 inline constexpr std::uint16_t kFirstChainSession = 0xff00;
 
@@ -101,6 +102,16 @@ enum class FrameType : std::uint16_t {
   kElsewhere =
       20,  // source to destination, demand channel: it has let go of this page; a kMap says where it is
 
+  // Deduplication (docs/protocol.md, "Deduplication"); on a kProbe connection but for kReference:
+  kProbe =
+      21,  // source to a directory server: page_count ContentNames: who holds these? tag: the question's number
+  kProbed = 22,  // its answer: page_count KnownHolders, in the order asked; the same tag
+  kHeld = 23,  // source to a directory server: KnownHolders and then page_count ContentNames: these hold them
+  kNames = 24,  // source to a server that holds these pages: page_count ContentNames, one a page of the run
+  kNamed = 26,  // its answer: known by these names from now on; the same tag
+  kReference =
+      25,  // source to server, server to replica: page_count ContentHashes: these pages are content that it
+           // holds already; tag: the holders. Refused (kFlagReference) where it does not.
   // A destination that starts from a base (docs/protocol.md, "Starting from a base"). All on channel 0, before
   // the first page.
   kTreeRequest =
@@ -111,8 +122,24 @@ enum class FrameType : std::uint16_t {
   kSame = 29,  // source to destination: WireRun[] of pages that the base has as they are at the source
   kBaseEnd =
       30,  // source to destination: no more is compared; tag 1: what was not confirmed is dropped at once
-  kProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
+  kLinkProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
 };
+
+// The first half of a content's hash: what it is asked for by. Only a hint, so half is enough.
+using ContentName = std::array<std::uint64_t, 2>;
+// HMAC-SHA256 of a page under its deduplication domain's key: what decides.
+using ContentHash = std::array<std::uint8_t, 32>;
+// Who holds a content, as identities of servers: 0 nobody. Both the same in every migration of a domain.
+struct KnownHolders {
+  static constexpr std::uint64_t kNobody = 0;
+  static constexpr std::uint64_t kOnItsWay = ~0ULL;  // as `first`: another source has said that it sends it
+  std::uint64_t first = kNobody;
+  std::uint64_t second = kNobody;
+  bool operator==(const KnownHolders&) const = default;
+};
+static_assert(sizeof(ContentName) == 16 && sizeof(ContentHash) == 32 && sizeof(KnownHolders) == 16);
+// In one frame of any of these; a reader's buffers are made for it.
+inline constexpr std::uint64_t kMostNames = 4096;
 
 // A hash of a page, or of a node's page hashes, under this migration's key.
 using TreeHash = std::array<std::uint8_t, 16>;
@@ -156,6 +183,7 @@ inline constexpr std::uint16_t kFlagDelta =
     128;  // wire/delta.h, against what the receiver has of these pages
 inline constexpr std::uint16_t kCompressions = kFlagLz4 | kFlagZstd;
 inline constexpr std::uint16_t kEncodings = kCompressions | kFlagDelta;
+inline constexpr std::uint16_t kFlagReference = 256;  // kRefused: a reference to what is not held here
 
 struct FrameHeader {
   std::uint32_t magic;

@@ -30,6 +30,7 @@ const columns: Column<HeldImage>[] = [
   { heading: 'phase', text: true, cell: ({ phase }) => phase },
   { heading: 'server', cell: ({ ordinal, servers }) => `${ordinal + 1}/${servers}` },
   { heading: 'pages here', cell: ({ pagesHeld }) => String(pagesHeld) },
+  { heading: 'shared', cell: ({ pagesShared }) => String(pagesShared) },
   { heading: 'zero', cell: ({ pagesZero }) => String(pagesZero) },
   { heading: 'of', cell: ({ pages }) => String(pages) },
   { heading: 'MiB', cell: ({ bytes }) => mebibytes(bytes) },
@@ -38,13 +39,14 @@ const columns: Column<HeldImage>[] = [
 
 /** Pure. */
 export function describeStatus(status: StageStatus): string {
-  const { name, rack, memoryBytes, freeBytes, bandwidth, connections, held, maxImages } = status;
+  const { name, rack, memoryBytes, freeBytes, bandwidth, connections, held, maxImages, sharedPages } = status;
   const facts = [
     `${printable(name)}${rack === null ? '' : ` (rack ${printable(rack)})`}`,
     `${mebibytes(memoryBytes - freeBytes)} of ${mebibytes(memoryBytes)} MiB used, ${mebibytes(freeBytes)} free`,
     bandwidth === 0 ? 'no bandwidth limit' : `at most ${mebibytes(bandwidth)} MiB/s each way`,
     `${connections} connections`,
     `up ${age(status.uptimeMs)}`,
+    ...(sharedPages > 0 ? [`${sharedPages} pages shared`] : []),
     `${held.length} of at most ${maxImages} images`,
   ].join(', ');
   return held.length === 0 ? facts : `${facts}\n\n${table(columns, held)}`;

@@ -42,6 +42,8 @@ const claimant = hex(16);
 const host = z.string().min(1).max(255);
 const port = z.number().int().min(1).max(65535);
 const milliseconds = z.number().nonnegative().max(Number.MAX_SAFE_INTEGER);
+/** Of a server's memory: another one after each start, the same for everyone. */
+const identity = hex(8);
 const session = z.number().int().min(1).max(0xfeff);
 
 const servers = z
@@ -75,6 +77,8 @@ const createImage = z.strictObject({
   image,
   /** The image's secret under this connection's session key, see staging/image-secret.ts. */
   sealedSecret: hex(12 + 32 + 16),
+  /** The key of its deduplication domain, sealed likewise; null: it shares nothing. */
+  sealedDomain: hex(12 + 32 + 16).nullable(),
   name: label,
   kind: z.enum(imageKinds),
   /** This server's place in `servers`; 0 is the home server. */
@@ -163,6 +167,10 @@ const stageStatus = z.strictObject({
   connections: count,
   bytesIn: count,
   bytesOut: count,
+  /** Pages of all images that share their content with others, by references. */
+  sharedPages: count,
+  /** Of the memory: what is known of contents by their hashes. */
+  hintBytes: count,
   uptimeMs: milliseconds,
   held: z
     .array(
@@ -177,6 +185,8 @@ const stageStatus = z.strictObject({
         /** Of the guest, in all. */
         pages: count,
         pagesHeld: count,
+        /** Of these: taken over by a reference instead of being sent. */
+        pagesShared: count,
         pagesZero: count,
         pagesKnown: count,
         bytes: count,
@@ -193,7 +203,7 @@ export type StageStatus = z.infer<typeof stageStatus>;
 /** Server to client. */
 export const stageAnswer = z.discriminatedUnion('type', [
   /** `encodings`: of pages, which this server decodes. */
-  z.strictObject({ type: z.literal('created'), request, session, encodings: encodingNames }),
+  z.strictObject({ type: z.literal('created'), request, session, encodings: encodingNames, identity }),
   z.strictObject({ type: z.literal('opened'), request, session: session.nullable(), info: imageInfo }),
   z.strictObject({ type: z.literal('committed'), request }),
   z.strictObject({ type: z.literal('held'), request }),

@@ -31,6 +31,7 @@ import type { ImageSet } from '../staging/image-set.js';
 import { DirtyTracker } from '../trackers.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
+import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { Measurements } from './measurements.js';
 import { discardWhileRunning, preCopy } from './precopy.js';
@@ -345,6 +346,7 @@ export class SourceMigration extends EventEmitter {
               baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
             }
           : {}),
+        dedupKey: this.#images?.domainKey ?? null,
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -508,6 +510,7 @@ export class SourceMigration extends EventEmitter {
       pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
       intermediaries: this.#images?.account(stats.servers) ?? [],
       base: this.#base?.report(engine, this.guest.regions[0]?.region.pageSize ?? 4096) ?? null,
+      dedup: stats.dedup && dedupReport(stats.dedup, this.guest.regions[0]?.region.pageSize ?? 4096),
     };
   }
 

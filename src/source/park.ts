@@ -130,6 +130,7 @@ class Parking {
         direct: false,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
+        dedupKey: null,
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );

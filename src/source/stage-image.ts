@@ -9,6 +9,7 @@ import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
 import { makeImageSecret } from '../staging/image-secret.js';
 import { ImageSet } from '../staging/image-set.js';
 import { chooseServers } from './choose-servers.js';
+import { dedupDomainKey } from './dedup-domain.js';
 
 export interface ImageOrder {
   guest: Guest;
@@ -35,6 +36,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   if (servers.length === 0) return null;
   const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
   // The caller's signal ends the making of the image, not its connections: they are needed to let it go.
+  const domainKey = await dedupDomainKey(options.dedup, secret);
   const making = new AbortController();
   const stop = () => making.abort(signal.reason);
   signal.throwIfAborted();
@@ -47,6 +49,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
       {
         image,
         secret: makeImageSecret(),
+        domainKey,
         kind,
         name: guest.name,
         pageSize,

@@ -22,7 +22,7 @@ import {
   type StageRequest,
   type StageStatus,
 } from '../protocol/stage-messages.js';
-import { openProof, roleBits, sealSecret, stageTokens } from './image-secret.js';
+import { openProof, roleBits, sealDomainKey, sealSecret, stageTokens } from './image-secret.js';
 
 export interface StageClientConfig {
   host: string;
@@ -48,6 +48,8 @@ export interface StageSession {
   readonly tokens: Uint8Array;
   /** For writing: the encodings of pages that the server decodes. */
   readonly encodings?: string[];
+  /** Of the server's memory, 16 hex digits; null where it is not needed. */
+  readonly identity: string | null;
 }
 
 export interface Claim {
@@ -166,10 +168,11 @@ export class StageClient extends EventEmitter<ClientEvents> {
     return this.#bounded(Promise.race([heard, gone]), 'no announcement came');
   }
 
-  /** Makes an image there and opens it for writing. Not repeated: a create that was cut leaves what its lease ends. */
+  /** Makes an image there and opens it for writing; `domainKey`: of its deduplication domain, or null. Not repeated: a create that was cut leaves what its lease ends. */
   async create(
-    create: Omit<CreateImage, 'type' | 'request' | 'sealedSecret'>,
+    create: Omit<CreateImage, 'type' | 'request' | 'sealedSecret' | 'sealedDomain'>,
     secret: Uint8Array,
+    domainKey: Uint8Array | null = null,
   ): Promise<StageSession> {
     const { link, message } = await this.#ask(
       'created',
@@ -177,12 +180,14 @@ export class StageClient extends EventEmitter<ClientEvents> {
         ...create,
         type: 'create',
         sealedSecret: sealSecret(sessionKey, bytesOf(create.image), secret),
+        sealedDomain: domainKey ? sealDomainKey(sessionKey, bytesOf(create.image), domainKey) : null,
       }),
       { repeat: false },
     );
     this.#images.set(create.image, { secret, claim: null });
     link.open.add(create.image);
-    return { ...sessionOf(link, create.image, message.session, 'write'), encodings: message.encodings };
+    const { encodings, identity } = message;
+    return { ...sessionOf(link, create.image, message.session, 'write'), encodings, identity };
   }
 
   /** Rejects with VMD_LOST, AUTH_FAILED. The session is null for `control`. */
@@ -596,7 +601,11 @@ export class StageClient extends EventEmitter<ClientEvents> {
 }
 
 function sessionOf(link: Link, image: string, session: number, access: ImageAccess): StageSession {
-  return { session, tokens: stageTokens(link.sessionKey, bytesOf(image), session, roleBits[access]) };
+  return {
+    session,
+    tokens: stageTokens(link.sessionKey, bytesOf(image), session, roleBits[access]),
+    identity: null,
+  };
 }
 
 function bytesOf(image: string): Uint8Array {

@@ -11,7 +11,7 @@ import type { ClaimsAnswer } from '../protocol/image-claims.js';
 import { toPeer } from '../protocol/peer-error.js';
 import type { Announcement, StageAnswer, StageRequest, StageStatus } from '../protocol/stage-messages.js';
 import type { Opener, StagedImage } from './image.js';
-import { provesOpen, unsealSecret } from './image-secret.js';
+import { provesOpen, unsealDomainKey, unsealSecret } from './image-secret.js';
 import type { StagedImages } from './images.js';
 
 export type StageChannel = ControlChannel<StageRequest, StageAnswer>;
@@ -122,8 +122,11 @@ export class StageConnection implements Opener {
 
   #create(message: Extract<Request, { type: 'create' }>): Said {
     this.#mayOpen(message.image);
-    const secret = unsealSecret(this.sessionKey, Buffer.from(message.image, 'hex'), message.sealedSecret);
-    const image = this.images.create(message, secret);
+    const id = Buffer.from(message.image, 'hex');
+    const secret = unsealSecret(this.sessionKey, id, message.sealedSecret);
+    const { sealedDomain } = message;
+    const domainKey = sealedDomain === null ? null : unsealDomainKey(this.sessionKey, id, sealedDomain);
+    const image = this.images.create(message, secret, domainKey);
     let session: number | null;
     try {
       session = image.open(this, 'write', null);
@@ -133,7 +136,12 @@ export class StageConnection implements Opener {
     }
     this.#open.set(image.id, image);
     this.#commitImage = image.id;
-    return { type: 'created', session: session as number, encodings: [...decodedByServers] };
+    return {
+      type: 'created',
+      session: session as number,
+      encodings: [...decodedByServers],
+      identity: this.images.identity,
+    };
   }
 
   #openImage(message: Extract<Request, { type: 'open' }>): Said {

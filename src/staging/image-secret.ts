@@ -4,8 +4,9 @@
  * Pure but for fresh randomness, which tests can replace.
  *
  *     sealed   12 bytes nonce | AES-256-GCM(HMAC(session key; "memferry seal"); secret; aad image id) | 16 bytes tag
+ *     domain   as sealed, of a deduplication domain's key, under HMAC(session key; "memferry seal domain")
  *     proof    HMAC(secret; "memferry open", session key)
- *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 4 + role
+ *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 5 + role
  *     chain    stream(secret; "memferry chain"; image id, from u16, to u16), at the attempt
  *
  * HMAC is HMAC-SHA256, a stream is control/tokens.ts's, integers are little-endian, the session key is the control
@@ -22,13 +23,13 @@ const nonceBytes = 12;
 const tagBytes = 16;
 
 /** Of wire::StageRole. */
-export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3 } as const;
-export const stageRoleCount = 4;
+export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3, probe: 4 } as const;
+export const stageRoleCount = 5;
 /** What an opener's connections may be, as a bit set. */
 export const roleBits: Record<ImageAccess, number> = {
   control: 0,
   read: (1 << stageRoles.gather) | (1 << stageRoles.demand),
-  write: 1 << stageRoles.scatter,
+  write: (1 << stageRoles.scatter) | (1 << stageRoles.probe),
 };
 /** How often each connection of a session may be dialled. */
 export const stageAttempts = 64;
@@ -39,12 +40,16 @@ export function makeImageSecret(): Uint8Array {
   return Uint8Array.from(randomBytes(imageSecretBytes));
 }
 
+/** What is sealed, which has a key of its own: one can never be taken for the other. */
+type Sealed = 'memferry seal' | 'memferry seal domain';
+
 /** For the peer of one control connection, as hex. `nonce` is for tests: two sealings under one may never differ. */
 export function sealSecret(
   sessionKey: Uint8Array,
   image: Uint8Array,
   secret: Uint8Array,
   nonce: Uint8Array = randomBytes(nonceBytes),
+  what: Sealed = 'memferry seal',
 ): string {
   if (secret.length !== imageSecretBytes || image.length !== imageIdBytes || nonce.length !== nonceBytes) {
     throw new MemferryError(
@@ -52,17 +57,31 @@ export function sealSecret(
       'an image secret has 32 bytes, an image id 16 and a nonce 12',
     );
   }
-  const cipher = createCipheriv('aes-256-gcm', sealKey(sessionKey), nonce).setAAD(image);
+  const cipher = createCipheriv('aes-256-gcm', sealKey(sessionKey, what), nonce).setAAD(image);
   const text = Buffer.concat([cipher.update(secret), cipher.final()]);
   return Buffer.concat([nonce, text, cipher.getAuthTag()]).toString('hex');
 }
 
+/** The key of the image's deduplication domain, for a VMD server. */
+export function sealDomainKey(sessionKey: Uint8Array, image: Uint8Array, key: Uint8Array): string {
+  return sealSecret(sessionKey, image, key, randomBytes(nonceBytes), 'memferry seal domain');
+}
+
+export function unsealDomainKey(sessionKey: Uint8Array, image: Uint8Array, sealed: string): Uint8Array {
+  return unsealSecret(sessionKey, image, sealed, 'memferry seal domain');
+}
+
 /** Throws AUTH_FAILED: sealed for another connection or image, or altered. */
-export function unsealSecret(sessionKey: Uint8Array, image: Uint8Array, sealed: string): Uint8Array {
+export function unsealSecret(
+  sessionKey: Uint8Array,
+  image: Uint8Array,
+  sealed: string,
+  what: Sealed = 'memferry seal',
+): Uint8Array {
   const bytes = Buffer.from(sealed, 'hex');
   if (bytes.length === nonceBytes + imageSecretBytes + tagBytes) {
     const tagAt = bytes.length - tagBytes;
-    const cipher = createDecipheriv('aes-256-gcm', sealKey(sessionKey), bytes.subarray(0, nonceBytes), {
+    const cipher = createDecipheriv('aes-256-gcm', sealKey(sessionKey, what), bytes.subarray(0, nonceBytes), {
       authTagLength: tagBytes,
     })
       .setAAD(image)
@@ -90,7 +109,7 @@ export function provesOpen(secret: Uint8Array, sessionKey: Uint8Array, proof: st
 }
 
 /**
- * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 4 + role`, 32 bytes each.
+ * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 5 + role`, 32 bytes each.
  * The other roles' places hold what nobody can know.
  */
 export function stageTokens(
@@ -143,6 +162,6 @@ export function chainTable(tokens: Uint8Array): Uint8Array {
   return table;
 }
 
-function sealKey(sessionKey: Uint8Array): Buffer {
-  return createHmac('sha256', sessionKey).update('memferry seal').digest();
+function sealKey(sessionKey: Uint8Array, what: Sealed): Buffer {
+  return createHmac('sha256', sessionKey).update(what).digest();
 }

@@ -31,6 +31,8 @@ export interface NewImage {
   /** 32 hex digits: the migration's id. */
   image: string;
   secret: Uint8Array;
+  /** Of its deduplication domain; null: it shares nothing. */
+  domainKey: Uint8Array | null;
   /** The guest's, for reports. */
   name: string;
   kind: ImageKind;
@@ -62,6 +64,8 @@ export class ImageSet {
   readonly image: string;
   readonly secret: Uint8Array;
   readonly kind: ImageKind;
+  /** At the image's maker, where it shares content: the key of its deduplication domain. */
+  readonly domainKey: Uint8Array | null;
   /** As the home server has it; null at the image's maker. */
   readonly info: ImageInfo | null;
   /** Servers that were named and did not answer when the image was made. */
@@ -79,11 +83,13 @@ export class ImageSet {
     info: ImageInfo | null;
     members: Member[];
     unanswered?: readonly Intermediary[];
+    domainKey?: Uint8Array | null;
     connection: ImageSetConnection;
   }) {
     this.image = made.image;
     this.secret = made.secret;
     this.kind = made.kind;
+    this.domainKey = made.domainKey ?? null;
     this.info = made.info;
     this.#members = made.members;
     this.#unanswered = made.unanswered ?? [];
@@ -110,9 +116,11 @@ export class ImageSet {
     try {
       await Promise.all(clients.map((client) => client.firstAnnouncement()));
       const list = clients.map(({ host, port, name }) => ({ name, host, port }));
-      const { secret, ...rest } = made;
+      const { secret, domainKey, ...rest } = made;
       const sessions = await Promise.allSettled(
-        clients.map((client, ordinal) => client.create({ ...rest, ordinal, servers: list }, secret)),
+        clients.map((client, ordinal) =>
+          client.create({ ...rest, ordinal, servers: list }, secret, domainKey),
+        ),
       );
       const failed = sessions.find((outcome) => outcome.status === 'rejected');
       if (failed) {
@@ -215,6 +223,7 @@ export class ImageSet {
     return this.#members.map(({ address, session }) => ({
       ...address,
       session: session?.session ?? 0,
+      identity: session?.identity ?? null,
       tokens: session?.tokens ?? new Uint8Array(stageAttempts * stageRoleCount * 32),
     }));
   }

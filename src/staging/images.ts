@@ -39,12 +39,17 @@ export class StagedImages {
 
   constructor(private readonly config: StagedImagesConfig) {}
 
+  /** Of the server's memory, for the hints of deduplication. */
+  get identity(): string {
+    return native(() => this.config.stage.identity());
+  }
+
   get size(): number {
     return this.#images.size;
   }
 
   /** Throws VMD_CAPACITY, VMD_REFUSED, PROTOCOL_ERROR, PLAINTEXT_REQUIRED; then nothing has happened. */
-  create(create: CreateImage, secret: Uint8Array): StagedImage {
+  create(create: CreateImage, secret: Uint8Array, domainKey: Uint8Array | null = null): StagedImage {
     const { maxImages, stage } = this.config;
     const id = create.image;
     if (this.#images.has(id) || this.#gone.has(id) || this.tombstones.has(id)) {
@@ -60,7 +65,7 @@ export class StagedImages {
     }
     const bytes = Buffer.from(id, 'hex');
     const capacities = create.regions.map(({ capacityPages }) => capacityPages);
-    if (!native(() => stage.createImage(bytes, capacities, create.ordinal))) {
+    if (!native(() => stage.createImage(bytes, capacities, create.ordinal, domainKey))) {
       const { freeBytes } = stage.stats();
       const text = `the index of ${capacities.reduce((sum, pages) => sum + pages, 0)} pages finds no room; ${freeBytes} bytes are free`;
       throw new MemferryError('VMD_CAPACITY', text, { facts: { free: freeBytes } });
@@ -107,7 +112,8 @@ export class StagedImages {
     const nowMs = performance.now();
     return [...this.#images.values()].map((image) => {
       const { name, kind, phase, ordinal, servers, regions, epoch } = image.info;
-      const { pagesHeld, pagesZero, pagesKnown, bytes, bytesIn, bytesOut, sealed } = image.stats() ?? nothing;
+      const stats = image.stats() ?? nothing;
+      const { pagesHeld, pagesShared, pagesZero, pagesKnown, bytes, bytesIn, bytesOut, sealed } = stats;
       return {
         id: image.id,
         name,
@@ -118,6 +124,7 @@ export class StagedImages {
         epoch,
         pages: regions.reduce((sum, region) => sum + region.pages, 0),
         pagesHeld,
+        pagesShared,
         pagesZero,
         pagesKnown,
         bytes,
@@ -168,6 +175,7 @@ export class StagedImages {
 
 const nothing = {
   pagesHeld: 0,
+  pagesShared: 0,
   pagesZero: 0,
   pagesKnown: 0,
   bytes: 0,

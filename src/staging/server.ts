@@ -118,13 +118,15 @@ class StageServer implements Staging {
   }
 
   status(): StageStatus {
-    const { connections, bytesIn, bytesOut } = this.stage.stats();
+    const { connections, bytesIn, bytesOut, sharedPages, hintBytes } = this.stage.stats();
     return {
       ...this.#announcement(),
       maxImages: this.options.maxImages,
       connections,
       bytesIn,
       bytesOut,
+      sharedPages,
+      hintBytes,
       uptimeMs: performance.now() - this.#startedMs,
       held: this.#images.status(),
     };

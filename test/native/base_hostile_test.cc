@@ -124,11 +124,11 @@ std::vector<Attack> attacks() {
          const std::byte hash[16] = {};
          bench.data(0).frame(FrameType::kTree, 0, run(0, 1), 0, hash);
        }},
-      {"an empty probe", [](test::Bench& bench) { bench.data(0).frame(FrameType::kProbe); }},
+      {"an empty probe", [](test::Bench& bench) { bench.data(0).frame(FrameType::kLinkProbe); }},
       {"a probe on the demand channel",
        [](test::Bench& bench) {
          const std::byte some[16] = {};
-         bench.demand().frame(FrameType::kProbe, 0, {}, 0, some);
+         bench.demand().frame(FrameType::kLinkProbe, 0, {}, 0, some);
        }},
   };
 }

@@ -57,7 +57,10 @@ class ScatterGuest {
         const std::uint64_t kind = random() % 8;
         // Zeros that were written, and pages that nobody has ever touched.
         if (kind == 0) std::memset(source(region, page), 0, page_size_);
-        if (kind > 1) fill(region, page, random());
+        const std::uint64_t own = random();
+        // A content of its own, or one of those that guests have in common, some of them several times.
+        const bool alike = own % 1000 < plan.alike;
+        if (kind > 1) fill(region, page, alike ? 1 + page % 200 : own);
       }
     }
     if (keep_first) first_ = oracle_;
@@ -99,7 +102,7 @@ class ScatterGuest {
             std::memset(oracle(region, page), 0, page_size_);
             break;
           case 1:
-            fill(region, page, random());
+            fill(region, page, random() % 1000 < plan_.alike ? 1 + random() % 200 : random());
             break;
           default: {
             const std::uint64_t word = random();

@@ -94,14 +94,16 @@ struct Vmd {
 // side, and one for each other server that may pass replicas on to it. False when there is no room for its index.
 inline bool give_image(Stage& stage, const ImageId& image, const std::vector<std::uint64_t>& region_pages,
                        std::uint8_t ordinal, const std::vector<std::uint16_t>& ports,
-                       std::uint32_t attempts = 16) {
+                       std::uint32_t attempts = 16, const std::optional<DomainKey>& domain = std::nullopt) {
   using wire::StageRole;
   const unsigned reads = role_bit(StageRole::kGather) | role_bit(StageRole::kDemand);
-  if (!stage.create_image({.id = image, .region_pages = region_pages, .ordinal = ordinal})) return false;
-  stage.add_session(image, kSourceSession, role_bit(StageRole::kScatter),
+  if (!stage.create_image({.id = image, .region_pages = region_pages, .ordinal = ordinal, .domain = domain}))
+    return false;
+  stage.add_session(image, kSourceSession, role_bit(StageRole::kScatter) | role_bit(StageRole::kProbe),
                     stage_tokens(image, kSourceSession, attempts));
   stage.add_session(image, kDestinationSession, reads, stage_tokens(image, kDestinationSession, attempts));
-  stage.add_session(image, kObserverSession, reads | role_bit(StageRole::kScatter),
+  stage.add_session(image, kObserverSession,
+                    reads | role_bit(StageRole::kScatter) | role_bit(StageRole::kProbe),
                     stage_tokens(image, kObserverSession, attempts));
   for (std::size_t other = 0; other < ports.size(); ++other) {
     if (other == ordinal) continue;
@@ -115,11 +117,12 @@ inline bool give_image(Stage& stage, const ImageId& image, const std::vector<std
 
 inline std::vector<StageServer> server_addresses(const ImageId& image, std::uint16_t session,
                                                  const std::vector<std::uint16_t>& ports,
-                                                 std::uint32_t attempts = 16) {
+                                                 std::uint32_t attempts = 16,
+                                                 const std::vector<std::uint64_t>& identities = {}) {
   std::vector<StageServer> all;
   for (std::size_t i = 0; i < ports.size(); ++i) {
-    all.push_back(
-        {"s" + std::to_string(i), "127.0.0.1", ports[i], session, stage_tokens(image, session, attempts)});
+    all.push_back({"s" + std::to_string(i), "127.0.0.1", ports[i], session,
+                   stage_tokens(image, session, attempts), i < identities.size() ? identities[i] : 0});
   }
   return all;
 }

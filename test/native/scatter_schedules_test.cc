@@ -100,6 +100,7 @@ class Campaign {
       for (const Outcome each : run->outcomes()) ++outcomes_[static_cast<std::size_t>(each)];
       for (const FaultKind each : run->struck()) ++struck_[static_cast<std::size_t>(each)];
       gathered_ += run->pages_gathered();
+      deduplicated_ += run->pages_deduplicated();
       remote_faults_ += run->remote_faults();
       given_up_for_nothing_ += run->given_up_for_nothing();
       audits_ += run->audits();
@@ -127,11 +128,13 @@ class Campaign {
     for (std::size_t i = 0; i < outcomes_.size(); ++i)
       text += std::string(" ") + name_of(static_cast<Outcome>(i)) + " " + std::to_string(outcomes_[i]);
     std::printf(
-        "%s: %u schedules in %.1f s, the slowest %.1f s; guests:%s; %llu pages gathered, %llu faults, "
+        "%s: %u schedules in %.1f s, the slowest %.1f s; guests:%s; %llu pages gathered, %llu deduplicated, "
+        "%llu faults, "
         "%llu audits, %llu servers given up for nothing\n",
         test::name_of(way_), done_, seconds, slowest_, text.c_str(),
-        static_cast<unsigned long long>(gathered_), static_cast<unsigned long long>(remote_faults_),
-        static_cast<unsigned long long>(audits_), static_cast<unsigned long long>(given_up_for_nothing_));
+        static_cast<unsigned long long>(gathered_), static_cast<unsigned long long>(deduplicated_),
+        static_cast<unsigned long long>(remote_faults_), static_cast<unsigned long long>(audits_),
+        static_cast<unsigned long long>(given_up_for_nothing_));
     text.clear();
     for (std::size_t i = 0; i < struck_.size(); ++i)
       text += std::string(" ") + test::name_of(static_cast<FaultKind>(i)) + " " + std::to_string(struck_[i]);
@@ -150,6 +153,12 @@ class Campaign {
       EXPECT_EQ(outcomes_[i] > 0, !never) << name_of(outcome);
     }
     EXPECT_GT(gathered_, 0u);
+    // After rounds there is little left to push, and less of it alike.
+    if (way_ == Way::kScatter) {
+      EXPECT_GT(deduplicated_, 0u);
+    } else if (way_ != Way::kScatterHybrid) {
+      EXPECT_EQ(deduplicated_, 0u);
+    }
     EXPECT_GT(audits_, 0u);
     EXPECT_EQ(remote_faults_ > 0, way_ != Way::kScatterPreCopy);
   }
@@ -166,6 +175,7 @@ class Campaign {
   std::array<unsigned, ScheduleRun::kOutcomes> outcomes_{};
   std::array<unsigned, Schedule::kFaultKinds> struck_{};
   std::uint64_t gathered_ = 0;
+  std::uint64_t deduplicated_ = 0;
   std::uint64_t remote_faults_ = 0;
   std::uint64_t given_up_for_nothing_ = 0;
   std::uint64_t audits_ = 0;

@@ -83,6 +83,7 @@ struct Schedule {
       if (delta_cache > 0) agreed |= wire::kFlagDelta;
       return agreed;
     }
+    unsigned alike = 0;  // permille of its pages that other guests have too
     std::uint64_t pages() const {
       std::uint64_t all = 0;
       for (const std::uint64_t each : region_pages) all += each;
@@ -94,6 +95,7 @@ struct Schedule {
   Way way{};
   unsigned servers = 1;
   unsigned replicas = 1;
+  bool dedup = false;  // its guests are of one deduplication domain
   bool audit = false;  // read every server's pages when a source says that it is evicted
   std::vector<Guest> guests;
   std::vector<Fault> faults;
@@ -216,6 +218,16 @@ inline Schedule Schedule::of(std::uint64_t seed) {
     }
     made.faults.push_back(fault);
   }
+  // Last, so that the rest of a seed's schedule is what it always was.
+  made.dedup = (made.way == Way::kScatter || made.way == Way::kScatterHybrid) && one_in(2);
+  for (Guest& guest : made.guests) {
+    guest.alike = 300 * number(0, 3);
+    if (!made.dedup || one_in(4)) continue;
+    // Else these few pages are sent before anybody could look at them, and not to the servers.
+    guest.send_limit = 1ULL << number(20, 23);
+    guest.intake_limit = 1ULL << number(16, 19);
+    guest.hurry_ms = number(100, 500);
+  }
   // Last, so that a seed's schedule is otherwise what it was before there were encodings.
   for (Guest& guest : made.guests) {
     guest.compress = static_cast<wire::Compress>(below(4));
@@ -226,7 +238,8 @@ inline Schedule Schedule::of(std::uint64_t seed) {
 
 inline std::string Schedule::line() const {
   std::string text = "seed " + std::to_string(seed) + ": " + name_of(way) + ", " + std::to_string(servers) +
-                     " servers, replicas " + std::to_string(replicas) + (audit ? ", audit" : "");
+                     " servers, replicas " + std::to_string(replicas) + (audit ? ", audit" : "") +
+                     (dedup ? ", dedup" : "");
   for (const Guest& guest : guests) {
     text += "; guest";
     for (const std::uint64_t pages : guest.region_pages) text += " " + std::to_string(pages);
@@ -236,8 +249,8 @@ inline std::string Schedule::line() const {
             std::to_string(guest.rounds) + "+" + std::to_string(guest.discards) + " rounds" +
             (guest.release_as_evicted ? ", releases" : "") +
             (guest.paging_from_start ? ", pages at once" : "") +
-            (guest.write_tracker ? ", write tracker" : "") + ", compress " +
-            std::to_string(static_cast<int>(guest.compress)) + ", delta cache " +
+            (guest.write_tracker ? ", write tracker" : "") + ", alike " + std::to_string(guest.alike) +
+            ", compress " + std::to_string(static_cast<int>(guest.compress)) + ", delta cache " +
             std::to_string(guest.delta_cache >> 10);
   }
   for (const Fault& fault : faults) {

@@ -24,6 +24,8 @@ class ScheduleRun : public ScheduleVerdict {
 
   void run() {
     std::vector<std::uint16_t> ports;
+    std::vector<std::uint64_t> identities;
+    const auto domain = schedule_.dedup ? std::optional(DomainKey{1, 2, 3}) : std::nullopt;
     for (unsigned i = 0; i < schedule_.servers; ++i) {
       const bool network =
           std::any_of(schedule_.faults.begin(), schedule_.faults.end(), [i](const Schedule::Fault& each) {
@@ -31,12 +33,13 @@ class ScheduleRun : public ScheduleVerdict {
           });
       servers_.push_back(std::make_unique<Server>(i, network));
       ports.push_back(servers_.back()->vmd.port());
+      identities.push_back(servers_.back()->vmd.stage()->identity());
     }
     for (unsigned i = 0; i < schedule_.guests.size(); ++i) {
-      migrations_.push_back(std::make_unique<Migration>(schedule_, i, ports));
+      migrations_.push_back(std::make_unique<Migration>(schedule_, i, ports, identities));
       for (auto& server : servers_) {
         if (!give_image(*server->vmd.stage(), migrations_[i]->image, schedule_.guests[i].region_pages,
-                        static_cast<std::uint8_t>(server->ordinal), ports, FaultyServer::kAttempts)) {
+                        static_cast<std::uint8_t>(server->ordinal), ports, FaultyServer::kAttempts, domain)) {
           fail("an image finds no room");
         }
       }
@@ -157,6 +160,7 @@ class ScheduleRun : public ScheduleVerdict {
     config.destination_encodings = of.plan.encodings();
     config.server_encodings = of.plan.encodings() & wire::kCompressions;
     config.delta_cache_bytes = of.plan.delta_cache;
+    if (schedule_.dedup) config.dedup = DomainKey{1, 2, 3};
     config.on_event = [&of, keep = of.departures.callback()](const EngineEvent& event) {
       // At once: what is on its way to the destination now has not been acknowledged.
       const bool done = event.kind == EngineEventKind::kEvicted || event.kind == EngineEventKind::kRoundDone;

@@ -101,7 +101,10 @@ class ScheduleVerdict : public ScheduleAudit {
   void finish(Migration& of) {
     of.guest.stop_writing();
     of.guest.expect_faults();
-    if (of.sender) of.sender->close(false);
+    if (of.sender) {
+      of.sender->close(false);
+      if (const auto& dedup = of.sender->stats().dedup) of.deduplicated = dedup->pages;
+    }
     // Poisons what is missing, which wakes who waits for it.
     if (of.receiver) {
       of.receiver->close();

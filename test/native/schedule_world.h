@@ -80,6 +80,11 @@ class ScheduleWorld {
     }
     return all;
   }
+  [[nodiscard]] std::uint64_t pages_deduplicated() const {
+    std::uint64_t all = 0;
+    for (const auto& each : migrations_) all += each->deduplicated;
+    return all;
+  }
   [[nodiscard]] std::uint64_t pages_gathered() const {
     std::uint64_t all = 0;
     for (const auto& each : migrations_) all += each->gathered;
@@ -154,14 +159,15 @@ class ScheduleWorld {
     Strike(Strike&& other) noexcept : fault(other.fault) {}
   };
   struct Migration {
-    Migration(const Schedule& schedule, unsigned index_in, const std::vector<std::uint16_t>& ports)
+    Migration(const Schedule& schedule, unsigned index_in, const std::vector<std::uint16_t>& ports,
+              const std::vector<std::uint64_t>& identities)
         : index(index_in),
           plan(schedule.guests[index_in]),
           guest(plan, schedule.seed * 3 + index_in,
                 schedule.way == Way::kScatterHybrid || schedule.way == Way::kScatterPreCopy) {
       image.fill(0x42);
       image[1] = static_cast<std::uint8_t>(index);
-      source_servers = server_addresses(image, kSourceSession, ports, FaultyServer::kAttempts);
+      source_servers = server_addresses(image, kSourceSession, ports, FaultyServer::kAttempts, identities);
       destination_servers = server_addresses(image, kDestinationSession, ports, FaultyServer::kAttempts);
     }
     const unsigned index;
@@ -192,6 +198,7 @@ class ScheduleWorld {
     std::set<PageId> lost;
     Outcome outcome = Outcome::kStayed;
     std::uint64_t gathered = 0;
+    std::uint64_t deduplicated = 0;
     std::uint64_t remote_faults = 0;
   };
 

@@ -342,10 +342,12 @@ struct StageBench {
     stage->close();
   }
   // An image with its two sessions.
-  void make(const ImageId& id, std::vector<std::uint64_t> region_pages, std::uint8_t ordinal = 0) const {
-    ASSERT_TRUE(stage->create_image({id, std::move(region_pages), ordinal}));
-    ASSERT_TRUE(
-        stage->add_session(id, kSource, role_bit(wire::StageRole::kScatter), stage_tokens(id, kSource)));
+  void make(const ImageId& id, std::vector<std::uint64_t> region_pages, std::uint8_t ordinal = 0,
+            const std::optional<DomainKey>& domain = std::nullopt) const {
+    ASSERT_TRUE(stage->create_image({id, std::move(region_pages), ordinal, domain}));
+    ASSERT_TRUE(stage->add_session(id, kSource,
+                                   role_bit(wire::StageRole::kScatter) | role_bit(wire::StageRole::kProbe),
+                                   stage_tokens(id, kSource)));
     ASSERT_TRUE(stage->add_session(id, kDestination,
                                    role_bit(wire::StageRole::kGather) | role_bit(wire::StageRole::kDemand),
                                    stage_tokens(id, kDestination)));

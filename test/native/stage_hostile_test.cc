@@ -41,7 +41,7 @@ std::vector<Bad> forms() {
   FrameHeader header = header_of(FrameType::kBarrier);
   header.magic ^= 1;
   add("magic", header);
-  for (const unsigned type : {0U, 21U, 99U, 0xffffU}) {
+  for (const unsigned type : {0U, 32U, 99U, 0xffffU}) {
     header = header_of(FrameType::kBarrier);
     header.type = static_cast<std::uint16_t>(type);
     add("type " + std::to_string(type), header);

@@ -638,10 +638,11 @@ TEST(Stage, BoundsOfWhatMayBeAskedFor) {
 
   const auto tokens = stage_tokens(id, 1);
   EXPECT_THROW(stage->add_session(id, 1, 0, tokens), std::invalid_argument);
-  EXPECT_THROW(stage->add_session(id, 1, 16, tokens), std::invalid_argument);
+  EXPECT_THROW(stage->add_session(id, 1, 32, tokens), std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 1, {}), std::invalid_argument);
-  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(5)), std::invalid_argument);
-  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(65 * 4)), std::invalid_argument);
+  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(6)), std::invalid_argument);
+  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(65 * wire::kStageRoles)),
+               std::invalid_argument);
   EXPECT_TRUE(stage->add_session(id, 1, 1, tokens));
   EXPECT_THROW(stage->add_session(id, 1, 1, tokens), std::invalid_argument);
   EXPECT_THROW(stage->set_chain(id, 250, "127.0.0.1", 1, chain_tokens(id, 0)), std::invalid_argument);

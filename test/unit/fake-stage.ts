@@ -10,6 +10,7 @@ import { readPreface } from './control-pair.js';
 interface FakeImage {
   regionPages: number[];
   ordinal: number;
+  domainKey: Uint8Array | null;
   sessions: Map<number, { roles: number; tokens: Uint8Array }>;
   chains: Map<number, { host: string; port: number; tokens: Uint8Array }>;
   state: Uint8Array | null;
@@ -28,7 +29,16 @@ export class FakeStage implements NativeStage {
 
   async preallocate(): Promise<void> {}
 
-  createImage(image: Uint8Array, regionPages: number[], ordinal: number): boolean {
+  identity(): string {
+    return '0123456789abcdef';
+  }
+
+  createImage(
+    image: Uint8Array,
+    regionPages: number[],
+    ordinal: number,
+    domainKey: Uint8Array | null,
+  ): boolean {
     const id = hexOf(image);
     if (this.images.has(id)) throw new RangeError('the id is taken');
     const index = regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage;
@@ -36,6 +46,7 @@ export class FakeStage implements NativeStage {
     this.images.set(id, {
       regionPages,
       ordinal,
+      domainKey,
       sessions: new Map(),
       chains: new Map(),
       state: null,
@@ -99,6 +110,8 @@ export class FakeStage implements NativeStage {
       connections: 0,
       bytesIn,
       bytesOut,
+      sharedPages: 0,
+      hintBytes: 0,
     };
   }
 
@@ -109,6 +122,7 @@ export class FakeStage implements NativeStage {
 
 const nothing: NativeImageStats = {
   pagesHeld: 0,
+  pagesShared: 0,
   pagesZero: 0,
   pagesKnown: 0,
   bytes: 0,
@@ -209,6 +223,7 @@ export function newImage(more: Partial<NewImage> = {}): NewImage {
   return {
     image: imageId,
     secret: imageSecret,
+    domainKey: null,
     name: 'guest',
     kind: 'migration',
     regions: [{ name: 'heap', pages: 64, capacityPages: 128 }],

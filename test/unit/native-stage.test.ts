@@ -34,7 +34,7 @@ function serve(stage: NativeStage | null): NativeListener {
 }
 
 function tokens(attempts: number): Uint8Array {
-  return new Uint8Array(attempts * 4 * 32).fill(3);
+  return new Uint8Array(attempts * 5 * 32).fill(3);
 }
 
 function hello(id: Uint8Array, session: number, attempt: number): Buffer {
@@ -70,7 +70,7 @@ function ended(socket: net.Socket): Promise<void> {
 describe('NativeStage', () => {
   it('keeps images, sessions and states', () => {
     const stage = makeStage();
-    expect(stage.createImage(image, [1024, 10], 2)).toBe(true);
+    expect(stage.createImage(image, [1024, 10], 2, null)).toBe(true);
     expect(stage.addSession(image, 1, 1 << ROLE_SCATTER, tokens(4))).toBe(true);
     expect(stage.setChain(image, 1, '127.0.0.1', 4000, new Uint8Array(64))).toBe(true);
     expect(stage.state(image)).toBe(null);
@@ -83,6 +83,7 @@ describe('NativeStage', () => {
     expect(stage.seal(image)).toBe(true);
     expect(stage.image(image)).toEqual({
       pagesHeld: 0,
+      pagesShared: 0,
       pagesZero: 0,
       pagesKnown: 0,
       // 4 + 1 blocks of index and 3 of state.
@@ -128,13 +129,14 @@ describe('NativeStage', () => {
     const invalid = expect.objectContaining({ code: 'INVALID_ARGUMENT' });
     expect(() => addon.createStage({ memoryBytes: MEMORY - 1, bandwidth: 0 })).toThrow(invalid);
     const stage = makeStage();
-    expect(stage.createImage(image, [16], 0)).toBe(true);
-    expect(() => stage.createImage(image, [16], 0)).toThrow(invalid);
-    expect(() => stage.createImage(unknown, [2 ** 50], 0)).toThrow(invalid);
-    expect(() => stage.createImage(unknown, [16], 300)).toThrow(invalid);
-    expect(() => stage.createImage(new Uint8Array(15), [16], 0)).toThrow(invalid);
+    expect(stage.createImage(image, [16], 0, null)).toBe(true);
+    expect(() => stage.createImage(image, [16], 0, null)).toThrow(invalid);
+    expect(() => stage.createImage(unknown, [2 ** 50], 0, null)).toThrow(invalid);
+    expect(() => stage.createImage(unknown, [16], 300, null)).toThrow(invalid);
+    expect(() => stage.createImage(unknown, [16], 0, new Uint8Array(31))).toThrow(invalid);
+    expect(() => stage.createImage(new Uint8Array(15), [16], 0, null)).toThrow(invalid);
     expect(() => stage.addSession(image, 65_536, 1, tokens(1))).toThrow(invalid);
-    expect(() => stage.addSession(image, 1, 16, tokens(1))).toThrow(invalid);
+    expect(() => stage.addSession(image, 1, 32, tokens(1))).toThrow(invalid);
     expect(() => stage.addSession(image, 1, 1, new Uint8Array(33))).toThrow(invalid);
     expect(() => stage.setChain(image, 1, 'localhost', 4000, new Uint8Array(32))).toThrow(invalid);
     expect(() => stage.setChain(image, 1, '127.0.0.1', 0, new Uint8Array(32))).toThrow(invalid);
@@ -142,7 +144,7 @@ describe('NativeStage', () => {
     stage.close();
     stage.close();
     const closed = expect.objectContaining({ code: 'CLOSED' });
-    expect(() => stage.createImage(unknown, [16], 0)).toThrow(closed);
+    expect(() => stage.createImage(unknown, [16], 0, null)).toThrow(closed);
     expect(() => stage.drop(image)).toThrow(closed);
     expect(() => stage.preallocate()).toThrow(closed);
     expect(() => serve(stage)).toThrow(closed);
@@ -152,7 +154,7 @@ describe('NativeStage', () => {
   it('is reached through a listener', async () => {
     const stage = makeStage();
     const { port } = serve(stage);
-    stage.createImage(image, [16], 0);
+    stage.createImage(image, [16], 0, null);
     stage.addSession(image, 9, 1 << ROLE_SCATTER, tokens(4));
     expect((await say(port, hello(unknown, 9, 0))).status).toBe(3);
     expect((await say(port, hello(image, 8, 0))).status).toBe(2);
@@ -174,8 +176,8 @@ describe('NativeStage', () => {
       const listener = addon.createListener('127.0.0.1', 0, () => {});
       listener.serveStage(stage);
       const image = new Uint8Array(16).fill(7);
-      stage.createImage(image, [16], 0);
-      stage.addSession(image, 9, 1, new Uint8Array(128).fill(3));
+      stage.createImage(image, [16], 0, null);
+      stage.addSession(image, 9, 1, new Uint8Array(160).fill(3));
       parentPort.postMessage(listener.port);
       setInterval(() => {}, 1000);
     `;

@@ -32,6 +32,7 @@ const requests: Record<string, unknown>[] = [
     request: 1,
     image,
     sealedSecret: '00'.repeat(60),
+    sealedDomain: null,
     name: 'guest',
     kind: 'park',
     ordinal: 0,
@@ -75,6 +76,8 @@ const status: StageStatus = {
   connections: 2,
   bytesIn: 1,
   bytesOut: 2,
+  sharedPages: 4,
+  hintBytes: 4096,
   uptimeMs: 90_500.25,
   held: [
     {
@@ -87,6 +90,7 @@ const status: StageStatus = {
       epoch: 3,
       pages: 64,
       pagesHeld: 40,
+      pagesShared: 4,
       pagesZero: 24,
       pagesKnown: 64,
       bytes: 2 ** 20,
@@ -112,7 +116,7 @@ const info = {
   owner: null,
 };
 const answers: Record<string, unknown>[] = [
-  { type: 'created', request: 1, session: 1, encodings: ['lz4'] },
+  { type: 'created', request: 1, session: 1, encodings: ['lz4'], identity: '0123456789abcdef' },
   { type: 'opened', request: 2, session: null, info },
   { type: 'committed', request: 3 },
   { type: 'held', request: 3 },
@@ -235,12 +239,12 @@ describe("an image's secret", () => {
 
   it('gives tokens in the order that the native side reads them in', () => {
     const tokens = stageTokens(key, id, 0x0102, 0b0110);
-    expect(tokens).toHaveLength(64 * 4 * 32);
+    expect(tokens).toHaveLength(64 * 5 * 32);
     const at = (attempt: number, role: number) =>
-      Buffer.from(tokens.subarray((attempt * 4 + role) * 32, (attempt * 4 + role + 1) * 32));
-    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 4);
+      Buffer.from(tokens.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
+    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 5);
     const expected = (attempt: number, role: number) =>
-      Buffer.from(stream.subarray((attempt * 4 + role) * 32, (attempt * 4 + role + 1) * 32));
+      Buffer.from(stream.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
     for (const attempt of [0, 1, 63]) {
       expect(at(attempt, 1)).toEqual(expected(attempt, 1));
       expect(at(attempt, 2)).toEqual(expected(attempt, 2));
@@ -251,7 +255,7 @@ describe("an image's secret", () => {
     const context = Buffer.concat([id, Buffer.from([3, 0, 2, 1])]);
     const last = Buffer.from(tokenStream(secret, 'memferry chain', context, 5).subarray(4 * 32));
     expect(Buffer.from(chain.subarray(4 * 32))).toEqual(last);
-    expect(Buffer.from(chainTable(chain).subarray((4 * 4 + 3) * 32, (4 * 4 + 4) * 32))).toEqual(last);
+    expect(Buffer.from(chainTable(chain).subarray((4 * 5 + 3) * 32, (4 * 5 + 4) * 32))).toEqual(last);
     expect([1, 16, 17, 64, 250].map(chainAttempts)).toEqual([64, 64, 60, 16, 4]);
   });
 
@@ -262,7 +266,7 @@ describe("an image's secret", () => {
       `"3066e10b071883b3f128f50282a65ee0"`,
     );
     expect(openProof(secret, key).slice(0, 16)).toMatchInlineSnapshot(`"5ef42cd17a6c074e"`);
-    expect(digest(stageTokens(key, id, 7, 0b1111))).toMatchInlineSnapshot(`"2f78e26dde7daf89"`);
+    expect(digest(stageTokens(key, id, 7, 0b11111))).toMatchInlineSnapshot(`"f46e5c43b406c442"`);
     expect(digest(chainTokens(secret, id, 0, 1, 64))).toMatchInlineSnapshot(`"dbbb1ac0cc5d758f"`);
   });
 });
@@ -325,8 +329,9 @@ describe('on the command line', () => {
     const text = describeStatus(status);
     expect(text).not.toContain('\u001b');
     expect(text).toContain('16.0 of 64.0 MiB used, 48.0 free');
+    expect(text).toContain('4 pages shared');
     expect(text.split('\n').at(-1)).toMatch(
-      new RegExp(`^${image}  gu\\?\\[2Jest  park  parked +1/2 +40 +24 +64 +1\\.00 +2h$`),
+      new RegExp(`^${image}  gu\\?\\[2Jest  park  parked +1/2 +40 +4 +24 +64 +1\\.00 +2h$`),
     );
     expect(describeStatus({ ...status, held: [] })).not.toContain('\n');
     expect([0, 119_999, 120_000, 7_200_000, 172_800_000].map(age)).toEqual(['0s', '119s', '2m', '2h', '2d']);

@@ -68,7 +68,7 @@ describe('a VMD server', () => {
       expect(image?.regionPages).toEqual([128]);
       expect(image?.ordinal).toBe(at);
       const known = image?.sessions.get(session?.session as number);
-      expect(known?.roles).toBe(1 << stageRoles.scatter);
+      expect(known?.roles).toBe((1 << stageRoles.scatter) | (1 << stageRoles.probe));
       expect(tokenOf(known?.tokens, 63, stageRoles.scatter)).toEqual(
         tokenOf(session?.tokens, 63, stageRoles.scatter),
       );
@@ -221,7 +221,7 @@ describe('a VMD server', () => {
     );
     expect(opened.failures).toMatchObject([{ ordinal: 1, error: { code: 'CONNECT_FAILED' } }]);
     expect(opened.servers.map(({ session }) => session > 0)).toEqual([true, false]);
-    expect(opened.servers[1]?.tokens).toHaveLength(64 * 4 * 32);
+    expect(opened.servers[1]?.tokens).toHaveLength(64 * 5 * 32);
     await set.close();
   });
 
@@ -253,7 +253,7 @@ describe('a VMD server', () => {
     });
 
     const client = await dial(server);
-    const { secret: _secret, ...rest } = newImage(other);
+    const { secret: _secret, domainKey: _domainKey, ...rest } = newImage(other);
     const elsewhere = [
       { name: 'a', ...server.address },
       { name: 'b', host: '192.0.2.1', port: 7000 },
@@ -501,11 +501,15 @@ describe('an image of a guest that moved', () => {
   });
 });
 
-function rest<T extends { secret: Uint8Array }>({ secret: _secret, ...others }: T): Omit<T, 'secret'> {
+function rest<T extends { secret: Uint8Array; domainKey: Uint8Array | null }>({
+  secret: _secret,
+  domainKey: _domainKey,
+  ...others
+}: T): Omit<T, 'secret' | 'domainKey'> {
   return others;
 }
 
 function tokenOf(table: Uint8Array | undefined, attempt: number, role: number): Buffer {
-  const at = (attempt * 4 + role) * 32;
+  const at = (attempt * 5 + role) * 32;
   return Buffer.from((table as Uint8Array).subarray(at, at + 32));
 }

@@ -1,0 +1,174 @@
+/**
+ * Figures 13 and 14: one to five busy guests of a quarter of the size that leave at once, with 80 % of their pages
+ * alike, through one intermediary, with and without deduplication: bytes on the wire, and eviction of the gang. And
+ * guests with nothing alike, where deduplication may cost next to nothing. The destination takes in so little by itself
+ * that the guests go through the VMD, where pages of several guests meet.
+ */
+import { median } from '../../support/statistics.js';
+import { colours, type Series } from '../chart.js';
+import type { FigureModule } from '../figure.js';
+import type { GuestSpec } from '../guests.js';
+import { inTurns, type Outcome, runMigration } from '../migrations.js';
+import { paperNumbers } from '../paper-numbers.js';
+import { atMost, type Check, quotient, Samples } from '../result.js';
+import type { Rig } from '../rig.js';
+
+/** Pages in a thousand. */
+const contents = { '80 % alike': 800, 'nothing alike': 0 } as const;
+type Content = keyof typeof contents;
+const variants = ['without', 'with'] as const;
+const busyBytesPerSecond = 10e6;
+const slow = { bandwidth: 2e6, gatherLimit: 8e6 };
+const series = (content: Content, variant: (typeof variants)[number]): string =>
+  `scatter ${variant} deduplication, ${content}`;
+
+/** What no deduplication can do without: every content once. */
+function distinctBytes(guestBytes: number, count: number, content: Content): number {
+  const alike = contents[content] / 1000;
+  return guestBytes * (alike + count * (1 - alike));
+}
+
+async function measure(
+  rig: Rig,
+  counts: number[],
+): Promise<{ samples: Samples; lineRate: number; notes: string[] }> {
+  const guestBytes = rig.options.guestBytes / 4;
+  const samples = new Samples();
+  const lines: number[] = [];
+  const saved: string[] = [];
+  for (let round = 0; round < rig.options.trials; round++) {
+    lines.push(await rig.goodput());
+    for (const count of inTurns(counts, round)) {
+      for (const content of Object.keys(contents) as Content[]) {
+        for (const variant of inTurns(variants, round)) {
+          const guest: GuestSpec = {
+            kind: 'busy',
+            lengthBytes: guestBytes,
+            writerBytesPerSecond: busyBytesPerSecond / count,
+            port: 0,
+            alike: contents[content],
+          };
+          const migrate = variant === 'with' ? { dedup: { domain: 'figure 13' } } : {};
+          const plan = { mode: 'scatter' as const, guest, count, verify: round === 0, migrate, listen: slow };
+          const outcome = await runMigration(rig, plan);
+          if (outcome === null) continue;
+          add(samples, series(content, variant), count, outcome);
+          const seconds = (outcome.evictionMs / 1000).toFixed(2);
+          const mib = (outcome.bytesOnWire / 2 ** 20).toFixed(0);
+          const distinct = (distinctBytes(guestBytes, count, content) / 2 ** 20).toFixed(0);
+          rig.tell(
+            `${count} guests, ${content}, ${variant}: ${mib} MiB (distinct ${distinct}), evicted after ${seconds} s, ` +
+              `${outcome.dedupCpuMs.toFixed(0)} ms of hashing`,
+          );
+          if (variant === 'with' && round === 0)
+            saved.push(`${count} guests, ${content}: ${outcome.dedupCpuMs.toFixed(0)} ms`);
+        }
+      }
+    }
+  }
+  return {
+    samples,
+    lineRate: median(lines),
+    notes: [`CPU time of hashing, all guests: ${saved.join('; ')}`],
+  };
+}
+
+function add(samples: Samples, name: string, count: number, outcome: Outcome): void {
+  samples.add(name, 'bytes', count, 'MiB', outcome.bytesOnWire / 2 ** 20);
+  samples.add(name, 'eviction', count, 's', outcome.evictionMs / 1000);
+}
+
+export const figures: FigureModule = {
+  names: ['13', '14'],
+  async run(rig, wanted, emit) {
+    const counts = (rig.options.counts ?? [1, 2, 3, 4, 5]).filter((count) => count >= 1);
+    const { samples, lineRate, notes } = await measure(rig, counts);
+    const guestBytes = rig.options.guestBytes / 4;
+    const points = samples.points((x) => (Number(x) * guestBytes) / lineRate);
+    const of = (content: Content, variant: (typeof variants)[number], measured: string, count: number) =>
+      samples.median(series(content, variant), measured, count);
+    const bytesChecks: Check[] = [];
+    const evictionChecks: Check[] = [];
+    for (const count of counts) {
+      const distinct = distinctBytes(guestBytes, count, '80 % alike') / 2 ** 20;
+      const all = (count * guestBytes) / 2 ** 20;
+      const bytes = of('80 % alike', 'with', 'bytes', count);
+      // 1 % of everything is what its asking may take.
+      const limit = Number((1.02 + (0.01 * all) / distinct).toFixed(3));
+      bytesChecks.push(
+        atMost(`${count} guests, 80 % alike: bytes`, quotient(bytes, distinct), limit, 'the distinct bytes'),
+      );
+      const evictions = (content: Content) =>
+        quotient(of(content, 'with', 'eviction', count), of(content, 'without', 'eviction', count));
+      evictionChecks.push(
+        atMost(
+          `${count} guests, 80 % alike: eviction with deduplication`,
+          evictions('80 % alike'),
+          Number(((distinct / all) * 1.05).toFixed(3)),
+          'that without (the share of distinct bytes, 5 % more)',
+        ),
+        atMost(
+          `${count} guests, nothing alike: eviction with deduplication`,
+          evictions('nothing alike'),
+          1.02,
+          'that without',
+        ),
+      );
+    }
+    const chart = (name: string, measured: string, yLabel: string, title: string) => ({
+      name,
+      kind: 'line' as const,
+      title,
+      xLabel: 'guests',
+      yLabel,
+      xTicks: counts.map((at) => ({ at, label: String(at) })),
+      series: (Object.keys(contents) as Content[]).flatMap((content) =>
+        variants.map(
+          (variant): Series => ({
+            name: series(content, variant),
+            from: 'here',
+            colour: variant === 'with' ? colours.scatter : `${colours.scatter}80`,
+            plain: content === 'nothing alike',
+            points: points.flatMap(({ series: own, measure: what, x, value }) =>
+              own === series(content, variant) && what === measured && value !== null
+                ? [[Number(x), value] as [number, number]]
+                : [],
+            ),
+          }),
+        ),
+      ),
+    });
+    const setting = {
+      guestBytes,
+      trials: rig.options.trials,
+      link: rig.options.link,
+      lineMegabytesPerSecond: lineRate / 1e6,
+      destinationMegabytesPerSecond: slow.bandwidth / 1e6,
+    };
+    const common = { xName: 'guests', setting, notes };
+    if (wanted.has('13')) {
+      const title = 'Figure 13: bytes on the wire of busy guests at once, with and without deduplication';
+      emit({
+        ...common,
+        figure: '13',
+        title,
+        points: points.filter((point) => point.measure === 'bytes'),
+        checks: bytesChecks,
+        charts: [chart('figure-13', 'bytes', 'MiB', title)],
+        paper: paperNumbers['13'] ?? [],
+      });
+    }
+    if (wanted.has('14')) {
+      const title = 'Figure 14: eviction of busy guests at once, with and without deduplication';
+      emit({
+        ...common,
+        figure: '14',
+        title,
+        points: points.filter((point) => point.measure === 'eviction'),
+        checks: evictionChecks,
+        charts: [chart('figure-14', 'eviction', 'seconds', title)],
+        paper: paperNumbers['14'] ?? [],
+      });
+    }
+  },
+};

@@ -1,0 +1,179 @@
+// The connections on which a source asks what its domain's servers hold, and tells them what they hold by now. One
+// that fails or is slow is given up: nothing there is asked for any more, and pages go plainly.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "transfer/directory_range.h"
+#include "transfer/scatter_dedup.h"
+#include "transfer/stage_dial.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::chrono::milliseconds kDialTimeout{1000};
+// For an answer. Nothing else waits for it.
+constexpr std::chrono::milliseconds kPatience{1000};
+
+void append(std::vector<std::byte>& to, wire::FrameHeader header, std::span<const std::byte> payload) {
+  wire::seal(header, payload);
+  const auto* head = reinterpret_cast<const std::byte*>(&header);
+  to.insert(to.end(), head, head + sizeof header);
+  to.insert(to.end(), payload.begin(), payload.end());
+}
+
+}  // namespace
+
+void Scatter::Dedup::dial() {
+  for (std::size_t i = 0; i < directories_.size(); ++i) {
+    const StageServer& address = scatter_.config_.servers[i];
+    if (address.identity == 0) continue;
+    Directory& directory = directories_[i];
+    auto dialled = dial_stage(address, scatter_.shared_.migration, wire::StageRole::kProbe, directory.attempt,
+                              Clock::now() + kDialTimeout, scatter_.shared_.cancel_fd);
+    if (!dialled.stream) continue;
+    const timeval patience{kPatience.count() / 1000, kPatience.count() % 1000 * 1000};
+    ::setsockopt(dialled.stream->fd(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    ::setsockopt(dialled.stream->fd(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    const std::lock_guard lock(scatter_.mutex_);
+    if (scatter_.closing_) return;
+    directory.stream = std::move(dialled.stream);
+    identities_[i] = address.identity;
+  }
+}
+
+void Scatter::Dedup::lose_directory(std::size_t server) {
+  directories_[server].stream->shutdown();
+  identities_[server] = 0;
+}
+
+bool Scatter::Dedup::send(std::size_t server, std::vector<std::byte>& bytes) {
+  if (bytes.empty()) return true;
+  scatter_.shared_.count_bytes(bytes.size());
+  scatter_.shared_.pacer.debit_limit(bytes.size());
+  count_overhead(bytes.size());
+  const bool sent = directories_[server].stream->send_all(std::span<const std::byte>(bytes)).done();
+  bytes.clear();
+  if (!sent) lose_directory(server);
+  return sent;
+}
+
+bool Scatter::Dedup::receive(std::size_t server, wire::FrameType type, std::uint64_t tag,
+                             std::span<std::byte> payload) {
+  wire::Stream& stream = *directories_[server].stream;
+  wire::FrameHeader header{};
+  const bool came = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1))).done() &&
+                    wire::malformed(header, scatter_.page_size_) == nullptr &&
+                    header.type == static_cast<std::uint16_t>(type) && header.tag == tag &&
+                    header.payload_bytes == payload.size() &&
+                    (payload.empty() || stream.recv_exact(payload).done()) &&
+                    wire::payload_checksum(header, payload) == header.checksum;
+  if (!came) lose_directory(server);
+  return came;
+}
+
+// All questions first, then the answers: the servers work side by side.
+void Scatter::Dedup::probe(std::vector<wire::KnownHolders>& answers) {
+  answers.assign(names_to_ask_.size(), {});
+  std::vector<std::vector<std::size_t>> asked(directories_.size());
+  for (std::size_t i = 0; i < names_to_ask_.size(); ++i) {
+    if (const auto directory = directory_of(names_to_ask_[i], identities_)) asked[*directory].push_back(i);
+  }
+  const std::uint64_t tag = next_tag_++;
+  std::vector<wire::ContentName> names;
+  std::vector<std::byte> bytes;
+  for (std::size_t server = 0; server < asked.size(); ++server) {
+    if (asked[server].empty()) continue;
+    names.clear();
+    for (const std::size_t each : asked[server]) names.push_back(names_to_ask_[each]);
+    append(bytes, wire::make_header(wire::FrameType::kProbe, 0, {PageNumber{0}, names.size()}, tag),
+           std::as_bytes(std::span(names)));
+    if (!send(server, bytes)) asked[server].clear();
+    probes_ += asked[server].size();
+  }
+  std::vector<wire::KnownHolders> said;
+  for (std::size_t server = 0; server < asked.size(); ++server) {
+    if (asked[server].empty()) continue;
+    said.resize(asked[server].size());
+    if (!receive(server, wire::FrameType::kProbed, tag, std::as_writable_bytes(std::span(said)))) continue;
+    for (std::size_t i = 0; i < said.size(); ++i) answers[asked[server][i]] = said[i];
+  }
+}
+
+// What is safe by now: to its holders by which names it goes, and once they know that, to the directories who holds
+// it. In this order, so that whoever hears of it finds it.
+bool Scatter::Dedup::tell() {
+  std::vector<Settled> settled;
+  {
+    const std::lock_guard lock(scatter_.mutex_);
+    settled.swap(settled_);
+  }
+  if (settled.empty()) return false;
+  const std::size_t servers = directories_.size();
+  std::vector<std::vector<std::byte>> to_holders(servers);
+  std::vector<std::uint64_t> last_tag(servers, 0);
+  std::vector<unsigned> waiting(servers, 0);
+  std::vector<std::map<std::pair<std::uint64_t, std::uint64_t>, std::vector<wire::ContentName>>> held(
+      servers);
+  const auto identity = [&](std::uint8_t ordinal) {
+    return ordinal < servers ? identities_[ordinal] : wire::KnownHolders::kNobody;
+  };
+  std::vector<wire::ContentName> names;
+  // Each has its answer: so many bytes of them wait in no socket.
+  std::vector<std::pair<std::size_t, std::uint64_t>> questions;
+  for (const Settled& each : settled) {
+    Region& region = *regions_[each.region];
+    for (PageRun left = each.run; left.count > 0;) {
+      const PageRun part{left.first, std::min(left.count, wire::kMostNames)};
+      left = {part.end(), left.count - part.count};
+      names.clear();
+      for (PageNumber page = part.first; page < part.end(); ++page.value) {
+        names.push_back(region.names[page.value]);
+        region.to_tell.clear(page);
+      }
+      for (const std::uint8_t holder : {each.holders.first, each.holders.second}) {
+        if (identity(holder) == wire::KnownHolders::kNobody) continue;
+        const std::uint64_t tag = next_tag_++;
+        append(to_holders[holder], wire::make_header(wire::FrameType::kNames, each.region, part, tag),
+               std::as_bytes(std::span(names)));
+        questions.emplace_back(holder, tag);
+      }
+      const std::pair known{identity(each.holders.first), identity(each.holders.second)};
+      for (const wire::ContentName& name : names) {
+        if (const auto directory = directory_of(name, identities_)) held[*directory][known].push_back(name);
+      }
+    }
+  }
+  for (std::size_t server = 0; server < servers; ++server) {
+    if (!to_holders[server].empty()) (void)send(server, to_holders[server]);
+  }
+  for (const auto& [server, tag] : questions) {
+    if (identities_[server] != 0) (void)receive(server, wire::FrameType::kNamed, tag, {});
+  }
+  for (const Settled& each : settled) {
+    if (identity(each.holders.first) != wire::KnownHolders::kNobody)
+      regions_[each.region]->told.set_run(each.run);
+  }
+  std::vector<std::byte> bytes;
+  for (std::size_t server = 0; server < servers; ++server) {
+    if (identities_[server] == 0) continue;
+    bytes.clear();
+    for (const auto& [known, of_them] : held[server]) {
+      for (std::size_t from = 0; from < of_them.size(); from += wire::kMostNames) {
+        // Its holders go before the names.
+        names.assign(1, {known.first, known.second});
+        const std::size_t end = std::min<std::size_t>(of_them.size(), from + wire::kMostNames);
+        names.insert(names.end(), of_them.begin() + static_cast<std::ptrdiff_t>(from),
+                     of_them.begin() + static_cast<std::ptrdiff_t>(end));
+        append(bytes, wire::make_header(wire::FrameType::kHeld, 0, {PageNumber{0}, end - from}),
+               std::as_bytes(std::span(names)));
+      }
+    }
+    (void)send(server, bytes);
+  }
+  return true;
+}
+
+}  // namespace memferry

@@ -1,0 +1,17 @@
+// What deduplication did for one migration, and what it cost.
+#pragma once
+
+#include <cstdint>
+
+namespace memferry {
+
+struct DedupStats {
+  std::uint64_t pages = 0;           // acknowledged as references
+  std::uint64_t refused = 0;         // references to what was not there any more
+  std::uint64_t examined = 0;        // pages hashed
+  std::uint64_t probes = 0;          // contents asked for
+  std::uint64_t overhead_bytes = 0;  // on the wire: references, questions, names
+  std::uint64_t hash_ns = 0;         // of CPU
+};
+
+}  // namespace memferry

@@ -1,0 +1,138 @@
+#include "transfer/scatter_dedup.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace memferry {
+namespace {
+
+// Runs that wait to be told of, at most: what goes beyond that is not known to others.
+constexpr std::size_t kMostSettled = 65536;
+constexpr std::uint64_t kMostTwins = 1ULL << 22;
+
+}  // namespace
+
+Scatter::Dedup::Region::Region(std::uint64_t pages)
+    : names(std::make_unique_for_overwrite<wire::ContentName[]>(static_cast<std::size_t>(pages))),
+      examined(pages),
+      named(pages),
+      to_tell(pages),
+      told(pages),
+      referred(pages) {}
+
+Scatter::Dedup::Dedup(Scatter& scatter, const ContentKey& key)
+    : scatter_(scatter),
+      hasher_(key),
+      references_(scatter.config_.servers.size()),
+      directories_(scatter.config_.servers.size()),
+      identities_(scatter.config_.servers.size(), 0) {
+  std::uint64_t all = 0;
+  for (std::uint32_t region = 0; region < scatter.shared_.queue.regions(); ++region) {
+    const std::uint64_t pages = scatter.shared_.queue.region(region)->capacity_pages();
+    regions_.push_back(std::make_unique<Region>(pages));
+    all += pages;
+  }
+  const std::uint64_t entries = std::bit_ceil(std::min(std::max<std::uint64_t>(2 * all, 64), kMostTwins));
+  twins_ = Mapping::anonymous(entries * sizeof(std::uint64_t));
+  twin_mask_ = entries - 1;
+}
+
+void Scatter::Dedup::start() {
+  thread_.start("mf-dedup", [this](WorkerThread& self) { run(self); });
+}
+
+void Scatter::Dedup::shut_down_locked() {
+  for (const Directory& each : directories_) {
+    if (each.stream) each.stream->shutdown();
+  }
+}
+
+void Scatter::Dedup::stop() {
+  thread_.stop();
+  // A closed sender may be kept for its last figures; its sockets must not be.
+  const std::lock_guard lock(scatter_.mutex_);
+  for (Directory& each : directories_) each.stream.reset();
+}
+
+void Scatter::Dedup::look_locked(int server, wire::Holders holders, std::vector<Reference>& into,
+                                 std::size_t& seen) const {
+  into.clear();
+  seen = 0;
+  for (const Reference& each : references_[static_cast<std::size_t>(server)]) {
+    if (each.holders != holders || into.size() == kMostAtOnce) return;
+    ++seen;
+    // A fault's answer was faster.
+    if (!scatter_.where_.safe(each.page.region, each.page.page)) into.push_back(each);
+  }
+}
+
+void Scatter::Dedup::drop_locked(int server, std::size_t seen) {
+  auto& references = references_[static_cast<std::size_t>(server)];
+  for (std::size_t i = 0; i < seen; ++i) {
+    const Page& page = references.front().page;
+    if (!scatter_.where_.safe(page.region, page.page)) regions_[page.region]->referred.set(page.page);
+    references.pop_front();
+  }
+}
+
+void Scatter::Dedup::give_back_locked(int server) {
+  auto& references = references_[static_cast<std::size_t>(server)];
+  std::vector<RegionRun> runs;
+  runs.reserve(references.size());
+  for (const Reference& each : references) {
+    regions_[each.page.region]->to_tell.set(each.page.page);
+    runs.push_back({each.page.region, {each.page.page, 1}});
+  }
+  references.clear();
+  scatter_.put_back_locked(runs);
+}
+
+void Scatter::Dedup::give_back_late_locked(Clock::time_point now, Clock::duration patience) {
+  for (std::size_t server = 0; server < references_.size(); ++server) {
+    const auto& references = references_[server];
+    if (!references.empty() && now - references.front().since > patience)
+      give_back_locked(static_cast<int>(server));
+  }
+}
+
+void Scatter::Dedup::settled_locked(std::uint32_t region, PageRun run, wire::Holders holders) {
+  Region& of = *regions_[region];
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    if (of.referred.clear(page)) {
+      ++pages_;
+      of.told.set(page);  // its holders have said so
+    } else if (of.to_tell.test(page)) {
+      const bool joins = !settled_.empty() && settled_.back().region == region &&
+                         settled_.back().run.end() == page && settled_.back().holders == holders;
+      if (joins) {
+        ++settled_.back().run.count;
+      } else if (settled_.size() < kMostSettled) {
+        settled_.push_back({region, {page, 1}, holders});
+      }
+    }
+  }
+}
+
+void Scatter::Dedup::refused_locked(std::uint32_t region, PageRun run) {
+  Region& of = *regions_[region];
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    if (!of.referred.clear(page)) continue;
+    // What is sent plainly now replaces what was wrong of it.
+    of.to_tell.set(page);
+    ++refused_;
+  }
+}
+
+DedupStats Scatter::Dedup::stats() const {
+  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_};
+}
+
+std::uint64_t Scatter::Dedup::memory_bytes() const {
+  std::uint64_t bytes = twins_.size() + kMostDeferred * sizeof(Deferred);
+  for (const auto& region : regions_) {
+    bytes += region->examined.capacity() * sizeof(wire::ContentName) + 5 * region->examined.words() * 8;
+  }
+  return bytes;
+}
+
+}  // namespace memferry

@@ -1,0 +1,187 @@
+// Deduplication at a source, beside the sending: one thread looks at pages ahead of the lanes, hashes them, asks the
+// directory servers in batches, and hands what the servers hold already to their ways as references. It claims a page
+// (takes its pending bit) only once it knows of a better way for it: a page that nobody has looked at when a lane has
+// room goes plainly, so looking never holds one up.
+//
+// A claimed page is in one of two lists, and what cannot go on from there is pending again: `references_`, which the
+// holder's way sends next, and `deferred_`, pages that somebody else (another guest's source, or this one with an
+// equal page) is sending.
+//
+// Only in the push, when the guest has left and its memory stands still.
+//
+//   scatter_dedup.cc     lists, what an acknowledgement means, figures
+//   dedup_prober.cc      the thread: when to look, what to make of an answer
+//   dedup_look.cc        which pages, and what is seen
+//   dedup_directory.cc   its connections to the servers
+//   scatter_refer.cc     a way that sends references
+//
+// Threads: mf-dedup; what is marked `locked` by any with Scatter::mutex_ held.
+#pragma once
+
+#include <deque>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "os/mapping.h"
+#include "os/worker_thread.h"
+#include "page/content_hash.h"
+#include "stage/content_domain.h"
+#include "transfer/dedup_pace.h"
+#include "transfer/scatter_impl.h"
+
+namespace memferry {
+
+class Scatter::Dedup {
+ public:
+  // Pages that wait for somebody else's copy, at most: what goes beyond that goes plainly.
+  static constexpr std::size_t kMostDeferred = 65536;
+  // Pages that a way sends references of in one go.
+  static constexpr std::size_t kMostAtOnce = 512;
+
+  struct Page {
+    std::uint32_t region = 0;
+    PageNumber page{0};
+    ContentDigest hash{};
+    std::uint64_t xxh3 = 0;
+  };
+  struct Reference {
+    Page page;
+    wire::Holders holders;
+    Clock::time_point since{};
+  };
+
+  Dedup(Scatter& scatter, const ContentKey& key);
+  ~Dedup() { stop(); }
+  Dedup(const Dedup&) = delete;
+  Dedup& operator=(const Dedup&) = delete;
+
+  void start();
+  void shut_down_locked();
+  void stop();
+
+  [[nodiscard]] bool any_references_locked(int server) const {
+    return !references_[static_cast<std::size_t>(server)].empty();
+  }
+  // Of the server's next references; there is one.
+  [[nodiscard]] wire::Holders next_holders_locked(int server) const {
+    return references_[static_cast<std::size_t>(server)].front().holders;
+  }
+  // As many of the next ones as have these holders, but for what is safe by now: looks, and drop() takes them.
+  void look_locked(int server, wire::Holders holders, std::vector<Reference>& into, std::size_t& seen) const;
+  void drop_locked(int server, std::size_t seen);
+  // The server's references go plainly.
+  void give_back_locked(int server);
+  // Those that have waited for longer than `patience` do.
+  void give_back_late_locked(Clock::time_point now, Clock::duration patience);
+  // Pages that were acknowledged, and are safe for the first time.
+  void settled_locked(std::uint32_t region, PageRun run, wire::Holders holders);
+  // A server does not hold what was referred to.
+  void refused_locked(std::uint32_t region, PageRun run);
+  void acknowledged(std::uint64_t bytes) { acknowledged_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
+  void count_overhead(std::uint64_t bytes) { overhead_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
+
+  [[nodiscard]] DedupStats stats() const;
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+ private:
+  struct Region {
+    explicit Region(std::uint64_t pages);
+    const std::unique_ptr<wire::ContentName[]> names;  // of pages in `named`; not touched before
+    AtomicBitmap examined;  // looked at: never again, so that a page is put off once at most
+    AtomicBitmap named;
+    AtomicBitmap to_tell;   // to be told of when it is safe
+    AtomicBitmap told;      // its holders know it by its name
+    AtomicBitmap referred;  // went as a reference, and is not acknowledged
+  };
+  struct Deferred {
+    Page page;
+    std::optional<std::pair<std::uint32_t, PageNumber>> twin;  // our own equal page; else another source's
+    Clock::time_point next{};
+    unsigned tries = 0;
+    bool second_twin = false;  // the first one was slow
+  };
+  struct Settled {
+    std::uint32_t region = 0;
+    PageRun run;
+    wire::Holders holders;
+  };
+  struct Directory {
+    std::shared_ptr<wire::Stream>
+        stream;  // guarded by Scatter::mutex_ where it is set; then the thread's own
+    std::uint32_t attempt = 0;
+  };
+
+  // dedup_prober.cc
+  void run(WorkerThread& self);
+  void run_until_closed(WorkerThread& self);
+  bool step();
+  void measure(Clock::time_point now);
+  bool examine(Clock::time_point now);
+  bool retry(Clock::time_point now);
+  void give_up_waiting_when_dry(Clock::time_point now);
+  bool send_second_twins_locked();
+  void ask();
+  // What the answer means for a page; true: it has been claimed, or was already (`owned`).
+  void settle_answer(Deferred& page, wire::KnownHolders known, bool owned);
+  [[nodiscard]] std::optional<wire::Holders> usable_locked(wire::KnownHolders known) const;
+  bool claim_locked(const Page& page, bool owned);
+  void refer_locked(const Page& page, wire::Holders holders);
+  void give_up_locked(const Page& page, bool owned);
+
+  // dedup_look.cc
+  [[nodiscard]] std::uint64_t unsent_pages() const;
+  void pick(std::uint64_t most);
+  [[nodiscard]] bool next_page();
+  void look_at(Page& page, std::span<const std::byte> bytes);
+  // The first page of this guest that had the same name, or nullopt: it is that itself from now on.
+  std::optional<std::pair<std::uint32_t, PageNumber>> twin_of(const Page& page);
+
+  // dedup_directory.cc
+  void dial();
+  bool tell();
+  // Of names_to_ask_, in order.
+  void probe(std::vector<wire::KnownHolders>& answers);
+  bool send(std::size_t server, std::vector<std::byte>& bytes);
+  bool receive(std::size_t server, wire::FrameType type, std::uint64_t tag, std::span<std::byte> payload);
+  void lose_directory(std::size_t server);
+
+  Scatter& scatter_;
+  const ContentHasher hasher_;
+  std::vector<std::unique_ptr<Region>> regions_;
+  WorkerThread thread_;
+
+  // Guarded by Scatter::mutex_:
+  std::vector<std::deque<Reference>> references_;  // by server
+  std::vector<Settled> settled_;
+
+  // The thread's own:
+  std::vector<Directory> directories_;
+  std::vector<std::uint64_t> identities_;  // 0 where there is no connection
+  std::deque<Deferred> deferred_;
+  std::vector<Deferred> batch_;
+  std::vector<Deferred> asking_;  // those with `tries` above 0 are claimed
+  std::vector<wire::ContentName> names_to_ask_;
+  std::vector<wire::KnownHolders> answers_;
+  std::uint64_t next_tag_ = 1;
+  std::uint32_t at_region_ = 0;
+  PageNumber at_page_{0};
+  bool placed_ = false;
+  Mapping twins_;
+  std::uint64_t twin_mask_ = 0;
+  DedupMeasured measured_;
+  Clock::time_point measured_at_{};
+  std::uint64_t measured_bytes_ = 0;
+  Clock::time_point next_sample_{};
+  Clock::time_point next_retry_{};
+
+  std::atomic<std::uint64_t> acknowledged_bytes_{0};
+  std::atomic<std::uint64_t> overhead_bytes_{0};
+  std::atomic<std::uint64_t> pages_{0};
+  std::atomic<std::uint64_t> refused_{0};
+  std::atomic<std::uint64_t> examined_{0};
+  std::atomic<std::uint64_t> probes_{0};
+  std::atomic<std::uint64_t> hash_ns_{0};
+};
+
+}  // namespace memferry

@@ -1,0 +1,97 @@
+/**
+ * Deduplication between guests that move through VMD servers: guests with the same memory leave one after the other and
+ * at once, servers are lost meanwhile, and every byte is compared with what the journal of writes says.
+ */
+import { afterEach, expect, test } from 'vitest';
+import { endHosts, type Host } from '../support/host.js';
+import {
+  expectEmpty,
+  expectIntact,
+  expectOneOwner,
+  expectRuns,
+  hosts,
+  listen,
+  migrate,
+  PAGES,
+  type Report,
+  regionsOf,
+  report,
+  type Stage,
+  startGuest,
+  startStages,
+  via,
+} from '../support/scenario.js';
+
+afterEach(async () => {
+  expect(await endHosts()).toEqual([]);
+});
+
+const MB = 1e6;
+/** The servers get nearly everything, and keep it for as long as the test wants. */
+const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.2 * MB };
+/** A link that is slower than any hash. */
+const bandwidth = 16 * MB;
+/** It writes a little, wherever it runs. */
+const calm = { batch: 1, restMs: 20 };
+const pages = 2 * PAGES;
+
+interface Deduplicated extends Report {
+  dedup: { pagesDeduplicated: number; bytesSaved: number; pagesHashed: number; probes: number } | null;
+}
+
+async function evicted(host: Host, key: string): Promise<Deduplicated> {
+  await host.until(`${key} evicted`, (event) => event.event === 'evicted' && event['key'] === key);
+  return (await host.call<{ value: Deduplicated }>('evicted', { key })).value;
+}
+
+const move = (a: Host, port: number, guest: string, dedup: unknown, stages: Stage[], more: object = {}) =>
+  migrate(a, port, { mode: 'scatter', dedup, bandwidth, ...via(...stages), ...more }, { key: guest, guest });
+
+async function expectArrived(a: Host, b: Host, guests: string[]): Promise<void> {
+  await b.call('limit', { limits: { bandwidth: 0, gatherLimit: 0 } });
+  for (const guest of guests) {
+    expect(await report(a, guest)).toMatchObject({ state: 'completed', verified: true });
+    expect(await b.untilArrival(`main/${guest}`, 'complete')).toMatchObject({ ok: true });
+    await expectRuns(b, guest);
+    await expectIntact(a, guest);
+    await expectOneOwner([a, b], guest);
+  }
+}
+
+test.each([1, 2])('a guest whose pages the servers hold sends references; %i replicas', async (replicas) => {
+  const [a, b] = await hosts('a', 'b');
+  const stages = await startStages('i', 'j');
+  const port = await listen(b, { options: slow, rate: calm });
+  for (const guest of ['first', 'second', 'other']) {
+    await startGuest(a, regionsOf('allocate', pages), { guest, rate: calm });
+  }
+  await move(a, port, 'first', { domain: 'd' }, stages, { replicas });
+  const first = await evicted(a, 'first');
+  expect(first.dedup?.probes).toBeGreaterThan(pages / 2);
+  await move(a, port, 'second', { domain: 'd' }, stages, { replicas });
+  const second = await evicted(a, 'second');
+  expect(second.dedup?.pagesDeduplicated).toBeGreaterThan(pages / 4);
+  expect(second.dedup?.bytesSaved).toBeGreaterThan((pages / 4) * 4000);
+  expect(second.bytesOnWire).toBeLessThan(first.bytesOnWire);
+  // A domain of its own: nobody else's pages count, though they are the same.
+  await move(a, port, 'other', true, stages, { replicas });
+  const other = await evicted(a, 'other');
+  expect(other.dedup?.pagesDeduplicated).toBeLessThan(pages / 8);
+  expect(other.dedup?.probes).toBeGreaterThan(pages / 2);
+  await expectArrived(a, b, ['first', 'second', 'other']);
+  for (const stage of stages) await expectEmpty(stage);
+});
+
+test('guests that leave at once, with a server that is lost meanwhile', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const [i, j] = await startStages('i', 'j');
+  const port = await listen(b, { options: slow, rate: calm });
+  const guests = ['g0', 'g1', 'g2'];
+  for (const guest of guests) await startGuest(a, regionsOf('shared', pages), { guest, rate: calm });
+  await Promise.all(guests.map((guest) => move(a, port, guest, { domain: 'd' }, [i, j], { replicas: 2 })));
+  for (const guest of guests) await a.untilState('migration', guest, 'postcopy-active');
+  await j.host.kill();
+  for (const guest of guests) await evicted(a, guest);
+  await expectArrived(a, b, guests);
+  await expectEmpty(i);
+});

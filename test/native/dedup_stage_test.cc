@@ -1,0 +1,311 @@
+// A server's side of deduplication over real connections: what is asked, named and referred to, by those who may and
+// by those who may not.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <random>
+
+#include "page/content_hash.h"
+#include "stage/content_domain.h"
+#include "stage_client.h"
+
+namespace memferry::test {
+namespace {
+
+using wire::FrameType;
+using wire::Holders;
+using wire::KnownHolders;
+using wire::StageRole;
+
+constexpr Holders kHere{0, Holders::kNobody};
+constexpr std::uint64_t kPages = 64;
+
+DomainKey domain_key(std::uint8_t number) {
+  DomainKey key{};
+  key.fill(number);
+  return key;
+}
+
+class DedupStage : public testing::Test {
+ protected:
+  void SetUp() override {
+    make(a, 1);
+    make(b, 1);
+    make(stranger, 2);
+    bench.make(nobodys, {kPages});
+  }
+  void make(const ImageId& id, std::uint8_t domain) { bench.make(id, {kPages}, 0, domain_key(domain)); }
+  std::unique_ptr<StageClient> prober(const ImageId& id, std::uint32_t attempt = 0) const {
+    return bench.connect(id, StageBench::kSource, StageRole::kProbe, attempt);
+  }
+  static std::vector<wire::ContentHash> contents(std::span<const std::byte> bytes, std::uint8_t domain = 1) {
+    const ContentHasher hasher(domain_key(domain));
+    std::vector<wire::ContentHash> all;
+    for (std::size_t at = 0; at < bytes.size(); at += system_page_size())
+      all.push_back(hasher(bytes.subspan(at, system_page_size())));
+    return all;
+  }
+  static std::vector<wire::ContentName> names(std::span<const std::byte> bytes, std::uint8_t domain = 1) {
+    std::vector<wire::ContentName> all;
+    for (const auto& each : contents(bytes, domain)) all.push_back(ContentDomain::name_of(each));
+    return all;
+  }
+  static bool say_names(StageClient& to, std::uint64_t first, const std::vector<wire::ContentName>& all) {
+    wire::FrameHeader header = wire::make_header(FrameType::kNames, 0, {PageNumber{first}, all.size()}, 77);
+    if (!to.frame(header, std::as_bytes(std::span(all)))) return false;
+    const auto answer = to.receive();
+    return answer && answer->is(FrameType::kNamed) && answer->header.tag == 77;
+  }
+  static bool say_held(StageClient& to, KnownHolders holders, const std::vector<wire::ContentName>& all) {
+    std::vector<wire::ContentName> payload{{holders.first, holders.second}};
+    payload.insert(payload.end(), all.begin(), all.end());
+    return to.frame(wire::make_header(FrameType::kHeld, 0, {PageNumber{0}, all.size()}),
+                    std::as_bytes(std::span(payload)));
+  }
+  static std::vector<KnownHolders> probe(StageClient& to, const std::vector<wire::ContentName>& all) {
+    if (!to.frame(wire::make_header(FrameType::kProbe, 0, {PageNumber{0}, all.size()}, 5),
+                  std::as_bytes(std::span(all))))
+      return {};
+    const auto answer = to.receive();
+    if (!answer) return {};
+    EXPECT_TRUE(answer->is(FrameType::kProbed));
+    EXPECT_EQ(answer->header.tag, 5u);
+    EXPECT_EQ(answer->header.page_count, all.size());
+    std::vector<KnownHolders> said(answer->payload.size() / sizeof(KnownHolders));
+    std::memcpy(said.data(), answer->payload.data(), answer->payload.size());
+    return said;
+  }
+  static bool refer(StageClient& to, std::uint64_t first, const std::vector<wire::ContentHash>& all,
+                    Holders holders = kHere) {
+    return to.frame(
+        wire::make_header(FrameType::kReference, 0, {PageNumber{first}, all.size()}, holders.tag()),
+        std::as_bytes(std::span(all)));
+  }
+  // Pages 0 .. 15 of image a, named.
+  std::vector<std::byte> store_some() {
+    const auto bytes = random_pages(16, 4);
+    source_a = bench.scatter(a);
+    EXPECT_TRUE(source_a->pages(0, 0, bytes, kHere));
+    EXPECT_TRUE(source_a->barrier(1).acknowledged);
+    prober_a = prober(a);
+    EXPECT_TRUE(say_names(*prober_a, 0, names(bytes)));
+    return bytes;
+  }
+
+  StageBench bench;
+  const ImageId a = image_id(1);
+  const ImageId b = image_id(2);
+  const ImageId stranger = image_id(3);
+  const ImageId nobodys = image_id(4);
+  std::unique_ptr<StageClient> source_a;
+  std::unique_ptr<StageClient> prober_a;
+};
+
+TEST_F(DedupStage, AReferenceIsAPageOfItsOwn) {
+  const auto bytes = store_some();
+  const auto free_before = bench.stage->stats().free_bytes;
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 20, contents(bytes)));
+  const auto barrier = source_b->barrier(1);
+  EXPECT_TRUE(barrier.acknowledged);
+  EXPECT_TRUE(barrier.refused.empty());
+  EXPECT_EQ(bench.stage->image(b)->pages_held, 16u);
+  EXPECT_EQ(bench.stage->image(b)->pages_shared, 16u);
+  EXPECT_EQ(bench.stage->stats().shared_pages, 16u);
+  EXPECT_EQ(bench.stage->stats().free_bytes, free_before) << "one copy";
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 20, bytes);
+  oracle.check(*bench.gather(b));
+  // The one that brought it goes, and takes nothing along.
+  ASSERT_TRUE(bench.stage->drop(a));
+  oracle.check(*bench.gather(b, 1));
+  // A third one still finds it.
+  make(image_id(5), 1);
+  const auto third = bench.scatter(image_id(5));
+  ASSERT_TRUE(refer(*third, 0, contents(bytes)));
+  EXPECT_TRUE(third->barrier(1).refused.empty());
+  ASSERT_TRUE(bench.stage->drop(b));
+  ImageOracle last{{kPages}};
+  last.content(0, 0, bytes);
+  last.check(*bench.gather(image_id(5)));
+}
+
+TEST_F(DedupStage, WhatIsNotHereIsRefusedAndForgotten) {
+  const auto bytes = store_some();
+  const auto other = random_pages(4, 9);
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(source_b->pages(0, 0, other, kHere));
+  auto all = contents(bytes);
+  all.resize(8);
+  all[2] = contents(other)[0];  // held by b itself, but nobody has named it
+  all[3][31] ^= 1;
+  all[6] = {};
+  ASSERT_TRUE(refer(*source_b, 0, all));
+  const auto barrier = source_b->barrier(1);
+  EXPECT_TRUE(barrier.acknowledged);
+  EXPECT_EQ(barrier.refused, (std::vector<StageClient::Refused>{{0, 2, 2}, {0, 6, 1}}));
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 0, bytes);
+  oracle.absent(0, 2, 2);
+  oracle.absent(0, 6, kPages - 6);
+  oracle.content(0, 7, std::span(bytes).subspan(7 * system_page_size(), system_page_size()));
+  oracle.check(*bench.gather(b));
+}
+
+TEST_F(DedupStage, ALieAboutANameCostsATransferAndNoPage) {
+  const auto bytes = store_some();
+  const auto other = random_pages(16, 5);
+  // These pages, it says, are others'.
+  ASSERT_TRUE(say_names(*prober_a, 0, names(other)));
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(other)));
+  EXPECT_EQ(source_b->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
+  EXPECT_EQ(bench.stage->image(b)->pages_held, 0u);
+  // What it named rightly before is still known.
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  EXPECT_TRUE(source_b->barrier(2).refused.empty());
+}
+
+TEST_F(DedupStage, AnotherDomainNeitherAsksNorRefers) {
+  const auto bytes = store_some();
+  ASSERT_TRUE(say_held(*prober_a, {bench.stage->identity(), 0}, names(bytes)));
+  const auto mine = prober(b);
+  for (const auto& each : probe(*mine, names(bytes)))
+    EXPECT_EQ(each, (KnownHolders{bench.stage->identity(), 0}));
+  // With the very names and hashes, overheard.
+  const auto theirs = prober(stranger);
+  for (const auto& each : probe(*theirs, names(bytes))) EXPECT_EQ(each, KnownHolders{});
+  const auto scatter = bench.scatter(stranger);
+  ASSERT_TRUE(refer(*scatter, 0, contents(bytes)));
+  EXPECT_EQ(scatter->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
+  // With its own key for the same bytes.
+  ASSERT_TRUE(refer(*scatter, 0, contents(bytes, 2)));
+  EXPECT_EQ(scatter->barrier(2).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
+  EXPECT_EQ(bench.stage->image(stranger)->pages_held, 0u);
+  // It said that it would send them: that holds up nobody of another domain.
+  for (const auto& each : probe(*mine, names(bytes)))
+    EXPECT_EQ(each, (KnownHolders{bench.stage->identity(), 0}));
+}
+
+// A slot that was one domain's and is another's now, with a name that is out of date: no way to ask what is in it.
+TEST_F(DedupStage, ASlotThatChangedItsDomainIsNotFound) {
+  const auto bytes = store_some();
+  ASSERT_TRUE(source_a->zeros(0, 0, 16, kHere));  // frees its slots
+  ASSERT_TRUE(source_a->barrier(2).acknowledged);
+  const auto theirs = bench.scatter(stranger);
+  ASSERT_TRUE(theirs->pages(0, 0, bytes, kHere));  // takes them
+  ASSERT_TRUE(theirs->barrier(1).acknowledged);
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  EXPECT_EQ(source_b->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
+}
+
+TEST_F(DedupStage, TheFirstToAskIsToSendAndTheOthersWait) {
+  const auto bytes = random_pages(8, 11);
+  const auto first = prober(a);
+  const auto second = prober(b);
+  for (const auto& each : probe(*first, names(bytes))) EXPECT_EQ(each, KnownHolders{});
+  for (const auto& each : probe(*second, names(bytes))) EXPECT_EQ(each.first, KnownHolders::kOnItsWay);
+  for (const auto& each : probe(*first, names(bytes))) EXPECT_EQ(each, KnownHolders{}) << "it knows";
+  ASSERT_TRUE(say_held(*first, {}, names(bytes)));
+  ASSERT_EQ(probe(*first, names(random_pages(1, 99))).size(), 1u);  // it has been read
+  for (const auto& each : probe(*second, names(bytes))) EXPECT_EQ(each, KnownHolders{}) << "not after all";
+}
+
+TEST_F(DedupStage, AnImageOfNoDomainHasNoPartInIt) {
+  const auto bytes = store_some();
+  const auto probing = prober(nobodys);
+  const auto all = names(bytes);
+  (void)probing->frame(wire::make_header(FrameType::kProbe, 0, {PageNumber{0}, all.size()}, 5),
+                       std::as_bytes(std::span(all)));
+  EXPECT_TRUE(probing->ended());
+  const auto scatter = bench.scatter(nobodys);
+  (void)refer(*scatter, 0, contents(bytes));
+  EXPECT_TRUE(scatter->ended());
+  EXPECT_EQ(bench.stage->image(nobodys)->pages_held, 0u);
+}
+
+TEST_F(DedupStage, MalformedFramesEndTheConnection) {
+  const auto bytes = store_some();
+  std::uint32_t attempt = 0;
+  const auto bad = [&](const char* what, StageRole role, FrameType type, std::uint64_t first,
+                       std::uint64_t count, std::size_t payload_bytes, std::uint64_t tag,
+                       bool sealed = true) {
+    SCOPED_TRACE(what);
+    const auto client = bench.connect(b, StageBench::kSource, role, attempt++);
+    std::vector<std::byte> payload(payload_bytes);
+    wire::FrameHeader header = wire::make_header(type, 0, {PageNumber{first}, count}, tag);
+    wire::seal(header, payload);
+    if (!sealed) header.checksum ^= 1;
+    ASSERT_TRUE(client->wire().raw(&header, sizeof header));
+    (void)client->wire().raw(payload.data(), payload.size());
+    EXPECT_TRUE(client->ended());
+  };
+  const auto probe_role = StageRole::kProbe;
+  bad("no name", probe_role, FrameType::kProbe, 0, 0, 0, 1);
+  bad("names missing", probe_role, FrameType::kProbe, 0, 2, 16, 1);
+  bad("a half", probe_role, FrameType::kProbe, 0, 1, 8, 1);
+  bad("too many", probe_role, FrameType::kProbe, 0, wire::kMostNames + 1, (wire::kMostNames + 1) * 16, 1);
+  bad("checksum", probe_role, FrameType::kProbe, 0, 1, 16, 1, false);
+  bad("an answer", probe_role, FrameType::kProbed, 0, 1, 16, 1);
+  bad("an answer to names", probe_role, FrameType::kNamed, 0, 0, 0, 1);
+  bad("holders missing", probe_role, FrameType::kHeld, 0, 1, 16, 1);
+  bad("no held name", probe_role, FrameType::kHeld, 0, 0, 16, 1);
+  bad("checksum of held", probe_role, FrameType::kHeld, 0, 1, 32, 1, false);
+  bad("names beyond the end", probe_role, FrameType::kNames, kPages - 1, 2, 32, 1);
+  bad("names far off", probe_role, FrameType::kNames, ~0ULL, 2, 32, 1);
+  bad("names of nothing", probe_role, FrameType::kNames, 0, 0, 0, 1);
+  bad("a reference here", probe_role, FrameType::kReference, 0, 1, 32, kHere.tag());
+  bad("pages here", probe_role, FrameType::kPages, 0, 1, system_page_size(), kHere.tag());
+  attempt = 0;
+  const auto scatter_role = StageRole::kScatter;
+  bad("reference beyond the end", scatter_role, FrameType::kReference, kPages - 1, 2, 64, kHere.tag());
+  bad("reference far off", scatter_role, FrameType::kReference, ~0ULL - 1, 4, 128, kHere.tag());
+  bad("half a hash", scatter_role, FrameType::kReference, 0, 1, 16, kHere.tag());
+  bad("no hash", scatter_role, FrameType::kReference, 0, 0, 0, kHere.tag());
+  bad("too many hashes", scatter_role, FrameType::kReference, 0, wire::kMostNames + 1, 0, kHere.tag(), false);
+  bad("held elsewhere", scatter_role, FrameType::kReference, 0, 1, 32, Holders{1, Holders::kNobody}.tag());
+  bad("held twice here", scatter_role, FrameType::kReference, 0, 1, 32, Holders{0, 0}.tag());
+  bad("checksum of a reference", scatter_role, FrameType::kReference, 0, 1, 32, kHere.tag(), false);
+  bad("a probe there", scatter_role, FrameType::kProbe, 0, 1, 16, 1);
+  bad("names there", scatter_role, FrameType::kNames, 0, 1, 16, 1);
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 0, bytes);
+  oracle.check(*bench.gather(a));
+  EXPECT_EQ(bench.stage->image(b)->pages_held, 0u);
+}
+
+// What is written and read on many connections while images come and go: for the thread sanitizer, and every byte.
+TEST_F(DedupStage, ManyAtOnce) {
+  const auto bytes = random_pages(16, 4);
+  const auto all = contents(bytes);
+  std::vector<std::thread> guests;
+  for (std::uint8_t guest = 0; guest < 4; ++guest) {
+    guests.emplace_back([&, guest] {
+      for (std::uint8_t turn = 0; turn < 20; ++turn) {
+        const ImageId id = image_id(static_cast<std::uint8_t>(10 + guest * 20 + turn));
+        bench.make(id, {kPages}, 0, domain_key(1));
+        const auto scatter = bench.scatter(id);
+        const auto probing = prober(id);
+        ASSERT_TRUE(refer(*scatter, 0, all));
+        const auto barrier = scatter->barrier(1);
+        ASSERT_TRUE(barrier.acknowledged);
+        for (const auto& each : barrier.refused) {
+          const auto part =
+              std::span(bytes).subspan(each.first * system_page_size(), each.count * system_page_size());
+          ASSERT_TRUE(scatter->pages(0, each.first, part, kHere));
+        }
+        ASSERT_TRUE(scatter->barrier(2).acknowledged);
+        ASSERT_TRUE(say_names(*probing, 0, names(bytes)));
+        ImageOracle oracle{{kPages}};
+        oracle.content(0, 0, bytes);
+        oracle.check(*bench.gather(id));
+        ASSERT_TRUE(bench.stage->drop(id));
+      }
+    });
+  }
+  for (auto& each : guests) each.join();
+}
+
+}  // namespace
+}  // namespace memferry::test
