@@ -335,7 +335,7 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
   if (!result.done()) return result.describe();
   const auto type = static_cast<wire::FrameType>(header.type);
   if (type == wire::FrameType::kPages) {
-    if (const std::string wrong = on_pages(header); !wrong.empty()) return wrong;
+    if (std::string wrong = on_pages(header); !wrong.empty()) return wrong;
     if (!ahead_) gather_.limit_.debit(header.payload_bytes);
     gather_.came(server_, region, run, decoded_, hashes_, expected_);
   } else {

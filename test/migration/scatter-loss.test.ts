@@ -92,7 +92,8 @@ function scatter(
   const stallTimeoutMs = options.replicas === 2 ? 2000 : 500;
   const stops = { stallTimeoutMs, recoverTimeoutMs: 3000, connectTimeoutMs: 1500, peerTimeoutMs: 3000 };
   const ways = via(...nodes.map((node) => node.proxy));
-  return migrate(a, proxy.port, { mode: 'scatter', ...stops, ...ways, ...options });
+  // Pages as they are: what strikes when is told by how much the servers have got.
+  return migrate(a, proxy.port, { mode: 'scatter', compress: 'off', ...stops, ...ways, ...options });
 }
 
 const evicted = async ({ a }: Run): Promise<Report> => {
