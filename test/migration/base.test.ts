@@ -227,7 +227,9 @@ describe('scatter modes', () => {
       await change(bases[0] as string, 4);
       const port = await listen(b, { bases });
       const { base } = await arrives(a, b, port, { mode, ...via(s, t) });
-      expect(base?.pagesSame).toBeGreaterThan(0.3 * PAGES);
+      expect(base?.used).toBe(true);
+      // How many it has written since is the guest's business.
+      expect(base?.pagesSame).toBeGreaterThan(0);
       await expectEmpty(s);
       await expectEmpty(t);
     },
