@@ -151,10 +151,10 @@ describe('what a base may be', () => {
     expect(base?.problem).not.toBeNull();
   });
 
-  test('one of two regions', async () => {
+  test.each(modes)('one of two regions: %s', async (mode) => {
     const [a, b] = await hosts('a', 'b');
     const paths = await guestWithImages(a, [...regionsOf('allocate'), ...regionsOf('shared')]);
-    const { base } = await arrives(a, b, await listen(b, { bases: [null, paths[1]] }), { mode: 'hybrid' });
+    const { base } = await arrives(a, b, await listen(b, { bases: [null, paths[1]] }), { mode });
     expect(base?.pagesCompared).toBe(PAGES);
     expect(base?.pagesSame).toBeGreaterThan(0.9 * PAGES);
   });
