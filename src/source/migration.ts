@@ -318,7 +318,7 @@ export class SourceMigration extends EventEmitter {
     } else {
       this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
     }
-    const basePages = this.#trackers.every((tracker) => tracker) ? (this.#base?.pages ?? null) : null;
+    const basePages = this.#comparablePages();
     this.#engine = new SourceEngine(
       {
         regions: regions.map((region) => region.native),
@@ -342,7 +342,7 @@ export class SourceMigration extends EventEmitter {
         releaseAsEvicted: options.releaseAsEvicted,
         ...(basePages
           ? {
-              basePages: [...basePages],
+              basePages,
               baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
             }
           : {}),
@@ -372,11 +372,17 @@ export class SourceMigration extends EventEmitter {
     }
   }
 
+  /** Of each region; null when there is nothing to compare. What is written after it was compared must be known. */
+  #comparablePages(): number[] | null {
+    const pages = this.#base?.pages.map((count, index) => (this.#trackers[index] ? count : 0)) ?? [];
+    return pages.some((count) => count > 0) ? pages : null;
+  }
+
   async #startFromBase(): Promise<void> {
     const base = this.#base;
     if (!base) return;
-    if (!this.#trackers.some((tracker) => tracker)) {
-      await base.decline('no dirty tracker is available');
+    if (!this.#comparablePages()) {
+      await base.decline('no region that has a base has a dirty tracker');
       return;
     }
     const pageSize = this.guest.regions[0]?.region.pageSize ?? 4096;

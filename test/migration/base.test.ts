@@ -151,10 +151,10 @@ describe('what a base may be', () => {
     expect(base?.problem).not.toBeNull();
   });
 
-  test('one of two regions', async () => {
+  test.each(modes)('one of two regions: %s', async (mode) => {
     const [a, b] = await hosts('a', 'b');
     const paths = await guestWithImages(a, [...regionsOf('allocate'), ...regionsOf('shared')]);
-    const { base } = await arrives(a, b, await listen(b, { bases: [null, paths[1]] }), { mode: 'hybrid' });
+    const { base } = await arrives(a, b, await listen(b, { bases: [null, paths[1]] }), { mode });
     expect(base?.pagesCompared).toBe(PAGES);
     expect(base?.pagesSame).toBeGreaterThan(0.9 * PAGES);
   });
@@ -227,7 +227,9 @@ describe('scatter modes', () => {
       await change(bases[0] as string, 4);
       const port = await listen(b, { bases });
       const { base } = await arrives(a, b, port, { mode, ...via(s, t) });
-      expect(base?.pagesSame).toBeGreaterThan(0.3 * PAGES);
+      expect(base?.used).toBe(true);
+      // How many it has written since is the guest's business.
+      expect(base?.pagesSame).toBeGreaterThan(0);
       await expectEmpty(s);
       await expectEmpty(t);
     },

@@ -38,7 +38,7 @@ describe('encodings', () => {
   });
 
   test('a peer that says nothing of encodings knows none', () => {
-    expect(destinationMessage.parse({ type: 'accepted' })).toEqual({ type: 'accepted', encodings: [] });
+    expect(destinationMessage.parse({ type: 'accepted' })).toMatchObject({ type: 'accepted', encodings: [] });
     const offer = {
       type: 'offer',
       migrationId: '0'.repeat(32),
