@@ -72,8 +72,10 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       std::unique_lock lock(mutex_);
       for (;;) {
         if (closing_ || !way.open || ended()) return false;
-        if (!begun_ && !server) return true;
         records = way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
+        // When all is evicted the destination is still told what it has not heard, as long as this connection stays.
+        const bool telling = records && kind_ == Kind::kPush;
+        if (!begun_ && !server && !telling) return true;
         chunk = begun_ && wants_work(way);
         references = may_refer(way);
         if (records || chunk || references || way.lane.anything_open()) break;
