@@ -21,9 +21,16 @@ std::shared_ptr<ContentDomain> ContentHints::domain(const DomainKey& key) {
     if (auto domain = found->second.domain.lock()) return domain;
   }
   const std::uint16_t number = free_number_locked();
-  auto domain = std::make_shared<ContentDomain>(shared_from_this(), key, number);
-  domains_[key] = {domain, number};
-  return domain;
+  // Its place first: a domain that ends in here would wait for this mutex.
+  const auto [place, is_new] = domains_.try_emplace(key);
+  try {
+    auto domain = std::make_shared<ContentDomain>(shared_from_this(), key, number);
+    place->second = {domain, number};
+    return domain;
+  } catch (...) {
+    if (is_new) domains_.erase(place);
+    throw;
+  }
 }
 
 std::uint16_t ContentHints::free_number_locked() const {
@@ -116,6 +123,12 @@ bool ContentDomain::share(const wire::ContentHash& hash, Slab::Slot& slot, std::
   // Free by now, something else, or never what it was said to be.
   hints_->contents_.erase(name);
   return false;
+}
+
+bool ContentDomain::is(const wire::ContentHash& hash, Slab::Slot slot) const {
+  const Slab& slab = *hints_->slab_;
+  return equal_digests(hasher_(std::span(slab.data(slot), static_cast<std::size_t>(slab.slot_bytes()))),
+                       hash);
 }
 
 wire::ContentName ContentDomain::name_of(const wire::ContentHash& hash) {

@@ -74,6 +74,9 @@ class ContentDomain {
   // none that is known.
   bool share(const wire::ContentHash& hash, Slab::Slot& slot, std::uint64_t& xxh3);
 
+  // Whether that is the content of a slot which the caller has a count of.
+  [[nodiscard]] bool is(const wire::ContentHash& hash, Slab::Slot slot) const;
+
   [[nodiscard]] static wire::ContentName name_of(const wire::ContentHash& hash);
 
  private:

@@ -6,7 +6,8 @@
 namespace memferry {
 
 // What it takes over is stored as if it had come; the rest is told to the writer, who sends it plainly, and what was
-// held of it before is out of date like that of a page that came torn.
+// held of it before is out of date like that of a page that came torn. But for what the page is here already: the
+// writer may have sent it, count on it, and have been told elsewhere that it is known by a name that leads nowhere.
 bool WritingConnection::on_reference(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   Image& image = *place_.image;
@@ -19,13 +20,21 @@ bool WritingConnection::on_reference(const wire::FrameHeader& header) {
   if (wire::payload_checksum(header, payload) != header.checksum) return false;
 
   std::vector<bool> held(contents.size());
+  Image::Reading before(image.slab());
   for (std::size_t at = 0; at < contents.size(); ++at) {
     Slab::Slot slot = 0;
     std::uint64_t xxh3 = 0;
-    if (!domain->share(contents[at], slot, xxh3)) continue;
-    held[at] = true;
     const PageRun page{PageNumber{header.first_page + at}, 1};
-    image.store(header.region, page, std::span(&slot, 1), std::span(&xxh3, 1), holders, true);
+    const bool shared = domain->share(contents[at], slot, xxh3);
+    if (!shared) {
+      image.read(header.region, page, before);
+      if (before.slots().empty() || !domain->is(contents[at], before.slots()[0])) continue;
+      slot = before.slots()[0];
+      xxh3 = before.hashes()[0];
+      image.slab()->pin(slot);
+    }
+    held[at] = true;
+    image.store(header.region, page, std::span(&slot, 1), std::span(&xxh3, 1), holders, shared);
   }
   for (std::size_t from = 0, at = 0; from < contents.size(); from = at) {
     while (at < contents.size() && held[at] == held[from]) ++at;

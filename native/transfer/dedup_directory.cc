@@ -1,5 +1,6 @@
 // The connections on which a source asks what its domain's servers hold, and tells them what they hold by now. One
 // that fails or is slow is given up: nothing there is asked for any more, and pages go plainly.
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -9,13 +10,29 @@
 #include "transfer/directory_range.h"
 #include "transfer/scatter_dedup.h"
 #include "transfer/stage_dial.h"
+#include "wire/hello.h"
 
 namespace memferry {
 namespace {
 
 constexpr std::chrono::milliseconds kDialTimeout{1000};
-// For an answer. Nothing else waits for it.
+// For all answers to what is asked at once, sending included, however the bytes of them trickle in. Pages that are
+// put off wait for it. When one has used it up, only what is here already is taken from the others.
 constexpr std::chrono::milliseconds kPatience{1000};
+// What a writable socket takes without blocking.
+constexpr std::size_t kPiece = 4096;
+// Told of in one go, at most: each has its answer within the patience.
+constexpr std::size_t kMostTold = 2048;
+
+bool wait_writable(int fd, std::chrono::steady_clock::time_point deadline) {
+  for (;;) {
+    const auto left =
+        std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    pollfd waiting{fd, POLLOUT, 0};
+    const int ready = ::poll(&waiting, 1, static_cast<int>(std::max<std::int64_t>(left.count(), 0)));
+    if (ready >= 0 || errno != EINTR) return ready > 0;
+  }
+}
 
 void append(std::vector<std::byte>& to, wire::FrameHeader header, std::span<const std::byte> payload) {
   wire::seal(header, payload);
@@ -30,15 +47,20 @@ void Scatter::Dedup::dial() {
   for (std::size_t i = 0; i < directories_.size(); ++i) {
     const StageServer& address = scatter_.config_.servers[i];
     if (address.identity == 0) continue;
+    {
+      const std::lock_guard lock(scatter_.mutex_);
+      if (scatter_.closing_) return;
+      if (!scatter_.servers_[i]->failed.empty()) continue;
+    }
     Directory& directory = directories_[i];
     auto dialled = dial_stage(address, scatter_.shared_.migration, wire::StageRole::kProbe, directory.attempt,
                               Clock::now() + kDialTimeout, scatter_.shared_.cancel_fd);
     if (!dialled.stream) continue;
     const timeval patience{kPatience.count() / 1000, kPatience.count() % 1000 * 1000};
-    ::setsockopt(dialled.stream->fd(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     ::setsockopt(dialled.stream->fd(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     const std::lock_guard lock(scatter_.mutex_);
     if (scatter_.closing_) return;
+    if (!scatter_.servers_[i]->failed.empty()) continue;
     directory.stream = std::move(dialled.stream);
     identities_[i] = address.identity;
   }
@@ -49,26 +71,34 @@ void Scatter::Dedup::lose_directory(std::size_t server) {
   identities_[server] = 0;
 }
 
-bool Scatter::Dedup::send(std::size_t server, std::vector<std::byte>& bytes) {
+bool Scatter::Dedup::send(std::size_t server, std::vector<std::byte>& bytes, Clock::time_point deadline) {
   if (bytes.empty()) return true;
   scatter_.shared_.count_bytes(bytes.size());
   scatter_.shared_.pacer.debit_limit(bytes.size());
   count_overhead(bytes.size());
-  const bool sent = directories_[server].stream->send_all(std::span<const std::byte>(bytes)).done();
+  wire::Stream& stream = *directories_[server].stream;
+  bool sent = true;
+  for (std::span<const std::byte> left(bytes); sent && !left.empty();) {
+    const auto piece = left.first(std::min(left.size(), kPiece));
+    sent = wait_writable(stream.fd(), deadline) && stream.send_all(piece).done();
+    left = left.subspan(piece.size());
+  }
   bytes.clear();
   if (!sent) lose_directory(server);
   return sent;
 }
 
 bool Scatter::Dedup::receive(std::size_t server, wire::FrameType type, std::uint64_t tag,
-                             std::span<std::byte> payload) {
-  wire::Stream& stream = *directories_[server].stream;
+                             std::span<std::byte> payload, Clock::time_point deadline) {
+  const auto read = [&](std::span<std::byte> into) {
+    return wire::receive_until(*directories_[server].stream, into, deadline, scatter_.shared_.cancel_fd)
+        .done();
+  };
   wire::FrameHeader header{};
-  const bool came = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1))).done() &&
+  const bool came = read(std::as_writable_bytes(std::span(&header, 1))) &&
                     wire::malformed(header, scatter_.page_size_) == nullptr &&
                     header.type == static_cast<std::uint16_t>(type) && header.tag == tag &&
-                    header.payload_bytes == payload.size() &&
-                    (payload.empty() || stream.recv_exact(payload).done()) &&
+                    header.payload_bytes == payload.size() && read(payload) &&
                     wire::payload_checksum(header, payload) == header.checksum;
   if (!came) lose_directory(server);
   return came;
@@ -82,6 +112,7 @@ void Scatter::Dedup::probe(std::vector<wire::KnownHolders>& answers) {
     if (const auto directory = directory_of(names_to_ask_[i], identities_)) asked[*directory].push_back(i);
   }
   const std::uint64_t tag = next_tag_++;
+  const auto deadline = Clock::now() + kPatience;
   std::vector<wire::ContentName> names;
   std::vector<std::byte> bytes;
   for (std::size_t server = 0; server < asked.size(); ++server) {
@@ -90,14 +121,15 @@ void Scatter::Dedup::probe(std::vector<wire::KnownHolders>& answers) {
     for (const std::size_t each : asked[server]) names.push_back(names_to_ask_[each]);
     append(bytes, wire::make_header(wire::FrameType::kProbe, 0, {PageNumber{0}, names.size()}, tag),
            std::as_bytes(std::span(names)));
-    if (!send(server, bytes)) asked[server].clear();
+    if (!send(server, bytes, deadline)) asked[server].clear();
     probes_ += asked[server].size();
   }
   std::vector<wire::KnownHolders> said;
   for (std::size_t server = 0; server < asked.size(); ++server) {
     if (asked[server].empty()) continue;
     said.resize(asked[server].size());
-    if (!receive(server, wire::FrameType::kProbed, tag, std::as_writable_bytes(std::span(said)))) continue;
+    if (!receive(server, wire::FrameType::kProbed, tag, std::as_writable_bytes(std::span(said)), deadline))
+      continue;
     for (std::size_t i = 0; i < said.size(); ++i) answers[asked[server][i]] = said[i];
   }
 }
@@ -108,9 +140,16 @@ bool Scatter::Dedup::tell() {
   std::vector<Settled> settled;
   {
     const std::lock_guard lock(scatter_.mutex_);
-    settled.swap(settled_);
+    if (settled_.size() <= kMostTold) {
+      settled.swap(settled_);
+    } else {
+      const auto end = settled_.begin() + static_cast<std::ptrdiff_t>(kMostTold);
+      settled.assign(settled_.begin(), end);
+      settled_.erase(settled_.begin(), end);
+    }
   }
   if (settled.empty()) return false;
+  const auto deadline = Clock::now() + kPatience;
   const std::size_t servers = directories_.size();
   std::vector<std::vector<std::byte>> to_holders(servers);
   std::vector<std::uint64_t> last_tag(servers, 0);
@@ -147,10 +186,10 @@ bool Scatter::Dedup::tell() {
     }
   }
   for (std::size_t server = 0; server < servers; ++server) {
-    if (!to_holders[server].empty()) (void)send(server, to_holders[server]);
+    if (!to_holders[server].empty()) (void)send(server, to_holders[server], deadline);
   }
   for (const auto& [server, tag] : questions) {
-    if (identities_[server] != 0) (void)receive(server, wire::FrameType::kNamed, tag, {});
+    if (identities_[server] != 0) (void)receive(server, wire::FrameType::kNamed, tag, {}, deadline);
   }
   for (const Settled& each : settled) {
     if (identity(each.holders.first) != wire::KnownHolders::kNobody)
@@ -171,7 +210,7 @@ bool Scatter::Dedup::tell() {
                std::as_bytes(std::span(names)));
       }
     }
-    (void)send(server, bytes);
+    (void)send(server, bytes, deadline);
   }
   return true;
 }

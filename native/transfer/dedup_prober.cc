@@ -94,6 +94,11 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
     return false;
   const std::uint64_t lead = dedup_lead_pages(measured_.link_bytes_per_second, scatter_.page_size_);
   const std::uint64_t unsent = unsent_pages();
+  {
+    // Enough for the ways to do.
+    const std::lock_guard lock(scatter_.mutex_);
+    if (reference_count_ >= kMostDeferred) return false;
+  }
   std::uint64_t most = std::min(kBatchPages, lead - std::min(lead, unsent));
   if (!dedup_pays(measured_)) {
     if (now < next_sample_) return false;
@@ -122,10 +127,12 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
       Region& region = *regions_[each.page.region];
       if (each.twin) {
         ++measured_.hits;
-        // Waits for its twin, wherever that is on its way to; retry() finds out.
-        if (deferred_.size() < kMostDeferred && claim_locked(each.page, false)) {
+        // Waits for its twin, wherever that is on its way to; retry() finds out. On the list first: where there is
+        // no memory for that, nobody has claimed it.
+        if (deferred_.size() < kMostDeferred) {
           each.next = now;
           deferred_.push_back(each);
+          if (!claim_locked(each.page, false)) deferred_.pop_back();
         }
       } else if (scatter_.where_.safe(each.page.region, each.page.page)) {
         // A lane was faster, and did not know its name.
@@ -173,13 +180,9 @@ void Scatter::Dedup::settle_answer(Deferred& page, wire::KnownHolders known, boo
     ++page.tries;
     return;
   }
-  page.tries = 0;
   const auto holders = known.first == wire::KnownHolders::kNobody ? std::nullopt : usable_locked(known);
-  if (!holders) {
-    give_up_locked(page.page, owned);
-  } else if (claim_locked(page.page, owned)) {
-    refer_locked(page.page, *holders);
-  }
+  if (!holders || !refer_locked(page.page, *holders, owned)) give_up_locked(page.page, owned);
+  page.tries = 0;
 }
 
 // Servers of this migration that live, as many as a page is to have.
@@ -199,7 +202,12 @@ std::optional<wire::Holders> Scatter::Dedup::usable_locked(wire::KnownHolders kn
   if (scatter_.config_.replicas < 2) return wire::Holders{any, wire::Holders::kNobody};
   if (first == second || first == wire::Holders::kNobody || second == wire::Holders::kNobody)
     return std::nullopt;
-  return wire::Holders{first, second};
+  // Only chains that are there, or would be without this: a server has but so many for an image.
+  for (const wire::Holders holders : {wire::Holders{first, second}, wire::Holders{second, first}}) {
+    const Way& way = *scatter_.servers_[holders.first]->way;
+    if (way.replicas[holders.second] || scatter_.holders_for(way).second == holders.second) return holders;
+  }
+  return std::nullopt;
 }
 
 // From here on no lane takes it. False: one has.
@@ -209,8 +217,17 @@ bool Scatter::Dedup::claim_locked(const Page& page, bool owned) {
   return true;
 }
 
-void Scatter::Dedup::refer_locked(const Page& page, wire::Holders holders) {
-  references_[holders.first].push_back({page, holders, Clock::now()});
+bool Scatter::Dedup::refer_locked(const Page& page, wire::Holders holders, bool owned) {
+  if (reference_count_ >= kMostDeferred) return false;
+  auto& references = references_[holders.first];
+  // On the list first: where there is no memory for that, nobody has claimed it.
+  references.push_back({page, holders, Clock::now()});
+  if (claim_locked(page, owned)) {
+    ++reference_count_;
+    return true;
+  }
+  references.pop_back();
+  return false;
 }
 
 // It goes plainly.
@@ -241,8 +258,8 @@ bool Scatter::Dedup::retry(Clock::time_point now) {
         };
         const bool here = safe && holders.first < scatter_.servers_.size();
         const bool enough = scatter_.config_.replicas < 2 || holders.second != wire::Holders::kNobody;
-        if (here && told && enough && alive(holders.first) && alive(holders.second)) {
-          refer_locked(each.page, holders);
+        if (here && told && enough && alive(holders.first) && alive(holders.second) &&
+            refer_locked(each.page, holders, true)) {
           scatter_.changed_.notify_all();
           continue;
         }
@@ -272,16 +289,23 @@ bool Scatter::Dedup::send_second_twins_locked() {
   using Place = std::pair<std::uint32_t, PageNumber>;
   std::map<Place, Place> seconds;
   std::vector<RegionRun> runs;
+  const auto waits = [&](const Deferred& each) {
+    return each.twin && !each.second_twin && !scatter_.where_.safe(each.twin->first, each.twin->second);
+  };
+  // Whatever needs memory comes before anything leaves its list.
+  for (const Deferred& each : deferred_) {
+    if (!waits(each) || !seconds.try_emplace(*each.twin, each.page.region, each.page.page).second) continue;
+    runs.push_back({each.page.region, {each.page.page, 1}});
+  }
   std::size_t keep = 0;
   for (Deferred& each : deferred_) {
-    if (each.twin && !each.second_twin && !scatter_.where_.safe(each.twin->first, each.twin->second)) {
-      const auto [second, is_it] = seconds.try_emplace(*each.twin, each.page.region, each.page.page);
-      if (is_it) {
+    if (waits(each)) {
+      const Place& second = seconds.at(*each.twin);
+      if (second == Place(each.page.region, each.page.page)) {
         regions_[each.page.region]->to_tell.set(each.page.page);
-        runs.push_back({each.page.region, {each.page.page, 1}});
         continue;
       }
-      each.twin = second->second;
+      each.twin = second;
       each.second_twin = true;
     }
     deferred_[keep++] = each;

@@ -2,9 +2,14 @@
 
 namespace memferry {
 
-void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders) {
+void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders,
+                bool references) {
   open_.bytes += bytes;
-  if (!runs.empty()) open_.holders = holders;
+  open_.frames += runs.size();
+  if (!runs.empty()) {
+    open_.holders = holders;
+    open_.references = references;
+  }
   for (const RegionRun& each : runs) {
     // Not with one that was taken back: what is added to that would never be.
     const bool joins = open_.runs.size() > open_.returned_runs && open_.runs.back().region == each.region &&

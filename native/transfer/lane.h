@@ -35,12 +35,18 @@ class Lane {
   // After so many bytes a barrier: often enough for the window to move smoothly, seldom enough not to count.
   static constexpr std::uint64_t kBatchBytes = 512ULL << 10;
 
-  // A batch has no more frames than that, and a frame is refused once.
-  static constexpr std::size_t kMostRefusals = kLargestWindow / 4096;
+  // Of one batch. A frame is refused once by its server and once by the replica's, a reference page by page.
+  static constexpr std::size_t kMostRefusals = 2048;
+  // After so many frames a barrier: compressed, many fit into kBatchBytes.
+  static constexpr std::size_t kBatchFrames = kMostRefusals / 4;
+  // Not acknowledged, at most, where each is small: the window does not bound those.
+  static constexpr std::size_t kMostBatches = 64;
 
   struct Batch {
     std::uint64_t tag = 0;
     std::uint64_t bytes = 0;
+    std::size_t frames = 0;
+    bool references = false;  // all of it, or nothing
     std::vector<RegionRun> runs;
     std::vector<RegionRun> torn;     // the receiver could not verify them
     std::vector<RegionRun> no_room;  // nor keep these
@@ -51,15 +57,18 @@ class Lane {
     [[nodiscard]] bool returned() const { return returned_runs > 0; }
   };
 
-  // Sent, and not yet behind a barrier. One batch has one answer to who holds it: where holders_change(), a barrier
-  // comes first.
-  void sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders);
-  [[nodiscard]] bool holders_change(wire::Holders holders) const {
-    return !open_.runs.empty() && open_.holders != holders;
+  // Sent, and not yet behind a barrier; a run a frame. One batch has one answer to who holds it and is of one kind:
+  // where needs_barrier(), a barrier comes first.
+  void sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders,
+            bool references = false);
+  [[nodiscard]] bool needs_barrier(wire::Holders holders, bool references = false) const {
+    return !open_.runs.empty() && (open_.holders != holders || open_.references != references);
   }
   [[nodiscard]] bool anything_open() const { return open_.bytes > 0; }
   // Enough for a barrier of its own; a small window is not to be one batch.
-  [[nodiscard]] bool batch_is_full() const { return open_.bytes >= std::min(kBatchBytes, window_ / 2); }
+  [[nodiscard]] bool batch_is_full() const {
+    return open_.bytes >= std::min(kBatchBytes, window_ / 2) || open_.frames >= kBatchFrames;
+  }
   // The barrier's tag; everything open is behind it.
   std::uint64_t close(Clock::time_point now);
   // nullopt: not the tag of the oldest batch.
@@ -80,6 +89,7 @@ class Lane {
                        [&](const Batch& batch) { return batch.holders.second == ordinal; });
   }
   [[nodiscard]] bool has_room() const { return outstanding_ + open_.bytes < window_; }
+  [[nodiscard]] bool has_room_for_small_batch() const { return has_room() && batches_.size() < kMostBatches; }
   [[nodiscard]] bool idle() const { return batches_.empty() && open_.bytes == 0; }
   // When the oldest batch was sent, or became the oldest; none when idle.
   [[nodiscard]] std::optional<Clock::time_point> waiting_since() const;

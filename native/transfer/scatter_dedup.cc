@@ -47,6 +47,26 @@ void Scatter::Dedup::shut_down_locked() {
   }
 }
 
+void Scatter::Dedup::server_failed_locked(std::uint8_t server) {
+  if (directories_[server].stream) directories_[server].stream->shutdown();
+  std::vector<RegionRun> runs;
+  runs.reserve(reference_count_);
+  for (auto& references : references_) {
+    std::erase_if(references, [&](const Reference& each) {
+      const bool its = each.holders.has(server);
+      if (its) given_back_locked(each, runs);
+      return its;
+    });
+  }
+  reference_count_ -= runs.size();
+  scatter_.put_back_locked(runs);
+}
+
+void Scatter::Dedup::given_back_locked(const Reference& reference, std::vector<RegionRun>& into) {
+  regions_[reference.page.region]->to_tell.set(reference.page.page);
+  into.push_back({reference.page.region, {reference.page.page, 1}});
+}
+
 void Scatter::Dedup::stop() {
   thread_.stop();
   // A closed sender may be kept for its last figures; its sockets must not be.
@@ -73,17 +93,16 @@ void Scatter::Dedup::drop_locked(int server, std::size_t seen) {
     if (!scatter_.where_.safe(page.region, page.page)) regions_[page.region]->referred.set(page.page);
     references.pop_front();
   }
+  reference_count_ -= seen;
 }
 
 void Scatter::Dedup::give_back_locked(int server) {
   auto& references = references_[static_cast<std::size_t>(server)];
   std::vector<RegionRun> runs;
   runs.reserve(references.size());
-  for (const Reference& each : references) {
-    regions_[each.page.region]->to_tell.set(each.page.page);
-    runs.push_back({each.page.region, {each.page.page, 1}});
-  }
+  for (const Reference& each : references) given_back_locked(each, runs);
   references.clear();
+  reference_count_ -= runs.size();
   scatter_.put_back_locked(runs);
 }
 
@@ -95,13 +114,20 @@ void Scatter::Dedup::give_back_late_locked(Clock::time_point now, Clock::duratio
   }
 }
 
-void Scatter::Dedup::settled_locked(std::uint32_t region, PageRun run, wire::Holders holders) {
+void Scatter::Dedup::settled_locked(std::uint32_t region, PageRun run, wire::Holders holders,
+                                    bool references) {
   Region& of = *regions_[region];
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
-    if (of.referred.clear(page)) {
+    const bool referred = of.referred.clear(page);
+    if (references) {
       ++pages_;
+      of.to_tell.clear(page);
       of.told.set(page);  // its holders have said so
-    } else if (of.to_tell.test(page)) {
+      continue;
+    }
+    // Referred to as well, and this copy was faster: these holders do not know it by its name.
+    if (referred) of.to_tell.set(page);
+    if (of.to_tell.test(page)) {
       const bool joins = !settled_.empty() && settled_.back().region == region &&
                          settled_.back().run.end() == page && settled_.back().holders == holders;
       if (joins) {
@@ -111,6 +137,10 @@ void Scatter::Dedup::settled_locked(std::uint32_t region, PageRun run, wire::Hol
       }
     }
   }
+}
+
+void Scatter::Dedup::put_back_locked(std::uint32_t region, PageNumber page) {
+  if (regions_[region]->referred.clear(page)) regions_[region]->to_tell.set(page);
 }
 
 void Scatter::Dedup::refused_locked(std::uint32_t region, PageRun run) {
@@ -128,7 +158,7 @@ DedupStats Scatter::Dedup::stats() const {
 }
 
 std::uint64_t Scatter::Dedup::memory_bytes() const {
-  std::uint64_t bytes = twins_.size() + kMostDeferred * sizeof(Deferred);
+  std::uint64_t bytes = twins_.size() + kMostDeferred * (sizeof(Deferred) + sizeof(Reference));
   for (const auto& region : regions_) {
     bytes += region->examined.capacity() * sizeof(wire::ContentName) + 5 * region->examined.words() * 8;
   }

@@ -34,7 +34,8 @@ namespace memferry {
 
 class Scatter::Dedup {
  public:
-  // Pages that wait for somebody else's copy, at most: what goes beyond that goes plainly.
+  // Pages that wait for somebody else's copy, and as many that wait for their way, at most: what goes beyond that
+  // goes plainly.
   static constexpr std::size_t kMostDeferred = 65536;
   // Pages that a way sends references of in one go.
   static constexpr std::size_t kMostAtOnce = 512;
@@ -75,7 +76,12 @@ class Scatter::Dedup {
   // Those that have waited for longer than `patience` do.
   void give_back_late_locked(Clock::time_point now, Clock::duration patience);
   // Pages that were acknowledged, and are safe for the first time.
-  void settled_locked(std::uint32_t region, PageRun run, wire::Holders holders);
+  // `references`: that was what it took.
+  void settled_locked(std::uint32_t region, PageRun run, wire::Holders holders, bool references);
+  // It is pending again, whatever way it went.
+  void put_back_locked(std::uint32_t region, PageNumber page);
+  // Nothing is asked there any more, and no reference counts on it as either holder.
+  void server_failed_locked(std::uint8_t server);
   // A server does not hold what was referred to.
   void refused_locked(std::uint32_t region, PageRun run);
   void acknowledged(std::uint64_t bytes) { acknowledged_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
@@ -126,7 +132,9 @@ class Scatter::Dedup {
   void settle_answer(Deferred& page, wire::KnownHolders known, bool owned);
   [[nodiscard]] std::optional<wire::Holders> usable_locked(wire::KnownHolders known) const;
   bool claim_locked(const Page& page, bool owned);
-  void refer_locked(const Page& page, wire::Holders holders);
+  // False: a lane has it, or nothing more fits into the list. An owned page is its owner's until then.
+  bool refer_locked(const Page& page, wire::Holders holders, bool owned);
+  void given_back_locked(const Reference& reference, std::vector<RegionRun>& into);
   void give_up_locked(const Page& page, bool owned);
 
   // dedup_look.cc
@@ -142,8 +150,9 @@ class Scatter::Dedup {
   bool tell();
   // Of names_to_ask_, in order.
   void probe(std::vector<wire::KnownHolders>& answers);
-  bool send(std::size_t server, std::vector<std::byte>& bytes);
-  bool receive(std::size_t server, wire::FrameType type, std::uint64_t tag, std::span<std::byte> payload);
+  bool send(std::size_t server, std::vector<std::byte>& bytes, Clock::time_point deadline);
+  bool receive(std::size_t server, wire::FrameType type, std::uint64_t tag, std::span<std::byte> payload,
+               Clock::time_point deadline);
   void lose_directory(std::size_t server);
 
   Scatter& scatter_;
@@ -153,6 +162,7 @@ class Scatter::Dedup {
 
   // Guarded by Scatter::mutex_:
   std::vector<std::deque<Reference>> references_;  // by server
+  std::size_t reference_count_ = 0;                // of all
   std::vector<Settled> settled_;
 
   // The thread's own:

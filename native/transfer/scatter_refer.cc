@@ -5,7 +5,7 @@ namespace memferry {
 
 bool Scatter::may_refer(const Way& way) const {
   return dedup_ && begun_ && way.server != Way::kNobody && !way.stalled && !way.lane.owes() &&
-         dedup_->any_references_locked(way.server);
+         way.lane.has_room_for_small_batch() && dedup_->any_references_locked(way.server);
 }
 
 bool Scatter::send_references(Way& way, std::string& cut) {
@@ -15,7 +15,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     const std::lock_guard lock(mutex_);
     if (!may_refer(way)) return true;
     holders = dedup_->next_holders_locked(way.server);
-    other_holders = way.lane.holders_change(holders);
+    other_holders = way.lane.needs_barrier(holders, true);
   }
   if (other_holders && !send_barrier(way, true, cut)) return false;
 
@@ -25,7 +25,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
   {
     const std::lock_guard lock(mutex_);
     // They may have been given back meanwhile, and others have come.
-    if (!may_refer(way) || way.lane.holders_change(holders)) return true;
+    if (!may_refer(way) || way.lane.needs_barrier(holders, true)) return true;
     std::size_t seen = 0;
     dedup_->look_locked(way.server, holders, taken, seen);
     for (const Dedup::Reference& each : taken) {
@@ -42,7 +42,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     bytes = runs.size() * sizeof(wire::FrameHeader) + taken.size() * sizeof(wire::ContentHash);
     // Into the lane before it leaves the list: at no time is it in neither.
     if (!taken.empty()) {
-      way.lane.sent(runs, bytes, holders);
+      way.lane.sent(runs, bytes, holders, true);
       way.replicas.set(holders.second);
       servers_[static_cast<std::size_t>(way.server)]->bytes += bytes;
     }

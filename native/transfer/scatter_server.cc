@@ -202,7 +202,7 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
     again.insert(again.end(), lost.begin(), lost.end());
   }
   put_back_locked(again);
-  if (dedup_) dedup_->give_back_locked(server.ordinal);
+  if (dedup_) dedup_->server_failed_locked(server.ordinal);
   changed_.notify_all();
 }
 

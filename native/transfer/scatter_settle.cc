@@ -94,7 +94,8 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
           sent_twice_[each.region]->set_run(part);
         }
         where_.settle(each.region, part, holders);
-        if (dedup_ && kind_ == Kind::kPush) dedup_->settled_locked(each.region, part, holders);
+        if (dedup_ && kind_ == Kind::kPush)
+          dedup_->settled_locked(each.region, part, holders, batch.references);
         if (config_.release_as_evicted && kind_ == Kind::kPush) to_release_.push_back({each.region, part});
       }
       left = {part.end(), left.count - count};
@@ -108,6 +109,7 @@ void Scatter::put_back_locked(const std::vector<RegionRun>& runs) {
     for (PageNumber page = each.run.first; page < each.run.end(); ++page.value) {
       if (where_.safe(each.region, page)) continue;
       sent_twice_[each.region]->set(page);
+      if (dedup_) dedup_->put_back_locked(each.region, page);
       shared_.queue.pending(each.region).set(page);
       any = true;
     }

@@ -174,7 +174,7 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
     holders = holders_for(way);
     returns = returns_;
     sinks = sinks_;
-    other_holders = way.lane.holders_change(holders);
+    other_holders = way.lane.needs_barrier(holders);
     way.in_hand = true;
   }
   if (other_holders && !send_barrier(way, true, cut)) return false;

@@ -152,6 +152,32 @@ TEST_F(DedupStage, WhatIsNotHereIsRefusedAndForgotten) {
   oracle.check(*bench.gather(b));
 }
 
+// Its source may have sent it plainly and count on it, and heard of a name since that leads nowhere.
+TEST_F(DedupStage, WhatThePageIsAlreadyIsHeldThoughNobodyNamedIt) {
+  const auto bytes = random_pages(8, 21);
+  const auto source = bench.scatter(b);
+  ASSERT_TRUE(source->pages(0, 4, bytes, kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  auto all = contents(bytes);
+  std::swap(all[2], all[3]);  // older than what they are meant to be
+  ASSERT_TRUE(refer(*source, 4, all));
+  const auto barrier = source->barrier(2);
+  EXPECT_TRUE(barrier.acknowledged);
+  EXPECT_EQ(barrier.refused, (std::vector<StageClient::Refused>{{0, 6, 2}}));
+  EXPECT_EQ(bench.stage->image(b)->pages_held, 6u);
+  EXPECT_EQ(bench.stage->image(b)->pages_shared, 0u);
+  ImageOracle oracle{{kPages}};
+  oracle.absent(0, 0, kPages);
+  oracle.content(0, 4, bytes);
+  oracle.absent(0, 6, 2);
+  oracle.check(*bench.gather(b));
+  // Counted once: all of it is free again.
+  const auto free_before = bench.stage->stats().free_bytes;
+  ASSERT_TRUE(source->zeros(0, 4, 8, kHere));
+  ASSERT_TRUE(source->barrier(3).acknowledged);
+  EXPECT_EQ(bench.stage->stats().free_bytes, free_before + 6 * system_page_size());
+}
+
 TEST_F(DedupStage, ALieAboutANameCostsATransferAndNoPage) {
   const auto bytes = store_some();
   const auto other = random_pages(16, 5);

@@ -563,6 +563,36 @@ TEST(LaneTest, WhatIsTakenBackIsTakenOnce) {
   EXPECT_TRUE(batch->returned());
 }
 
+TEST(LaneTest, ABatchIsOfOneKindAndOfSoManyFrames) {
+  Lane lane;
+  const Holders holders{0, Holders::kNobody};
+  for (std::uint64_t i = 0; i < Lane::kBatchFrames; ++i) {
+    EXPECT_FALSE(lane.batch_is_full());
+    const RegionRun frame{0, run_of(i, 1)};  // joins the one before
+    lane.sent(std::span(&frame, 1), 100, holders);
+  }
+  EXPECT_TRUE(lane.batch_is_full());
+  EXPECT_FALSE(lane.needs_barrier(holders));
+  EXPECT_TRUE(lane.needs_barrier(holders, true));
+  // Each of them may be refused, by either holder.
+  for (unsigned twice = 0; twice < 2; ++twice) {
+    for (std::uint64_t i = 0; i < Lane::kBatchFrames; ++i) EXPECT_TRUE(lane.refused(0, run_of(i, 1), true));
+  }
+  std::uint64_t tag = lane.close(Lane::Clock::now());
+  EXPECT_FALSE(lane.acknowledged(tag, Lane::Clock::now())->references);
+  EXPECT_FALSE(lane.needs_barrier(holders, true));
+  for (std::size_t i = 0; i < Lane::kMostBatches; ++i) {
+    EXPECT_TRUE(lane.has_room_for_small_batch());
+    const RegionRun frame{0, run_of(i, 1)};
+    lane.sent(std::span(&frame, 1), 80, holders, true);
+    tag = lane.close(Lane::Clock::now());
+  }
+  EXPECT_TRUE(lane.has_room());
+  EXPECT_FALSE(lane.has_room_for_small_batch());
+  EXPECT_TRUE(lane.acknowledged(tag + 1 - Lane::kMostBatches, Lane::Clock::now())->references);
+  EXPECT_TRUE(lane.has_room_for_small_batch());
+}
+
 TEST(WhereaboutsTest, ALostServerLeavesWhatAnotherOneHolds) {
   const std::array<std::uint64_t, 1> capacities{100};
   Whereabouts where(capacities, 3, 3);
