@@ -126,6 +126,9 @@ async function move(
   const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker } = flags;
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
   const { useBase, replay, keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
+  if (keepStaleCopy && flags.leaveWhenEvicted) {
+    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
+  }
   const options = {
     ...given({
       base: useBase,
