@@ -14,6 +14,8 @@ import type { WorkerGuest } from './worker-guest.js';
 export interface WorkerBaseOptions {
   /** Where bases lie: what `keepStaleCopy` and `saveBase` have written. */
   directory: string;
+  /** For guests that were started anew elsewhere, too: any host with the shared secret can have the base then. */
+  anySource?: boolean;
   /** Applies a source's log to the guest as it was: requests, in most cases. Without it logs are ignored. */
   replay?: (guest: WorkerGuest, log: Uint8Array, options: { signal: AbortSignal }) => Promise<void>;
   /** How long a replay takes, in ms, where it is known. */
@@ -39,7 +41,7 @@ export async function workerBase(
   start: Start,
 ): Promise<WorkerBase | null> {
   const { base } = options;
-  const files = base ? await readBase(base.directory, offer) : null;
+  const files = base ? await readBase(base.directory, offer, base) : null;
   if (!base || !files) return null;
   const bases = regions.map((_, index) => files.bases[index] ?? null);
   const { replay, replayMs } = base;

@@ -135,7 +135,7 @@ describe('a guest that comes back', () => {
     expect(await here.closed).toBe(0);
     // The way back is another guest of the same name and module: what it was is in the directory.
     writeFileSync(log, '{"add": 4}\n{"add": 5, "slot": 1000}\n');
-    const home = await receiver('--once', '--base', kept, '--replay-ms', '1000');
+    const home = await receiver('--once', '--base', kept, '--base-for-any', '--replay-ms', '1000');
     const back = command(
       ...['send', '--to', home.to, '--module', `counter=${counter}`, '--use-base', 'always', '--replay', log],
     );

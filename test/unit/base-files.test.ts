@@ -128,6 +128,9 @@ test('whoever offers a guest of that name, and is no host of it, gets nothing', 
     { ...offer, module: { name: 'n', sha256: 'ab'.repeat(32) } },
   ];
   for (const other of others) expect(await readBase(directory, other)).toBeNull();
+  // Where the owner wants it so, and only as to the lineage.
+  const any = await Promise.all(others.map((other) => readBase(directory, other, { anySource: true })));
+  expect(any.map((found) => found !== null)).toEqual([true, true, true, true, false, false, false]);
 });
 
 test('a guest that is moving is not written', async () => {
