@@ -108,6 +108,9 @@ export function addSend(program: Command): void {
 }
 
 async function send(flags: SendFlags): Promise<void> {
+  if (flags.keepStaleCopy && flags.leaveWhenEvicted) {
+    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
+  }
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
@@ -126,9 +129,6 @@ async function move(
   const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker } = flags;
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
   const { useBase, replay, keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
-  if (keepStaleCopy && flags.leaveWhenEvicted) {
-    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
-  }
   const options = {
     ...given({
       base: useBase,

@@ -152,6 +152,15 @@ describe('a guest that comes back', () => {
     expect(await far.closed).toBe(0);
   }, 60_000);
 
+  test('nobody leaves before the stale copy is written', async () => {
+    const here = command(
+      ...['send', '--to', '127.0.0.1:1', '--module', `counter=${counter}`],
+      ...['--keep-stale-copy', place.directory, '--leave-when-evicted'],
+    );
+    expect(await here.closed).toBe(2);
+    expect(here.errors()).toContain('INVALID_ARGUMENT: --leave-when-evicted');
+  }, 30_000);
+
   test('a log that cannot be read is said at once', async () => {
     const there = await receiver();
     const here = command(
