@@ -109,7 +109,7 @@ test('a second copy that the host has no room for: its base is what it is', asyn
   const replayLog = await database(a);
   const rows = await ask(a, everything);
   const workerBase = { directory, diverge: false };
-  const room = { maxBytes: 100 * 2 ** 20 };
+  const room = { maxBytes: 40 * 2 ** 20 };
   const port = await listen(b, { modules: { sqlite: url }, workerBase, options: room });
   await migrate(a, port, { base: 'always', replayLog }, { guest: 'db' });
   const { base, heapBytes } = await report(a);
