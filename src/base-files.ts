@@ -10,7 +10,9 @@ import { join } from 'node:path';
 import { z } from 'zod';
 import { MemferryError, nativeAsync } from './errors.js';
 import type { Guest, GuestOffer, RegionBase } from './guest.js';
+import { lineageOf, sameLineage } from './lineage.js';
 import { offerSchema } from './protocol/messages.js';
+import { claimRegions } from './source/claim-regions.js';
 import { describeGuest } from './source/stage-image.js';
 
 export interface BaseFilesOptions {
@@ -28,7 +30,12 @@ export interface BaseFiles {
   bases: RegionBase[];
 }
 
-const manifestSchema = z.strictObject({ version: z.literal(1), guest: offerSchema.shape.guest });
+const manifestSchema = z.strictObject({
+  version: z.literal(1),
+  /** Of the guest; who cannot show it gets nothing of the base. */
+  lineage: z.string().regex(/^[0-9a-f]{64}$/),
+  guest: offerSchema.shape.guest,
+});
 /** Written at a time: some ms. */
 const piecePages = 2048;
 const mostManifestBytes = 2 ** 20;
@@ -59,7 +66,8 @@ export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFi
   try {
     await rm(made, { recursive: true, force: true });
     // Others may not read what a guest had in memory.
-    await mkdir(made, { recursive: true, mode: 0o700 });
+    await mkdir(directory, { recursive: true, mode: 0o700 });
+    await mkdir(made, { mode: 0o700 });
     for (const [index, region] of regions.entries()) {
       const path = imageIn(made, index);
       const file = await open(path, 'wx', 0o600);
@@ -70,7 +78,8 @@ export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFi
       }
     }
     await writeFile(join(made, 'state'), state, { mode: 0o600 });
-    const manifest = { version: 1, guest: describeGuest(guest, lengths) };
+    const lineage = Buffer.from(lineageOf(regions)).toString('hex');
+    const manifest = { version: 1, lineage, guest: describeGuest(guest, lengths) };
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
     await rename(folder, former).catch(() => {});
     await rename(made, folder);
@@ -80,13 +89,24 @@ export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFi
   }
 }
 
-/** The base of the guest with this name, or null when there is none that can be used. */
-export async function readBase(directory: string, name: string): Promise<BaseFiles | null> {
-  const folder = folderOf(directory, name);
+/**
+ * The base of the guest that is offered, or null when there is none that can be used. Whoever offers a guest learns
+ * what equals its base, so a base is for the same guest only: the same name, module and lineage. `anySource`: the
+ * lineage does not matter. Any host with the shared secret can have the base then (docs/security.md).
+ */
+export async function readBase(
+  directory: string,
+  offer: Pick<GuestOffer, 'name' | 'module' | 'lineage'>,
+  { anySource = false }: { anySource?: boolean | undefined } = {},
+): Promise<BaseFiles | null> {
+  const folder = folderOf(directory, offer.name);
   try {
     const manifest = join(folder, 'base.json');
     if ((await stat(manifest)).size > mostManifestBytes) return null;
-    const { guest } = manifestSchema.parse(JSON.parse(await readFile(manifest, 'utf8')));
+    const { guest, lineage } = manifestSchema.parse(JSON.parse(await readFile(manifest, 'utf8')));
+    const shown = offer.lineage !== undefined && sameLineage(offer.lineage, Buffer.from(lineage, 'hex'));
+    if (!shown && !anySource) return null;
+    if (guest.name !== offer.name || !sameModule(guest.module, offer.module)) return null;
     const state = new Uint8Array(await readFile(join(folder, 'state')));
     const bases = guest.regions.map((_, index) => ({ path: imageIn(folder, index) }));
     return { offer: { ...guest, description: guest.description }, state, bases };
@@ -95,17 +115,27 @@ export async function readBase(directory: string, name: string): Promise<BaseFil
   }
 }
 
+function sameModule(a: GuestOffer['module'], b: GuestOffer['module']): boolean {
+  if (a === null || b === null) return a === b;
+  return a.name === b.name && a.sha256.toLowerCase() === b.sha256.toLowerCase();
+}
+
 /**
  * A base of a guest that runs here: pauses it, writes it, and lets it run on. `pauseMs`: how long it stood.
- * @throws what `pause` throws, LIMIT_EXCEEDED, SYSTEM
+ * @throws what `pause` throws, REGION_BUSY (it is moving), LIMIT_EXCEEDED, SYSTEM
  */
 export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise<{ pauseMs: number }> {
   const started = performance.now();
-  const paused = await guest.pause({ signal: new AbortController().signal });
+  const release = claimRegions(guest);
   try {
-    await writeBase(guest, paused instanceof Uint8Array ? paused : paused.state, options);
+    const paused = await guest.pause({ signal: new AbortController().signal });
+    try {
+      await writeBase(guest, paused instanceof Uint8Array ? paused : paused.state, options);
+    } finally {
+      await guest.unpause();
+    }
   } finally {
-    await guest.unpause();
+    release();
   }
   return { pauseMs: performance.now() - started };
 }

@@ -54,6 +54,8 @@ export interface GuestOffer {
   regions: { name: string; lengthBytes: number; capacityBytes: number; pageSize: number }[];
   /** The source's `replayLog`: operations since the base, as the guest's owner wrote them. As untrusted as the guest. */
   replayLog?: Uint8Array;
+  /** A secret that goes with the guest: it shows `readBase` that a base is of this very guest. Not to be logged. */
+  lineage?: Uint8Array;
 }
 
 /**
@@ -83,6 +85,8 @@ export interface ArrivingGuest {
         apply(log: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
         /** How long that takes, in ms, where the owner knows: without it nobody waits unless `base: 'always'` says so. */
         expectedMs?: number;
+        /** What it takes besides the regions while it lasts: counts against `maxBytes`, one such replay at a time. */
+        memoryBytes?: number;
       }
     | undefined;
   /** The source's region grew before the switchover: make ours as long. */

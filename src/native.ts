@@ -154,6 +154,8 @@ export interface NativeEncodingStats {
 
 /** What was compared with the destination's base. `bytesOut` are in `bytesOnWire` too. */
 export interface NativeBaseStats {
+  /** Pending, and not known to be zeros. */
+  pagesWithContent: number;
   pagesCompared: number;
   pagesSame: number;
   bytesOut: number;

@@ -41,7 +41,7 @@ function plainGuest(of: Region): Guest {
 /** Plain memory, from what was kept of it here. */
 async function accept(offer: GuestOffer, directory: string | null): Promise<ArrivingGuest> {
   const regions = offer.regions.map(({ lengthBytes }) => Region.allocate({ lengthBytes }));
-  const kept = directory === null ? null : await readBase(directory, offer.name);
+  const kept = directory === null ? null : await readBase(directory, offer);
   return {
     regions,
     bases: kept?.bases ?? [],

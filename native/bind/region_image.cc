@@ -27,8 +27,8 @@ void check(const Region& region, PageRun run) {
 }
 
 UniqueFd open_regular(const std::string& path, int flags) {
-  // Not to be blocked by a fifo; what is no regular file is refused.
-  UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  // Not to be blocked by a fifo, nor led elsewhere by a link; what is no regular file is refused.
+  UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW));
   if (file.get() < 0) throw_errno("open");
   struct stat status {};
   if (::fstat(file.get(), &status) != 0) throw_errno("fstat");

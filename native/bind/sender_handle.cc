@@ -298,6 +298,7 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("compression", encoding_stats(env, stats.compression));
     object.Set("delta", encoding_stats(env, stats.delta));
     Napi::Object base = Napi::Object::New(env);
+    base.Set("pagesWithContent", number(env, stats.pages_with_content));
     base.Set("pagesCompared", number(env, stats.base.pages_compared));
     base.Set("pagesSame", number(env, stats.base.pages_same));
     base.Set("bytesOut", number(env, stats.base.bytes_out));

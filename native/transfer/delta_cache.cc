@@ -11,7 +11,8 @@ DeltaCache::DeltaCache(std::uint64_t bytes, std::uint64_t page_size)
       entries_(sets_ * kWays),
       // Not touched before it is used.
       bytes_(new std::byte[sets_ * kWays * page_size_]),
-      open_(sets_ > 0) {}
+      open_(sets_ > 0),
+      allocated_(sets_ > 0) {}
 
 DeltaCache::Entry* DeltaCache::find(std::size_t set, std::uint64_t key) {
   const auto first = entries_.begin() + static_cast<std::ptrdiff_t>(set * kWays);
@@ -80,15 +81,16 @@ void DeltaCache::forget(std::uint32_t region, PageRun run) {
 }
 
 void DeltaCache::end() {
-  open_.store(false, std::memory_order_release);
+  close();
   // Whoever is still in it is let out: under each of the mutexes it was open, or is seen not to be.
   for (std::mutex& each : mutexes_) const std::lock_guard out(each);
   bytes_.reset();
   entries_ = {};
+  allocated_.store(false, std::memory_order_relaxed);
 }
 
 std::uint64_t DeltaCache::memory_bytes() const {
-  return open() ? sets_ * kWays * (page_size_ + sizeof(Entry)) : 0;
+  return allocated_.load(std::memory_order_relaxed) ? sets_ * kWays * (page_size_ + sizeof(Entry)) : 0;
 }
 
 }  // namespace memferry

@@ -36,7 +36,9 @@ class DeltaCache {
   bool get(std::uint32_t region, PageNumber page, std::span<std::byte> base);
   void put(std::uint32_t region, PageNumber page, std::span<const std::byte> bytes);
   void forget(std::uint32_t region, PageRun run);
-  // No more rounds: holds nothing from now on.
+  // No more rounds: gives and takes nothing from now on. Its memory stays, since the guest may stand still meanwhile.
+  void close() { open_.store(false, std::memory_order_release); }
+  // The same, and lets go of the memory; by one thread.
   void end();
   [[nodiscard]] bool open() const { return open_.load(std::memory_order_acquire); }
   [[nodiscard]] std::uint64_t memory_bytes() const;
@@ -64,6 +66,7 @@ class DeltaCache {
   std::atomic<std::uint32_t> round_{1};
   std::atomic<std::size_t> held_{0};
   std::atomic<bool> open_;
+  std::atomic<bool> allocated_;
 };
 
 }  // namespace memferry

@@ -38,11 +38,23 @@ void Receiver::Impl::take_bases() {
 
 bool Receiver::Impl::may_compare(Conversation& with) {
   if (with.channel.index != 0) return with.bad("bases are compared on channel 0");
-  // Which nodes the sample has is the source's to know: whoever asks for others gets what is there, and confirms it to
-  // its own guest's harm.
   if (base_awaited && !base_sampled) return with.bad("a comparison before the base is there");
   if (state != State::kFilling) return with.bad("a comparison after the switch");
   return true;
+}
+
+// As protocol/base-sample.ts lays them out and BaseComparison::choose() asks for them.
+bool Receiver::Impl::in_sample(std::uint32_t region, std::uint64_t node) const {
+  std::uint64_t nodes = 0;
+  std::uint64_t ordinal = node;
+  for (std::uint32_t each = 0; each < trees.size(); ++each) {
+    if (!trees[each]) continue;
+    if (each < region) ordinal += trees[each]->nodes();
+    nodes += trees[each]->nodes();
+  }
+  const std::uint64_t wanted = std::clamp<std::uint64_t>((nodes + 63) / 64, 1, 16);
+  const std::uint64_t step = std::max<std::uint64_t>(1, (nodes + wanted - 1) / wanted);
+  return ordinal % step == step / 2;
 }
 
 bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader& header) {
@@ -52,6 +64,10 @@ bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader
   HashTree& tree = *trees[header.region];
   const NodeRun nodes = tree.nodes_of(header.first_page, header.page_count);
   if (nodes.count == 0) return with.bad("hashes of a run that is none of whole nodes");
+  for (std::uint64_t node = nodes.first; base_awaited && node < nodes.end(); ++node) {
+    // The owner may be writing these just now: hashes of anything, which stay.
+    if (!in_sample(header.region, node)) return with.bad("more than the sample before the base is there");
+  }
   // One answer fits into a frame, whatever the pages' size.
   const std::uint64_t hashes = wire::max_payload(page_size) / sizeof(wire::TreeHash);
   const std::uint64_t most = std::min(kNodesAtOnce, hashes / wire::kTreeNodePages);
@@ -102,6 +118,8 @@ bool Receiver::Impl::on_same(Conversation& with, const wire::FrameHeader& header
     for (std::uint64_t node = run.first.value / wire::kTreeNodePages;
          node <= (run.end().value - 1) / wire::kTreeNodePages; ++node) {
       if (!tree.hashed(node)) return with.bad("equal pages that were not compared");
+      if (base_awaited && !in_sample(header.region, node))
+        return with.bad("equal pages outside the sample before the base is there");
     }
     // Received, discarded or on their way: these are not the base's any more.
     if (map.received.count(run) > 0 || map.suspect.count(run) > 0 || map.arriving.count(run) > 0 ||

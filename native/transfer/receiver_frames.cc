@@ -257,6 +257,7 @@ void Receiver::Impl::account(std::uint64_t settled_pages) {
 
 bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& header) {
   if (with.channel.index != 0) return with.bad("discards come on channel 0");
+  if (base_awaited) return with.bad("discards before the base is there");
   if (header.region >= maps.size()) return with.bad("no such region");
   if (switched || (state != State::kFilling && state != State::kPaging))
     return with.bad("discards after the switch");

@@ -264,6 +264,7 @@ void Receiver::Impl::forget_locations(std::uint32_t region, PageRun run) {
 
 bool Receiver::Impl::on_map(Conversation& with, const wire::FrameHeader& header) {
   if (!gather) return with.bad("a map without servers");
+  if (base_awaited) return with.bad("a map before the base is there");
   if (with.channel.index != 0 && !with.channel.demand) return with.bad("maps come on channel 0");
   if (header.region >= maps.size()) return with.bad("no such region");
   ArrivalMap& map = *maps[header.region];

@@ -155,6 +155,7 @@ struct Receiver::Impl {
   }
   void take_bases();
   bool may_compare(Conversation& with);
+  [[nodiscard]] bool in_sample(std::uint32_t region, std::uint64_t node) const;
   bool on_tree_request(Conversation& with, const wire::FrameHeader& header);
   bool send_hashes(Conversation& with, const wire::FrameHeader& request, NodeRun nodes, std::uint64_t cpu_us);
   bool on_same(Conversation& with, const wire::FrameHeader& header);

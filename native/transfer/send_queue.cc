@@ -237,6 +237,16 @@ std::uint64_t SendQueue::pending_pages() const {
   return pages;
 }
 
+std::uint64_t SendQueue::content_pages() const {
+  std::uint64_t pages = 0;
+  for (std::uint32_t region = 0; region < regions(); ++region) {
+    for (std::uint64_t word = 0; word < entries_[region]->pending.words(); ++word) {
+      pages += static_cast<std::uint64_t>(std::popcount(content_word(region, word)));
+    }
+  }
+  return pages;
+}
+
 std::uint64_t SendQueue::memory_bytes() const {
   std::uint64_t bytes = 0;
   for (const auto& entry : entries_) bytes += 4 * entry->pending.words() * sizeof(std::uint64_t);

@@ -89,6 +89,7 @@ class SendQueue {
   void take_discards(std::uint32_t region, std::vector<wire::WireRun>& discards);
 
   [[nodiscard]] std::uint64_t pending_pages() const;
+  [[nodiscard]] std::uint64_t content_pages() const;  // pending, and not untouched
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:

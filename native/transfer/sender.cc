@@ -237,7 +237,7 @@ std::uint64_t Sender::switch_over() {
   impl_->require_between_rounds("switch_over()");
   const std::uint64_t newly = impl_->collect_dirty();
   if (impl_->scatter) impl_->scatter->forget_pending();
-  if (impl_->delta_cache) impl_->delta_cache->end();
+  if (impl_->delta_cache) impl_->delta_cache->close();
   auto frames = impl_->discard_frames(true);
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return newly;
@@ -279,6 +279,7 @@ SenderStats Sender::stats() const {
   stats.delta = stats_of(impl_->deltas);
   if (impl_->comparison) {
     stats.base = impl_->comparison->stats();
+    stats.pages_with_content = impl_->queue.content_pages();
     stats.extra_memory_bytes += stats.base.memory_bytes;
   }
   if (impl_->scatter) {
@@ -331,6 +332,7 @@ void Sender::close(bool goodbye) {
     impl_->supervisor_changed.notify_all();
   }
   impl_->supervisor.stop();
+  if (impl_->delta_cache) impl_->delta_cache->end();
   if (impl_->scatter) impl_->scatter->close();
   if (impl_->comparison) impl_->comparison->release();
   impl_->users.clear();  // waits for a region_gone() on its way

@@ -88,6 +88,8 @@ struct SenderStats {
   std::uint64_t pages_zero = 0;     // sent as zero runs, never-touched ones included
   std::uint64_t pages_resent = 0;   // sends of a page that had been sent before (also as zero)
   std::uint64_t pages_pending = 0;
+  // Where there is a base to compare with: those of them that are not known to be zeros.
+  std::uint64_t pages_with_content = 0;
   std::uint64_t faults_served = 0;
   std::uint64_t redials = 0;
   std::uint64_t extra_memory_bytes = 0;  // peak of what the engine itself holds

@@ -286,6 +286,12 @@ void Sender::Impl::supervise_until_closing(std::unique_lock<std::mutex>& lock) {
   while (!closing) {
     deliver_events(lock);
     if (closing) break;
+    if (switch_acknowledged && delta_cache && delta_cache->memory_bytes() > 0) {
+      lock.unlock();
+      delta_cache->end();
+      lock.lock();
+      continue;
+    }
     if (gone && !users.empty()) {
       end_epoch(lock);
       if (phase != Phase::kEnded) fail_locked("REGION_GONE", "a region was closed while it moved");

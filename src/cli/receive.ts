@@ -24,6 +24,7 @@ interface ReceiveFlags extends ConnectionFlags {
   bandwidth?: number;
   gatherLimit?: number;
   base?: string;
+  baseForAny?: boolean;
   replayMs?: number;
   json?: boolean;
   once?: boolean;
@@ -45,6 +46,10 @@ export function addReceive(program: Command): void {
     .option(
       '--base <directory>',
       'guests start from what was kept of them there, and logs are replayed on it',
+    )
+    .option(
+      '--base-for-any',
+      'also for guests of that name and module that were started anew: any host with the secret can read the base then',
     )
     .option('--replay-ms <ms>', 'how long a replay takes, so that a source may wait for it', positiveNumber)
     .option('--once', 'end with the first migration, and its guest with it')
@@ -71,6 +76,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
           ? undefined
           : {
               directory: flags.base,
+              anySource: flags.baseForAny ?? false,
               replay: replayLines,
               ...(flags.replayMs === undefined ? {} : { replayMs: flags.replayMs }),
             },

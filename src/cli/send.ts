@@ -108,6 +108,9 @@ export function addSend(program: Command): void {
 }
 
 async function send(flags: SendFlags): Promise<void> {
+  if (flags.keepStaleCopy && flags.leaveWhenEvicted) {
+    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
+  }
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;

@@ -19,6 +19,7 @@ import {
 } from '../protocol/commit-destination.js';
 import { deferred } from '../protocol/deferred.js';
 import { agreedEncodings, decodedHere, encodingFlags } from '../protocol/encodings.js';
+import { inherit } from '../lineage.js';
 import { InTurn } from '../protocol/in-turn.js';
 import type { DestinationMessage, OfferMessage, SourceMessage } from '../protocol/messages.js';
 import { fromPeer, toPeer } from '../protocol/peer-error.js';
@@ -142,6 +143,7 @@ export class Arrival extends EventEmitter {
       () => this.#everyPage.resolve(),
       () => {},
     );
+    if (config.given.lineage) inherit(guest.regions, config.given.lineage);
     for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
     this.basePages = bases?.map((kind, index) => (kind === 'none' ? 0 : this.#pagesOf(index))) ?? null;
     this.#filling = bases ? this.#fillBase() : null;
@@ -231,6 +233,11 @@ export class Arrival extends EventEmitter {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#fail(new MemferryError('CANCELLED', 'the destination closed the arrival'));
     await this.#end();
+  }
+
+  /** Nothing writes a base or applies a log any more. */
+  get baseFilled(): Promise<unknown> {
+    return this.#filling?.outcome ?? Promise.resolve();
   }
 
   #pagesOf(index: number): number {

@@ -24,7 +24,7 @@ import {
 } from '../protocol/messages.js';
 import { toPeer } from '../protocol/peer-error.js';
 import { provesResume } from '../protocol/resume-proof.js';
-import { unsealSecret } from '../staging/image-secret.js';
+import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
 import { ImageSet } from '../staging/image-set.js';
 import type { Region } from '../region.js';
 import { rehearseSwitchover } from '../rehearsal.js';
@@ -91,6 +91,8 @@ class DestinationListener implements Listening {
   >();
   /** Offers being accepted: they count, but have no arrival yet. */
   readonly #accepting = new Map<string, number>();
+  /** Of the replay under way; one at a time. */
+  #replayBytes = 0;
   readonly #channels = new Set<Channel>();
   readonly #closing = new AbortController();
   readonly #keepAlive: NodeJS.Timeout;
@@ -202,21 +204,28 @@ class DestinationListener implements Listening {
     let guest: ArrivingGuest | null = null;
     let images: ImageSet | null = null;
     let arrival: ArrivalInProgress;
-    const given: GuestOffer = {
-      ...offer.guest,
-      description: offer.guest.description,
-      ...(replayLog ? { replayLog } : {}),
-    };
+    let replays = false;
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
       }
       const bytes = this.#admit(offer);
+      const migration = Buffer.from(offer.migrationId, 'hex');
+      const given: GuestOffer = {
+        ...offer.guest,
+        description: offer.guest.description,
+        ...(replayLog ? { replayLog } : {}),
+        ...(offer.lineage ? { lineage: unsealLineage(sessionKey, migration, offer.lineage) } : {}),
+      };
       this.#accepting.set(offer.migrationId, bytes);
       images = await this.#openImages(offer, sessionKey);
       guest = await this.#makeGuest(offer, given);
       this.#closing.signal.throwIfAborted();
       if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
+      if (given.replayLog && guest.replay?.memoryBytes) {
+        replays = this.#admitReplay(guest.replay.memoryBytes);
+        if (!replays) delete given.replayLog;
+      }
       arrival = new ArrivalInProgress({
         offer,
         given,
@@ -231,7 +240,12 @@ class DestinationListener implements Listening {
         ended: () => this.#arrivals.delete(offer.migrationId),
       });
       this.#arrivals.set(offer.migrationId, { arrival, sessionKey, bytes });
+      const replayed = () => {
+        if (replays) this.#replayBytes = 0;
+      };
+      arrival.baseFilled.then(replayed, replayed);
     } catch (error) {
+      if (replays) this.#replayBytes = 0;
       await Promise.resolve(guest?.abandon()).catch(() => {});
       await images?.close();
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
@@ -283,9 +297,7 @@ class DestinationListener implements Listening {
       }
       bytes += region.lengthBytes;
     }
-    let used = 0;
-    for (const other of this.#arrivals.values()) used += other.bytes;
-    for (const other of this.#accepting.values()) used += other;
+    const used = this.#usedBytes();
     if (bytes + used > maxBytes) {
       throw new MemferryError(
         'NO_MEMORY',
@@ -296,6 +308,20 @@ class DestinationListener implements Listening {
       );
     }
     return bytes;
+  }
+
+  #usedBytes(): number {
+    let used = this.#replayBytes;
+    for (const other of this.#arrivals.values()) used += other.bytes;
+    for (const other of this.#accepting.values()) used += other;
+    return used;
+  }
+
+  /** Whether a log may be applied to a second copy of the guest; if not, its base is what it is. */
+  #admitReplay(bytes: number): boolean {
+    if (this.#replayBytes > 0 || this.#usedBytes() + bytes > this.options.maxBytes) return false;
+    this.#replayBytes = bytes;
+    return true;
   }
 
   /** The servers that hold what the source does not send here itself. Rejects when one cannot be reached. */

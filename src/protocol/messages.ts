@@ -29,6 +29,12 @@ export const offerSchema = z.strictObject({
   base: z.boolean().default(false),
   /** A log of operations since the base is the message's binary part. */
   replay: z.boolean().default(false),
+  /** The guest's lineage, sealed for this session: without it no stored base is laid out. */
+  lineage: z
+    .string()
+    .regex(/^[0-9a-f]{120}$/)
+    .nullable()
+    .default(null),
   /** Scatter modes: the servers, in the order of their ordinals, and the image's secret, sealed for this session. */
   scatter: z
     .strictObject({

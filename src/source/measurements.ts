@@ -14,11 +14,6 @@ function savedBy(stats: NativeEncodingStats | undefined): number {
   return stats ? stats.rawBytes - stats.encodedBytes : 0;
 }
 
-/** What would have gone over the wire without encodings. */
-export function plainBytes(stats: NativeSenderStats): number {
-  return stats.bytesOnWire + savedBy(stats.compression) + savedBy(stats.delta);
-}
-
 export class Measurements {
   readonly rounds: RoundReport[] = [];
   /** What the last decision expected a switchover to cost; null before there was one. */

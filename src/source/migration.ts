@@ -15,6 +15,7 @@ import { keepStaleCopy } from '../base-files.js';
 import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
+import { lineageOf } from '../lineage.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
@@ -26,9 +27,9 @@ import { type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
-import { sealSecret } from '../staging/image-secret.js';
+import { sealLineage, sealSecret } from '../staging/image-secret.js';
 import type { ImageSet } from '../staging/image-set.js';
-import { DirtyTracker } from '../trackers.js';
+import { chooseTracker, DirtyTracker } from '../trackers.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
@@ -235,7 +236,7 @@ export class SourceMigration extends EventEmitter {
       this.#paging ||= outcome === 'post-copy';
     } else {
       // While the guest runs: what it touches from here on is looked at again when its turn comes.
-      for (const tracker of this.#trackers) tracker?.arm();
+      // The trackers are armed (#trackersForBase).
       await untilAborted(this.#requireEngine().queuePopulated(), this.#abort.signal);
       await this.#startFromBase();
       if (this.options.holdSwitchover) {
@@ -300,6 +301,7 @@ export class SourceMigration extends EventEmitter {
       encodings: wanted,
       base: options.base !== 'off',
       replay: options.base !== 'off' && options.replayLog !== undefined,
+      lineage: sealLineage(this.#session.sessionKey, this.#migrationId, lineageOf(regions)),
       scatter: this.#images
         ? {
             servers: this.#images.list,
@@ -360,14 +362,26 @@ export class SourceMigration extends EventEmitter {
     await untilAborted(this.#engine.connect(), this.#abort.signal);
   }
 
-  /** A mode without rounds needs trackers only to compare while the guest runs; without them it goes as usual. */
+  /**
+   * A mode without rounds needs trackers only to compare while the guest runs: armed ones, or none, and then it goes
+   * as usual.
+   */
   #trackersForBase(base: StartFromBase): (DirtyTracker | null)[] {
     const regions = this.guest.regions.map(({ region }) => region);
+    const made: DirtyTracker[] = [];
     try {
-      return regions.map((region, index) =>
-        base.pages[index] ? DirtyTracker.create(region, this.options.tracker) : null,
-      );
+      // One that hashes all memory, now and once more in the pause, would cost such a mode more than a base saves.
+      const name = chooseTracker(this.options.tracker);
+      if (name === 'hash-diff' && this.options.base !== 'always') return regions.map(() => null);
+      return regions.map((region, index) => {
+        if (!base.pages[index]) return null;
+        const tracker = DirtyTracker.create(region, name);
+        made.push(tracker);
+        tracker.arm();
+        return tracker;
+      });
     } catch {
+      for (const tracker of made) tracker.close();
       return regions.map(() => null);
     }
   }
@@ -382,7 +396,7 @@ export class SourceMigration extends EventEmitter {
     const base = this.#base;
     if (!base) return;
     if (!this.#comparablePages()) {
-      await base.decline('no region that has a base has a dirty tracker');
+      await base.decline('no dirty tracker that can be armed, and costs less than a base saves');
       return;
     }
     const pageSize = this.guest.regions[0]?.region.pageSize ?? 4096;
@@ -390,7 +404,7 @@ export class SourceMigration extends EventEmitter {
     // Where pages are dropped while the guest is paused, none of the base may be left that was not confirmed.
     await base.run(
       engine,
-      engine.stats().pagesPending * pageSize,
+      engine.stats().base.pagesWithContent * pageSize,
       pageSize,
       !this.#traits.rounds && this.#paging,
     );
@@ -466,11 +480,14 @@ export class SourceMigration extends EventEmitter {
       engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
     }
     this.#evicted.resolve(evicted);
+    // The destination does not wait for this side's disk.
+    const asked = this.#askSummary(digests);
+    asked.catch(() => {});
     if (this.options.keepStaleCopy) {
       await keepStaleCopy(this.guest, this.#pausedState, this.options.keepStaleCopy);
     }
     await this.guest.release?.();
-    const summary = await this.#askSummary(digests);
+    const summary = await asked;
     if (summary.mismatched.length > 0) {
       const names = summary.mismatched.map((index) => this.guest.regions[index]?.name ?? String(index));
       throw new MemferryError('VERIFICATION_FAILED', `the digests of ${names.join(', ')} differ`, {

@@ -12,7 +12,7 @@ import type { Region } from '../region.js';
 import type { DirtyTracker } from '../trackers.js';
 import { applyNonConvergence, decideRound, type RoundSample } from './convergence.js';
 import type { SourceEngine } from './engine.js';
-import { type Measurements, plainBytes } from './measurements.js';
+import type { Measurements } from './measurements.js';
 
 export interface PreCopyContext {
   engine: SourceEngine;
@@ -63,8 +63,8 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
       durationMs,
       dirtyPagesAfter,
     };
-    // What a round gets through is pages: what they are packed into differs from round to round.
-    history.push({ ...sample, bytes: plainBytes(after) - plainBytes(before) });
+    // Of bytes on the wire: the last pages may be those that cannot be packed.
+    history.push(sample);
     measured.rounds.push({ round: history.length, ...sample, suspectPages });
 
     const decision = decideRound({

@@ -5,6 +5,8 @@
  *
  *     sealed   12 bytes nonce | AES-256-GCM(HMAC(session key; "memferry seal"); secret; aad image id) | 16 bytes tag
  *     domain   as sealed, of a deduplication domain's key, under HMAC(session key; "memferry seal domain")
+ *     lineage  as sealed, of a guest's lineage (lineage.ts), under HMAC(session key; "memferry seal lineage"),
+ *              aad migration id
  *     proof    HMAC(secret; "memferry open", session key)
  *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 5 + role
  *     chain    stream(secret; "memferry chain"; image id, from u16, to u16), at the attempt
@@ -41,7 +43,7 @@ export function makeImageSecret(): Uint8Array {
 }
 
 /** What is sealed, which has a key of its own: one can never be taken for the other. */
-type Sealed = 'memferry seal' | 'memferry seal domain';
+type Sealed = 'memferry seal' | 'memferry seal domain' | 'memferry seal lineage';
 
 /** For the peer of one control connection, as hex. `nonce` is for tests: two sealings under one may never differ. */
 export function sealSecret(
@@ -69,6 +71,15 @@ export function sealDomainKey(sessionKey: Uint8Array, image: Uint8Array, key: Ui
 
 export function unsealDomainKey(sessionKey: Uint8Array, image: Uint8Array, sealed: string): Uint8Array {
   return unsealSecret(sessionKey, image, sealed, 'memferry seal domain');
+}
+
+/** A guest's lineage (lineage.ts), for the destination. */
+export function sealLineage(sessionKey: Uint8Array, migration: Uint8Array, lineage: Uint8Array): string {
+  return sealSecret(sessionKey, migration, lineage, randomBytes(nonceBytes), 'memferry seal lineage');
+}
+
+export function unsealLineage(sessionKey: Uint8Array, migration: Uint8Array, sealed: string): Uint8Array {
+  return unsealSecret(sessionKey, migration, sealed, 'memferry seal lineage');
 }
 
 /** Throws AUTH_FAILED: sealed for another connection or image, or altered. */

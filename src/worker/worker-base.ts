@@ -6,6 +6,7 @@
 import { type BaseFiles, readBase } from '../base-files.js';
 import { memferryError, nativeAsync } from '../errors.js';
 import type { ArrivingGuest, GuestOffer, RegionBase } from '../guest.js';
+import { untilAborted } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import type { ArrivingWorkerGuest, WorkerGuestsOptions } from './worker-arrival.js';
 import type { WorkerGuest } from './worker-guest.js';
@@ -13,6 +14,8 @@ import type { WorkerGuest } from './worker-guest.js';
 export interface WorkerBaseOptions {
   /** Where bases lie: what `keepStaleCopy` and `saveBase` have written. */
   directory: string;
+  /** For guests that were started anew elsewhere, too: any host with the shared secret can have the base then. */
+  anySource?: boolean;
   /** Applies a source's log to the guest as it was: requests, in most cases. Without it logs are ignored. */
   replay?: (guest: WorkerGuest, log: Uint8Array, options: { signal: AbortSignal }) => Promise<void>;
   /** How long a replay takes, in ms, where it is known. */
@@ -38,26 +41,35 @@ export async function workerBase(
   start: Start,
 ): Promise<WorkerBase | null> {
   const { base } = options;
-  const files = base ? await readBase(base.directory, offer.name) : null;
+  const files = base ? await readBase(base.directory, offer, base) : null;
   if (!base || !files) return null;
   const bases = regions.map((_, index) => files.bases[index] ?? null);
   const { replay, replayMs } = base;
   if (!replay || !offer.replayLog) return { bases };
   const apply = async (log: Uint8Array, { signal }: { signal: AbortSignal }) => {
     const former = await start(files.offer, { ...options, base: undefined, onGuest: undefined }, signal);
+    // Whatever is asked of it rejects then; and should the replay wait for something else, nobody waits for that.
+    const end = () => void former.guest.terminate().catch(() => {});
+    signal.addEventListener('abort', end, { once: true });
     try {
-      await run(former, files, signal);
-      await replay(former.guest, log, { signal });
+      signal.throwIfAborted();
+      await untilAborted(run(former, files, signal), signal);
+      await untilAborted(replay(former.guest, log, { signal }), signal);
       await former.guest.pause({ signal });
       for (const [index, region] of regions.entries()) {
         const replayed = former.guest.regions[index]?.region;
         if (replayed && !signal.aborted) await copy(replayed, region, signal);
       }
     } finally {
+      signal.removeEventListener('abort', end);
       await former.guest.terminate();
     }
   };
-  return { bases, replay: { apply, ...(replayMs === undefined ? {} : { expectedMs: replayMs }) } };
+  const memoryBytes = files.offer.regions.reduce((sum, { lengthBytes }) => sum + lengthBytes, 0);
+  return {
+    bases,
+    replay: { apply, memoryBytes, ...(replayMs === undefined ? {} : { expectedMs: replayMs }) },
+  };
 }
 
 /** The guest as it was, from its files. */

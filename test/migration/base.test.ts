@@ -43,6 +43,9 @@ afterEach(async () => {
 const PAGE = 4096;
 const quiet = { batch: 1, restMs: 200 };
 
+/** What has to happen in 2 % of the time of sending everything may take hundreds of ms then, on a busy machine too. */
+const slow = 400_000;
+
 /** A guest on `a`, and image files of its regions as they are now. */
 async function guestWithImages(
   a: Host,
@@ -190,7 +193,7 @@ describe('what a base may be', () => {
       const bases = await guestWithImages(a);
       await change(bases[0] as string, 5);
       const port = await listen(b, { bases });
-      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: 1_000_000 });
+      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: slow });
       expect(base).toMatchObject({ used: true, reason: 'saves' });
       expect(base?.pagesSame).toBeGreaterThan(0.7 * PAGES);
     },
@@ -203,11 +206,32 @@ describe('what a base may be', () => {
       const bases = await guestWithImages(a);
       await change(bases[0] as string, 1);
       const port = await listen(b, { bases });
-      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: 3_000_000 });
+      const { base } = await arrives(a, b, port, { mode, base: 'auto', bandwidth: slow });
       expect(base).toMatchObject({ used: false, reason: 'nothing-matches', pagesSame: 0 });
       expect(base?.pagesCompared).toBeLessThan(PAGES);
     },
   );
+
+  test.each(['stop-and-copy', 'post-copy'])(
+    '%s: where tracking hashes everything, none is compared unless asked for in any case',
+    async (mode) => {
+      const [a, b] = await hosts('a', 'b');
+      const bases = await guestWithImages(a);
+      const port = await listen(b, { bases });
+      const { base } = await arrives(a, b, port, { mode, base: 'auto', tracker: 'hash-diff' });
+      expect(base).toMatchObject({ used: false, reason: 'no-tracker', pagesCompared: 0 });
+    },
+  );
+
+  test('post-copy: tracking that hashes everything, asked for', async () => {
+    const [a, b] = await hosts('a', 'b');
+    const bases = await guestWithImages(a);
+    const { base } = await arrives(a, b, await listen(b, { bases }), {
+      mode: 'post-copy',
+      tracker: 'hash-diff',
+    });
+    expect(base?.pagesSame).toBeGreaterThan(0.8 * PAGES);
+  });
 
   test('one that the source does not want is not even laid out', async () => {
     const [a, b] = await hosts('a', 'b');
@@ -223,7 +247,7 @@ describe('scatter modes', () => {
     async (mode) => {
       const [a, b] = await hosts('a', 'b');
       const [s, t] = await startStages('s', 't');
-      const bases = await guestWithImages(a, regionsOf('allocate'), { batch: 8, restMs: 1 });
+      const bases = await guestWithImages(a);
       await change(bases[0] as string, 4);
       const port = await listen(b, { bases });
       const { base } = await arrives(a, b, port, { mode, ...via(s, t) });
@@ -254,6 +278,20 @@ describe('a guest that comes back', () => {
     await expectRuns(a);
     await expectIntact(a);
     await expectStands(b);
+  });
+
+  test('its stale copy is for none but its hosts, whatever name a guest has', async () => {
+    const [a, b, other] = await hosts('a', 'b', 'other');
+    await startGuest(a, regionsOf('allocate'), { rate: quiet });
+    const keepStaleCopy = { directory, maxBytes: PAGES * PAGE };
+    await migrate(a, await listen(b, { rate: quiet }), { keepStaleCopy }, { key: 'there' });
+    await report(a, 'there');
+    const portA = await listen(a, { staleCopies: directory });
+    await a.call('end', { guest: 'g' });
+    await startGuest(other, regionsOf('allocate'), { rate: quiet });
+    await migrate(other, portA, { base: 'always' });
+    expect(await report(other)).toMatchObject({ verified: true, base: null });
+    await expectRuns(a);
   });
 
   test('to the memory that it left', async () => {

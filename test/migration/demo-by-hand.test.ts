@@ -135,7 +135,7 @@ describe('a guest that comes back', () => {
     expect(await here.closed).toBe(0);
     // The way back is another guest of the same name and module: what it was is in the directory.
     writeFileSync(log, '{"add": 4}\n{"add": 5, "slot": 1000}\n');
-    const home = await receiver('--once', '--base', kept, '--replay-ms', '1000');
+    const home = await receiver('--once', '--base', kept, '--base-for-any', '--replay-ms', '1000');
     const back = command(
       ...['send', '--to', home.to, '--module', `counter=${counter}`, '--use-base', 'always', '--replay', log],
     );
@@ -151,6 +151,15 @@ describe('a guest that comes back', () => {
     far.child.kill('SIGINT');
     expect(await far.closed).toBe(0);
   }, 60_000);
+
+  test('nobody leaves before the stale copy is written', async () => {
+    const here = command(
+      ...['send', '--to', '127.0.0.1:1', '--module', `counter=${counter}`],
+      ...['--keep-stale-copy', place.directory, '--leave-when-evicted'],
+    );
+    expect(await here.closed).toBe(2);
+    expect(here.errors()).toContain('INVALID_ARGUMENT: --leave-when-evicted');
+  }, 30_000);
 
   test('a log that cannot be read is said at once', async () => {
     const there = await receiver();

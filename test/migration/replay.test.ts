@@ -93,6 +93,32 @@ test('a base of another life, with a log that means nothing to it: only the hash
   expect(await ask(b, everything)).toEqual(rows);
 });
 
+test('a replay that never ends, and heeds no signal, costs its time-out and not the migration', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const replayLog = await database(a);
+  const rows = await ask(a, everything);
+  const workerBase = { directory, diverge: false, hang: true };
+  const port = await listen(b, { modules: { sqlite: url }, workerBase });
+  await migrate(a, port, { base: 'always', baseTimeoutMs: 1500, replayLog }, { guest: 'db' });
+  expect(await report(a)).toMatchObject({ verified: true, base: { used: false, reason: 'not-ready' } });
+  expect(await ask(b, everything)).toEqual(rows);
+});
+
+test('a second copy that the host has no room for: its base is what it is', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const replayLog = await database(a);
+  const rows = await ask(a, everything);
+  const workerBase = { directory, diverge: false };
+  const room = { maxBytes: 40 * 2 ** 20 };
+  const port = await listen(b, { modules: { sqlite: url }, workerBase, options: room });
+  await migrate(a, port, { base: 'always', replayLog }, { guest: 'db' });
+  const { base, heapBytes } = await report(a);
+  expect(heapBytes).toBeGreaterThan(room.maxBytes / 2);
+  expect(base).toMatchObject({ used: true, replayMs: 0 });
+  expect(b.events.some(({ event }) => event === 'replay')).toBe(false);
+  expect(await ask(b, everything)).toEqual(rows);
+});
+
 test('a log, and no base for it', async () => {
   const [a, b] = await hosts('a', 'b');
   const replayLog = await database(a);

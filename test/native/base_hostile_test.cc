@@ -179,17 +179,34 @@ TEST(BaseHostile, NothingComesBeforeTheBaseIsThere) {
 
 // The sample may be compared, and what it has is confirmed; nothing else may come yet.
 TEST(BaseHostile, OnlyTheSampleComesBeforeTheBaseIsThere) {
-  test::Bench bench(kPages, 2);
-  prepare(bench);
-  bench.receiver->base_sampled();
-  bench.connect();
-  ask(bench, wire::kTreePages, run(256, 256));
-  ASSERT_TRUE(bench.data(0).receive());
-  same(bench, {{256, 10}});
-  EXPECT_TRUE(bench.data(0).barrier(1).answered);
-  EXPECT_EQ(bench.receiver->stats().pages_from_base, 10u);
-  bench.data(1).zeros(1, 0, 1);
-  EXPECT_EQ(bench.log.wait(EngineEventKind::kFailed).code, "PROTOCOL");
+  const wire::WireRun some[] = {{256, 1}};
+  const std::vector<Attack> attempts = {
+      {"zeros", [](test::Bench& bench) { bench.data(1).zeros(1, 0, 1); }},
+      {"hashes of another node", [](test::Bench& bench) { ask(bench, wire::kTreePages, run(0, 256)); }},
+      {"hashes of more nodes", [](test::Bench& bench) { ask(bench, wire::kTreeNodes, run(256, 266)); }},
+      {"equal pages of another node",
+       [](test::Bench& bench) {
+         same(bench, {{255, 1}});
+       }},
+      {"discards",
+       [&](test::Bench& bench) {
+         bench.data(0).frame(FrameType::kDiscard, 0, {}, 0, std::as_bytes(std::span(some)));
+       }},
+  };
+  for (const Attack& attempt : attempts) {
+    SCOPED_TRACE(attempt.name);
+    test::Bench bench(kPages, 2);
+    prepare(bench);
+    bench.receiver->base_sampled();
+    bench.connect();
+    ask(bench, wire::kTreePages, run(256, 256));
+    ASSERT_TRUE(bench.data(0).receive());
+    same(bench, {{256, 10}});
+    EXPECT_TRUE(bench.data(0).barrier(1).answered);
+    EXPECT_EQ(bench.receiver->stats().pages_from_base, 10u);
+    attempt.act(bench);
+    EXPECT_EQ(bench.log.wait(EngineEventKind::kFailed).code, "PROTOCOL");
+  }
 }
 
 // --- a destination that lies

@@ -79,6 +79,9 @@ TEST(DeltaCache, HoldsNothingBelowASetAndAfterItsEnd) {
   EXPECT_LE(cache.memory_bytes(), 1u << 20);
   cache.put(0, PageNumber{1}, page_of(1));
   cache.next_round();
+  cache.close();
+  EXPECT_EQ(get(cache, 0, 1), std::nullopt);
+  EXPECT_GT(cache.memory_bytes(), 0u);
   cache.end();
   EXPECT_EQ(get(cache, 0, 1), std::nullopt);
   cache.put(0, PageNumber{1}, page_of(1));

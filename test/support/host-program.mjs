@@ -118,8 +118,9 @@ function replayOf(replay, arriving, offer) {
 }
 
 /** The log is requests as JSON, one a line. A replay that diverges leaves some out, and adds one of its own. */
-function workerBaseOf({ directory, diverge }) {
+function workerBaseOf({ directory, diverge, hang = false }) {
   const replay = async (guest, log) => {
+    if (hang) await new Promise(() => {});
     const lines = Buffer.from(log).toString('utf8').split('\n').filter(Boolean);
     tell('replay', { guest: guest.name, requests: lines.length });
     for (const [index, line] of lines.entries()) {
@@ -199,7 +200,7 @@ const operations = {
         }
         arriving.bases = bases.map(() => ({ inPlace: true }));
       }
-      if (staleCopies) arriving.bases = (await readBase(staleCopies, offer.name))?.bases;
+      if (staleCopies) arriving.bases = (await readBase(staleCopies, offer))?.bases;
       if (former) arriving.bases = former.regions.map(({ region }) => ({ region }));
       if (replay) arriving.replay = replayOf(replay, arriving, offer);
       if (behaviour.base === 'hang') {

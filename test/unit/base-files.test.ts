@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { type Guest, Region, readBase, saveBase } from '../../lib/index.js';
+import { lineageOf } from '../../lib/lineage.js';
 
 let directory = '';
 const regions: Region[] = [];
@@ -40,6 +41,13 @@ function guest(name: string, steps: string[] = []): Guest & { bytes(): Buffer[] 
   };
 }
 
+/** As a host of this guest would offer it. */
+const offerOf = ({ name, module, regions: of }: Guest) => ({
+  name,
+  module,
+  lineage: lineageOf(of.map(({ region }) => region)),
+});
+
 const options = () => ({ directory, maxBytes: 2 ** 30 });
 
 test('a base of a running guest is that guest, and the guest runs on', async () => {
@@ -47,7 +55,7 @@ test('a base of a running guest is that guest, and the guest runs on', async () 
   const of = guest('one', steps);
   await saveBase(of, options());
   expect(steps).toEqual(['pause', 'unpause']);
-  const found = await readBase(directory, 'one');
+  const found = await readBase(directory, offerOf(of));
   expect(found?.state).toEqual(new Uint8Array([1, 2, 3]));
   expect(found?.offer).toMatchObject({ name: 'one', module: null, description: { of: 'one' } });
   const paths = found?.bases.map((base) => (base as { path: string }).path) ?? [];
@@ -71,7 +79,7 @@ test('a later one takes the place of an earlier one, and nothing is left of that
   const [, second] = of.regions as [unknown, { region: Region }];
   (second.region.views[0] as Uint8Array).fill(9);
   await saveBase(of, options());
-  const found = await readBase(directory, 'one');
+  const found = await readBase(directory, offerOf(of));
   const [, image1] = (found?.bases ?? []) as { path: string }[];
   const image = readFileSync(image1?.path ?? '');
   expect(image.equals(of.bytes()[1] as Buffer)).toBe(true);
@@ -91,26 +99,61 @@ describe('names', () => {
   test.each(['..', '../../outside', '/etc/passwd', 'a/b', 'ü'.repeat(64), '\0', '.'])(
     '%j stays inside',
     async (name) => {
-      await saveBase(guest(name), options());
-      expect((await readBase(directory, name))?.offer.name).toBe(name);
+      const of = guest(name);
+      await saveBase(of, options());
+      expect((await readBase(directory, offerOf(of)))?.offer.name).toBe(name);
       expect(readdirSync(directory)).toHaveLength(1);
     },
   );
 
   test('that look alike are two', async () => {
-    await saveBase(guest('a/b'), options());
-    expect(await readBase(directory, 'a?b')).toBeNull();
+    const of = guest('a/b');
+    await saveBase(of, options());
+    expect(await readBase(directory, { ...offerOf(of), name: 'a?b' })).toBeNull();
   });
 });
 
+test('whoever offers a guest of that name, and is no host of it, gets nothing', async () => {
+  const of = { ...guest('one'), module: { name: 'm', sha256: 'ab'.repeat(32) } };
+  await saveBase(of, options());
+  const offer = offerOf(of);
+  expect(await readBase(directory, offer)).not.toBeNull();
+  const others = [
+    { ...offer, lineage: undefined },
+    { ...offer, lineage: new Uint8Array(32) },
+    { ...offer, lineage: offer.lineage.subarray(1) },
+    { ...offer, lineage: offerOf(guest('one')).lineage },
+    { ...offer, module: null },
+    { ...offer, module: { name: 'm', sha256: 'cd'.repeat(32) } },
+    { ...offer, module: { name: 'n', sha256: 'ab'.repeat(32) } },
+  ];
+  for (const other of others) expect(await readBase(directory, other)).toBeNull();
+  // Where the owner wants it so, and only as to the lineage.
+  const any = await Promise.all(others.map((other) => readBase(directory, other, { anySource: true })));
+  expect(any.map((found) => found !== null)).toEqual([true, true, true, true, false, false, false]);
+});
+
+test('a guest that is moving is not written', async () => {
+  const steps: string[] = [];
+  const of = guest('one', steps);
+  const native = of.regions[1]?.region.native;
+  expect(native?.claim()).toBe(true);
+  await expect(saveBase(of, options())).rejects.toMatchObject({ code: 'REGION_BUSY' });
+  expect(steps).toEqual([]);
+  native?.release();
+  await saveBase(of, options());
+});
+
 test('what was spoilt is no base', async () => {
-  expect(await readBase(directory, 'one')).toBeNull();
-  await saveBase(guest('one'), options());
+  const of = guest('one');
+  expect(await readBase(directory, offerOf(of))).toBeNull();
+  await saveBase(of, options());
+  expect(await readBase(directory, offerOf(of))).not.toBeNull();
   const [folder] = readdirSync(directory);
   const manifest = join(directory, folder as string, 'base.json');
   for (const spoilt of ['', '{', '{"version":2}', ' '.repeat(2 ** 20 + 1)]) {
     writeFileSync(manifest, spoilt);
-    expect(await readBase(directory, 'one')).toBeNull();
+    expect(await readBase(directory, offerOf(of))).toBeNull();
   }
 });
 
