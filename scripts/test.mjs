@@ -1,12 +1,13 @@
 /**
- * `npm test`: every suite in turn, whatever the one before did, and one line with the sum of them at the end:
- * `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI runs the first again on another Node.
- * While the TypeScript suite runs, which mostly waits, the native ones are compiled at the lowest priority.
+ * `npm test`: every suite in turn, whatever the one before did. At the end a line `failed: SUITE: TEST: WHY` for each
+ * test that failed, and one with the sum of all: `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI
+ * runs the first again on another Node. While the TypeScript suite runs, which mostly waits, the native ones are
+ * compiled at the lowest priority.
  */
 import { spawn } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { constants, cpus, setPriority } from 'node:os';
-import { dirname, join } from 'node:path';
+import { dirname, join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
@@ -36,6 +37,7 @@ for (const [signal, number] of [
   process.once(signal, () => process.exit(128 + number));
 }
 const sum = { passed: 0, failed: 0, skipped: 0 };
+const failures = [];
 for (const name of names) {
   process.stdout.write(`\n==> ${name}\n`);
   const began = Date.now();
@@ -43,7 +45,7 @@ for (const name of names) {
   process.stdout.write(`==> ${name}: ${line(counts)}, ${((Date.now() - began) / 1000).toFixed(1)} s\n`);
   for (const key of Object.keys(sum)) sum[key] += counts[key];
 }
-process.stdout.write(`\n${line(sum)}\n`);
+process.stdout.write(`\n${failures.map((failure) => `failed: ${failure}\n`).join('')}${line(sum)}\n`);
 process.exitCode = sum.failed > 0 ? 1 : 0;
 
 async function runVitest() {
@@ -68,6 +70,14 @@ async function runVitest() {
       (file) => file.status === 'failed' && file.assertionResults.length === 0,
     );
     counts.failed += emptyFailures.length;
+    for (const file of report.testResults) {
+      const named = (title, message) =>
+        failures.push(`typescript: ${relative(root, file.name)}: ${title}${inOneLine(message)}`);
+      if (emptyFailures.includes(file)) named('does not load', file.message);
+      for (const test of file.assertionResults) {
+        if (test.status === 'failed') named(test.fullName, test.failureMessages.join(' '));
+      }
+    }
     return code === 0 || counts.failed > 0 ? counts : { ...counts, failed: 1 };
   } catch {
     return { passed: 0, failed: 1, skipped: 0 };
@@ -116,6 +126,8 @@ async function runCtest(variant) {
   if (!summary) return { passed: 0, failed: 1, skipped: 0 };
   const failed = Number(summary[1]);
   const skipped = (output.match(/\*\*\*Skipped/g) ?? []).length;
+  const list = /The following tests FAILED:\n((?:\s+\d+ - .*\n)*)/.exec(output)?.[1] ?? '';
+  for (const [, test] of list.matchAll(/\d+ - (.*)/g)) failures.push(`${variant}: ${test}`);
   return {
     passed: Number(summary[2]) - failed - skipped,
     failed: code !== 0 && failed === 0 ? 1 : failed,
@@ -147,6 +159,12 @@ function run(command, args) {
     });
     child.once('close', (code) => resolve({ code: code ?? 1, output }));
   });
+}
+
+/** As much of a failure's message as says what it is. */
+function inOneLine(message) {
+  const text = (message ?? '').replace(/\s+/g, ' ').trim();
+  return text === '' ? '' : `: ${text.slice(0, 600)}`;
 }
 
 function line({ passed, failed, skipped }) {

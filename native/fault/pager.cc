@@ -39,6 +39,12 @@ Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std:
 
 Pager::~Pager() { stop(); }
 
+void Pager::set_router(Router router) {
+  // The thread runs already: what it does for a fault starts with this mutex.
+  const std::lock_guard lock(mutex_);
+  router_ = std::move(router);
+}
+
 void Pager::serve() {
   for (const ArrivalMap* map : maps_) {
     map->for_each_part({PageNumber{0}, map->pages()}, [this](std::span<std::byte> part, PageNumber) {

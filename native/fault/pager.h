@@ -53,7 +53,7 @@ class Pager {
   // was asked; kNobody: nobody can be now, ask_again() when that changes. From the pager's thread; must not block.
   enum class Route { kSource, kSent, kNobody };
   using Router = std::function<Route(std::uint32_t region, PageRun run, bool source_online)>;
-  void set_router(Router router) { router_ = std::move(router); }  // before serve()
+  void set_router(Router router);  // before serve()
   // What waits and was not sent is sent now; with `routed` what was sent elsewhere than to the source as well.
   void ask_again(bool routed);
   // The source has not got this page any more.

@@ -94,6 +94,8 @@ ReplicaChains::ReplicaChains(std::shared_ptr<Image> image, std::shared_ptr<Chain
       on_broken_(std::move(on_broken)) {}
 
 bool ReplicaChains::broken(std::uint8_t ordinal) {
+  // Where this side is ending, the other server is not to blame; and the source may still hear us.
+  if (closing_ || self_.stopping()) return false;
   answers_.chain_broken(ordinal);
   on_broken_();
   return false;
@@ -199,7 +201,7 @@ void ReplicaChains::read_answers(std::uint8_t ordinal, wire::Stream& stream) {
     if (!stream.recv_exact(std::as_writable_bytes(std::span(&header, 1))).done()) break;
     if (!answered(ordinal, header)) break;
   }
-  if (!closing_) (void)broken(ordinal);
+  (void)broken(ordinal);
 }
 
 bool ReplicaChains::answered(std::uint8_t ordinal, const wire::FrameHeader& header) {

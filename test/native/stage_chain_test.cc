@@ -79,6 +79,31 @@ class BareReplica {
   std::uint16_t port_;
 };
 
+// A server that ends while a source still listens does not blame the next one for it.
+TEST(ReplicaChainsTest, OfAServerThatEndsBlameNobody) {
+  unsigned said = 0;
+  ScatterAnswers answers([&](const wire::FrameHeader&) { return ++said > 0; });
+  WorkerThread ending;
+  ReplicaChains chains(nullptr, std::make_shared<ChainTargets>(), answers, ending, [] {});
+  ending.request_stop();
+  EXPECT_FALSE(chains.forward(1, {}));
+  EXPECT_EQ(said, 0U);
+}
+
+// One that goes on does.
+TEST(ReplicaChainsTest, OfAServerThatServesSayWhoIsMissing) {
+  std::vector<wire::FrameHeader> said;
+  ScatterAnswers answers([&](const wire::FrameHeader& header) {
+    said.push_back(header);
+    return true;
+  });
+  WorkerThread serving;
+  ReplicaChains chains(nullptr, std::make_shared<ChainTargets>(), answers, serving, [] {});
+  EXPECT_FALSE(chains.forward(1, {}));
+  ASSERT_EQ(said.size(), 1U);
+  EXPECT_EQ(said[0].type, static_cast<std::uint8_t>(FrameType::kChainBroken));
+}
+
 // One real server with a bare replica, and a source.
 class ChainTest : public ::testing::Test {
  protected:
