@@ -294,7 +294,11 @@ void Gather::link_up(Server& server, wire::StageRole role) {
   {
     const std::lock_guard lock(mutex_);
     server.last_good = Clock::now();
-    if (role == wire::StageRole::kDemand) server.up = true;
+    server.connected[static_cast<std::size_t>(role)] = true;
+    const auto connected = [&](wire::StageRole each) {
+      return server.connected[static_cast<std::size_t>(each)];
+    };
+    server.up = connected(wire::StageRole::kGather) && connected(wire::StageRole::kDemand);
   }
   receiver_.changed();
 }
@@ -305,13 +309,13 @@ void Gather::link_down(Server& server, wire::StageRole role) {
     // It was there until now: recover_timeout counts from here, not from when the connection was made.
     const std::lock_guard lock(mutex_);
     server.last_good = Clock::now();
-  }
-  if (role == wire::StageRole::kDemand) {
+    // A server that answers nobody who reads ahead will not answer who waits either.
+    server.connected[static_cast<std::size_t>(role)] = false;
     server.up = false;
-    reassign_all(server);
-    for (const auto& other : servers_) other->ahead->wake();
-    receiver_.ask_again();
   }
+  reassign_all(server);
+  for (const auto& other : servers_) other->ahead->wake();
+  if (role == wire::StageRole::kDemand) receiver_.ask_again();
 }
 
 bool Gather::link_failed(Server& server, const std::string& why, bool for_good) {

@@ -11,6 +11,7 @@
 // the page's content, and into its place with it": whoever changes a location before the switch takes it too.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -120,12 +121,13 @@ class Gather {
     std::unique_ptr<GatherLink> ahead;
     std::unique_ptr<GatherLink> demand;
     std::vector<std::unique_ptr<AtomicBitmap>> todo;  // located here, to be fetched ahead; one a region
-    std::atomic<bool> up{false};                      // its demand connection answers
+    std::atomic<bool> up{false};                      // both of its connections are there
     std::atomic<bool> failed{false};
     std::atomic<std::uint64_t> pages{0};
     std::atomic<std::uint64_t> bytes{0};
     std::atomic<unsigned> wrong{0};
     // Guarded by mutex_:
+    std::array<bool, wire::kStageRoles> connected{};  // by role
     std::string why;
     Clock::time_point last_good;
     Clock::time_point map_at{};  // when the newest map was asked for that is here in full

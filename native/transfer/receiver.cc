@@ -407,7 +407,7 @@ void Receiver::base_ready() { impl_->base_awaited = false; }
 
 void Receiver::await_filled() {
   // The rounds are over and the guest stands still: the link is the gather's now.
-  impl_->source_sends = false;
+  impl_->rounds_over = true;
   if (impl_->gather) impl_->gather->wake_ahead();
   impl_->filled_wanted = true;
   impl_->check_filled();

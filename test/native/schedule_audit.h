@@ -32,16 +32,23 @@ class ScheduleAudit : public ScheduleFaults {
     std::string wrong;
     for (const auto& server : servers_) {
       if (!server->vmd.live()) continue;
+      const std::lock_guard looking(server->looking);
       const auto client = server->vmd.observe(of.image, wire::StageRole::kGather);
       if (!client) continue;
       read_all(of, *client, missing, held);
       if (!of.given_up[server->ordinal].empty()) continue;
-      const std::set<PageId> known = read_map(*client);
+      const StageClient::Map map = client->read_map();
+      const std::set<PageId> known = known_in(map);
       std::uint64_t unknown = 0;
-      for (const PageId& each : missing) unknown += known.count(each) == 0 ? 1 : 0;
-      if (unknown > 0)
+      std::string first;
+      for (const PageId& each : missing) {
+        if (known.count(each) > 0) continue;
+        if (unknown++ == 0) first = ScatterGuest::name(each.first, each.second);
+      }
+      if (unknown > 0) {
         wrong += " s" + std::to_string(server->ordinal) + " knows nothing of " + std::to_string(unknown) +
-                 " pages;";
+                 " pages, the first" + first + (map.ended ? ";" : ", and has not told everything;");
+      }
       if (schedule_.way == Way::kPark &&
           server->vmd.stage()->whole(of.image, of.plan.region_pages) != std::optional(true)) {
         wrong += " s" + std::to_string(server->ordinal) + " is not whole;";
@@ -82,9 +89,9 @@ class ScheduleAudit : public ScheduleFaults {
       }
     }
   }
-  static std::set<PageId> read_map(StageClient& client) {
+  static std::set<PageId> known_in(const StageClient::Map& map) {
     std::set<PageId> known;
-    for (const StageClient::Frame& each : client.read_map().runs) {
+    for (const StageClient::Frame& each : map.runs) {
       if (wire::Holders::of(each.header.tag).first == wire::Holders::kDestination) continue;
       for (std::uint64_t i = 0; i < each.header.page_count; ++i)
         known.insert({each.header.region, each.header.first_page + i});

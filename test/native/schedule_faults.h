@@ -191,6 +191,7 @@ class ScheduleFaults : public ScheduleWorld {
   // Pages of which it has the content.
   static std::vector<PageId> held_by(Server& server, const Migration& of) {
     std::vector<PageId> held;
+    const std::lock_guard looking(server.looking);
     const auto client = server.vmd.live() ? server.vmd.observe(of.image, wire::StageRole::kGather) : nullptr;
     if (!client) return held;
     for (const StageClient::Frame& each : client->read_map().runs) {

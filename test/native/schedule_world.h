@@ -143,6 +143,7 @@ class ScheduleWorld {
     Server(unsigned ordinal_in, bool network) : ordinal(ordinal_in), vmd(ordinal_in, network) {}
     const unsigned ordinal;
     FaultyServer vmd;
+    std::mutex looking;  // one observer at a time: the next one's connection ends the former's
     // Guarded by ScheduleRun::mutex_:
     bool gone = false;                        // what it held is lost
     bool silent = false;                      // and nobody can tell
