@@ -165,6 +165,8 @@ std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {
     // A replica that does not read ends the chain, not this server.
     const timeval patience{kChainPatience.count() / 1000, kChainPatience.count() % 1000 * 1000};
     ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
+    // Nor one that stops in the middle of an answer.
+    ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     auto stream = std::make_unique<wire::PlainStream>(std::move(dialled.fd));
     wire::Hello hello{};
     hello.preface = wire::kStagePreface;

@@ -128,6 +128,10 @@ void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& str
     why = std::move(dialled.why);
     for_good = dialled.for_good;
     if (stream) {
+      // In the middle of a frame nobody looks at the clock. Half, since what came before the silence starts it anew.
+      constexpr std::chrono::milliseconds kSilence = kAnswerPatience / 2;
+      constexpr timeval kPatience{kSilence.count() / 1000, kSilence.count() % 1000 * 1000};
+      ::setsockopt(stream->fd(), SOL_SOCKET, SO_RCVTIMEO, &kPatience, sizeof kPatience);
       {
         const std::lock_guard lock(mutex_);
         stream_ = stream;

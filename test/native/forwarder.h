@@ -47,6 +47,9 @@ class Forwarder {
     silent_ = now;
     wake();
   }
+  // Once so many bytes have got through this way on one connection, and not one byte more.
+  void silence_after(Direction direction, std::uint64_t bytes) { silent_after_[direction] = bytes; }
+  [[nodiscard]] bool silent() const { return silent_; }
   // Every connection there is; new ones are welcome.
   void cut() {
     cut_ = true;
@@ -176,6 +179,13 @@ class Forwarder {
         flipped_[direction] = true;
       }
       if (got > 0) pipe.bytes += static_cast<std::uint64_t>(got);
+      if (pipe.bytes > silent_after_[direction]) {
+        const std::uint64_t kept = pipe.piece.size() - (pipe.bytes - silent_after_[direction]);
+        (void)!::send(pipe.to, pipe.piece.data(), static_cast<std::size_t>(kept),
+                      MSG_NOSIGNAL | MSG_DONTWAIT);
+        pipe.begin = pipe.piece.size();
+        silent_ = true;
+      }
     }
     if (pipe.begin < pipe.piece.size()) {
       const ssize_t sent = ::send(pipe.to, pipe.piece.data() + pipe.begin, pipe.piece.size() - pipe.begin,
@@ -200,6 +210,7 @@ class Forwarder {
   std::atomic<bool> cut_{false};
   std::array<std::atomic<bool>, 2> flips_{};
   std::array<std::atomic<bool>, 2> flipped_{};
+  std::array<std::atomic<std::uint64_t>, 2> silent_after_{~0ULL, ~0ULL};
   std::mutex mutex_;  // guards the rest
   bool refusing_ = false;
   UniqueFd next_listening_;

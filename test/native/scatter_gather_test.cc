@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "forwarder.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
 #include "transfer/sender.h"
@@ -56,7 +57,8 @@ class ScatterGatherTest : public testing::Test {
     config.keep_page_hashes = true;
     config.recover_timeout = recover;
     config.loss_grace = 50ms;
-    config.servers = server_addresses(image, kDestinationSession, ports());
+    config.servers =
+        server_addresses(image, kDestinationSession, destination_ports.empty() ? ports() : destination_ports);
     config.gather_limit = gather_limit;
     config.bandwidth = bandwidth;
     config.sourceless = sourceless;
@@ -119,6 +121,7 @@ class ScatterGatherTest : public testing::Test {
   std::shared_ptr<Region> source;
   std::shared_ptr<Region> target;
   std::vector<Vmd> vmd;
+  std::vector<std::uint16_t> destination_ports;  // where they are not the servers' own
   EventBox departures;
   EventBox arrivals;
   std::unique_ptr<Sender> sender;
@@ -269,6 +272,25 @@ TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
   arrivals.await(kSwitched);
   EXPECT_EQ(std::memcmp(at(*source, 3000), at(*target, 3000), page_size()), 0);
   arrivals.await(kComplete);
+  expect_equal();
+}
+
+// In the middle of a frame, so that nobody waits for its beginning: the other copies are gathered all the same.
+TEST_F(ScatterGatherTest, AServerThatFallsSilentInTheMiddleOfAPageIsRoutedAround) {
+  make(4096, 2, 2);
+  send(false);
+  sender->queue_populated();
+  sender->start_round(1);
+  departures.await(kRoundDone);
+  sender->close(true);
+  Forwarder network(vmd[0].listener->port());
+  network.silence_after(Forwarder::kDown, (1 << 20) + 1234);
+  destination_ports = {network.port(), vmd[1].listener->port()};
+  // Far longer than the test waits for anything: it is not for being given up that the others are asked.
+  receive(0, 0, 60s, true);
+  arrivals.await(kSwitched);
+  arrivals.await(kComplete);
+  EXPECT_TRUE(network.silent());
   expect_equal();
 }
 
