@@ -291,14 +291,23 @@ void Gather::reassign_all(Server& from) {
 }
 
 void Gather::link_up(Server& server, wire::StageRole role) {
+  const auto connected = [&](wire::StageRole each) {
+    return server.connected[static_cast<std::size_t>(each)];
+  };
+  bool up = false;
   {
     const std::lock_guard lock(mutex_);
     server.last_good = Clock::now();
     server.connected[static_cast<std::size_t>(role)] = true;
-    const auto connected = [&](wire::StageRole each) {
-      return server.connected[static_cast<std::size_t>(each)];
-    };
-    server.up = connected(wire::StageRole::kGather) && connected(wire::StageRole::kDemand);
+    up = connected(wire::StageRole::kGather) && connected(wire::StageRole::kDemand);
+    server.up = up;
+  }
+  if (up) {
+    // What others were given in its absence, and it would have been given.
+    for (const auto& other : servers_) {
+      if (other.get() != &server) reassign_all(*other);
+    }
+    wake_ahead();
   }
   receiver_.changed();
 }

@@ -286,8 +286,9 @@ TEST_F(ScatterGatherTest, AServerThatFallsSilentInTheMiddleOfAPageIsRoutedAround
   Forwarder network(vmd[0].listener->port());
   network.silence_after(Forwarder::kDown, (1 << 20) + 1234);
   destination_ports = {network.port(), vmd[1].listener->port()};
-  // Far longer than the test waits for anything: it is not for being given up that the others are asked.
-  receive(0, 0, 60s, true);
+  // Far longer than the test waits for anything: it is not for being given up that the others are asked. So slowly
+  // that both are connected long before the end.
+  receive(0, 16 << 20, 60s, true);
   arrivals.await(kSwitched);
   arrivals.await(kComplete);
   EXPECT_TRUE(network.silent());
