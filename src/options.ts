@@ -82,8 +82,8 @@ const migrateSchema = z.strictObject({
   bandwidth: bytes.default(0),
   compress: z.enum(compressChoices).default('auto'),
   /**
-   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again goes as
-   * what has changed of it; 0 for none. The kernel gives it as it fills.
+   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again to whom
+   * it was sent before goes as what has changed of it; 0 for none. The kernel gives it as it fills.
    */
   deltaCacheBytes: bytes.max(2 ** 40).default(0),
   /** Pre-copy goes on until the expected downtime is below this, in ms. */

@@ -32,7 +32,9 @@ class WritingConnection final : public StageConnection {
   bool on_barrier(const wire::FrameHeader& header);
   bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
-  bool receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes, bool& decoded);
+  bool receive_encoded(const wire::FrameHeader& header, bool& decoded);
+  bool copy_base(const wire::FrameHeader& header);
+  void store_decoded(std::span<std::uint64_t> hashes);
   bool pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes);
   [[nodiscard]] bool meant_for_us(wire::Holders holders, std::uint64_t tag) const;
 
@@ -44,6 +46,7 @@ class WritingConnection final : public StageConnection {
   std::vector<std::uint64_t> hashes_;
   std::vector<iovec> buffers_;
   std::vector<std::byte> scratch_;  // for pages that there is no room for
+  Image::Reading base_;            // of a delta
   wire::RunDecoder decoder_;
   std::vector<std::byte> encoded_;  // the payload as it came
   std::vector<std::byte> decoded_;

@@ -42,7 +42,8 @@ WritingConnection::WritingConnection(Place place, UniqueFd fd)
         iovec buffer{&header, sizeof header};
         return send(std::span(&buffer, 1));
       }),
-      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }) {
+      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }),
+      base_(place_.common->slab) {
   slots_.reserve(static_cast<std::size_t>(wire::max_run_pages(page_size_)));
 }
 
@@ -94,14 +95,15 @@ bool WritingConnection::meant_for_us(wire::Holders holders, std::uint64_t tag) c
 bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   if (!inside(header) || !meant_for_us(holders, header.tag)) return false;
-  // A delta is against bytes that this server does not keep apart.
-  const std::uint16_t encoding = wire::encoding_of(header);
-  if (encoding == wire::kFlagDelta) return false;
   if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return false;
 
   Slab& slab = *place_.common->slab;
   Image& image = *place_.image;
   const PageRun run{PageNumber{header.first_page}, header.page_count};
+  const std::uint16_t encoding = wire::encoding_of(header);
+  // Before anything is forgotten for want of room: it may be a delta's base.
+  bool decoded = true;
+  if (encoding != 0 && !receive_encoded(header, decoded)) return false;
   // What is left in hand at the end: everything when nothing was stored, else the counts for passing it on.
   const SlotsInHand in_hand(slab, slots_);
   std::uint64_t here = slab.take(run.count, slots_);
@@ -111,8 +113,11 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
     here += slab.take(run.count - here, slots_);
   }
   hashes_.resize(static_cast<std::size_t>(run.count));
-  bool decoded = true;
-  if (encoding != 0 ? !receive_encoded(header, hashes_, decoded) : !receive_pages(hashes_)) return false;
+  if (encoding != 0) {
+    if (decoded) store_decoded(hashes_);
+  } else if (!receive_pages(hashes_)) {
+    return false;
+  }
   count_in(header.payload_bytes);
   if (!decoded || wire::pages_checksum(header, hashes_) != header.checksum) {
     image.forget(header.region, run);
@@ -134,7 +139,7 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   }
   if (!source_ || holders.second == wire::Holders::kNobody || here == 0) return true;
   if (encoding != 0 && here == run.count) {
-    // As it came: nothing is packed a second time.
+    // As it came: nothing is packed a second time, and a delta is against what the replica got the same way.
     wire::FrameHeader same = header;
     std::array<iovec, 2> whole{iovec{&same, sizeof same}, iovec{encoded_.data(), encoded_.size()}};
     return chains_.forward(holders.second, whole);
@@ -171,20 +176,37 @@ bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
   return true;
 }
 
-// The same for a payload that is encoded; `decoded` false: it cannot be, like a page that came torn.
-bool WritingConnection::receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes,
-                                        bool& decoded) {
-  const auto page_size = static_cast<std::size_t>(page_size_);
+// The same for a payload that is encoded, into decoded_; `decoded` false: it cannot be, like a page that came torn.
+bool WritingConnection::receive_encoded(const wire::FrameHeader& header, bool& decoded) {
   encoded_.resize(header.payload_bytes);
   if (!read(encoded_)) return false;
-  decoded_.resize(hashes.size() * page_size);
-  decoded = decoder_.decode(wire::encoding_of(header), encoded_, decoded_);
-  if (!decoded) return true;
+  decoded_.resize(static_cast<std::size_t>(header.page_count * page_size_));
+  decoded = (wire::encoding_of(header) != wire::kFlagDelta || copy_base(header)) &&
+            decoder_.decode(wire::encoding_of(header), encoded_, decoded_);
+  return true;
+}
+
+// What a delta is against: this image's pages as they are here. False where one of them has no content here. What it
+// comes to is never written over them, since others may have them or be reading them; and whether they are the bytes
+// that were meant, the frame's checksum says.
+bool WritingConnection::copy_base(const wire::FrameHeader& header) {
+  const auto page_size = static_cast<std::size_t>(page_size_);
+  base_.clear();
+  place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, base_);
+  const bool whole = base_.slots().size() == header.page_count;
+  for (std::size_t i = 0; whole && i < base_.slots().size(); ++i) {
+    std::memcpy(decoded_.data() + i * page_size, place_.common->slab->data(base_.slots()[i]), page_size);
+  }
+  base_.clear();
+  return whole;
+}
+
+void WritingConnection::store_decoded(std::span<std::uint64_t> hashes) {
+  const auto page_size = static_cast<std::size_t>(page_size_);
   hash_pages(decoded_, page_size, hashes.data());
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     std::memcpy(place_.common->slab->data(slots_[i]), decoded_.data() + i * page_size, page_size);
   }
-  return true;
 }
 
 bool WritingConnection::pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes) {

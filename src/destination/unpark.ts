@@ -11,7 +11,7 @@ import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { parseAddress, resolveUnparkOptions, type UnparkOptions } from '../options.js';
 import { within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
-import { decodedByServers, encodingFlags } from '../protocol/encodings.js';
+import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
@@ -134,7 +134,7 @@ class GatheringGuest implements Unparked {
         gatherLimit: options.gatherLimit,
         bandwidth: 0,
         sourceless: true,
-        encodings: encodingFlags(decodedByServers),
+        encodings: encodingFlags(packedByServers),
       },
       {
         paused: () => {},

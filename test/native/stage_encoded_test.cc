@@ -17,6 +17,10 @@ using wire::StageRole;
 constexpr Holders kHere{0, Holders::kNobody};
 constexpr std::uint64_t kPages = 256;
 
+std::vector<std::byte> delta(std::span<const std::byte> base, std::span<const std::byte> now) {
+  return delta_of(base, now, StageClient::page_size());
+}
+
 class StageEncoded : public testing::Test {
  protected:
   void SetUp() override {
@@ -87,6 +91,125 @@ TEST_F(StageEncoded, ReplicasGetWhatCameAsItCame) {
   oracle.check(*gather);
   oracle.check(*second.gather(id));
   EXPECT_LT(second.stage->image(id)->bytes_in, payload.size() + 4096) << "not packed any more";
+  // It has the same former version, so a delta is one there as well.
+  const auto newer = changed_bytes(content, 1);
+  const std::uint64_t before = second.stage->image(id)->bytes_in;
+  ASSERT_TRUE(encoded(*source, wire::kFlagDelta, 0, newer, delta(content, newer), {0, 1}));
+  const StageClient::Barrier answer = source->barrier(2);
+  ASSERT_TRUE(answer.acknowledged);
+  EXPECT_TRUE(answer.refused.empty());
+  oracle.content(0, 0, newer);
+  oracle.check(*gather);
+  oracle.check(*second.gather(id, 1));
+  EXPECT_LT(second.stage->image(id)->bytes_in, before + 4096) << "not a delta any more";
+}
+
+// The replica has another version, or none: it refuses what the first one could store, and the source hears of it.
+TEST_F(StageEncoded, AReplicaRefusesADeltaOfItsOwn) {
+  StageBench second;
+  second.make(id, {kPages}, 1);
+  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+  ASSERT_TRUE(second.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+  ASSERT_TRUE(bench.stage->set_chain(id, 1, "127.0.0.1", second.listener->port(), chain_tokens(id, 0)));
+  const auto content = pages(4, 12);
+  const auto newer = changed_bytes(content, 1);
+  ASSERT_TRUE(source->pages(0, 0, content, kHere));  // here alone
+  ASSERT_TRUE(encoded(*source, wire::kFlagDelta, 0, newer, delta(content, newer), {0, 1}));
+  const StageClient::Barrier answer = source->barrier(1);
+  ASSERT_TRUE(answer.acknowledged);
+  EXPECT_EQ(answer.refused, (std::vector<StageClient::Refused>{{0, 0, 4}}));
+  oracle.content(0, 0, newer);
+  oracle.check(*gather);
+  ImageOracle nothing{{kPages}};
+  nothing.check(*second.gather(id));
+}
+
+TEST_F(StageEncoded, DeltasAreAgainstWhatIsHeldOfThePage) {
+  auto now = pages(64, 7);
+  ASSERT_TRUE(source->pages(0, 10, now, kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  for (std::uint64_t round = 2; round < 12; ++round) {
+    const auto newer = changed_bytes(now, round);
+    ASSERT_TRUE(encoded(*source, wire::kFlagDelta, 10, newer, delta(now, newer), kHere));
+    const StageClient::Barrier answer = source->barrier(round);
+    ASSERT_TRUE(answer.acknowledged);
+    EXPECT_TRUE(answer.refused.empty());
+    now = newer;
+    oracle.content(0, 10, now);
+    oracle.check(*gather);
+  }
+  EXPECT_EQ(bench.stage->image(id)->pages_held, 64u);
+}
+
+TEST_F(StageEncoded, DeltasAgainstWhatIsNotThereAreRefusedAndForgotten) {
+  const auto held = pages(8, 8);
+  const auto newer = changed_bytes(held, 1);
+  const std::size_t page = StageClient::page_size();
+  ASSERT_TRUE(source->pages(0, 0, held, kHere));
+  ASSERT_TRUE(source->zeros(0, 20, 1, kHere));
+  const auto part = [&](const std::vector<std::byte>& of, std::size_t from, std::size_t count) {
+    return std::span(of).subspan(from * page, count * page);
+  };
+  const auto say = [&](std::uint64_t first, std::span<const std::byte> now, std::span<const std::byte> payload) {
+    ASSERT_TRUE(encoded(*source, wire::kFlagDelta, first, now, payload, kHere));
+  };
+  // Nobody has sent it; it is zeros; of a run one page is not there.
+  say(30, part(newer, 0, 1), delta(part(held, 0, 1), part(newer, 0, 1)));
+  say(20, part(newer, 0, 1), delta(part(held, 0, 1), part(newer, 0, 1)));
+  say(7, part(newer, 0, 2), delta(part(held, 0, 2), part(newer, 0, 2)));
+  // Of another version of the page; the right pages' checksum.
+  const auto other = changed_bytes(held, 2);
+  say(0, part(newer, 0, 1), delta(part(other, 0, 1), part(newer, 0, 1)));
+  // Right, but the frame's checksum is of something else.
+  say(1, part(other, 1, 1), delta(part(held, 1, 1), part(newer, 1, 1)));
+  // Longer than its run, shorter, and no delta at all.
+  say(2, part(newer, 2, 1), delta(part(held, 2, 2), part(newer, 2, 2)));
+  say(3, part(newer, 3, 2), delta(part(held, 3, 1), part(newer, 3, 1)));
+  say(5, part(newer, 5, 1), std::span(held).first(64));
+  const StageClient::Barrier answer = source->barrier(2);
+  ASSERT_TRUE(answer.acknowledged);
+  EXPECT_EQ(answer.refused, (std::vector<StageClient::Refused>{
+                                {0, 30, 1}, {0, 20, 1}, {0, 7, 2}, {0, 0, 1}, {0, 1, 1}, {0, 2, 1}, {0, 3, 2},
+                                {0, 5, 1}}));
+  oracle.content(0, 6, part(held, 6, 1));
+  oracle.check(*gather);
+  // Plainly it comes again.
+  ASSERT_TRUE(source->pages(0, 0, newer, kHere));
+  ASSERT_TRUE(source->barrier(3).acknowledged);
+  oracle.content(0, 0, newer);
+  oracle.check(*gather);
+}
+
+TEST_F(StageEncoded, DeltasFromWhoeverMayOnlyReadEndTheConnection) {
+  const auto held = pages(1, 10);
+  const auto newer = changed_bytes(held, 1);
+  ASSERT_TRUE(source->pages(0, 0, held, kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  for (const auto role : {StageRole::kDemand, StageRole::kGather}) {
+    const auto reader = bench.connect(id, StageBench::kDestination, role, 3);
+    ASSERT_TRUE(reader);
+    (void)encoded(*reader, wire::kFlagDelta, 0, newer, delta(held, newer), kHere);
+    EXPECT_TRUE(reader->ended());
+  }
+  oracle.content(0, 0, held);
+  oracle.check(*bench.gather(id, 5));
+}
+
+// Another image's page with the same number is no base: each has its own.
+TEST_F(StageEncoded, DeltasAreAgainstTheirOwnImage) {
+  const ImageId other = image_id(4);
+  bench.make(other, {kPages});
+  const auto theirs = bench.scatter(other);
+  const auto held = pages(2, 11);
+  const auto newer = changed_bytes(held, 1);
+  ASSERT_TRUE(source->pages(0, 0, held, kHere));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  ASSERT_TRUE(encoded(*theirs, wire::kFlagDelta, 0, newer, delta(held, newer), kHere));
+  const StageClient::Barrier answer = theirs->barrier(1);
+  ASSERT_TRUE(answer.acknowledged);
+  EXPECT_EQ(answer.refused, (std::vector<StageClient::Refused>{{0, 0, 2}}));
+  oracle.content(0, 0, held);
+  oracle.check(*gather);
 }
 
 // A reader on a slow link: answers are packed as soon as that is found out, and only where they may be.
