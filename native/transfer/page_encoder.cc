@@ -69,7 +69,8 @@ void PageEncoder::encode(std::uint32_t region, PageNumber first, std::span<const
       racy_copy(bases_.data(), part.data(), part.size());
       part = std::span<const std::byte>(bases_).first(part.size());
     }
-    compressor_->try_out(part);
+    scratch_.resize(wire::RunCompressor::kTryBytes);
+    compressor_->try_out(codec_, part, scratch_);
   }
   const bool deltas = held && makes_deltas();
   if (deltas) {
@@ -104,7 +105,7 @@ PageEncoder::Piece PageEncoder::compressed(std::span<const std::byte> bytes) {
   const std::uint64_t pages = bytes.size() / page_size_;
   std::uint16_t encoding = 0;
   const std::span<std::byte> out = std::span(encoded_).subspan(encoded_used_);
-  const std::size_t length = compressor_->compress(bytes, pages, out, encoding);
+  const std::size_t length = compressor_->compress(codec_, bytes, pages, out, encoding);
   if (length == 0) return {pages, 0, bytes};
   encoded_used_ += length;
   return {pages, encoding, out.first(length)};

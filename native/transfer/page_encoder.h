@@ -78,6 +78,8 @@ class PageEncoder {
   DeltaCache* const cache_;
   wire::EncodingCounters* const delta_counters_;
   std::optional<wire::RunCompressor> compressor_;
+  wire::Compressor codec_;
+  std::vector<std::byte> scratch_;
   bool compressing_ = false;  // this batch
   bool rounds_ = false;       // this batch: the cache is open
   std::vector<std::byte> held_;

@@ -138,8 +138,8 @@ TEST_F(DedupStage, ADeltaLeavesASharedPageToTheOthers) {
   ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
   const auto newer = changed_bytes(bytes, 3);
   const auto payload = delta_of(bytes, newer, system_page_size());
-  const wire::FrameHeader header = encoded_header(wire::kFlagDelta, 0, 0, newer, payload.size(),
-                                                  system_page_size(), kHere.tag());
+  const wire::FrameHeader header =
+      encoded_header(wire::kFlagDelta, 0, 0, newer, payload.size(), system_page_size(), kHere.tag());
   ASSERT_TRUE(source_b->wire().raw(&header, sizeof header));
   ASSERT_TRUE(source_b->wire().raw(payload.data(), payload.size()));
   const auto barrier = source_b->barrier(1);

@@ -62,7 +62,8 @@ TEST(DeltaCache, GivesWhatWasSentToThatReceiver) {
 
 TEST(DeltaCache, ForgetsRunsShortAndLong) {
   DeltaCache cache(1 << 20, kPage);
-  for (std::uint64_t page = 0; page < 64; ++page) cache.put(page % 2, PageNumber{page}, kThere, page_of(page + 1));
+  for (std::uint64_t page = 0; page < 64; ++page)
+    cache.put(page % 2, PageNumber{page}, kThere, page_of(page + 1));
   cache.next_round();
   cache.forget(0, {PageNumber{10}, 3});
   EXPECT_EQ(get(cache, 0, 10), std::nullopt);

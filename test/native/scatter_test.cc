@@ -7,8 +7,8 @@
 
 #include "fake_destination.h"
 #include "fake_stage.h"
-#include "transfer/lane.h"
 #include "track/dirty_tracker.h"
+#include "transfer/lane.h"
 #include "transfer/sender.h"
 #include "transfer/whereabouts.h"
 

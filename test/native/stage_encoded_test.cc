@@ -14,6 +14,15 @@ using namespace std::chrono_literals;
 using wire::Holders;
 using wire::StageRole;
 
+// A sanitizer's own memory is no part of the cap.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+#elif defined(__has_feature)
+constexpr bool kSanitized = __has_feature(thread_sanitizer) || __has_feature(address_sanitizer);
+#else
+constexpr bool kSanitized = false;
+#endif
+
 constexpr Holders kHere{0, Holders::kNobody};
 constexpr std::uint64_t kPages = 256;
 
@@ -150,7 +159,8 @@ TEST_F(StageEncoded, DeltasAgainstWhatIsNotThereAreRefusedAndForgotten) {
   const auto part = [&](const std::vector<std::byte>& of, std::size_t from, std::size_t count) {
     return std::span(of).subspan(from * page, count * page);
   };
-  const auto say = [&](std::uint64_t first, std::span<const std::byte> now, std::span<const std::byte> payload) {
+  const auto say = [&](std::uint64_t first, std::span<const std::byte> now,
+                       std::span<const std::byte> payload) {
     ASSERT_TRUE(encoded(*source, wire::kFlagDelta, first, now, payload, kHere));
   };
   // Nobody has sent it; it is zeros; of a run one page is not there.
@@ -159,7 +169,8 @@ TEST_F(StageEncoded, DeltasAgainstWhatIsNotThereAreRefusedAndForgotten) {
   say(7, part(newer, 0, 2), delta(part(held, 0, 2), part(newer, 0, 2)));
   // Of another version of the page; the right pages' checksum.
   const auto other = changed_bytes(held, 2);
-  say(0, part(newer, 0, 1), delta(part(other, 0, 1), part(newer, 0, 1)));
+  const auto later = changed_bytes(other, 3);
+  say(0, part(later, 0, 1), delta(part(other, 0, 1), part(later, 0, 1)));
   // Right, but the frame's checksum is of something else.
   say(1, part(other, 1, 1), delta(part(held, 1, 1), part(newer, 1, 1)));
   // Longer than its run, shorter, and no delta at all.
@@ -168,9 +179,9 @@ TEST_F(StageEncoded, DeltasAgainstWhatIsNotThereAreRefusedAndForgotten) {
   say(5, part(newer, 5, 1), std::span(held).first(64));
   const StageClient::Barrier answer = source->barrier(2);
   ASSERT_TRUE(answer.acknowledged);
-  EXPECT_EQ(answer.refused, (std::vector<StageClient::Refused>{
-                                {0, 30, 1}, {0, 20, 1}, {0, 7, 2}, {0, 0, 1}, {0, 1, 1}, {0, 2, 1}, {0, 3, 2},
-                                {0, 5, 1}}));
+  EXPECT_EQ(answer.refused,
+            (std::vector<StageClient::Refused>{
+                {0, 30, 1}, {0, 20, 1}, {0, 7, 2}, {0, 0, 1}, {0, 1, 1}, {0, 2, 1}, {0, 3, 2}, {0, 5, 1}}));
   oracle.content(0, 6, part(held, 6, 1));
   oracle.check(*gather);
   // Plainly it comes again.
@@ -241,6 +252,129 @@ TEST_F(StageEncoded, SlowReadersThatAllowItGetPackedAnswers) {
     }
     EXPECT_EQ(packed_answers, allowed == 0 ? 0u : 20u);
   }
+}
+
+// As many as a server takes connections for its images, each of which sends packed pages by every codec and wants its
+// answers packed: what they take is within the cap.
+TEST(StageCodecs, OfManyConnectionsStayWithinTheCap) {
+  const std::uint64_t memory = 64ULL << 20U;
+  constexpr std::uint64_t kRun = 64;
+  constexpr std::uint16_t kPairs = Stage::kMostConnectionsAnImage / 2;
+  const auto content = packable_bytes(static_cast<std::size_t>(kRun * StageClient::page_size()), 1);
+  const auto newer = changed_bytes(content, 2);
+  const std::array<std::pair<std::uint16_t, std::vector<std::byte>>, 3> ways{
+      {{wire::kFlagLz4, packed(wire::kFlagLz4, content)},
+       {wire::kFlagZstd, packed(wire::kFlagZstd, content)},
+       {wire::kFlagDelta, delta(content, newer)}}};
+  std::vector<std::unique_ptr<StageClient>> clients;
+  clients.reserve(256);
+  const std::uint64_t idle = resident_bytes();
+  StageBench bench(memory);
+  ImageOracle oracle{{kRun * kPairs}};
+  for (std::uint64_t pair = 0; pair < kPairs; ++pair) oracle.content(0, pair * kRun, newer);
+  for (std::uint8_t number = 1; number <= 16; ++number) {
+    const ImageId id = image_id(number);
+    ASSERT_TRUE(bench.stage->create_image({.id = id, .region_pages = {kRun * kPairs}, .ordinal = 0}));
+    for (std::uint16_t session = 1; session <= kPairs; ++session) {
+      ASSERT_TRUE(bench.stage->add_session(id, session,
+                                           role_bit(StageRole::kScatter) | role_bit(StageRole::kGather),
+                                           stage_tokens(id, session, 1)));
+      auto writer = bench.connect(id, session, StageRole::kScatter);
+      ASSERT_TRUE(writer);
+      for (const auto& [encoding, payload] : ways) {
+        const auto& pages = encoding == wire::kFlagDelta ? newer : content;
+        const wire::FrameHeader header =
+            encoded_header(encoding, 0, std::uint64_t{session - 1U} * kRun, pages, payload.size(),
+                           StageClient::page_size(), kHere.tag());
+        ASSERT_TRUE(writer->wire().raw(&header, sizeof header));
+        ASSERT_TRUE(writer->wire().raw(payload.data(), payload.size()));
+      }
+      const StageClient::Barrier answer = writer->barrier(1);
+      ASSERT_TRUE(answer.acknowledged);
+      ASSERT_TRUE(answer.refused.empty());
+      clients.push_back(std::move(writer));
+      auto reader = bench.connect(id, session, StageRole::kGather);
+      ASSERT_TRUE(reader);
+      const int little = 32 * 1024;
+      ASSERT_EQ(::setsockopt(reader->fd(), SOL_SOCKET, SO_RCVBUF, &little, sizeof little), 0);
+      wire::FrameHeader read = wire::make_header(wire::FrameType::kRead, 0,
+                                                 {PageNumber{std::uint64_t{session - 1U} * kRun}, kRun}, 1);
+      read.flags = wire::kCompressions;
+      for (std::uint64_t asked = 1; asked <= 8; ++asked) {
+        read.tag = asked;
+        ASSERT_TRUE(reader->frame(read));
+      }
+      clients.push_back(std::move(reader));
+    }
+  }
+  EXPECT_EQ(bench.stage->stats().connections, 256u);
+  if (!kSanitized) {
+    EXPECT_LT(resident_bytes(), idle + memory);
+  }
+  // And every one of them is served.
+  for (std::size_t i = 1; i < clients.size(); i += 2) {
+    for (std::uint64_t asked = 1; asked <= 8; ++asked) {
+      const auto answer = clients[i]->receive();
+      ASSERT_TRUE(answer && answer->is(wire::FrameType::kPages));
+      ASSERT_EQ(answer->payload, newer);
+    }
+  }
+  if (!kSanitized) {
+    EXPECT_LT(resident_bytes(), idle + memory);
+  }
+}
+
+// Full to the last slot: what a frame comes as needs room too, and gives it up for its pages.
+TEST(StageCodecs, AFullServerStillReplacesWhatItHas) {
+  const std::uint64_t memory = 16ULL << 20U;
+  StageBench bench(memory);
+  const ImageId id = image_id(1);
+  const std::uint64_t pages = memory / StageClient::page_size();
+  bench.make(id, {pages});
+  const auto source = bench.scatter(id);
+  const auto content = packable_bytes(static_cast<std::size_t>(64 * StageClient::page_size()), 1);
+  const auto send = [&](std::uint16_t encoding, std::uint64_t first, std::span<const std::byte> now,
+                        std::span<const std::byte> payload) {
+    const wire::FrameHeader header =
+        encoded_header(encoding, 0, first, now, payload.size(), StageClient::page_size(), kHere.tag());
+    ASSERT_TRUE(source->wire().raw(&header, sizeof header));
+    ASSERT_TRUE(source->wire().raw(payload.data(), payload.size()));
+  };
+  const auto as_lz4 = packed(wire::kFlagLz4, content);
+  for (std::uint64_t at = 0; at + 64 <= pages; at += 64) send(wire::kFlagLz4, at, content, as_lz4);
+  const auto barrier = source->barrier(1);
+  ASSERT_TRUE(barrier.acknowledged);
+  ASSERT_FALSE(barrier.refused.empty());
+  std::uint64_t refused = 0;
+  for (const auto& run : barrier.refused) refused += run.count;
+  EXPECT_EQ(bench.stage->image(id)->pages_held, pages - refused);
+  EXPECT_LT(bench.stage->stats().free_bytes / StageClient::page_size(), 64u);
+  ImageOracle oracle({pages});
+  for (std::uint64_t at = 0; at + 64 <= pages; at += 64) oracle.content(0, at, content);
+  for (const auto& run : barrier.refused) oracle.absent(0, run.first, run.count);
+  oracle.check(*bench.gather(id));
+  // Fill what is left.
+  const auto filler = random_pages(64, 3);
+  ASSERT_TRUE(source->pages(0, pages - 64, filler, kHere));
+  const auto filled = source->barrier(2);
+  ASSERT_TRUE(filled.acknowledged);
+  EXPECT_EQ(bench.stage->stats().free_bytes, 0u);
+  oracle.content(0, pages - 64, filler);
+  for (const auto& run : filled.refused) oracle.absent(0, run.first, run.count);
+  // Another version of pages that are there, as they are packed: their own room is enough.
+  const auto newer = changed_bytes(content, 5);
+  send(wire::kFlagZstd, 128, newer, packed(wire::kFlagZstd, newer));
+  const auto replaced = source->barrier(3);
+  ASSERT_TRUE(replaced.acknowledged);
+  EXPECT_TRUE(replaced.refused.empty());
+  oracle.content(0, 128, newer);
+  // A delta has its base to keep meanwhile: it is refused, and nothing older is read in its place.
+  send(wire::kFlagDelta, 192, newer, delta(content, newer));
+  const auto last = source->barrier(4);
+  ASSERT_TRUE(last.acknowledged);
+  EXPECT_EQ(last.refused, (std::vector<StageClient::Refused>{{0, 192, 64}}));
+  oracle.absent(0, 192, 64);
+  oracle.check(*bench.gather(id, 1));
 }
 
 }  // namespace
