@@ -10,7 +10,7 @@ import { join } from 'node:path';
 import { z } from 'zod';
 import { MemferryError, nativeAsync } from './errors.js';
 import type { Guest, GuestOffer, RegionBase } from './guest.js';
-import { lineageOf, sameLineage } from './lineage.js';
+import { lineageOf, mayBeBase } from './lineage.js';
 import { offerSchema } from './protocol/messages.js';
 import { claimRegions } from './source/claim-regions.js';
 import { describeGuest } from './source/stage-image.js';
@@ -104,20 +104,14 @@ export async function readBase(
     const manifest = join(folder, 'base.json');
     if ((await stat(manifest)).size > mostManifestBytes) return null;
     const { guest, lineage } = manifestSchema.parse(JSON.parse(await readFile(manifest, 'utf8')));
-    const shown = offer.lineage !== undefined && sameLineage(offer.lineage, Buffer.from(lineage, 'hex'));
-    if (!shown && !anySource) return null;
-    if (guest.name !== offer.name || !sameModule(guest.module, offer.module)) return null;
+    const known = { name: guest.name, module: guest.module, lineage: Buffer.from(lineage, 'hex') };
+    if (!mayBeBase(known, offer, { anySource })) return null;
     const state = new Uint8Array(await readFile(join(folder, 'state')));
     const bases = guest.regions.map((_, index) => ({ path: imageIn(folder, index) }));
     return { offer: { ...guest, description: guest.description }, state, bases };
   } catch {
     return null;
   }
-}
-
-function sameModule(a: GuestOffer['module'], b: GuestOffer['module']): boolean {
-  if (a === null || b === null) return a === b;
-  return a.name === b.name && a.sha256.toLowerCase() === b.sha256.toLowerCase();
 }
 
 /**

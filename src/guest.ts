@@ -68,7 +68,13 @@ export type RegionBase =
   | { path: string; offsetBytes?: number }
   | { region: Region }
   | { inPlace: true }
-  | { fill(region: Region, options: { signal: AbortSignal }): Promise<void> };
+  | {
+      /** `progress`: how much of it is done, 0 to 1; a source waits for what makes headway. */
+      fill(
+        region: Region,
+        options: { signal: AbortSignal; progress: (fraction: number) => void },
+      ): Promise<void>;
+    };
 
 /** The destination's side of a guest. */
 export interface ArrivingGuest {

@@ -4,6 +4,7 @@
  * first needed; kept by the regions, since these are what arrives and leaves again.
  */
 import { randomBytes, timingSafeEqual } from 'node:crypto';
+import type { GuestModule, GuestOffer } from './guest.js';
 import type { Region } from './region.js';
 
 export const lineageBytes = 32;
@@ -22,6 +23,32 @@ export function lineageOf(regions: readonly Region[]): Uint8Array {
 /** A guest has arrived in these regions. */
 export function inherit(regions: readonly Region[], lineage: Uint8Array): void {
   for (const region of regions) known.set(region, lineage);
+}
+
+/** What shows whose a stored guest is. */
+export interface KnownGuest {
+  name: string;
+  module: GuestModule | null;
+  lineage: Uint8Array;
+}
+
+/**
+ * Whether a stored guest may be the base of the one that is offered: the same name, module and lineage. Whoever offers
+ * a guest learns what equals its base. `anySource`: the lineage does not matter; any host with the shared secret can
+ * have the base then (docs/security.md).
+ */
+export function mayBeBase(
+  known: KnownGuest,
+  offer: Pick<GuestOffer, 'name' | 'module' | 'lineage'>,
+  { anySource = false }: { anySource?: boolean | undefined } = {},
+): boolean {
+  const shown = offer.lineage !== undefined && sameLineage(offer.lineage, known.lineage);
+  return (shown || anySource) && known.name === offer.name && sameModule(known.module, offer.module);
+}
+
+function sameModule(a: GuestModule | null, b: GuestModule | null): boolean {
+  if (a === null || b === null) return a === b;
+  return a.name === b.name && a.sha256.toLowerCase() === b.sha256.toLowerCase();
 }
 
 export function sameLineage(a: Uint8Array, b: Uint8Array): boolean {

@@ -4,6 +4,7 @@
  */
 import { z } from 'zod';
 import { MemferryError } from './errors.js';
+import type { ParkTicket } from './source/park.js';
 import type { ArrivingGuest, GuestOffer } from './guest.js';
 import { traitsOf } from './protocol/mode-traits.js';
 
@@ -82,8 +83,8 @@ const migrateSchema = z.strictObject({
   bandwidth: bytes.default(0),
   compress: z.enum(compressChoices).default('auto'),
   /**
-   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again goes as
-   * what has changed of it; 0 for none. The kernel gives it as it fills.
+   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again to whom
+   * it was sent before goes as what has changed of it; 0 for none. The kernel gives it as it fills.
    */
   deltaCacheBytes: bytes.max(2 ** 40).default(0),
   /** Pre-copy goes on until the expected downtime is below this, in ms. */
@@ -145,6 +146,24 @@ const migrateSchema = z.strictObject({
   progressIntervalMs: milliseconds.default(100),
 });
 
+const digits = (bytes: number) => z.string().regex(new RegExp(`^[0-9a-f]{${2 * bytes}}$`));
+
+/** What `park` gives; see ParkTicket. */
+const ticketSchema = z.strictObject({
+  image: digits(16),
+  secret: digits(32),
+  home: z.string().min(1),
+  guest: z
+    .strictObject({
+      name: z.string().min(1).max(64),
+      module: z
+        .strictObject({ name: z.string().min(1), sha256: z.string().regex(/^[0-9a-fA-F]{64}$/) })
+        .nullable(),
+      lineage: digits(32),
+    })
+    .optional(),
+});
+
 const listenSchema = z.strictObject({
   ...connectionShape,
   host: z.string().min(1).default('127.0.0.1'),
@@ -165,6 +184,12 @@ const listenSchema = z.strictObject({
   gatherLimit: bytes.default(0),
   /** After READY: how long to wait for GRANT before this side refuses for good, in ms. */
   grantTimeoutMs: milliseconds.default(20_000),
+  /**
+   * A parked guest that arriving ones start from where `accept` gives them no `bases`, by its ticket: the same guest
+   * (name, module, lineage), or with `anySource` every one of that name and module. It stays parked. While it is read it
+   * takes as much memory again as the guest.
+   */
+  base: z.strictObject({ parked: ticketSchema, anySource: z.boolean().default(false) }).optional(),
 });
 
 /** `group:port` of the VMD's announcements where none is named. */
@@ -242,7 +267,7 @@ export type ParkOptions = Omit<
    * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
    * becomes of this process. Rejecting ends the park, and the guest runs on here.
    */
-  onTicket?: (ticket: { image: string; secret: string; home: string }) => Promise<void> | void;
+  onTicket?: (ticket: ParkTicket) => Promise<void> | void;
 };
 
 const unparkSchema = z.strictObject({
@@ -362,6 +387,11 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     to,
     ...(onTicket ? { onTicket } : {}),
   };
+}
+
+/** What a ticket's file has, checked; throws INVALID_ARGUMENT. */
+export function parseTicket(value: unknown): ParkTicket {
+  return parse(ticketSchema, value, 'ticket');
 }
 
 export function resolveUnparkOptions(options: UnparkOptions): ResolvedUnparkOptions {

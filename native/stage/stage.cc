@@ -15,7 +15,7 @@
 namespace memferry {
 namespace {
 
-// Of memory_bytes: stacks of threads and what connections read into.
+// Of memory_bytes: stacks of threads, what connections read into, and the first seat at the codecs.
 constexpr std::uint64_t kMostReserve = 8ULL << 20;
 // Of a slot: the slab's own tables, and its number in the list of those that an image's index lies in.
 constexpr std::uint64_t kSlotTables = Slab::kTableBytes + sizeof(Slab::Slot);
@@ -24,7 +24,8 @@ constexpr wire::Token kNoToken{};
 
 std::uint64_t slab_bytes(std::uint64_t memory_bytes) {
   const std::uint64_t page = system_page_size();
-  const std::uint64_t usable = memory_bytes - std::min(kMostReserve, memory_bytes / 4);
+  const std::uint64_t codecs = (CodecSeats::seats_for(memory_bytes) - 1) * CodecSeats::kSeatBytes;
+  const std::uint64_t usable = memory_bytes - std::min(kMostReserve, memory_bytes / 4) - codecs;
   return std::min(usable / (page + kSlotTables), Slab::kMostSlots) * page;
 }
 
@@ -50,7 +51,8 @@ StageCommon::StageCommon(const StageConfig& config)
     : slab(std::make_shared<Slab>(slab_bytes(config.memory_bytes), system_page_size())),
       hints(std::make_shared<ContentHints>(slab)),
       in(config.bandwidth),
-      out(config.bandwidth) {}
+      out(config.bandwidth),
+      codecs(CodecSeats::seats_for(config.memory_bytes)) {}
 
 struct Stage::Impl {
   struct Role {

@@ -3,10 +3,10 @@
 // or drop an image is decided in TypeScript over control connections; here a connection shows a token.
 //
 // Memory: everything that grows with what is held (pages, their index, execution states) lies in the slab; so the cap
-// holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections
-// and what they read into, and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its
-// place in the list of the image that it indexes). A connection that takes packed pages uses up to 0.7 MiB beside that
-// once they come, one that packs its answers 1.2 MiB once it does.
+// holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections,
+// what they read into and one seat at the codecs (stage/codec_seats.h), 1.5 MiB for each further seat (a 32nd in all),
+// and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its place in the list of the
+// image that it indexes). Packed payloads lie in slots of the slab while they come and go.
 //
 // Bounds: kMostImages images, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
 // kMostConnections in all.

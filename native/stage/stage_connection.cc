@@ -129,4 +129,10 @@ void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vect
   }
 }
 
+void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::size_t bytes,
+                  std::vector<iovec>& to) {
+  append_slots(slab, slots, to);
+  to.back().iov_len -= slots.size() * static_cast<std::size_t>(slab.slot_bytes()) - bytes;
+}
+
 }  // namespace memferry

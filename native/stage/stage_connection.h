@@ -9,9 +9,29 @@
 #include "stage/stage_chain.h"
 #include "stage/stage_impl.h"
 #include "wire/run_compressor.h"
-#include "wire/run_decoder.h"
 
 namespace memferry {
+
+[[nodiscard]] inline PageRun run_of(const wire::FrameHeader& header) {
+  return {PageNumber{header.first_page}, header.page_count};
+}
+
+// Counts of slots that go away unless somebody takes them over.
+class SlotsInHand {
+ public:
+  SlotsInHand(Slab& slab, std::vector<Slab::Slot>& slots) : slab_(slab), slots_(slots) {}
+  ~SlotsInHand() { let_go(); }
+  SlotsInHand(const SlotsInHand&) = delete;
+  SlotsInHand& operator=(const SlotsInHand&) = delete;
+  void let_go() {
+    slab_.release(slots_);
+    slots_.clear();
+  }
+
+ private:
+  Slab& slab_;
+  std::vector<Slab::Slot>& slots_;
+};
 
 // kScatter and kChain. What a peer may write depends on the role; anything else ends the connection.
 class WritingConnection final : public StageConnection {
@@ -32,8 +52,18 @@ class WritingConnection final : public StageConnection {
   bool on_barrier(const wire::FrameHeader& header);
   bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
-  bool receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes, bool& decoded);
-  bool pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes);
+  void take_slots(std::uint32_t region, PageRun run);
+  bool store(const wire::FrameHeader& header);
+  bool refuse_torn(const wire::FrameHeader& header);
+  [[nodiscard]] bool passes_on(const wire::FrameHeader& header) const;
+  bool pass_on(const wire::FrameHeader& header);
+  // stage_encoded.cc
+  bool on_encoded(const wire::FrameHeader& header);
+  bool receive_packed(const wire::FrameHeader& header, bool& room);
+  bool unpack(const wire::FrameHeader& header, SlotsInHand& packed);
+  bool decode(const wire::FrameHeader& header, CodecSeats::Equipment& with);
+  bool copy_base(const wire::FrameHeader& header, std::span<std::byte> pages);
+  bool pass_on_packed(const wire::FrameHeader& header);
   [[nodiscard]] bool meant_for_us(wire::Holders holders, std::uint64_t tag) const;
 
   const bool source_;  // kScatter
@@ -43,10 +73,9 @@ class WritingConnection final : public StageConnection {
   std::vector<Slab::Slot> slots_;  // one count of each is ours
   std::vector<std::uint64_t> hashes_;
   std::vector<iovec> buffers_;
-  std::vector<std::byte> scratch_;  // for pages that there is no room for
-  wire::RunDecoder decoder_;
-  std::vector<std::byte> encoded_;  // the payload as it came
-  std::vector<std::byte> decoded_;
+  std::vector<std::byte> scratch_;        // for pages that there is no room for
+  Image::Reading base_;                   // of a delta
+  std::vector<Slab::Slot> packed_slots_;  // an encoded payload as it came lies in these; all ours
 };
 
 // kGather and kDemand.
@@ -63,17 +92,16 @@ class ReadingConnection final : public StageConnection {
   bool on_map_request(const wire::FrameHeader& header);
 
   void note_gap();
-  std::span<const std::byte> together(std::span<const Slab::Slot> slots);
+  std::span<const std::byte> together(std::span<const Slab::Slot> slots, CodecSeats::Equipment& with) const;
   bool append_packed(wire::FrameHeader& answer, std::span<const Slab::Slot> slots,
-                     std::span<const std::uint64_t> hashes, std::uint16_t allowed);
+                     std::span<const std::uint64_t> hashes, std::uint16_t allowed,
+                     CodecSeats::Equipment& with);
 
   const bool demand_;
   Image::Reading reading_;
   std::optional<wire::RunCompressor> compressor_;  // once a read allows it, for what that one allows
   std::chrono::steady_clock::time_point answered_{};
-  std::vector<std::byte> together_;
-  std::vector<std::byte> encoded_;
-  std::size_t encoded_used_ = 0;
+  std::vector<Slab::Slot> packed_slots_;  // of answers that are packed, until they are sent
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
 };
@@ -104,5 +132,8 @@ class ProbingConnection final : public StageConnection {
 
 // Slots as they lie in memory: neighbours in one piece.
 void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vector<iovec>& to);
+// The first `bytes` of them, which end in the last slot.
+void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::size_t bytes,
+                  std::vector<iovec>& to);
 
 }  // namespace memferry

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "os/worker_thread.h"
+#include "stage/codec_seats.h"
 #include "stage/content_domain.h"
 #include "stage/image.h"
 #include "stage/slab.h"
@@ -36,7 +37,8 @@ struct StageCommon {
   std::atomic<std::uint64_t> bytes_in{0};
   std::atomic<std::uint64_t> bytes_out{0};
   std::atomic<std::size_t> connections{0};  // whose threads run
-  wire::EncodingCounters packed;            // answers to reading ahead
+  CodecSeats codecs;
+  wire::EncodingCounters packed;  // answers to reading ahead
 };
 
 // One connection of a source, a destination or another server, and the thread that serves it.

@@ -56,13 +56,15 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
 
   using Kind = Image::Reading::Kind;
   const std::uint16_t encodings = demand_ ? std::uint16_t{0} : wire::encoding_of(header);
+  const SlotsInHand packed(*place_.common->slab, packed_slots_);
+  CodecSeats::Seat seat;
   bool packing = false;
   if (encodings != 0) {
     if (!compressor_) compressor_.emplace(wire::Compress::kAuto, encodings, place_.common->packed);
     note_gap();
     packing = compressor_->begin();
-    encoded_.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
-    encoded_used_ = 0;
+    // Where others have them all it goes as it is: somebody is waiting for the answer.
+    if (packing || compressor_->tries_out()) seat = place_.common->codecs.try_take();
   }
   headers_.clear();
   buffers_.clear();
@@ -82,14 +84,17 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
     const auto slots = reading_.slots().subspan(content, pages);
     const auto hashes = reading_.hashes().subspan(content, pages);
     content += pages;
-    if (encodings != 0 && compressor_->tries_out()) {
-      compressor_->try_out(together(slots.first(
-          std::min(pages, std::max<std::size_t>(1, wire::RunCompressor::kTryBytes / page_size_)))));
+    if (seat && compressor_->tries_out()) {
+      const std::size_t most = std::max<std::size_t>(1, wire::RunCompressor::kTryBytes / page_size_);
+      seat->scratch.resize(wire::RunCompressor::kTryBytes);
+      compressor_->try_out(seat->compressor, together(slots.first(std::min(pages, most)), *seat),
+                           seat->scratch);
     }
-    if (packing && append_packed(answer, slots, hashes, encodings)) continue;
+    if (seat && packing && append_packed(answer, slots, hashes, encodings, *seat)) continue;
     wire::seal_pages(answer, page_size_, hashes);
     append_slots(*place_.common->slab, slots, buffers_);
   }
+  seat.give_back();
   std::uint64_t bytes = 0;
   for (const iovec& each : buffers_) bytes += each.iov_len;
   place_.common->out.debit(bytes);
@@ -111,27 +116,37 @@ void ReadingConnection::note_gap() {
 }
 
 // Slots are pinned and never written anew: what a codec sees of them does not change.
-std::span<const std::byte> ReadingConnection::together(std::span<const Slab::Slot> slots) {
+std::span<const std::byte> ReadingConnection::together(std::span<const Slab::Slot> slots,
+                                                       CodecSeats::Equipment& with) const {
   const auto page_size = static_cast<std::size_t>(page_size_);
-  together_.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
-  std::byte* to = together_.data();
+  with.pages.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
+  std::byte* to = with.pages.data();
   for (const Slab::Slot slot : slots) {
     std::memcpy(to, place_.common->slab->data(slot), page_size);
     to += page_size;
   }
-  return std::span(together_).first(slots.size() * page_size);
+  return std::span(with.pages).first(slots.size() * page_size);
 }
 
-// False: it goes as it is.
+// Into slots of its own, since others get the seat before a slow reader has taken it. False: it goes as it is.
 bool ReadingConnection::append_packed(wire::FrameHeader& answer, std::span<const Slab::Slot> slots,
-                                      std::span<const std::uint64_t> hashes, std::uint16_t allowed) {
+                                      std::span<const std::uint64_t> hashes, std::uint16_t allowed,
+                                      CodecSeats::Equipment& with) {
+  const auto page_size = static_cast<std::size_t>(page_size_);
   std::uint16_t encoding = 0;
-  const std::span<std::byte> out = std::span(encoded_).subspan(encoded_used_);
-  const std::size_t length = compressor_->compress(together(slots), slots.size(), out, encoding);
+  with.packed.resize(static_cast<std::size_t>(wire::max_payload(page_size_)));
+  const std::size_t length =
+      compressor_->compress(with.compressor, together(slots, with), slots.size(), with.packed, encoding);
   if (length == 0 || (encoding & ~allowed) != 0) return false;
+  Slab& slab = *place_.common->slab;
+  const std::size_t before = packed_slots_.size();
+  // A server that is full has none.
+  if (!slab.take_all((length + page_size - 1) / page_size, packed_slots_)) return false;
+  const auto own = std::span(packed_slots_).subspan(before);
+  for (std::size_t i = 0, at = 0; at < length; ++i, at += page_size)
+    std::memcpy(slab.data(own[i]), with.packed.data() + at, std::min(page_size, length - at));
   wire::seal_encoded(answer, encoding, length, hashes);
-  buffers_.push_back({out.data(), length});
-  encoded_used_ += length;
+  append_slots(slab, own, length, buffers_);
   return true;
 }
 

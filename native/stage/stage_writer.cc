@@ -3,8 +3,6 @@
 // A page that does not get here, for want of room or because its checksum does not fit, is told to the writer
 // (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again.
 #include <algorithm>
-#include <array>
-#include <cstring>
 
 #include "page/hash.h"
 #include "stage/stage_connection.h"
@@ -17,22 +15,6 @@ constexpr std::uint64_t kPieceBytes = 64 * 1024;
 // A longer list of hashes is rare: its memory is not kept.
 constexpr std::size_t kHashesKept = 4096;
 
-// Counts of slots that go away unless somebody takes them over.
-class SlotsInHand {
- public:
-  SlotsInHand(Slab& slab, std::vector<Slab::Slot>& slots) : slab_(slab), slots_(slots) {}
-  ~SlotsInHand() {
-    slab_.release(slots_);
-    slots_.clear();
-  }
-  SlotsInHand(const SlotsInHand&) = delete;
-  SlotsInHand& operator=(const SlotsInHand&) = delete;
-
- private:
-  Slab& slab_;
-  std::vector<Slab::Slot>& slots_;
-};
-
 }  // namespace
 
 WritingConnection::WritingConnection(Place place, UniqueFd fd)
@@ -42,7 +24,8 @@ WritingConnection::WritingConnection(Place place, UniqueFd fd)
         iovec buffer{&header, sizeof header};
         return send(std::span(&buffer, 1));
       }),
-      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }) {
+      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }),
+      base_(place_.common->slab) {
   slots_.reserve(static_cast<std::size_t>(wire::max_run_pages(page_size_)));
 }
 
@@ -94,55 +77,55 @@ bool WritingConnection::meant_for_us(wire::Holders holders, std::uint64_t tag) c
 bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   if (!inside(header) || !meant_for_us(holders, header.tag)) return false;
-  // A delta is against bytes that this server does not keep apart.
-  const std::uint16_t encoding = wire::encoding_of(header);
-  if (encoding == wire::kFlagDelta) return false;
   if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return false;
+  if (wire::encoding_of(header) != 0) return on_encoded(header);
 
+  const PageRun run = run_of(header);
+  // What is left in hand at the end: everything when nothing was stored, else the counts for passing it on.
+  const SlotsInHand in_hand(*place_.common->slab, slots_);
+  take_slots(header.region, run);
+  hashes_.resize(static_cast<std::size_t>(run.count));
+  if (!receive_pages(hashes_)) return false;
+  count_in(header.payload_bytes);
+  if (wire::pages_checksum(header, hashes_) != header.checksum) return refuse_torn(header);
+  return store(header) && (!passes_on(header) || pass_on(header));
+}
+
+// Into slots_, as many as there are.
+void WritingConnection::take_slots(std::uint32_t region, PageRun run) {
+  Slab& slab = *place_.common->slab;
+  const std::uint64_t here = slab.take(run.count, slots_);
+  if (here == run.count) return;
+  // What these pages were before is out of date anyway, and may be the room that is missing.
+  place_.image->forget(region, {PageNumber{run.first.value + here}, run.count - here});
+  slab.take(run.count - here, slots_);
+}
+
+bool WritingConnection::refuse_torn(const wire::FrameHeader& header) {
+  place_.image->forget(header.region, run_of(header));
+  return answers_.refused(header.region, run_of(header), place_.image->ordinal(), wire::kFlagTorn);
+}
+
+// What is in slots_ and hashes_ is the image's from now on; the rest of the run has been forgotten, and is refused.
+bool WritingConnection::store(const wire::FrameHeader& header) {
   Slab& slab = *place_.common->slab;
   Image& image = *place_.image;
-  const PageRun run{PageNumber{header.first_page}, header.page_count};
-  // What is left in hand at the end: everything when nothing was stored, else the counts for passing it on.
-  const SlotsInHand in_hand(slab, slots_);
-  std::uint64_t here = slab.take(run.count, slots_);
-  if (here < run.count) {
-    // What these pages were before is out of date anyway, and may be the room that is missing.
-    image.forget(header.region, {PageNumber{run.first.value + here}, run.count - here});
-    here += slab.take(run.count - here, slots_);
-  }
-  hashes_.resize(static_cast<std::size_t>(run.count));
-  bool decoded = true;
-  if (encoding != 0 ? !receive_encoded(header, hashes_, decoded) : !receive_pages(hashes_)) return false;
-  count_in(header.payload_bytes);
-  if (!decoded || wire::pages_checksum(header, hashes_) != header.checksum) {
-    image.forget(header.region, run);
-    return answers_.refused(header.region, run, image.ordinal(), wire::kFlagTorn);
-  }
-
-  const PageRun stored{run.first, here};
-  const std::span<const std::uint64_t> hashes(hashes_.data(), static_cast<std::size_t>(here));
+  const PageRun run = run_of(header);
+  const std::uint64_t here = slots_.size();
   if (here > 0) {
     // One count is the image's from now on, the other ours: a page may be replaced while it is passed on.
     for (const Slab::Slot slot : slots_) slab.pin(slot);
     if (image.domain() != nullptr) slab.settle(slots_, image.domain()->number());
-    image.store(header.region, stored, slots_, hashes, holders);
+    image.store(header.region, {run.first, here}, slots_,
+                std::span(hashes_).first(static_cast<std::size_t>(here)), wire::Holders::of(header.tag));
   }
-  if (here < run.count) {
-    // Forgotten above.
-    const PageRun rest{stored.end(), run.count - here};
-    if (!answers_.refused(header.region, rest, image.ordinal(), 0)) return false;
-  }
-  if (!source_ || holders.second == wire::Holders::kNobody || here == 0) return true;
-  if (encoding != 0 && here == run.count) {
-    // As it came: nothing is packed a second time.
-    wire::FrameHeader same = header;
-    std::array<iovec, 2> whole{iovec{&same, sizeof same}, iovec{encoded_.data(), encoded_.size()}};
-    return chains_.forward(holders.second, whole);
-  }
-  wire::FrameHeader onward = header;
-  onward.flags &= static_cast<std::uint16_t>(~wire::kEncodings);
-  onward.page_count = here;
-  return pass_on(onward, hashes);
+  if (here == run.count) return true;
+  const PageRun rest{PageNumber{run.first.value + here}, run.count - here};
+  return answers_.refused(header.region, rest, image.ordinal(), 0);
+}
+
+bool WritingConnection::passes_on(const wire::FrameHeader& header) const {
+  return source_ && wire::Holders::of(header.tag).second != wire::Holders::kNobody && !slots_.empty();
 }
 
 // Into slots_ as far as they go; of the rest only the hashes are kept.
@@ -171,28 +154,16 @@ bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
   return true;
 }
 
-// The same for a payload that is encoded; `decoded` false: it cannot be, like a page that came torn.
-bool WritingConnection::receive_encoded(const wire::FrameHeader& header, std::span<std::uint64_t> hashes,
-                                        bool& decoded) {
-  const auto page_size = static_cast<std::size_t>(page_size_);
-  encoded_.resize(header.payload_bytes);
-  if (!read(encoded_)) return false;
-  decoded_.resize(hashes.size() * page_size);
-  decoded = decoder_.decode(wire::encoding_of(header), encoded_, decoded_);
-  if (!decoded) return true;
-  hash_pages(decoded_, page_size, hashes.data());
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    std::memcpy(place_.common->slab->data(slots_[i]), decoded_.data() + i * page_size, page_size);
-  }
-  return true;
-}
-
-bool WritingConnection::pass_on(wire::FrameHeader header, std::span<const std::uint64_t> hashes) {
-  wire::seal_pages(header, page_size_, hashes);
+// What is held of it here, as it is.
+bool WritingConnection::pass_on(const wire::FrameHeader& header) {
+  wire::FrameHeader onward = header;
+  onward.flags &= static_cast<std::uint16_t>(~wire::kEncodings);
+  onward.page_count = slots_.size();
+  wire::seal_pages(onward, page_size_, std::span(hashes_).first(slots_.size()));
   buffers_.clear();
-  buffers_.push_back({&header, sizeof header});
+  buffers_.push_back({&onward, sizeof onward});
   append_slots(*place_.common->slab, slots_, buffers_);
-  return chains_.forward(wire::Holders::of(header.tag).second, buffers_);
+  return chains_.forward(wire::Holders::of(onward.tag).second, buffers_);
 }
 
 bool WritingConnection::on_zeros(const wire::FrameHeader& header) {

@@ -21,7 +21,7 @@ DeltaCache::Entry* DeltaCache::find(std::size_t set, std::uint64_t key) {
   return found == last ? nullptr : &*found;
 }
 
-bool DeltaCache::get(std::uint32_t region, PageNumber page, std::span<std::byte> base) {
+bool DeltaCache::get(std::uint32_t region, PageNumber page, wire::Holders to, std::span<std::byte> base) {
   if (!open()) return false;
   const std::uint64_t key = key_of(region, page);
   const std::size_t set = set_of(key);
@@ -29,12 +29,14 @@ bool DeltaCache::get(std::uint32_t region, PageNumber page, std::span<std::byte>
   if (!open()) return false;
   const Entry* entry = find(set, key);
   // Of this round it may not be there yet: nothing was acknowledged since.
-  if (entry == nullptr || entry->round == round_.load(std::memory_order_relaxed)) return false;
+  if (entry == nullptr || entry->to != to || entry->round == round_.load(std::memory_order_relaxed))
+    return false;
   std::memcpy(base.data(), data(static_cast<std::size_t>(entry - entries_.data())), page_size_);
   return true;
 }
 
-void DeltaCache::put(std::uint32_t region, PageNumber page, std::span<const std::byte> bytes) {
+void DeltaCache::put(std::uint32_t region, PageNumber page, wire::Holders to,
+                     std::span<const std::byte> bytes) {
   if (!open()) return;
   const std::uint64_t key = key_of(region, page);
   const std::size_t set = set_of(key);
@@ -50,7 +52,7 @@ void DeltaCache::put(std::uint32_t region, PageNumber page, std::span<const std:
     if (entry->key != 0 && entry->round == round) return;
     if (entry->key == 0) held_.fetch_add(1, std::memory_order_relaxed);
   }
-  *entry = {key, round};
+  *entry = {key, round, to};
   std::memcpy(data(static_cast<std::size_t>(entry - entries_.data())), bytes.data(), page_size_);
 }
 

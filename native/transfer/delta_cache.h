@@ -1,4 +1,4 @@
-// What was last sent of pages to the destination: the bytes that a later round's delta is against. Bounded by what it is
+// What was last sent of pages, and to whom: the bytes that a later round's delta is against. Bounded by what it is
 // given; shared by all threads that send rounds. Only for rounds: after the switchover every page goes out once.
 //
 // A page has a set of kWays places. It enters a free one, or takes the place of that page in the set whose last sending
@@ -6,7 +6,8 @@
 // over a memory much larger than the cache fills it once and then costs nothing.
 //
 // An entry may be wrong without harm: the checksum is over the new pages, so the receiver notices. It goes when the page
-// is sent as zeros or to somebody else, when the destination is told to forget it, and when it comes back as suspect.
+// is sent as zeros or to somebody who takes no deltas, when the destination is told to forget it, and when it was
+// refused or comes back as suspect. Sent to somebody else it becomes theirs.
 //
 // Threads: any; a page's calls are serialised by its set's mutex.
 #pragma once
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "page/range.h"
+#include "wire/frame.h"
 
 namespace memferry {
 
@@ -32,9 +34,9 @@ class DeltaCache {
   DeltaCache(std::uint64_t bytes, std::uint64_t page_size);
 
   void next_round() { round_.fetch_add(1, std::memory_order_relaxed); }
-  // The page as it was last sent, into `base`.
-  bool get(std::uint32_t region, PageNumber page, std::span<std::byte> base);
-  void put(std::uint32_t region, PageNumber page, std::span<const std::byte> bytes);
+  // The page as it was last sent, into `base`, if that was to `to` (the server and its replica, or the destination).
+  bool get(std::uint32_t region, PageNumber page, wire::Holders to, std::span<std::byte> base);
+  void put(std::uint32_t region, PageNumber page, wire::Holders to, std::span<const std::byte> bytes);
   void forget(std::uint32_t region, PageRun run);
   // No more rounds: gives and takes nothing from now on. Its memory stays, since the guest may stand still meanwhile.
   void close() { open_.store(false, std::memory_order_release); }
@@ -47,6 +49,7 @@ class DeltaCache {
   struct Entry {
     std::uint64_t key = 0;    // region << kRegionShift | page, and 1 more; 0: free
     std::uint32_t round = 0;  // of its last sending
+    wire::Holders to;
   };
   static constexpr unsigned kRegionShift = 48;
   static constexpr std::size_t kMutexes = 64;

@@ -14,11 +14,15 @@ namespace {
 // A page of which more than that has changed goes like any other.
 constexpr std::size_t kMostOfPage = 2;
 
+std::uint16_t allowed_for(const Encoding& encoding, PageEncoder::Towards towards) {
+  return towards == PageEncoder::Towards::kDestination ? encoding.destination : encoding.servers;
+}
+
 }  // namespace
 
 std::unique_ptr<PageEncoder> PageEncoder::create(const Encoding& encoding, Towards towards,
                                                  std::uint64_t page_size) {
-  const std::uint16_t allowed = towards == Towards::kDestination ? encoding.destination : encoding.servers;
+  const std::uint16_t allowed = allowed_for(encoding, towards);
   const bool compress = encoding.compress != wire::Compress::kOff && (allowed & wire::kCompressions) != 0;
   if (!compress && encoding.cache == nullptr) return nullptr;
   return std::unique_ptr<PageEncoder>(new PageEncoder(encoding, towards, page_size));
@@ -26,11 +30,10 @@ std::unique_ptr<PageEncoder> PageEncoder::create(const Encoding& encoding, Towar
 
 PageEncoder::PageEncoder(const Encoding& encoding, Towards towards, std::uint64_t page_size)
     : page_size_(static_cast<std::size_t>(page_size)),
-      to_destination_(towards == Towards::kDestination),
-      delta_(to_destination_ && (encoding.destination & wire::kFlagDelta) != 0),
+      delta_((allowed_for(encoding, towards) & wire::kFlagDelta) != 0),
       cache_(encoding.cache),
       delta_counters_(encoding.delta) {
-  const std::uint16_t allowed = to_destination_ ? encoding.destination : encoding.servers;
+  const std::uint16_t allowed = allowed_for(encoding, towards);
   if (encoding.compress != wire::Compress::kOff && (allowed & wire::kCompressions) != 0) {
     compressor_.emplace(encoding.compress, allowed, *encoding.compression);
   }
@@ -66,7 +69,8 @@ void PageEncoder::encode(std::uint32_t region, PageNumber first, std::span<const
       racy_copy(bases_.data(), part.data(), part.size());
       part = std::span<const std::byte>(bases_).first(part.size());
     }
-    compressor_->try_out(part);
+    scratch_.resize(wire::RunCompressor::kTryBytes);
+    compressor_->try_out(codec_, part, scratch_);
   }
   const bool deltas = held && makes_deltas();
   if (deltas) {
@@ -93,7 +97,7 @@ void PageEncoder::encode(std::uint32_t region, PageNumber first, std::span<const
   if (!deltas) return;
   const ThreadCpuTimer timer(delta_counters_->cpu_ns);
   for (std::size_t at = 0; at < pages; ++at) {
-    cache_->put(region, PageNumber{first.value + at}, bytes.subspan(at * page_size_, page_size_));
+    cache_->put(region, PageNumber{first.value + at}, receiver_, bytes.subspan(at * page_size_, page_size_));
   }
 }
 
@@ -101,7 +105,7 @@ PageEncoder::Piece PageEncoder::compressed(std::span<const std::byte> bytes) {
   const std::uint64_t pages = bytes.size() / page_size_;
   std::uint16_t encoding = 0;
   const std::span<std::byte> out = std::span(encoded_).subspan(encoded_used_);
-  const std::size_t length = compressor_->compress(bytes, pages, out, encoding);
+  const std::size_t length = compressor_->compress(codec_, bytes, pages, out, encoding);
   if (length == 0) return {pages, 0, bytes};
   encoded_used_ += length;
   return {pages, encoding, out.first(length)};
@@ -112,7 +116,7 @@ void PageEncoder::find_bases(std::uint32_t region, PageNumber first, std::size_t
   has_base_.resize(std::max(has_base_.size(), pages));
   bases_.resize(std::max(bases_.size(), pages * page_size_));
   for (std::size_t at = 0; at < pages; ++at) {
-    has_base_[at] = cache_->get(region, PageNumber{first.value + at},
+    has_base_[at] = cache_->get(region, PageNumber{first.value + at}, receiver_,
                                 std::span(bases_).subspan(at * page_size_, page_size_));
   }
 }

@@ -15,6 +15,7 @@
 
 #include "page/range.h"
 #include "transfer/delta_cache.h"
+#include "wire/frame.h"
 #include "wire/run_compressor.h"
 
 namespace memferry {
@@ -36,6 +37,9 @@ class PageEncoder {
   static std::unique_ptr<PageEncoder> create(const Encoding& encoding, Towards towards,
                                              std::uint64_t page_size);
 
+  // Who gets what is encoded from the next batch on, and so whose former version of a page a delta is against: a
+  // server and the one that it passes replicas on to, which then has the same. Until it is called: the destination.
+  void set_receiver(wire::Holders receiver) { receiver_ = receiver; }
   // A new batch.
   void begin();
   // The pages as the codecs may see them: a copy, where this batch is encoded; nullopt where it goes as it lies in the
@@ -63,17 +67,19 @@ class PageEncoder {
 
  private:
   PageEncoder(const Encoding& encoding, Towards towards, std::uint64_t page_size);
-  [[nodiscard]] bool makes_deltas() const { return rounds_ && to_destination_ && delta_; }
+  [[nodiscard]] bool makes_deltas() const { return rounds_ && delta_; }
   Piece compressed(std::span<const std::byte> bytes);
   std::optional<Piece> delta(std::span<const std::byte> bytes, std::size_t from);
   void find_bases(std::uint32_t region, PageNumber first, std::size_t pages);
 
   const std::size_t page_size_;
-  const bool to_destination_;
   const bool delta_;  // agreed on
+  wire::Holders receiver_{wire::Holders::kDestination, wire::Holders::kNobody};
   DeltaCache* const cache_;
   wire::EncodingCounters* const delta_counters_;
   std::optional<wire::RunCompressor> compressor_;
+  wire::Compressor codec_;
+  std::vector<std::byte> scratch_;
   bool compressing_ = false;  // this batch
   bool rounds_ = false;       // this batch: the cache is open
   std::vector<std::byte> held_;

@@ -169,7 +169,9 @@ std::optional<DedupStats> Scatter::dedup_stats() const {
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 
 std::uint64_t Scatter::memory_bytes() const {
-  const bool encodes = config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0;
+  const bool deltas = config_.encoding.cache != nullptr && (config_.encoding.servers & wire::kFlagDelta) != 0;
+  const bool encodes =
+      deltas || (config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0);
   return where_.memory_bytes() + (dedup_ ? dedup_->memory_bytes() : 0) +
          (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
          (encodes ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);

@@ -58,6 +58,11 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
 // again then.
 void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again) {
   again = batch.no_room;
+  // Of these the server has forgotten what it had.
+  if (DeltaCache* const cache = config_.encoding.cache) {
+    for (const RegionRun& each : batch.no_room) cache->forget(each.region, each.run);
+    for (const RegionRun& each : batch.torn) cache->forget(each.region, each.run);
+  }
   for (const RegionRun& each : batch.torn) {
     if (kind_ == Kind::kRound) {
       suspects_[each.region]->set_run(each.run);

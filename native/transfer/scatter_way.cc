@@ -182,7 +182,7 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
   // Inside the gate from taking on: what is taken is sent, or the region is gone.
   const TouchGate::Pass pass(shared_.gate);
   if (!pass) return false;
-  chunks.frames().set_tag(server ? holders.tag() : 0);
+  chunks.frames().set_holders(holders);
   const bool more = chunks.gather(*sinks);
   if (chunks.frames().empty()) {
     {

@@ -37,8 +37,11 @@ class PageFrames {
   // One kZero frame of any length, for pages that were never touched.
   void add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash);
 
-  // Goes into every frame from the next batch on: to a VMD server, who is to hold the pages.
-  void set_tag(std::uint64_t tag) { tag_ = tag; }
+  // Who is to hold the pages, from the next batch on. A VMD server is told, by every frame's tag.
+  void set_holders(wire::Holders holders) {
+    tag_ = holders.first == wire::Holders::kDestination ? 0 : holders.tag();
+    if (encoder_) encoder_->set_receiver(holders);
+  }
 
   // Pages that may still be added.
   [[nodiscard]] std::uint64_t room() const { return sent_ ? hashes_.size() : hashes_.size() - used_; }

@@ -44,7 +44,9 @@ SenderConfig checked(SenderConfig config) {
 }
 
 std::unique_ptr<DeltaCache> make_delta_cache(const SenderConfig& config, std::uint64_t page_size) {
-  const bool agreed = (config.destination_encodings & wire::kFlagDelta) != 0;
+  const auto encodings = static_cast<std::uint16_t>(
+      config.destination_encodings | (config.servers.empty() ? std::uint16_t{0} : config.server_encodings));
+  const bool agreed = (encodings & wire::kFlagDelta) != 0;
   if (config.delta_cache_bytes == 0 || !agreed) return nullptr;
   // No more than the guest may ever fill, with something over for regions that share sets.
   std::uint64_t most = 0;

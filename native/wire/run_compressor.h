@@ -1,6 +1,7 @@
-// Compression of what one thread sends on one connection: the choice, the codec, the measuring of both, and what it
-// came to. The order of calls for a chunk: begin(), then for its runs either compress() or, on a copy of a part of it,
-// try_out(); sent() when the chunk has been handed to the socket.
+// Compression of what one thread sends on one connection: the choice, the measuring of codec and link, and what it came
+// to. The codec itself is whoever's: several connections may share one. The order of calls for a chunk: begin(), then for
+// its runs either compress() or, on a copy of a part of it, try_out(); sent() when the chunk has been handed to the
+// socket.
 //
 // Threads: one an object; counters are shared.
 #pragma once
@@ -9,7 +10,6 @@
 #include <chrono>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "wire/codec.h"
 #include "wire/codec_choice.h"
@@ -38,26 +38,25 @@ class RunCompressor {
   bool begin();
   // Whether a part of this chunk is wanted by try_out().
   [[nodiscard]] bool tries_out() const { return try_ != 0; }
-  // At most kTryBytes are looked at. They must not change meanwhile.
-  void try_out(std::span<const std::byte> bytes);
+  // At most kTryBytes are looked at, and `scratch` has as many. They must not change meanwhile.
+  void try_out(Compressor& codec, std::span<const std::byte> bytes, std::span<std::byte> scratch);
   // A run of `pages`, which must not change meanwhile. Gives the payload's length in `out`, with its encoding, or 0: it
   // goes as it is.
-  std::size_t compress(std::span<const std::byte> bytes, std::uint64_t pages, std::span<std::byte> out,
-                       std::uint16_t& encoding);
+  std::size_t compress(Compressor& codec, std::span<const std::byte> bytes, std::uint64_t pages,
+                       std::span<std::byte> out, std::uint16_t& encoding);
   void sent(int fd, std::uint64_t raw_bytes);
   void waited(Clock::duration duration) { meter_.waited(duration); }
   void rest() { meter_.rest(); }
 
  private:
-  std::size_t timed(std::uint16_t encoding, std::span<const std::byte> bytes, std::span<std::byte> out);
+  std::size_t timed(Compressor& codec, std::uint16_t encoding, std::span<const std::byte> bytes,
+                    std::span<std::byte> out);
 
   CodecChoice choice_;
   EncodingCounters& counters_;
-  Compressor codec_;
   LinkMeter meter_;
   std::uint16_t encoding_ = 0;
   std::uint16_t try_ = 0;
-  std::vector<std::byte> scratch_;
 };
 
 }  // namespace memferry::wire

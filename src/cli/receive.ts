@@ -16,6 +16,7 @@ import { makeOutput, type Output } from './output.js';
 import { byteCount, type NamedModule, namedModules, positiveNumber } from './parse-values.js';
 import { replayLines } from './replay-lines.js';
 import { interrupted, onInterrupt } from './signals.js';
+import { ticketFrom } from './ticket.js';
 
 interface ReceiveFlags extends ConnectionFlags {
   listen: string;
@@ -29,6 +30,9 @@ interface ReceiveFlags extends ConnectionFlags {
   json?: boolean;
   once?: boolean;
 }
+
+/** Of a base that is no directory. */
+const vmd = 'vmd:';
 
 export function addReceive(program: Command): void {
   const command = program
@@ -44,8 +48,9 @@ export function addReceive(program: Command): void {
     .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteCount)
     .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
     .option(
-      '--base <directory>',
-      'guests start from what was kept of them there, and logs are replayed on it',
+      '--base <directory | vmd:ticket>',
+      'guests start from what was kept of them there, and logs are replayed on it; or from a guest that is parked, by ' +
+        'the file that `memferry park` wrote',
     )
     .option(
       '--base-for-any',
@@ -62,21 +67,24 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   using interruption = onInterrupt();
   const guests = new Set<WorkerGuest>();
   let latest: WorkerGuest | null = null;
+  const parked = flags.base?.startsWith(vmd) ? await ticketFrom(flags.base.slice(vmd.length)) : null;
+  const anySource = flags.baseForAny ?? false;
   const listening = await listen({
     ...parseAddress(flags.listen),
     ...connectionOptions(flags),
     ...(flags.maxBytes === undefined ? {} : { maxBytes: flags.maxBytes }),
     ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
+    ...(parked ? { base: { parked, anySource } } : {}),
     signal: interruption.signal,
     accept: workerGuests({
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
       base:
-        flags.base === undefined
+        flags.base === undefined || parked
           ? undefined
           : {
               directory: flags.base,
-              anySource: flags.baseForAny ?? false,
+              anySource,
               replay: replayLines,
               ...(flags.replayMs === undefined ? {} : { replayMs: flags.replayMs }),
             },

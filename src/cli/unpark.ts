@@ -1,11 +1,8 @@
 /** `memferry unpark`: claims a parked guest, resumes it here, and lets one talk to it. */
-import { readFile } from 'node:fs/promises';
 import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { unpark } from '../destination/unpark.js';
-import { memferryError } from '../errors.js';
-import type { ParkTicket } from '../source/park.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
@@ -13,6 +10,7 @@ import { makeOutput } from './output.js';
 import { byteCount, type NamedModule, namedModules } from './parse-values.js';
 import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
+import { ticketFrom } from './ticket.js';
 
 interface UnparkFlags extends ConnectionFlags {
   ticket: string;
@@ -76,24 +74,4 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
     process.stdin.destroy();
     await (here as WorkerGuest | null)?.terminate();
   }
-}
-
-async function ticketFrom(path: string): Promise<ParkTicket> {
-  const wrong = (cause?: unknown) =>
-    memferryError('INVALID_ARGUMENT', `${path} is no ticket of a parked guest`, { cause });
-  let ticket: Partial<ParkTicket>;
-  try {
-    ticket = JSON.parse(await readFile(path, 'utf8')) as Partial<ParkTicket>;
-  } catch (error) {
-    throw wrong(error);
-  }
-  const { image, secret, home } = ticket;
-  if (
-    !/^[0-9a-f]{32}$/.test(image ?? '') ||
-    !/^[0-9a-f]{64}$/.test(secret ?? '') ||
-    typeof home !== 'string'
-  ) {
-    throw wrong();
-  }
-  return { image: image as string, secret: secret as string, home };
 }

@@ -27,6 +27,7 @@ import { NamedTimers } from '../protocol/timers.js';
 import type { Region } from '../region.js';
 import type { ImageSet } from '../staging/image-set.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
+import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { BaseFilling, basesOf } from './base.js';
 import { DestinationEngine } from './engine.js';
 
@@ -51,6 +52,8 @@ export interface ArrivalConfig {
   tokens: Uint8Array;
   /** 64 bytes: for comparing a base. */
   baseKey: Uint8Array;
+  /** What the regions start from: the guest's own word, or the listener's. */
+  bases: ArrivingGuest['bases'];
   options: ResolvedListenOptions;
   /** Scatter modes: the servers that hold a part of the guest. */
   images: ImageSet | null;
@@ -106,7 +109,7 @@ export class Arrival extends EventEmitter {
       { grant: options.grantTimeoutMs, linger: options.recoverTimeoutMs },
       (timer) => (timer === 'grant' ? this.#dispatch({ type: 'timer', timer }) : void this.#end()),
     );
-    const bases = offer.base ? basesOf(guest) : null;
+    const bases = offer.base ? basesOf({ regions: guest.regions, bases: config.bases }) : null;
     this.#engine = new DestinationEngine(
       {
         regions: guest.regions.map((region) => region.native),
@@ -245,7 +248,9 @@ export class Arrival extends EventEmitter {
   }
 
   #fillBase(): BaseFilling {
-    const filling = new BaseFilling(this.guest, this.offer.replayLog ?? null, (progress) => {
+    const { regions, replay } = this.guest;
+    const based = { regions, replay, bases: this.config.bases };
+    const filling = new BaseFilling(based, this.offer.replayLog ?? null, (progress) => {
       if (this.#closed) return;
       if (progress.sampled) this.#engine.receiver.baseSampled();
       this.#tell({ type: 'base-progress', ...progress });
@@ -357,14 +362,7 @@ export class Arrival extends EventEmitter {
 
   #resume(): void {
     const paging = this.#engine.receiver.paging() || this.#engine.receiver.stats().pagesMissing > 0;
-    try {
-      this.guest.resume();
-    } catch (error) {
-      // resume() must not fail, and there is no way back: the guest belongs to this side.
-      process.emitWarning(`guest '${this.offer.name}' threw in resume(): ${String(error)}`, {
-        code: 'MEMFERRY_RESUME_THREW',
-      });
-    }
+    resumeHere(this.guest, this.offer.name);
     this.#to('postcopy-active');
     if (!paging) this.#everyPage.resolve();
     this.#resumed.resolve();
@@ -438,22 +436,15 @@ export class Arrival extends EventEmitter {
     // Nobody needs the image any more. A server that cannot be reached keeps its part until its operator drops it.
     void this.#dissolve();
     this.#to('completed');
-    this.#complete.resolve({
+    const told = {
       migrationId: this.id,
       guest: this.offer.name,
-      heapBytes: this.regions.reduce((sum, region) => sum + (region.closed ? 0 : region.lengthBytes), 0),
       verified: this.#verified,
       prepareMs: this.#prepareMs,
-      bytesReceived: stats.bytesReceived,
-      pagesReceived: stats.pagesReceived,
-      pagesZero: stats.pagesZero,
-      remoteFaults: stats.faults,
-      extraMemoryBytes: stats.extraMemoryBytes,
       gatherMs: this.#gatherMs,
-      pagesGathered: stats.pagesGathered,
       intermediaries: this.config.images?.account(stats.servers) ?? [],
-      pagesFromBase: stats.pagesFromBase,
-    });
+    };
+    this.#complete.resolve(arrivalReport(told, this.regions, stats));
   }
 
   async #dissolve(): Promise<void> {
@@ -483,12 +474,7 @@ export class Arrival extends EventEmitter {
   }
 
   #lost(runs: NativeRun[], why: string): void {
-    const pages = runs.reduce((sum, run) => sum + run.count, 0);
-    const error = new MemferryError(
-      'PAGES_LOST',
-      `${why}; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
-      { facts: { runs, pages } },
-    );
+    const error = pagesLost(this.offer.name, runs, why);
     if (this.#commit.phase !== 'resumed') {
       this.#fail(error); // the guest is still the source's; closing the engine poisons what is missing
       return;

@@ -34,7 +34,7 @@ export class BaseFilling {
   readonly outcome: Promise<BaseOutcome>;
 
   constructor(
-    private readonly guest: ArrivingGuest,
+    private readonly guest: Pick<ArrivingGuest, 'regions' | 'bases' | 'replay'>,
     private readonly replayLog: Uint8Array | null,
     /** How much is there, the sample at least; what the rest is expected to take, or null where nobody knows. */
     private readonly tell: (progress: BaseProgress) => void,
@@ -59,12 +59,17 @@ export class BaseFilling {
     const totalBytes = bases.reduce((sum, { region, base }) => sum + (base ? region.lengthBytes : 0), 0);
     let doneBytes = 0;
     let toldAtMs = 0;
+    /** `underWay`: of a region that an owner's function is filling. */
+    const tell = (underWay: number) => {
+      if (performance.now() - toldAtMs < tellEveryMs) return;
+      toldAtMs = performance.now();
+      const fraction = Math.min(1, (doneBytes + underWay) / totalBytes);
+      this.tell({ sampled, fraction, expectedMs: this.#expectedMs() });
+    };
     const done = (bytes: number, filled: number) => {
       doneBytes += bytes;
       outcome.filledBytes += filled;
-      if (performance.now() - toldAtMs < tellEveryMs) return;
-      toldAtMs = performance.now();
-      this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
+      tell(0);
     };
     // A replay changes what matches, and a function of the owner's has an order of its own.
     const samples = this.#replays || bases.some(({ base }) => base && 'fill' in base) ? [] : this.#sample();
@@ -82,7 +87,7 @@ export class BaseFilling {
       }
       for (const [index, { region, base }] of bases.entries()) {
         const there = samples.filter((sample) => sample.region === index);
-        if (base) await fillRegion(region, base, there, done, signal);
+        if (base) await fillRegion(region, base, there, { done, underWay: tell }, signal);
       }
       outcome.fillMs = performance.now() - started;
       if (this.#replays && !signal.aborted) {
@@ -138,12 +143,15 @@ async function fillRegion(
   region: Region,
   base: RegionBase,
   there: readonly { first: number; count: number }[],
-  done: (bytes: number, filled: number) => void,
+  { done, underWay }: { done(bytes: number, filled: number): void; underWay(bytes: number): void },
   signal: AbortSignal,
 ): Promise<void> {
   const { pages, pageSize, lengthBytes } = region;
   if ('fill' in base) {
-    await base.fill(region, { signal });
+    const progress = (fraction: number) => {
+      if (fraction > 0 && fraction <= 1) underWay(fraction * lengthBytes);
+    };
+    await base.fill(region, { signal, progress });
     done(lengthBytes, lengthBytes);
     return;
   }
@@ -168,7 +176,9 @@ async function fillRegion(
 }
 
 /** As the native receiver takes them; null: no region has a base. */
-export function basesOf(guest: ArrivingGuest): ('none' | 'given' | 'in-place')[] | null {
+export function basesOf(
+  guest: Pick<ArrivingGuest, 'regions' | 'bases'>,
+): ('none' | 'given' | 'in-place')[] | null {
   const kinds = guest.regions.map((_, index) => {
     const base = guest.bases?.[index];
     if (!base) return 'none';

@@ -11,8 +11,14 @@ import { loadSecret } from '../control/secret.js';
 import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, native } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { mayBeBase } from '../lineage.js';
 import type { NativeListener } from '../native.js';
-import { type ListenOptions, type ResolvedListenOptions, resolveListenOptions } from '../options.js';
+import {
+  type ListenOptions,
+  parseAddress,
+  type ResolvedListenOptions,
+  resolveListenOptions,
+} from '../options.js';
 import { within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
@@ -31,6 +37,8 @@ import { rehearseSwitchover } from '../rehearsal.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
 import { maxEpochs } from '../protocol/epochs.js';
 import { Arrival as ArrivalInProgress } from './arrival.js';
+import { basesOf } from './base.js';
+import { ParkedBase } from './parked-base.js';
 import { allocateGuest } from './plain-guest.js';
 
 /** A guest on its way in, or arrived. */
@@ -74,6 +82,9 @@ type Channel = ControlChannel<SourceMessage, DestinationMessage>;
 export async function listen(options: ListenOptions = {}): Promise<Listening> {
   const resolved = resolveListenOptions(options);
   checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
+  if (resolved.base) {
+    checkAddressPolicy(parseAddress(resolved.base.parked.home).host, { plaintext: resolved.plaintext });
+  }
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   resolved.signal?.throwIfAborted();
   rehearseSwitchover();
@@ -205,6 +216,7 @@ class DestinationListener implements Listening {
     let images: ImageSet | null = null;
     let arrival: ArrivalInProgress;
     let replays = false;
+    let parked: ParkedBase | null = null;
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
@@ -226,6 +238,7 @@ class DestinationListener implements Listening {
         replays = this.#admitReplay(guest.replay.memoryBytes);
         if (!replays) delete given.replayLog;
       }
+      parked = offer.base ? this.#parkedBase(guest, given, bytes) : null;
       arrival = new ArrivalInProgress({
         offer,
         given,
@@ -233,19 +246,24 @@ class DestinationListener implements Listening {
         listener: this.#native,
         link: linkOver(channel),
         baseKey: baseKey(sessionKey, Buffer.from(offer.migrationId, 'hex')),
+        bases: parked?.bases(offer.guest.regions.map(({ name }) => name)) ?? guest.bases,
         tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
         options: this.options,
         images,
         decided: (state) => this.#tombstones.record(offer.migrationId, state),
         ended: () => this.#arrivals.delete(offer.migrationId),
       });
-      this.#arrivals.set(offer.migrationId, { arrival, sessionKey, bytes });
-      const replayed = () => {
+      const entry = { arrival, sessionKey, bytes: parked ? 2 * bytes : bytes };
+      this.#arrivals.set(offer.migrationId, entry);
+      const filled = () => {
         if (replays) this.#replayBytes = 0;
+        parked?.close();
+        entry.bytes = bytes;
       };
-      arrival.baseFilled.then(replayed, replayed);
+      arrival.baseFilled.then(filled, filled);
     } catch (error) {
       if (replays) this.#replayBytes = 0;
+      parked?.close();
       await Promise.resolve(guest?.abandon()).catch(() => {});
       await images?.close();
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
@@ -322,6 +340,18 @@ class DestinationListener implements Listening {
     if (this.#replayBytes > 0 || this.#usedBytes() + bytes > this.options.maxBytes) return false;
     this.#replayBytes = bytes;
     return true;
+  }
+
+  /** Null where there is none for this guest, or no room to read it; `bytes`: the guest's. */
+  #parkedBase(guest: ArrivingGuest, given: GuestOffer, bytes: number): ParkedBase | null {
+    const { base, maxBytes, gatherLimit, recoverTimeoutMs } = this.options;
+    const known = base?.parked.guest;
+    if (!base || !known || basesOf(guest) || this.#usedBytes() + bytes > maxBytes) return null;
+    const stored = { ...known, lineage: Buffer.from(known.lineage, 'hex') };
+    if (!mayBeBase(stored, given, base)) return null;
+    const { plaintext, connectTimeoutMs, peerTimeoutMs } = this.options;
+    const connection = { secret: this.secret, plaintext, connectTimeoutMs, peerTimeoutMs };
+    return new ParkedBase(base.parked, { connection, maxBytes: bytes, recoverTimeoutMs, gatherLimit });
   }
 
   /** The servers that hold what the source does not send here itself. Rejects when one cannot be reached. */

@@ -8,14 +8,16 @@ import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { inherit } from '../lineage.js';
 import { parseAddress, resolveUnparkOptions, type UnparkOptions } from '../options.js';
 import { within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
-import { decodedByServers, encodingFlags } from '../protocol/encodings.js';
+import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
 import { ImageSet } from '../staging/image-set.js';
+import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
 
@@ -134,7 +136,7 @@ class GatheringGuest implements Unparked {
         gatherLimit: options.gatherLimit,
         bandwidth: 0,
         sourceless: true,
-        encodings: encodingFlags(decodedByServers),
+        encodings: encodingFlags(packedByServers),
       },
       {
         paused: () => {},
@@ -145,6 +147,7 @@ class GatheringGuest implements Unparked {
         failed: (error) => this.#reject(error),
       },
     );
+    if (ticket.guest) inherit(guest.regions, Buffer.from(ticket.guest.lineage, 'hex'));
     for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
     this.#everyPage.promise.catch(() => {});
     this.engine.complete.then(
@@ -163,13 +166,7 @@ class GatheringGuest implements Unparked {
 
   resume(): void {
     this.#resumedAt = performance.now();
-    try {
-      this.guest.resume();
-    } catch (error) {
-      process.emitWarning(`guest '${this.offer.name}' threw in resume(): ${String(error)}`, {
-        code: 'MEMFERRY_RESUME_THREW',
-      });
-    }
+    resumeHere(this.guest, this.offer.name);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -196,33 +193,19 @@ class GatheringGuest implements Unparked {
     const stats = this.engine.receiver.stats();
     await this.images.dissolve().catch(() => {});
     await this.images.close();
-    this.#complete.resolve({
+    const told = {
       migrationId: this.images.image,
       guest: this.offer.name,
-      heapBytes: this.regions.reduce((sum, region) => sum + (region.closed ? 0 : region.lengthBytes), 0),
       verified: digests ? true : null,
       prepareMs: 0,
-      bytesReceived: stats.bytesReceived,
-      pagesReceived: stats.pagesReceived,
-      pagesZero: stats.pagesZero,
-      remoteFaults: stats.faults,
-      extraMemoryBytes: stats.extraMemoryBytes,
       gatherMs,
-      pagesGathered: stats.pagesGathered,
       intermediaries: this.images.account(stats.servers),
-      pagesFromBase: 0,
-    });
+    };
+    this.#complete.resolve(arrivalReport(told, this.regions, stats));
   }
 
   #lost(runs: { region: number; first: number; count: number }[], why: string): void {
-    const pages = runs.reduce((sum, run) => sum + run.count, 0);
-    this.#reject(
-      new MemferryError(
-        'PAGES_LOST',
-        `${why}; ${pages} pages of '${this.offer.name}' are lost, and reading one fails`,
-        { facts: { runs, pages } },
-      ),
-    );
+    this.#reject(pagesLost(this.offer.name, runs, why));
     try {
       this.guest.lost?.(runs);
     } finally {

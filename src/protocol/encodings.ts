@@ -13,8 +13,10 @@ const flags: Record<PageEncoding, number> = { lz4: 32, zstd: 64, delta: 128 };
 
 /** What a destination decodes. */
 export const decodedHere: readonly PageEncoding[] = encodings;
-/** What a VMD server decodes; it keeps no bytes that a delta could be against. */
-export const decodedByServers: readonly PageEncoding[] = ['lz4', 'zstd'];
+/** What a VMD server decodes; a delta against what it holds of the same page of the same image. */
+export const decodedByServers: readonly PageEncoding[] = encodings;
+/** What a destination may be answered with by VMD servers. */
+export const packedByServers: readonly PageEncoding[] = ['lz4', 'zstd'];
 
 /** What a source with these options may want to send. */
 export function wantedEncodings(

@@ -338,7 +338,7 @@ export class SourceMigration extends EventEmitter {
         compress: options.compress,
         destinationEncodings: encodingFlags(agreed),
         serverEncodings: encodingFlags(agreedEncodings(this.#images?.encodings ?? [], wanted)),
-        deltaCacheBytes: agreed.includes('delta') ? options.deltaCacheBytes : 0,
+        deltaCacheBytes: options.deltaCacheBytes,
         direct: true,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: options.releaseAsEvicted,

@@ -10,7 +10,8 @@ import { stillArriving } from '../arrivals.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
-import type { Guest } from '../guest.js';
+import type { Guest, GuestModule } from '../guest.js';
+import { lineageOf } from '../lineage.js';
 import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
@@ -29,6 +30,13 @@ export interface ParkTicket {
   secret: string;
   /** `host:port` of the home server, which knows the others. */
   home: string;
+  /** Whose it is, as `park` knew it: its image is a base for the same guest alone (`listen({ base })`). */
+  guest?: {
+    name: string;
+    module: GuestModule | null;
+    /** 64 hex digits; whoever unparks the guest has the same. */
+    lineage: string;
+  };
 }
 
 export interface ParkReport {
@@ -108,6 +116,11 @@ class Parking {
       image,
       secret: Buffer.from(images.secret).toString('hex'),
       home: `${home?.host.includes(':') ? `[${home.host}]` : home?.host}:${home?.port}`,
+      guest: {
+        name: guest.name,
+        module: guest.module,
+        lineage: Buffer.from(lineageOf(regions)).toString('hex'),
+      },
     };
     const engine = new SourceEngine(
       {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <random>
 
+#include "packed.h"
 #include "page/content_hash.h"
 #include "stage/content_domain.h"
 #include "stage_client.h"
@@ -128,6 +129,35 @@ TEST_F(DedupStage, AReferenceIsAPageOfItsOwn) {
   ImageOracle last{{kPages}};
   last.content(0, 0, bytes);
   last.check(*bench.gather(image_id(5)));
+}
+
+// A slot that two guests have is changed by neither: a delta of one makes it a page of its own.
+TEST_F(DedupStage, ADeltaLeavesASharedPageToTheOthers) {
+  const auto bytes = store_some();
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  const auto newer = changed_bytes(bytes, 3);
+  const auto payload = delta_of(bytes, newer, system_page_size());
+  const wire::FrameHeader header =
+      encoded_header(wire::kFlagDelta, 0, 0, newer, payload.size(), system_page_size(), kHere.tag());
+  ASSERT_TRUE(source_b->wire().raw(&header, sizeof header));
+  ASSERT_TRUE(source_b->wire().raw(payload.data(), payload.size()));
+  const auto barrier = source_b->barrier(1);
+  ASSERT_TRUE(barrier.acknowledged);
+  EXPECT_TRUE(barrier.refused.empty());
+  ImageOracle first{{kPages}};
+  first.content(0, 0, bytes);
+  first.check(*bench.gather(a));
+  ImageOracle second{{kPages}};
+  second.content(0, 0, newer);
+  second.check(*bench.gather(b));
+  // What it came to is content of the domain like any other.
+  const auto prober_b = prober(b);
+  EXPECT_TRUE(say_names(*prober_b, 0, names(newer)));
+  ASSERT_TRUE(refer(*source_a, 32, contents(newer)));
+  EXPECT_TRUE(source_a->barrier(2).refused.empty());
+  first.content(0, 32, newer);
+  first.check(*bench.gather(a, 1));
 }
 
 TEST_F(DedupStage, WhatIsNotHereIsRefusedAndForgotten) {

@@ -17,6 +17,7 @@
 #include "page/hash.h"
 #include "transfer/stage_server_address.h"
 #include "wire/frame.h"
+#include "wire/run_decoder.h"
 #include "wire/socket.h"
 #include "wire/stream.h"
 
@@ -98,6 +99,7 @@ class FakeStage {
   std::map<Key, Page> pages;
   std::map<Key, Record> records;
   unsigned hellos = 0;
+  unsigned deltas = 0;  // frames
 
  private:
   void accept() {
@@ -150,6 +152,21 @@ class FakeStage {
     }
   }
 
+  // With the mutex held. A delta's base are the pages as they are here; zeros where there is none.
+  std::vector<std::byte> decode(const wire::FrameHeader& h, std::span<const std::byte> payload) {
+    std::vector<std::byte> decoded(static_cast<std::size_t>(h.page_count * page_size_));
+    if (wire::encoding_of(h) == wire::kFlagDelta) {
+      for (std::uint64_t i = 0; i < h.page_count; ++i) {
+        const auto found = pages.find({h.region, h.first_page + i});
+        if (found == pages.end() || found->second.content.empty()) continue;
+        std::memcpy(decoded.data() + i * page_size_, found->second.content.data(), page_size_);
+      }
+    }
+    wire::RunDecoder decoder;
+    EXPECT_TRUE(decoder.decode(wire::encoding_of(h), payload, decoded));
+    return decoded;
+  }
+
   bool apply(wire::PlainStream& stream, const wire::FrameHeader& h, std::span<const std::byte> payload) {
     std::vector<wire::FrameHeader> answers;
     {
@@ -160,6 +177,13 @@ class FakeStage {
           const bool content = !payload.empty();
           EXPECT_EQ(wire::Holders::of(h.tag).first, ordinal_);
           std::vector<std::uint64_t> hashes(content ? h.page_count : 0);
+          std::vector<std::byte> decoded;
+          if (content && wire::encoding_of(h) != 0) {
+            if (wire::encoding_of(h) == wire::kFlagDelta) ++deltas;
+            // What cannot be decoded has the wrong checksum too.
+            decoded = decode(h, payload);
+            payload = decoded;
+          }
           if (content) {
             hash_pages(payload, page_size_, hashes.data());
             // Torn: the guest writes.

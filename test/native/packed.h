@@ -43,6 +43,14 @@ inline std::vector<std::byte> delta_of(std::span<const std::byte> base, std::spa
   return out;
 }
 
+// Some bytes of them here and there.
+inline std::vector<std::byte> changed_bytes(std::vector<std::byte> bytes, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  for (std::size_t at = random() % 512; at < bytes.size(); at += 256 + random() % 2048)
+    bytes[at] ^= static_cast<std::byte>(1 + random() % 255);
+  return bytes;
+}
+
 // Whatever the payload is; the checksum is that of `pages`.
 inline wire::FrameHeader encoded_header(std::uint16_t flags, std::uint32_t region, std::uint64_t first,
                                         std::span<const std::byte> pages, std::size_t payload_bytes,

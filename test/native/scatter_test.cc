@@ -7,6 +7,7 @@
 
 #include "fake_destination.h"
 #include "fake_stage.h"
+#include "track/dirty_tracker.h"
 #include "transfer/lane.h"
 #include "transfer/sender.h"
 #include "transfer/whereabouts.h"
@@ -410,6 +411,137 @@ TEST_F(ScatterTest, WithoutADestinationARoundPutsEverythingAtTheServers) {
   EXPECT_EQ(events.expect(kRoundDone).tag, 5u);
   expect_evicted();
   EXPECT_EQ(pages_at_servers(), all_pages());
+}
+
+// Some of what has gone to the servers before, in rounds of its own.
+class ScatterDeltas : public ScatterTest {
+ protected:
+  void start(unsigned servers, unsigned replicas, std::uint64_t cache = 64 << 20,
+             std::uint16_t agreed = wire::kFlagDelta) {
+    make({600, 40}, servers);
+    SenderConfig with = config();
+    with.direct = false;
+    with.replicas = replicas;
+    with.server_encodings = agreed;
+    with.delta_cache_bytes = cache;
+    for (const auto& region : regions) {
+      with.trackers.push_back(make_tracker(TrackerKind::kHashDiff, region));
+      with.trackers.back()->arm();
+    }
+    sender = std::make_unique<Sender>(std::move(with));
+    sender->connect();
+    events.expect(kConnected);
+    sender->queue_populated();
+    round();
+  }
+  std::uint64_t round() {
+    sender->start_round(++tag);
+    return events.expect(kRoundDone).suspects;
+  }
+  // A few bytes of every page that is no zeros.
+  void write() {
+    for (std::uint32_t region = 0; region < regions.size(); ++region) {
+      std::byte* const bytes = regions[region]->address(PageNumber{0}).pointer();
+      for (std::uint64_t page = 0; page < regions[region]->pages(); ++page) {
+        if (page % 16 == 3) continue;
+        const std::size_t at = page * page_size() + random() % page_size();
+        bytes[at] ^= static_cast<std::byte>(1 + random() % 255);
+        oracle[region][at] = bytes[at];
+      }
+    }
+    sender->queue_dirty();
+  }
+  unsigned deltas() {
+    unsigned all = 0;
+    for (const auto& stage : stages) {
+      const std::lock_guard lock(stage->mutex);
+      all += stage->deltas;
+    }
+    return all;
+  }
+  std::mt19937_64 random{5};
+  std::uint64_t tag = 0;
+};
+
+TEST_F(ScatterDeltas, GoToTheServerThatHasTheFormerVersion) {
+  start(1, 1);
+  const std::uint64_t first = sender->stats().bytes_on_wire;
+  EXPECT_EQ(deltas(), 0u);
+  for (int rounds = 1; rounds < 4; ++rounds) {
+    write();
+    EXPECT_EQ(round(), 0u);
+    expect_evicted();
+    EXPECT_EQ(sender->stats().delta.pages, rounds * (600u - 38 + 40 - 3));
+  }
+  EXPECT_GT(deltas(), 0u);
+  EXPECT_LT(sender->stats().bytes_on_wire, first + first / 4);
+}
+
+// With several, a page goes to whoever has room; only the one that has it gets a delta.
+TEST_F(ScatterDeltas, AreOfNobodyElsesVersion) {
+  start(3, 2);
+  for (int rounds = 0; rounds < 4; ++rounds) {
+    write();
+    EXPECT_EQ(round(), 0u) << "a delta that did not fit";
+    expect_evicted();
+  }
+  EXPECT_GT(deltas(), 0u);
+}
+
+TEST_F(ScatterDeltas, ThatAreRefusedGoAgainPlainly) {
+  start(1, 1);
+  {
+    // Behind the source's back it has something else.
+    const std::lock_guard lock(stages[0]->mutex);
+    for (auto& [key, page] : stages[0]->pages) {
+      if (!page.content.empty() && key.second % 3 == 0) page.content[7] ^= std::byte{1};
+    }
+  }
+  write();
+  const std::uint64_t suspects = round();
+  EXPECT_GT(suspects, 0u);
+  const std::uint64_t before = sender->stats().delta.pages;
+  EXPECT_EQ(round(), 0u);
+  expect_evicted();
+  EXPECT_EQ(sender->stats().delta.pages, before) << "what was refused";
+  // And counts as a base again.
+  write();
+  EXPECT_EQ(round(), 0u);
+  expect_evicted();
+  EXPECT_GT(sender->stats().delta.pages, before);
+}
+
+TEST_F(ScatterDeltas, AreSentWhereTheyWereAgreedOnAlone) {
+  start(1, 1, 64 << 20, wire::kCompressions);
+  write();
+  EXPECT_EQ(round(), 0u);
+  expect_evicted();
+  EXPECT_EQ(deltas(), 0u);
+}
+
+TEST_F(ScatterDeltas, AreOfWhatTheCacheHasRoomFor) {
+  start(2, 1, 50 * page_size());
+  for (int rounds = 0; rounds < 3; ++rounds) {
+    write();
+    EXPECT_EQ(round(), 0u);
+    expect_evicted();
+  }
+  EXPECT_LE(sender->stats().delta.pages, 3u * 50);
+}
+
+// Cut in the middle: what was not acknowledged goes again, and not against what may not have arrived.
+TEST_F(ScatterDeltas, OutliveACut) {
+  start(2, 1);
+  for (int rounds = 0; rounds < 3; ++rounds) {
+    write();
+    sender->start_round(++tag);
+    std::this_thread::sleep_for(std::chrono::milliseconds(rounds));
+    stages[rounds % 2]->cut();
+    events.expect(kRoundDone);
+    while (round() > 0) {
+    }
+    expect_evicted();
+  }
 }
 
 TEST_F(ScatterTest, WithoutADestinationFullServersEndTheMigration) {

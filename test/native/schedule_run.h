@@ -158,7 +158,7 @@ class ScheduleRun : public ScheduleVerdict {
     config.release_as_evicted = of.plan.release_as_evicted;
     config.compress = of.plan.compress;
     config.destination_encodings = of.plan.encodings();
-    config.server_encodings = of.plan.encodings() & wire::kCompressions;
+    config.server_encodings = of.plan.encodings();
     config.delta_cache_bytes = of.plan.delta_cache;
     if (schedule_.dedup) config.dedup = DomainKey{1, 2, 3};
     config.on_event = [&of, keep = of.departures.callback()](const EngineEvent& event) {

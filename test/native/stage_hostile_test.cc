@@ -109,7 +109,9 @@ std::vector<Bad> writes(Holders mine) {
     add(std::move(name), header, payload).sealed = false;
   };
   encoded("pages in two encodings", wire::kFlagLz4 | wire::kFlagZstd, page - 1);
-  encoded("a delta", wire::kFlagDelta, page - 1);
+  encoded("a delta that is compressed", wire::kFlagDelta | wire::kFlagLz4, page - 1);
+  encoded("a delta of nothing", wire::kFlagDelta, 0);
+  encoded("a delta as long as its pages", wire::kFlagDelta, page);
   encoded("an encoded payload of nothing", wire::kFlagLz4, 0);
   encoded("an encoded payload as long as its pages", wire::kFlagZstd, page);
   encoded("an encoded payload longer than its pages", wire::kFlagZstd, page + 1);

@@ -7,6 +7,7 @@ import {
   decodedByServers,
   decodedHere,
   encodingFlags,
+  packedByServers,
   wantedEncodings,
 } from '../../src/protocol/encodings.js';
 import { destinationMessage, offerSchema } from '../../src/protocol/messages.js';
@@ -31,7 +32,9 @@ describe('encodings', () => {
 
   test('only what both know is used, whatever else is named', () => {
     expect(agreedEncodings(['zstd', 'brotli', 'delta'], decodedHere)).toEqual(['zstd', 'delta']);
-    expect(agreedEncodings(['zstd', 'delta'], decodedByServers)).toEqual(['zstd']);
+    expect(agreedEncodings(['zstd', 'delta'], decodedByServers)).toEqual(['zstd', 'delta']);
+    // What a server answers a reader with is no delta: it does not know what that one has.
+    expect(agreedEncodings(['zstd', 'delta'], packedByServers)).toEqual(['zstd']);
     expect(agreedEncodings([], decodedHere)).toEqual([]);
     expect(encodingFlags(['lz4', 'zstd', 'delta'])).toBe(32 + 64 + 128);
     expect(encodingFlags([])).toBe(0);

@@ -1,0 +1,47 @@
+/** What every guest that arrives comes to, whether a source sent it or it was parked: its report, and its losses. */
+import { MemferryError } from '../errors.js';
+import type { ArrivingGuest } from '../guest.js';
+import type { NativeReceiverStats, NativeRun } from '../native.js';
+import type { Region } from '../region.js';
+import type { ArrivalReport } from '../report.js';
+
+export function arrivalReport(
+  told: Pick<
+    ArrivalReport,
+    'migrationId' | 'guest' | 'verified' | 'prepareMs' | 'gatherMs' | 'intermediaries'
+  >,
+  regions: readonly Region[],
+  stats: NativeReceiverStats,
+): ArrivalReport {
+  return {
+    ...told,
+    heapBytes: regions.reduce((sum, region) => sum + (region.closed ? 0 : region.lengthBytes), 0),
+    bytesReceived: stats.bytesReceived,
+    pagesReceived: stats.pagesReceived,
+    pagesZero: stats.pagesZero,
+    remoteFaults: stats.faults,
+    extraMemoryBytes: stats.extraMemoryBytes,
+    pagesGathered: stats.pagesGathered,
+    pagesFromBase: stats.pagesFromBase,
+  };
+}
+
+/** resume() must not fail, and there is no way back: the guest belongs to this side. */
+export function resumeHere(guest: ArrivingGuest, name: string): void {
+  try {
+    guest.resume();
+  } catch (error) {
+    process.emitWarning(`guest '${name}' threw in resume(): ${String(error)}`, {
+      code: 'MEMFERRY_RESUME_THREW',
+    });
+  }
+}
+
+export function pagesLost(name: string, runs: NativeRun[], why: string): MemferryError {
+  const pages = runs.reduce((sum, run) => sum + run.count, 0);
+  return new MemferryError(
+    'PAGES_LOST',
+    `${why}; ${pages} pages of '${name}' are lost, and reading one fails`,
+    { facts: { runs, pages } },
+  );
+}

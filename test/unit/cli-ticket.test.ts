@@ -1,0 +1,43 @@
+/** The file that claims a parked guest: what it says is used, and what is none is refused by its path. */
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, expect, test } from 'vitest';
+import { ticketFrom } from '../../src/cli/ticket.js';
+
+let directory = '';
+beforeEach(async () => {
+  directory = await mkdtemp(join(tmpdir(), 'memferry-ticket-'));
+});
+afterEach(() => rm(directory, { recursive: true, force: true }));
+
+const bare = { image: 'ab'.repeat(16), secret: 'cd'.repeat(32), home: '127.0.0.1:7000' };
+const guest = { name: 'g', module: { name: 'm', sha256: '0A'.repeat(32) }, lineage: 'ef'.repeat(32) };
+
+async function written(value: unknown): Promise<string> {
+  const path = join(directory, 'ticket.json');
+  await writeFile(path, typeof value === 'string' ? value : JSON.stringify(value));
+  return path;
+}
+
+test.each([bare, { ...bare, guest }, { ...bare, guest: { ...guest, module: null } }])(
+  'a ticket is what was written: %j',
+  async (ticket) => expect(await ticketFrom(await written(ticket))).toEqual(ticket),
+);
+
+test.each([
+  'no JSON at all',
+  {},
+  { ...bare, secret: 'cd' },
+  { ...bare, image: 'zz'.repeat(16) },
+  { ...bare, guest: { ...guest, lineage: '' } },
+  { ...bare, guest: { ...guest, module: { name: 'm' } } },
+])('anything else is refused: %j', async (value) => {
+  const path = await written(value);
+  await expect(ticketFrom(path)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+  await expect(ticketFrom(path)).rejects.toThrow(path);
+});
+
+test('a file that is not there', async () => {
+  await expect(ticketFrom(join(directory, 'none'))).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+});
