@@ -30,7 +30,7 @@ export async function run(trial: Trial): Promise<void> {
     const lab = Lab.open({ hosts: 2, rate: '1gbit' });
     try {
       const [a, b] = lab.hosts as [Host, Host];
-      await measure(trial, '1gbit', { a, b }, 5, 1.02);
+      await measure(trial, '1gbit', { a, b }, 3, 1.02);
     } finally {
       lab.close();
     }
@@ -38,7 +38,7 @@ export async function run(trial: Trial): Promise<void> {
     trial.skip('1gbit', obstacle);
   }
   // A second of sending has no room for a second look at anything: it steps aside.
-  await measure(trial, 'loopback', loopback, 7, 1.05);
+  await measure(trial, 'loopback', loopback, 5, 1.05);
 }
 
 async function measure(
