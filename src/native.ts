@@ -200,7 +200,7 @@ export interface NativeDedupStats {
   overheadBytes: number;
   /** Of CPU. */
   hashMs: number;
-  /** Of pages as they lie in memory, while there was something to send; null: not known yet. */
+  /** On the wire, of pages that went plainly, while there was something to send; null: not known yet. */
   linkBytesPerSecond: number | null;
 }
 

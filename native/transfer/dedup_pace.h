@@ -76,8 +76,9 @@ inline constexpr std::chrono::milliseconds kLongestTwinWait{40};
 inline constexpr std::chrono::milliseconds kShortRound{100};
 [[nodiscard]] inline bool dedup_round_is_long(std::uint64_t content_bytes,
                                               std::optional<double> link_bytes_per_second) {
-  return !link_bytes_per_second || static_cast<double>(content_bytes) >=
-                                       *link_bytes_per_second * std::chrono::duration<double>(kShortRound).count();
+  return !link_bytes_per_second ||
+         static_cast<double>(content_bytes) >=
+             *link_bytes_per_second * std::chrono::duration<double>(kShortRound).count();
 }
 
 // How long pages have been waited for in one round or push, with nothing else left to send. What turns up in between

@@ -95,21 +95,26 @@ bool Scatter::Dedup::step() {
 // something to send.
 void Scatter::Dedup::measure(Clock::time_point now) {
   const std::uint64_t bytes = acknowledged_bytes_.load(std::memory_order_relaxed);
+  const std::uint64_t wire_bytes = acknowledged_wire_bytes_.load(std::memory_order_relaxed);
   const std::lock_guard lock(scatter_.mutex_);
   const bool busy = scatter_.begun_ && !scatter_.dry_;
   if (busy && measured_at_) {
     busy_time_ += now - *measured_at_;
     busy_bytes_ += bytes - measured_bytes_;
+    busy_wire_bytes_ += wire_bytes - measured_wire_bytes_;
   }
   measured_at_ = busy ? std::optional(now) : std::nullopt;
   measured_bytes_ = bytes;
+  measured_wire_bytes_ = wire_bytes;
   if (busy_time_ < kRateTime || busy_bytes_ == 0) return;  // or nothing has come back yet
-  const double rate = static_cast<double>(busy_bytes_) / std::chrono::duration<double>(busy_time_).count();
-  const double before = measured_.link_bytes_per_second.value_or(rate);
-  measured_.link_bytes_per_second = (before + rate) / 2;
-  link_bytes_per_second_ = measured_.link_bytes_per_second;
+  const double seconds = std::chrono::duration<double>(busy_time_).count();
+  const double rate = static_cast<double>(busy_bytes_) / seconds;
+  const double wire_rate = static_cast<double>(busy_wire_bytes_) / seconds;
+  wire_bytes_per_second_ = link_bytes_per_second_ ? (wire_bytes_per_second_ + wire_rate) / 2 : wire_rate;
+  link_bytes_per_second_ = (link_bytes_per_second_.value_or(rate) + rate) / 2;
+  measured_.link_bytes_per_second = link_bytes_per_second_;
   busy_time_ = {};
-  busy_bytes_ = 0;
+  busy_bytes_ = busy_wire_bytes_ = 0;
 }
 
 bool Scatter::Dedup::examine(Clock::time_point now) {
@@ -328,7 +333,8 @@ void Scatter::Dedup::look_again_locked(Clock::time_point now, bool dry, std::map
     put_off_locked(each);
     take_off_locked();
   };
-  if (scatter_.where_.safe(each.page.region, each.page.page)) return take_off_locked();  // a fault's answer was faster
+  if (scatter_.where_.safe(each.page.region, each.page.page))
+    return take_off_locked();  // a fault's answer was faster
   if (!each.twin) {
     const bool due = each.next <= now || (dry && each.next <= now + kRetryWhenDry);
     if (!due || asking_.size() >= kBatchPages) return again();

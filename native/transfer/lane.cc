@@ -2,8 +2,8 @@
 
 namespace memferry {
 
-void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders,
-                bool references, std::uint64_t raw_bytes) {
+void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders, bool references,
+                std::uint64_t raw_bytes) {
   open_.bytes += bytes;
   open_.raw_bytes += raw_bytes;
   open_.frames += runs.size();

@@ -174,13 +174,14 @@ void Scatter::Dedup::refused_locked(std::uint32_t region, PageRun run) {
 
 DedupStats Scatter::Dedup::stats() const {
   const std::lock_guard lock(scatter_.mutex_);
-  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_, link_bytes_per_second_.value_or(0)};
+  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_, wire_bytes_per_second_};
 }
 
 std::uint64_t Scatter::Dedup::memory_bytes() const {
   std::uint64_t bytes = twins_.size() + kMostDeferred * (sizeof(Deferred) + sizeof(Reference));
   for (const auto& region : regions_) {
-    bytes += region->examined.capacity() * (sizeof(wire::ContentName) + sizeof(std::uint64_t)) + 5 * region->examined.words() * 8;
+    bytes += region->examined.capacity() * (sizeof(wire::ContentName) + sizeof(std::uint64_t)) +
+             5 * region->examined.words() * 8;
   }
   return bytes;
 }

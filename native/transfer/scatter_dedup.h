@@ -104,8 +104,9 @@ class Scatter::Dedup {
   // A server does not hold what was referred to.
   void refused_locked(std::uint32_t region, PageRun run);
   // Of pages as they lie in memory, however they were packed: that is what hashing is compared with.
-  void acknowledged(std::uint64_t raw_bytes) {
+  void acknowledged(std::uint64_t raw_bytes, std::uint64_t wire_bytes) {
     acknowledged_bytes_.fetch_add(raw_bytes, std::memory_order_relaxed);
+    acknowledged_wire_bytes_.fetch_add(wire_bytes, std::memory_order_relaxed);
   }
   void count_overhead(std::uint64_t bytes) { overhead_bytes_.fetch_add(bytes, std::memory_order_relaxed); }
 
@@ -202,20 +203,21 @@ class Scatter::Dedup {
   std::size_t reference_count_ = 0;                // of all
   std::vector<Settled> settled_;
   std::deque<Deferred> deferred_;
-  std::size_t deferred_twins_ = 0;  // of these
-  std::vector<Deferred> asking_;    // only the thread adds and removes any
-  std::size_t asked_again_ = 0;     // of these: claimed, and not given up
-  std::uint64_t round_ = 0;         // how many have begun
-  bool looks_ = true;               // in this one
-  std::uint64_t pages_before_ = 0;  // pages_ when this one did
-  DedupWaiting waiting_;            // in this one
+  std::size_t deferred_twins_ = 0;               // of these
+  std::vector<Deferred> asking_;                 // only the thread adds and removes any
+  std::size_t asked_again_ = 0;                  // of these: claimed, and not given up
+  std::uint64_t round_ = 0;                      // how many have begun
+  bool looks_ = true;                            // in this one
+  std::uint64_t pages_before_ = 0;               // pages_ when this one did
+  DedupWaiting waiting_;                         // in this one
   std::optional<double> link_bytes_per_second_;  // measured_'s
+  double wire_bytes_per_second_ = 0;
 
   // The thread's own:
   std::vector<Directory> directories_;
   std::vector<std::uint64_t> identities_;  // 0 where there is no connection
   std::vector<Deferred> batch_;
-  std::vector<std::byte> copy_;  // of the page that is looked at
+  std::vector<std::byte> copy_;                  // of the page that is looked at
   std::vector<wire::ContentName> names_to_ask_;  // asking_'s
   std::vector<wire::KnownHolders> answers_;
   std::uint64_t next_tag_ = 1;
@@ -229,10 +231,13 @@ class Scatter::Dedup {
   std::uint64_t measured_bytes_ = 0;
   Clock::duration busy_time_{};
   std::uint64_t busy_bytes_ = 0;
+  std::uint64_t measured_wire_bytes_ = 0;
+  std::uint64_t busy_wire_bytes_ = 0;
   Clock::time_point next_sample_{};
   Clock::time_point next_retry_{};
 
   std::atomic<std::uint64_t> acknowledged_bytes_{0};
+  std::atomic<std::uint64_t> acknowledged_wire_bytes_{0};
   std::atomic<std::uint64_t> overhead_bytes_{0};
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<std::uint64_t> refused_{0};

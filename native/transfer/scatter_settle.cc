@@ -44,7 +44,7 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
     const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
     if (!batch) return "an answer to a barrier that was not sent";
     way.stalled = false;
-    if (dedup_) dedup_->acknowledged(batch->raw_bytes);
+    if (dedup_ && !batch->references) dedup_->acknowledged(batch->raw_bytes, batch->bytes);
     std::vector<RegionRun> again;
     settle_locked(*batch, again);
     put_back_locked(again);

@@ -14,14 +14,17 @@ const standstillMs = 500;
 
 export interface GatherProgress {
   missingPages: number;
+  /** Of them so many may be suspect: they go again in the next round. */
+  suspectPages: number;
   /** The fewest so far, and how long ago they became that few. */
   leastPages: number;
   sinceProgressMs: number;
 }
 
 /** Whether to go on waiting. Pure. */
-export function stillGathering({ missingPages, leastPages, sinceProgressMs }: GatherProgress): boolean {
-  return missingPages > 0 && (missingPages < leastPages || sinceProgressMs < standstillMs);
+export function stillGathering(progress: GatherProgress): boolean {
+  const { missingPages, suspectPages, leastPages, sinceProgressMs } = progress;
+  return missingPages > suspectPages && (missingPages < leastPages || sinceProgressMs < standstillMs);
 }
 
 export class GatherWait {
@@ -42,14 +45,15 @@ export class GatherWait {
   }
 
   /** `enough`: somebody does not want to wait any longer. Rejects with CANCELLED, or what fail() was given. */
-  async untilGathered(enough: () => boolean, boundMs: number): Promise<void> {
+  async untilGathered(suspectPages: number, enough: () => boolean, boundMs: number): Promise<void> {
     const began = performance.now();
     let leastPages = Number.POSITIVE_INFINITY;
     let progressAt = began;
     while (!enough() && performance.now() - began < boundMs) {
       const missingPages = await this.#ask();
       const now = performance.now();
-      if (!stillGathering({ missingPages, leastPages, sinceProgressMs: now - progressAt })) return;
+      const sinceProgressMs = now - progressAt;
+      if (!stillGathering({ missingPages, suspectPages, leastPages, sinceProgressMs })) return;
       if (missingPages < leastPages) {
         leastPages = missingPages;
         progressAt = now;

@@ -233,7 +233,7 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
         switchoverAsked: this.#switchoverAsked,
         followGrowth: () => this.#followGrowth(),
-        gathered: () => this.#untilGathered(),
+        gathered: (suspectPages) => this.#untilGathered(suspectPages),
         startFromBase: () => this.#startFromBase(),
         converged: () => this.#to('pre-switchover'),
       });
@@ -641,11 +641,11 @@ export class SourceMigration extends EventEmitter {
     }
   }
 
-  async #untilGathered(): Promise<void> {
+  async #untilGathered(suspectPages: number): Promise<void> {
     if (!this.#gathersFirst || !this.#tellsMissing) return;
     this.#gatherWait ??= new GatherWait((message) => this.#session?.send(message), this.#abort.signal);
     const asked = this.#switchoverAsked;
-    await this.#gatherWait.untilGathered(() => asked.settled, this.options.gatherTimeoutMs);
+    await this.#gatherWait.untilGathered(suspectPages, () => asked.settled, this.options.gatherTimeoutMs);
   }
 
   /** The guest is here (reclaimed), or nobody knows (in doubt, lost). */

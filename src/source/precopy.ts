@@ -28,7 +28,7 @@ export interface PreCopyContext {
    * Resolves when the destination has all that it is to have before it takes over, or gets no more of it. After rounds
    * in which pages went as references, which it has to gather from servers at its own pace.
    */
-  gathered(): Promise<void>;
+  gathered(suspectPages: number): Promise<void>;
   /** Once, before the first round, when every page is pending and the trackers are armed. */
   startFromBase(): Promise<void>;
   /** The rounds could end here; the switchover is only held back by the caller's wish. */
@@ -61,7 +61,7 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
     const after = engine.stats();
     const pagesDeduplicated = (after.dedup?.pages ?? 0) - (before.dedup?.pages ?? 0);
     // The guest would stand still for it otherwise.
-    if (pagesDeduplicated > 0) await context.gathered();
+    if (pagesDeduplicated > 0) await context.gathered(suspectPages);
     const durationMs = performance.now() - started;
     const dirtyPagesAfter = await untilAborted(engine.queueDirty(), signal);
     const asked = context.switchoverAsked.settled;

@@ -251,8 +251,10 @@ void run(std::uint64_t seed, std::uint64_t& shared, std::uint64_t& deaths) {
         server->read(image);
         break;
       case 11:
-        if (const auto what = random() % 8; what < 2) server->dissolve(at);
-        else if (what == 2) server->park(image);
+        if (const auto what = random() % 8; what < 2)
+          server->dissolve(at);
+        else if (what == 2)
+          server->park(image);
         break;
     }
     server->check_all();

@@ -51,8 +51,8 @@ class DedupRig : public testing::Test {
     std::uint8_t domain = 1;
     unsigned replicas = 1;
     std::optional<TrackerKind> tracker{};
-    bool direct = true;                  // false: it is parked
-    std::uint64_t intake = 1ULL << 20;   // so that the servers have most of it
+    bool direct = true;                 // false: it is parked
+    std::uint64_t intake = 1ULL << 20;  // so that the servers have most of it
     std::uint64_t delta_cache = 0;
   };
 
@@ -85,7 +85,8 @@ class DedupRig : public testing::Test {
     move->source = Region::allocate(pages * page_size());
     move->target = Region::allocate(pages * page_size());
     for (std::uint64_t page = 0; page < pages; ++page) {
-      if (const std::uint64_t content = content_of(page); content != 0) fill(source_page(*move, page), content);
+      if (const std::uint64_t content = content_of(page); content != 0)
+        fill(source_page(*move, page), content);
     }
     std::vector<std::uint64_t> identities;
     for (const Vmd& each : vmd) identities.push_back(each.stage->identity());
@@ -167,9 +168,9 @@ class DedupRig : public testing::Test {
   }
   static void expect_same(Move& move) {
     for (std::uint64_t page = 0; page < move.pages; ++page) {
-      ASSERT_EQ(std::memcmp(source_page(move, page), move.target->address(PageNumber{page}).pointer(),
-                            page_size()),
-                0)
+      ASSERT_EQ(
+          std::memcmp(source_page(move, page), move.target->address(PageNumber{page}).pointer(), page_size()),
+          0)
           << "page " << page;
     }
     EXPECT_EQ(move.receiver->digest(0), move.sender->digest(0));

@@ -23,7 +23,8 @@ class DedupRounds : public DedupRig, public testing::WithParamInterface<TrackerK
   }
   // Contents 1 to `count` are held by the servers, and known there, for as long as the guest that brought them stays.
   std::unique_ptr<Move> bring(std::uint64_t count, unsigned replicas = 1) {
-    auto first = guest(count, [](std::uint64_t page) { return page + 1; }, 1, replicas);
+    auto first = guest(
+        count, [](std::uint64_t page) { return page + 1; }, 1, replicas);
     evict(*first);
     expect_arrived(*first);
     return first;
@@ -51,7 +52,8 @@ class DedupRounds : public DedupRig, public testing::WithParamInterface<TrackerK
 TEST_P(DedupRounds, ARoundSendsWhatIsThereAlreadyAsReferences) {
   servers(2);
   const auto first = bring(4096);
-  auto second = prepare(4096, [](std::uint64_t page) { return page % 16 == 3 ? 0 : page + 1; }, plan());
+  auto second = prepare(
+      4096, [](std::uint64_t page) { return page % 16 == 3 ? 0 : page + 1; }, plan());
   second->sender->queue_populated();
   EXPECT_EQ(round(*second), 0u);
   const DedupStats stats = dedup(*second);
@@ -73,14 +75,17 @@ TEST_P(DedupRounds, AGuestThatWritesMeanwhileArrivesAsItIs) {
   servers(2);
   const auto first = bring(kPages);
   for (const unsigned replicas : {1U, 2U}) {
-    auto second = prepare(kPages, [](std::uint64_t page) { return page + 1; }, plan(replicas));
+    auto second = prepare(
+        kPages, [](std::uint64_t page) { return page + 1; }, plan(replicas));
     second->sender->queue_populated();
     std::atomic<bool> writing{true};
     std::thread writer([&] {
       std::mt19937_64 random(replicas);
       while (writing) {
         const std::uint64_t page = random() % kPages;
-        fill(source_page(*second, page), random() % 4 == 0 ? 90000 + random() % 50 : 1 + random() % kPages);
+        // Mostly back to what it was.
+        const std::uint64_t known = 1 + (page + random() % 2) % kPages;
+        fill(source_page(*second, page), random() % 4 == 0 ? 90000 + random() % 50 : known);
         std::this_thread::sleep_for(20us);
       }
     });
@@ -116,7 +121,8 @@ TEST_P(DedupRounds, APageStaysWhoeverElseWritesHis) {
 
 TEST_P(DedupRounds, EqualPagesOfOneGuestThatAreWritten) {
   servers(1);
-  auto move = prepare(4096, [](std::uint64_t page) { return 1 + page % 64; }, plan());
+  auto move = prepare(
+      4096, [](std::uint64_t page) { return 1 + page % 64; }, plan());
   move->sender->queue_populated();
   round(*move);
   EXPECT_GT(dedup(*move).pages, 0u);
@@ -131,7 +137,8 @@ TEST_P(DedupRounds, EqualPagesOfOneGuestThatAreWritten) {
 TEST_P(DedupRounds, WhatWasGatheredAndIsWrittenIsForgottenAtTheSwitch) {
   servers(2);
   const auto first = bring(2048);
-  auto second = prepare(2048, [](std::uint64_t page) { return page + 1; }, plan());
+  auto second = prepare(
+      2048, [](std::uint64_t page) { return page + 1; }, plan());
   second->sender->queue_populated();
   round(*second);
   EXPECT_GT(dedup(*second).pages, 0u);
@@ -154,7 +161,8 @@ TEST_P(DedupRounds, ADeltaIsAgainstWhatTheDestinationHas) {
   Plan with = plan();
   with.delta_cache = 64ULL << 20;
   with.intake = 0;
-  auto second = prepare(1024, [](std::uint64_t page) { return 30000 + page; }, with);
+  auto second = prepare(
+      1024, [](std::uint64_t page) { return 30000 + page; }, with);
   second->sender->queue_populated();
   round(*second);
   for (std::uint64_t page = 0; page < 1024; ++page) fill(source_page(*second, page), page + 1);
@@ -173,9 +181,11 @@ TEST_P(DedupRounds, AReferenceThatLeadsNowhereGoesPlainlyInTheSameRound) {
   servers(1);
   const auto first = bring(1024);
   // As long as somebody of the domain is there, it is remembered; and all that is remembered is out of date.
-  auto keeper = prepare(16, [](std::uint64_t) { return 0; }, plan());
+  auto keeper = prepare(
+      16, [](std::uint64_t) { return 0; }, plan());
   vmd[0].stage->drop(first->image);
-  auto second = prepare(1024, [](std::uint64_t page) { return page + 1; }, plan());
+  auto second = prepare(
+      1024, [](std::uint64_t page) { return page + 1; }, plan());
   second->sender->queue_populated();
   EXPECT_EQ(round(*second), 0u);
   EXPECT_GT(dedup(*second).refused, 0u);
@@ -185,7 +195,8 @@ TEST_P(DedupRounds, AReferenceThatLeadsNowhereGoesPlainlyInTheSameRound) {
 TEST_P(DedupRounds, AServerThatEndsInARoundTakesItsReferencesAlong) {
   servers(3);
   const auto first = bring(4096, 2);
-  auto second = prepare(4096, [](std::uint64_t page) { return page + 1; }, plan(2));
+  auto second = prepare(
+      4096, [](std::uint64_t page) { return page + 1; }, plan(2));
   second->sender->queue_populated();
   std::atomic<bool> over{false};
   std::thread killer([&] {
@@ -207,7 +218,8 @@ TEST_P(DedupRounds, AServerThatEndsInARoundTakesItsReferencesAlong) {
 TEST_P(DedupRounds, ADirectoryThatStallsHoldsNoRoundUp) {
   servers(1);
   network = std::make_unique<SlowDirectory>(vmd[0].listener->port());
-  auto move = prepare(2048, [](std::uint64_t page) { return 1 + page % 4; }, plan());
+  auto move = prepare(
+      2048, [](std::uint64_t page) { return 1 + page % 4; }, plan());
   move->sender->queue_populated();
   EXPECT_EQ(round(*move), 0u);
   EXPECT_GT(network->asked(), 0u);
@@ -215,10 +227,34 @@ TEST_P(DedupRounds, ADirectoryThatStallsHoldsNoRoundUp) {
   finish(*move);
 }
 
+// Who holds what a page was comes to be known when it is something else.
+TEST_P(DedupRounds, AnAnswerOfTheRoundBeforeIsAboutWhatThePageWas) {
+  servers(1);
+  const auto first = bring(1024);
+  network = std::make_unique<SlowDirectory>(vmd[0].listener->port(), 700ms);
+  auto second = prepare(
+      1024, [](std::uint64_t page) { return page + 1; }, plan());
+  second->sender->set_bandwidth(0);
+  second->sender->queue_populated();
+  round(*second);
+  const unsigned answered = network->answered();
+  for (std::uint64_t page = 0; page < 1024; ++page) fill(source_page(*second, page), 50000 + page);
+  second->sender->queue_dirty();
+  // Slow enough that most of it is pending when the answer comes.
+  second->sender->set_bandwidth(1 << 20);
+  second->sender->start_round(++tag_);
+  for (unsigned i = 0; i < 100 && network->answered() == answered; ++i) std::this_thread::sleep_for(20ms);
+  std::this_thread::sleep_for(100ms);
+  second->sender->set_bandwidth(0);
+  second->departures.await(kRoundDone);
+  finish(*second);
+}
+
 INSTANTIATE_TEST_SUITE_P(Trackers, DedupRounds,
                          testing::Values(TrackerKind::kHashDiff, TrackerKind::kUffdWpAsync),
                          [](const auto& each) {
-                           return std::string(each.param == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync");
+                           return std::string(each.param == TrackerKind::kHashDiff ? "HashDiff"
+                                                                                   : "UffdWpAsync");
                          });
 
 class DedupParked : public DedupRig {
