@@ -21,6 +21,8 @@ constexpr std::chrono::milliseconds kIdleWhenDry{1};  // somebody waits
 constexpr std::chrono::milliseconds kRetryEvery{20};
 // So many of them with the mutex held.
 constexpr std::size_t kLookedAtOnce = 512;
+// And of those that are new to it.
+constexpr std::size_t kNotedAtOnce = 128;
 constexpr std::chrono::milliseconds kFirstRetry{30};
 constexpr std::chrono::milliseconds kLongestRetry{240};
 constexpr std::chrono::milliseconds kRetryWhenDry{10};
@@ -146,14 +148,18 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
   pick(most);
   if (batch_.empty()) return false;
 
-  {
+  for (std::size_t at = 0; at < batch_.size();) {
     const std::lock_guard lock(scatter_.mutex_);
-    if (!scatter_.begun_ || round_ != round) {
-      // Looked at too early: in this round it is looked at again.
-      for (const Deferred& each : batch_) regions_[each.page.region]->examined.clear(each.page.page);
-      return true;
+    const bool current = scatter_.begun_ && round_ == round;
+    for (const std::size_t end = std::min(batch_.size(), at + kNotedAtOnce); at < end; ++at) {
+      const Page& page = batch_[at].page;
+      if (current) {
+        note_look_locked(batch_[at], now);
+      } else {
+        // Looked at too early: in this round it is looked at again.
+        regions_[page.region]->examined.clear(page.page);
+      }
     }
-    for (Deferred& each : batch_) note_look_locked(each, now);
   }
   measured_.examined_pages += batch_.size();
   ask(round);
@@ -215,18 +221,23 @@ void Scatter::Dedup::ask_locked(const Deferred& page, bool claimed) {
 void Scatter::Dedup::ask(std::uint64_t round) {
   if (names_to_ask_.empty()) return;
   probe(answers_);
-  const std::lock_guard lock(scatter_.mutex_);
-  const bool current = scatter_.begun_ && round_ == round;
-  for (std::size_t i = 0; i < asking_.size() && current; ++i) {
-    Deferred& each = asking_[i];
-    if (each.given_up) continue;
-    if (!each.claimed && answers_[i].first != wire::KnownHolders::kNobody) ++measured_.hits;
-    settle_answer_locked(each, answers_[i]);
+  for (std::size_t at = 0; at < asking_.size();) {
+    const std::lock_guard lock(scatter_.mutex_);
+    const bool current = scatter_.begun_ && round_ == round;
+    for (const std::size_t end = std::min(asking_.size(), at + kNotedAtOnce); at < end; ++at) {
+      Deferred& each = asking_[at];
+      if (each.given_up || !current) continue;
+      if (!each.claimed && answers_[at].first != wire::KnownHolders::kNobody) ++measured_.hits;
+      settle_answer_locked(each, answers_[at]);
+      // It is in another list now, or pending again.
+      if (std::exchange(each.claimed, false)) --asked_again_;
+    }
+    scatter_.changed_.notify_all();
   }
+  const std::lock_guard lock(scatter_.mutex_);
   asking_.clear();
   names_to_ask_.clear();
   asked_again_ = 0;
-  scatter_.changed_.notify_all();
 }
 
 void Scatter::Dedup::settle_answer_locked(Deferred& page, wire::KnownHolders known) {

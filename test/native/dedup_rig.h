@@ -54,6 +54,7 @@ class DedupRig : public testing::Test {
     bool direct = true;                 // false: it is parked
     std::uint64_t intake = 1ULL << 20;  // so that the servers have most of it
     std::uint64_t delta_cache = 0;
+    std::vector<std::size_t> order{};  // of the servers in its list; as they are
   };
 
   static std::size_t page_size() { return system_page_size(); }
@@ -89,10 +90,12 @@ class DedupRig : public testing::Test {
         fill(source_page(*move, page), content);
     }
     std::vector<std::uint64_t> identities;
-    for (const Vmd& each : vmd) identities.push_back(each.stage->identity());
-    for (unsigned i = 0; i < vmd.size(); ++i) {
-      EXPECT_TRUE(give_image(*vmd[i].stage, move->image, {pages}, static_cast<std::uint8_t>(i), ports(), 16,
-                             dedup_key(plan.domain)));
+    const std::vector<std::size_t> order = order_of(plan);
+    for (std::size_t ordinal = 0; ordinal < order.size(); ++ordinal) {
+      const auto& stage = vmd[order[ordinal]].stage;
+      identities.push_back(stage->identity());
+      EXPECT_TRUE(give_image(*stage, move->image, {pages}, static_cast<std::uint8_t>(ordinal), ports(plan),
+                             16, dedup_key(plan.domain)));
     }
     if (plan.direct) make_receiver(*move, plan);
     SenderConfig sending;
@@ -108,7 +111,7 @@ class DedupRig : public testing::Test {
     sending.migration = move->image;
     sending.channels = kChannels;
     sending.tokens = direct_tokens(kChannels);
-    sending.servers = server_addresses(move->image, kSourceSession, ports(), 16, identities);
+    sending.servers = server_addresses(move->image, kSourceSession, ports(plan), 16, identities);
     sending.replicas = plan.replicas;
     sending.bandwidth = kLink;
     sending.stall_timeout = std::chrono::milliseconds(2500);
@@ -132,7 +135,7 @@ class DedupRig : public testing::Test {
     receiving.keep_page_hashes = true;
     receiving.recover_timeout = std::chrono::seconds(5);
     receiving.loss_grace = std::chrono::milliseconds(50);
-    receiving.servers = server_addresses(move.image, kDestinationSession, ports());
+    receiving.servers = server_addresses(move.image, kDestinationSession, ports(plan));
     receiving.bandwidth = plan.intake;
     receiving.sourceless = !plan.direct;
     receiving.encodings = plan.delta_cache > 0 ? wire::kFlagDelta : std::uint16_t{0};
@@ -184,10 +187,15 @@ class DedupRig : public testing::Test {
   std::unique_ptr<SlowDirectory> network;  // before the first server, if any
 
  private:
-  [[nodiscard]] std::vector<std::uint16_t> ports() const {
+  [[nodiscard]] std::vector<std::size_t> order_of(const Plan& plan) const {
+    std::vector<std::size_t> order = plan.order;
+    for (std::size_t i = order.size(); i < vmd.size(); ++i) order.push_back(i);
+    return order;
+  }
+  [[nodiscard]] std::vector<std::uint16_t> ports(const Plan& plan) const {
     std::vector<std::uint16_t> all;
-    for (const Vmd& each : vmd)
-      all.push_back(network && all.empty() ? network->port() : each.listener->port());
+    for (const std::size_t each : order_of(plan))
+      all.push_back(network && each == 0 ? network->port() : vmd[each].listener->port());
     return all;
   }
   unsigned guests_ = 0;

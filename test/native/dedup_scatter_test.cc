@@ -88,6 +88,31 @@ TEST_F(DedupScatter, WithReplicasBothHoldersShare) {
   expect_arrived(*second);
 }
 
+// A server has but so many connections for an image, so a chain is not made for a reference's sake.
+TEST_F(DedupScatter, APairOfHoldersThatIsNoChainIsNotReferredTo) {
+  servers(5);
+  const auto content = [](std::uint64_t page) { return page + 1; };
+  auto first = guest(2048, content, 1, 2);
+  evict(*first);
+  const auto with = [&](std::vector<std::size_t> order) {
+    auto move = prepare(2048, content, {.replicas = 2, .order = std::move(order)});
+    move->sender->queue_populated();
+    switch_over(*move);
+    evict(*move);
+    return move;
+  };
+  // The other way round they are chains as well.
+  auto reversed = with({4, 3, 2, 1, 0});
+  EXPECT_GT(dedup(*reversed).pages, 0u);
+  // Whoever is next to each other in those lists is not in this one.
+  auto apart = with({0, 2, 4, 1, 3});
+  EXPECT_EQ(dedup(*apart).pages, 0u);
+  EXPECT_EQ(dedup(*apart).refused, 0u);
+  expect_arrived(*first);
+  expect_arrived(*apart);
+  expect_arrived(*reversed);
+}
+
 TEST_F(DedupScatter, AServerThatEndsTakesItsReferencesAlongAndTheyGoAgain) {
   // Two copies: whenever it ends, what it held and what was on its way to it is there or goes again.
   servers(3);
