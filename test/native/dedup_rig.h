@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "sanitized.h"
 #include "scatter_rig.h"
 #include "slow_directory.h"
 #include "track/dirty_tracker.h"
@@ -45,7 +46,7 @@ class DedupRig : public testing::Test {
   using Contents = std::function<std::uint64_t(std::uint64_t)>;
   static constexpr unsigned kChannels = 1;
   // A link that is slower than any hash here.
-  static constexpr std::uint64_t kLink = 24ULL << 20;
+  static constexpr std::uint64_t kLink = kSanitized ? 4ULL << 20 : 24ULL << 20;
 
   struct Plan {
     std::uint8_t domain = 1;

@@ -157,19 +157,29 @@ TEST_P(DedupRounds, WhatWasGatheredAndIsWrittenIsForgottenAtTheSwitch) {
 // What the destination has of a page that went as a reference is no base of a delta.
 TEST_P(DedupRounds, ADeltaIsAgainstWhatTheDestinationHas) {
   servers(1);
-  const auto first = bring(1024);
+  const auto first = bring(2048);
   Plan with = plan();
   with.delta_cache = 64ULL << 20;
   with.intake = 0;
   auto second = prepare(
-      1024, [](std::uint64_t page) { return 30000 + page; }, with);
+      2048, [](std::uint64_t page) { return page + 1; }, with);
+  const auto flip = [&](std::size_t at) {
+    for (std::uint64_t page = 0; page < 2048; ++page) source_page(*second, page)[at] ^= std::byte{1};
+  };
+  // Nearly what the servers have, then what they have, then nearly so again.
+  flip(0);
   second->sender->queue_populated();
   round(*second);
-  for (std::uint64_t page = 0; page < 1024; ++page) fill(source_page(*second, page), page + 1);
+  flip(0);
   second->sender->queue_dirty();
-  round(*second);
-  EXPECT_GT(dedup(*second).pages, 0u);
-  for (std::uint64_t page = 0; page < 1024; ++page) source_page(*second, page)[page] ^= std::byte{1};
+  // Deltas are small: only where even those take long, there is time to look.
+  second->sender->set_bandwidth(32 << 10);
+  second->sender->start_round(++tag_);
+  for (unsigned i = 0; i < 100 && dedup(*second).pages == 0; ++i) std::this_thread::sleep_for(20ms);
+  second->sender->set_bandwidth(0);
+  second->departures.await(kRoundDone);
+  // How many of them went as references by then is a matter of speed.
+  flip(100);
   second->sender->queue_dirty();
   EXPECT_EQ(round(*second), 0u) << "a delta that was against something else";
   EXPECT_GT(second->sender->stats().delta.pages, 0u);
@@ -232,9 +242,12 @@ TEST_P(DedupRounds, AnAnswerOfTheRoundBeforeIsAboutWhatThePageWas) {
   servers(1);
   const auto first = bring(1024);
   network = std::make_unique<SlowDirectory>(vmd[0].listener->port(), 700ms);
+  Plan with = plan();
+  with.intake = 0;
   auto second = prepare(
-      1024, [](std::uint64_t page) { return page + 1; }, plan());
-  second->sender->set_bandwidth(0);
+      1024, [](std::uint64_t page) { return page + 1; }, with);
+  // Its connection is there by then, so that something is asked in a round as short as this one.
+  std::this_thread::sleep_for(300ms);
   second->sender->queue_populated();
   round(*second);
   const unsigned answered = network->answered();
