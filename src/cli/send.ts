@@ -6,12 +6,7 @@ import { readFile } from 'node:fs/promises';
 import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { memferryError } from '../errors.js';
-import {
-  type Mode,
-  modes,
-  type NonConvergence,
-  nonConvergenceChoices,
-} from '../options.js';
+import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
