@@ -200,6 +200,8 @@ export interface NativeDedupStats {
   overheadBytes: number;
   /** Of CPU. */
   hashMs: number;
+  /** On the wire, of pages that went plainly, while there was something to send; null: not known yet. */
+  linkBytesPerSecond: number | null;
 }
 
 /** See native/transfer/sender.h for the order of calls. */

@@ -126,9 +126,9 @@ const migrateSchema = z.strictObject({
   /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
   /**
-   * Scatter modes, after the switchover: pages that the VMD servers hold already go as references. True: pages of this
-   * guest alone (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by
-   * timing what others of it hold, see docs/security.md.
+   * Scatter modes and `park`, in rounds and after the switchover: pages that the VMD servers hold already go as
+   * references. True: pages of this guest alone (a domain of its own); with a domain, pages of every guest of it. Guests
+   * of one domain can find out by timing what others of it hold, see docs/security.md.
    */
   dedup: z.union([z.boolean(), dedupSchema]).default(false),
   /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
@@ -258,7 +258,6 @@ export type ParkOptions = Omit<
   | 'destinationRack'
   | 'onCapacity'
   | 'releaseAsEvicted'
-  | 'dedup'
   | 'gatherTimeoutMs'
   | 'progressIntervalMs'
   | 'deltaCacheBytes'
@@ -356,11 +355,10 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   const parsed = parse(migrateSchema, options, 'migrate');
   checkStall(parsed, 'migrate');
   checkBase(parsed);
-  const { scatter, paging } = traitsOf(parsed.mode);
-  if (parsed.dedup !== false && !(scatter && paging)) {
+  if (parsed.dedup !== false && !traitsOf(parsed.mode).scatter) {
     throw new MemferryError(
       'INVALID_ARGUMENT',
-      `migrate.dedup: it works in the push of 'scatter' and 'scatter-hybrid', not in mode '${parsed.mode}'`,
+      `migrate.dedup: it works where there are servers, in scatter modes, not in mode '${parsed.mode}'`,
     );
   }
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
@@ -374,7 +372,7 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
   }
   // Where it goes is not said, so nothing may be said of where.
-  for (const name of ['to', 'mode', 'channels', 'tracker', 'dedup'] as const) {
+  for (const name of ['to', 'mode', 'channels', 'tracker'] as const) {
     if (name in options) {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
     }

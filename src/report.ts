@@ -43,6 +43,8 @@ export interface Progress {
 export interface RoundReport {
   round: number;
   pagesSent: number;
+  /** Pages that went as references; not among those sent. */
+  pagesDeduplicated: number;
   bytes: number;
   durationMs: number;
   /** Pages dirtied while the round ran. */

@@ -8,15 +8,17 @@ import type { GuestSpec } from './guests.js';
 import type { Rig } from './rig.js';
 
 export type PaperMode = 'pre-copy' | 'post-copy' | 'scatter';
+/** Those of the paper's figures, and what is measured beside them. */
+export type MigrationMode = PaperMode | 'scatter-pre-copy';
 export const directModes = ['pre-copy', 'post-copy'] as const;
 export const allModes: readonly PaperMode[] = ['pre-copy', 'post-copy', 'scatter'];
 
 export interface MigrationPlan {
-  mode: PaperMode;
+  mode: MigrationMode;
   guest: GuestSpec;
   /** Guests that leave at once. */
   count?: number;
-  /** Mode scatter: how many intermediaries; 0: none, as post-copy. */
+  /** Scatter modes: how many intermediaries; 0: none, as post-copy. */
   via?: number;
   /** Of the intermediaries' links; without it they are as fast as every host's. */
   intermediaryMbits?: number;
@@ -74,7 +76,7 @@ export async function runMigration(rig: Rig, plan: MigrationPlan): Promise<Outco
  * One that fails is told, noted in the figure, and done once more: an evaluation of an hour must not end with it. The
  * second failure ends the figure. null, and nothing is begun, where the mode is not available.
  */
-async function orRepeated<T>(rig: Rig, mode: PaperMode, migration: () => Promise<T>): Promise<T | null> {
+async function orRepeated<T>(rig: Rig, mode: MigrationMode, migration: () => Promise<T>): Promise<T | null> {
   if (mode === 'scatter' && rig.scatterObstacle !== null) return null;
   try {
     return await migration();
@@ -96,7 +98,8 @@ async function run(rig: Rig, plan: MigrationPlan): Promise<Outcome> {
   const { mode, guest, count = 1, pressured, verify = true } = plan;
   const bytes = guest.lengthBytes * count;
   const timeoutMs = 120_000 + (bytes / leastBytesPerSecond) * 1000;
-  const via = mode === 'scatter' ? (plan.via ?? 1) : 0;
+  const scatters = mode === 'scatter' || mode === 'scatter-pre-copy';
+  const via = scatters ? (plan.via ?? 1) : 0;
   const stage = await rig.stage(via, 2 * bytes + 2 ** 26, plan.intermediaryMbits);
   const source = Peer.start('paper/guest-source', { namespace: rig.source.namespace });
   const destination = Peer.start(
@@ -122,7 +125,7 @@ async function run(rig: Rig, plan: MigrationPlan): Promise<Outcome> {
         verify,
         connectTimeoutMs: 30_000,
         pauseTimeoutMs: 30_000,
-        ...(mode === 'scatter' ? { via: stage.via, onCapacity: 'direct' as const } : {}),
+        ...(scatters ? { via: stage.via, onCapacity: 'direct' as const } : {}),
         ...plan.migrate,
       },
     };

@@ -80,6 +80,8 @@ Napi::Value dedup_object(Napi::Env env, const DedupStats& stats) {
   object.Set("probes", number(env, stats.probes));
   object.Set("overheadBytes", number(env, stats.overhead_bytes));
   object.Set("hashMs", Napi::Number::New(env, static_cast<double>(stats.hash_ns) / 1e6));
+  const bool known = stats.link_bytes_per_second > 0;
+  object.Set("linkBytesPerSecond", known ? Napi::Number::New(env, stats.link_bytes_per_second) : env.Null());
   return object;
 }
 

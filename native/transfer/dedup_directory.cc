@@ -21,7 +21,8 @@ constexpr std::chrono::milliseconds kDialTimeout{1000};
 constexpr std::chrono::milliseconds kPatience{1000};
 // What a writable socket takes without blocking.
 constexpr std::size_t kPiece = 4096;
-// Told of in one go, at most: each has its answer within the patience.
+// Told of in one go, at most (twice that where runs have parts that are out of date): each has its answer within the
+// patience.
 constexpr std::size_t kMostTold = 2048;
 
 bool wait_writable(int fd, std::chrono::steady_clock::time_point deadline) {
@@ -134,26 +135,51 @@ void Scatter::Dedup::probe(std::vector<wire::KnownHolders>& answers) {
   }
 }
 
+// Of what was acknowledged, the pages that went as they were looked at, and have not been written since as far as is
+// known. A name that is wrong all the same costs whoever believes it a reference that is refused.
+std::vector<Scatter::Dedup::Settled> Scatter::Dedup::still_known(std::span<const Settled> settled) const {
+  std::vector<Settled> known;
+  for (const Settled& each : settled) {
+    const Region& region = *regions_[each.region];
+    for (PageNumber page = each.run.first; page < each.run.end(); ++page.value) {
+      const bool same = region.named.test(page) && scatter_.where_.safe(each.region, page) &&
+                        scatter_.where_.hash(each.region, page) == region.seen[page.value];
+      if (!same) continue;
+      const bool joins = !known.empty() && known.back().region == each.region &&
+                         known.back().run.end() == page && known.back().holders == each.holders;
+      if (joins) {
+        ++known.back().run.count;
+      } else if (known.size() == 2 * kMostTold) {
+        return known;
+      } else {
+        known.push_back({each.region, {page, 1}, each.holders});
+      }
+    }
+  }
+  return known;
+}
+
 // What is safe by now: to its holders by which names it goes, and once they know that, to the directories who holds
 // it. In this order, so that whoever hears of it finds it.
 bool Scatter::Dedup::tell() {
-  std::vector<Settled> settled;
+  std::vector<Settled> acknowledged;
+  std::uint64_t round = 0;
   {
     const std::lock_guard lock(scatter_.mutex_);
+    round = round_;
     if (settled_.size() <= kMostTold) {
-      settled.swap(settled_);
+      acknowledged.swap(settled_);
     } else {
       const auto end = settled_.begin() + static_cast<std::ptrdiff_t>(kMostTold);
-      settled.assign(settled_.begin(), end);
+      acknowledged.assign(settled_.begin(), end);
       settled_.erase(settled_.begin(), end);
     }
   }
-  if (settled.empty()) return false;
+  if (acknowledged.empty()) return false;
+  const std::vector<Settled> settled = still_known(acknowledged);
   const auto deadline = Clock::now() + kPatience;
   const std::size_t servers = directories_.size();
   std::vector<std::vector<std::byte>> to_holders(servers);
-  std::vector<std::uint64_t> last_tag(servers, 0);
-  std::vector<unsigned> waiting(servers, 0);
   std::vector<std::map<std::pair<std::uint64_t, std::uint64_t>, std::vector<wire::ContentName>>> held(
       servers);
   const auto identity = [&](std::uint8_t ordinal) {
@@ -191,9 +217,13 @@ bool Scatter::Dedup::tell() {
   for (const auto& [server, tag] : questions) {
     if (identities_[server] != 0) (void)receive(server, wire::FrameType::kNamed, tag, {}, deadline);
   }
-  for (const Settled& each : settled) {
-    if (identity(each.holders.first) != wire::KnownHolders::kNobody)
-      regions_[each.region]->told.set_run(each.run);
+  {
+    const std::lock_guard lock(scatter_.mutex_);
+    for (const Settled& each : settled) {
+      // What was written since has begin() in between.
+      if (round_ == round && identity(each.holders.first) != wire::KnownHolders::kNobody)
+        regions_[each.region]->told.set_run(each.run);
+    }
   }
   std::vector<std::byte> bytes;
   for (std::size_t server = 0; server < servers; ++server) {

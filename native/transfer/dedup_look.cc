@@ -26,6 +26,11 @@ std::uint64_t thread_cpu_ns() {
 
 wire::ContentName name_of(const ContentDigest& hash) { return ContentDomain::name_of(hash); }
 
+constexpr unsigned kRegionShift = 48;
+std::uint64_t twin_entry(std::uint32_t region, PageNumber page) {
+  return (std::uint64_t{region} << kRegionShift | page.value) + 1;
+}
+
 }  // namespace
 
 // Looked at, found nowhere, and not sent yet.
@@ -52,11 +57,7 @@ bool Scatter::Dedup::next_page() {
                                                              static_cast<double>(scatter_.page_size_))
                                 : kLeastAhead);
   const PageNumber from{cursor_page.value + ahead};
-  if (!placed_ || (at_region_ == cursor_region && at_page_ < from)) {
-    at_region_ = cursor_region;
-    at_page_ = from;
-    placed_ = true;
-  }
+  if (at_region_ == cursor_region && at_page_ < from) at_page_ = from;
   // Once around, and what of this region lies before it.
   for (std::uint32_t turn = 0; turn <= regions; ++turn) {
     const AtomicBitmap& examined = regions_[at_region_]->examined;
@@ -74,14 +75,17 @@ bool Scatter::Dedup::next_page() {
   return false;
 }
 
-void Scatter::Dedup::look_at(Page& page, std::span<const std::byte> bytes) {
-  // Memory that its owner gives back meanwhile was sent meanwhile: then nobody asks for what was seen.
-  const RacyView view(bytes);
-  page.hash = hasher_(view.bytes());
-  page.xxh3 = xxh3_64(view.bytes());
+// False: zeros. Memory that its owner gives back meanwhile was sent meanwhile: then nobody asks for what was seen.
+bool Scatter::Dedup::look_at(Page& page, std::span<const std::byte> bytes) {
+  // A guest may be writing it: everything that is said of the page is of the same bytes.
+  racy_copy(copy_.data(), bytes.data(), copy_.size());
+  if (is_zero(copy_)) return false;
+  page.hash = hasher_(copy_);
+  page.xxh3 = xxh3_64(copy_);
+  return true;
 }
 
-// Into batch_: pages with content, each looked at for the first and last time.
+// Into batch_: pages with content, each looked at for the first and last time in this round.
 void Scatter::Dedup::pick(std::uint64_t most) {
   batch_.clear();
   const auto began = Clock::now();
@@ -99,11 +103,10 @@ void Scatter::Dedup::pick(std::uint64_t most) {
       regions_[at_region_]->examined.set(at_page_);
       const auto bytes = scatter_.shared_.queue.region(at_region_)->contiguous(run);
       ++at_page_.value;
-      if (is_zero(bytes)) continue;
-      Deferred& picked = batch_.emplace_back();
+      Deferred picked;
       picked.page.region = at_region_;
       picked.page.page = run.first;
-      look_at(picked.page, bytes);
+      if (look_at(picked.page, bytes)) batch_.push_back(picked);
     }
   }
   hash_ns_ += thread_cpu_ns() - cpu;
@@ -115,24 +118,37 @@ void Scatter::Dedup::pick(std::uint64_t most) {
       measured_.hash_bytes_per_second > 0 ? (measured_.hash_bytes_per_second + rate) / 2 : rate;
 }
 
-std::optional<std::pair<std::uint32_t, PageNumber>> Scatter::Dedup::twin_of(const Page& page) {
-  auto* const table = reinterpret_cast<std::uint64_t*>(twins_.data());
+std::optional<Scatter::Dedup::Place> Scatter::Dedup::twin_of(const Page& page) {
+  const std::span table(reinterpret_cast<std::uint64_t*>(twins_.data()), twin_mask_ + 1);
   const wire::ContentName name = name_of(page.hash);
-  constexpr unsigned kRegionShift = 48;
   std::uint64_t* free = nullptr;
   for (std::size_t i = 0; i < kTwinWays; ++i) {
     std::uint64_t& entry = table[(name[1] + i) & twin_mask_];
     if (entry == 0) {
-      free = &entry;
+      if (free == nullptr) free = &entry;
       break;
     }
     const auto region = static_cast<std::uint32_t>((entry - 1) >> kRegionShift);
     const PageNumber other{(entry - 1) & ((1ULL << kRegionShift) - 1)};
-    if (regions_[region]->names[other.value] == name) return std::pair(region, other);
+    const bool named = regions_[region]->named.test(other);
+    if (named && regions_[region]->names[other.value] == name) {
+      // Looked at once more itself, and found as it was.
+      if (Place(region, other) == Place(page.region, page.page)) return std::nullopt;
+      return Place(region, other);
+    }
+    if (!named && free == nullptr) free = &entry;  // written since
   }
   if (free == nullptr) free = &table[name[1] & twin_mask_];
-  *free = (std::uint64_t{page.region} << kRegionShift | page.page.value) + 1;
+  *free = twin_entry(page.region, page.page);
   return std::nullopt;
+}
+
+void Scatter::Dedup::replace_twin(const Page& with, const Place& before) {
+  const std::span table(reinterpret_cast<std::uint64_t*>(twins_.data()), twin_mask_ + 1);
+  for (std::size_t i = 0; i < kTwinWays; ++i) {
+    std::uint64_t& entry = table[(name_of(with.hash)[1] + i) & twin_mask_];
+    if (entry == twin_entry(before.first, before.second)) entry = twin_entry(with.region, with.page);
+  }
 }
 
 }  // namespace memferry

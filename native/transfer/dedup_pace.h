@@ -71,4 +71,35 @@ inline constexpr std::chrono::milliseconds kLongestTwinWait{40};
                   std::min(quarter_of(twin_bytes), microseconds(kLongestTwinWait)));
 }
 
+// A round that is over sooner than anything could be found and asked for. The last one is such, with the guest paused,
+// and what is referred to then the destination has yet to gather.
+inline constexpr std::chrono::milliseconds kShortRound{100};
+[[nodiscard]] inline bool dedup_round_is_long(std::uint64_t content_bytes,
+                                              std::optional<double> link_bytes_per_second) {
+  return !link_bytes_per_second ||
+         static_cast<double>(content_bytes) >=
+             *link_bytes_per_second * std::chrono::duration<double>(kShortRound).count();
+}
+
+// How long pages have been waited for in one round or push, with nothing else left to send. What turns up in between
+// (a page that was given up, and is sent) does not begin it anew.
+class DedupWaiting {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // `since`: when nothing was left to send. True: longer than `allowed` by now.
+  [[nodiscard]] bool too_long(Clock::time_point since, Clock::time_point now, Clock::duration allowed) {
+    if (!since_) since_ = since;
+    return waited_ + (now - *since_) > allowed;
+  }
+  // Nothing waits, or there is something to send.
+  void interrupted(Clock::time_point now) {
+    if (since_) waited_ += now - *since_;
+    since_.reset();
+  }
+
+ private:
+  Clock::duration waited_{};
+  std::optional<Clock::time_point> since_;
+};
+
 }  // namespace memferry

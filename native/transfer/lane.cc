@@ -2,9 +2,10 @@
 
 namespace memferry {
 
-void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders,
-                bool references) {
+void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders, bool references,
+                std::uint64_t raw_bytes) {
   open_.bytes += bytes;
+  open_.raw_bytes += raw_bytes;
   open_.frames += runs.size();
   if (!runs.empty()) {
     open_.holders = holders;

@@ -45,6 +45,7 @@ class Lane {
   struct Batch {
     std::uint64_t tag = 0;
     std::uint64_t bytes = 0;
+    std::uint64_t raw_bytes = 0;  // of pages with content, as they lie in memory
     std::size_t frames = 0;
     bool references = false;  // all of it, or nothing
     std::vector<RegionRun> runs;
@@ -60,7 +61,7 @@ class Lane {
   // Sent, and not yet behind a barrier; a run a frame. One batch has one answer to who holds it and is of one kind:
   // where needs_barrier(), a barrier comes first.
   void sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Holders holders,
-            bool references = false);
+            bool references = false, std::uint64_t raw_bytes = 0);
   [[nodiscard]] bool needs_barrier(wire::Holders holders, bool references = false) const {
     return !open_.runs.empty() && (open_.holders != holders || open_.references != references);
   }

@@ -83,6 +83,7 @@ void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks) {
     // A server that failed since the last round took them along.
     queue_suspects_locked();
     forget_pending();
+    if (dedup_) dedup_->begin_locked(kind);
     kind_ = kind;
     auto all = std::make_shared<std::vector<PageFrames::OnHash>>(note_sinks_);
     for (std::size_t i = 0; i < sinks.size(); ++i) {

@@ -6,14 +6,13 @@
 namespace memferry {
 namespace {
 
-// Runs that wait to be told of, at most: what goes beyond that is not known to others.
-constexpr std::size_t kMostSettled = 65536;
 constexpr std::uint64_t kMostTwins = 1ULL << 22;
 
 }  // namespace
 
 Scatter::Dedup::Region::Region(std::uint64_t pages)
     : names(std::make_unique_for_overwrite<wire::ContentName[]>(static_cast<std::size_t>(pages))),
+      seen(std::make_unique_for_overwrite<std::uint64_t[]>(static_cast<std::size_t>(pages))),
       examined(pages),
       named(pages),
       to_tell(pages),
@@ -25,7 +24,8 @@ Scatter::Dedup::Dedup(Scatter& scatter, const ContentKey& key)
       hasher_(key),
       references_(scatter.config_.servers.size()),
       directories_(scatter.config_.servers.size()),
-      identities_(scatter.config_.servers.size(), 0) {
+      identities_(scatter.config_.servers.size(), 0),
+      copy_(static_cast<std::size_t>(scatter.page_size_)) {
   std::uint64_t all = 0;
   for (std::uint32_t region = 0; region < scatter.shared_.queue.regions(); ++region) {
     const std::uint64_t pages = scatter.shared_.queue.region(region)->capacity_pages();
@@ -39,6 +39,25 @@ Scatter::Dedup::Dedup(Scatter& scatter, const ContentKey& key)
 
 void Scatter::Dedup::start() {
   thread_.start("mf-dedup", [this](WorkerThread& self) { run(self); });
+}
+
+void Scatter::Dedup::begin_locked(Kind kind) {
+  ++round_;
+  const SendQueue& queue = scatter_.shared_.queue;
+  looks_ = kind == Kind::kPush || !scatter_.config_.direct ||
+           dedup_round_is_long(queue.content_pages() * scatter_.page_size_, link_bytes_per_second_);
+  pages_before_ = pages_;
+  waiting_ = {};
+  for (std::uint32_t region = 0; region < regions_.size(); ++region) {
+    const AtomicBitmap& pending = scatter_.shared_.queue.pending(region);
+    Region& of = *regions_[region];
+    PageNumber at{0};
+    while (const auto run = pending.next_set(at, PageNumber{pending.capacity()}, pending.capacity())) {
+      for (AtomicBitmap* each : {&of.examined, &of.named, &of.to_tell, &of.told, &of.referred})
+        each->clear_run(*run);
+      at = run->end();
+    }
+  }
 }
 
 void Scatter::Dedup::shut_down_locked() {
@@ -154,13 +173,15 @@ void Scatter::Dedup::refused_locked(std::uint32_t region, PageRun run) {
 }
 
 DedupStats Scatter::Dedup::stats() const {
-  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_};
+  const std::lock_guard lock(scatter_.mutex_);
+  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_, wire_bytes_per_second_};
 }
 
 std::uint64_t Scatter::Dedup::memory_bytes() const {
   std::uint64_t bytes = twins_.size() + kMostDeferred * (sizeof(Deferred) + sizeof(Reference));
   for (const auto& region : regions_) {
-    bytes += region->examined.capacity() * sizeof(wire::ContentName) + 5 * region->examined.words() * 8;
+    bytes += region->examined.capacity() * (sizeof(wire::ContentName) + sizeof(std::uint64_t)) +
+             5 * region->examined.words() * 8;
   }
   return bytes;
 }

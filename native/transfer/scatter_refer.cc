@@ -30,7 +30,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     dedup_->look_locked(way.server, holders, taken, seen);
     for (const Dedup::Reference& each : taken) {
       const Dedup::Page& page = each.page;
-      note_sinks_[page.region](page.page, page.xxh3, false);
+      (*sinks_)[page.region](page.page, page.xxh3, false);
       const bool joins =
           !runs.empty() && runs.back().region == page.region && runs.back().run.end() == page.page;
       if (joins) {
@@ -48,7 +48,14 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     }
     dedup_->drop_locked(way.server, seen);
   }
-  if (taken.empty()) return true;
+  if (taken.empty()) {
+    check_drained();
+    return true;
+  }
+  // What the destination has of them is no base for what is sent next.
+  if (DeltaCache* const cache = config_.encoding.cache; cache != nullptr && cache->open()) {
+    for (const RegionRun& each : runs) cache->forget(each.region, each.run);
+  }
 
   std::vector<std::byte> buffer;
   buffer.reserve(static_cast<std::size_t>(bytes));
@@ -65,13 +72,14 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     buffer.insert(buffer.end(), head, head + sizeof header);
     buffer.insert(buffer.end(), payload.begin(), payload.end());
   }
-  shared_.count_bytes(buffer.size());
   dedup_->count_overhead(buffer.size());
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const wire::IoResult result = way.stream->send_all(std::span<const std::byte>(buffer));
   way.sending_since.store(0, std::memory_order_relaxed);
   link_pacer_.debit(buffer.size());
   shared_.pacer.debit_limit(buffer.size());
+  // Its barrier comes after this: before a page of the next round is looked for, it is known to have been sent.
+  shared_.count_sent({result, buffer.size(), 0, 0, runs});
   if (!result.done()) cut = way.name + ": " + result.describe();
   return result.done();
 }

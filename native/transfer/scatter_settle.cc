@@ -44,7 +44,7 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
     const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
     if (!batch) return "an answer to a barrier that was not sent";
     way.stalled = false;
-    if (dedup_) dedup_->acknowledged(batch->bytes);
+    if (dedup_ && !batch->references) dedup_->acknowledged(batch->raw_bytes, batch->bytes);
     std::vector<RegionRun> again;
     settle_locked(*batch, again);
     put_back_locked(again);
@@ -55,7 +55,8 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
 }
 
 // A batch that was given to another way meanwhile: its pages count where they are not safe yet, and need not go
-// again then.
+// again then. What was torn in a round waits for the next one, since the guest writes it; a reference that leads nowhere
+// goes plainly in this one: its server has let go of the page, and nobody has been told that it is there.
 void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again) {
   again = batch.no_room;
   // Of these the server has forgotten what it had.
@@ -64,7 +65,7 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
     for (const RegionRun& each : batch.torn) cache->forget(each.region, each.run);
   }
   for (const RegionRun& each : batch.torn) {
-    if (kind_ == Kind::kRound) {
+    if (kind_ == Kind::kRound && !batch.references) {
       suspects_[each.region]->set_run(each.run);
     } else {
       again.push_back(each);
@@ -99,8 +100,7 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
           sent_twice_[each.region]->set_run(part);
         }
         where_.settle(each.region, part, holders);
-        if (dedup_ && kind_ == Kind::kPush)
-          dedup_->settled_locked(each.region, part, holders, batch.references);
+        if (dedup_) dedup_->settled_locked(each.region, part, holders, batch.references);
         if (config_.release_as_evicted && kind_ == Kind::kPush) to_release_.push_back({each.region, part});
       }
       left = {part.end(), left.count - count};
@@ -171,7 +171,7 @@ bool Scatter::drained_locked() const {
       all += shared_.queue.known_pages(region);
     if (where_.safe_count() < all) return false;
   } else {
-    if (!dry_) return false;
+    if (!dry_ || (dedup_ && !dedup_->idle_locked())) return false;
     for (const auto& way : direct_) {
       if (!way->idle()) return false;
     }

@@ -80,8 +80,11 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       for (const Way* way : ways) {
         if (somebody_idle && tail_is_late(*way, now)) late.push_back(way);
       }
-      if (dedup_ && begun_)
+      if (dedup_ && begun_) {
         dedup_->give_back_late_locked(now, dry_ ? kLastReferencePatience : kReferencePatience);
+        // Its own thread may be waiting for a directory.
+        dedup_->give_up_waiting_locked(now);
+      }
       for (Way* way : ways) {
         const auto since = waits_since(*way);
         if (!since || !awake) continue;

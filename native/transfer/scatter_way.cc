@@ -197,7 +197,8 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
   {
     // Before it leaves: a refusal may be faster than this thread.
     const std::lock_guard lock(mutex_);
-    way.lane.sent(chunks.frames().runs(), chunks.frames().bytes(), holders);
+    way.lane.sent(chunks.frames().runs(), chunks.frames().bytes(), holders, false,
+                  chunks.frames().content_pages() * page_size_);
     way.replicas.set(holders.second);
     way.in_hand = false;
     looked_locked(more, chunks.gave_back(), returns);

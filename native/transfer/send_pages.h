@@ -57,6 +57,7 @@ class PageFrames {
   // What the batch holds now.
   [[nodiscard]] std::span<const RegionRun> runs() const { return runs_; }
   [[nodiscard]] std::uint64_t bytes() const;
+  [[nodiscard]] std::uint64_t content_pages() const { return content_pages_; }
   // Writes the batch; then it is empty, whatever the outcome.
   Sent send(wire::Stream& stream);
   // For the encoder's measuring: the sender was held up for the connection's sake; it has nothing to send for a while.

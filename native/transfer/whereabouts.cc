@@ -117,6 +117,10 @@ wire::Holders Whereabouts::holders(std::uint32_t region, PageNumber page) const 
   return wire::Holders::of(holders_[region][page.value].load(std::memory_order_relaxed));
 }
 
+std::uint64_t Whereabouts::hash(std::uint32_t region, PageNumber page) const {
+  return std::atomic_ref(hashes_[region][page.value]).load(std::memory_order_relaxed);
+}
+
 std::span<const std::uint64_t> Whereabouts::hashes(std::uint32_t region) const {
   return {hashes_[region].get(), static_cast<std::size_t>(capacities_[region])};
 }

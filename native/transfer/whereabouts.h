@@ -46,6 +46,8 @@ class Whereabouts {
   [[nodiscard]] bool zero(std::uint32_t region, PageNumber page) const { return zero_[region]->test(page); }
   [[nodiscard]] std::uint64_t safe_count() const { return safe_count_.load(std::memory_order_acquire); }
   [[nodiscard]] wire::Holders holders(std::uint32_t region, PageNumber page) const;
+  // Of the content that left last.
+  [[nodiscard]] std::uint64_t hash(std::uint32_t region, PageNumber page) const;
   [[nodiscard]] std::span<const std::uint64_t> hashes(std::uint32_t region) const;
 
   // One record to tell: a run of equal holders, all zeros or none. Takes it off the listener's list.

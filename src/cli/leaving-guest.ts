@@ -4,10 +4,11 @@
  */
 import { pathToFileURL } from 'node:url';
 import { type Command, Option } from 'commander';
-import { mebibytes } from '../demo/table.js';
+import { figure, mebibytes } from '../demo/table.js';
 import { memferryError } from '../errors.js';
-import { type CompressChoice, compressChoices } from '../options.js';
+import { type CompressChoice, compressChoices, type MigrateOptions } from '../options.js';
 import { rehearse } from '../rehearse.js';
+import type { DedupReport } from '../report.js';
 import { WorkerGuest } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
@@ -30,6 +31,9 @@ export interface ServerFlags {
   discover?: string | boolean;
   replicas?: number;
   rack?: string;
+  dedup?: boolean;
+  dedupDomain?: string;
+  dedupSecretFile?: string;
 }
 
 export function addGuestFlags(command: Command): Command {
@@ -52,7 +56,10 @@ export function addServerFlags(command: Command): Command {
     )
     .option('--discover [group:port]', 'take VMD servers that announce themselves')
     .option('--replicas <count>', 'on how many servers a page is kept', wholeNumber(1, 2))
-    .option('--rack <name>', 'where this host stands; servers there are taken last');
+    .option('--rack <name>', 'where this host stands; servers there are taken last')
+    .option('--dedup', 'with VMD servers: pages that they hold already go as references')
+    .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
+    .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one");
 }
 
 export function compressFlag(): Option {
@@ -65,7 +72,32 @@ export function compressFlag(): Option {
 /** The options of `migrate` and `park` that these flags are. */
 export function serverOptions(flags: GuestFlags & ServerFlags): Record<string, unknown> {
   const { bandwidth, compress, via, discover, replicas, rack } = flags;
-  return { ...connectionOptions(flags), ...given({ bandwidth, compress, via, discover, replicas, rack }) };
+  const dedup = dedupOption(flags);
+  return {
+    ...connectionOptions(flags),
+    ...given({ bandwidth, compress, via, discover, replicas, rack, dedup }),
+  };
+}
+
+/** Pure: a domain means deduplication, with or without the flag itself. */
+export function dedupOption({
+  dedup,
+  dedupDomain: domain,
+  dedupSecretFile: secretFile,
+}: Pick<ServerFlags, 'dedup' | 'dedupDomain' | 'dedupSecretFile'>): MigrateOptions['dedup'] {
+  if (domain !== undefined) return secretFile === undefined ? { domain } : { domain, secretFile };
+  if (secretFile === undefined) return dedup;
+  throw memferryError('INVALID_ARGUMENT', '--dedup-secret-file is for --dedup-domain');
+}
+
+/** Pure: lines of a report for people. */
+export function describeDedup(dedup: DedupReport | null): string[] {
+  if (!dedup) return [];
+  const { pagesDeduplicated, bytesSaved, pagesHashed, cpuMs } = dedup;
+  return [
+    `  ${pagesDeduplicated} pages deduplicated, ${mebibytes(Math.max(0, bytesSaved))} MiB saved; ` +
+      `${pagesHashed} hashed in ${figure(cpuMs)} ms of CPU`,
+  ];
 }
 
 /** Without what was not said, so that the library's defaults hold. */

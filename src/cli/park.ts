@@ -10,6 +10,7 @@ import { type ParkReport, park } from '../source/park.js';
 import {
   addGuestFlags,
   addServerFlags,
+  describeDedup,
   type GuestFlags,
   type ServerFlags,
   serverOptions,
@@ -70,6 +71,7 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
       `guest ${report.guest} is parked; ${flags.ticket} claims it again, by \`memferry unpark\``,
       `  evicted in ${figure(report.evictionMs)} ms, ${mebibytes(report.bytesOnWire)} MiB on the wire`,
       ...describeEncodings(report),
+      ...describeDedup(report.dedup),
       `  ${report.intermediaries.map((each) => `${each.pages} pages at ${each.name}`).join(', ')}`,
     ].join('\n'),
     { type: 'report', image: ticket.image, home: ticket.home, ticket: flags.ticket, ...rest },

@@ -5,21 +5,16 @@
 import { readFile } from 'node:fs/promises';
 import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
-import { MemferryError, memferryError } from '../errors.js';
-import {
-  type MigrateOptions,
-  type Mode,
-  modes,
-  type NonConvergence,
-  nonConvergenceChoices,
-} from '../options.js';
+import { memferryError } from '../errors.js';
+import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
 import { traitsOf } from '../protocol/mode-traits.js';
-import type { BaseReport, DedupReport, EvictionReport, MigrationReport } from '../report.js';
+import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
   addGuestFlags,
   addServerFlags,
+  describeDedup,
   type GuestFlags,
   given,
   type ServerFlags,
@@ -43,9 +38,6 @@ interface SendFlags extends GuestFlags, ServerFlags {
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
   releaseAsEvicted?: boolean;
-  dedup?: boolean;
-  dedupDomain?: string;
-  dedupSecretFile?: string;
   leaveWhenEvicted?: boolean;
   useBase?: 'auto' | 'always' | 'off';
   replay?: string;
@@ -86,9 +78,6 @@ export function addSend(program: Command): void {
     )
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
-    .option('--dedup', 'scatter modes: pages that the servers hold already go as references')
-    .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
-    .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
     .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
     .addOption(
       new Option('--use-base <choice>', 'a base that the destination has: compare with it').choices([
@@ -137,7 +126,6 @@ async function move(
     }),
     ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker }),
     ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
-    ...given({ dedup: dedupOption(flags) }),
     ...serverOptions(flags),
   };
   await using migration = migrate(guest, {
@@ -168,17 +156,6 @@ async function readReplay(file: string): Promise<Buffer> {
   }
 }
 
-/** Pure: a domain means deduplication, with or without the flag itself. */
-export function dedupOption({
-  dedup,
-  dedupDomain: domain,
-  dedupSecretFile: secretFile,
-}: Pick<SendFlags, 'dedup' | 'dedupDomain' | 'dedupSecretFile'>): MigrateOptions['dedup'] {
-  if (domain !== undefined) return secretFile === undefined ? { domain } : { domain, secretFile };
-  if (secretFile === undefined) return dedup;
-  throw new MemferryError('INVALID_ARGUMENT', '--dedup-secret-file is for --dedup-domain');
-}
-
 async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
   const live = output.json ? null : new LiveProgress(mode);
   migration.on('state', (state) => {
@@ -204,15 +181,6 @@ function describeBase(base: BaseReport): string {
     `${base.roundTrips} round trips, ${figure(base.sourceCpuMs)} + ${figure(base.destinationCpuMs)} ms of CPU time, ` +
     `${mebibytes(base.bytesExchanged)} MiB of hashes`
   );
-}
-
-function describeDedup(dedup: DedupReport | null): string[] {
-  if (!dedup) return [];
-  const { pagesDeduplicated, bytesSaved, pagesHashed, cpuMs } = dedup;
-  return [
-    `  ${pagesDeduplicated} pages deduplicated, ${mebibytes(Math.max(0, bytesSaved))} MiB saved; ` +
-      `${pagesHashed} hashed in ${figure(cpuMs)} ms of CPU`,
-  ];
 }
 
 /** Pure: the report for people. */

@@ -210,6 +210,9 @@ export class Arrival extends EventEmitter {
       case 'grow':
         this.#grow(message.region, message.lengthBytes).catch((error) => this.#fail(error));
         break;
+      case 'ask-missing':
+        this.#tell({ type: 'missing', pages: this.#engine.receiver.stats().pagesMissing });
+        break;
       case 'state':
         if (!binary || this.#executionState.settled) {
           this.#fail(

@@ -280,6 +280,7 @@ class DestinationListener implements Listening {
       type: 'accepted',
       encodings: agreedEncodings(offer.encodings, decodedHere),
       basePages: arrival.basePages,
+      tellsMissing: true,
     });
     await serve(arrival, channel);
   }

@@ -88,6 +88,8 @@ export const sourceMessage = z.discriminatedUnion('type', [
   /** The source does not wait for the base any more; `base-ready` is still to come. */
   z.strictObject({ type: z.literal('base-cancel') }),
   z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
+  /** After a round: how much of what servers hold is still to be gathered? */
+  z.strictObject({ type: z.literal('ask-missing') }),
   /**
    * The guest is paused; its execution state is the message's binary part. PREPARE follows. `paging`: the switch
    * to post-copy is on its way over the data channels, and comes before `prepare`.
@@ -110,6 +112,8 @@ export const destinationMessage = z.discriminatedUnion('type', [
     type: z.literal('accepted'),
     encodings: encodingNames,
     basePages: z.array(count).max(64).nullable().default(null),
+    /** It answers `ask-missing`. */
+    tellsMissing: z.boolean().default(false),
   }),
   /**
    * How much of the base is there, and what the rest will take besides (null: nobody knows). `sampled`: the nodes of the
@@ -137,6 +141,8 @@ export const destinationMessage = z.discriminatedUnion('type', [
   }),
   z.strictObject({ type: z.literal('session-resumed'), known: z.boolean() }),
   z.strictObject({ type: z.literal('grown'), region: regionIndex }),
+  /** The answer to `ask-missing`. */
+  z.strictObject({ type: z.literal('missing'), pages: count }),
   /** How long `prepare` took; sent just after READY. */
   z.strictObject({ type: z.literal('prepared'), prepareMs: finite }),
   /** Every page is in the destination's memory. */

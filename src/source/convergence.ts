@@ -10,6 +10,8 @@ import type { NonConvergence } from '../options.js';
 /** One finished round. */
 export interface RoundSample {
   pagesSent: number;
+  /** Beside these, as references: their time is in the round's, and they have no bytes on the wire to speak of. */
+  pagesDeduplicated: number;
   /** On the wire, headers and all. */
   bytes: number;
   durationMs: number;
@@ -98,7 +100,7 @@ function throughputOf(history: readonly RoundSample[], pageSize: number): number
   for (const round of history.slice(-THROUGHPUT_ROUNDS)) {
     // Zero pages cost next to nothing on the wire: counting them as content would promise the impossible for
     // pages that are not zeros.
-    bytes += Math.min(round.bytes, round.pagesSent * pageSize);
+    bytes += Math.min(round.bytes, round.pagesSent * pageSize) + round.pagesDeduplicated * pageSize;
     milliseconds += round.durationMs;
   }
   return bytes > 0 && milliseconds > 0 ? (bytes * 1000) / milliseconds : null;

@@ -69,6 +69,7 @@ export class Measurements {
     this.rounds.push({
       round: this.rounds.length + 1,
       pagesSent: after.pagesSent - before.pagesSent,
+      pagesDeduplicated: (after.dedup?.pages ?? 0) - (before.dedup?.pages ?? 0),
       bytes: after.bytesOnWire - before.bytesOnWire,
       durationMs: this.#between('scanned', null),
       dirtyPagesAfter: 0,

@@ -34,6 +34,7 @@ import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
+import { GatherWait } from './gather-wait.js';
 import { Measurements } from './measurements.js';
 import { discardWhileRunning, preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
@@ -68,6 +69,8 @@ export class SourceMigration extends EventEmitter {
   #accepted: Deferred<string[]> = deferred();
   readonly #refusal = deferred<MemferryError>();
   #grown: Deferred<void> | null = null;
+  #tellsMissing = false;
+  #gatherWait: GatherWait | null = null;
   /** For the stale copy. */
   #pausedState: Uint8Array = new Uint8Array(0);
   /** The destination has a base. */
@@ -230,6 +233,7 @@ export class SourceMigration extends EventEmitter {
         signal: this.#abort.signal,
         switchoverAsked: this.#switchoverAsked,
         followGrowth: () => this.#followGrowth(),
+        gathered: (suspectPages) => this.#untilGathered(suspectPages),
         startFromBase: () => this.#startFromBase(),
         converged: () => this.#to('pre-switchover'),
       });
@@ -275,6 +279,7 @@ export class SourceMigration extends EventEmitter {
         this.#accepted.reject(error);
         this.#base?.fail(error);
         this.#grown?.reject(error);
+        this.#gatherWait?.fail(error);
         this.#commit.connectionLost(error);
       },
     });
@@ -552,6 +557,7 @@ export class SourceMigration extends EventEmitter {
     switch (message.type) {
       case 'accepted':
         if (message.basePages) this.#baseOffered(message.basePages);
+        this.#tellsMissing = message.tellsMissing;
         this.#accepted.resolve(message.encodings);
         break;
       case 'base-progress':
@@ -566,6 +572,9 @@ export class SourceMigration extends EventEmitter {
         break;
       case 'grown':
         this.#grown?.resolve();
+        break;
+      case 'missing':
+        this.#gatherWait?.onMissing(message.pages);
         break;
       case 'prepared':
         this.#measured.prepared(message.prepareMs);
@@ -630,6 +639,13 @@ export class SourceMigration extends EventEmitter {
       await untilAborted(this.#grown.promise, this.#abort.signal);
       region.native.grow(lengthBytes / region.pageSize);
     }
+  }
+
+  async #untilGathered(suspectPages: number): Promise<void> {
+    if (!this.#gathersFirst || !this.#tellsMissing) return;
+    this.#gatherWait ??= new GatherWait((message) => this.#session?.send(message), this.#abort.signal);
+    const asked = this.#switchoverAsked;
+    await this.#gatherWait.untilGathered(suspectPages, () => asked.settled, this.options.gatherTimeoutMs);
   }
 
   /** The guest is here (reclaimed), or nobody knows (in doubt, lost). */

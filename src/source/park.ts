@@ -15,10 +15,11 @@ import { lineageOf } from '../lineage.js';
 import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
-import type { EncodingReport, Intermediary } from '../report.js';
+import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver } from './commit-driver.js';
+import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
@@ -51,6 +52,8 @@ export interface ParkReport {
   pagesZero: number;
   compression: EncodingReport;
   intermediaries: Intermediary[];
+  /** What deduplication did; null where it was not asked for. */
+  dedup: DedupReport | null;
 }
 
 /**
@@ -143,7 +146,7 @@ class Parking {
         direct: false,
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
-        dedupKey: null,
+        dedupKey: images.domainKey,
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );
@@ -217,6 +220,7 @@ class Parking {
       pagesZero: stats.pagesZero,
       compression: stats.compression,
       intermediaries: images.account(stats.servers),
+      dedup: stats.dedup && dedupReport(stats.dedup, regions[0]?.pageSize ?? 4096),
     };
   }
 

@@ -24,6 +24,11 @@ export interface PreCopyContext {
   switchoverAsked: Deferred<void>;
   /** Tells the destination of memory that has grown; before each round. */
   followGrowth(): Promise<void>;
+  /**
+   * Resolves when the destination has all that it is to have before it takes over, or gets no more of it. After rounds
+   * in which pages went as references, which it has to gather from servers at its own pace.
+   */
+  gathered(suspectPages: number): Promise<void>;
   /** Once, before the first round, when every page is pending and the trackers are armed. */
   startFromBase(): Promise<void>;
   /** The rounds could end here; the switchover is only held back by the caller's wish. */
@@ -53,12 +58,16 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
     const before = engine.stats();
     const started = performance.now();
     const suspectPages = await untilAborted(engine.round(), signal);
-    const durationMs = performance.now() - started;
     const after = engine.stats();
+    const pagesDeduplicated = (after.dedup?.pages ?? 0) - (before.dedup?.pages ?? 0);
+    // The guest would stand still for it otherwise.
+    if (pagesDeduplicated > 0) await context.gathered(suspectPages);
+    const durationMs = performance.now() - started;
     const dirtyPagesAfter = await untilAborted(engine.queueDirty(), signal);
     const asked = context.switchoverAsked.settled;
     const sample: RoundSample = {
       pagesSent: after.pagesSent - before.pagesSent,
+      pagesDeduplicated,
       bytes: after.bytesOnWire - before.bytesOnWire,
       durationMs,
       dirtyPagesAfter,
@@ -72,6 +81,8 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
       pageSize,
       downtimeLimitMs: options.downtimeLimitMs,
       maxRounds: hybrid ? options.hybridRounds : options.maxRounds,
+      // Rounds of references say little of what sending pages takes.
+      throughputBytesPerSecond: after.dedup?.pages ? after.dedup.linkBytesPerSecond : null,
     });
     measured.expectedDowntimeMs = decision.expectedDowntimeMs;
     measured.dirtyPagesPerSecond = decision.dirtyPagesPerSecond;

@@ -1,6 +1,7 @@
 /**
  * Deduplication between guests that move through VMD servers: guests with the same memory leave one after the other and
- * at once, servers are lost meanwhile, and every byte is compared with what the journal of writes says.
+ * at once, in rounds while they write and in the push, servers are lost meanwhile, and every byte is compared with what
+ * the journal of writes says.
  */
 import { afterEach, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
@@ -33,10 +34,13 @@ const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.2 * MB };
 const bandwidth = 16 * MB;
 /** It writes a little, wherever it runs. */
 const calm = { batch: 1, restMs: 20 };
+/** It writes all the time. */
+const busy = { batch: 4, restMs: 2 };
 const pages = 2 * PAGES;
 
 interface Deduplicated extends Report {
   dedup: { pagesDeduplicated: number; bytesSaved: number; pagesHashed: number; probes: number } | null;
+  rounds: (Report['rounds'][number] & { pagesDeduplicated: number })[];
 }
 
 async function evicted(host: Host, key: string): Promise<Deduplicated> {
@@ -100,4 +104,71 @@ test('guests that leave at once, with a server that is lost meanwhile', async ()
   }
   await expectArrived(a, b, guests);
   await expectEmpty(i);
+});
+
+/** The servers have most of it; what is taken over has to be whole, so it is gathered as fast as it can be. */
+const slowDirectly = { bandwidth: 4 * MB };
+
+test.each([
+  [1, 'off', 0],
+  [2, 'off', 0],
+  [1, 'lz4', 2 ** 23],
+  [2, 'auto', 2 ** 23],
+] as const)(
+  'a guest that writes sends references in its rounds; %i replicas, compress %s, %i bytes for deltas',
+  async (replicas, compress, deltaCacheBytes) => {
+    const [a, b, c] = await hosts('a', 'b', 'c');
+    const stages = await startStages('i', 'j');
+    const slowPort = await listen(b, { options: slow, rate: calm });
+    const port = await listen(c, { options: slowDirectly, rate: busy });
+    const more = { replicas, compress, deltaCacheBytes };
+    const guests = ['rounds', 'hybrid'];
+    await startGuest(a, regionsOf('allocate', pages), { guest: 'first', rate: calm });
+    for (const guest of guests) await startGuest(a, regionsOf('allocate', pages), { guest, rate: busy });
+    await move(a, slowPort, 'first', { domain: 'd' }, stages, more);
+    await evicted(a, 'first');
+
+    await move(a, port, 'rounds', { domain: 'd' }, stages, {
+      ...more,
+      mode: 'scatter-pre-copy',
+      maxRounds: 4,
+    });
+    const { dedup, rounds } = (await report(a, 'rounds')) as Deduplicated;
+    // Pages that pack well go faster than they are hashed, perhaps.
+    const some = compress === 'off' ? 1 : 0;
+    expect(dedup?.pagesDeduplicated).toBeGreaterThanOrEqual(some);
+    expect(dedup?.pagesHashed).toBeGreaterThan(0);
+    expect(rounds.reduce((sum, round) => sum + round.pagesDeduplicated, 0)).toBe(dedup?.pagesDeduplicated);
+    await move(a, port, 'hybrid', { domain: 'd' }, stages, { ...more, mode: 'scatter-hybrid' });
+    expect((await evicted(a, 'hybrid')).dedup?.pagesDeduplicated).toBeGreaterThanOrEqual(some);
+    await expectArrived(a, c, guests);
+    // Whose pages the others referred to. It was written at neither of them.
+    await expectArrived(a, b, ['first']);
+    for (const stage of stages) await expectEmpty(stage);
+  },
+);
+
+test('guests that leave at once, each in a mode of its own, with a server that is lost meanwhile', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const [i, j, k] = await startStages('i', 'j', 'k');
+  const port = await listen(b, { options: slowDirectly, rate: busy });
+  const modes = ['scatter', 'scatter-hybrid', 'scatter-pre-copy'] as const;
+  for (const guest of modes) await startGuest(a, regionsOf('shared', pages), { guest, rate: busy });
+  await Promise.all(
+    modes.map((mode) =>
+      move(a, port, mode, { domain: 'd' }, [i, j, k], {
+        mode,
+        replicas: 2,
+        maxRounds: 4,
+        tracker: 'hash-diff',
+      }),
+    ),
+  );
+  await a.untilState('migration', 'scatter', 'postcopy-active');
+  await j.host.kill();
+  for (const mode of ['scatter', 'scatter-hybrid']) {
+    expect((await evicted(a, mode)).dedup?.pagesHashed).toBeGreaterThan(0);
+  }
+  await expectArrived(a, b, [...modes]);
+  for (const stage of [i, k]) await expectEmpty(stage);
 });

@@ -94,6 +94,36 @@ test.each([
   },
 );
 
+test.each([1, 2] as const)(
+  'guests that are parked refer to each other, and each goes alone; %i replicas',
+  async (replicas) => {
+    const all = await servers(2);
+    const options = { secret: SECRET, via: via(all), replicas, bandwidth: 16e6 };
+    const dedup = { domain: 'parked' };
+    const [first, second, other] = [new PlainGuest(), new PlainGuest(), new PlainGuest()];
+    // A page of the second that nobody else has.
+    second.memory.fill(0xab, 100 * 4096, 101 * 4096);
+    second.content.fill(0xab, 100 * 4096, 101 * 4096);
+    const plain = await park(other, options);
+    expect(plain.dedup).toBe(null);
+    const one = await park(first, { ...options, dedup });
+    const two = await park(second, { ...options, dedup });
+    expect(two.dedup?.pagesDeduplicated).toBeGreaterThan(0);
+    expect(two.bytesOnWire).toBeLessThan(one.bytesOnWire);
+    const expectHere = async ({ ticket }: typeof one, guest: PlainGuest) => {
+      guest.memory.fill(0xee);
+      const unparked = await claimed(ticket);
+      expect(await unparked.complete).toMatchObject({ verified: true });
+      expect(Buffer.compare(unparked.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
+    };
+    // The one that brought the pages is dissolved, and takes nothing along.
+    await expectHere(one, first);
+    await expectHere(two, second);
+    await expectHere(plain, other);
+    for (const server of all) expect(server.status().held).toEqual([]);
+  },
+);
+
 test('two claims at once: one owner, one clear refusal', async () => {
   const all = await servers(2);
   const guest = new PlainGuest();

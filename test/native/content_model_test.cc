@@ -49,6 +49,7 @@ class ModelServer {
     unsigned domain = 0;
     std::uint32_t asker = 0;
     std::map<unsigned, unsigned> content;  // by page; absent where there is none
+    bool parked = false;                   // nobody writes it any more
   };
 
   explicit ModelServer(std::mt19937_64& random)
@@ -78,6 +79,7 @@ class ModelServer {
     if (held.image) images.push_back(std::move(held));
   }
   void put(Held& to) {
+    if (to.parked) return;
     const unsigned page = any_page();
     const auto content = static_cast<unsigned>(random_() % kContents);
     std::vector<Slab::Slot> slots;
@@ -104,7 +106,12 @@ class ModelServer {
     of.image->domain()->name(name(of, static_cast<unsigned>(random_() % kContents)),
                              static_cast<Slab::Slot>(random_() % (2 * slab->slots())));
   }
+  void park(Held& of) {
+    of.parked = true;
+    of.image->seal();
+  }
   void refer(Held& to) {
+    if (to.parked) return;
     const unsigned page = any_page();
     const auto content = static_cast<unsigned>(random_() % kContents);
     wire::ContentHash hash = ContentHasher(key_of(to.domain))(content_bytes(content));
@@ -127,6 +134,7 @@ class ModelServer {
     ASSERT_TRUE(there) << "content " << content << " of nobody in domain " << to.domain;
   }
   void forget(Held& of, unsigned page) {
+    if (of.parked) return;
     of.image->forget(0, {PageNumber{page}, 1});
     of.content.erase(page);
   }
@@ -243,7 +251,10 @@ void run(std::uint64_t seed, std::uint64_t& shared, std::uint64_t& deaths) {
         server->read(image);
         break;
       case 11:
-        if (random() % 4 == 0) server->dissolve(at);
+        if (const auto what = random() % 8; what < 2)
+          server->dissolve(at);
+        else if (what == 2)
+          server->park(image);
         break;
     }
     server->check_all();

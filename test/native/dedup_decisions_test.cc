@@ -131,5 +131,27 @@ TEST(DedupWait, IsPaidForByWhatWasSaved) {
   EXPECT_EQ(dedup_wait(0, 4096, std::nullopt), microseconds(kLongestTwinWait));
 }
 
+TEST(DedupRounds, AShortOneIsNotLookedAt) {
+  EXPECT_TRUE(dedup_round_is_long(4096, std::nullopt));
+  EXPECT_FALSE(dedup_round_is_long(static_cast<std::uint64_t>(kGigabit / 11), kGigabit));
+  EXPECT_TRUE(dedup_round_is_long(static_cast<std::uint64_t>(kGigabit / 9), kGigabit));
+}
+
+TEST(DedupWaiting, GoesOnWhereItWasInterrupted) {
+  using std::chrono::milliseconds;
+  const DedupWaiting::Clock::time_point start{};
+  const milliseconds allowed{100};
+  DedupWaiting waiting;
+  EXPECT_FALSE(waiting.too_long(start, start + milliseconds(60), allowed));
+  waiting.interrupted(start + milliseconds(60));
+  waiting.interrupted(start + milliseconds(500));
+  // Again nothing is left to send, since 510 ms.
+  EXPECT_FALSE(waiting.too_long(start + milliseconds(510), start + milliseconds(550), allowed));
+  EXPECT_TRUE(waiting.too_long(start + milliseconds(510), start + milliseconds(551), allowed));
+  // However often it begins anew.
+  waiting.interrupted(start + milliseconds(551));
+  EXPECT_TRUE(waiting.too_long(start + milliseconds(600), start + milliseconds(600), allowed));
+}
+
 }  // namespace
 }  // namespace memferry::test

@@ -2,14 +2,9 @@
 // with what the servers hold, servers that end meanwhile. Every byte is compared.
 #include <gtest/gtest.h>
 
-#include <cstring>
-#include <random>
 #include <thread>
 
-#include "scatter_rig.h"
-#include "slow_directory.h"
-#include "transfer/receiver.h"
-#include "transfer/sender.h"
+#include "dedup_rig.h"
 
 namespace memferry::test {
 namespace {
@@ -17,135 +12,7 @@ namespace {
 using namespace std::chrono_literals;
 using enum EngineEventKind;
 
-constexpr unsigned kChannels = 1;
-// A link that is slower than any hash here.
-constexpr std::uint64_t kLink = 24ULL << 20;
-
-DomainKey key(std::uint8_t number) {
-  DomainKey made{};
-  made.fill(number);
-  return made;
-}
-
-struct Move {
-  EventBox departures;
-  EventBox arrivals;
-  ImageId image{};
-  std::uint64_t pages = 0;
-  std::shared_ptr<Region> source;
-  std::shared_ptr<Region> target;
-  std::unique_ptr<Sender> sender;
-  std::shared_ptr<Receiver> receiver;
-  std::unique_ptr<Listener> listener;
-  ~Move() {
-    if (sender) sender->close(false);
-    if (receiver) receiver->close();
-    if (listener) listener->close();
-  }
-};
-
-class DedupScatter : public testing::Test {
- protected:
-  static std::size_t page_size() { return system_page_size(); }
-
-  void servers(unsigned count, std::uint64_t memory = 128ULL << 20) {
-    for (unsigned i = 0; i < count; ++i) vmd.push_back(Vmd::start(memory));
-  }
-  // Page p has the content numbered content_of(p); 0 is zeros.
-  std::unique_ptr<Move> guest(std::uint64_t pages,
-                              const std::function<std::uint64_t(std::uint64_t)>& content_of,
-                              std::uint8_t domain = 1, unsigned replicas = 1) {
-    auto move = std::make_unique<Move>();
-    move->pages = pages;
-    move->image.fill(0x42);
-    move->image[1] = static_cast<std::uint8_t>(++guests_);
-    move->source = Region::allocate(pages * page_size());
-    move->target = Region::allocate(pages * page_size());
-    for (std::uint64_t page = 0; page < pages; ++page) {
-      const std::uint64_t content = content_of(page);
-      if (content == 0) continue;
-      std::mt19937_64 random(content);
-      for (std::size_t at = 0; at < page_size(); at += 8) {
-        const std::uint64_t word = random();
-        std::memcpy(move->source->address(PageNumber{page}).pointer() + at, &word, 8);
-      }
-    }
-    std::vector<std::uint16_t> ports;
-    std::vector<std::uint64_t> identities;
-    for (const Vmd& each : vmd) {
-      ports.push_back(network && ports.empty() ? network->port() : each.listener->port());
-      identities.push_back(each.stage->identity());
-    }
-    for (unsigned i = 0; i < vmd.size(); ++i) {
-      EXPECT_TRUE(give_image(*vmd[i].stage, move->image, {pages}, static_cast<std::uint8_t>(i), ports, 16,
-                             key(domain)));
-    }
-    ReceiverConfig receiving;
-    receiving.regions = {move->target};
-    receiving.migration = move->image;
-    receiving.channels = kChannels;
-    receiving.tokens = direct_tokens(kChannels);
-    receiving.may_page = true;
-    receiving.keep_page_hashes = true;
-    receiving.recover_timeout = 5s;
-    receiving.loss_grace = 50ms;
-    receiving.servers = server_addresses(move->image, kDestinationSession, ports);
-    receiving.bandwidth = 1 << 20;  // so that the servers have most of it
-    receiving.on_event = move->arrivals.callback();
-    move->receiver = Receiver::create(std::move(receiving));
-    move->listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", 0, {}});
-    move->listener->add(move->receiver);
-    SenderConfig sending;
-    sending.regions = {move->source};
-    sending.trackers = {nullptr};
-    sending.host = "127.0.0.1";
-    sending.port = move->listener->port();
-    sending.migration = move->image;
-    sending.channels = kChannels;
-    sending.tokens = direct_tokens(kChannels);
-    sending.servers = server_addresses(move->image, kSourceSession, ports, 16, identities);
-    sending.replicas = replicas;
-    sending.bandwidth = kLink;
-    sending.stall_timeout = 2500ms;
-    sending.dedup = key(domain);
-    sending.on_event = move->departures.callback();
-    move->sender = std::make_unique<Sender>(std::move(sending));
-    move->sender->connect();
-    move->departures.await(kConnected);
-    move->sender->queue_populated();
-    move->sender->switch_over();
-    move->departures.await(kSwitched);
-    move->arrivals.await(kSwitched);
-    return move;
-  }
-  static void evict(Move& move) {
-    move.sender->start_push();
-    move.departures.await(kEvicted);
-    // The source's memory is gone from here on.
-    move.sender->close(true);
-    move.receiver->set_bandwidth(0);
-  }
-  static void expect_arrived(Move& move) {
-    move.arrivals.await(kComplete);
-    for (std::uint64_t page = 0; page < move.pages; ++page) {
-      ASSERT_EQ(std::memcmp(move.source->address(PageNumber{page}).pointer(),
-                            move.target->address(PageNumber{page}).pointer(), page_size()),
-                0)
-          << "page " << page;
-    }
-    EXPECT_EQ(move.receiver->digest(0), move.sender->digest(0));
-  }
-  static DedupStats dedup(const Move& move) { return *move.sender->stats().dedup; }
-  void TearDown() override {
-    for (auto& each : vmd) each.end();
-  }
-
-  std::vector<Vmd> vmd;
-  std::unique_ptr<SlowDirectory> network;  // before the first server, if any
-
- private:
-  unsigned guests_ = 0;
-};
+class DedupScatter : public DedupRig {};
 
 TEST_F(DedupScatter, ASecondGuestSendsWhatIsThereAlreadyAsReferences) {
   servers(2);
@@ -219,6 +86,31 @@ TEST_F(DedupScatter, WithReplicasBothHoldersShare) {
   vmd[1].end();
   expect_arrived(*first);
   expect_arrived(*second);
+}
+
+// A server has but so many connections for an image, so a chain is not made for a reference's sake.
+TEST_F(DedupScatter, APairOfHoldersThatIsNoChainIsNotReferredTo) {
+  servers(5);
+  const auto content = [](std::uint64_t page) { return page + 1; };
+  auto first = guest(2048, content, 1, 2);
+  evict(*first);
+  const auto with = [&](std::vector<std::size_t> order) {
+    auto move = prepare(2048, content, {.replicas = 2, .order = std::move(order)});
+    move->sender->queue_populated();
+    switch_over(*move);
+    evict(*move);
+    return move;
+  };
+  // The other way round they are chains as well.
+  auto reversed = with({4, 3, 2, 1, 0});
+  EXPECT_GT(dedup(*reversed).pages, 0u);
+  // Whoever is next to each other in those lists is not in this one.
+  auto apart = with({0, 2, 4, 1, 3});
+  EXPECT_EQ(dedup(*apart).pages, 0u);
+  EXPECT_EQ(dedup(*apart).refused, 0u);
+  expect_arrived(*first);
+  expect_arrived(*apart);
+  expect_arrived(*reversed);
 }
 
 TEST_F(DedupScatter, AServerThatEndsTakesItsReferencesAlongAndTheyGoAgain) {

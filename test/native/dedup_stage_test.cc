@@ -102,6 +102,56 @@ class DedupStage : public testing::Test {
   std::unique_ptr<StageClient> prober_a;
 };
 
+// In rounds a page comes again and again. What others have of it is what it was when they referred to it.
+TEST_F(DedupStage, APageThatIsSentAgainIsNobodyElsesMatter) {
+  const auto bytes = store_some();
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  ASSERT_TRUE(source_b->barrier(1).refused.empty());
+  // Plainly, as zeros, as a reference to something else, torn.
+  const auto newer = random_pages(8, 9);
+  ASSERT_TRUE(source_a->pages(0, 0, newer, kHere));
+  ASSERT_TRUE(source_a->zeros(0, 8, 2, kHere));
+  const std::vector<wire::ContentHash> all = contents(bytes);
+  ASSERT_TRUE(refer(*source_a, 10, {all[0], all[1]}));
+  ASSERT_TRUE(source_a->barrier(2).acknowledged);
+  ImageOracle oracle_b{{kPages}};
+  oracle_b.content(0, 0, bytes);
+  oracle_b.check(*bench.gather(b));
+  ImageOracle oracle_a{{kPages}};
+  oracle_a.content(0, 0, newer);
+  oracle_a.zeros(0, 8, 2);
+  const std::size_t size = system_page_size();
+  // The first two pages of what it had are only b's by now.
+  const auto here = std::span<const std::byte>(bytes);
+  oracle_a.content(0, 10, here.first(2 * size));
+  oracle_a.content(0, 12, here.subspan(12 * size));
+  const auto gather_a = bench.gather(a);
+  oracle_a.check(*gather_a);
+  // And the other way round.
+  ASSERT_TRUE(source_b->pages(0, 0, random_pages(16, 10), kHere));
+  ASSERT_TRUE(source_b->barrier(2).acknowledged);
+  oracle_a.check(*gather_a);
+}
+
+// What is parked does not change any more, so all of it can be shared; it goes when its last owner does.
+TEST_F(DedupStage, ASealedImageIsSharedAndOutlived) {
+  const auto bytes = store_some();
+  ASSERT_TRUE(bench.stage->seal(a));
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 3, contents(bytes)));
+  EXPECT_TRUE(source_b->barrier(1).refused.empty());
+  ASSERT_TRUE(bench.stage->drop(a));
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 3, bytes);
+  oracle.check(*bench.gather(b));
+  // Somebody else still finds it there.
+  make(a, 1);
+  const auto again = bench.scatter(a);
+  ASSERT_TRUE(refer(*again, 0, contents(bytes)));
+  EXPECT_TRUE(again->barrier(1).refused.empty());
+}
+
 TEST_F(DedupStage, AReferenceIsAPageOfItsOwn) {
   const auto bytes = store_some();
   const auto free_before = bench.stage->stats().free_bytes;
@@ -225,6 +275,8 @@ TEST_F(DedupStage, ALieAboutANameCostsATransferAndNoPage) {
 TEST_F(DedupStage, AnotherDomainNeitherAsksNorRefers) {
   const auto bytes = store_some();
   ASSERT_TRUE(say_held(*prober_a, {bench.stage->identity(), 0}, names(bytes)));
+  // That is not answered; what is asked behind it on the same connection is.
+  (void)probe(*prober_a, names(bytes));
   const auto mine = prober(b);
   for (const auto& each : probe(*mine, names(bytes)))
     EXPECT_EQ(each, (KnownHolders{bench.stage->identity(), 0}));

@@ -233,6 +233,16 @@ inline Schedule Schedule::of(std::uint64_t seed) {
     guest.compress = static_cast<wire::Compress>(below(4));
     guest.delta_cache = one_in(2) ? 4096 * number(1, 600) : 0;
   }
+  // Last, so that a seed's schedule is otherwise what it was before rounds and parks were deduplicated.
+  if (made.way == Way::kScatterPreCopy || made.way == Way::kPark) {
+    made.dedup = one_in(2);
+    for (Guest& guest : made.guests) {
+      if (!made.dedup || one_in(4)) continue;
+      guest.send_limit = 1ULL << number(20, 23);
+      guest.intake_limit = 1ULL << number(16, 19);
+      guest.hurry_ms = number(100, 500);
+    }
+  }
   return made;
 }
 

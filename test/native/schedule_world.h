@@ -15,31 +15,13 @@
 #include <vector>
 
 #include "faulty_server.h"
+#include "sanitized.h"
 #include "scatter_guest.h"
 #include "schedule.h"
 #include "transfer/receiver.h"
 #include "transfer/sender.h"
 
-#ifdef __has_feature
-#define MEMFERRY_TEST_HAS(feature) __has_feature(feature)
-#else
-#define MEMFERRY_TEST_HAS(feature) 0
-#endif
-#if defined(__SANITIZE_THREAD__) || MEMFERRY_TEST_HAS(thread_sanitizer)
-#define MEMFERRY_TEST_THREADS_CHECKED true
-#else
-#define MEMFERRY_TEST_THREADS_CHECKED false
-#endif
-#if defined(__SANITIZE_ADDRESS__) || MEMFERRY_TEST_HAS(address_sanitizer)
-#define MEMFERRY_TEST_ADDRESSES_CHECKED true
-#else
-#define MEMFERRY_TEST_ADDRESSES_CHECKED false
-#endif
-
 namespace memferry::test {
-
-inline constexpr bool kThreadsChecked = MEMFERRY_TEST_THREADS_CHECKED;
-inline constexpr bool kSanitized = kThreadsChecked || MEMFERRY_TEST_ADDRESSES_CHECKED;
 
 class ScheduleWorld {
  public:

@@ -1,5 +1,5 @@
 // A VMD server's neighbour that passes everything on but for what sources ask of a directory: to that it answers a byte
-// at a time, slowly, with what could become an answer.
+// at a time, slowly, with what could become an answer; or it passes the answers on, late.
 #pragma once
 
 #include <poll.h>
@@ -11,6 +11,7 @@
 #include <mutex>
 #include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "wire/frame.h"
@@ -23,8 +24,10 @@ class SlowDirectory {
  public:
   static constexpr std::chrono::milliseconds kEveryByte{700};
 
-  explicit SlowDirectory(std::uint16_t behind)
+  // `late`: by so much; 0: a byte at a time.
+  explicit SlowDirectory(std::uint16_t behind, std::chrono::milliseconds late = {})
       : behind_(behind),
+        late_(late),
         listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
         port_(wire::SocketAddress::local(listening_.get()).port()),
         acceptor_([this] { accept(); }) {}
@@ -39,6 +42,8 @@ class SlowDirectory {
   [[nodiscard]] std::uint16_t port() const { return port_; }
   // Connections on which something was asked.
   [[nodiscard]] unsigned asked() const { return asked_; }
+  // Late ones, passed on.
+  [[nodiscard]] unsigned answered() const { return answered_; }
 
  private:
   static constexpr int kTickMs = 20;
@@ -68,14 +73,19 @@ class SlowDirectory {
         !server.send_all(std::span<const std::byte>(hello_bytes)).done())
       return;
     if (hello.channel != static_cast<std::uint16_t>(wire::StageRole::kProbe)) {
-      pass_on(client, server);
+      pass_on(client, server, {});
+      return;
+    }
+    if (late_.count() > 0) {
+      pass_on(client, server, late_);
       return;
     }
     if (server.recv_exact(reply_bytes).done() &&
         client.send_all(std::span<const std::byte>(reply_bytes)).done())
       trickle(client);
   }
-  void pass_on(wire::Stream& client, wire::Stream& server) const {
+  void pass_on(wire::Stream& client, wire::Stream& server, std::chrono::milliseconds late) {
+    bool greeted = false;
     std::vector<std::byte> piece(64 * 1024);
     const auto pass = [&](wire::Stream& from, wire::Stream& to) {
       std::size_t got = 0;
@@ -86,7 +96,10 @@ class SlowDirectory {
       std::array<pollfd, 2> polled{{{client.fd(), POLLIN, 0}, {server.fd(), POLLIN, 0}}};
       ::poll(polled.data(), polled.size(), kTickMs);
       if (polled[0].revents != 0 && !pass(client, server)) return;
-      if (polled[1].revents != 0 && !pass(server, client)) return;
+      if (polled[1].revents == 0) continue;
+      if (greeted && late.count() > 0) std::this_thread::sleep_for(late);
+      if (!pass(server, client)) return;
+      if (std::exchange(greeted, true) && late.count() > 0) ++answered_;
     }
   }
   void trickle(wire::Stream& client) {
@@ -110,10 +123,12 @@ class SlowDirectory {
   }
 
   const std::uint16_t behind_;
+  const std::chrono::milliseconds late_;
   const UniqueFd listening_;
   const std::uint16_t port_;
   std::atomic<bool> stopping_{false};
   std::atomic<unsigned> asked_{0};
+  std::atomic<unsigned> answered_{0};
   std::vector<std::thread> threads_;  // the acceptor's own
   std::thread acceptor_;
 };

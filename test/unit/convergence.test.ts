@@ -35,7 +35,7 @@ function migrate(
       guest.regionPages,
       Math.round(guest.dirtied(durationMs, history.length)),
     );
-    history.push({ pagesSent: pages, bytes, durationMs, dirtyPagesAfter });
+    history.push({ pagesSent: pages, pagesDeduplicated: 0, bytes, durationMs, dirtyPagesAfter });
     pages = dirtyPagesAfter;
   }
 }
@@ -158,7 +158,9 @@ describe('decideRound', () => {
   });
 
   it('counts the fixed cost and a throughput that the caller knows', () => {
-    const history = [{ pagesSent: 1000, bytes: 4096e3, durationMs: 40.96, dirtyPagesAfter: 1000 }];
+    const history = [
+      { pagesSent: 1000, pagesDeduplicated: 0, bytes: 4096e3, durationMs: 40.96, dirtyPagesAfter: 1000 },
+    ];
     const base = { history, pageSize, downtimeLimitMs: 45, maxRounds: 30 };
     expect(decideRound(base)).toMatchObject({ action: 'switch-over' });
     expect(decideRound(base).expectedDowntimeMs).toBeCloseTo(40.96, 6);
@@ -168,15 +170,37 @@ describe('decideRound', () => {
     expect(halved.expectedDowntimeMs).toBeCloseTo(81.92, 6);
   });
 
+  it('counts references as the pages that they stand for, unless the link is known', () => {
+    const references = {
+      pagesSent: 0,
+      pagesDeduplicated: 10_000,
+      bytes: 400_000,
+      durationMs: 100,
+      dirtyPagesAfter: 1000,
+    };
+    const base = { history: [references], pageSize, downtimeLimitMs: 20, maxRounds: 30 };
+    expect(decideRound(base)).toMatchObject({ action: 'switch-over', throughputBytesPerSecond: 409.6e6 });
+    // What the last pages take is another matter.
+    const known = decideRound({ ...base, throughputBytesPerSecond: 100e6 });
+    expect(known.action).toBe('another-round');
+    expect(known.expectedDowntimeMs).toBeCloseTo(40.96, 6);
+  });
+
   it('promises nothing from rounds in which only zeros went out', () => {
-    const zeros = { pagesSent: 262144, bytes: 0, durationMs: 10, dirtyPagesAfter: 10 };
+    const zeros = { pagesSent: 262144, pagesDeduplicated: 0, bytes: 0, durationMs: 10, dirtyPagesAfter: 10 };
     const decision = decideRound({ history: [zeros], pageSize, downtimeLimitMs: 300, maxRounds: 30 });
     expect(decision).toMatchObject({ action: 'another-round', throughputBytesPerSecond: null });
     expect(decision.expectedDowntimeMs).toBe(Number.POSITIVE_INFINITY);
   });
 
   it('takes any page size', () => {
-    const round = { pagesSent: 64, bytes: 64 * 65536, durationMs: 42, dirtyPagesAfter: 32 };
+    const round = {
+      pagesSent: 64,
+      pagesDeduplicated: 0,
+      bytes: 64 * 65536,
+      durationMs: 42,
+      dirtyPagesAfter: 32,
+    };
     const decision = decideRound({ history: [round], pageSize: 65536, downtimeLimitMs: 22, maxRounds: 30 });
     expect(decision.action).toBe('switch-over');
     expect(decision.expectedDowntimeMs).toBeCloseTo(21, 6);

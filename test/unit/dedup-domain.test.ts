@@ -3,7 +3,7 @@ import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { dedupOption } from '../../src/cli/send.js';
+import { dedupOption } from '../../src/cli/leaving-guest.js';
 import { resolveMigrateOptions, resolveParkOptions } from '../../src/options.js';
 import { dedupDomainKey, domainKey } from '../../src/source/dedup-domain.js';
 import { dedupReport } from '../../src/source/dedup-report.js';
@@ -98,17 +98,18 @@ describe('the option', () => {
     expect(resolveMigrateOptions({ to, mode: 'scatter' }).dedup).toBe(false);
   });
 
-  it('is for modes that push through servers', () => {
-    for (const mode of ['scatter', 'scatter-hybrid'] as const) {
+  it('is for modes with servers, and parks', () => {
+    for (const mode of ['scatter', 'scatter-hybrid', 'scatter-pre-copy'] as const) {
       expect(resolveMigrateOptions({ to, mode, dedup: true }).dedup).toBe(true);
       expect(resolveMigrateOptions({ to, mode, dedup: { domain: 'web' } }).dedup).toEqual({ domain: 'web' });
     }
-    for (const mode of ['hybrid', 'pre-copy', 'post-copy', 'stop-and-copy', 'scatter-pre-copy'] as const) {
+    for (const mode of ['hybrid', 'pre-copy', 'post-copy', 'stop-and-copy'] as const) {
       expect(() => resolveMigrateOptions({ to, mode, dedup: true })).toThrow(
         expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
       );
     }
-    expect(() => resolveParkOptions({ dedup: true } as never)).toThrow(/a park has none/);
+    expect(resolveParkOptions({ dedup: { domain: 'web' } }).dedup).toEqual({ domain: 'web' });
+    expect(resolveParkOptions({}).dedup).toBe(false);
     for (const dedup of [{}, { domain: '' }, { domain: 'a', key: 'x' }, 'web', 1]) {
       expect(() => resolveMigrateOptions({ to, mode: 'scatter', dedup: dedup as never })).toThrow(
         expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
@@ -129,7 +130,15 @@ describe('the option', () => {
 });
 
 describe('the report', () => {
-  const stats = { pages: 10, refused: 1, examined: 30, probes: 20, overheadBytes: 1000, hashMs: 2.5 };
+  const stats = {
+    pages: 10,
+    refused: 1,
+    examined: 30,
+    probes: 20,
+    overheadBytes: 1000,
+    hashMs: 2.5,
+    linkBytesPerSecond: null,
+  };
 
   it('takes off what was said', () => {
     expect(dedupReport(stats, 4096)).toEqual({

@@ -3,12 +3,14 @@
  * alike, through one intermediary, with and without deduplication: bytes on the wire, and eviction of the gang. And
  * guests with nothing alike, where deduplication may cost next to nothing. The destination takes in so little by itself
  * that the guests go through the VMD, where pages of several guests meet.
+ *
+ * Beside it pre-copy, which the paper's deduplication makes worse: the same guests in rounds, with and without.
  */
 import { median } from '../../support/statistics.js';
 import { colours, type Series } from '../chart.js';
 import type { FigureModule } from '../figure.js';
 import type { GuestSpec } from '../guests.js';
-import { inTurns, type Outcome, runMigration } from '../migrations.js';
+import { boundedRounds, inTurns, type MigrationMode, type Outcome, runMigration } from '../migrations.js';
 import { paperNumbers } from '../paper-numbers.js';
 import { atMost, type Check, quotient, Samples } from '../result.js';
 import type { Rig } from '../rig.js';
@@ -19,8 +21,13 @@ type Content = keyof typeof contents;
 const variants = ['without', 'with'] as const;
 const busyBytesPerSecond = 10e6;
 const slow = { bandwidth: 2e6, gatherLimit: 8e6 };
-const series = (content: Content, variant: (typeof variants)[number]): string =>
-  `scatter ${variant} deduplication, ${content}`;
+/** What a destination takes over is whole, so it gathers as fast as it can; directly it takes in as little. */
+const slowDirectly = { bandwidth: slow.bandwidth };
+/** Modes in rounds to the end. Where direct modes take `dedup`, 'pre-copy' belongs here too. */
+const preCopyModes: readonly MigrationMode[] = ['scatter-pre-copy'];
+const measuredModes: readonly MigrationMode[] = ['scatter', ...preCopyModes];
+const series = (mode: MigrationMode, content: Content, variant: (typeof variants)[number]): string =>
+  `${mode} ${variant} deduplication, ${content}`;
 
 /** What no deduplication can do without: every content once. */
 function distinctBytes(guestBytes: number, count: number, content: Content): number {
@@ -36,10 +43,13 @@ async function measure(
   const samples = new Samples();
   const lines: number[] = [];
   const saved: string[] = [];
+  const measurements = measuredModes.flatMap((mode) =>
+    (Object.keys(contents) as Content[]).map((content) => ({ mode, content })),
+  );
   for (let round = 0; round < rig.options.trials; round++) {
     lines.push(await rig.goodput());
     for (const count of inTurns(counts, round)) {
-      for (const content of Object.keys(contents) as Content[]) {
+      for (const { mode, content } of measurements) {
         for (const variant of inTurns(variants, round)) {
           const guest: GuestSpec = {
             kind: 'busy',
@@ -48,20 +58,31 @@ async function measure(
             port: 0,
             alike: contents[content],
           };
-          const migrate = variant === 'with' ? { dedup: { domain: 'figure 13' } } : {};
-          const plan = { mode: 'scatter' as const, guest, count, verify: round === 0, migrate, listen: slow };
-          const outcome = await runMigration(rig, plan);
+          const paging = mode === 'scatter';
+          const migrate = {
+            ...(variant === 'with' ? { dedup: { domain: 'figure 13' } } : {}),
+            ...(paging ? {} : boundedRounds),
+          };
+          const listen = paging ? slow : mode === 'scatter-pre-copy' ? slowDirectly : {};
+          const outcome = await runMigration(rig, {
+            mode,
+            guest,
+            count,
+            verify: round === 0,
+            migrate,
+            listen,
+          });
           if (outcome === null) continue;
-          add(samples, series(content, variant), count, outcome);
+          add(samples, series(mode, content, variant), count, outcome);
           const seconds = (outcome.evictionMs / 1000).toFixed(2);
           const mib = (outcome.bytesOnWire / 2 ** 20).toFixed(0);
           const distinct = (distinctBytes(guestBytes, count, content) / 2 ** 20).toFixed(0);
           rig.tell(
-            `${count} guests, ${content}, ${variant}: ${mib} MiB (distinct ${distinct}), evicted after ${seconds} s, ` +
+            `${count} guests, ${mode}, ${content}, ${variant}: ${mib} MiB (distinct ${distinct}), evicted after ${seconds} s, ` +
               `${outcome.dedupCpuMs.toFixed(0)} ms of hashing`,
           );
           if (variant === 'with' && round === 0)
-            saved.push(`${count} guests, ${content}: ${outcome.dedupCpuMs.toFixed(0)} ms`);
+            saved.push(`${count} guests, ${mode}, ${content}: ${outcome.dedupCpuMs.toFixed(0)} ms`);
         }
       }
     }
@@ -86,7 +107,7 @@ export const figures: FigureModule = {
     const guestBytes = rig.options.guestBytes / 4;
     const points = samples.points((x) => (Number(x) * guestBytes) / lineRate);
     const of = (content: Content, variant: (typeof variants)[number], measured: string, count: number) =>
-      samples.median(series(content, variant), measured, count);
+      samples.median(series('scatter', content, variant), measured, count);
     const bytesChecks: Check[] = [];
     const evictionChecks: Check[] = [];
     for (const count of counts) {
@@ -114,6 +135,20 @@ export const figures: FigureModule = {
           'that without',
         ),
       );
+      for (const mode of preCopyModes) {
+        for (const content of Object.keys(contents) as Content[]) {
+          const eviction = (variant: (typeof variants)[number]) =>
+            samples.median(series(mode, content, variant), 'eviction', count);
+          evictionChecks.push(
+            atMost(
+              `${count} guests, ${content}: ${mode} with deduplication`,
+              quotient(eviction('with'), eviction('without')),
+              1.02,
+              "that without (the paper's gets worse)",
+            ),
+          );
+        }
+      }
     }
     const chart = (name: string, measured: string, yLabel: string, title: string) => ({
       name,
@@ -122,19 +157,21 @@ export const figures: FigureModule = {
       xLabel: 'guests',
       yLabel,
       xTicks: counts.map((at) => ({ at, label: String(at) })),
-      series: (Object.keys(contents) as Content[]).flatMap((content) =>
-        variants.map(
-          (variant): Series => ({
-            name: series(content, variant),
-            from: 'here',
-            colour: variant === 'with' ? colours.scatter : `${colours.scatter}80`,
-            plain: content === 'nothing alike',
-            points: points.flatMap(({ series: own, measure: what, x, value }) =>
-              own === series(content, variant) && what === measured && value !== null
-                ? [[Number(x), value] as [number, number]]
-                : [],
-            ),
-          }),
+      series: measuredModes.flatMap((mode) =>
+        (Object.keys(contents) as Content[]).flatMap((content) =>
+          variants.map(
+            (variant): Series => ({
+              name: series(mode, content, variant),
+              from: 'here',
+              colour: `${mode === 'scatter' ? colours.scatter : colours['pre-copy']}${variant === 'with' ? '' : '80'}`,
+              plain: content === 'nothing alike',
+              points: points.flatMap(({ series: own, measure: what, x, value }) =>
+                own === series(mode, content, variant) && what === measured && value !== null
+                  ? [[Number(x), value] as [number, number]]
+                  : [],
+              ),
+            }),
+          ),
         ),
       ),
     });
