@@ -88,7 +88,7 @@ export interface NativeEvent {
   lost: NativeRun[];
 }
 
-/** A VMD server of a migration, with this side's tokens for it: [attempt * 5 + role], 32 bytes each. */
+/** A VMD server of a migration, with this side's tokens for it: [attempt * 6 + role], 32 bytes each. */
 export interface NativeStageServer {
   name: string;
   host: string;
@@ -326,6 +326,10 @@ export interface NativeStageStats {
   sharedPages: number;
   /** Of the memory: what is known of contents by their names. */
   hintBytes: number;
+  members: number;
+  popularNames: number;
+  /** Their room counts as free. */
+  popularPages: number;
 }
 
 /**
@@ -348,7 +352,9 @@ export interface NativeStage {
     ordinal: number,
     domainKey: Uint8Array | null,
   ): boolean;
-  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 5 + role], 32 bytes each, at most 64 attempts. */
+  /** A membership of a domain (32 bytes), with sessions as an image; false: too many domains. `guest`: 16 bytes. */
+  join(member: Uint8Array, domainKey: Uint8Array, guest: Uint8Array | null): boolean;
+  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 6 + role], 32 bytes each, at most 64 attempts. */
   addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
   /** Ends its connections too. */
   removeSession(image: Uint8Array, session: number): boolean;
@@ -366,6 +372,93 @@ export interface NativeStage {
   whole(image: Uint8Array, regionPages: number[]): boolean | null;
   stats(): NativeStageStats;
   /** Twice is fine. */
+  close(): void;
+}
+
+export interface NativeStageConfig {
+  /** At least 16 MiB. */
+  memoryBytes: number;
+  /** Bytes a second in each direction over all images, 0 for none. */
+  bandwidth: number;
+  /** One in so many slots may hold popular pages, 8 without it; 0: none. */
+  popularShare?: number;
+  popularPeriodMs?: number;
+}
+
+/** A directory server, and a membership there (16 bytes); `identity` is not null. */
+export interface NativeDirectory extends NativeStageServer {
+  member: Uint8Array;
+}
+
+export interface NativeSamplerConfig {
+  regions: NativeRegion[];
+  domainKey: Uint8Array;
+  /** Of one core: above 0, at most 1. */
+  cpuShare: number;
+  passIntervalMs: number;
+  mostPages: number;
+}
+
+export interface NativeSamplerStats {
+  passes: number;
+  pagesHashed: number;
+  pagesZero: number;
+  pagesReported: number;
+  pagesWanted: number;
+  pagesGiven: number;
+  lookedAway: number;
+  cpuMs: number;
+  memoryBytes: number;
+  bytesOnWire: number;
+  /** One for each directory that was set last: its connection is lost. */
+  lost: boolean[];
+}
+
+/** Samples from its making on; see native/share/page_sampler.h. */
+export interface NativeSampler {
+  setDirectories(directories: NativeDirectory[]): void;
+  stats(): NativeSamplerStats;
+  close(): void;
+}
+
+export interface NativeShareStats {
+  pages: number;
+  bytesUsed: number;
+  budgetBytes: number;
+  /** Of this process, for the index. */
+  memoryBytes: number;
+  inserted: number;
+  evicted: number;
+}
+
+/** See native/share/page_share.h. */
+export interface NativeShare {
+  setBudget(bytes: number): void;
+  stats(): NativeShareStats;
+  close(): void;
+}
+
+export interface NativeSpreaderConfig {
+  share: NativeShare;
+  intervalMs: number;
+  /** Bytes a second; 0 for no limit. */
+  bandwidth: number;
+}
+
+export interface NativeSpreaderStats {
+  rounds: number;
+  pagesPopular: number;
+  pagesHeld: number;
+  pagesFetched: number;
+  pagesRefused: number;
+  bytesOnWire: number;
+  lost: boolean[];
+}
+
+/** See native/spread/page_spreader.h. */
+export interface NativeSpreader {
+  setDirectories(directories: NativeDirectory[]): void;
+  stats(): NativeSpreaderStats;
   close(): void;
 }
 
@@ -413,8 +506,12 @@ export interface NativeAddon {
     port: number,
     onControl: (fd: number, peerAddress: string) => void,
   ): NativeListener;
-  /** `memoryBytes`: at least 16 MiB. `bandwidth`: bytes a second in each direction over all images, 0 for none. */
-  createStage(config: { memoryBytes: number; bandwidth: number }): NativeStage;
+  createStage(config: NativeStageConfig): NativeStage;
+
+  createSampler(config: NativeSamplerConfig): NativeSampler;
+  /** Throws with code SHARE_BUSY (somebody else writes it), SHARE_FOREIGN (it is something else). */
+  openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare;
+  createSpreader(config: NativeSpreaderConfig): NativeSpreader;
 
   /**
    * Closes every sender, receiver, listener and stage of this environment: missing pages are poisoned and whoever

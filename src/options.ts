@@ -205,6 +205,13 @@ const stageSchema = z.strictObject({
     .nullable()
     .default(null),
   maxImages: z.number().int().min(1).max(256).default(256),
+  /**
+   * Page distribution: how much of the memory may hold pages that many guests have, 0 to 0.5. Images get that room when
+   * they need it.
+   */
+  popularShare: z.number().min(0).max(0.5).default(0.125),
+  /** Page distribution: what a guest has not reported for so long no longer counts after as long again, in ms. */
+  popularHalfLifeMs: milliseconds.min(100).default(600_000),
   /** Execution state of one parked guest, in bytes. */
   maxStateBytes: bytes.default(64 * 2 ** 20),
   /** A park that is READY: how long to wait for GRANT before it is refused for good, in ms. */
@@ -212,6 +219,51 @@ const stageSchema = z.strictObject({
   /** How long a claim that was not granted outlives its claimant's connection, in ms. */
   claimLeaseMs: milliseconds.default(10_000),
 });
+
+const directoriesShape = {
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  plaintext: connectionShape.plaintext,
+  peerTimeoutMs: connectionShape.peerTimeoutMs,
+  /** Of the VMD servers (`memferry stage`) that count the domain's pages: `host:port` each, the same for all its hosts. */
+  via: z.array(z.string().min(1)).min(1).max(64),
+  /** Whose pages these are: guests and hosts of other domains learn nothing of them. */
+  domain: dedupSchema,
+  connectTimeoutMs: milliseconds.default(5_000),
+  signal: z.instanceof(AbortSignal).optional(),
+};
+
+const sampleSchema = z.strictObject({
+  ...directoriesShape,
+  /** How much of one core it takes at most, by CPU time. */
+  cpuShare: z.number().positive().max(1).default(0.01),
+  /** From the start of a pass over the guest's memory to the next one's, at least, in ms. */
+  passIntervalMs: milliseconds.default(10_000),
+  /** Pages whose hashes are remembered, 8 bytes each; what is beyond is not sampled. */
+  maxPages: z
+    .number()
+    .int()
+    .min(512)
+    .max(2 ** 31)
+    .default(4 * 2 ** 20),
+});
+export type SampleOptions = z.input<typeof sampleSchema>;
+export type ResolvedSampleOptions = z.output<typeof sampleSchema>;
+
+const distributeSchema = z.strictObject({
+  ...directoriesShape,
+  /** From the end of a round to the next one, in ms. */
+  intervalMs: milliseconds.max(24 * 3600 * 1000).default(30_000),
+  /** Bytes a second that fetching pages takes; 0 for no limit. */
+  bandwidth: bytes.default(0),
+});
+export type DistributeOptions = z.input<typeof distributeSchema>;
+export type ResolvedDistributeOptions = z.output<typeof distributeSchema>;
+/** What both have. */
+export type ResolvedDirectoriesOptions = Pick<
+  ResolvedSampleOptions,
+  'secret' | 'secretFile' | 'plaintext' | 'peerTimeoutMs' | 'via' | 'domain' | 'connectTimeoutMs'
+>;
 
 /** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
 export type ParkOptions = Omit<
@@ -380,5 +432,17 @@ export function resolveListenOptions(options: ListenOptions): ResolvedListenOpti
 export function resolveStageOptions(options: StageOptions): ResolvedStageOptions {
   const parsed = parse(stageSchema, options, 'stage');
   if (parsed.announce !== null) parseAddress(parsed.announce);
+  return parsed;
+}
+
+export function resolveSampleOptions(options: SampleOptions): ResolvedSampleOptions {
+  const parsed = parse(sampleSchema, options, 'sampleGuest');
+  for (const address of parsed.via) parseAddress(address);
+  return parsed;
+}
+
+export function resolveDistributeOptions(options: DistributeOptions): ResolvedDistributeOptions {
+  const parsed = parse(distributeSchema, options, 'distribute');
+  for (const address of parsed.via) parseAddress(address);
   return parsed;
 }

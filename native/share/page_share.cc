@@ -253,6 +253,16 @@ bool PageShare::remove(const ContentDigest& digest) {
   return slot.has_value();
 }
 
+std::vector<ContentDigest> PageShare::digests() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<ContentDigest> all;
+  all.reserve(slots_.size());
+  for (std::uint32_t slot = 0; slot < slots_.end(); ++slot) {
+    if (slots_.in_use(slot)) all.push_back(slots_[slot].digest);
+  }
+  return all;
+}
+
 void PageShare::set_budget(std::uint64_t bytes) {
   const std::lock_guard lock(mutex_);
   budget_ = bytes;

@@ -65,6 +65,8 @@ class PageShare {
   // False where it is not there.
   bool set_score(const ContentDigest& digest, double score);
   bool remove(const ContentDigest& digest);
+  // Of everything that is there, in no order.
+  [[nodiscard]] std::vector<ContentDigest> digests() const;
   // Gives back what is above it.
   void set_budget(std::uint64_t bytes);
   // Looks at the next so many pages, round and round, and drops what is not as the index says. True while some of those

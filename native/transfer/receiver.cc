@@ -28,6 +28,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
+    arrivals.push_back(std::make_unique<RegionArrival>(region));
     backings.push_back(backing_of(*region));
     const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
     maps.push_back(
@@ -133,6 +134,7 @@ void Receiver::Impl::close() {
     // One that was attached while closing began was taken by nobody; a closed receiver may be kept for long.
     for (const auto& channel : channels) channel->next = channel->current = nullptr;
     released.swap(users);
+    arrivals.clear();
     changed.notify_all();
   }
 }

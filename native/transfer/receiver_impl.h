@@ -166,6 +166,7 @@ struct Receiver::Impl {
 
   const ReceiverConfig config;
   std::vector<std::unique_ptr<Region::User>> users;
+  std::vector<std::unique_ptr<RegionArrival>> arrivals;  // until close(): nobody samples what is not all here
   std::vector<std::unique_ptr<ArrivalMap>> maps;
   std::vector<Backing> backings;
   std::unique_ptr<Pager> pager;  // when it may page

@@ -12,7 +12,9 @@ import {
   modes,
   type NonConvergence,
   nonConvergenceChoices,
+  type SampleOptions,
 } from '../options.js';
+import { sampleGuest } from '../share/sampling.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, DedupReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
@@ -26,6 +28,7 @@ import {
   serverOptions,
   startGuest,
 } from './leaving-guest.js';
+import { connectionOptions } from './connection-flags.js';
 import { LiveProgress } from './live-progress.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
@@ -46,6 +49,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   dedup?: boolean;
   dedupDomain?: string;
   dedupSecretFile?: string;
+  sample?: boolean;
   leaveWhenEvicted?: boolean;
   useBase?: 'auto' | 'always' | 'off';
   replay?: string;
@@ -89,6 +93,10 @@ export function addSend(program: Command): void {
     .option('--dedup', 'scatter modes: pages that the servers hold already go as references')
     .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
     .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
+    .option(
+      '--sample',
+      'until it moves: tell the servers of --via in the background which pages it keeps, for --dedup-domain',
+    )
     .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
     .addOption(
       new Option('--use-base <choice>', 'a base that the destination has: compare with it').choices([
@@ -114,7 +122,10 @@ async function send(flags: SendFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
-  await using guest = await startGuest(flags, 'moves', output, signal);
+  const sampled = sampleOptions(flags);
+  await using guest = await startGuest(flags, 'moves', output, signal, async (started) =>
+    sampled ? await sampleGuest(started, sampled) : null,
+  );
   const report = await move(guest, flags, output, signal);
   output.result(describeReport(report, flags.to), { type: 'report', ...report });
 }
@@ -166,6 +177,22 @@ async function readReplay(file: string): Promise<Buffer> {
   } catch (cause) {
     throw memferryError('INVALID_ARGUMENT', `--replay: ${file} cannot be read`, { cause });
   }
+}
+
+/** Pure: null without --sample. */
+export function sampleOptions(
+  flags: Pick<SendFlags, 'sample' | 'via' | 'dedupDomain' | 'dedupSecretFile' | 'secretFile' | 'plaintext'>,
+): SampleOptions | null {
+  const { sample, via, dedupDomain: domain, dedupSecretFile: secretFile } = flags;
+  if (!sample) return null;
+  if (!via?.length || domain === undefined) {
+    throw new MemferryError('INVALID_ARGUMENT', '--sample needs --via and --dedup-domain');
+  }
+  return {
+    ...connectionOptions(flags),
+    via,
+    domain: secretFile === undefined ? { domain } : { domain, secretFile },
+  };
 }
 
 /** Pure: a domain means deduplication, with or without the flag itself. */

@@ -78,6 +78,9 @@ const status: StageStatus = {
   bytesOut: 2,
   sharedPages: 4,
   hintBytes: 4096,
+  members: 2,
+  popularNames: 100,
+  popularPages: 7,
   uptimeMs: 90_500.25,
   held: [
     {
@@ -241,10 +244,10 @@ describe("an image's secret", () => {
     const tokens = stageTokens(key, id, 0x0102, 0b0110);
     expect(tokens).toHaveLength(64 * 5 * 32);
     const at = (attempt: number, role: number) =>
-      Buffer.from(tokens.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
+      Buffer.from(tokens.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
     const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 5);
     const expected = (attempt: number, role: number) =>
-      Buffer.from(stream.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
+      Buffer.from(stream.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
     for (const attempt of [0, 1, 63]) {
       expect(at(attempt, 1)).toEqual(expected(attempt, 1));
       expect(at(attempt, 2)).toEqual(expected(attempt, 2));

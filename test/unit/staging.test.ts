@@ -510,6 +510,6 @@ function rest<T extends { secret: Uint8Array; domainKey: Uint8Array | null }>({
 }
 
 function tokenOf(table: Uint8Array | undefined, attempt: number, role: number): Buffer {
-  const at = (attempt * 5 + role) * 32;
+  const at = (attempt * 6 + role) * 32;
   return Buffer.from((table as Uint8Array).subarray(at, at + 32));
 }
