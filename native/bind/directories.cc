@@ -12,7 +12,8 @@ std::vector<Directory> directories_of(const Napi::Value& value) {
   for (std::uint32_t i = 0; i < array.Length(); ++i) {
     if (servers[i].identity == 0) throw std::invalid_argument("directory.identity: none");
     const Napi::Value member = object_of(array.Get(i), "directory").Get("member");
-    directories.push_back({std::move(servers[i]), fixed_bytes_of<sizeof(ImageId)>(member, "directory.member")});
+    directories.push_back(
+        {std::move(servers[i]), fixed_bytes_of<sizeof(ImageId)>(member, "directory.member")});
   }
   return directories;
 }

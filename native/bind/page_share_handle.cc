@@ -31,10 +31,9 @@ Napi::Value PageShareHandle::open(const Napi::CallbackInfo& info) {
 PageShareHandle::PageShareHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<PageShareHandle>(info) {
   guarded(info.Env(), [&] {
     const Napi::Object config = object_of(info[0], "config");
-    PageShare::Result opened =
-        PageShare::open(text_of(config.Get("path"), "path"),
-                        fixed_bytes_of<sizeof(ContentKey)>(config.Get("key"), "key"),
-                        count_of(config.Get("budgetBytes"), "budgetBytes"));
+    PageShare::Result opened = PageShare::open(text_of(config.Get("path"), "path"),
+                                               fixed_bytes_of<sizeof(ContentKey)>(config.Get("key"), "key"),
+                                               count_of(config.Get("budgetBytes"), "budgetBytes"));
     if (opened.outcome == PageShare::Opened::kBusy)
       throw CodedError("SHARE_BUSY", "somebody else writes this share");
     if (opened.outcome == PageShare::Opened::kForeign)

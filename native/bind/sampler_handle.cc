@@ -54,6 +54,7 @@ void SamplerHandle::shut_down() {
   if (!open_) return;
   open_ = false;
   sampler_->close();
+  reporter_->close();
 }
 
 Napi::Value SamplerHandle::set_directories(const Napi::CallbackInfo& info) {

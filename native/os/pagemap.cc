@@ -118,7 +118,8 @@ void Pagemap::read_entries(Address start, std::uint64_t bytes, std::uint64_t any
                            const std::function<void(AddressRange)>& visit) {
   const std::uint64_t page_size = system_page_size();
   constexpr std::size_t kMostEntries = 8192;
-  const std::size_t at_once = std::min<std::size_t>(kMostEntries, static_cast<std::size_t>(bytes / page_size));
+  const std::size_t at_once =
+      std::min<std::size_t>(kMostEntries, static_cast<std::size_t>(bytes / page_size));
   std::vector<std::uint64_t> entries(at_once);
   Joiner joiner(visit);
   std::uint64_t page = start.value / page_size;

@@ -162,7 +162,9 @@ class RegionUse {
 // Until it goes, the region's memory is being made here: nobody glances at it.
 class RegionArrival {
  public:
-  explicit RegionArrival(std::shared_ptr<Region> region) : region_(std::move(region)) { region_->begin_arrival(); }
+  explicit RegionArrival(std::shared_ptr<Region> region) : region_(std::move(region)) {
+    region_->begin_arrival();
+  }
   ~RegionArrival() { region_->end_arrival(); }
   RegionArrival(const RegionArrival&) = delete;
   RegionArrival& operator=(const RegionArrival&) = delete;

@@ -185,14 +185,15 @@ bool PageSampler::give(const SampledPage& sampled) {
   ++wanted_count_;
   const std::shared_ptr<Region> region = watched_[sampled.region].region.lock();
   bool same = false;
-  if (region) (void)glance(region, [&](const RegionUse&) {
-    const std::span<std::byte> part = region->contiguous({sampled.page, 1});
-    pagemap_.present(Address::of(part.data()), part.size(), [&](AddressRange) {
-      racy_copy(page_.data(), part.data(), part.size());
-      const ContentDigest digest = hasher_(page_);
-      same = std::memcmp(digest.data(), sampled.name.data(), sizeof sampled.name) == 0;
+  if (region)
+    (void)glance(region, [&](const RegionUse&) {
+      const std::span<std::byte> part = region->contiguous({sampled.page, 1});
+      pagemap_.present(Address::of(part.data()), part.size(), [&](AddressRange) {
+        racy_copy(page_.data(), part.data(), part.size());
+        const ContentDigest digest = hasher_(page_);
+        same = std::memcmp(digest.data(), sampled.name.data(), sizeof sampled.name) == 0;
+      });
     });
-  });
   if (same) {
     config_.reporter->give(sampled, page_);
     ++given_;

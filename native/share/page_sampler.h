@@ -53,9 +53,9 @@ class SampleReporter {
 struct SamplerConfig {
   std::vector<std::shared_ptr<Region>> regions;
   ContentKey key{};
-  double cpu_share = 0.01;                            // of one core
-  std::chrono::milliseconds pass_interval{10'000};    // from the start of a pass to the next one's, at least
-  std::uint64_t most_pages = 4ULL << 20;              // that are remembered
+  double cpu_share = 0.01;                          // of one core
+  std::chrono::milliseconds pass_interval{10'000};  // from the start of a pass to the next one's, at least
+  std::uint64_t most_pages = 4ULL << 20;            // that are remembered
   std::shared_ptr<SampleReporter> reporter;
 };
 

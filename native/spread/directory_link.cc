@@ -43,7 +43,8 @@ bool DirectoryLink::write(std::span<const std::byte> bytes, Clock::time_point de
   while (!bytes.empty()) {
     std::array<pollfd, 2> waiting{pollfd{stream_->fd(), POLLOUT, 0}, pollfd{cancel_fd_, POLLIN, 0}};
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
-    const int ready = ::poll(waiting.data(), waiting.size(), static_cast<int>(std::max<std::int64_t>(left.count(), 0)));
+    const int ready =
+        ::poll(waiting.data(), waiting.size(), static_cast<int>(std::max<std::int64_t>(left.count(), 0)));
     if (ready < 0 && errno == EINTR) continue;
     if (ready <= 0 || waiting[1].revents != 0) return lose("it takes nothing");
     const auto piece = bytes.first(std::min(bytes.size(), kPiece));
@@ -110,10 +111,16 @@ void DirectoryLinks::note_lost() {
   bytes_ = bytes;
 }
 
+void DirectoryLinks::clear() {
+  const std::lock_guard lock(mutex_);
+  links_.clear();
+}
+
 std::vector<bool> DirectoryLinks::lost() const {
   const std::lock_guard lock(mutex_);
   std::vector<bool> lost;
-  for (const Directory& each : wanted_) lost.push_back(std::ranges::find(lost_members_, each.member) != lost_members_.end());
+  for (const Directory& each : wanted_)
+    lost.push_back(std::ranges::find(lost_members_, each.member) != lost_members_.end());
   return lost;
 }
 

@@ -75,6 +75,8 @@ class DirectoryLinks {
   Links& take(int cancel_fd);
   Links& taken() { return links_; }
   void note_lost();
+  // Ends them all; the owner's thread has ended.
+  void clear();
   // Any thread: whether the link of each, in the order of set(), is lost.
   [[nodiscard]] std::vector<bool> lost() const;
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }

@@ -74,7 +74,8 @@ void DirectoryReporter::send_pages(std::size_t link) {
   std::vector<std::byte>& pages = outgoing_[link];
   const std::uint64_t count = pages.size() / system_page_size();
   if (link < links.size() && count > 0) {
-    (void)links[link]->send(wire::make_header(wire::FrameType::kPopularContent, 0, {PageNumber{0}, count}), pages);
+    (void)links[link]->send(wire::make_header(wire::FrameType::kPopularContent, 0, {PageNumber{0}, count}),
+                            pages);
   }
   pages.clear();
 }

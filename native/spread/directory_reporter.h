@@ -19,6 +19,8 @@ class DirectoryReporter final : public SampleReporter {
   void set_directories(std::vector<Directory> directories) { links_.set(std::move(directories)); }
   [[nodiscard]] std::vector<bool> lost() const { return links_.lost(); }
   [[nodiscard]] std::uint64_t bytes() const { return links_.bytes(); }
+  // Ends its connections; its sampler is closed.
+  void close() { links_.clear(); }
 
   void report(std::span<const SampledPage> pages, std::vector<bool>& wanted) override;
   void give(const SampledPage& page, std::span<const std::byte> bytes) override;

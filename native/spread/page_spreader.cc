@@ -48,6 +48,7 @@ void PageSpreader::close() {
   const std::uint64_t one = 1;
   (void)!::write(cancel_.get(), &one, sizeof one);
   thread_.stop();
+  links_.clear();
 }
 
 SpreaderStats PageSpreader::stats() const {
@@ -65,6 +66,7 @@ void PageSpreader::run() {
     } catch (const std::exception&) {
       // No memory, or the share's file is gone: the next round may find it otherwise.
     }
+    links_.note_lost();
     if (!thread_.stopping()) (void)thread_.wait(static_cast<int>(config_.interval.count()));
   }
 }
@@ -85,7 +87,6 @@ void PageSpreader::round() {
   // What a server that was not heard has counted stays as it is.
   if (heard) score_what_is_here();
   fetch(links);
-  links_.note_lost();
   std::uint64_t held = 0;
   here_ = config_.share->digests();
   std::ranges::sort(here_, {}, name_of);
@@ -142,7 +143,13 @@ bool PageSpreader::ask(DirectoryLinks::Links& links, std::size_t most) {
       }
     } while (cursor != 0);
   }
-  std::ranges::sort_heap(popular_, worse_last);
+  // Where a name is another server's by now, both may have it for a while.
+  std::ranges::sort(popular_, [](const Popular& a, const Popular& b) {
+    return a.name != b.name ? a.name < b.name : a.score > b.score;
+  });
+  const auto twice = std::ranges::unique(popular_, {}, &Popular::name);
+  popular_.erase(twice.begin(), twice.end());
+  std::ranges::sort(popular_, worse_last);
   return all;
 }
 

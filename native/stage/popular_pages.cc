@@ -62,7 +62,8 @@ PopularDomain::PopularDomain(std::shared_ptr<Slab> slab, Popularity& table, cons
 // count is at most too low.
 unsigned PopularDomain::enter(const MemberGuest& guest, std::uint64_t now_ms) {
   const std::lock_guard lock(mutex_);
-  auto seat = std::ranges::find_if(seats_, [&](const Seat& each) { return each.taken && each.guest == guest; });
+  auto seat =
+      std::ranges::find_if(seats_, [&](const Seat& each) { return each.taken && each.guest == guest; });
   if (seat == seats_.end()) seat = std::ranges::find_if(seats_, [](const Seat& each) { return !each.taken; });
   if (seat == seats_.end()) seat = std::ranges::min_element(seats_, {}, &Seat::entered_ms);
   *seat = {guest, now_ms, true};

@@ -101,8 +101,7 @@ Popularity::Entry* Popularity::make(std::uint16_t domain, const wire::ContentNam
     block = taken.front() + 1;
     ++tables_;
   }
-  Entry* const set =
-      reinterpret_cast<Entry*>(slab_->data(block - 1)) + name[1] % sets_a_block_ * kWays;
+  Entry* const set = reinterpret_cast<Entry*>(slab_->data(block - 1)) + name[1] % sets_a_block_ * kWays;
   Entry* least = nullptr;
   std::uint32_t least_score = 0;
   ++turn_;

@@ -153,8 +153,8 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   if (!wire::accept_connection(fd.get())) return wire::HelloStatus::kRefused;
   if (former) former->interrupt();
   try {
-    StageConnection::Place place{common,         found->image,   found->chains,
-                                 found->member,  session_number, static_cast<wire::StageRole>(hello.channel)};
+    StageConnection::Place place{common,        found->image,   found->chains,
+                                 found->member, session_number, static_cast<wire::StageRole>(hello.channel)};
     auto connection = StageConnection::start(std::move(place), std::move(fd), std::move(former));
     role->connection = connection;
     found->connections.push_back(std::move(connection));
@@ -205,7 +205,8 @@ bool Stage::create_image(const ImageConfig& config) {
   auto domain = config.domain ? impl_->common->hints->domain(*config.domain) : nullptr;
   auto image = Image::create(impl_->common->slab, config, std::move(domain));
   if (!image) return false;
-  impl_->images.emplace(config.id, Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}, {}});
+  impl_->images.emplace(config.id,
+                        Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}, {}});
   return true;
 }
 

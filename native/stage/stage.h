@@ -38,8 +38,8 @@ using MemberGuest = std::array<std::uint8_t, 16>;
 
 struct StageConfig {
   std::uint64_t memory_bytes = 0;
-  std::uint64_t bandwidth = 0;  // bytes/s in each direction over all images; 0: no limit
-  std::uint64_t popular_share = 8;           // of the slab, one in so many slots may hold popular pages; 0: none
+  std::uint64_t bandwidth = 0;      // bytes/s in each direction over all images; 0: no limit
+  std::uint64_t popular_share = 8;  // of the slab, one in so many slots may hold popular pages; 0: none
   std::uint64_t popular_period_ms = 600'000;  // what nobody has reported for so long fades in as long again
 };
 

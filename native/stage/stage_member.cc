@@ -9,7 +9,8 @@
 
 namespace memferry {
 
-MemberConnection::MemberConnection(Place place, UniqueFd fd) : StageConnection(std::move(place), std::move(fd)) {}
+MemberConnection::MemberConnection(Place place, UniqueFd fd)
+    : StageConnection(std::move(place), std::move(fd)) {}
 
 MemberConnection::~MemberConnection() { join(); }
 
@@ -60,8 +61,9 @@ bool MemberConnection::on_report(const wire::FrameHeader& header) {
   // What was asked for before and has not come by now is not owed any more.
   wanted_pages_ = 0;
   for (const std::uint64_t word : wanted_) wanted_pages_ += static_cast<unsigned>(std::popcount(word));
-  return answer(wire::make_header(wire::FrameType::kReported, 0, {PageNumber{0}, header.page_count}, header.tag),
-                std::as_bytes(std::span(wanted_)));
+  return answer(
+      wire::make_header(wire::FrameType::kReported, 0, {PageNumber{0}, header.page_count}, header.tag),
+      std::as_bytes(std::span(wanted_)));
 }
 
 // What a page is called is found out here. One that nobody wants any more is no fault of the member's.
@@ -88,9 +90,9 @@ bool MemberConnection::on_ask(const wire::FrameHeader& header) {
   popular_.clear();
   place_.member->domain->list(cursor, header.region, static_cast<std::size_t>(header.page_count), steady_ms(),
                               popular_);
-  return answer(wire::make_header(wire::FrameType::kPopularNames, 0, {PageNumber{cursor}, popular_.size()},
-                                  header.tag),
-                std::as_bytes(std::span(popular_)));
+  return answer(
+      wire::make_header(wire::FrameType::kPopularNames, 0, {PageNumber{cursor}, popular_.size()}, header.tag),
+      std::as_bytes(std::span(popular_)));
 }
 
 bool MemberConnection::on_read(const wire::FrameHeader& header) {

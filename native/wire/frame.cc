@@ -172,8 +172,9 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
       if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
         return "page count of a content frame out of bounds";
       }
-      return header.payload_bytes == header.page_count * page_size ? nullptr
-                                                                   : "payload is not page count times page size";
+      return header.payload_bytes == header.page_count * page_size
+                 ? nullptr
+                 : "payload is not page count times page size";
     case FrameType::kPopularAsk:
       if (header.page_count == 0 || header.page_count > kMostNames) return "count of contents out of bounds";
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
@@ -187,8 +188,9 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
           header.page_count != static_cast<std::uint64_t>(std::popcount(header.first_page))) {
         return "page count is not that of the bits that are set";
       }
-      return header.payload_bytes == header.page_count * page_size ? nullptr
-                                                                   : "payload is not page count times page size";
+      return header.payload_bytes == header.page_count * page_size
+                 ? nullptr
+                 : "payload is not page count times page size";
     case FrameType::kDiscard:
     case FrameType::kSame:
     case FrameType::kSuspects:

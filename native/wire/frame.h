@@ -129,13 +129,15 @@ enum class FrameType : std::uint16_t {
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps
   kReported = 41,  // its answer: one bit a name, in 64-bit words: the page itself is wanted; the same tag
   kPopularContent = 42,  // member to server: page_count pages that were wanted
-  kPopularAsk = 43,  // member to server: popular names from the cursor first_page on, of a score of at least `region`,
-                     // at most page_count
+  kPopularAsk =
+      43,  // member to server: popular names from the cursor first_page on, of a score of at least `region`,
+           // at most page_count
   kPopularNames =
       44,  // its answer: page_count PopularNames; first_page: where to go on, 0 at the end; the same tag
-  kPopularRead = 45,   // member to server: page_count ContentNames: send these
-  kPopularPages = 46,  // its answer: first_page: one bit a name that was asked for; page_count pages, those of
-                       // the bits that are set, in order; the same tag
+  kPopularRead = 45,  // member to server: page_count ContentNames: send these
+  kPopularPages =
+      46,  // its answer: first_page: one bit a name that was asked for; page_count pages, those of
+           // the bits that are set, in order; the same tag
 };
 
 // The first half of a content's hash: what it is asked for by. Only a hint, so half is enough.

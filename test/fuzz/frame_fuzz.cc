@@ -52,7 +52,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (type == FrameType::kPopularRead) require(header.page_count <= 64);
   if (type == FrameType::kPopularAsk) require(header.page_count <= kMostNames && header.payload_bytes == 0);
   if (type == FrameType::kPopularNames) {
-    require(header.page_count <= kMostNames && header.payload_bytes == header.page_count * sizeof(PopularName));
+    require(header.page_count <= kMostNames &&
+            header.payload_bytes == header.page_count * sizeof(PopularName));
   }
   if (type == FrameType::kPopularContent || type == FrameType::kPopularPages) {
     require(header.page_count <= max_run_pages(page_size));

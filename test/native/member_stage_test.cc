@@ -31,7 +31,8 @@ class MemberStage : public testing::Test {
     MemberConfig config{id, domain_key(domain), std::nullopt};
     if (guest) config.guest.emplace().fill(*guest);
     EXPECT_TRUE(bench.stage->join(config));
-    EXPECT_TRUE(bench.stage->add_session(id, kSession, role_bit(StageRole::kPopular), stage_tokens(id, kSession)));
+    EXPECT_TRUE(
+        bench.stage->add_session(id, kSession, role_bit(StageRole::kPopular), stage_tokens(id, kSession)));
     return id;
   }
   std::unique_ptr<StageClient> member(std::uint8_t number, std::uint8_t domain,
@@ -92,7 +93,8 @@ class MemberStage : public testing::Test {
   // Two guests of the domain have these pages, and the server as well.
   void hold(std::span<const std::byte> pages, std::uint8_t number = 1, std::uint8_t domain = 1) {
     const auto first = member(number, domain, number);
-    const auto second = member(static_cast<std::uint8_t>(number + 1), domain, static_cast<std::uint8_t>(number + 1));
+    const auto second =
+        member(static_cast<std::uint8_t>(number + 1), domain, static_cast<std::uint8_t>(number + 1));
     EXPECT_EQ(count(report(*first, names(pages, domain)).value()), 0u);
     const auto wanted = report(*second, names(pages, domain)).value();
     EXPECT_EQ(count(wanted), wanted.size());
@@ -175,8 +177,8 @@ TEST_F(MemberStage, AnotherDomainLearnsNothing) {
 
 TEST_F(MemberStage, RolesDoNotMix) {
   const ImageId id = join(1, 1, 1);
-  for (const StageRole role : {StageRole::kScatter, StageRole::kGather, StageRole::kDemand, StageRole::kChain,
-                               StageRole::kProbe}) {
+  for (const StageRole role :
+       {StageRole::kScatter, StageRole::kGather, StageRole::kDemand, StageRole::kChain, StageRole::kProbe}) {
     EXPECT_EQ(bench.say(stage_hello(id, kSession, role, 0)), wire::HelloStatus::kRefused);
   }
   EXPECT_THROW(bench.stage->add_session(id, 2, role_bit(StageRole::kScatter), stage_tokens(id, 2)),
@@ -294,7 +296,8 @@ TEST_F(MemberStage, WhateverComesInsteadEndsTheConnectionAndNothingElse) {
   const auto host = member(200, 1, std::nullopt);
   EXPECT_EQ(popular(*host).size(), 2u) << "what was there is there";
   // A cursor from nowhere is the end, not a place in memory.
-  ASSERT_TRUE(host->frame(wire::make_header(FrameType::kPopularAsk, 0, {PageNumber{~std::uint64_t{0} - 5}, 5}, 3)));
+  ASSERT_TRUE(
+      host->frame(wire::make_header(FrameType::kPopularAsk, 0, {PageNumber{~std::uint64_t{0} - 5}, 5}, 3)));
   const auto answer = host->receive();
   ASSERT_TRUE(answer);
   EXPECT_EQ(answer->header.first_page, 0u);

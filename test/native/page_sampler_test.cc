@@ -74,7 +74,8 @@ class Told final : public SampleReporter {
   std::map<Key, wire::ContentName> names_;
 };
 
-SamplerConfig config_of(std::vector<std::shared_ptr<Region>> regions, std::shared_ptr<SampleReporter> reporter) {
+SamplerConfig config_of(std::vector<std::shared_ptr<Region>> regions,
+                        std::shared_ptr<SampleReporter> reporter) {
   SamplerConfig config;
   config.regions = std::move(regions);
   config.key.fill(3);
@@ -84,7 +85,8 @@ SamplerConfig config_of(std::vector<std::shared_ptr<Region>> regions, std::share
   return config;
 }
 
-void fill(const std::shared_ptr<Region>& region, std::uint64_t first, std::uint64_t count, std::uint64_t seed) {
+void fill(const std::shared_ptr<Region>& region, std::uint64_t first, std::uint64_t count,
+          std::uint64_t seed) {
   const auto bytes = random_bytes(static_cast<std::size_t>(count * region->page_size()), seed);
   std::memcpy(region->address(PageNumber{first}).pointer(), bytes.data(), bytes.size());
 }
@@ -101,7 +103,8 @@ bool wait_until(const std::function<bool()>& predicate) {
 std::uint64_t resident_pages(const std::shared_ptr<Region>& region) {
   std::vector<unsigned char> there(static_cast<std::size_t>(region->pages()));
   EXPECT_EQ(::mincore(region->address(PageNumber{0}).pointer(), region->bytes(), there.data()), 0);
-  return static_cast<std::uint64_t>(std::ranges::count_if(there, [](unsigned char each) { return (each & 1) != 0; }));
+  return static_cast<std::uint64_t>(
+      std::ranges::count_if(there, [](unsigned char each) { return (each & 1) != 0; }));
 }
 
 TEST(PageSampler, ReportsAndGivesWhatStandsStillAndNothingElse) {

@@ -111,9 +111,12 @@ class PageSpread : public testing::Test {
   }
   bool holds(std::uint64_t page) { return share->holds(share->digest(page_of(page))); }
   std::size_t held(const std::vector<std::uint64_t>& pages) {
-    return static_cast<std::size_t>(std::ranges::count_if(pages, [&](std::uint64_t page) { return holds(page); }));
+    return static_cast<std::size_t>(
+        std::ranges::count_if(pages, [&](std::uint64_t page) { return holds(page); }));
   }
-  static std::uint64_t budget_of(std::uint64_t pages) { return (pages + pages / 80 + 4) * system_page_size(); }
+  static std::uint64_t budget_of(std::uint64_t pages) {
+    return (pages + pages / 80 + 4) * system_page_size();
+  }
 
   std::vector<std::unique_ptr<StageBench>> servers;
   std::vector<std::unique_ptr<SampledGuest>> guests;
@@ -135,7 +138,8 @@ TEST_F(PageSpread, WhatGuestsHaveInCommonIsInTheShareAndNothingElse) {
   spread_into(open_share(file.path(), 8 << 20));
   ASSERT_TRUE(wait_until([&] { return share->stats().pages >= 250; }));
   EXPECT_EQ(held(base_a + base_b), 250u);
-  for (const auto& server : servers) EXPECT_GT(server->stage->stats().popular_pages, 60u) << "divided by name";
+  for (const auto& server : servers)
+    EXPECT_GT(server->stage->stats().popular_pages, 60u) << "divided by name";
   const std::uint64_t rounds = spreader->stats().rounds;
   ASSERT_TRUE(wait_until([&] { return spreader->stats().rounds > rounds + 3; }));
   EXPECT_EQ(share->stats().pages, 250u);
@@ -274,7 +278,8 @@ class LyingServer {
       ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
       StageClient client(std::move(fd));
       wire::Hello hello{};
-      const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
+      const wire::HelloReply reply{wire::kFrameMagic,
+                                   static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
       if (!client.wire().read(&hello, sizeof hello) || !client.wire().raw(&reply, sizeof reply)) continue;
       while (!stop_ && serve(client)) {
       }
@@ -310,7 +315,8 @@ class LyingServer {
     }
     const auto page = page_of(lie_ == Lie::kAnotherPage ? 4711 : 0);
     const std::uint64_t bits = lie_ == Lie::kBitsNotAskedFor ? std::uint64_t{1} << 40 : 1;
-    return client.frame(wire::make_header(FrameType::kPopularPages, 0, {PageNumber{bits}, 1}, header.tag), page);
+    return client.frame(wire::make_header(FrameType::kPopularPages, 0, {PageNumber{bits}, 1}, header.tag),
+                        page);
   }
 
   const Lie lie_;

@@ -153,7 +153,8 @@ TEST_F(PopularityTest, ContentsAreForRoomThatNobodyNeeds) {
   EXPECT_LE(table->stats().contents, 80u);
   // What is left is the more popular part.
   std::size_t of_many = 0;
-  for (unsigned content = 4; content < 100; content += 5) of_many += listed().contains(name_of(content)) ? 1 : 0;
+  for (unsigned content = 4; content < 100; content += 5)
+    of_many += listed().contains(name_of(content)) ? 1 : 0;
   EXPECT_EQ(of_many, 20u);
   (void)slab->take(256, taken);
   EXPECT_EQ(taken.size() + table->stats().tables, 256u) << "all of it, when images need it";
@@ -205,8 +206,8 @@ TEST_F(PopularityTest, DomainsDoNotMeet) {
 
 TEST(PopularPagesTest, AGuestHasOneSeatWhereverItComesFrom) {
   const auto slab = std::make_shared<Slab>(256 * system_page_size(), system_page_size());
-  const auto pages =
-      std::make_shared<PopularPages>(slab, PopularityConfig{.most_tables = 2, .most_contents = 32, .period_ms = kPeriodMs});
+  const auto pages = std::make_shared<PopularPages>(
+      slab, PopularityConfig{.most_tables = 2, .most_contents = 32, .period_ms = kPeriodMs});
   DomainKey key{};
   const auto domain = pages->domain(key, 0);
   MemberGuest guest{};
@@ -226,8 +227,8 @@ TEST(PopularPagesTest, AGuestHasOneSeatWhereverItComesFrom) {
 
 TEST(PopularPagesTest, ADomainIsRememberedUntilItsCountsHaveFadedOrItsPlaceIsNeeded) {
   const auto slab = std::make_shared<Slab>(256 * system_page_size(), system_page_size());
-  const auto pages =
-      std::make_shared<PopularPages>(slab, PopularityConfig{.most_tables = 2, .most_contents = 32, .period_ms = kPeriodMs});
+  const auto pages = std::make_shared<PopularPages>(
+      slab, PopularityConfig{.most_tables = 2, .most_contents = 32, .period_ms = kPeriodMs});
   const auto key = [](std::uint8_t number) {
     DomainKey made{};
     made.fill(number);
@@ -263,7 +264,8 @@ void run_schedule(std::uint32_t seed) {
   constexpr unsigned kContents = 300;
   const auto counted = [&](unsigned domain, unsigned content) {
     unsigned guests = 0;
-    for (const auto& [seat, at] : said[{domain, content}]) guests += now / kPeriodMs - at / kPeriodMs <= 1 ? 1 : 0;
+    for (const auto& [seat, at] : said[{domain, content}])
+      guests += now / kPeriodMs - at / kPeriodMs <= 1 ? 1 : 0;
     return guests;
   };
   for (unsigned step = 0; step < 600; ++step) {
@@ -298,7 +300,8 @@ void run_schedule(std::uint32_t seed) {
         const unsigned seat = static_cast<unsigned>(random() % 6);
         const wire::ContentName name = name_of(content);
         std::uint64_t wanted = 0;
-        table.report(static_cast<std::uint16_t>(domain), std::span(&name, 1), seat, now, std::span(&wanted, 1));
+        table.report(static_cast<std::uint16_t>(domain), std::span(&name, 1), seat, now,
+                     std::span(&wanted, 1));
         said[{domain, content}][seat] = now;
         if (wanted == 0) break;
         ASSERT_GE(counted(domain, content), Popularity::kPopularFrom);
@@ -318,7 +321,8 @@ void run_schedule(std::uint32_t seed) {
 
 TEST(PopularityModel, KnowsNothingThatWasNotReportedAndHoldsUpNobody) {
   const char* only = std::getenv("MEMFERRY_SEED");
-  const std::uint32_t first = only != nullptr ? static_cast<std::uint32_t>(std::strtoul(only, nullptr, 10)) : 1;
+  const std::uint32_t first =
+      only != nullptr ? static_cast<std::uint32_t>(std::strtoul(only, nullptr, 10)) : 1;
   const std::uint32_t last = only != nullptr ? first : 120;
   for (std::uint32_t seed = first; seed <= last; ++seed) {
     run_schedule(seed);
