@@ -22,6 +22,7 @@ export {
   modes,
   type NonConvergence,
   type ParkOptions,
+  type ShareOptions,
   type StageOptions,
   type UnparkOptions,
 } from './options.js';
@@ -57,6 +58,7 @@ export {
 export { type Migration, migrate } from './source/migrate.js';
 export { park, type ParkReport, type ParkTicket } from './source/park.js';
 export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
+export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';

@@ -123,6 +123,12 @@ enum class FrameType : std::uint16_t {
   kBaseEnd =
       30,  // source to destination: no more is compared; tag 1: what was not confirmed is dropped at once
   kLinkProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
+
+  // Pages that the destination has already (docs/protocol.md, "References"), on data channels:
+  kKnown = 32,           // destination to source: page_count KnownNames of pages that it has
+  kKnownReference = 33,  // source to destination: page_count ContentHashes: these pages are such content
+  kUnresolved = 34,      // destination to source, before the kBarrierAck: these references came to nothing;
+                         // payload: the KnownName of each
 };
 
 // The first half of a content's hash: what it is asked for by. Only a hint, so half is enough.
@@ -140,6 +146,10 @@ struct KnownHolders {
 static_assert(sizeof(ContentName) == 16 && sizeof(ContentHash) == 32 && sizeof(KnownHolders) == 16);
 // In one frame of any of these; a reader's buffers are made for it.
 inline constexpr std::uint64_t kMostNames = 4096;
+
+// What a page that the destination has is called: the first eight bytes of its ContentHash. Only a hint.
+using KnownName = std::uint64_t;
+inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 
 // A hash of a page, or of a node's page hashes, under this migration's key.
 using TreeHash = std::array<std::uint8_t, 16>;
