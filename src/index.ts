@@ -24,6 +24,7 @@ export {
   type NonConvergence,
   type ParkOptions,
   type SampleOptions,
+  type ShareOptions,
   type StageOptions,
   type UnparkOptions,
 } from './options.js';
@@ -61,6 +62,7 @@ export { park, type ParkReport, type ParkTicket } from './source/park.js';
 export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
 export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
 export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
+export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';

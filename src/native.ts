@@ -140,6 +140,8 @@ export interface NativeSenderConfig {
   baseKey?: Uint8Array;
   /** Key (32 bytes) of the guest's deduplication domain; null: every page is sent. */
   dedupKey: Uint8Array | null;
+  /** The same, without servers: agreed on with the destination, whose pages are referred to. */
+  referencesKey: Uint8Array | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -210,7 +212,8 @@ export interface NativeSender {
   queueDirty(): Promise<number>;
   /** The same on this thread, for the final scan of a paused guest. */
   queueDirtySync(): number;
-  startRound(tag: number): void;
+  /** `references` false: nothing goes as a reference in this one. */
+  startRound(tag: number, references: boolean): void;
   /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
   probe(tag: number, bytes: number): void;
   compareBase(tag: number, mostNodes: number, sample: boolean): void;
@@ -250,6 +253,8 @@ export interface NativeReceiverConfig {
   bases?: ('none' | 'given' | 'in-place')[];
   /** 64 bytes, as the source's. */
   baseKey?: Uint8Array;
+  /** Agreed on with the source: it is told what this process and the page share (a path) have of the domain. */
+  known?: { key: Uint8Array; share: string | null } | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -265,6 +270,9 @@ export interface NativeReceiverStats {
   pagesFromBase: number;
   /** CPU time. */
   baseHashUs: number;
+  /** Came as references, and were here already; and references to what was not. */
+  pagesKnown: number;
+  pagesUnresolved: number;
   servers: NativeServerStats[];
 }
 
@@ -375,6 +383,48 @@ export interface NativeStage {
   close(): void;
 }
 
+export interface NativeShareStats {
+  pages: number;
+  /** Of the file: header, index and pages. */
+  bytesUsed: number;
+  budgetBytes: number;
+  /** Of this process, for the index. */
+  memoryBytes: number;
+  inserted: number;
+  /** For better ones, or for a smaller budget. */
+  evicted: number;
+  /** Worth no more than all that is there, or no room on the file system. */
+  refused: number;
+  /** Taken over from an earlier writer, and not looked at yet. */
+  unverified: number;
+  /** Not what the index said. */
+  dropped: number;
+}
+
+export interface NativeShareFill {
+  pages: number;
+  zero: number;
+  inserted: number;
+  there: number;
+  noRoom: number;
+}
+
+/** The writer of a page share; see native/share/page_share.h. Digests have 32 bytes. Throws CLOSED after `close()`. */
+export interface NativeShare {
+  /** The pages of a part of a file; a length of 0: to its end. Rejects with SYSTEM. */
+  fill(path: string, offsetBytes: number, lengthBytes: number, score: number): Promise<NativeShareFill>;
+  holds(digest: Uint8Array): boolean;
+  /** False where it is not there. */
+  setScore(digest: Uint8Array, score: number): boolean;
+  remove(digest: Uint8Array): boolean;
+  setBudget(budgetBytes: number): Promise<void>;
+  /** Looks at the next pages; whether some that were taken over are left to be looked at. */
+  verify(mostPages: number): Promise<boolean>;
+  stats(): NativeShareStats;
+  /** Twice is fine. The file stays. */
+  close(): void;
+}
+
 export interface NativeStageConfig {
   /** At least 16 MiB. */
   memoryBytes: number;
@@ -418,23 +468,6 @@ export interface NativeSamplerStats {
 export interface NativeSampler {
   setDirectories(directories: NativeDirectory[]): void;
   stats(): NativeSamplerStats;
-  close(): void;
-}
-
-export interface NativeShareStats {
-  pages: number;
-  bytesUsed: number;
-  budgetBytes: number;
-  /** Of this process, for the index. */
-  memoryBytes: number;
-  inserted: number;
-  evicted: number;
-}
-
-/** See native/share/page_share.h. */
-export interface NativeShare {
-  setBudget(bytes: number): void;
-  stats(): NativeShareStats;
   close(): void;
 }
 
@@ -509,9 +542,10 @@ export interface NativeAddon {
   createStage(config: NativeStageConfig): NativeStage;
 
   createSampler(config: NativeSamplerConfig): NativeSampler;
-  /** Throws with code SHARE_BUSY (somebody else writes it), SHARE_FOREIGN (it is something else). */
-  openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare;
   createSpreader(config: NativeSpreaderConfig): NativeSpreader;
+
+  /** The page share in this file; null: somebody else writes it. Throws INVALID_ARGUMENT (a file of something else), SYSTEM. */
+  openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare | null;
 
   /**
    * Closes every sender, receiver, listener and stage of this environment: missing pages are poisoned and whoever

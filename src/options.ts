@@ -125,9 +125,10 @@ const migrateSchema = z.strictObject({
   /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
   /**
-   * Scatter modes, after the switchover: pages that the VMD servers hold already go as references. True: pages of this
-   * guest alone (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by
-   * timing what others of it hold, see docs/security.md.
+   * Pages that the destination has already (`ListenOptions.dedup`, `share`) go as references; in `scatter` and
+   * `scatter-hybrid`, after the switchover, those that the VMD servers hold. True: pages of this guest alone (a domain of
+   * its own); with a domain, pages of every guest of it. Guests of one domain can find out by timing what others of it
+   * hold, see docs/security.md.
    */
   dedup: z.union([z.boolean(), dedupSchema]).default(false),
   /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
@@ -165,6 +166,26 @@ const listenSchema = z.strictObject({
   gatherLimit: bytes.default(0),
   /** After READY: how long to wait for GRANT before this side refuses for good, in ms. */
   grantTimeoutMs: milliseconds.default(20_000),
+  /**
+   * Sources of the same domain are told which of their pages are here already, and refer to them: pages of the page
+   * share, and pages that came for guests of that domain which are still arriving. True: only what a guest has several
+   * times itself. What a source learns by this: docs/security.md.
+   */
+  dedup: z.union([z.boolean(), dedupSchema]).default(false),
+  /** A page share's file (`memferry share`), or `auto` for the one of the domain; with a domain only. */
+  share: z.string().min(1).optional(),
+});
+
+const shareSchema = z.strictObject({
+  /** All that the share may take: its pages and their index, in bytes. */
+  budgetBytes: bytes,
+  /** As a guest's. */
+  dedup: dedupSchema,
+  /** The hosts' shared secret, from which a domain without a secret of its own has its key; else the secret file. */
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  /** Its file; without one, the domain's in this user's directory on tmpfs. */
+  file: z.string().min(1).optional(),
 });
 
 /** `group:port` of the VMD's announcements where none is named. */
@@ -228,7 +249,7 @@ const directoriesShape = {
   /** Of the VMD servers (`memferry stage`) that count the domain's pages: `host:port` each, the same for all its hosts. */
   via: z.array(z.string().min(1)).min(1).max(64),
   /** Whose pages these are: guests and hosts of other domains learn nothing of them. */
-  domain: dedupSchema,
+  dedup: dedupSchema,
   connectTimeoutMs: milliseconds.default(5_000),
   signal: z.instanceof(AbortSignal).optional(),
 };
@@ -262,7 +283,7 @@ export type ResolvedDistributeOptions = z.output<typeof distributeSchema>;
 /** What both have. */
 export type ResolvedDirectoriesOptions = Pick<
   ResolvedSampleOptions,
-  'secret' | 'secretFile' | 'plaintext' | 'peerTimeoutMs' | 'via' | 'domain' | 'connectTimeoutMs'
+  'secret' | 'secretFile' | 'plaintext' | 'peerTimeoutMs' | 'via' | 'dedup' | 'connectTimeoutMs'
 >;
 
 /** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
@@ -314,6 +335,9 @@ const unparkSchema = z.strictObject({
 });
 export type UnparkOptions = z.input<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
 export type ResolvedUnparkOptions = z.output<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
+
+export type ShareOptions = z.input<typeof shareSchema>;
+export type ResolvedShareOptions = z.output<typeof shareSchema>;
 
 export type StageOptions = z.input<typeof stageSchema>;
 export type ResolvedStageOptions = z.output<typeof stageSchema>;
@@ -384,10 +408,10 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   checkStall(parsed, 'migrate');
   checkBase(parsed);
   const { scatter, paging } = traitsOf(parsed.mode);
-  if (parsed.dedup !== false && !(scatter && paging)) {
+  if (parsed.dedup !== false && scatter && !paging) {
     throw new MemferryError(
       'INVALID_ARGUMENT',
-      `migrate.dedup: it works in the push of 'scatter' and 'scatter-hybrid', not in mode '${parsed.mode}'`,
+      `migrate.dedup: of the scatter modes, it works in the push of 'scatter' and 'scatter-hybrid' only`,
     );
   }
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
@@ -426,7 +450,15 @@ export function resolveListenOptions(options: ListenOptions): ResolvedListenOpti
   if (accept !== undefined && typeof accept !== 'function') {
     throw new MemferryError('INVALID_ARGUMENT', 'listen.accept: must be a function');
   }
-  return { ...parse(listenSchema, rest, 'listen'), ...(accept ? { accept } : {}) };
+  const parsed = parse(listenSchema, rest, 'listen');
+  if (parsed.share !== undefined && typeof parsed.dedup === 'boolean') {
+    throw new MemferryError('INVALID_ARGUMENT', 'listen.share: a page share belongs to a domain (dedup)');
+  }
+  return { ...parsed, ...(accept ? { accept } : {}) };
+}
+
+export function resolveShareOptions(options: ShareOptions): ResolvedShareOptions {
+  return parse(shareSchema, options, 'share');
 }
 
 export function resolveStageOptions(options: StageOptions): ResolvedStageOptions {

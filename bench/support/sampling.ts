@@ -69,7 +69,11 @@ export class SampledFleet {
         await peer.call('start', { lengthBytes, imageBytes, image: 1 + image, own });
       }
     }
-    this.#share = loadAddon().openShare({ path: this.sharePath, key: this.domainKey, budgetBytes });
+    this.#share = loadAddon().openShare({
+      path: this.sharePath,
+      key: this.domainKey,
+      budgetBytes,
+    });
   }
 
   /** Until what the images have is in the share, and then for a while longer, so that the rates are those of rest. */
@@ -77,7 +81,7 @@ export class SampledFleet {
     const { images, imageBytes, cpuShare, passIntervalMs } = this.options;
     const share = this.#share as NativeShare;
     const via = this.#servers.map(({ host, port }) => `${host}:${port}`);
-    const connection = { via, secret, domain: { domain } };
+    const connection = { via, secret, dedup: { domain } };
     const began = performance.now();
     const sample = { ...connection, ...given({ cpuShare, passIntervalMs }) };
     await Promise.all(this.#peers.map((peer) => peer.call('sample', sample)));

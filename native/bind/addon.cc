@@ -7,9 +7,9 @@
 #include "bind/kernel_features.h"
 #include "bind/node_api.h"
 #include "bind/page_functions.h"
-#include "bind/page_share_handle.h"
 #include "bind/region_handle.h"
 #include "bind/sampler_handle.h"
+#include "bind/share_handle.h"
 #include "bind/sigbus.h"
 #include "bind/spreader_handle.h"
 #include "bind/stage_handle.h"
@@ -69,7 +69,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   StageHandle::define(env);
   SamplerHandle::define(env);
   SpreaderHandle::define(env);
-  PageShareHandle::define(env);
+  ShareHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
@@ -86,7 +86,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
-  exports.Set("openShare", Napi::Function::New<PageShareHandle::open>(env, "openShare"));
+  exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
   exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));
   exports.Set("forwardSigbusToWebAssembly",

@@ -71,7 +71,7 @@ class Environment {
   Napi::FunctionReference stage_class;
   Napi::FunctionReference sampler_class;
   Napi::FunctionReference spreader_class;
-  Napi::FunctionReference page_share_class;
+  Napi::FunctionReference share_class;
 
   // Between the two, the environment's end shuts the engine down.
   void add(Engine* engine);

@@ -2,7 +2,7 @@
 
 #include "bind/directories.h"
 #include "bind/js_error.h"
-#include "bind/page_share_handle.h"
+#include "bind/share_handle.h"
 #include "bind/values.h"
 
 namespace memferry::bind {
@@ -29,7 +29,7 @@ SpreaderHandle::SpreaderHandle(const Napi::CallbackInfo& info) : Napi::ObjectWra
   guarded(env, [&] {
     const Napi::Object object = object_of(info[0], "config");
     SpreaderConfig config;
-    config.share = PageShareHandle::share_of(object.Get("share"));
+    config.share = ShareHandle::share_of(object.Get("share"));
     config.interval = milliseconds_of(object.Get("intervalMs"), "intervalMs");
     config.bandwidth = count_of(object.Get("bandwidth"), "bandwidth");
     spreader_ = std::make_unique<PageSpreader>(std::move(config));

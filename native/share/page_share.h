@@ -122,6 +122,7 @@ class PageShareReader {
   bool refresh();
   // The first eight bytes of the hashes that the index lists, best score first.
   [[nodiscard]] std::vector<std::uint64_t> names() const;
+  [[nodiscard]] bool lists(std::uint64_t name) const;
   // The page with this hash; `into` is one page. False: not there, and `into` may be anything.
   bool read(const ContentDigest& digest, std::span<std::byte> into);
 

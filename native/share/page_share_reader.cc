@@ -65,6 +65,14 @@ std::vector<std::uint64_t> PageShareReader::names() const {
   return names;
 }
 
+bool PageShareReader::lists(std::uint64_t name) const {
+  const std::lock_guard lock(mutex_);
+  const auto at =
+      std::lower_bound(listed_.begin(), listed_.end(), name,
+                       [](const Listed& each, std::uint64_t wanted) { return each.name < wanted; });
+  return at != listed_.end() && at->name == name;
+}
+
 bool PageShareReader::read(const ContentDigest& digest, std::span<std::byte> into) {
   const std::uint64_t name = name_of(digest);
   // Several pages under one name are a forgery, or very rare.

@@ -60,6 +60,8 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   }
   make_gather();
   take_bases();
+  if (config.known && !config.servers.empty())
+    throw std::invalid_argument("references of a scatter's own kind");
   if (from_start) {
     pager->serve();
     state = State::kPaging;
@@ -79,6 +81,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
     channel->filler = std::make_unique<Filler>(backings, ahead.get());
     channels.push_back(std::move(channel));
   }
+  if (config.known) known = config.known->join(all);
 }
 
 Receiver::Impl::~Impl() { close(); }
@@ -122,6 +125,8 @@ void Receiver::Impl::close() {
   supervisor.stop();
   const bool incomplete = pager && pager->serving() && state != State::kComplete;
   if (incomplete) pager->poison_missing();
+  // Whoever reads these pages for others has an answer by now, whatever it waited for.
+  if (known) known->close();
   for (const auto& channel : channels) channel->thread.stop();
   if (gather) gather->close();
   // A channel may have claimed a page and failed to install it meanwhile.
@@ -369,6 +374,9 @@ ReceiverStats Receiver::stats() const {
   }
   stats.pages_from_base = impl_->pages_from_base;
   stats.base_hash_us = impl_->base_hash_us;
+  stats.pages_known = impl_->pages_known;
+  stats.pages_unresolved = impl_->pages_unresolved;
+  if (impl_->known) stats.extra_memory_bytes += impl_->known->memory_bytes();
   stats.extra_memory_bytes += impl_->tree_bytes;
   stats.pages_gathered = impl_->pages_gathered;
   stats.pages_lost = impl_->pages_lost;

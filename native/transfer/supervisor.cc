@@ -3,6 +3,7 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "transfer/sender_impl.h"
 
@@ -118,6 +119,10 @@ void Sender::Impl::finish_if_acknowledged_locked(Epoch& of) {
     if (!channel->acknowledged && (channel->index == 0 || !only_first)) return;
   }
   if (task.kind == TaskKind::kPush && !of.demand_acknowledged) return;
+  // References that came to nothing after their channel had sent its barrier: these pages go now, as they are.
+  if (std::exchange(unresolved, false) && queue.pending_pages() > 0) {
+    return start_task_locked(task.kind, task.tag, nullptr, false);
+  }
 
   EngineEvent event;
   event.kind = EngineEventKind::kRoundDone;

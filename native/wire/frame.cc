@@ -141,6 +141,21 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kLinkProbe:
       return header.payload_bytes > 0 ? nullptr : "a probe without bytes";
+    case FrameType::kKnown:
+      if (header.page_count == 0 || header.page_count > kMostKnownNames)
+        return "count of names out of bounds";
+      return header.payload_bytes == header.page_count * sizeof(KnownName) ? nullptr
+                                                                           : "payload is not one name a page";
+    case FrameType::kKnownReference:
+    case FrameType::kUnresolved: {
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of references out of bounds";
+      }
+      const bool reference = header.type == static_cast<std::uint16_t>(FrameType::kKnownReference);
+      return header.payload_bytes == header.page_count * (reference ? sizeof(ContentHash) : sizeof(KnownName))
+                 ? nullptr
+                 : "payload is not one entry a page";
+    }
     case FrameType::kProbe:
     case FrameType::kProbed:
     case FrameType::kHeld:

@@ -125,6 +125,12 @@ enum class FrameType : std::uint16_t {
       30,  // source to destination: no more is compared; tag 1: what was not confirmed is dropped at once
   kLinkProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
 
+  // Pages that the destination has already (docs/protocol.md, "References"), on data channels:
+  kKnown = 32,           // destination to source: page_count KnownNames of pages that it has
+  kKnownReference = 33,  // source to destination: page_count ContentHashes: these pages are such content
+  kUnresolved = 34,      // destination to source, before the kBarrierAck: these references came to nothing;
+                         // payload: the KnownName of each
+
   // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps
   kReported = 41,  // its answer: one bit a name, in 64-bit words: the page itself is wanted; the same tag
@@ -168,6 +174,10 @@ inline constexpr std::uint64_t kMostNames = 4096;
 [[nodiscard]] constexpr std::uint64_t wanted_words(std::uint64_t names) {
   return names / 64 + (names % 64 != 0 ? 1 : 0);
 }
+
+// What a page that the destination has is called: the first eight bytes of its ContentHash. Only a hint.
+using KnownName = std::uint64_t;
+inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 
 // A hash of a page, or of a node's page hashes, under this migration's key.
 using TreeHash = std::array<std::uint8_t, 16>;

@@ -90,7 +90,7 @@ export function addSend(program: Command): void {
     )
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
-    .option('--dedup', 'scatter modes: pages that the servers hold already go as references')
+    .option('--dedup', 'pages that the destination, or a server, has already go as references')
     .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
     .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
     .option(
@@ -191,7 +191,7 @@ export function sampleOptions(
   return {
     ...connectionOptions(flags),
     via,
-    domain: secretFile === undefined ? { domain } : { domain, secretFile },
+    dedup: secretFile === undefined ? { domain } : { domain, secretFile },
   };
 }
 

@@ -211,6 +211,7 @@ class GatheringGuest implements Unparked {
       pagesGathered: stats.pagesGathered,
       intermediaries: this.images.account(stats.servers),
       pagesFromBase: 0,
+      pagesKnown: 0,
     });
   }
 

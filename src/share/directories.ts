@@ -149,5 +149,5 @@ export async function directoryKeys(
 ): Promise<{ secret: Uint8Array; domainKey: Uint8Array }> {
   const loopback = options.via.every((address) => isLoopback(parseAddress(address).host));
   const secret = await loadSecret(options, { loopback });
-  return { secret, domainKey: (await dedupDomainKey(options.domain, secret)) as Uint8Array };
+  return { secret, domainKey: (await dedupDomainKey(options.dedup, secret)) as Uint8Array };
 }

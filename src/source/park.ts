@@ -131,6 +131,7 @@ class Parking {
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
         dedupKey: null,
+        referencesKey: null,
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );
@@ -159,7 +160,7 @@ class Parking {
       pausedAt = performance.now();
       await this.#follow(images);
       engine.queueDirtyNow();
-      const suspects = await untilAborted(engine.settle(images.list.length), this.#abort.signal);
+      const suspects = await untilAborted(engine.settle(images.list.length, false), this.#abort.signal);
       if (suspects > 0) {
         throw new MemferryError(
           'PROTOCOL_ERROR',

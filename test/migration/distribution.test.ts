@@ -48,7 +48,7 @@ async function server(port = 0, ...more: string[]) {
   return { ...there, port: Number(line['port']), address: `127.0.0.1:${line['port']}` };
 }
 
-const connection = (via: string[]) => ({ via, secretFile: place.secretFile, domain: { domain } });
+const connection = (via: string[]) => ({ via, secretFile: place.secretFile, dedup: { domain } });
 
 interface GuestSpec {
   base: number;
@@ -76,7 +76,7 @@ function host(guests: GuestSpec[], via: string[], more: object = {}): SampledHos
 
 async function share(via: string[], budgetBytes: number) {
   const path = join(place.directory, 'share');
-  const native = loadAddon().openShare({ path, key, budgetBytes });
+  const native = loadAddon().openShare({ path, key, budgetBytes }) as NativeShare;
   shares.push(native);
   const distribution = await distribute({ native }, { ...connection(via), intervalMs: 100 });
   distributions.push(distribution);
@@ -199,7 +199,7 @@ test('a budget that shrinks takes what fewest have', async () => {
     () => [native.stats(), distribution.stats()],
   );
   await until('all pages', () => native.stats().pages === 120);
-  native.setBudget(64 * 4096);
+  await native.setBudget(64 * 4096);
   expect(native.stats().bytesUsed).toBeLessThanOrEqual(64 * 4096);
   const left = new Set(readShare(path).map(({ digest }) => digest));
   expect(digests(2, 60).filter((each) => left.has(each))).toHaveLength(Math.max(0, left.size - 60));
@@ -216,14 +216,14 @@ test('another domain, and a host without the secret, get nothing', async () => {
     path: join(place.directory, 'other'),
     key: domainKey(Buffer.from('a'.repeat(64)), 'x'),
     budgetBytes: 2 ** 23,
-  });
+  }) as NativeShare;
   shares.push(native);
-  const other = await distribute({ native }, { ...connection(via), domain: { domain: 'x' }, intervalMs: 50 });
+  const other = await distribute({ native }, { ...connection(via), dedup: { domain: 'x' }, intervalMs: 50 });
   distributions.push(other);
   const secret = 'b'.repeat(64);
   const stranger = await distribute(
     { native },
-    { via, secret, domain: { domain, secret: 'a'.repeat(64) }, intervalMs: 50 },
+    { via, secret, dedup: { domain, secret: 'a'.repeat(64) }, intervalMs: 50 },
   );
   distributions.push(stranger);
   await until('pages to be given', () =>

@@ -97,7 +97,7 @@ describe('directories', () => {
   const options = (...servers: { port: number }[]) =>
     resolveSampleOptions({
       via: servers.map(({ port }) => `127.0.0.1:${port}`),
-      domain: { domain: 'd' },
+      dedup: { domain: 'd' },
       secret,
       connectTimeoutMs: 1000,
     });
@@ -142,7 +142,7 @@ describe('directories', () => {
 
 describe('options', () => {
   it('need servers that are addresses, and a domain', () => {
-    const good = { via: ['h:1'], domain: { domain: 'd' } };
+    const good = { via: ['h:1'], dedup: { domain: 'd' } };
     expect(resolveSampleOptions(good)).toMatchObject({ cpuShare: 0.01, passIntervalMs: 10_000 });
     expect(resolveDistributeOptions(good)).toMatchObject({ intervalMs: 30_000, bandwidth: 0 });
     for (const bad of [
@@ -163,7 +163,7 @@ describe('options', () => {
     expect(sampleOptions({})).toBe(null);
     expect(sampleOptions({ sample: true, via: ['h:1'], dedupDomain: 'd' })).toMatchObject({
       via: ['h:1'],
-      domain: { domain: 'd' },
+      dedup: { domain: 'd' },
     });
     expect(() => sampleOptions({ sample: true, via: ['h:1'] })).toThrow('--dedup-domain');
     expect(percent('12.5%')).toBe(12.5);
