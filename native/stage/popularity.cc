@@ -271,6 +271,11 @@ void Popularity::relieve(std::uint64_t slots) {
   }
 }
 
+void Popularity::tend(std::uint64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  sweep(period_at(now_ms));
+}
+
 void Popularity::forget(std::uint16_t domain) {
   const std::lock_guard lock(mutex_);
   for (std::uint64_t i = 0; i < entries(); ++i) {

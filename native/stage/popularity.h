@@ -69,6 +69,8 @@ class Popularity {
   // Gives up pages, the least useful first, until so many slots are free again, or none is left. For whoever needs the
   // room now: it may be a good deal more, so that the next one need not ask.
   void relieve(std::uint64_t slots);
+  // Now and then, also when nobody reports: what has faded gives its page back.
+  void tend(std::uint64_t now_ms);
   // Nobody is in this domain any more.
   void forget(std::uint16_t domain);
   [[nodiscard]] PopularityStats stats() const;

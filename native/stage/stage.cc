@@ -146,7 +146,8 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   std::shared_ptr<StageConnection> former = role->connection.lock();
   const std::size_t replaced = former && !former->ended() ? 1 : 0;
   if (found->connections.size() >= kMostConnectionsAnImage + replaced ||
-      common->connections >= kMostConnections + replaced) {
+      // Members are many, and nobody waits for them: migrations find a place beside them.
+      common->connections >= (found->member ? kMostConnections / 2 : kMostConnections) + replaced) {
     return wire::HelloStatus::kRefused;
   }
   role->next_attempt = attempt + 1;
@@ -328,6 +329,7 @@ StageStats Stage::stats() const {
   StageStats stats;
   stats.memory_bytes = impl_->config.memory_bytes;
   stats.slab_bytes = slab.slots() * slab.slot_bytes();
+  impl_->common->popular->table().tend(steady_ms());
   const PopularityStats popular = impl_->common->popular->stats();
   stats.popular_names = popular.names;
   stats.popular_pages = popular.contents;

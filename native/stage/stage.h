@@ -6,7 +6,8 @@
 // lies in the slab; so the cap holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections
 // and what they read into, and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its
 // place in the list of the image that it indexes). A connection that takes packed pages uses up to 0.7 MiB beside that
-// once they come, one that packs its answers 1.2 MiB once it does, a member's up to 0.6 MiB.
+// once they come, one that packs its answers 1.2 MiB once it does, a member's 0.1 MiB,
+// and 0.5 while pages come or go.
 //
 // Bounds: kMostImages images and kMostMembers memberships, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
 // kMostConnections in all.

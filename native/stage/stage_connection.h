@@ -125,7 +125,7 @@ class MemberConnection final : public StageConnection {
   std::vector<wire::ContentName> names_;
   std::vector<std::uint64_t> wanted_;
   std::vector<wire::PopularName> popular_;
-  std::vector<std::byte> pages_;
+  std::vector<std::byte> pages_;  // for as long as they are on their way: there may be many members
 };
 
 // Slots as they lie in memory: neighbours in one piece.

@@ -80,6 +80,7 @@ bool MemberConnection::on_content(const wire::FrameHeader& header) {
   for (std::size_t at = 0; at < pages_.size(); at += page_size) {
     (void)place_.member->domain->give(std::span(pages_).subspan(at, page_size), now);
   }
+  pages_ = {};
   return true;
 }
 
@@ -111,7 +112,9 @@ bool MemberConnection::on_read(const wire::FrameHeader& header) {
     slab.release(std::span(&*slot, 1));
   }
   const PageRun run{PageNumber{found}, static_cast<std::uint64_t>(std::popcount(found))};
-  return answer(wire::make_header(wire::FrameType::kPopularPages, 0, run, header.tag), pages_);
+  const bool sent = answer(wire::make_header(wire::FrameType::kPopularPages, 0, run, header.tag), pages_);
+  pages_ = {};
+  return sent;
 }
 
 }  // namespace memferry

@@ -4,6 +4,7 @@
  * file, byte by byte.
  */
 import { type ChildProcess, fork } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, expect, test } from 'vitest';
@@ -12,7 +13,7 @@ import type { NativeShare } from '../../src/native.js';
 import { type Distribution, distribute } from '../../src/share/distribution.js';
 import type { SamplingStats } from '../../src/share/sampling.js';
 import { domainKey } from '../../src/source/dedup-domain.js';
-import { command as run, forEachTest } from '../support/command-line.js';
+import { command as run, counter, forEachTest } from '../support/command-line.js';
 import { pageOf } from '../support/sampled-host.mjs';
 import { digestOf, readShare } from '../support/share-file.js';
 
@@ -207,6 +208,53 @@ test('a budget that shrinks takes what fewest have', async () => {
   const { rounds } = distribution.stats();
   await until('more rounds', () => distribution.stats().rounds > rounds + 3);
   expect(native.stats().bytesUsed).toBeLessThanOrEqual(64 * 4096);
+});
+
+test('the commands: share is filled by --via while guests are sampled, and gives back what SIGHUP tells it to', async () => {
+  const via = [(await server()).address];
+  fleet(via);
+  const [file, budget] = [join(place.directory, 'share'), join(place.directory, 'budget')];
+  writeFileSync(budget, '8Mi');
+  const sharing = run(
+    'share',
+    ...['--dedup-domain', domain, '--via', via.join(','), '--interval', '100ms', '--file', file],
+    ...['--budget-file', budget, '--secret-file', place.secretFile],
+  );
+  await sharing.next('sharing');
+  const pages = () => Number(sharing.lines.findLast(({ type }) => type === 'stats')?.['pages'] ?? 0);
+  await until(
+    'the share',
+    () => pages() === 2 * basePages,
+    () => sharing.lines.at(-1),
+  );
+  expectShare(file, [...digests(1, basePages), ...digests(2, basePages)]);
+  writeFileSync(budget, '512Ki');
+  sharing.child.kill('SIGHUP');
+  await until('the smaller share', () => pages() > 0 && pages() < 128);
+  sharing.child.kill('SIGINT');
+  expect(await sharing.closed, sharing.errors()).toBe(0);
+  expect(readShare(file).length).toBeLessThan(128);
+});
+
+test('send --sample: a guest on the command line is a member, until it leaves', async () => {
+  const there = await server();
+  const here = run(
+    'send',
+    ...['--to', '127.0.0.1:1', '--module', `counter=${counter}`, '--via', there.address],
+    ...['--sample', '--dedup-domain', domain, '--secret-file', place.secretFile],
+  );
+  await here.next('started');
+  const members = async () => {
+    const status = run('status', there.address, '--secret-file', place.secretFile);
+    await status.closed;
+    return Number(status.lines.at(-1)?.['members']);
+  };
+  const end = Date.now() + 60_000;
+  while ((await members()) !== 1) expect(Date.now()).toBeLessThan(end);
+  here.child.stdin.end();
+  // Nobody waits at its destination.
+  expect(await here.closed).not.toBe(0);
+  while ((await members()) !== 0) expect(Date.now()).toBeLessThan(end);
 });
 
 test('another domain, and a host without the secret, get nothing', async () => {
