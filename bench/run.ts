@@ -20,6 +20,7 @@ const order = [
   'fault-lab',
   'scatter',
   'dedup',
+  'sampling',
   'compress',
   'delta',
   'downtime',

@@ -147,8 +147,9 @@ bool PageSpreader::ask(DirectoryLinks::Links& links, std::size_t most) {
   std::ranges::sort(popular_, [](const Popular& a, const Popular& b) {
     return a.name != b.name ? a.name < b.name : a.score > b.score;
   });
-  const auto twice = std::ranges::unique(popular_, {}, &Popular::name);
-  popular_.erase(twice.begin(), twice.end());
+  const auto twice = std::unique(popular_.begin(), popular_.end(),
+                                 [](const Popular& a, const Popular& b) { return a.name == b.name; });
+  popular_.erase(twice, popular_.end());
   std::ranges::sort(popular_, worse_last);
   return all;
 }
