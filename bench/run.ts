@@ -20,6 +20,7 @@ const order = [
   'fault-lab',
   'scatter',
   'dedup',
+  'distribute',
   'sampling',
   'compress',
   'delta',

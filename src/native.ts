@@ -141,7 +141,7 @@ export interface NativeSenderConfig {
   /** Key (32 bytes) of the guest's deduplication domain; null: every page is sent. */
   dedupKey: Uint8Array | null;
   /** The same, without servers: agreed on with the destination, whose pages are referred to. */
-  referencesKey: Uint8Array | null;
+  referencesKey?: Uint8Array | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -213,7 +213,7 @@ export interface NativeSender {
   /** The same on this thread, for the final scan of a paused guest. */
   queueDirtySync(): number;
   /** `references` false: nothing goes as a reference in this one. */
-  startRound(tag: number, references: boolean): void;
+  startRound(tag: number, references?: boolean): void;
   /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
   probe(tag: number, bytes: number): void;
   compareBase(tag: number, mostNodes: number, sample: boolean): void;

@@ -130,7 +130,7 @@ void KnownPages::load_share() {
 std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t most) {
   std::vector<wire::KnownName> next;
   const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock) return next;
+  if (!lock || memory.closed) return next;
   if (memory.share_names) {
     const auto& all = *memory.share_names;
     const std::size_t count = std::min(most, all.size() - memory.share_told);
@@ -144,6 +144,11 @@ std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t 
   next.insert(next.end(), from, from + static_cast<std::ptrdiff_t>(count));
   memory.told += count;
   return next;
+}
+
+bool KnownPages::awaits_share(const Memory& memory) const {
+  const std::lock_guard lock(mutex_);
+  return memory.wants_share && !memory.closed && share_thread_.started();
 }
 
 // Received and in memory, and nobody has said that it is to come again.
@@ -224,7 +229,8 @@ void KnownPages::hash_arrivals() {
 // Without Memory::reading: whoever discards is not to wait for a thread of low priority. A page that is missing by the
 // time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
 void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) {
-  const auto& [memory, where] = waiting;
+  const std::shared_ptr<Memory>& memory = waiting.memory;
+  const RegionRun& where = waiting.run;
   std::vector<Found> found;
   const auto publish = [&] {
     const std::lock_guard lock(mutex_);
@@ -245,10 +251,10 @@ void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) 
 void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found) {
   for (const auto& [name, where] : found) {
     if (names_.size() >= kMostPlaces) return;
-    Place& place = places_[name];
-    const bool fresh = place.memory.expired();
-    if (!fresh && !place.memory.lock()->closed) continue;
-    place = {memory, where.region, where.run.first};
+    const auto [at, fresh] = places_.try_emplace(name);
+    const auto former = at->second.memory.lock();
+    if (former && !former->closed) continue;
+    at->second = {memory, where.region, where.run.first};
     if (fresh && !(share_ && share_->lists(name))) names_.push_back(name);
   }
 }

@@ -86,6 +86,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   KnownPages(const ContentKey& key, std::string share_path);
   void arrived(const std::shared_ptr<Memory>& memory, RegionRun run);
   std::vector<wire::KnownName> next_names(Memory& memory, std::size_t most);
+  [[nodiscard]] bool awaits_share(const Memory& memory) const;
   bool resolve(const ContentDigest& digest, std::span<std::byte> into);
   void leave(Memory& memory);
   void load_share();
@@ -132,6 +133,8 @@ class KnownPages::Guest {
   [[nodiscard]] std::vector<wire::KnownName> next_names(std::size_t most) {
     return known_->next_names(*memory_, most);
   }
+  // The share's index is being read for it: names of that come soon.
+  [[nodiscard]] bool awaits_share() const { return known_->awaits_share(*memory_); }
   // While it is held nobody reads this guest's pages for a reference: what is discarded now and missing after the switch
   // would be waited for.
   [[nodiscard]] std::unique_lock<std::shared_mutex> alone() { return std::unique_lock(memory_->reading); }

@@ -143,6 +143,7 @@ void PageReferrer::sent(int fd, std::uint64_t referred_bytes, std::uint64_t plai
           std::clamp(static_cast<double>(window_on_wire_) / static_cast<double>(window_plain_), 0.01, 1.0);
     }
     window_plain_ = window_on_wire_ = 0;
+    if (shared_.names_.empty()) return;  // there was nothing to decide
     pace_.measured(window->link_rate, window->raw_rate, window->full, plain_ratio_);
   }
 }

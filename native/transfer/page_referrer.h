@@ -88,6 +88,10 @@ class PageReferrer {
   void sent(int fd, std::uint64_t referred_bytes, std::uint64_t plain_bytes, std::uint64_t plain_on_wire);
   void waited(std::chrono::steady_clock::duration duration) { meter_.waited(duration); }
   void rest() { meter_.rest(); }
+  // What one comes to.
+  [[nodiscard]] static std::uint64_t most_memory_bytes(std::uint64_t page_size) {
+    return wire::max_payload(page_size) + 2 * wire::max_run_pages(page_size) * sizeof(ContentDigest);
+  }
   [[nodiscard]] std::uint64_t memory_bytes() const {
     return held_.capacity() + digests_.capacity() * sizeof(ContentDigest);
   }

@@ -199,6 +199,7 @@ struct Receiver::Impl {
     return known ? known->alone() : std::unique_lock<std::shared_mutex>();
   }
 
+  std::shared_ptr<KnownPages> domain;  // taken out of the config; let go of by close()
   const ReceiverConfig config;
   std::vector<std::unique_ptr<Region::User>> users;
   std::vector<std::unique_ptr<RegionArrival>> arrivals;  // until close(): nobody samples what is not all here

@@ -17,6 +17,9 @@ namespace {
 
 // Answers to barriers share the connection with names: so many bytes of these may be in front of one.
 constexpr int kMostUnsentBytes = 16 * 1024;
+// Frames of names before one that has come is read.
+constexpr unsigned kMostAtOnce = 64;
+constexpr int kShareLookMs = 1;
 
 }  // namespace
 
@@ -27,16 +30,18 @@ void Receiver::Impl::begin_telling(Conversation& with) {
   ::setsockopt(with.stream.fd(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kMostUnsentBytes, sizeof kMostUnsentBytes);
 }
 
-// Before each frame that is read, as far as the connection has room; a frame that is there is not kept waiting by more
-// than one frame of names. On the channel's own thread, so that nothing else writes in between.
+// Before each frame that is read, as far as the connection has room, which costs a memory copy: what is told early is
+// not sent. On the channel's own thread, so that nothing else writes in between.
 bool Receiver::Impl::tell_known(Conversation& with) {
   if (!known || with.channel.demand || with.channel.index + 1 != config.channels) return true;
   std::vector<wire::KnownName>& names = with.names;
-  for (;;) {
+  for (unsigned told = 0;;) {
     if (names.empty()) names = known->next_names(wire::kMostKnownNames);
-    if (names.empty()) return true;
-    pollfd socket{with.stream.fd(), POLLIN | POLLOUT, 0};
-    if (::poll(&socket, 1, -1) < 0) {
+    if (names.empty() && !known->awaits_share()) return true;
+    // The share's index is being read: nothing is told yet, and nothing may have come.
+    const bool waits = names.empty();
+    pollfd socket{with.stream.fd(), static_cast<short>(waits ? POLLIN : POLLIN | POLLOUT), 0};
+    if (::poll(&socket, 1, waits ? kShareLookMs : -1) < 0) {
       if (errno == EINTR) continue;
       return true;  // reading will say what is wrong
     }
@@ -48,6 +53,8 @@ bool Receiver::Impl::tell_known(Conversation& with) {
       const wire::IoResult io = with.stream.send_all(buffers);
       if (!io.done()) return with.lost(io);
       names.clear();
+      ++told;
+      if ((socket.revents & POLLIN) == 0 || told < kMostAtOnce) continue;
     }
     if ((socket.revents & ~POLLOUT) != 0) return true;
   }

@@ -18,9 +18,10 @@ import { shareDirectory, sharePath } from './share-path.js';
 export type ShareStats = NativeShareStats;
 export type ShareFill = NativeShareFill;
 
-/** Pages that were taken over are looked at in pieces, about 10 ms of a CPU each second. */
+/** Pages that were taken over are looked at in pieces of about 10 ms of a CPU; later all of them, a little at a time. */
 const verifyEveryMs = 1000;
-const verifyPages = 4096;
+const verifyTakenOver = 4096;
+const verifyAgain = 256;
 
 export class Share implements AsyncDisposable {
   readonly #verifying: NodeJS.Timeout;
@@ -31,7 +32,12 @@ export class Share implements AsyncDisposable {
     /** The writer itself, for those who fill it. */
     readonly native: NativeShare,
   ) {
-    this.#verifying = setInterval(() => void this.native.verify(verifyPages).catch(() => {}), verifyEveryMs);
+    let pages = verifyTakenOver;
+    const verify = async () => {
+      pages = (await this.native.verify(pages)) ? verifyTakenOver : verifyAgain;
+    };
+    // Closed meanwhile, or a file system that fails: the readers look for themselves.
+    this.#verifying = setInterval(() => void verify().catch(() => {}), verifyEveryMs);
     this.#verifying.unref();
   }
 

@@ -131,7 +131,6 @@ class Parking {
         stallTimeoutMs: options.stallTimeoutMs,
         releaseAsEvicted: false,
         dedupKey: null,
-        referencesKey: null,
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );

@@ -39,6 +39,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (type == FrameType::kMap && header.payload_bytes > 0) {
     require(header.payload_bytes == header.page_count * sizeof(std::uint64_t));
   }
+  if (type == FrameType::kKnown) require(header.payload_bytes == header.page_count * sizeof(KnownName));
+  if (type == FrameType::kKnownReference || type == FrameType::kUnresolved) {
+    require(header.page_count > 0 && header.page_count <= max_run_pages(page_size));
+    const std::uint64_t each = type == FrameType::kKnownReference ? sizeof(ContentHash) : sizeof(KnownName);
+    require(header.payload_bytes == header.page_count * each);
+  }
   if (type == FrameType::kDiscard || type == FrameType::kSuspects) {
     require(header.payload_bytes % sizeof(WireRun) == 0);
   }
