@@ -1,9 +1,18 @@
 /** The destination of the trial `distribute`: a host whose page share was primed, and that receives guests. */
-import { type Listening, listen, Share, type ShareFill } from 'memferry';
+import {
+  type Distribution,
+  type DistributionStats,
+  distribute,
+  type Listening,
+  listen,
+  Share,
+  type ShareFill,
+} from 'memferry';
 import { answerCalls } from './peer.js';
 
 let share: Share | null = null;
 let listener: Listening | null = null;
+let distribution: Distribution | null = null;
 
 export interface Primed {
   domain: string;
@@ -20,6 +29,11 @@ answerCalls(
       for (const image of images) filled.push(await share.fill(image));
       return filled;
     },
+    /** The share is filled with what the servers count as popular. */
+    spread: async ({ via, domain }: { via: string[]; domain: string }): Promise<void> => {
+      if (share) distribution = await distribute(share, { via, dedup: { domain }, intervalMs: 2000 });
+    },
+    spreading: (): DistributionStats | null => distribution?.stats() ?? null,
     listen: async ({ domain, file }: { domain: string; file: string }): Promise<number> => {
       listener = await listen({ dedup: { domain }, share: file });
       void (async () => {
@@ -29,6 +43,7 @@ answerCalls(
       return listener.port;
     },
     end: async () => {
+      await distribution?.close();
       await listener?.close();
       await share?.close({ discard: true });
     },

@@ -1,6 +1,15 @@
 /** A source of the trial `distribute`: guests that began as one of the base images, through the public API. */
 import { openSync, readSync, closeSync, fstatSync } from 'node:fs';
-import { type Guest, type MigrationReport, type Mode, migrate, Region } from 'memferry';
+import {
+  type Guest,
+  type MigrationReport,
+  type Mode,
+  migrate,
+  Region,
+  type Sampling,
+  sampleGuest,
+  type SamplingStats,
+} from 'memferry';
 import { answerCalls } from './peer.js';
 
 const pageBytes = 4096;
@@ -28,6 +37,7 @@ export interface Leaving {
 }
 
 const guests = new Map<string, Guest>();
+const samplings: Sampling[] = [];
 
 /** As a guest does that goes on from an image: a page that it has written has most of its former content. */
 function own(page: Buffer, seed: number, number: number): void {
@@ -78,6 +88,11 @@ answerCalls(
       } as unknown as Guest);
       return made;
     },
+    sample: async ({ via, domain }: { via: string[]; domain: string }): Promise<void> => {
+      for (const guest of guests.values())
+        samplings.push(await sampleGuest(guest, { via, dedup: { domain } }));
+    },
+    sampled: (): SamplingStats[] => samplings.map((each) => each.stats()),
     leave: async ({ name, port, mode, bandwidth, domain }: Leaving): Promise<MigrationReport> => {
       const guest = guests.get(name);
       if (guest === undefined) throw new Error('called too early');
