@@ -221,7 +221,7 @@ describe('a VMD server', () => {
     );
     expect(opened.failures).toMatchObject([{ ordinal: 1, error: { code: 'CONNECT_FAILED' } }]);
     expect(opened.servers.map(({ session }) => session > 0)).toEqual([true, false]);
-    expect(opened.servers[1]?.tokens).toHaveLength(64 * 5 * 32);
+    expect(opened.servers[1]?.tokens).toHaveLength(64 * 6 * 32);
     await set.close();
   });
 
