@@ -21,7 +21,6 @@ const order = [
   'scatter',
   'dedup',
   'distribute',
-  'sampling',
   'compress',
   'delta',
   'downtime',

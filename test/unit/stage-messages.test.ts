@@ -245,7 +245,7 @@ describe("an image's secret", () => {
     expect(tokens).toHaveLength(64 * 6 * 32);
     const at = (attempt: number, role: number) =>
       Buffer.from(tokens.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
-    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 5);
+    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 6);
     const expected = (attempt: number, role: number) =>
       Buffer.from(stream.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
     for (const attempt of [0, 1, 63]) {
