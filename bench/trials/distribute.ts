@@ -41,9 +41,10 @@ export async function run(trial: Trial): Promise<void> {
       for (let sample = 0; sample < trial.samples(3); sample++) {
         const figures = await distribute(images, mode);
         samples.push({ value: figures.bytes / figures.ownBytes, floor: null });
-        const references = ((100 * figures.referred) / figures.content).toFixed(1);
+        const percent = (pages: number): string => ((100 * pages) / figures.content).toFixed(1);
         notes.push(
-          `${references} % as references, ${figures.refused} refused, ${figures.cpuMs.toFixed(0)} ms of hashing`,
+          `${percent(figures.referred)} % as references, ${percent(figures.looked)} % looked at, ` +
+            `${figures.refused} refused, ${figures.cpuMs.toFixed(0)} ms of hashing`,
         );
       }
       trial.report(
@@ -137,6 +138,7 @@ interface Figures {
   /** Pages that are not zeros. */
   content: number;
   referred: number;
+  looked: number;
   refused: number;
   cpuMs: number;
 }
@@ -154,7 +156,15 @@ async function distribute(
     const primed: Primed = { domain, file, budgetBytes, images: prime ? [] : images };
     await destination.call('prime', primed);
     const port = await destination.call<number>('listen', { domain, file });
-    const figures: Figures = { bytes: 0, ownBytes: 0, content: 0, referred: 0, refused: 0, cpuMs: 0 };
+    const figures: Figures = {
+      bytes: 0,
+      ownBytes: 0,
+      content: 0,
+      referred: 0,
+      looked: 0,
+      refused: 0,
+      cpuMs: 0,
+    };
     const leaving: { source: Peer; name: string }[] = [];
     for (const [host, source] of sources.entries()) {
       for (let guest = 0; guest < guestsAHost; guest++) {
@@ -176,6 +186,7 @@ async function distribute(
       figures.bytes += bytesOnWire;
       figures.content += pagesSent + (dedup?.pagesDeduplicated ?? 0);
       figures.referred += dedup?.pagesDeduplicated ?? 0;
+      figures.looked += dedup?.pagesHashed ?? 0;
       figures.refused += dedup?.refused ?? 0;
       figures.cpuMs += dedup?.cpuMs ?? 0;
     }

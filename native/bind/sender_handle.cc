@@ -221,7 +221,8 @@ Napi::Value SenderHandle::queue_dirty_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value SenderHandle::start_round(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    core()->sender->start_round(count_of(info[0], "tag"), info[1].IsUndefined() || flag_of(info[1], "references"));
+    core()->sender->start_round(count_of(info[0], "tag"),
+                                info[1].IsUndefined() || flag_of(info[1], "references"));
     return info.Env().Undefined();
   });
 }

@@ -25,6 +25,8 @@ class ReferencePace {
   static constexpr std::uint64_t kIdleInterval = 64ULL << 20;  // and on one that is faster than the thread
   static constexpr double kMemoryPages = 4096;  // over so many pages what was found is averaged
   static constexpr double kSampleMemoryPages = 64;
+  // Of the time that a window without a full link has: with less hashing than that, something else is waited for.
+  static constexpr double kHashIsWaitedFor = 0.5;
   static constexpr unsigned kProbeWindows = 2;
   static constexpr unsigned kBadWindows = 3;
   static constexpr unsigned kFirstPatience = 64;  // windows without a full link before a plain one
@@ -84,11 +86,12 @@ class ReferencePace {
       if (known_ && with_references() < kStay * plain()) turn(false);
       return;
     }
+    if (raw_rate < kHashIsWaitedFor * hash_rate_)
+      return;  // a guest with little to send, a CPU that others have
     if (link_rate_ <= 0) {
       probe_ = kProbeWindows;
       turn(false);
     } else if (raw_rate < kStay * plain()) {
-      // A thread that gets less of a CPU than it hashes with, or a guest that has little to send.
       if (++bad_ >= kBadWindows) turn(false);
     } else if (++idle_ >= patience_) {
       idle_ = 0;

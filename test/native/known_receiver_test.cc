@@ -394,6 +394,10 @@ TEST(KnownPagesTest, GuestsThatComeAndGoFindWholePagesOrNone) {
         map.received.set(PageNumber{at});
         guest->arrived(0, run(at, 1));
       }
+      // Once everything that this one has brought so far is known, so that there is something to find.
+      if (life == 0) {
+        EXPECT_TRUE(known->wait_idle(test::kPatience));
+      }
       std::vector<std::byte> into(page_size);
       for (int i = 0; i < 200; ++i) {
         const std::uint64_t wanted = random() % kContents;
