@@ -20,6 +20,7 @@ const order = [
   'fault-lab',
   'scatter',
   'dedup',
+  'distribute',
   'compress',
   'delta',
   'downtime',

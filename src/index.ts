@@ -16,12 +16,15 @@ export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
 export {
   type CompressChoice,
+  type DistributeOptions,
   type ListenOptions,
   type MigrateOptions,
   type Mode,
   modes,
   type NonConvergence,
   type ParkOptions,
+  type SampleOptions,
+  type ShareOptions,
   type StageOptions,
   type UnparkOptions,
 } from './options.js';
@@ -57,6 +60,9 @@ export {
 export { type Migration, migrate } from './source/migrate.js';
 export { park, type ParkReport, type ParkTicket } from './source/park.js';
 export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
+export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
+export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
+export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';

@@ -88,7 +88,7 @@ export interface NativeEvent {
   lost: NativeRun[];
 }
 
-/** A VMD server of a migration, with this side's tokens for it: [attempt * 5 + role], 32 bytes each. */
+/** A VMD server of a migration, with this side's tokens for it: [attempt * 6 + role], 32 bytes each. */
 export interface NativeStageServer {
   name: string;
   host: string;
@@ -140,6 +140,8 @@ export interface NativeSenderConfig {
   baseKey?: Uint8Array;
   /** Key (32 bytes) of the guest's deduplication domain; null: every page is sent. */
   dedupKey: Uint8Array | null;
+  /** The same, without servers: agreed on with the destination, whose pages are referred to. */
+  referencesKey?: Uint8Array | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -212,7 +214,8 @@ export interface NativeSender {
   queueDirty(): Promise<number>;
   /** The same on this thread, for the final scan of a paused guest. */
   queueDirtySync(): number;
-  startRound(tag: number): void;
+  /** `references` false: nothing goes as a reference in this one. */
+  startRound(tag: number, references?: boolean): void;
   /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
   probe(tag: number, bytes: number): void;
   compareBase(tag: number, mostNodes: number, sample: boolean): void;
@@ -252,6 +255,8 @@ export interface NativeReceiverConfig {
   bases?: ('none' | 'given' | 'in-place')[];
   /** 64 bytes, as the source's. */
   baseKey?: Uint8Array;
+  /** Agreed on with the source: it is told what this process and the page share (a path) have of the domain. */
+  known?: { key: Uint8Array; share: string | null } | null;
   onEvent: (event: NativeEvent) => void;
 }
 
@@ -267,6 +272,9 @@ export interface NativeReceiverStats {
   pagesFromBase: number;
   /** CPU time. */
   baseHashUs: number;
+  /** Came as references, and were here already; and references to what was not. */
+  pagesKnown: number;
+  pagesUnresolved: number;
   servers: NativeServerStats[];
 }
 
@@ -328,6 +336,10 @@ export interface NativeStageStats {
   sharedPages: number;
   /** Of the memory: what is known of contents by their names. */
   hintBytes: number;
+  members: number;
+  popularNames: number;
+  /** Their room counts as free. */
+  popularPages: number;
 }
 
 /**
@@ -350,7 +362,9 @@ export interface NativeStage {
     ordinal: number,
     domainKey: Uint8Array | null,
   ): boolean;
-  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 5 + role], 32 bytes each, at most 64 attempts. */
+  /** A membership of a domain (32 bytes), with sessions as an image; false: too many domains. `guest`: 16 bytes. */
+  join(member: Uint8Array, domainKey: Uint8Array, guest: Uint8Array | null): boolean;
+  /** `roles`: bit n for StageRole n. `tokens`: [attempt * 6 + role], 32 bytes each, at most 64 attempts. */
   addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean;
   /** Ends its connections too. */
   removeSession(image: Uint8Array, session: number): boolean;
@@ -368,6 +382,118 @@ export interface NativeStage {
   whole(image: Uint8Array, regionPages: number[]): boolean | null;
   stats(): NativeStageStats;
   /** Twice is fine. */
+  close(): void;
+}
+
+export interface NativeShareStats {
+  pages: number;
+  /** Of the file: header, index and pages. */
+  bytesUsed: number;
+  budgetBytes: number;
+  /** Of this process, for the index. */
+  memoryBytes: number;
+  inserted: number;
+  /** For better ones, or for a smaller budget. */
+  evicted: number;
+  /** Worth no more than all that is there, or no room on the file system. */
+  refused: number;
+  /** Taken over from an earlier writer, and not looked at yet. */
+  unverified: number;
+  /** Not what the index said. */
+  dropped: number;
+}
+
+export interface NativeShareFill {
+  pages: number;
+  zero: number;
+  inserted: number;
+  there: number;
+  noRoom: number;
+}
+
+/** The writer of a page share; see native/share/page_share.h. Digests have 32 bytes. Throws CLOSED after `close()`. */
+export interface NativeShare {
+  /** The pages of a part of a file; a length of 0: to its end. Rejects with SYSTEM. */
+  fill(path: string, offsetBytes: number, lengthBytes: number, score: number): Promise<NativeShareFill>;
+  holds(digest: Uint8Array): boolean;
+  /** False where it is not there. */
+  setScore(digest: Uint8Array, score: number): boolean;
+  remove(digest: Uint8Array): boolean;
+  setBudget(budgetBytes: number): Promise<void>;
+  /** Looks at the next pages; whether some that were taken over are left to be looked at. */
+  verify(mostPages: number): Promise<boolean>;
+  stats(): NativeShareStats;
+  /** Twice is fine. The file stays. */
+  close(): void;
+}
+
+export interface NativeStageConfig {
+  /** At least 16 MiB. */
+  memoryBytes: number;
+  /** Bytes a second in each direction over all images, 0 for none. */
+  bandwidth: number;
+  /** One in so many slots may hold popular pages, 8 without it; 0: none. */
+  popularShare?: number;
+  popularPeriodMs?: number;
+}
+
+/** A directory server, and a membership there (16 bytes); `identity` is not null. */
+export interface NativeDirectory extends NativeStageServer {
+  member: Uint8Array;
+}
+
+export interface NativeSamplerConfig {
+  regions: NativeRegion[];
+  domainKey: Uint8Array;
+  /** Of one core: above 0, at most 1. */
+  cpuShare: number;
+  passIntervalMs: number;
+  mostPages: number;
+}
+
+export interface NativeSamplerStats {
+  passes: number;
+  pagesHashed: number;
+  pagesZero: number;
+  pagesReported: number;
+  pagesWanted: number;
+  pagesGiven: number;
+  lookedAway: number;
+  cpuMs: number;
+  memoryBytes: number;
+  bytesOnWire: number;
+  /** One for each directory that was set last: its connection is lost. */
+  lost: boolean[];
+}
+
+/** Samples from its making on; see native/share/page_sampler.h. */
+export interface NativeSampler {
+  setDirectories(directories: NativeDirectory[]): void;
+  stats(): NativeSamplerStats;
+  close(): void;
+}
+
+export interface NativeSpreaderConfig {
+  share: NativeShare;
+  intervalMs: number;
+  /** Bytes a second; 0 for no limit. */
+  bandwidth: number;
+}
+
+export interface NativeSpreaderStats {
+  rounds: number;
+  pagesPopular: number;
+  pagesHeld: number;
+  pagesFetched: number;
+  pagesRefused: number;
+  bytesOnWire: number;
+  lost: boolean[];
+}
+
+/** See native/spread/page_spreader.h. */
+export interface NativeSpreader {
+  setDirectories(directories: NativeDirectory[]): void;
+  stats(): NativeSpreaderStats;
   close(): void;
 }
 
@@ -415,8 +541,13 @@ export interface NativeAddon {
     port: number,
     onControl: (fd: number, peerAddress: string) => void,
   ): NativeListener;
-  /** `memoryBytes`: at least 16 MiB. `bandwidth`: bytes a second in each direction over all images, 0 for none. */
-  createStage(config: { memoryBytes: number; bandwidth: number }): NativeStage;
+  createStage(config: NativeStageConfig): NativeStage;
+
+  createSampler(config: NativeSamplerConfig): NativeSampler;
+  createSpreader(config: NativeSpreaderConfig): NativeSpreader;
+
+  /** The page share in this file; null: somebody else writes it. Throws INVALID_ARGUMENT (a file of something else), SYSTEM. */
+  openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare | null;
 
   /**
    * Closes every sender, receiver, listener and stage of this environment: missing pages are poisoned and whoever

@@ -126,9 +126,10 @@ const migrateSchema = z.strictObject({
   /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
   /**
-   * Scatter modes and `park`, in rounds and after the switchover: pages that the VMD servers hold already go as
-   * references. True: pages of this guest alone (a domain of its own); with a domain, pages of every guest of it. Guests
-   * of one domain can find out by timing what others of it hold, see docs/security.md.
+   * In direct modes pages that the destination has already (`ListenOptions.dedup`, `share`) go as references; in scatter
+   * modes and `park`, in rounds and after the switchover, those that the VMD servers hold. True: pages of this guest alone
+   * (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by timing what
+   * others of it hold, see docs/security.md.
    */
   dedup: z.union([z.boolean(), dedupSchema]).default(false),
   /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
@@ -190,6 +191,26 @@ const listenSchema = z.strictObject({
    * takes as much memory again as the guest.
    */
   base: z.strictObject({ parked: ticketSchema, anySource: z.boolean().default(false) }).optional(),
+  /**
+   * Sources of the same domain are told which of their pages are here already, and refer to them: pages of the page
+   * share, and pages that came for guests of that domain which are still arriving. True: only what a guest has several
+   * times itself. What a source learns by this: docs/security.md.
+   */
+  dedup: z.union([z.boolean(), dedupSchema]).default(false),
+  /** A page share's file (`memferry share`), or `auto` for the one of the domain; with a domain only. */
+  share: z.string().min(1).optional(),
+});
+
+const shareSchema = z.strictObject({
+  /** All that the share may take: its pages and their index, in bytes. */
+  budgetBytes: bytes,
+  /** As a guest's. */
+  dedup: dedupSchema,
+  /** The hosts' shared secret, from which a domain without a secret of its own has its key; else the secret file. */
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  /** Its file; without one, the domain's in this user's directory on tmpfs. */
+  file: z.string().min(1).optional(),
 });
 
 /** `group:port` of the VMD's announcements where none is named. */
@@ -230,6 +251,13 @@ const stageSchema = z.strictObject({
     .nullable()
     .default(null),
   maxImages: z.number().int().min(1).max(256).default(256),
+  /**
+   * Page distribution: how much of the memory may hold pages that many guests have, 0 to 0.5. Images get that room when
+   * they need it.
+   */
+  popularShare: z.number().min(0).max(0.5).default(0.125),
+  /** Page distribution: what a guest has not reported for so long no longer counts after as long again, in ms. */
+  popularHalfLifeMs: milliseconds.min(100).default(600_000),
   /** Execution state of one parked guest, in bytes. */
   maxStateBytes: bytes.default(64 * 2 ** 20),
   /** A park that is READY: how long to wait for GRANT before it is refused for good, in ms. */
@@ -237,6 +265,51 @@ const stageSchema = z.strictObject({
   /** How long a claim that was not granted outlives its claimant's connection, in ms. */
   claimLeaseMs: milliseconds.default(10_000),
 });
+
+const directoriesShape = {
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  plaintext: connectionShape.plaintext,
+  peerTimeoutMs: connectionShape.peerTimeoutMs,
+  /** Of the VMD servers (`memferry stage`) that count the domain's pages: `host:port` each, the same for all its hosts. */
+  via: z.array(z.string().min(1)).min(1).max(64),
+  /** Whose pages these are: guests and hosts of other domains learn nothing of them. */
+  dedup: dedupSchema,
+  connectTimeoutMs: milliseconds.default(5_000),
+  signal: z.instanceof(AbortSignal).optional(),
+};
+
+const sampleSchema = z.strictObject({
+  ...directoriesShape,
+  /** How much of one core it takes at most, by CPU time. */
+  cpuShare: z.number().positive().max(1).default(0.01),
+  /** From the start of a pass over the guest's memory to the next one's, at least, in ms. */
+  passIntervalMs: milliseconds.default(10_000),
+  /** Pages whose hashes are remembered, 8 bytes each; what is beyond is not sampled. */
+  maxPages: z
+    .number()
+    .int()
+    .min(512)
+    .max(2 ** 31)
+    .default(4 * 2 ** 20),
+});
+export type SampleOptions = z.input<typeof sampleSchema>;
+export type ResolvedSampleOptions = z.output<typeof sampleSchema>;
+
+const distributeSchema = z.strictObject({
+  ...directoriesShape,
+  /** From the end of a round to the next one, in ms. */
+  intervalMs: milliseconds.max(24 * 3600 * 1000).default(30_000),
+  /** Bytes a second that fetching pages takes; 0 for no limit. */
+  bandwidth: bytes.default(0),
+});
+export type DistributeOptions = z.input<typeof distributeSchema>;
+export type ResolvedDistributeOptions = z.output<typeof distributeSchema>;
+/** What both have. */
+export type ResolvedDirectoriesOptions = Pick<
+  ResolvedSampleOptions,
+  'secret' | 'secretFile' | 'plaintext' | 'peerTimeoutMs' | 'via' | 'dedup' | 'connectTimeoutMs'
+>;
 
 /** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
 export type ParkOptions = Omit<
@@ -286,6 +359,9 @@ const unparkSchema = z.strictObject({
 });
 export type UnparkOptions = z.input<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
 export type ResolvedUnparkOptions = z.output<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
+
+export type ShareOptions = z.input<typeof shareSchema>;
+export type ResolvedShareOptions = z.output<typeof shareSchema>;
 
 export type StageOptions = z.input<typeof stageSchema>;
 export type ResolvedStageOptions = z.output<typeof stageSchema>;
@@ -355,12 +431,6 @@ export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateO
   const parsed = parse(migrateSchema, options, 'migrate');
   checkStall(parsed, 'migrate');
   checkBase(parsed);
-  if (parsed.dedup !== false && !traitsOf(parsed.mode).scatter) {
-    throw new MemferryError(
-      'INVALID_ARGUMENT',
-      `migrate.dedup: it works where there are servers, in scatter modes, not in mode '${parsed.mode}'`,
-    );
-  }
   return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
 }
 
@@ -402,11 +472,31 @@ export function resolveListenOptions(options: ListenOptions): ResolvedListenOpti
   if (accept !== undefined && typeof accept !== 'function') {
     throw new MemferryError('INVALID_ARGUMENT', 'listen.accept: must be a function');
   }
-  return { ...parse(listenSchema, rest, 'listen'), ...(accept ? { accept } : {}) };
+  const parsed = parse(listenSchema, rest, 'listen');
+  if (parsed.share !== undefined && typeof parsed.dedup === 'boolean') {
+    throw new MemferryError('INVALID_ARGUMENT', 'listen.share: a page share belongs to a domain (dedup)');
+  }
+  return { ...parsed, ...(accept ? { accept } : {}) };
+}
+
+export function resolveShareOptions(options: ShareOptions): ResolvedShareOptions {
+  return parse(shareSchema, options, 'share');
 }
 
 export function resolveStageOptions(options: StageOptions): ResolvedStageOptions {
   const parsed = parse(stageSchema, options, 'stage');
   if (parsed.announce !== null) parseAddress(parsed.announce);
+  return parsed;
+}
+
+export function resolveSampleOptions(options: SampleOptions): ResolvedSampleOptions {
+  const parsed = parse(sampleSchema, options, 'sampleGuest');
+  for (const address of parsed.via) parseAddress(address);
+  return parsed;
+}
+
+export function resolveDistributeOptions(options: DistributeOptions): ResolvedDistributeOptions {
+  const parsed = parse(distributeSchema, options, 'distribute');
+  for (const address of parsed.via) parseAddress(address);
   return parsed;
 }

@@ -36,6 +36,8 @@ export interface Progress {
   bytesSaved: { compression: number; delta: number };
   /** Pages that the destination's base has. */
   pagesFromBase: number;
+  /** Went as references so far, see `DedupReport`. */
+  pagesDeduplicated: number;
   /** What the migration waits for before it can begin, for people; null when it does not. */
   waitingFor: string | null;
 }
@@ -145,7 +147,7 @@ export interface EvictionReport {
 
 /** What deduplication saved, and what it cost. */
 export interface DedupReport {
-  /** Pages that went as a reference to content which a server held already. */
+  /** Pages that went as a reference to content which the destination, or a server, had already. */
   pagesDeduplicated: number;
   /** Bytes of these pages, less all that was said about them; below zero where little was found. */
   bytesSaved: number;
@@ -153,7 +155,7 @@ export interface DedupReport {
   pagesHashed: number;
   /** CPU time of hashing at the source, in ms. */
   cpuMs: number;
-  /** Contents that servers were asked for. */
+  /** Scatter modes: contents that servers were asked for. */
   probes: number;
   /** References to what was gone by then; those pages went again, plainly. */
   refused: number;
@@ -202,4 +204,6 @@ export interface ArrivalReport {
   intermediaries: Intermediary[];
   /** Pages that were here already, and confirmed by the source. */
   pagesFromBase: number;
+  /** Came as references to what was here already (`ListenOptions.dedup`). */
+  pagesKnown: number;
 }

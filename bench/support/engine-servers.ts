@@ -13,10 +13,10 @@ export interface ServerPlace {
 export const serversOnLoopback = (count: number): ServerPlace[] =>
   Array.from({ length: count }, () => ({ host: '127.0.0.1', namespace: null }));
 
-/** docs/protocol.md, "The VMD": scatter is role 0, gather 1, demand 2, probe 4. */
+/** docs/protocol.md, "The VMD": scatter is role 0, gather 1, demand 2, probe 4, popular 5. */
 const sourceRoles = 0b10001;
 const destinationRoles = 0b00110;
-const roleCount = 5;
+const roleCount = 6;
 /** Enough for a connection and some redials. */
 const attempts = 8;
 const tokenBytes = 32;

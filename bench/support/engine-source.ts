@@ -111,6 +111,7 @@ answerCalls(
       sender = addon.createSender({
         compress: 'off',
         deltaCacheBytes: 0,
+        referencesKey: null,
         ...parameters,
         destinationEncodings: allEncodings,
         serverEncodings: compressions,
@@ -132,7 +133,7 @@ answerCalls(
     copy: async (): Promise<{ startMs: number; endMs: number }> => {
       const startMs = monotonicMs();
       await must(sender).queuePopulated();
-      must(sender).startRound(1);
+      must(sender).startRound(1, false);
       return { startMs, endMs: await next('round-done') };
     },
     /** Some bytes of a share of the pages are written, and exactly those pages sent again. */
@@ -145,7 +146,7 @@ answerCalls(
       }
       await must(sender).queueDirty();
       const startMs = monotonicMs();
-      must(sender).startRound(++rounds);
+      must(sender).startRound(++rounds, false);
       return { startMs, endMs: await next('round-done') };
     },
     switchOver: async () => {

@@ -8,7 +8,10 @@
 #include "bind/node_api.h"
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
+#include "bind/sampler_handle.h"
+#include "bind/share_handle.h"
 #include "bind/sigbus.h"
+#include "bind/spreader_handle.h"
 #include "bind/stage_handle.h"
 #include "bind/tracker_handle.h"
 #include "bind/values.h"
@@ -64,6 +67,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ReceiverHandle::define(env);
   ListenerHandle::define(env);
   StageHandle::define(env);
+  SamplerHandle::define(env);
+  SpreaderHandle::define(env);
+  ShareHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
@@ -78,6 +84,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
   exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
+  exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
+  exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
+  exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
   exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));
   exports.Set("forwardSigbusToWebAssembly",

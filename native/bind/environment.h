@@ -69,6 +69,9 @@ class Environment {
   Napi::FunctionReference receiver_class;
   Napi::FunctionReference listener_class;
   Napi::FunctionReference stage_class;
+  Napi::FunctionReference sampler_class;
+  Napi::FunctionReference spreader_class;
+  Napi::FunctionReference share_class;
 
   // Between the two, the environment's end shuts the engine down.
   void add(Engine* engine);

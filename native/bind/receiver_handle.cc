@@ -39,6 +39,11 @@ ReceiverConfig config_of(const Napi::Object& config) {
     }
     out.base_key = fixed_bytes_of<sizeof(KeyedHashKey)>(config.Get("baseKey"), "baseKey");
   }
+  if (const Napi::Value known = config.Get("known"); known.IsObject()) {
+    const Napi::Object of = known.As<Napi::Object>();
+    const std::string share = of.Get("share").IsString() ? text_of(of.Get("share"), "share") : std::string();
+    out.known = KnownPages::of_domain(fixed_bytes_of<sizeof(ContentKey)>(of.Get("key"), "key"), share);
+  }
   if (!config.Has("servers")) return out;
   out.servers = stage_servers_of(config.Get("servers"));
   out.gather_limit = count_of(config.Get("gatherLimit"), "gatherLimit");
@@ -63,6 +68,8 @@ Napi::Object stats_object(Napi::Env env, const ReceiverStats& stats) {
   object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
   object.Set("pagesGathered", number(env, stats.pages_gathered));
   object.Set("pagesFromBase", number(env, stats.pages_from_base));
+  object.Set("pagesKnown", number(env, stats.pages_known));
+  object.Set("pagesUnresolved", number(env, stats.pages_unresolved));
   object.Set("baseHashUs", number(env, stats.base_hash_us));
   object.Set("servers", server_stats(env, stats.servers));
   return object;

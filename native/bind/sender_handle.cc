@@ -69,6 +69,9 @@ SenderConfig config_of(const Napi::Object& config) {
   out.release_as_evicted = flag_of(config.Get("releaseAsEvicted"), "releaseAsEvicted");
   const Napi::Value dedup_key = config.Get("dedupKey");
   if (dedup_key.IsTypedArray()) out.dedup = fixed_bytes_of<sizeof(ContentKey)>(dedup_key, "dedupKey");
+  const Napi::Value references_key = config.Get("referencesKey");
+  if (references_key.IsTypedArray())
+    out.references = fixed_bytes_of<sizeof(ContentKey)>(references_key, "referencesKey");
   return out;
 }
 
@@ -220,7 +223,8 @@ Napi::Value SenderHandle::queue_dirty_sync(const Napi::CallbackInfo& info) {
 
 Napi::Value SenderHandle::start_round(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    core()->sender->start_round(count_of(info[0], "tag"));
+    core()->sender->start_round(count_of(info[0], "tag"),
+                                info[1].IsUndefined() || flag_of(info[1], "references"));
     return info.Env().Undefined();
   });
 }

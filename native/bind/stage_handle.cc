@@ -43,6 +43,7 @@ void StageHandle::define(Napi::Env env) {
                       InstanceMethod<&StageHandle::preallocate>("preallocate"),
                       InstanceMethod<&StageHandle::identity>("identity"),
                       InstanceMethod<&StageHandle::create_image>("createImage"),
+                      InstanceMethod<&StageHandle::join>("join"),
                       InstanceMethod<&StageHandle::add_session>("addSession"),
                       InstanceMethod<&StageHandle::remove_session>("removeSession"),
                       InstanceMethod<&StageHandle::set_chain>("setChain"),
@@ -71,6 +72,10 @@ StageHandle::StageHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<Stag
     StageConfig config;
     config.memory_bytes = count_of(object.Get("memoryBytes"), "memoryBytes");
     config.bandwidth = count_of(object.Get("bandwidth"), "bandwidth");
+    if (const Napi::Value share = object.Get("popularShare"); !share.IsUndefined())
+      config.popular_share = count_of(share, "popularShare");
+    if (const Napi::Value period = object.Get("popularPeriodMs"); !period.IsUndefined())
+      config.popular_period_ms = count_of(period, "popularPeriodMs");
     stage_ = Stage::create(config);
     Environment::of(env).add(this);
     Value().TypeTag(&kTag);
@@ -128,6 +133,16 @@ Napi::Value StageHandle::create_image(const Napi::CallbackInfo& info) {
     config.ordinal = small_of<std::uint8_t>(info[2], "ordinal");
     if (info[3].IsTypedArray()) config.domain = fixed_bytes_of<sizeof(DomainKey)>(info[3], "domainKey");
     return Napi::Boolean::New(info.Env(), stage().create_image(config));
+  });
+}
+
+Napi::Value StageHandle::join(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    MemberConfig config;
+    config.id = fixed_bytes_of<sizeof(ImageId)>(info[0], "member");
+    config.domain = fixed_bytes_of<sizeof(DomainKey)>(info[1], "domainKey");
+    if (info[2].IsTypedArray()) config.guest = fixed_bytes_of<sizeof(MemberGuest)>(info[2], "guest");
+    return Napi::Boolean::New(info.Env(), stage().join(config));
   });
 }
 
@@ -223,6 +238,9 @@ Napi::Value StageHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("bytesOut", number(env, stats.bytes_out));
     object.Set("sharedPages", number(env, stats.shared_pages));
     object.Set("hintBytes", number(env, stats.hint_bytes));
+    object.Set("members", number(env, stats.members));
+    object.Set("popularNames", number(env, stats.popular_names));
+    object.Set("popularPages", number(env, stats.popular_pages));
     return object;
   });
 }

@@ -27,6 +27,7 @@ class StageHandle : public Napi::ObjectWrap<StageHandle>, public Engine {
   Napi::Value preallocate(const Napi::CallbackInfo& info);
   Napi::Value identity(const Napi::CallbackInfo& info);
   Napi::Value create_image(const Napi::CallbackInfo& info);
+  Napi::Value join(const Napi::CallbackInfo& info);
   Napi::Value add_session(const Napi::CallbackInfo& info);
   Napi::Value remove_session(const Napi::CallbackInfo& info);
   Napi::Value set_chain(const Napi::CallbackInfo& info);

@@ -15,9 +15,6 @@ namespace memferry {
 
 namespace {
 
-// Runs that one call can report: 24 bytes each. Every other page of 512 MiB fits into one call.
-constexpr std::size_t kBufferRegions = 64UL * 1024;
-
 // Joins ranges that touch, since one run of pages may come in several pieces (present, then swapped), and
 // leaves out what a scan reports again.
 class Joiner {
@@ -47,7 +44,8 @@ class Joiner {
 
 }  // namespace
 
-Pagemap::Pagemap() : fd_(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {
+Pagemap::Pagemap(std::size_t runs_at_once)
+    : fd_(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)), runs_at_once_(runs_at_once) {
   if (!fd_) throw_errno("open(/proc/self/pagemap)");
 }
 
@@ -60,7 +58,7 @@ bool Pagemap::can_scan() const {
 }
 
 Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const Query& query) {
-  if (buffer_.empty()) buffer_.resize(kBufferRegions);
+  if (buffer_.empty()) buffer_.resize(runs_at_once_);
   abi::PmScanArg request{};
   request.size = sizeof request;
   request.flags = query.flags;
@@ -98,16 +96,36 @@ void Pagemap::populated(Address start, std::uint64_t bytes, const std::function<
   joiner.flush();
 }
 
+void Pagemap::present(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+  if (!can_scan()) return read_entries(start, bytes, abi::kPagemapPresent, visit);
+  Query query;
+  query.category_inverted = abi::kPageIsPfnZero;
+  query.category_mask = abi::kPageIsPfnZero | abi::kPageIsPresent;
+  query.return_mask = abi::kPageIsPresent;
+  Joiner joiner(visit);
+  scan(start, bytes, query, [&](const abi::PageRegion& region) {
+    joiner.add({Address{region.start}, Address{region.end}});
+  });
+  joiner.flush();
+}
+
 void Pagemap::populated_by_reading(Address start, std::uint64_t bytes,
                                    const std::function<void(AddressRange)>& visit) {
+  read_entries(start, bytes, abi::kPagemapPresent | abi::kPagemapSwapped, visit);
+}
+
+void Pagemap::read_entries(Address start, std::uint64_t bytes, std::uint64_t any_of,
+                           const std::function<void(AddressRange)>& visit) {
   const std::uint64_t page_size = system_page_size();
-  constexpr std::size_t kEntries = 8192;
-  std::vector<std::uint64_t> entries(kEntries);
+  constexpr std::size_t kMostEntries = 8192;
+  const std::size_t at_once =
+      std::min<std::size_t>(kMostEntries, static_cast<std::size_t>(bytes / page_size));
+  std::vector<std::uint64_t> entries(at_once);
   Joiner joiner(visit);
   std::uint64_t page = start.value / page_size;
   const std::uint64_t end = page + bytes / page_size;
   while (page < end) {
-    const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(kEntries, end - page));
+    const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(at_once, end - page));
     const ssize_t got = ::pread(fd_.get(), entries.data(), wanted * sizeof(std::uint64_t),
                                 static_cast<off_t>(page * sizeof(std::uint64_t)));
     if (got < 0) throw_errno("pread(/proc/self/pagemap)");
@@ -115,7 +133,7 @@ void Pagemap::populated_by_reading(Address start, std::uint64_t bytes,
       throw SystemError("/proc/self/pagemap ends early", EIO);
     const auto read = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
     for (std::uint64_t i = 0; i < read; ++i) {
-      if ((entries[i] & (abi::kPagemapPresent | abi::kPagemapSwapped)) == 0) continue;
+      if ((entries[i] & any_of) == 0) continue;
       joiner.add({Address{(page + i) * page_size}, Address{(page + i + 1) * page_size}});
     }
     page += read;

@@ -23,8 +23,10 @@ struct AddressRange {
 
 class Pagemap {
  public:
+  // Runs that one call can report, 24 bytes each: every other page of 512 MiB.
+  static constexpr std::size_t kUsualRuns = 64UL * 1024;
   // Throws SystemError (open).
-  Pagemap();
+  explicit Pagemap(std::size_t runs_at_once = kUsualRuns);
 
   // True when PAGEMAP_SCAN is there.
   [[nodiscard]] bool can_scan() const;
@@ -63,6 +65,10 @@ class Pagemap {
   void populated_by_reading(Address start, std::uint64_t bytes,
                             const std::function<void(AddressRange)>& visit);
 
+  // The runs of pages that can be read without waiting for anybody: present, and not the shared page of zeros where the
+  // kernel can tell. What is swapped out, missing or poisoned is none. Throws SystemError.
+  void present(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_.capacity() * sizeof(abi::PageRegion); }
 
  private:
@@ -71,8 +77,11 @@ class Pagemap {
     std::uint64_t walk_end = 0;
   };
   Batch scan_once(std::uint64_t start, std::uint64_t end, const Query& query);
+  void read_entries(Address start, std::uint64_t bytes, std::uint64_t any_of,
+                    const std::function<void(AddressRange)>& visit);
 
   UniqueFd fd_;
+  const std::size_t runs_at_once_;
   std::vector<abi::PageRegion> buffer_;
 };
 

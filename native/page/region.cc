@@ -82,6 +82,34 @@ Region::~Region() {
   if (owned_) ::munmap(extents_.front().start.pointer(), extents_.front().bytes);
 }
 
+bool Region::claim() {
+  if (claimed_.exchange(true)) return false;
+  await_glances();
+  return true;
+}
+
+void Region::begin_arrival() {
+  arrivals_.fetch_add(1);
+  await_glances();
+}
+
+void Region::await_glances() {
+  for (std::uint32_t seen = glances_.load(); seen != 0; seen = glances_.load()) glances_.wait(seen);
+}
+
+// Counted first, looked at afterwards; whoever moves the region does it the other way round. So one of the two sees the
+// other, whatever the order. (Test: PageSampler.LooksAwayWhileTheRegionIsOnItsWay.)
+bool Region::begin_glance() {
+  glances_.fetch_add(1);
+  if (!claimed_.load() && arrivals_.load() == 0) return true;
+  end_glance();
+  return false;
+}
+
+void Region::end_glance() {
+  if (glances_.fetch_sub(1) == 1) glances_.notify_all();
+}
+
 void Region::grow(std::uint64_t pages) {
   std::uint64_t former = pages_.load(std::memory_order_acquire);
   do {

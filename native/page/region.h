@@ -97,9 +97,19 @@ class Region : public std::enable_shared_from_this<Region> {
   void retire();
   [[nodiscard]] bool retired() const { return retired_.load(std::memory_order_acquire); }
 
-  // One migration at a time: true when the claim was free. release() gives it back.
-  [[nodiscard]] bool claim() { return !claimed_.exchange(true); }
+  // One migration at a time: true when the claim was free. release() gives it back. Waits for a glance that is under
+  // way: some ten microseconds of its thread's.
+  [[nodiscard]] bool claim();
   void release() { claimed_.store(false); }
+
+  // For those who read it in the background, a few pages at a time (a sampler): they look away while the region is on
+  // its way, so that they neither take anything from a migration nor ever touch a page that is missing here. False: it
+  // is on its way; nothing may be touched. Otherwise end_glance() must follow, soon.
+  [[nodiscard]] bool begin_glance();
+  void end_glance();
+  // Between the two nobody glances: the memory is being made by somebody else.
+  void begin_arrival();
+  void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
   Region(std::vector<Extent> extents, std::uint64_t capacity_bytes, bool owned);
@@ -114,6 +124,9 @@ class Region : public std::enable_shared_from_this<Region> {
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<bool> retired_{false};
   std::atomic<bool> claimed_{false};
+  std::atomic<std::uint32_t> arrivals_{0};
+  std::atomic<std::uint32_t> glances_{0};
+  void await_glances();
 
   struct Enlisted {
     std::uint64_t key = 0;
@@ -144,6 +157,20 @@ class RegionUse {
   std::condition_variable changed_;
   bool over_ = false;
   std::unique_ptr<Region::User> user_;
+};
+
+// Until it goes, the region's memory is being made here: nobody glances at it.
+class RegionArrival {
+ public:
+  explicit RegionArrival(std::shared_ptr<Region> region) : region_(std::move(region)) {
+    region_->begin_arrival();
+  }
+  ~RegionArrival() { region_->end_arrival(); }
+  RegionArrival(const RegionArrival&) = delete;
+  RegionArrival& operator=(const RegionArrival&) = delete;
+
+ private:
+  const std::shared_ptr<Region> region_;
 };
 
 }  // namespace memferry

@@ -66,6 +66,13 @@ void Slab::give_out(Slot slot, std::vector<Slot>& slots) {
 }
 
 std::uint64_t Slab::take(std::uint64_t wanted, std::vector<Slot>& slots) {
+  const std::uint64_t taken = take_spare(wanted, slots);
+  if (taken == wanted || !relief_) return taken;
+  relief_(wanted - taken);
+  return taken + take_spare(wanted - taken, slots);
+}
+
+std::uint64_t Slab::take_spare(std::uint64_t wanted, std::vector<Slot>& slots) {
   const std::lock_guard lock(mutex_);
   const std::uint64_t free = warm_.size + cold_.size + (slots_ - never_used_);
   const std::uint64_t taken = std::min(wanted, free);
@@ -91,7 +98,15 @@ bool Slab::take_all(std::uint64_t wanted, std::vector<Slot>& slots) {
   return false;
 }
 
-bool Slab::take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
+bool Slab::take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots, Relief relief) {
+  if (take_zeroed(wanted, slots)) return true;
+  if (relief == Relief::kNone || !relief_ || wanted > slots_) return false;
+  const std::uint64_t free = free_slots();
+  if (free < wanted) relief_(wanted - free);
+  return take_zeroed(wanted, slots);
+}
+
+bool Slab::take_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
   const std::size_t before = slots.size();
   std::size_t warm_from = 0;
   {

@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -38,13 +39,19 @@ class Slab {
   // missing later. Blocks as long as the system takes to clear it. Throws SystemError: there
   // is not so much.
   void preallocate();
+  // Called with no lock held when slots are short, with how many: gives up what others need more. Before the first
+  // slot is taken; it may release, never take.
+  void set_relief(std::function<void(std::uint64_t)> relief) { relief_ = std::move(relief); }
+  enum class Relief { kAsked, kNone };
   // As many slots as there are, at most `wanted`, counted once; ascending where possible. Their content is what it
   // was, or zeros. Appended to `slots`.
   std::uint64_t take(std::uint64_t wanted, std::vector<Slot>& slots);
+  // The same of what is free, for things that are themselves given up for others.
+  std::uint64_t take_spare(std::uint64_t wanted, std::vector<Slot>& slots);
   // All of them or none.
   bool take_all(std::uint64_t wanted, std::vector<Slot>& slots);
   // The same; they read as zeros, and their memory is not touched until somebody does.
-  bool take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots);
+  bool take_all_zeroed(std::uint64_t wanted, std::vector<Slot>& slots, Relief relief = Relief::kAsked);
   void pin(Slot slot);
   // What lies in it is final: from now on it may be shared within this domain (not 0).
   void settle(std::span<const Slot> slots, std::uint16_t domain);
@@ -80,11 +87,13 @@ class Slab {
   void give_out(Slot slot, std::vector<Slot>& slots);
   // Sorts; the memory behind them must be nobody's. They read as zeros after it.
   void give_back(std::span<Slot> slots);
+  bool take_zeroed(std::uint64_t wanted, std::vector<Slot>& slots);
 
   const std::uint64_t slot_bytes_;
   const std::uint64_t slots_;
   Mapping mapping_;
   std::atomic<bool> preallocated_{false};
+  std::function<void(std::uint64_t)> relief_;
   // Counts, and kSettled.
   std::unique_ptr<std::atomic<std::uint32_t>[]> counts_;
   std::unique_ptr<std::atomic<std::uint16_t>[]> domains_;  // of settled slots

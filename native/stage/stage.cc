@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "os/mapping.h"
+#include "os/steady_ms.h"
 #include "os/sys_error.h"
 #include "stage/stage_impl.h"
 #include "wire/hello.h"
@@ -27,6 +28,12 @@ std::uint64_t slab_bytes(std::uint64_t memory_bytes) {
   const std::uint64_t codecs = (CodecSeats::seats_for(memory_bytes) - 1) * CodecSeats::kSeatBytes;
   const std::uint64_t usable = memory_bytes - std::min(kMostReserve, memory_bytes / 4) - codecs;
   return std::min(usable / (page + kSlotTables), Slab::kMostSlots) * page;
+}
+
+PopularityConfig popularity_of(const StageConfig& config, const Slab& slab) {
+  return {.most_tables = std::min(slab.slots() / PopularPages::kShareOfSlab, PopularPages::kMostTables),
+          .most_contents = config.popular_share == 0 ? 0 : slab.slots() / config.popular_share,
+          .period_ms = config.popular_period_ms};
 }
 
 std::uint64_t fresh_identity() {
@@ -50,9 +57,12 @@ void end_all(const Connections& connections) {
 StageCommon::StageCommon(const StageConfig& config)
     : slab(std::make_shared<Slab>(slab_bytes(config.memory_bytes), system_page_size())),
       hints(std::make_shared<ContentHints>(slab)),
+      popular(std::make_shared<PopularPages>(slab, popularity_of(config, *slab))),
       in(config.bandwidth),
       out(config.bandwidth),
-      codecs(CodecSeats::seats_for(config.memory_bytes)) {}
+      codecs(CodecSeats::seats_for(config.memory_bytes)) {
+  slab->set_relief([table = &popular->table()](std::uint64_t slots) { table->relieve(slots); });
+}
 
 struct Stage::Impl {
   struct Role {
@@ -63,9 +73,11 @@ struct Stage::Impl {
   struct Session {
     std::array<Role, wire::kStageRoles> roles;
   };
+  // An image or a membership: of a member the first two are nullptr.
   struct Held {
     std::shared_ptr<Image> image;
     std::shared_ptr<ChainTargets> chains;
+    std::shared_ptr<const Member> member;
     std::map<std::uint16_t, Session> sessions;
     Connections connections;
   };
@@ -78,24 +90,37 @@ struct Stage::Impl {
     const auto found = images.find(id);
     return found == images.end() ? nullptr : found->second.image;
   }
+  // With the mutex held; nullptr: there is none.
+  [[nodiscard]] Held* held(const ImageId& id) {
+    auto found = images.find(id);
+    if (found != images.end()) return &found->second;
+    found = members.find(id);
+    return found == members.end() ? nullptr : &found->second;
+  }
+  void check_new(const ImageId& id) const {
+    if (closed) throw std::logic_error("the stage is closed");
+    if (images.contains(id) || members.contains(id))
+      throw std::invalid_argument("an image with this id is there already");
+  }
   wire::HelloStatus attach(const wire::Hello& hello, UniqueFd& fd);
   // Connections whose threads have ended; with the mutex held. Joining them does not wait.
-  static void take_ended(Held& held, Connections& into);
+  static void take_ended(Held& of, Connections& into);
   void close();
 
   const StageConfig config;
   const std::shared_ptr<StageCommon> common;
   const std::uint64_t identity;
-  mutable std::mutex mutex;  // guards the two below; not held while a thread is waited for
+  mutable std::mutex mutex;  // guards those below; not held while a thread is waited for
   std::map<ImageId, Held> images;
+  std::map<ImageId, Held> members;
   bool closed = false;
 };
 
-void Stage::Impl::take_ended(Held& held, Connections& into) {
-  const auto ended = std::stable_partition(held.connections.begin(), held.connections.end(),
+void Stage::Impl::take_ended(Held& of, Connections& into) {
+  const auto ended = std::stable_partition(of.connections.begin(), of.connections.end(),
                                            [](const auto& connection) { return !connection->ended(); });
-  into.insert(into.end(), std::make_move_iterator(ended), std::make_move_iterator(held.connections.end()));
-  held.connections.erase(ended, held.connections.end());
+  into.insert(into.end(), std::make_move_iterator(ended), std::make_move_iterator(of.connections.end()));
+  of.connections.erase(ended, of.connections.end());
 }
 
 wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
@@ -108,13 +133,12 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   Connections ended;  // destroyed after the lock is let go
   const std::lock_guard lock(mutex);
   if (closed) return wire::HelloStatus::kRefused;
-  const auto found = images.find(hello.migration);
-  if (found == images.end()) return wire::HelloStatus::kLost;
-  Held& held = found->second;
-  take_ended(held, ended);
+  Held* const found = held(hello.migration);
+  if (found == nullptr) return wire::HelloStatus::kLost;
+  take_ended(*found, ended);
 
-  const auto session = held.sessions.find(session_number);
-  Role* role = session != held.sessions.end() && hello.channel < wire::kStageRoles
+  const auto session = found->sessions.find(session_number);
+  Role* role = session != found->sessions.end() && hello.channel < wire::kStageRoles
                    ? &session->second.roles[hello.channel]
                    : nullptr;
   const bool exists = role != nullptr && attempt < role->tokens.size();
@@ -123,19 +147,20 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
 
   std::shared_ptr<StageConnection> former = role->connection.lock();
   const std::size_t replaced = former && !former->ended() ? 1 : 0;
-  if (held.connections.size() >= kMostConnectionsAnImage + replaced ||
-      common->connections >= kMostConnections + replaced) {
+  if (found->connections.size() >= kMostConnectionsAnImage + replaced ||
+      // Members are many, and nobody waits for them: migrations find a place beside them.
+      common->connections >= (found->member ? kMostConnections / 2 : kMostConnections) + replaced) {
     return wire::HelloStatus::kRefused;
   }
   role->next_attempt = attempt + 1;
   if (!wire::accept_connection(fd.get())) return wire::HelloStatus::kRefused;
   if (former) former->interrupt();
   try {
-    StageConnection::Place place{common, held.image, held.chains, session_number,
-                                 static_cast<wire::StageRole>(hello.channel)};
+    StageConnection::Place place{common,        found->image,   found->chains,
+                                 found->member, session_number, static_cast<wire::StageRole>(hello.channel)};
     auto connection = StageConnection::start(std::move(place), std::move(fd), std::move(former));
     role->connection = connection;
-    held.connections.push_back(std::move(connection));
+    found->connections.push_back(std::move(connection));
   } catch (const std::exception&) {
     fd.reset();  // no thread for it: it has been answered, so it is cut
   }
@@ -148,13 +173,16 @@ void Stage::Impl::close() {
     const std::lock_guard lock(mutex);
     closed = true;
     gone.swap(images);
+    gone.merge(members);
   }
   Connections connections;
-  for (const auto& [id, held] : gone) {
-    connections.insert(connections.end(), held.connections.begin(), held.connections.end());
+  for (const auto& [id, each] : gone) {
+    connections.insert(connections.end(), each.connections.begin(), each.connections.end());
   }
   end_all(connections);
-  for (const auto& [id, held] : gone) held.image->drop();
+  for (const auto& [id, each] : gone) {
+    if (each.image) each.image->drop();
+  }
 }
 
 Stage::Stage() = default;
@@ -175,14 +203,26 @@ void Stage::preallocate() { impl_->common->slab->preallocate(); }
 
 bool Stage::create_image(const ImageConfig& config) {
   const std::lock_guard lock(impl_->mutex);
-  if (impl_->closed) throw std::logic_error("the stage is closed");
-  if (impl_->images.contains(config.id))
-    throw std::invalid_argument("an image with this id is there already");
+  impl_->check_new(config.id);
   if (impl_->images.size() >= kMostImages) throw std::invalid_argument("too many images");
   auto domain = config.domain ? impl_->common->hints->domain(*config.domain) : nullptr;
   auto image = Image::create(impl_->common->slab, config, std::move(domain));
   if (!image) return false;
-  impl_->images.emplace(config.id, Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}});
+  impl_->images.emplace(config.id,
+                        Impl::Held{std::move(image), std::make_shared<ChainTargets>(), {}, {}, {}});
+  return true;
+}
+
+bool Stage::join(const MemberConfig& config) {
+  const std::uint64_t now = steady_ms();
+  const std::lock_guard lock(impl_->mutex);
+  impl_->check_new(config.id);
+  if (impl_->members.size() >= kMostMembers) throw std::invalid_argument("too many members");
+  auto member = std::make_shared<Member>();
+  member->domain = impl_->common->popular->domain(config.domain, now);
+  if (!member->domain) return false;
+  if (config.guest) member->seat = member->domain->enter(*config.guest, now);
+  impl_->members.emplace(config.id, Impl::Held{{}, {}, std::move(member), {}, {}});
   return true;
 }
 
@@ -202,9 +242,13 @@ bool Stage::add_session(const ImageId& image, std::uint16_t session, unsigned ro
     }
   }
   const std::lock_guard lock(impl_->mutex);
-  const auto found = impl_->images.find(image);
-  if (found == impl_->images.end()) return false;
-  auto& sessions = found->second.sessions;
+  Impl::Held* const found = impl_->held(image);
+  if (found == nullptr) return false;
+  // A member's connection is about no image, an image's about no membership.
+  const unsigned of_members = 1U << static_cast<unsigned>(wire::StageRole::kPopular);
+  if (found->member ? roles != of_members : (roles & of_members) != 0)
+    throw std::invalid_argument("roles of a session");
+  auto& sessions = found->sessions;
   if (sessions.contains(session)) {
     throw std::invalid_argument("session " + std::to_string(session) + " is there already");
   }
@@ -217,10 +261,10 @@ bool Stage::remove_session(const ImageId& image, std::uint16_t session) {
   Connections gone;
   {
     const std::lock_guard lock(impl_->mutex);
-    const auto found = impl_->images.find(image);
-    if (found == impl_->images.end()) return false;
-    found->second.sessions.erase(session);
-    for (const auto& connection : found->second.connections) {
+    Impl::Held* const found = impl_->held(image);
+    if (found == nullptr) return false;
+    found->sessions.erase(session);
+    for (const auto& connection : found->connections) {
       if (connection->place().session == session) gone.push_back(connection);
     }
   }
@@ -264,10 +308,11 @@ bool Stage::drop(const ImageId& image) {
   {
     const std::lock_guard lock(impl_->mutex);
     gone = impl_->images.extract(image);
+    if (gone.empty()) gone = impl_->members.extract(image);
   }
   if (gone.empty()) return false;
   end_all(gone.mapped().connections);
-  gone.mapped().image->drop();
+  if (gone.mapped().image) gone.mapped().image->drop();
   return true;
 }
 
@@ -286,7 +331,12 @@ StageStats Stage::stats() const {
   StageStats stats;
   stats.memory_bytes = impl_->config.memory_bytes;
   stats.slab_bytes = slab.slots() * slab.slot_bytes();
-  stats.free_bytes = slab.free_slots() * slab.slot_bytes();
+  impl_->common->popular->table().tend(steady_ms());
+  const PopularityStats popular = impl_->common->popular->stats();
+  stats.popular_names = popular.names;
+  stats.popular_pages = popular.contents;
+  stats.popular_table_bytes = popular.tables * slab.slot_bytes();
+  stats.free_bytes = (slab.free_slots() + popular.contents) * slab.slot_bytes();
   stats.connections = impl_->common->connections;
   stats.bytes_in = impl_->common->bytes_in.load(std::memory_order_relaxed);
   stats.bytes_out = impl_->common->bytes_out.load(std::memory_order_relaxed);
@@ -294,10 +344,12 @@ StageStats Stage::stats() const {
   const std::lock_guard lock(impl_->mutex);
   stats.images = impl_->images.size();
   stats.hint_bytes = impl_->common->hints->bytes();
-  for (auto& [id, held] : impl_->images) {
-    stats.shared_pages += held.image->stats().pages_shared;
-    Impl::take_ended(held, ended);
+  stats.members = impl_->members.size();
+  for (auto& [id, each] : impl_->images) {
+    stats.shared_pages += each.image->stats().pages_shared;
+    Impl::take_ended(each, ended);
   }
+  for (auto& [id, each] : impl_->members) Impl::take_ended(each, ended);
   return stats;
 }
 

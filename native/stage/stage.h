@@ -2,13 +2,14 @@
 // sources, passed on to replicas, read by destinations. Index server and content server in one. Who may create, open
 // or drop an image is decided in TypeScript over control connections; here a connection shows a token.
 //
-// Memory: everything that grows with what is held (pages, their index, execution states) lies in the slab; so the cap
-// holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter) for the threads of connections,
-// what they read into and one seat at the codecs (stage/codec_seats.h), 1.5 MiB for each further seat (a 32nd in all),
-// and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its place in the list of the
-// image that it indexes). Packed payloads lie in slots of the slab while they come and go.
+// Memory: everything that grows with what is held (pages, their index, execution states, popular pages and their counts)
+// lies in the slab; so the cap holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter)
+// for the threads of connections, what they read into and one seat at the codecs (stage/codec_seats.h), 1.5 MiB for each
+// further seat (a 32nd in all), and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its
+// place in the list of the image that it indexes). Packed payloads lie in slots of the slab while they come and go. A
+// member's connection takes 0.1 MiB beside that, and 0.5 while pages come or go.
 //
-// Bounds: kMostImages images, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
+// Bounds: kMostImages images and kMostMembers memberships, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
 // kMostConnections in all.
 //
 // Threads: one a connection, each blocking in its socket, and one for each server that a connection passes replicas on
@@ -33,9 +34,21 @@ using ImageId = wire::MigrationId;
 // Of a deduplication domain: the key of its content hash. Who has it may ask what the domain's images hold.
 using DomainKey = std::array<std::uint8_t, 32>;
 
+// A guest, to those who count how many have a page: 16 bytes that go with it wherever it runs.
+using MemberGuest = std::array<std::uint8_t, 16>;
+
 struct StageConfig {
   std::uint64_t memory_bytes = 0;
-  std::uint64_t bandwidth = 0;  // bytes/s in each direction over all images; 0: no limit
+  std::uint64_t bandwidth = 0;      // bytes/s in each direction over all images; 0: no limit
+  std::uint64_t popular_share = 8;  // of the slab, one in so many slots may hold popular pages; 0: none
+  std::uint64_t popular_period_ms = 600'000;  // what nobody has reported for so long fades in as long again
+};
+
+// Somebody of a domain who tells what a guest has, or wants to know what many guests have.
+struct MemberConfig {
+  ImageId id{};  // of this membership: what its connection says it is about
+  DomainKey domain{};
+  std::optional<MemberGuest> guest{};  // none: it may not report
 };
 
 struct ImageConfig {
@@ -66,12 +79,17 @@ struct StageStats {
   std::uint64_t bytes_out = 0;
   std::uint64_t shared_pages = 0;  // over all images
   std::uint64_t hint_bytes = 0;    // of the slab: what is known of contents by their names
+  std::uint64_t members = 0;
+  std::uint64_t popular_names = 0;  // counted
+  std::uint64_t popular_pages = 0;  // held; their room counts as free, since images get it
+  std::uint64_t popular_table_bytes = 0;
 };
 
 class Stage {
  public:
   static constexpr std::uint64_t kLeastMemory = 16ULL << 20;
   static constexpr std::size_t kMostImages = 1024;
+  static constexpr std::size_t kMostMembers = 1024;
   static constexpr std::size_t kMostSessions = 512;
   static constexpr std::size_t kMostAttempts = 64;  // of a session's role: connections one after the other
   static constexpr std::size_t kMostConnectionsAnImage = 16;
@@ -89,6 +107,9 @@ class Stage {
   // (a session that is there already, tokens that are no table, roles or ordinals out of range). After close() there
   // is no image, and none can be made (std::logic_error).
   bool create_image(const ImageConfig& config);
+  // A membership has sessions as an image has, of the role kPopular; drop() ends it. False when there are too many
+  // domains; throws as create_image().
+  bool join(const MemberConfig& config);
   // Tokens of a session: [attempt * kStageRoles + role]; `roles` has a bit for each role that may connect.
   bool add_session(const ImageId& image, std::uint16_t session, unsigned roles,
                    std::vector<wire::Token> tokens);

@@ -21,7 +21,9 @@ std::shared_ptr<StageConnection> StageConnection::start(Place place, UniqueFd fd
                                                         std::shared_ptr<StageConnection> predecessor) {
   const bool writer = place.role == wire::StageRole::kScatter || place.role == wire::StageRole::kChain;
   std::shared_ptr<StageConnection> made;
-  if (place.role == wire::StageRole::kProbe) {
+  if (place.role == wire::StageRole::kPopular) {
+    made = std::make_shared<MemberConnection>(std::move(place), std::move(fd));
+  } else if (place.role == wire::StageRole::kProbe) {
     made = std::make_shared<ProbingConnection>(std::move(place), std::move(fd));
   } else if (writer) {
     made = std::make_shared<WritingConnection>(std::move(place), std::move(fd));
@@ -110,13 +112,13 @@ bool StageConnection::inside(const wire::FrameHeader& header) const {
 bool StageConnection::send(std::span<iovec> buffers) {
   std::uint64_t bytes = 0;
   for (const iovec& buffer : buffers) bytes += buffer.iov_len;
-  place_.image->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
+  if (place_.image) place_.image->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
   place_.common->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
   return stream_->send_all(buffers).done();
 }
 
 void StageConnection::count_in(std::uint64_t bytes) {
-  place_.image->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
+  if (place_.image) place_.image->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
   place_.common->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
 }
 

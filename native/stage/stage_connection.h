@@ -1,5 +1,5 @@
-// The two kinds of connections: those that write pages (sources, other servers) and those that read them
-// (destinations). Each is served by its own thread.
+// The kinds of connections: those that write pages (sources, other servers), those that read them (destinations), those
+// that ask, and those of members. Each is served by its own thread.
 #pragma once
 
 #include <cstdint>
@@ -128,6 +128,32 @@ class ProbingConnection final : public StageConnection {
   std::vector<wire::ContentName> names_;
   std::vector<wire::KnownHolders> answers_;
   std::vector<Image::Place> places_;
+};
+
+// kPopular: what a member's guest has, and what many guests have. stage_member.cc.
+class MemberConnection final : public StageConnection {
+ public:
+  MemberConnection(Place place, UniqueFd fd);
+  ~MemberConnection() override;
+
+ protected:
+  void serve() override;
+
+ private:
+  // Each gives false when the connection is over.
+  bool serve_frame(const wire::FrameHeader& header);
+  bool on_report(const wire::FrameHeader& header);
+  bool on_content(const wire::FrameHeader& header);
+  bool on_ask(const wire::FrameHeader& header);
+  bool on_read(const wire::FrameHeader& header);
+  bool read_names(const wire::FrameHeader& header);
+  bool answer(wire::FrameHeader header, std::span<const std::byte> payload);
+
+  std::uint64_t wanted_pages_ = 0;  // that were asked for and have not come: nothing else may
+  std::vector<wire::ContentName> names_;
+  std::vector<std::uint64_t> wanted_;
+  std::vector<wire::PopularName> popular_;
+  std::vector<std::byte> pages_;  // for as long as they are on their way: there may be many members
 };
 
 // Slots as they lie in memory: neighbours in one piece.

@@ -17,6 +17,7 @@
 #include "stage/codec_seats.h"
 #include "stage/content_domain.h"
 #include "stage/image.h"
+#include "stage/popular_pages.h"
 #include "stage/slab.h"
 #include "stage/stage.h"
 #include "stage/stage_chain.h"
@@ -32,6 +33,7 @@ struct StageCommon {
   explicit StageCommon(const StageConfig& config);
   const std::shared_ptr<Slab> slab;
   const std::shared_ptr<ContentHints> hints;
+  const std::shared_ptr<PopularPages> popular;
   wire::BandwidthCap in;
   wire::BandwidthCap out;
   std::atomic<std::uint64_t> bytes_in{0};
@@ -41,13 +43,20 @@ struct StageCommon {
   wire::EncodingCounters packed;  // answers to reading ahead
 };
 
+// Who a kPopular connection is.
+struct Member {
+  std::shared_ptr<PopularDomain> domain;
+  std::optional<unsigned> seat;  // none: it may not report
+};
+
 // One connection of a source, a destination or another server, and the thread that serves it.
 class StageConnection {
  public:
   struct Place {
     std::shared_ptr<StageCommon> common;
-    std::shared_ptr<Image> image;
+    std::shared_ptr<Image> image;  // nullptr: kPopular, which is a member's
     std::shared_ptr<ChainTargets> chains;
+    std::shared_ptr<const Member> member{};
     std::uint16_t session = 0;
     wire::StageRole role = wire::StageRole::kScatter;
   };

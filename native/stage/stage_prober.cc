@@ -2,18 +2,10 @@
 // All that is said here is a hint (content_domain.h), so nothing is answered but questions.
 #include <array>
 
+#include "os/steady_ms.h"
 #include "stage/stage_connection.h"
 
 namespace memferry {
-namespace {
-
-std::uint64_t now_ms() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
-}
-
-}  // namespace
-
 ProbingConnection::ProbingConnection(Place place, UniqueFd fd)
     : StageConnection(std::move(place), std::move(fd)),
       asker_(place_.image->domain() != nullptr ? place_.image->domain()->new_asker() : 0) {}
@@ -52,7 +44,7 @@ bool ProbingConnection::read_payload(const wire::FrameHeader& header) {
 bool ProbingConnection::on_probe(const wire::FrameHeader& header) {
   if (!read_payload(header)) return false;
   ContentDomain& domain = *place_.image->domain();
-  const std::uint64_t now = now_ms();
+  const std::uint64_t now = steady_ms();
   answers_.clear();
   for (const wire::ContentName& name : names_) answers_.push_back(domain.probe(name, asker_, now));
   wire::FrameHeader answer =

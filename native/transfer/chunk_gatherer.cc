@@ -8,8 +8,11 @@
 namespace memferry {
 
 ChunkGatherer::ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
-                             std::unique_ptr<PageEncoder> encoder)
-    : queue_(queue), pacer_(pacer), page_size_(page_size), frames_(page_size, std::move(encoder)) {}
+                             std::unique_ptr<PageEncoder> encoder, std::unique_ptr<PageReferrer> referrer)
+    : queue_(queue),
+      pacer_(pacer),
+      page_size_(page_size),
+      frames_(page_size, std::move(encoder), std::move(referrer)) {}
 
 bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
   gave_back_ = false;

@@ -19,7 +19,7 @@ namespace memferry {
 class ChunkGatherer {
  public:
   ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
-                std::unique_ptr<PageEncoder> encoder);
+                std::unique_ptr<PageEncoder> encoder, std::unique_ptr<PageReferrer> referrer = nullptr);
 
   [[nodiscard]] PageFrames& frames() { return frames_; }
   // A batch of what is pending; several runs when they are short. False when nothing more is pending. `sinks` has

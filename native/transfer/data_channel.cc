@@ -16,14 +16,16 @@ class Sender::Impl::Push {
         epoch_(of),
         channel_(channel),
         chunks_(impl.queue, impl.pacer, impl.page_size,
-                PageEncoder::create(impl.encoding, PageEncoder::Towards::kDestination, impl.page_size)),
+                PageEncoder::create(impl.encoding, PageEncoder::Towards::kDestination, impl.page_size),
+                impl.references ? std::make_unique<PageReferrer>(*impl.references, impl.page_size) : nullptr),
         courtesy_(wire::shared_key(impl.config.migration)),
         tracker_sinks_(impl.tracker_sinks()),
         no_sinks_(impl.queue.regions()) {}
 
   // Sends until nothing is pending: true. False when the thread is to do something else.
-  bool run(bool guest_runs_here) {
+  bool run(bool guest_runs_here, bool references) {
     chunks_.frames().rest();
+    chunks_.frames().allow_references(references);
     while (!epoch_.cut && !epoch_.leaving) {
       const auto asked = Clock::now();
       if (!impl_.pacer.wait_turn()) return false;
@@ -140,7 +142,7 @@ void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
         case TaskKind::kPush:
           if (scatter) {
             scatter_on(of, channel);
-          } else if (push.run(mine.kind == TaskKind::kRound)) {
+          } else if (push.run(mine.kind == TaskKind::kRound, mine.references)) {
             send_barrier(of, channel, mine);
           }
           break;
@@ -195,8 +197,10 @@ bool Sender::Impl::receive_frame(Epoch& of, wire::Stream& stream, wire::FrameHea
       return false;
     }
     // Of the frames with a payload only these come this way; kBitmap is read before this loop begins.
-    if (header.payload_bytes > 0 && header.type != static_cast<std::uint16_t>(wire::FrameType::kSuspects) &&
-        header.type != static_cast<std::uint16_t>(wire::FrameType::kTree)) {
+    const auto type = static_cast<wire::FrameType>(header.type);
+    const bool of_references = type == wire::FrameType::kKnown || type == wire::FrameType::kUnresolved;
+    if (header.payload_bytes > 0 && type != wire::FrameType::kSuspects && type != wire::FrameType::kTree &&
+        !(of_references && references)) {
       report_violation(of, "a frame that a destination does not send");
       return false;
     }
@@ -239,6 +243,24 @@ std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire:
   return {};
 }
 
+// Such a page is not on its way any more, so it may go again at once, by whoever has room; what is left when all have
+// answered goes before the task is over.
+std::string Sender::Impl::note_unresolved_locked(DataChannel& channel, const wire::FrameHeader& header,
+                                                 std::span<const std::byte> names) {
+  const bool sending = task.kind == TaskKind::kRound || task.kind == TaskKind::kPush;
+  if (!references || !sending || channel.acknowledged) return "a reference refused outside a round or push";
+  if (header.region >= queue.regions()) return "references refused in an unknown region";
+  if (!wire::run_inside(header.first_page, header.page_count, queue.known_pages(header.region))) {
+    return "references refused outside their region";
+  }
+  const PageRun run{PageNumber{header.first_page}, header.page_count};
+  std::string wrong = references->unresolved(header.region, run, names);
+  if (!wrong.empty()) return wrong;
+  queue.put_back({header.region, run, false, false});
+  unresolved = true;
+  return {};
+}
+
 std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const wire::FrameHeader& header,
                                         std::span<const std::byte> payload) {
   const std::lock_guard lock(mutex);
@@ -262,6 +284,8 @@ std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const w
       if (answer_deadline) answer_deadline = Clock::now() + config.answer_timeout;
       finish_if_acknowledged_locked(of);
       return {};
+    case wire::FrameType::kUnresolved:
+      return note_unresolved_locked(channel, header, payload);
     case wire::FrameType::kTree:
       if (channel.index != 0 || task.kind != TaskKind::kCompare) return "hashes that were not asked for";
       return comparison->answered(header, payload);
@@ -291,6 +315,10 @@ void Sender::Impl::read_loop(Epoch& of, DataChannel& channel) {
     wire::FrameHeader header{};
     std::vector<std::byte> payload;
     while (receive_frame(of, *channel.stream, header, payload)) {
+      if (header.type == static_cast<std::uint16_t>(wire::FrameType::kKnown) && references) {
+        references->told(payload);
+        continue;
+      }
       const std::string wrong = handle_answer(of, channel, header, payload);
       if (!wrong.empty()) return report_violation(of, wrong);
     }

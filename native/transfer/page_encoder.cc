@@ -143,7 +143,7 @@ std::optional<PageEncoder::Piece> PageEncoder::delta(std::span<const std::byte> 
   return Piece{count, wire::kFlagDelta, out.first(length)};
 }
 
-void PageEncoder::zeros(std::uint32_t region, PageRun run) {
+void PageEncoder::elsewhere(std::uint32_t region, PageRun run) {
   if (rounds_) cache_->forget(region, run);
 }
 

@@ -54,8 +54,8 @@ class PageEncoder {
   // One run of pages without zeros, in pieces. `bytes` were given by hold(), or are the guest's (`held` false).
   void encode(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes, bool held,
               const std::function<void(const Piece&)>& piece);
-  // A run that goes as zeros.
-  void zeros(std::uint32_t region, PageRun run);
+  // A run that goes as zeros, or as references: what was sent of it before is no base any more.
+  void elsewhere(std::uint32_t region, PageRun run);
 
   // The batch has been handed to the socket; see RunCompressor.
   void sent(int fd, std::uint64_t raw_bytes);

@@ -11,7 +11,8 @@
 
 namespace memferry {
 
-Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), page_size(system_page_size()) {
+Receiver::Impl::Impl(ReceiverConfig config_in)
+    : domain(std::move(config_in.known)), config(std::move(config_in)), page_size(system_page_size()) {
   if (config.regions.empty()) throw std::invalid_argument("a migration has at least one region");
   if (config.channels < 1 || config.channels > 16) throw std::invalid_argument("channels: 1 to 16");
   if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
@@ -28,6 +29,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
+    arrivals.push_back(std::make_unique<RegionArrival>(region));
     backings.push_back(backing_of(*region));
     const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
     maps.push_back(
@@ -59,6 +61,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
   }
   make_gather();
   take_bases();
+  if (domain && !config.servers.empty()) throw std::invalid_argument("references of a scatter's own kind");
   if (from_start) {
     pager->serve();
     state = State::kPaging;
@@ -78,6 +81,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in) : config(std::move(config_in)), p
     channel->filler = std::make_unique<Filler>(backings, ahead.get());
     channels.push_back(std::move(channel));
   }
+  if (domain) known = domain->join(all);
 }
 
 Receiver::Impl::~Impl() { close(); }
@@ -106,6 +110,9 @@ void Receiver::Impl::start() {
 // region_gone() right now, and that one waits for `closed`.
 void Receiver::Impl::close() {
   std::vector<std::unique_ptr<Region::User>> released;
+  // A closed receiver may be kept for long; the domain's threads are not.
+  std::shared_ptr<KnownPages> left_domain;
+  std::unique_ptr<KnownPages::Guest> left;
   {
     std::unique_lock lock(mutex);
     if (closing) {
@@ -121,6 +128,8 @@ void Receiver::Impl::close() {
   supervisor.stop();
   const bool incomplete = pager && pager->serving() && state != State::kComplete;
   if (incomplete) pager->poison_missing();
+  // Whoever reads these pages for others has an answer by now, whatever it waited for.
+  if (known) known->close();
   for (const auto& channel : channels) channel->thread.stop();
   if (gather) gather->close();
   // A channel may have claimed a page and failed to install it meanwhile.
@@ -133,6 +142,9 @@ void Receiver::Impl::close() {
     // One that was attached while closing began was taken by nobody; a closed receiver may be kept for long.
     for (const auto& channel : channels) channel->next = channel->current = nullptr;
     released.swap(users);
+    left = std::move(known);
+    left_domain = std::move(domain);
+    arrivals.clear();
     changed.notify_all();
   }
 }
@@ -367,6 +379,12 @@ ReceiverStats Receiver::stats() const {
   }
   stats.pages_from_base = impl_->pages_from_base;
   stats.base_hash_us = impl_->base_hash_us;
+  stats.pages_known = impl_->pages_known;
+  stats.pages_unresolved = impl_->pages_unresolved;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    if (impl_->known) stats.extra_memory_bytes += impl_->known->memory_bytes();
+  }
   stats.extra_memory_bytes += impl_->tree_bytes;
   stats.pages_gathered = impl_->pages_gathered;
   stats.pages_lost = impl_->pages_lost;

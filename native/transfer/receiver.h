@@ -23,6 +23,7 @@
 #include "page/region.h"
 #include "transfer/events.h"
 #include "transfer/gather.h"
+#include "transfer/known_pages.h"
 #include "transfer/stage_server_address.h"
 #include "wire/frame.h"
 
@@ -56,6 +57,8 @@ struct ReceiverConfig {
   enum class Base : std::uint8_t { kNone, kGiven, kInPlace };
   std::vector<Base> bases;
   KeyedHashKey base_key{};
+  // Agreed on with the source: it is told what is known here, and may send references. Not with servers.
+  std::shared_ptr<KnownPages> known;
   EngineCallback on_event;
 };
 
@@ -79,6 +82,8 @@ struct ReceiverStats {
   std::vector<Gather::ServerStats> servers;
   std::uint64_t pages_from_base = 0;
   std::uint64_t base_hash_us = 0;  // CPU time
+  std::uint64_t pages_known = 0;   // came as references, and were here already
+  std::uint64_t pages_unresolved = 0;
 };
 
 class Receiver : public std::enable_shared_from_this<Receiver> {

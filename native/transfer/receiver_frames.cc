@@ -44,30 +44,6 @@ wire::IoResult FrameReader::read(std::span<std::byte> into) {
   return {};
 }
 
-// A channel's hold on the memory that it receives into: nobody else writes there at the same time, and the
-// switch to paging sees that it is in use.
-class FillingHold {
- public:
-  FillingHold(std::atomic<unsigned>& frames, ArrivalMap& map, PageRun run)
-      : frames_(frames), map_(map), run_(run) {
-    frames_.fetch_add(1);
-  }
-  FillingHold(const FillingHold&) = delete;
-  FillingHold& operator=(const FillingHold&) = delete;
-  ~FillingHold() {
-    if (taken_) map_.arriving.clear_run(run_);
-    frames_.fetch_sub(1);
-  }
-  // When false, some of the bits stay set for good: the migration is over anyway.
-  bool take() { return taken_ = map_.arriving.set_run(run_) == run_.count; }
-
- private:
-  std::atomic<unsigned>& frames_;
-  ArrivalMap& map_;
-  const PageRun run_;
-  bool taken_ = false;
-};
-
 namespace {
 
 bool is_same_host(const wire::Stream& stream) {
@@ -93,7 +69,9 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
   CpuCourtesy courtesy(wire::shared_key(config.migration));
   Conversation with{
       channel, stream, FrameReader(stream, channel.demand ? kDemandBufferBytes : 0, bytes_received), {}};
+  begin_telling(with);
   for (;;) {
+    if (!tell_known(with)) return with.end;
     // On one host the push and the faults compete for CPUs: who waits for a page goes first.
     if (shares_cpus) courtesy.follow(state == State::kPaging && pager->faulted_lately());
     wire::FrameHeader header;
@@ -136,6 +114,9 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
         break;
       case wire::FrameType::kLinkProbe:
         going_on = on_probe(with, header);
+        break;
+      case wire::FrameType::kKnownReference:
+        going_on = on_reference(with, header);
         break;
       case wire::FrameType::kGoodbye:
         if (with.check_no_payload(header)) with.end = {ChannelEnd::Kind::kGoodbye, "", ""};
@@ -187,6 +168,7 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   }
   const Pager::Installed installed = pager->install(header.region, run, payload.data());
   pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
+  if (known) known->arrived(header.region, run);
   account(installed.pages);
   return true;
 }
@@ -212,7 +194,9 @@ bool Receiver::Impl::fill_pages(Conversation& with, const wire::FrameHeader& hea
   const auto read = [&with](std::span<std::byte> into) { return with.reader.read(into); };
   const wire::IoResult io = with.channel.filler->pages(read, header, map, verified);
   if (!io.done()) return with.lost(io);
-  if (verified) pages_received.fetch_add(header.page_count, std::memory_order_relaxed);
+  if (!verified) return true;
+  pages_received.fetch_add(header.page_count, std::memory_order_relaxed);
+  if (known) known->arrived(header.region, {PageNumber{header.first_page}, header.page_count});
   return true;
 }
 
@@ -280,6 +264,7 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
   }
   std::unique_lock<std::mutex> filling;
   if (gather) filling = std::unique_lock(gather->filling());
+  const auto nobody_reads = unread();
   Filler& filler = *with.channel.filler;
   std::uint64_t dropped = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -310,6 +295,7 @@ bool Receiver::Impl::on_switch(Conversation& with, const wire::FrameHeader& head
       // The source has had every round's barrier answered; pages in flight now would be received into memory
       // that is being registered.
       if (filling_frames != 0) return with.bad("a switch while pages are in flight");
+      const auto nobody_reads = unread();
       std::uint64_t here = 0;
       for (std::uint32_t region = 0; region < maps.size(); ++region) {
         with.channel.filler->discard_unreceived(region, *maps[region]);

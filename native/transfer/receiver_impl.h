@@ -1,5 +1,6 @@
 // The inside of Receiver, shared by its parts: receiver.cc (life, owner's calls), receiver_channels.cc (who is
-// connected; cuts and recovery), receiver_frames.cc (what a connection says), receiver_base.cc (comparing with a base).
+// connected; cuts and recovery), receiver_frames.cc (what a connection says), receiver_base.cc (comparing with a base),
+// receiver_known.cc (references to what is here already).
 //
 // Threads: one for each channel (the demand channel's is the last), one supervisor (events, deadlines,
 // completion, poisoning), the pager's, and one that touches memory ahead. Locks: Impl::mutex before the
@@ -57,7 +58,29 @@ class FrameReader {
   std::atomic<std::uint64_t>& received_;
 };
 
-class FillingHold;
+// A channel's hold on the memory that it receives into: nobody else writes there at the same time, and the
+// switch to paging sees that it is in use.
+class FillingHold {
+ public:
+  FillingHold(std::atomic<unsigned>& frames, ArrivalMap& map, PageRun run)
+      : frames_(frames), map_(map), run_(run) {
+    frames_.fetch_add(1);
+  }
+  FillingHold(const FillingHold&) = delete;
+  FillingHold& operator=(const FillingHold&) = delete;
+  ~FillingHold() {
+    if (taken_) map_.arriving.clear_run(run_);
+    frames_.fetch_sub(1);
+  }
+  // When false, some of the bits stay set for good: the migration is over anyway.
+  bool take() { return taken_ = map_.arriving.set_run(run_) == run_.count; }
+
+ private:
+  std::atomic<unsigned>& frames_;
+  ArrivalMap& map_;
+  const PageRun run_;
+  bool taken_ = false;
+};
 
 struct Receiver::Impl {
   using Clock = std::chrono::steady_clock;
@@ -164,8 +187,22 @@ struct Receiver::Impl {
   bool name_suspects(Conversation& with, std::uint32_t region, std::uint64_t tag, std::uint64_t& named);
   void account(std::uint64_t settled_pages);
 
+  // receiver_known.cc
+  bool on_reference(Conversation& with, const wire::FrameHeader& header);
+  bool fill_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
+  void install_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
+  bool unresolved(Conversation& with, std::uint32_t region, PageRun run,
+                  std::span<const wire::ContentHash> hashes);
+  void begin_telling(Conversation& with);
+  bool tell_known(Conversation& with);
+  [[nodiscard]] std::unique_lock<std::shared_mutex> unread() {
+    return known ? known->alone() : std::unique_lock<std::shared_mutex>();
+  }
+
+  std::shared_ptr<KnownPages> domain;  // taken out of the config; let go of by close()
   const ReceiverConfig config;
   std::vector<std::unique_ptr<Region::User>> users;
+  std::vector<std::unique_ptr<RegionArrival>> arrivals;  // until close(): nobody samples what is not all here
   std::vector<std::unique_ptr<ArrivalMap>> maps;
   std::vector<Backing> backings;
   std::unique_ptr<Pager> pager;  // when it may page
@@ -199,6 +236,10 @@ struct Receiver::Impl {
   std::atomic<std::uint64_t> pages_from_base{0};
   std::atomic<std::uint64_t> base_hash_us{0};
   std::atomic<std::uint64_t> tree_bytes{0};
+
+  std::unique_ptr<KnownPages::Guest> known;  // where references were agreed on
+  std::atomic<std::uint64_t> pages_known{0};
+  std::atomic<std::uint64_t> pages_unresolved{0};
 
   mutable std::mutex mutex;  // guards everything below, and the marked fields of Channel
   std::condition_variable changed;
@@ -234,6 +275,7 @@ struct Receiver::Impl::Conversation {
   wire::Stream& stream;
   FrameReader reader;
   ChannelEnd end;
+  std::vector<wire::KnownName> names{};  // taken, and not told yet
 
   bool bad(const char* message, const char* code = "PROTOCOL") {
     end = {ChannelEnd::Kind::kBadFrame, code, message};

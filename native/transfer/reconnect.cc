@@ -156,7 +156,8 @@ void Sender::Impl::start_threads(const std::shared_ptr<Epoch>& started) {
   of.demand_server.start("mf-demand", [this, &of](WorkerThread&) { serve_demand(of); });
   const bool encodes = encoding.compress != wire::Compress::kOff || encoding.cache != nullptr;
   note_memory(peak_memory + of.data.size() * (PageFrames(page_size).memory_bytes() +
-                                              (encodes ? PageEncoder::most_memory_bytes(page_size) : 0)));
+                                              (encodes ? PageEncoder::most_memory_bytes(page_size) : 0) +
+                                              (references ? PageReferrer::most_memory_bytes(page_size) : 0)));
 }
 
 }  // namespace memferry

@@ -1,5 +1,6 @@
 // From pages in memory to frames on a stream: zero pages become kZero runs, the others are hashed once, while
-// they are in the cache, and leave straight from the guest's memory, or encoded (PageEncoder).
+// they are in the cache, and leave straight from the guest's memory, encoded (PageEncoder), or as references to what the
+// destination has (PageReferrer).
 //
 // Threads: one a PageFrames object; each sending thread has its own.
 #pragma once
@@ -17,6 +18,7 @@
 #include "page/range.h"
 #include "transfer/events.h"
 #include "transfer/page_encoder.h"
+#include "transfer/page_referrer.h"
 #include "wire/frame.h"
 #include "wire/stream.h"
 
@@ -27,8 +29,9 @@ class PageFrames {
  public:
   using OnHash = std::function<void(PageNumber page, std::uint64_t xxh3, bool zero)>;
 
-  // `encoder` nullptr: every page as it is.
-  explicit PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> encoder = nullptr);
+  // `encoder` nullptr: every page as it is. `referrer` nullptr: none as a reference.
+  explicit PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> encoder = nullptr,
+                      std::unique_ptr<PageReferrer> referrer = nullptr);
 
   // `bytes` are the pages of the region from `first` on, contiguous in memory, at most room() of them; they
   // must stay where they are until send(). `flags` goes into every frame. `on_hash`, if any, sees every page.
@@ -42,6 +45,8 @@ class PageFrames {
     tag_ = holders.first == wire::Holders::kDestination ? 0 : holders.tag();
     if (encoder_) encoder_->set_receiver(holders);
   }
+  // Whether pages may go as references, from the next batch on.
+  void allow_references(bool allowed) { references_allowed_ = allowed; }
 
   // Pages that may still be added.
   [[nodiscard]] std::uint64_t room() const { return sent_ ? hashes_.size() : hashes_.size() - used_; }
@@ -52,6 +57,7 @@ class PageFrames {
     std::uint64_t bytes = 0;
     std::uint64_t content_pages = 0;
     std::uint64_t zero_pages = 0;
+    std::uint64_t referred_pages = 0;
     std::span<const RegionRun> runs;  // valid until the next call
   };
   // What the batch holds now.
@@ -63,9 +69,11 @@ class PageFrames {
   // For the encoder's measuring: the sender was held up for the connection's sake; it has nothing to send for a while.
   void waited(std::chrono::steady_clock::duration duration) {
     if (encoder_) encoder_->waited(duration);
+    if (referrer_) referrer_->waited(duration);
   }
   void rest() {
     if (encoder_) encoder_->rest();
+    if (referrer_) referrer_->rest();
   }
 
   [[nodiscard]] std::uint64_t memory_bytes() const;
@@ -73,12 +81,20 @@ class PageFrames {
  private:
   void start_batch();
   void put_header(wire::FrameType type, std::uint32_t region, PageRun run, std::uint16_t flags);
+  std::span<const std::byte> steady(std::span<const std::byte> bytes, bool& held);
+  void add_content(std::uint32_t region, PageRun run, std::span<const std::byte> bytes, bool held,
+                   std::uint16_t flags, std::span<const std::uint64_t> hashes);
+  void add_plain(std::uint32_t region, PageRun run, std::span<const std::byte> bytes, bool held,
+                 std::uint16_t flags, std::span<const std::uint64_t> hashes);
+  void add_references(std::uint32_t region, PageRun run, std::span<const ContentDigest> digests);
   void put_content(std::uint32_t region, PageRun run, std::uint16_t flags, const PageEncoder::Piece& piece,
                    std::span<const std::uint64_t> hashes);
 
   const std::uint64_t page_size_;
   const std::uint64_t zero_hash_;
   const std::unique_ptr<PageEncoder> encoder_;
+  const std::unique_ptr<PageReferrer> referrer_;
+  bool references_allowed_ = true;
   std::vector<std::uint64_t> hashes_;  // of the pages of the batch
   std::uint64_t tag_ = 0;
   std::size_t used_ = 0;  // of hashes_; a zero run counts as one page
@@ -87,8 +103,12 @@ class PageFrames {
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
   std::vector<RegionRun> runs_;
+  std::vector<ContentDigest> digests_;  // of the batch's references
+  std::size_t digests_used_ = 0;
   std::uint64_t content_pages_ = 0;
   std::uint64_t zero_pages_ = 0;
+  std::uint64_t referred_pages_ = 0;
+  std::uint64_t plain_on_wire_ = 0;
 };
 
 }  // namespace memferry

@@ -128,8 +128,10 @@ Sender::Impl::Frames Sender::Impl::switch_frame() {
   return frame;
 }
 
-void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames frames) {
+void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames frames, bool with_references) {
   task.kind = kind;
+  task.references = with_references;
+  unresolved = false;
   task.tag = tag;
   task.frames = std::move(frames);
   ++task.generation;
@@ -211,13 +213,13 @@ std::uint64_t Sender::queue_dirty() {
   return impl_->queue.pending_pages();
 }
 
-void Sender::start_round(std::uint64_t tag) {
+void Sender::start_round(std::uint64_t tag, bool references) {
   impl_->require_between_rounds("start_round()");
   const std::lock_guard lock(impl_->mutex);
   if (impl_->phase == Impl::Phase::kEnded) return;  // kFailed has said so
   if (impl_->phase != Impl::Phase::kRounds) throw std::logic_error("start_round() before kConnected");
   impl_->rounds_begun = true;
-  impl_->start_task_locked(Impl::TaskKind::kRound, tag, nullptr);
+  impl_->start_task_locked(Impl::TaskKind::kRound, tag, nullptr, references);
 }
 
 std::uint64_t Sender::discard_dirty(std::uint64_t tag) {
@@ -277,6 +279,10 @@ SenderStats Sender::stats() const {
   stats.extra_memory_bytes = impl_->peak_memory;
   stats.compression = stats_of(impl_->compression);
   stats.delta = stats_of(impl_->deltas);
+  if (impl_->references) {
+    stats.dedup = impl_->references->stats();
+    stats.extra_memory_bytes += impl_->references->names_bytes();
+  }
   if (impl_->comparison) {
     stats.base = impl_->comparison->stats();
     stats.pages_with_content = impl_->queue.content_pages();

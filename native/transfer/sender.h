@@ -71,6 +71,8 @@ struct SenderConfig {
   KeyedHashKey base_key{};
   // Of a scatter: pages that the servers hold already for this domain go as references, after the switchover.
   std::optional<ContentKey> dedup;
+  // Without servers: the destination is of this domain too, and pages that it says it has go as references.
+  std::optional<ContentKey> references;
   EngineCallback on_event;
 };
 
@@ -120,8 +122,9 @@ class Sender {
   // tracker->collect() of every region (and pages gained by growth) into pending; gives how many pages are
   // pending now. With `paused` the caller says that the guest no longer writes.
   std::uint64_t queue_dirty();
-  // Sends all that is pending, then a barrier on every channel.
-  void start_round(std::uint64_t tag);
+  // Sends all that is pending, then a barrier on every channel. Where `references` is false, nothing goes as a reference:
+  // one that comes to nothing costs a round trip at the end.
+  void start_round(std::uint64_t tag, bool references = true);
 
   // Sends so many bytes that nobody needs, at most kMostProbeBytes, then a barrier: how fast is the link?
   static constexpr std::uint64_t kMostProbeBytes = 8 * 1024 * 1024;

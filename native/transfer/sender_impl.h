@@ -27,6 +27,7 @@
 #include "transfer/chunk_gatherer.h"
 #include "transfer/delta_cache.h"
 #include "transfer/page_encoder.h"
+#include "transfer/page_referrer.h"
 #include "transfer/scatter.h"
 #include "transfer/send_pages.h"
 #include "transfer/send_queue.h"
@@ -60,6 +61,7 @@ struct Sender::Impl {
     std::shared_ptr<const std::vector<std::byte>> frames;  // kDiscard, kSwitch: sent as they are
     std::uint64_t most_nodes = 0;                          // kCompare
     bool sample = false;                                   // likewise
+    bool references = true;                                // kRound, kPush
   };
 
   enum class Phase {
@@ -113,7 +115,7 @@ struct Sender::Impl {
   using Frames = std::shared_ptr<const std::vector<std::byte>>;
   Frames discard_frames(bool then_switch);
   static Frames switch_frame();
-  void start_task_locked(TaskKind kind, std::uint64_t tag, Frames frames);
+  void start_task_locked(TaskKind kind, std::uint64_t tag, Frames frames, bool with_references = true);
   void require_between_rounds(const char* operation) const;  // takes mutex; throws std::logic_error
   void say_goodbye();
   // compare_base.cc
@@ -171,6 +173,8 @@ struct Sender::Impl {
   }
   std::string note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                    std::span<const std::byte> payload);
+  std::string note_unresolved_locked(DataChannel& channel, const wire::FrameHeader& header,
+                                     std::span<const std::byte> names);
   void count_sent(const PageFrames::Sent& sent);
   [[nodiscard]] std::vector<PageFrames::OnHash> tracker_sinks() const;
 
@@ -191,6 +195,7 @@ struct Sender::Impl {
   wire::EncodingCounters deltas;
   const std::unique_ptr<DeltaCache> delta_cache;  // where rounds send deltas
   const Encoding encoding;
+  const std::unique_ptr<References> references;  // where they were agreed on
   // Suspects named in the current round; they become pending at its end, when nobody takes any more.
   std::vector<std::unique_ptr<AtomicBitmap>> suspects;
   std::vector<std::unique_ptr<Region::User>> users;  // the supervisor's, and close()'s after it
@@ -213,6 +218,7 @@ struct Sender::Impl {
   bool switch_acknowledged = false;
   bool evicted = false;
   bool demand_barrier_due = false;
+  bool unresolved = false;  // pages were queued again in this task
   bool closing = false;
   bool goodbye = false;
   bool gone = false;

@@ -70,6 +70,9 @@ Sender::Impl::Impl(SenderConfig c)
       delta_cache(make_delta_cache(config, page_size)),
       encoding{config.compress,  config.destination_encodings, config.server_encodings, &compression, &deltas,
                delta_cache.get()},
+      references(config.references && config.servers.empty()
+                     ? std::make_unique<References>(*config.references, queue)
+                     : nullptr),
       cancel(make_eventfd()),
       scatter(make_scatter()) {
   pacer.set_bandwidth(config.bandwidth);
@@ -79,6 +82,7 @@ Sender::Impl::Impl(SenderConfig c)
     bitmap_bytes += suspects.back()->words() * sizeof(std::uint64_t);
   }
   if (delta_cache) bitmap_bytes += delta_cache->memory_bytes();
+  if (references) bitmap_bytes += references->memory_bytes();
   note_memory(bitmap_bytes);
   if (std::any_of(config.base_pages.begin(), config.base_pages.end(), [](auto pages) { return pages > 0; })) {
     comparison = std::make_unique<BaseComparison>(config.regions, config.base_pages, config.base_key,

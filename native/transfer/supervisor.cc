@@ -3,6 +3,7 @@
 #include <sys/eventfd.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "transfer/sender_impl.h"
 
@@ -118,6 +119,11 @@ void Sender::Impl::finish_if_acknowledged_locked(Epoch& of) {
     if (!channel->acknowledged && (channel->index == 0 || !only_first)) return;
   }
   if (task.kind == TaskKind::kPush && !of.demand_acknowledged) return;
+  // References that came to nothing when no channel took pages any more: they go now, as they are. In a push a fault may
+  // have taken one behind the demand channel's barrier, so that is asked for again in any case.
+  if (std::exchange(unresolved, false) && (task.kind == TaskKind::kPush || queue.pending_pages() > 0)) {
+    return start_task_locked(task.kind, task.tag, nullptr, false);
+  }
 
   EngineEvent event;
   event.kind = EngineEventKind::kRoundDone;

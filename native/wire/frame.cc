@@ -1,6 +1,8 @@
 // Sealing and checking of frame headers. Pure; any thread.
 #include "wire/frame.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #define XXH_INLINE_ALL
@@ -139,6 +141,21 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kLinkProbe:
       return header.payload_bytes > 0 ? nullptr : "a probe without bytes";
+    case FrameType::kKnown:
+      if (header.page_count == 0 || header.page_count > kMostKnownNames)
+        return "count of names out of bounds";
+      return header.payload_bytes == header.page_count * sizeof(KnownName) ? nullptr
+                                                                           : "payload is not one name a page";
+    case FrameType::kKnownReference:
+    case FrameType::kUnresolved: {
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of references out of bounds";
+      }
+      const bool reference = header.type == static_cast<std::uint16_t>(FrameType::kKnownReference);
+      return header.payload_bytes == header.page_count * (reference ? sizeof(ContentHash) : sizeof(KnownName))
+                 ? nullptr
+                 : "payload is not one entry a page";
+    }
     case FrameType::kProbe:
     case FrameType::kProbed:
     case FrameType::kHeld:
@@ -151,6 +168,44 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
       return header.payload_bytes == before + header.page_count * each ? nullptr
                                                                        : "payload is not one entry a content";
     }
+    case FrameType::kReport:
+    case FrameType::kPopularRead: {
+      const bool read_of_popular = header.type == static_cast<std::uint16_t>(FrameType::kPopularRead);
+      const std::uint64_t most =
+          read_of_popular ? std::min(kMostPopularReads, max_run_pages(page_size)) : kMostNames;
+      if (header.page_count == 0 || header.page_count > most) return "count of contents out of bounds";
+      return header.payload_bytes == header.page_count * sizeof(ContentName)
+                 ? nullptr
+                 : "payload is not one name a content";
+    }
+    case FrameType::kReported:
+      if (header.page_count == 0 || header.page_count > kMostNames) return "count of contents out of bounds";
+      return header.payload_bytes == wanted_words(header.page_count) * sizeof(std::uint64_t)
+                 ? nullptr
+                 : "payload is not one bit a content";
+    case FrameType::kPopularContent:
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of a content frame out of bounds";
+      }
+      return header.payload_bytes == header.page_count * page_size
+                 ? nullptr
+                 : "payload is not page count times page size";
+    case FrameType::kPopularAsk:
+      if (header.page_count == 0 || header.page_count > kMostNames) return "count of contents out of bounds";
+      return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kPopularNames:
+      if (header.page_count > kMostNames) return "count of contents out of bounds";
+      return header.payload_bytes == header.page_count * sizeof(PopularName)
+                 ? nullptr
+                 : "payload is not one entry a content";
+    case FrameType::kPopularPages:
+      if (header.page_count > max_run_pages(page_size) ||
+          header.page_count != static_cast<std::uint64_t>(std::popcount(header.first_page))) {
+        return "page count is not that of the bits that are set";
+      }
+      return header.payload_bytes == header.page_count * page_size
+                 ? nullptr
+                 : "payload is not page count times page size";
     case FrameType::kDiscard:
     case FrameType::kSame:
     case FrameType::kSuspects:

@@ -49,8 +49,9 @@ enum class StageRole : std::uint16_t {
   kDemand = 2,   // the destination reads what somebody waits for
   kChain = 3,    // another server writes replicas
   kProbe = 4,    // the source asks what the servers hold already, and tells what they hold by now
+  kPopular = 5,  // a member of a domain tells what its guest has, or learns what many have; of no image
 };
-inline constexpr std::uint16_t kStageRoles = 5;
+inline constexpr std::uint16_t kStageRoles = 6;
 // Session of the chain that comes from the server with ordinal n: kFirstChainSession + n.
 inline constexpr std::uint16_t kFirstChainSession = 0xff00;
 
@@ -123,6 +124,26 @@ enum class FrameType : std::uint16_t {
   kBaseEnd =
       30,  // source to destination: no more is compared; tag 1: what was not confirmed is dropped at once
   kLinkProbe = 31,  // source to destination: bytes that nobody needs, to measure the link
+
+  // Pages that the destination has already (docs/protocol.md, "References"), on data channels:
+  kKnown = 32,           // destination to source: page_count KnownNames of pages that it has
+  kKnownReference = 33,  // source to destination: page_count ContentHashes: these pages are such content
+  kUnresolved = 34,      // destination to source, before the kBarrierAck: these references came to nothing;
+                         // payload: the KnownName of each
+
+  // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
+  kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps
+  kReported = 41,  // its answer: one bit a name, in 64-bit words: the page itself is wanted; the same tag
+  kPopularContent = 42,  // member to server: page_count pages that were wanted
+  kPopularAsk =
+      43,  // member to server: popular names from the cursor first_page on, of a score of at least `region`,
+           // at most page_count
+  kPopularNames =
+      44,  // its answer: page_count PopularNames; first_page: where to go on, 0 at the end; the same tag
+  kPopularRead = 45,  // member to server: page_count ContentNames: send these
+  kPopularPages =
+      46,  // its answer: first_page: one bit a name that was asked for; page_count pages, those of
+           // the bits that are set, in order; the same tag
 };
 
 // The first half of a content's hash: what it is asked for by. Only a hint, so half is enough.
@@ -138,8 +159,25 @@ struct KnownHolders {
   bool operator==(const KnownHolders&) const = default;
 };
 static_assert(sizeof(ContentName) == 16 && sizeof(ContentHash) == 32 && sizeof(KnownHolders) == 16);
+// How useful a content is, as the directory of its name has counted; higher is more.
+struct PopularName {
+  ContentName name;
+  std::uint32_t score;
+  std::uint32_t reserved;  // 0
+};
+static_assert(sizeof(PopularName) == 24);
+// Asked for in one kPopularRead: its answer has a bit for each, and carries their pages.
+inline constexpr std::uint64_t kMostPopularReads = 64;
 // In one frame of any of these; a reader's buffers are made for it.
 inline constexpr std::uint64_t kMostNames = 4096;
+// Words of a bit a name.
+[[nodiscard]] constexpr std::uint64_t wanted_words(std::uint64_t names) {
+  return names / 64 + (names % 64 != 0 ? 1 : 0);
+}
+
+// What a page that the destination has is called: the first eight bytes of its ContentHash. Only a hint.
+using KnownName = std::uint64_t;
+inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 
 // A hash of a page, or of a node's page hashes, under this migration's key.
 using TreeHash = std::array<std::uint8_t, 16>;

@@ -105,12 +105,13 @@ export function given(options: Record<string, unknown>): Record<string, unknown>
   return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
 }
 
-/** Starts it and waits until it is to leave. `leaves`: what it does then, for people. */
+/** Starts it and waits until it is to leave. `leaves`: what it does then, for people. `whileHere`: until then. */
 export async function startGuest(
   flags: GuestFlags,
   leaves: string,
   output: Output,
   signal: AbortSignal,
+  whileHere: (guest: WorkerGuest) => Promise<AsyncDisposable | null> = async () => null,
 ): Promise<WorkerGuest> {
   const { name, path } = flags.module;
   const guest = await WorkerGuest.start({
@@ -119,6 +120,7 @@ export async function startGuest(
   });
   try {
     sayMessages(guest, output);
+    await using _companion = await whileHere(guest);
     const lengthBytes = guest.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
     // Before it is said that the guest runs: whoever reads that may give the sign at once.
     const told = untilTold(guest, flags, output, signal);

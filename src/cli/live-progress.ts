@@ -20,6 +20,7 @@ export function describeProgress(progress: Progress): string {
     parts.push(`${figure(progress.dirtyPagesPerSecond)} dirty pages/s`);
   if (progress.expectedDowntimeMs !== null) parts.push(`downtime ~${figure(progress.expectedDowntimeMs)} ms`);
   if (progress.remoteFaults > 0) parts.push(`${progress.remoteFaults} remote faults`);
+  if (progress.pagesDeduplicated > 0) parts.push(`${progress.pagesDeduplicated} deduplicated`);
   if (progress.pagesFromBase > 0) parts.push(`${progress.pagesFromBase} pages there already`);
   return parts.join(', ');
 }

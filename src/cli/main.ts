@@ -12,6 +12,7 @@ import { describeUsageError, reportError } from './output.js';
 import { addPark } from './park.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
+import { addShare } from './share.js';
 import { addStage } from './stage.js';
 import { addStatus } from './status.js';
 import { addUnpark } from './unpark.js';
@@ -34,6 +35,7 @@ function build(): Command {
   addPark(program);
   addUnpark(program);
   addStage(program);
+  addShare(program);
   addStatus(program);
   addDrop(program);
   return program;

@@ -18,6 +18,15 @@ export function positiveNumber(text: string): number {
   return value;
 }
 
+/** `12.5` or `12.5%`: of a hundred. */
+export function percent(text: string): number {
+  const value = Number(text.replace(/%$/, ''));
+  if (text.trim() === '' || !(value >= 0 && value <= 100)) {
+    throw new InvalidArgumentError('write a number from 0 to 100.');
+  }
+  return value;
+}
+
 const units: Record<string, number> = {
   '': 1,
   k: 1e3,

@@ -12,6 +12,7 @@ import type { ArrivalReport } from '../report.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
+import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, type NamedModule, namedModules, positiveNumber } from './parse-values.js';
 import { replayLines } from './replay-lines.js';
@@ -24,6 +25,10 @@ interface ReceiveFlags extends ConnectionFlags {
   maxBytes?: number;
   bandwidth?: number;
   gatherLimit?: number;
+  dedup?: boolean;
+  dedupDomain?: string;
+  dedupSecretFile?: string;
+  share?: string;
   base?: string;
   baseForAny?: boolean;
   replayMs?: number;
@@ -47,6 +52,13 @@ export function addReceive(program: Command): void {
     .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
     .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteCount)
     .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
+    .option('--dedup', 'pages that a guest has several times come once')
+    .option(
+      '--dedup-domain <name>',
+      'pages that are here already for guests of this domain do not come again',
+    )
+    .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
+    .option('--share <file>', "the host's page share too, or 'auto' for the domain's (see memferry share)")
     .option(
       '--base <directory | vmd:ticket>',
       'guests start from what was kept of them there, and logs are replayed on it; or from a guest that is parked, by ' +
@@ -76,6 +88,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
     ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     ...(parked ? { base: { parked, anySource } } : {}),
+    ...given({ dedup: dedupOption(flags), share: flags.share }),
     signal: interruption.signal,
     accept: workerGuests({
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
@@ -136,7 +149,8 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
   output.result(
     `guest ${offer.name} is complete: ${mebibytes(report.bytesReceived)} MiB received, ` +
       `${report.remoteFaults.count} remote faults (p50 ${figure(report.remoteFaults.p50Us)} us)` +
-      (report.pagesFromBase > 0 ? `, ${report.pagesFromBase} pages were here already` : ''),
+      (report.pagesFromBase > 0 ? `, ${report.pagesFromBase} pages were here already` : '') +
+      (report.pagesKnown > 0 ? `, ${report.pagesKnown} pages were known here` : ''),
     { type: 'report', ...report },
   );
   return report;

@@ -5,8 +5,16 @@
 import { readFile } from 'node:fs/promises';
 import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
-import { memferryError } from '../errors.js';
-import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
+import { MemferryError, memferryError } from '../errors.js';
+import {
+  type MigrateOptions,
+  type Mode,
+  modes,
+  type NonConvergence,
+  nonConvergenceChoices,
+  type SampleOptions,
+} from '../options.js';
+import { sampleGuest } from '../share/sampling.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
@@ -21,6 +29,7 @@ import {
   serverOptions,
   startGuest,
 } from './leaving-guest.js';
+import { connectionOptions } from './connection-flags.js';
 import { LiveProgress } from './live-progress.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
@@ -38,6 +47,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
   releaseAsEvicted?: boolean;
+  sample?: boolean;
   leaveWhenEvicted?: boolean;
   useBase?: 'auto' | 'always' | 'off';
   replay?: string;
@@ -78,6 +88,10 @@ export function addSend(program: Command): void {
     )
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--release-as-evicted', 'scatter modes: give memory back as others hold it')
+    .option(
+      '--sample',
+      'until it moves: tell the servers of --via in the background which pages it keeps, for --dedup-domain',
+    )
     .option('--leave-when-evicted', 'scatter modes: end here as soon as nobody needs this side any more')
     .addOption(
       new Option('--use-base <choice>', 'a base that the destination has: compare with it').choices([
@@ -103,7 +117,10 @@ async function send(flags: SendFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
-  await using guest = await startGuest(flags, 'moves', output, signal);
+  const sampled = sampleOptions(flags);
+  await using guest = await startGuest(flags, 'moves', output, signal, async (started) =>
+    sampled ? await sampleGuest(started, sampled) : null,
+  );
   const report = await move(guest, flags, output, signal);
   output.result(describeReport(report, flags.to), { type: 'report', ...report });
 }
@@ -154,6 +171,22 @@ async function readReplay(file: string): Promise<Buffer> {
   } catch (cause) {
     throw memferryError('INVALID_ARGUMENT', `--replay: ${file} cannot be read`, { cause });
   }
+}
+
+/** Pure: null without --sample. */
+export function sampleOptions(
+  flags: Pick<SendFlags, 'sample' | 'via' | 'dedupDomain' | 'dedupSecretFile' | 'secretFile' | 'plaintext'>,
+): SampleOptions | null {
+  const { sample, via, dedupDomain: domain, dedupSecretFile: secretFile } = flags;
+  if (!sample) return null;
+  if (!via?.length || domain === undefined) {
+    throw new MemferryError('INVALID_ARGUMENT', '--sample needs --via and --dedup-domain');
+  }
+  return {
+    ...connectionOptions(flags),
+    via,
+    dedup: secretFile === undefined ? { domain } : { domain, secretFile },
+  };
 }
 
 async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {

@@ -5,7 +5,7 @@ import { defaultAnnounceGroup, parseAddress } from '../options.js';
 import { stage } from '../staging/server.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { makeOutput } from './output.js';
-import { byteCount, byteRate, duration } from './parse-values.js';
+import { byteCount, byteRate, duration, percent } from './parse-values.js';
 import { onInterrupt } from './signals.js';
 
 interface StageFlags extends ConnectionFlags {
@@ -18,6 +18,8 @@ interface StageFlags extends ConnectionFlags {
   /** `true` without a group of one's own, `false` with --no-announce. */
   announce: string | boolean;
   parkTtl?: number;
+  popularShare?: number;
+  popularHalfLife?: number;
   json?: boolean;
 }
 
@@ -34,6 +36,16 @@ export function addStage(program: Command): void {
     .option('--announce [group:port]', `be found by multicast (default group: ${defaultAnnounceGroup})`, true)
     .option('--no-announce', 'be found by address only')
     .option('--park-ttl <duration>', 'drop parked guests that nobody opened for so long, as 12h', duration)
+    .option(
+      '--popular-share <percent>',
+      'of the memory, for pages that many guests have; images get it when they need it (default 12.5)',
+      percent,
+    )
+    .option(
+      '--popular-half-life <duration>',
+      'what a guest has not reported for so long fades (default 10m)',
+      duration,
+    )
     .option('--json', 'one JSON object a line');
   addConnectionFlags(command).action(serve);
 }
@@ -52,6 +64,8 @@ async function serve(flags: StageFlags): Promise<void> {
     ...(flags.rack === undefined ? {} : { rack: flags.rack }),
     announce: group === false ? null : group,
     ...(flags.parkTtl === undefined ? {} : { parkTtlMs: flags.parkTtl }),
+    ...(flags.popularShare === undefined ? {} : { popularShare: flags.popularShare / 100 }),
+    ...(flags.popularHalfLife === undefined ? {} : { popularHalfLifeMs: flags.popularHalfLife }),
   });
   try {
     const { name, host, port } = staging;

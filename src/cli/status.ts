@@ -40,6 +40,7 @@ const columns: Column<HeldImage>[] = [
 /** Pure. */
 export function describeStatus(status: StageStatus): string {
   const { name, rack, memoryBytes, freeBytes, bandwidth, connections, held, maxImages, sharedPages } = status;
+  const { members, popularNames, popularPages } = status;
   const facts = [
     `${printable(name)}${rack === null ? '' : ` (rack ${printable(rack)})`}`,
     `${mebibytes(memoryBytes - freeBytes)} of ${mebibytes(memoryBytes)} MiB used, ${mebibytes(freeBytes)} free`,
@@ -47,6 +48,8 @@ export function describeStatus(status: StageStatus): string {
     `${connections} connections`,
     `up ${age(status.uptimeMs)}`,
     ...(sharedPages > 0 ? [`${sharedPages} pages shared`] : []),
+    ...(members > 0 ? [`${members} members of domains`] : []),
+    ...(popularNames > 0 ? [`${popularPages} popular pages of ${popularNames} that are counted`] : []),
     `${held.length} of at most ${maxImages} images`,
   ].join(', ');
   return held.length === 0 ? facts : `${facts}\n\n${table(columns, held)}`;

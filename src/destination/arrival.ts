@@ -57,6 +57,8 @@ export interface ArrivalConfig {
   options: ResolvedListenOptions;
   /** Scatter modes: the servers that hold a part of the guest. */
   images: ImageSet | null;
+  /** Whose pages count as known here, where that was agreed on with the source. */
+  known: { key: Uint8Array; share: string | null } | null;
   /** The commit has an outcome: remember it. */
   decided(state: DestinationState): void;
   /** Nothing is left of the arrival here. */
@@ -128,6 +130,7 @@ export class Arrival extends EventEmitter {
         sourceless: false,
         encodings: encodingFlags(agreedEncodings(offer.encodings, decodedHere)),
         ...(bases ? { bases, baseKey: config.baseKey } : {}),
+        known: config.known,
       },
       {
         paused: () => this.#to('postcopy-paused'),

@@ -23,6 +23,7 @@ export function arrivalReport(
     extraMemoryBytes: stats.extraMemoryBytes,
     pagesGathered: stats.pagesGathered,
     pagesFromBase: stats.pagesFromBase,
+    pagesKnown: stats.pagesKnown,
   };
 }
 

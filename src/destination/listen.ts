@@ -29,7 +29,10 @@ import {
   sourceMessage,
 } from '../protocol/messages.js';
 import { toPeer } from '../protocol/peer-error.js';
+import { type AgreedReferences, agreeOnReferences } from '../protocol/references.js';
 import { provesResume } from '../protocol/resume-proof.js';
+import { sharePath } from '../share/share-path.js';
+import { dedupDomainKey } from '../source/dedup-domain.js';
 import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
 import { ImageSet } from '../staging/image-set.js';
 import type { Region } from '../region.js';
@@ -88,7 +91,8 @@ export async function listen(options: ListenOptions = {}): Promise<Listening> {
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   resolved.signal?.throwIfAborted();
   rehearseSwitchover();
-  return new DestinationListener(resolved, secret);
+  const domain = await domainOf(resolved, secret);
+  return new DestinationListener(resolved, secret, domain);
 }
 
 class DestinationListener implements Listening {
@@ -113,6 +117,7 @@ class DestinationListener implements Listening {
   constructor(
     private options: ResolvedListenOptions,
     private readonly secret: Uint8Array,
+    private readonly domain: Domain,
   ) {
     this.host = options.host;
     const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
@@ -217,6 +222,7 @@ class DestinationListener implements Listening {
     let arrival: ArrivalInProgress;
     let replays = false;
     let parked: ParkedBase | null = null;
+    let references: AgreedReferences | null = null;
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
@@ -239,6 +245,7 @@ class DestinationListener implements Listening {
         if (!replays) delete given.replayLog;
       }
       parked = offer.base ? this.#parkedBase(guest, given, bytes) : null;
+      references = offer.scatter ? null : this.domain.agree(offer, sessionKey, migration);
       arrival = new ArrivalInProgress({
         offer,
         given,
@@ -250,6 +257,7 @@ class DestinationListener implements Listening {
         tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
         options: this.options,
         images,
+        known: references && { key: references.key, share: references.ofDomain ? this.domain.share : null },
         decided: (state) => this.#tombstones.record(offer.migrationId, state),
         ended: () => this.#arrivals.delete(offer.migrationId),
       });
@@ -281,6 +289,7 @@ class DestinationListener implements Listening {
       encodings: agreedEncodings(offer.encodings, decodedHere),
       basePages: arrival.basePages,
       tellsMissing: true,
+      references: references?.proof ?? null,
     });
     await serve(arrival, channel);
   }
@@ -403,6 +412,22 @@ class DestinationListener implements Listening {
       if (answer) void channel.send(answer);
     }
   }
+}
+
+/** The deduplication domain of a listener. */
+interface Domain {
+  /** The page share's file; null: none. */
+  share: string | null;
+  agree(offer: OfferMessage, sessionKey: Uint8Array, migration: Uint8Array): AgreedReferences | null;
+}
+
+async function domainOf({ dedup, share }: ResolvedListenOptions, secret: Uint8Array): Promise<Domain> {
+  if (dedup === false) return { share: null, agree: () => null };
+  const key = dedup === true ? null : await dedupDomainKey(dedup, secret);
+  return {
+    share: key && share !== undefined ? sharePath(share === 'auto' ? null : share, key) : null,
+    agree: (offer, sessionKey, migration) => agreeOnReferences(offer.references, key, sessionKey, migration),
+  };
 }
 
 function linkOver(channel: Channel) {

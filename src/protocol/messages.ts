@@ -35,6 +35,11 @@ export const offerSchema = z.strictObject({
     .regex(/^[0-9a-f]{120}$/)
     .nullable()
     .default(null),
+  /** Other modes, with `dedup`: see references.ts. */
+  references: z
+    .strictObject({ proof: hex(32), sealedKey: hex(60).nullable() })
+    .nullable()
+    .default(null),
   /** Scatter modes: the servers, in the order of their ordinals, and the image's secret, sealed for this session. */
   scatter: z
     .strictObject({
@@ -114,6 +119,8 @@ export const destinationMessage = z.discriminatedUnion('type', [
     basePages: z.array(count).max(64).nullable().default(null),
     /** It answers `ask-missing`. */
     tellsMissing: z.boolean().default(false),
+    /** Of the same domain, and names of what is here follow on the data channels. */
+    references: hex(32).nullable().default(null),
   }),
   /**
    * How much of the base is there, and what the rest will take besides (null: nobody knows). `sampled`: the nodes of the

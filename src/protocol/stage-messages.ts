@@ -71,6 +71,9 @@ const ordinal = z
   .min(0)
   .max(maxServers - 1);
 
+/** A domain's key under a connection's session key, see staging/image-secret.ts. */
+const sealedDomain = hex(12 + 32 + 16);
+
 const createImage = z.strictObject({
   type: z.literal('create'),
   request,
@@ -78,7 +81,7 @@ const createImage = z.strictObject({
   /** The image's secret under this connection's session key, see staging/image-secret.ts. */
   sealedSecret: hex(12 + 32 + 16),
   /** The key of its deduplication domain, sealed likewise; null: it shares nothing. */
-  sealedDomain: hex(12 + 32 + 16).nullable(),
+  sealedDomain: sealedDomain.nullable(),
   name: label,
   kind: z.enum(imageKinds),
   /** This server's place in `servers`; 0 is the home server. */
@@ -124,6 +127,12 @@ export const stageRequest = z.discriminatedUnion('type', [
   /** The execution state is the message's binary part. */
   z.strictObject({ type: z.literal('state'), request, image, guest }),
   z.strictObject({ type: z.literal('status'), request }),
+  /**
+   * Into a domain, to tell what a guest has or to learn what many have, for as long as this connection lasts. `member`:
+   * of its own choice, as an image's id. `guest`: null for one that has none; it may not report.
+   */
+  z.strictObject({ type: z.literal('join'), request, member: image, sealedDomain, guest: image.nullable() }),
+  z.strictObject({ type: z.literal('leave'), request, member: image }),
   /** An operator's: of any image, with the shared secret alone. */
   z.strictObject({ type: z.literal('drop'), request, image }),
   ...fromSourceCommit,
@@ -171,6 +180,11 @@ const stageStatus = z.strictObject({
   sharedPages: count,
   /** Of the memory: what is known of contents by their hashes. */
   hintBytes: count,
+  /** Of domains: who tells what a guest has, or learns what many have. */
+  members: count,
+  /** Contents that are counted, and those whose page is held; these give way to images, so they count as free. */
+  popularNames: count,
+  popularPages: count,
   uptimeMs: milliseconds,
   held: z
     .array(
@@ -217,6 +231,8 @@ export const stageAnswer = z.discriminatedUnion('type', [
   z.strictObject({ type: z.literal('stored'), request }),
   z.strictObject({ type: z.literal('status'), request, status: stageStatus }),
   z.strictObject({ type: z.literal('dropped'), request, known: z.boolean() }),
+  z.strictObject({ type: z.literal('joined'), request, session, identity }),
+  z.strictObject({ type: z.literal('left'), request, known: z.boolean() }),
   z.strictObject({
     type: z.literal('declined'),
     request,

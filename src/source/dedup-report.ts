@@ -13,3 +13,13 @@ export function dedupReport(stats: NativeDedupStats, pageSize: number): DedupRep
     refused,
   };
 }
+
+/** The destination is of no such domain. */
+export const nothingDeduplicated: DedupReport = {
+  pagesDeduplicated: 0,
+  bytesSaved: 0,
+  pagesHashed: 0,
+  cpuMs: 0,
+  probes: 0,
+  refused: 0,
+};

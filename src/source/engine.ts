@@ -48,11 +48,14 @@ export class SourceEngine {
     return this.#sender.queueDirtySync();
   }
 
-  /** Resolves when every page of the round is in the destination's memory; gives the suspect pages. */
-  async round(): Promise<number> {
+  /**
+   * Resolves when every page of the round is in the destination's memory; gives the suspect pages. With `references`
+   * false none goes as a reference: one that comes to nothing costs a round trip.
+   */
+  async round(references = true): Promise<number> {
     const tag = this.#nextTag++;
     const done = this.#expect(`round-done ${tag}`);
-    this.#sender.startRound(tag);
+    this.#sender.startRound(tag, references);
     return (await done).suspects;
   }
 
@@ -73,8 +76,8 @@ export class SourceEngine {
    * A round of a paused guest: what a server took along that failed during it goes again, as often as servers can
    * fail. Gives the suspect pages that are left.
    */
-  async settle(servers: number): Promise<number> {
-    let suspects = await this.round();
+  async settle(servers: number, references: boolean): Promise<number> {
+    let suspects = await this.round(references);
     for (let failed = 0; suspects > 0 && failed < servers; failed++) suspects = await this.round();
     return suspects;
   }

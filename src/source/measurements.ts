@@ -127,6 +127,7 @@ export class Measurements {
       remoteFaults: now.stats?.faultsServed ?? 0,
       bytesSaved: { compression: savedBy(now.stats?.compression), delta: savedBy(now.stats?.delta) },
       pagesFromBase: now.stats?.base.pagesSame ?? 0,
+      pagesDeduplicated: now.stats?.dedup?.pages ?? 0,
       waitingFor: now.waitingFor,
     };
   }

@@ -32,7 +32,8 @@ import type { ImageSet } from '../staging/image-set.js';
 import { chooseTracker, DirtyTracker } from '../trackers.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
-import { dedupReport } from './dedup-report.js';
+import { OfferedReferences } from '../protocol/references.js';
+import { dedupReport, nothingDeduplicated } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { GatherWait } from './gather-wait.js';
 import { Measurements } from './measurements.js';
@@ -59,6 +60,8 @@ export class SourceMigration extends EventEmitter {
   readonly #traits: ModeTraits;
   #paging: boolean;
   #images: ImageSet | null = null;
+  /** Where `dedup` was asked for, and there are no servers. */
+  #references: OfferedReferences | null = null;
   #session: SourceSession | null = null;
   #engine: SourceEngine | null = null;
   #trackers: (DirtyTracker | null)[] = [];
@@ -296,6 +299,14 @@ export class SourceMigration extends EventEmitter {
       });
     }
     const wanted = wantedEncodings(options);
+    if (!this.#images && options.dedup !== false) {
+      this.#references = await OfferedReferences.make(
+        options.dedup,
+        await this.secret,
+        this.#session.sessionKey,
+        this.#migrationId,
+      );
+    }
     const offer = {
       type: 'offer' as const,
       migrationId: this.id,
@@ -306,6 +317,7 @@ export class SourceMigration extends EventEmitter {
       encodings: wanted,
       base: options.base !== 'off',
       replay: options.base !== 'off' && options.replayLog !== undefined,
+      references: this.#references?.offer ?? null,
       lineage: sealLineage(this.#session.sessionKey, this.#migrationId, lineageOf(regions)),
       scatter: this.#images
         ? {
@@ -354,6 +366,7 @@ export class SourceMigration extends EventEmitter {
             }
           : {}),
         dedupKey: this.#images?.domainKey ?? null,
+        referencesKey: this.#references?.agreed ? this.#references.key : null,
       },
       {
         paused: () => this.#to('postcopy-paused'),
@@ -444,7 +457,11 @@ export class SourceMigration extends EventEmitter {
       this.#session?.send({ type: 'state', paging: false }, paused.state);
       const before = engine.stats();
       const servers = this.#images?.list.length ?? 0;
-      const suspects = await untilAborted(engine.settle(servers), this.#abort.signal);
+      const suspects = await untilAborted(
+        // After rounds only what was written last is left, which nobody has.
+        engine.settle(servers, !this.#traits.rounds),
+        this.#abort.signal,
+      );
       if (suspects > 0) {
         throw new MemferryError(
           'PROTOCOL_ERROR',
@@ -535,10 +552,14 @@ export class SourceMigration extends EventEmitter {
       delta: stats.delta,
       redials: stats.redials,
       // What was sent to the destination itself; without servers that is everything.
-      pagesDirect: this.#images ? stats.pagesDirect : stats.pagesSent + stats.pagesZero - stats.pagesResent,
+      pagesDirect: this.#images
+        ? stats.pagesDirect
+        : stats.pagesSent + stats.pagesZero + (stats.dedup?.pages ?? 0) - stats.pagesResent,
       intermediaries: this.#images?.account(stats.servers) ?? [],
       base: this.#base?.report(engine, this.guest.regions[0]?.region.pageSize ?? 4096) ?? null,
-      dedup: stats.dedup && dedupReport(stats.dedup, this.guest.regions[0]?.region.pageSize ?? 4096),
+      dedup: stats.dedup
+        ? dedupReport(stats.dedup, this.guest.regions[0]?.region.pageSize ?? 4096)
+        : this.#references && nothingDeduplicated,
     };
   }
 
@@ -558,6 +579,7 @@ export class SourceMigration extends EventEmitter {
       case 'accepted':
         if (message.basePages) this.#baseOffered(message.basePages);
         this.#tellsMissing = message.tellsMissing;
+        this.#references?.answered(message.references);
         this.#accepted.resolve(message.encodings);
         break;
       case 'base-progress':

@@ -11,7 +11,7 @@ import type {
   ParkedGuest,
   StageStatus,
 } from '../protocol/stage-messages.js';
-import { openProof, roleBits, sealDomainKey, sealSecret, stageTokens } from './image-secret.js';
+import { memberRoles, openProof, roleBits, sealDomainKey, sealSecret, stageTokens } from './image-secret.js';
 import { type Link, StageLink, type StageClientConfig } from './stage-link.js';
 
 export type { StageClientConfig } from './stage-link.js';
@@ -162,6 +162,30 @@ export class StageClient extends StageLink {
   /** The guest of a park, beside its pages. */
   async putState(image: string, guest: ParkedGuest, state: Uint8Array): Promise<void> {
     await this.askAbout('stored', { type: 'state', image, guest }, { binary: state });
+  }
+
+  /**
+   * Into a domain, for as long as this connection lasts: whoever holds the session notices when it is gone, and joins
+   * again. `member`: 32 hex digits, fresh. Rejects with VMD_CAPACITY.
+   */
+  async join(member: string, domainKey: Uint8Array, guest: string | null): Promise<StageSession> {
+    const { link, message } = await this.ask(
+      'joined',
+      ({ sessionKey }) => ({
+        type: 'join',
+        member,
+        sealedDomain: sealDomainKey(sessionKey, bytesOf(member), domainKey),
+        guest,
+      }),
+      { repeat: false },
+    );
+    const { session, identity } = message;
+    return { session, tokens: stageTokens(link.sessionKey, bytesOf(member), session, memberRoles), identity };
+  }
+
+  /** Whether it was there. */
+  async leave(member: string): Promise<boolean> {
+    return (await this.ask('left', () => ({ type: 'leave', member }), { repeat: false })).message.known;
   }
 
   async status(): Promise<StageStatus> {

@@ -13,6 +13,7 @@ import type { Announcement, StageAnswer, StageRequest, StageStatus } from '../pr
 import type { Opener, StagedImage } from './image.js';
 import { provesOpen, unsealDomainKey, unsealSecret } from './image-secret.js';
 import type { StagedImages } from './images.js';
+import type { StagedMembers } from './members.js';
 
 export type StageChannel = ControlChannel<StageRequest, StageAnswer>;
 type Request = Exclude<StageRequest, SourceMessage>;
@@ -33,6 +34,7 @@ export class StageConnection implements Opener {
     private readonly channel: StageChannel,
     readonly sessionKey: Uint8Array,
     private readonly images: StagedImages,
+    private readonly members: StagedMembers,
     private readonly status: () => StageStatus,
   ) {}
 
@@ -59,6 +61,7 @@ export class StageConnection implements Opener {
     } finally {
       for (const image of this.#open.values()) image.detach(this);
       this.#open.clear();
+      this.members.leaveAll(this);
     }
   }
 
@@ -113,6 +116,14 @@ export class StageConnection implements Opener {
         if (!image) return [{ type: 'dissolved', known: false }, null];
         return [said(this.#mine(message.image).request({ type: 'dissolve', epoch: message.epoch })), null];
       }
+      case 'join': {
+        const { member, guest } = message;
+        const key = unsealDomainKey(this.sessionKey, Buffer.from(member, 'hex'), message.sealedDomain);
+        const session = this.members.join(this, member, key, guest);
+        return [{ type: 'joined', session, identity: this.images.identity }, null];
+      }
+      case 'leave':
+        return [{ type: 'left', known: this.members.leave(this, message.member) }, null];
       case 'status':
         return [{ type: 'status', status: this.status() }, null];
       case 'drop':

@@ -8,7 +8,7 @@
  *     lineage  as sealed, of a guest's lineage (lineage.ts), under HMAC(session key; "memferry seal lineage"),
  *              aad migration id
  *     proof    HMAC(secret; "memferry open", session key)
- *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 5 + role
+ *     tokens   stream(session key; "memferry stage"; image id, session u16), at attempt * 6 + role
  *     chain    stream(secret; "memferry chain"; image id, from u16, to u16), at the attempt
  *
  * HMAC is HMAC-SHA256, a stream is control/tokens.ts's, integers are little-endian, the session key is the control
@@ -25,14 +25,16 @@ const nonceBytes = 12;
 const tagBytes = 16;
 
 /** Of wire::StageRole. */
-export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3, probe: 4 } as const;
-export const stageRoleCount = 5;
+export const stageRoles = { scatter: 0, gather: 1, demand: 2, chain: 3, probe: 4, popular: 5 } as const;
+export const stageRoleCount = 6;
 /** What an opener's connections may be, as a bit set. */
 export const roleBits: Record<ImageAccess, number> = {
   control: 0,
   read: (1 << stageRoles.gather) | (1 << stageRoles.demand),
   write: (1 << stageRoles.scatter) | (1 << stageRoles.probe),
 };
+/** Of a member of a domain. */
+export const memberRoles = 1 << stageRoles.popular;
 /** How often each connection of a session may be dialled. */
 export const stageAttempts = 64;
 /** The chain that comes from the server with ordinal n has this session + n. */
@@ -120,7 +122,7 @@ export function provesOpen(secret: Uint8Array, sessionKey: Uint8Array, proof: st
 }
 
 /**
- * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 5 + role`, 32 bytes each.
+ * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 6 + role`, 32 bytes each.
  * The other roles' places hold what nobody can know.
  */
 export function stageTokens(

@@ -11,7 +11,7 @@ import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
-import type { NativeStage } from '../native.js';
+import type { NativeStage, NativeStageConfig } from '../native.js';
 import {
   parseAddress,
   type ResolvedStageOptions,
@@ -22,6 +22,7 @@ import { type Announcement, stageRequest, type StageStatus } from '../protocol/s
 import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
 import { StagedImages } from './images.js';
+import { StagedMembers } from './members.js';
 
 /** A VMD server that runs in this process. */
 export interface Staging extends AsyncDisposable {
@@ -38,7 +39,7 @@ export interface Staging extends AsyncDisposable {
 /** What the server stands on; tests have another one. */
 export interface StageRuntime {
   readonly pageSize: number;
-  createStage(config: { memoryBytes: number; bandwidth: number }): NativeStage;
+  createStage(config: NativeStageConfig): NativeStage;
   /** Throws when the port is taken. The preface of what `onControl` gets was read. */
   listen(
     address: { host: string; port: number },
@@ -66,8 +67,15 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   resolved.signal?.throwIfAborted();
-  const { memoryBytes, bandwidth } = resolved;
-  const nativeStage = native(() => runtime.createStage({ memoryBytes, bandwidth }));
+  const { memoryBytes, bandwidth, popularShare, popularHalfLifeMs } = resolved;
+  const nativeStage = native(() =>
+    runtime.createStage({
+      memoryBytes,
+      bandwidth,
+      popularShare: popularShare === 0 ? 0 : Math.round(1 / popularShare),
+      popularPeriodMs: popularHalfLifeMs,
+    }),
+  );
   try {
     if (resolved.preallocate) await nativeAsync(() => nativeStage.preallocate());
     resolved.signal?.throwIfAborted();
@@ -84,6 +92,7 @@ class StageServer implements Staging {
   readonly port: number;
   readonly #listener: { readonly port: number; close(): void };
   readonly #images: StagedImages;
+  readonly #members: StagedMembers;
   readonly #gate = new HandshakeGate();
   readonly #connections = new Map<StageChannel, StageConnection>();
   readonly #closing = new AbortController();
@@ -109,6 +118,7 @@ class StageServer implements Staging {
     );
     this.port = this.#listener.port;
     this.name = options.name ?? `${options.host}:${this.port}`.slice(-64);
+    this.#members = new StagedMembers(stage);
     this.#images = new StagedImages({ ...options, stage, pageSize: runtime.pageSize });
     this.#announcer = options.announce === null ? null : this.#makeAnnouncer(options.announce);
     // Not unreferenced: the native listener's thread is none that Node waits for, this timer stands for it.
@@ -118,7 +128,8 @@ class StageServer implements Staging {
   }
 
   status(): StageStatus {
-    const { connections, bytesIn, bytesOut, sharedPages, hintBytes } = this.stage.stats();
+    const { connections, bytesIn, bytesOut, sharedPages, hintBytes, members, popularNames, popularPages } =
+      this.stage.stats();
     return {
       ...this.#announcement(),
       maxImages: this.options.maxImages,
@@ -127,6 +138,9 @@ class StageServer implements Staging {
       bytesOut,
       sharedPages,
       hintBytes,
+      members,
+      popularNames,
+      popularPages,
       uptimeMs: performance.now() - this.#startedMs,
       held: this.#images.status(),
     };
@@ -178,7 +192,9 @@ class StageServer implements Staging {
       await channel.close();
       return;
     }
-    const peer = new StageConnection(channel, session.sessionKey, this.#images, () => this.status());
+    const peer = new StageConnection(channel, session.sessionKey, this.#images, this.#members, () =>
+      this.status(),
+    );
     this.#connections.set(channel, peer);
     peer.announce(this.#announcement());
     try {

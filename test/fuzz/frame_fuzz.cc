@@ -39,8 +39,34 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (type == FrameType::kMap && header.payload_bytes > 0) {
     require(header.payload_bytes == header.page_count * sizeof(std::uint64_t));
   }
+  if (type == FrameType::kKnown) require(header.payload_bytes == header.page_count * sizeof(KnownName));
+  if (type == FrameType::kKnownReference || type == FrameType::kUnresolved) {
+    require(header.page_count > 0 && header.page_count <= max_run_pages(page_size));
+    const std::uint64_t each = type == FrameType::kKnownReference ? sizeof(ContentHash) : sizeof(KnownName);
+    require(header.payload_bytes == header.page_count * each);
+  }
   if (type == FrameType::kDiscard || type == FrameType::kSuspects) {
     require(header.payload_bytes % sizeof(WireRun) == 0);
+  }
+  if (type == FrameType::kReport || type == FrameType::kPopularRead) {
+    require(header.page_count > 0 && header.page_count <= kMostNames);
+    require(header.payload_bytes == header.page_count * sizeof(ContentName));
+  }
+  if (type == FrameType::kReported) {
+    require(header.payload_bytes * 8 >= header.page_count && header.payload_bytes % 8 == 0);
+  }
+  if (type == FrameType::kPopularRead) require(header.page_count <= 64);
+  if (type == FrameType::kPopularAsk) require(header.page_count <= kMostNames && header.payload_bytes == 0);
+  if (type == FrameType::kPopularNames) {
+    require(header.page_count <= kMostNames &&
+            header.payload_bytes == header.page_count * sizeof(PopularName));
+  }
+  if (type == FrameType::kPopularContent || type == FrameType::kPopularPages) {
+    require(header.page_count <= max_run_pages(page_size));
+    require(header.payload_bytes == header.page_count * page_size);
+  }
+  if (type == FrameType::kPopularPages) {
+    require(static_cast<int>(header.page_count) == std::popcount(header.first_page));
   }
   for (const std::uint64_t pages : {std::uint64_t{1}, std::uint64_t{100}, ~std::uint64_t{0}}) {
     if (!run_inside(header.first_page, header.page_count, pages)) continue;

@@ -640,7 +640,8 @@ TEST(Stage, BoundsOfWhatMayBeAskedFor) {
   EXPECT_THROW(stage->add_session(id, 1, 0, tokens), std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 32, tokens), std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 1, {}), std::invalid_argument);
-  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(6)), std::invalid_argument);
+  EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(wire::kStageRoles + 1)),
+               std::invalid_argument);
   EXPECT_THROW(stage->add_session(id, 1, 1, std::vector<wire::Token>(65 * wire::kStageRoles)),
                std::invalid_argument);
   EXPECT_TRUE(stage->add_session(id, 1, 1, tokens));

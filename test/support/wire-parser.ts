@@ -49,6 +49,9 @@ const FRAME_NAMES: Record<number, string> = {
   29: 'same',
   30: 'base-end',
   31: 'probe',
+  32: 'known',
+  33: 'reference',
+  34: 'unresolved',
 };
 const CONTROL_KINDS: Record<number, string> = { 2: 'chunk', 3: 'ping', 4: 'bye' };
 

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { dedupOption } from '../../src/cli/leaving-guest.js';
-import { resolveMigrateOptions, resolveParkOptions } from '../../src/options.js';
+import { modes, resolveMigrateOptions, resolveParkOptions } from '../../src/options.js';
 import { dedupDomainKey, domainKey } from '../../src/source/dedup-domain.js';
 import { dedupReport } from '../../src/source/dedup-report.js';
 import { sealDomainKey, sealSecret, unsealDomainKey, unsealSecret } from '../../src/staging/image-secret.js';
@@ -98,15 +98,10 @@ describe('the option', () => {
     expect(resolveMigrateOptions({ to, mode: 'scatter' }).dedup).toBe(false);
   });
 
-  it('is for modes with servers, and parks', () => {
-    for (const mode of ['scatter', 'scatter-hybrid', 'scatter-pre-copy'] as const) {
+  it('is for all modes, and parks', () => {
+    for (const mode of modes) {
       expect(resolveMigrateOptions({ to, mode, dedup: true }).dedup).toBe(true);
       expect(resolveMigrateOptions({ to, mode, dedup: { domain: 'web' } }).dedup).toEqual({ domain: 'web' });
-    }
-    for (const mode of ['hybrid', 'pre-copy', 'post-copy', 'stop-and-copy'] as const) {
-      expect(() => resolveMigrateOptions({ to, mode, dedup: true })).toThrow(
-        expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
-      );
     }
     expect(resolveParkOptions({ dedup: { domain: 'web' } }).dedup).toEqual({ domain: 'web' });
     expect(resolveParkOptions({}).dedup).toBe(false);

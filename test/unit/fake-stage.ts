@@ -18,6 +18,13 @@ interface FakeImage {
   whole: boolean;
 }
 
+interface FakeMember {
+  domainKey: Uint8Array;
+  guest: Uint8Array | null;
+  roles: number;
+  tokens: Uint8Array;
+}
+
 const indexBytesPerPage = 16;
 
 export class FakeStage implements NativeStage {
@@ -56,7 +63,18 @@ export class FakeStage implements NativeStage {
     return true;
   }
 
+  readonly members = new Map<string, FakeMember>();
+
+  join(member: Uint8Array, domainKey: Uint8Array, guest: Uint8Array | null): boolean {
+    const id = hexOf(member);
+    if (this.images.has(id) || this.members.has(id)) throw new RangeError('the id is taken');
+    this.members.set(id, { domainKey, guest, roles: 0, tokens: new Uint8Array() });
+    return true;
+  }
+
   addSession(image: Uint8Array, session: number, roles: number, tokens: Uint8Array): boolean {
+    const member = this.members.get(hexOf(image));
+    if (member) return Object.assign(member, { roles, tokens }) !== undefined;
     return this.images.get(hexOf(image))?.sessions.set(session, { roles, tokens }) !== undefined;
   }
 
@@ -87,7 +105,7 @@ export class FakeStage implements NativeStage {
 
   drop(image: Uint8Array): boolean {
     this.dropped.push(hexOf(image));
-    return this.images.delete(hexOf(image));
+    return this.images.delete(hexOf(image)) || this.members.delete(hexOf(image));
   }
 
   image(image: Uint8Array): NativeImageStats | null {
@@ -112,6 +130,9 @@ export class FakeStage implements NativeStage {
       bytesOut,
       sharedPages: 0,
       hintBytes: 0,
+      members: this.members.size,
+      popularNames: 0,
+      popularPages: 0,
     };
   }
 

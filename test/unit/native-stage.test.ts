@@ -34,7 +34,7 @@ function serve(stage: NativeStage | null): NativeListener {
 }
 
 function tokens(attempts: number): Uint8Array {
-  return new Uint8Array(attempts * 5 * 32).fill(3);
+  return new Uint8Array(attempts * 6 * 32).fill(3);
 }
 
 function hello(id: Uint8Array, session: number, attempt: number): Buffer {
@@ -136,7 +136,7 @@ describe('NativeStage', () => {
     expect(() => stage.createImage(unknown, [16], 0, new Uint8Array(31))).toThrow(invalid);
     expect(() => stage.createImage(new Uint8Array(15), [16], 0, null)).toThrow(invalid);
     expect(() => stage.addSession(image, 65_536, 1, tokens(1))).toThrow(invalid);
-    expect(() => stage.addSession(image, 1, 32, tokens(1))).toThrow(invalid);
+    expect(() => stage.addSession(image, 1, 64, tokens(1))).toThrow(invalid);
     expect(() => stage.addSession(image, 1, 1, new Uint8Array(33))).toThrow(invalid);
     expect(() => stage.setChain(image, 1, 'localhost', 4000, new Uint8Array(32))).toThrow(invalid);
     expect(() => stage.setChain(image, 1, '127.0.0.1', 0, new Uint8Array(32))).toThrow(invalid);
@@ -177,7 +177,7 @@ describe('NativeStage', () => {
       listener.serveStage(stage);
       const image = new Uint8Array(16).fill(7);
       stage.createImage(image, [16], 0, null);
-      stage.addSession(image, 9, 1, new Uint8Array(160).fill(3));
+      stage.addSession(image, 9, 1, new Uint8Array(192).fill(3));
       parentPort.postMessage(listener.port);
       setInterval(() => {}, 1000);
     `;

@@ -78,6 +78,9 @@ const status: StageStatus = {
   bytesOut: 2,
   sharedPages: 4,
   hintBytes: 4096,
+  members: 2,
+  popularNames: 100,
+  popularPages: 7,
   uptimeMs: 90_500.25,
   held: [
     {
@@ -239,12 +242,12 @@ describe("an image's secret", () => {
 
   it('gives tokens in the order that the native side reads them in', () => {
     const tokens = stageTokens(key, id, 0x0102, 0b0110);
-    expect(tokens).toHaveLength(64 * 5 * 32);
+    expect(tokens).toHaveLength(64 * 6 * 32);
     const at = (attempt: number, role: number) =>
-      Buffer.from(tokens.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
-    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 5);
+      Buffer.from(tokens.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
+    const stream = tokenStream(key, 'memferry stage', Buffer.concat([id, Buffer.from([2, 1])]), 64 * 6);
     const expected = (attempt: number, role: number) =>
-      Buffer.from(stream.subarray((attempt * 5 + role) * 32, (attempt * 5 + role + 1) * 32));
+      Buffer.from(stream.subarray((attempt * 6 + role) * 32, (attempt * 6 + role + 1) * 32));
     for (const attempt of [0, 1, 63]) {
       expect(at(attempt, 1)).toEqual(expected(attempt, 1));
       expect(at(attempt, 2)).toEqual(expected(attempt, 2));
@@ -255,7 +258,7 @@ describe("an image's secret", () => {
     const context = Buffer.concat([id, Buffer.from([3, 0, 2, 1])]);
     const last = Buffer.from(tokenStream(secret, 'memferry chain', context, 5).subarray(4 * 32));
     expect(Buffer.from(chain.subarray(4 * 32))).toEqual(last);
-    expect(Buffer.from(chainTable(chain).subarray((4 * 5 + 3) * 32, (4 * 5 + 4) * 32))).toEqual(last);
+    expect(Buffer.from(chainTable(chain).subarray((4 * 6 + 3) * 32, (4 * 6 + 4) * 32))).toEqual(last);
     expect([1, 16, 17, 64, 250].map(chainAttempts)).toEqual([64, 64, 60, 16, 4]);
   });
 
@@ -266,7 +269,7 @@ describe("an image's secret", () => {
       `"3066e10b071883b3f128f50282a65ee0"`,
     );
     expect(openProof(secret, key).slice(0, 16)).toMatchInlineSnapshot(`"5ef42cd17a6c074e"`);
-    expect(digest(stageTokens(key, id, 7, 0b11111))).toMatchInlineSnapshot(`"f46e5c43b406c442"`);
+    expect(digest(stageTokens(key, id, 7, 0b111111))).toMatchInlineSnapshot(`"ee75b1c6c6ef4de8"`);
     expect(digest(chainTokens(secret, id, 0, 1, 64))).toMatchInlineSnapshot(`"dbbb1ac0cc5d758f"`);
   });
 });

@@ -221,7 +221,7 @@ describe('a VMD server', () => {
     );
     expect(opened.failures).toMatchObject([{ ordinal: 1, error: { code: 'CONNECT_FAILED' } }]);
     expect(opened.servers.map(({ session }) => session > 0)).toEqual([true, false]);
-    expect(opened.servers[1]?.tokens).toHaveLength(64 * 5 * 32);
+    expect(opened.servers[1]?.tokens).toHaveLength(64 * 6 * 32);
     await set.close();
   });
 
@@ -510,6 +510,6 @@ function rest<T extends { secret: Uint8Array; domainKey: Uint8Array | null }>({
 }
 
 function tokenOf(table: Uint8Array | undefined, attempt: number, role: number): Buffer {
-  const at = (attempt * 5 + role) * 32;
+  const at = (attempt * 6 + role) * 32;
   return Buffer.from((table as Uint8Array).subarray(at, at + 32));
 }

@@ -1,0 +1,294 @@
+#include "transfer/known_pages.h"
+
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+
+namespace memferry {
+namespace {
+
+// Beside the reception, never instead of it. Not SCHED_IDLE: who closes a guest waits for the page in hand.
+constexpr int kLowestPriority = 19;
+// Published together: the lock is one that receiving threads take as well.
+constexpr std::size_t kBatch = 64;
+
+// A copy of our own memory that fails where a load would raise a signal: poisoned or unmapped pages.
+bool copy_own_memory(const std::byte* from, std::span<std::byte> into) {
+  const iovec local{into.data(), into.size()};
+  const iovec remote{const_cast<std::byte*>(from), into.size()};
+  return ::process_vm_readv(::getpid(), &local, 1, &remote, 1, 0) == static_cast<ssize_t>(into.size());
+}
+
+bool can_copy_own_memory() {
+  const std::byte from{42};
+  std::byte into{};
+  return copy_own_memory(&from, std::span(&into, 1)) && into == from;
+}
+
+std::mutex& domains_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+using Domain = std::pair<ContentKey, std::string>;
+
+// Guarded by domains_mutex(). What the process's owner has set up: a handful.
+std::map<Domain, std::weak_ptr<KnownPages>>& domains() {
+  static std::map<Domain, std::weak_ptr<KnownPages>> all;
+  return all;
+}
+
+}  // namespace
+
+std::shared_ptr<KnownPages> KnownPages::of_domain(const ContentKey& key, const std::string& share_path) {
+  const std::lock_guard lock(domains_mutex());
+  auto& all = domains();
+  for (auto it = all.begin(); it != all.end();) it = it->second.expired() ? all.erase(it) : std::next(it);
+  auto& entry = all[{key, share_path}];
+  std::shared_ptr<KnownPages> known = entry.lock();
+  if (!known) entry = known = std::shared_ptr<KnownPages>(new KnownPages(key, share_path));
+  return known;
+}
+
+KnownPages::KnownPages(const ContentKey& key, std::string share_path)
+    : key_(key), hasher_(key), share_path_(std::move(share_path)), reads_memory_(can_copy_own_memory()) {
+  hasher_thread_.start("mf-known", [this](WorkerThread&) { hash_arrivals(); });
+  if (!share_path_.empty()) {
+    loading_ = true;
+    share_thread_.start("mf-share", [this](WorkerThread&) { load_share(); });
+  }
+}
+
+KnownPages::~KnownPages() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    hash_wanted_.notify_all();
+    share_wanted_.notify_all();
+  }
+  hasher_thread_.stop();
+  share_thread_.stop();
+}
+
+std::unique_ptr<KnownPages::Guest> KnownPages::join(std::vector<ArrivalMap*> maps) {
+  auto memory = std::make_shared<Memory>(std::move(maps));
+  const std::lock_guard lock(mutex_);
+  memories_.push_back(memory);
+  if (share_thread_.started()) {
+    loading_ = true;
+    share_wanted_.notify_all();
+  }
+  return std::make_unique<Guest>(shared_from_this(), std::move(memory));
+}
+
+void KnownPages::leave(Memory& memory) {
+  const std::lock_guard reading(memory.reading);
+  std::unique_lock lock(mutex_);
+  memory.closed = true;
+  idle_.wait(lock, [&] { return !memory.hashing; });
+  std::erase_if(waiting_, [&](const Waiting& each) { return each.memory.get() == &memory; });
+  waiting_bytes_ = 0;
+  for (const Waiting& each : waiting_) {
+    waiting_bytes_ += each.run.run.count * each.memory->maps[each.run.region]->page_size();
+  }
+  std::erase_if(memories_, [&](const auto& each) {
+    const auto locked = each.lock();
+    return !locked || locked.get() == &memory;
+  });
+  if (memories_.empty()) {
+    places_.clear();
+    names_.clear();
+  }
+}
+
+// Reading the index takes milliseconds; this thread does it, for each guest as it comes.
+void KnownPages::load_share() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    share_wanted_.wait(lock, [this] { return stopping_ || loading_; });
+    if (stopping_) return;
+    loading_ = false;
+    std::vector<std::weak_ptr<Memory>> asking = memories_;
+    std::shared_ptr<PageShareReader> share = share_;
+    lock.unlock();
+    if (!share || !share->refresh()) share = PageShareReader::open(share_path_, key_);
+    std::shared_ptr<const std::vector<wire::KnownName>> names;
+    if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+    lock.lock();
+    share_ = share;
+    for (const auto& each : asking) {
+      const auto memory = each.lock();
+      if (!memory || !std::exchange(memory->wants_share, false)) continue;
+      memory->share_names = names;
+    }
+    idle_.notify_all();
+  }
+}
+
+std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t most) {
+  std::vector<wire::KnownName> next;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || memory.closed) return next;
+  if (memory.share_names) {
+    const auto& all = *memory.share_names;
+    const std::size_t count = std::min(most, all.size() - memory.share_told);
+    next.assign(all.begin() + static_cast<std::ptrdiff_t>(memory.share_told),
+                all.begin() + static_cast<std::ptrdiff_t>(memory.share_told + count));
+    memory.share_told += count;
+    if (memory.share_told == all.size()) memory.share_names = nullptr;
+  }
+  const std::size_t count = std::min(most - next.size(), names_.size() - memory.told);
+  const auto from = names_.begin() + static_cast<std::ptrdiff_t>(memory.told);
+  next.insert(next.end(), from, from + static_cast<std::ptrdiff_t>(count));
+  memory.told += count;
+  return next;
+}
+
+bool KnownPages::awaits_share(const Memory& memory) const {
+  const std::lock_guard lock(mutex_);
+  return memory.wants_share && !memory.closed && share_thread_.started();
+}
+
+// Received and in memory, and nobody has said that it is to come again.
+bool KnownPages::Memory::has(std::uint32_t region, PageNumber page) const {
+  if (closed || region >= maps.size()) return false;
+  const ArrivalMap& map = *maps[region];
+  return page.value < map.pages() && map.received.test(page) && map.present.test(page) &&
+         !map.suspect.test(page) && !map.lost.test(page);
+}
+
+bool KnownPages::Memory::read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const {
+  const auto bytes = maps[region]->region().contiguous({page, 1});
+  return copy_own_memory(bytes.data(), into.first(bytes.size()));
+}
+
+bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into) {
+  const wire::KnownName name = PageShareReader::name_of(digest);
+  Place place;
+  std::shared_ptr<PageShareReader> share;
+  {
+    const std::lock_guard lock(mutex_);
+    share = share_;
+    if (const auto found = places_.find(name); found != places_.end()) place = found->second;
+  }
+  if (share && share->read(digest, into)) return true;
+  if (const auto memory = place.memory.lock()) {
+    const std::shared_lock reading(memory->reading);
+    if (memory->has(place.region, place.page) && memory->read(place.region, place.page, into) &&
+        equal_digests(hasher_(into.first(memory->maps[place.region]->page_size())), digest)) {
+      return true;
+    }
+  }
+  const std::lock_guard lock(mutex_);
+  places_.erase(name);
+  return false;
+}
+
+// From a receiving thread: a lock that the hashing thread holds at this moment is not waited for.
+void KnownPages::arrived(const std::shared_ptr<Memory>& memory, RegionRun run) {
+  if (!reads_memory_) return;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock || memory->closed || names_.size() >= kMostPlaces) return;
+  const Clock::time_point now = Clock::now();
+  if (now < rest_until_) return;
+  waiting_bytes_ += run.run.count * memory->maps[run.region]->page_size();
+  if (waiting_bytes_ > kMostWaitingBytes) {
+    rest_until_ = now + kRest;
+    waiting_.clear();
+    waiting_bytes_ = 0;
+    return;
+  }
+  waiting_.push_back({memory, run});
+  hash_wanted_.notify_one();
+}
+
+void KnownPages::hash_arrivals() {
+  set_this_thread_nice(kLowestPriority);
+  std::vector<std::byte> page;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    hash_wanted_.wait(lock, [this] { return stopping_ || !waiting_.empty(); });
+    if (stopping_) return;
+    Waiting next = std::move(waiting_.front());
+    waiting_.pop_front();
+    waiting_bytes_ -= next.run.run.count * next.memory->maps[next.run.region]->page_size();
+    if (!next.memory->closed) {
+      next.memory->hashing = hashing_ = true;
+      lock.unlock();
+      hash_run(next, page);
+      lock.lock();
+      next.memory->hashing = hashing_ = false;
+      if (names_.size() >= kMostPlaces) sweep_locked();
+    }
+    idle_.notify_all();
+  }
+}
+
+// Without Memory::reading: whoever discards is not to wait for a thread of low priority. A page that is missing by the
+// time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
+void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) {
+  const std::shared_ptr<Memory>& memory = waiting.memory;
+  const RegionRun& where = waiting.run;
+  std::vector<Found> found;
+  const auto publish = [&] {
+    const std::lock_guard lock(mutex_);
+    publish_locked(memory, found);
+    found.clear();
+  };
+  for (std::uint64_t i = 0; i < where.run.count && !memory->closed; ++i) {
+    const PageNumber number{where.run.first.value + i};
+    if (!memory->has(where.region, number)) continue;
+    page.resize(static_cast<std::size_t>(memory->maps[where.region]->page_size()));
+    if (!memory->read(where.region, number, page)) continue;
+    found.emplace_back(PageShareReader::name_of(hasher_(page)), RegionRun{where.region, {number, 1}});
+    if (found.size() == kBatch) publish();
+  }
+  publish();
+}
+
+void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found) {
+  for (const auto& [name, where] : found) {
+    if (names_.size() >= kMostPlaces) return;
+    const auto [at, fresh] = places_.try_emplace(name);
+    const auto former = at->second.memory.lock();
+    if (former && !former->closed) continue;
+    at->second = {memory, where.region, where.run.first};
+    if (fresh && !(share_ && share_->lists(name))) names_.push_back(name);
+  }
+}
+
+// The list is full: what has gone meanwhile makes room. Everybody is told the rest again.
+void KnownPages::sweep_locked() {
+  std::erase_if(places_, [](const auto& each) {
+    const auto memory = each.second.memory.lock();
+    return !memory || memory->closed;
+  });
+  if (2 * places_.size() > kMostPlaces) return;
+  names_.clear();
+  for (const auto& each : places_) names_.push_back(each.first);
+  for (const auto& each : memories_) {
+    if (const auto memory = each.lock()) memory->told = 0;
+  }
+}
+
+bool KnownPages::wait_idle(std::chrono::milliseconds patience) {
+  std::unique_lock lock(mutex_);
+  return idle_.wait_for(lock, patience, [this] {
+    const bool asked = std::any_of(memories_.begin(), memories_.end(), [this](const auto& each) {
+      const auto memory = each.lock();
+      return memory && memory->wants_share && share_thread_.started();
+    });
+    return waiting_.empty() && !hashing_ && !asked;
+  });
+}
+
+std::uint64_t KnownPages::memory_bytes() const {
+  constexpr std::uint64_t kPlaceBytes = 56;  // a node of the table
+  const std::lock_guard lock(mutex_);
+  return places_.size() * kPlaceBytes + names_.capacity() * sizeof(wire::KnownName) +
+         (share_ ? share_->memory_bytes() : 0);
+}
+
+}  // namespace memferry

@@ -1,0 +1,155 @@
+// What this process has of one deduplication domain, by name: the host's page share, and pages that have arrived for
+// guests which are being received. The sources of these guests are told the names (next_names()) and send references;
+// resolve() finds the page again, copies it, and believes only the HMAC of its copy. So nothing here is ever
+// invalidated: a page that its guest has written meanwhile, or that has left the share, is not there, and the source
+// sends it.
+//
+// Pages that arrive are hashed beside their reception, by one thread that gives way to all others: what it cannot do in
+// time is never known, and where arrivals are faster than it is, it rests.
+//
+// Threads: any; two of its own. Locks: Memory::reading before KnownPages::mutex_.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "fault/arrival_map.h"
+#include "os/worker_thread.h"
+#include "page/content_hash.h"
+#include "share/page_share.h"
+#include "transfer/events.h"
+#include "wire/frame.h"
+
+namespace memferry {
+
+class KnownPages : public std::enable_shared_from_this<KnownPages> {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // Of pages that wait to be hashed; when more arrive than that, the link is faster than the hash.
+  static constexpr std::uint64_t kMostWaitingBytes = 16ULL << 20;
+  static constexpr std::chrono::milliseconds kRest{250};  // then, until it is tried again
+  // Pages of guests that are known at once, each some 60 bytes.
+  static constexpr std::size_t kMostPlaces = std::size_t{1} << 20;
+
+  // The one of this domain and share in this process. `share_path` empty: no share.
+  static std::shared_ptr<KnownPages> of_domain(const ContentKey& key, const std::string& share_path);
+  ~KnownPages();
+  KnownPages(const KnownPages&) = delete;
+  KnownPages& operator=(const KnownPages&) = delete;
+
+  class Guest;
+  // A guest begins to arrive. The regions of its maps stay mapped until its close() has returned.
+  [[nodiscard]] std::unique_ptr<Guest> join(std::vector<ArrivalMap*> maps);
+
+  // Until the share's index was read and nothing waits to be hashed; false when that took too long. For tests.
+  bool wait_idle(std::chrono::milliseconds patience);
+  [[nodiscard]] std::uint64_t memory_bytes() const;
+
+ private:
+  // Of one guest; outlives it in the hands of whoever still looks at it, and is closed then.
+  struct Memory {
+    explicit Memory(std::vector<ArrivalMap*> of) : maps(std::move(of)) {}
+    const std::vector<ArrivalMap*> maps;
+    std::shared_mutex reading;        // shared: who reads a page; alone: who discards pages, or ends it all
+    std::atomic<bool> closed{false};  // changed with both locks held
+    // Guarded by KnownPages::mutex_:
+    bool hashing = false;  // the hashing thread reads it
+    bool wants_share = true;
+    std::shared_ptr<const std::vector<wire::KnownName>> share_names;
+    std::size_t share_told = 0;
+    std::size_t told = 0;  // of names_
+    [[nodiscard]] bool has(std::uint32_t region, PageNumber page) const;
+    bool read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const;
+  };
+  struct Place {
+    std::weak_ptr<Memory> memory;
+    std::uint32_t region = 0;
+    PageNumber page{};
+  };
+  struct Waiting {
+    std::shared_ptr<Memory> memory;
+    RegionRun run;
+  };
+  using Found = std::pair<wire::KnownName, RegionRun>;
+
+  KnownPages(const ContentKey& key, std::string share_path);
+  void arrived(const std::shared_ptr<Memory>& memory, RegionRun run);
+  std::vector<wire::KnownName> next_names(Memory& memory, std::size_t most);
+  [[nodiscard]] bool awaits_share(const Memory& memory) const;
+  bool resolve(const ContentDigest& digest, std::span<std::byte> into);
+  void leave(Memory& memory);
+  void load_share();
+  void hash_arrivals();
+  void hash_run(const Waiting& waiting, std::vector<std::byte>& page);
+  void publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found);
+  void sweep_locked();
+
+  const ContentKey key_;
+  const ContentHasher hasher_;
+  const std::string share_path_;
+  const bool reads_memory_;  // the kernel lets us copy our own memory without faults
+
+  mutable std::mutex mutex_;  // guards the rest, and the marked fields of Memory
+  std::condition_variable hash_wanted_;
+  std::condition_variable share_wanted_;
+  std::condition_variable idle_;
+  std::shared_ptr<PageShareReader> share_;
+  bool loading_ = false;
+  std::vector<std::weak_ptr<Memory>> memories_;
+  std::unordered_map<wire::KnownName, Place> places_;
+  std::vector<wire::KnownName> names_;  // of places, in the order in which they became known
+  std::deque<Waiting> waiting_;
+  std::uint64_t waiting_bytes_ = 0;
+  bool hashing_ = false;
+  Clock::time_point rest_until_{};
+  bool stopping_ = false;
+  WorkerThread hasher_thread_;
+  WorkerThread share_thread_;
+};
+
+// Of one receiver.
+class KnownPages::Guest {
+ public:
+  Guest(std::shared_ptr<KnownPages> known, std::shared_ptr<Memory> memory)
+      : known_(std::move(known)), memory_(std::move(memory)) {}
+  ~Guest() { close(); }
+  Guest(const Guest&) = delete;
+  Guest& operator=(const Guest&) = delete;
+
+  // Pages that came from its source, verified and in memory.
+  void arrived(std::uint32_t region, PageRun run) { known_->arrived(memory_, {region, run}); }
+  // Names that its source was not told, at most `most` of them.
+  [[nodiscard]] std::vector<wire::KnownName> next_names(std::size_t most) {
+    return known_->next_names(*memory_, most);
+  }
+  // The share's index is being read for it: names of that come soon.
+  [[nodiscard]] bool awaits_share() const { return known_->awaits_share(*memory_); }
+  // While it is held nobody reads this guest's pages for a reference: what is discarded now and missing after the switch
+  // would be waited for.
+  [[nodiscard]] std::unique_lock<std::shared_mutex> alone() { return std::unique_lock(memory_->reading); }
+  // The page with this hash, from wherever it is known.
+  bool resolve(const ContentDigest& digest, std::span<std::byte> into) {
+    return known_->resolve(digest, into);
+  }
+  // Nobody reads its regions afterwards. What is missing must fail to be read by then, or be ordinary memory: the hashing
+  // thread may be waiting for it.
+  void close() { known_->leave(*memory_); }
+  [[nodiscard]] std::uint64_t memory_bytes() const { return known_->memory_bytes(); }
+
+ private:
+  const std::shared_ptr<KnownPages> known_;
+  const std::shared_ptr<Memory> memory_;
+};
+
+}  // namespace memferry

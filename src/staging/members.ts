@@ -1,0 +1,84 @@
+/**
+ * Who is in which domain at one server (page distribution): a membership lasts as long as the control connection that
+ * made it, with one session of its own. Owned by one server; JavaScript thread.
+ */
+import { MemferryError, native } from '../errors.js';
+import type { NativeStage } from '../native.js';
+import { memberRoles, stageTokens } from './image-secret.js';
+
+/** A guest each, or a host: more than a server has guests to hold. */
+const maxMembers = 1024;
+/** Of one connection: a host's guests. */
+const maxOfOne = 64;
+/** Every membership has one. */
+const theSession = 1;
+
+/** A control connection. */
+export interface Joiner {
+  readonly sessionKey: Uint8Array;
+}
+
+export class StagedMembers {
+  readonly #members = new Map<string, Joiner>();
+
+  constructor(private readonly stage: NativeStage) {}
+
+  get size(): number {
+    return this.#members.size;
+  }
+
+  /** Gives the session's number. Throws VMD_REFUSED, VMD_CAPACITY, LIMIT_EXCEEDED; then nothing has happened. */
+  join(joiner: Joiner, member: string, domainKey: Uint8Array, guest: string | null): number {
+    if (this.#members.has(member)) {
+      throw new MemferryError('VMD_REFUSED', 'a member with this id is here already', {
+        facts: { reason: 'exists' },
+      });
+    }
+    if (this.#members.size >= maxMembers) {
+      throw new MemferryError('VMD_CAPACITY', `no more than ${maxMembers} members at a time`, {
+        facts: { limit: maxMembers },
+      });
+    }
+    if (this.#of(joiner).length >= maxOfOne) {
+      throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxOfOne} members on one connection`, {
+        facts: { limit: maxOfOne },
+      });
+    }
+    const bytes = Buffer.from(member, 'hex');
+    const tokens = stageTokens(joiner.sessionKey, bytes, theSession, memberRoles);
+    const guestBytes = guest === null ? null : Buffer.from(guest, 'hex');
+    if (!native(() => this.stage.join(bytes, domainKey, guestBytes))) {
+      throw new MemferryError('VMD_CAPACITY', 'too many domains at a time');
+    }
+    try {
+      native(() => this.stage.addSession(bytes, theSession, memberRoles, tokens));
+    } catch (error) {
+      native(() => this.stage.drop(bytes));
+      throw error;
+    }
+    this.#members.set(member, joiner);
+    return theSession;
+  }
+
+  /** Its own only. */
+  leave(joiner: Joiner, member: string): boolean {
+    if (this.#members.get(member) !== joiner) return false;
+    this.#members.delete(member);
+    return native(() => this.stage.drop(Buffer.from(member, 'hex')));
+  }
+
+  leaveAll(joiner: Joiner): void {
+    for (const member of this.#of(joiner)) {
+      this.#members.delete(member);
+      try {
+        this.stage.drop(Buffer.from(member, 'hex'));
+      } catch {
+        // The stage is closed, and everything with it.
+      }
+    }
+  }
+
+  #of(joiner: Joiner): string[] {
+    return [...this.#members].flatMap(([member, its]) => (its === joiner ? [member] : []));
+  }
+}

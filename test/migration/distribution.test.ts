@@ -1,0 +1,298 @@
+/**
+ * Page distribution between real processes: hosts whose guests are sampled, VMD servers that count, a share that is
+ * filled; with servers that are killed and come again, and a budget that shrinks. What is in the share is read from its
+ * file, byte by byte.
+ */
+import { type ChildProcess, fork } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { afterEach, expect, test } from 'vitest';
+import { loadAddon } from '../../src/addon.js';
+import type { NativeShare } from '../../src/native.js';
+import { type Distribution, distribute } from '../../src/share/distribution.js';
+import type { SamplingStats } from '../../src/share/sampling.js';
+import { domainKey } from '../../src/source/dedup-domain.js';
+import { command as run, counter, forEachTest } from '../support/command-line.js';
+import { pageOf } from '../support/sampled-host.mjs';
+import { digestOf, readShare } from '../support/share-file.js';
+
+const place = forEachTest();
+const domain = 'images';
+const key = domainKey(Buffer.from('a'.repeat(64)), domain);
+const program = fileURLToPath(new URL('../support/sampled-host.mjs', import.meta.url));
+const hosts: ChildProcess[] = [];
+const distributions: Distribution[] = [];
+const shares: NativeShare[] = [];
+
+afterEach(async () => {
+  await Promise.all(distributions.splice(0).map((each) => each.close()));
+  for (const share of shares.splice(0)) share.close();
+  for (const host of hosts.splice(0)) host.kill('SIGKILL');
+});
+
+async function server(port = 0, ...more: string[]) {
+  const there = run(
+    'stage',
+    ...[
+      '--listen',
+      `127.0.0.1:${port}`,
+      '--memory',
+      '64Mi',
+      '--no-announce',
+      '--secret-file',
+      place.secretFile,
+    ],
+    ...more,
+  );
+  const line = await there.next('listening');
+  return { ...there, port: Number(line['port']), address: `127.0.0.1:${line['port']}` };
+}
+
+const connection = (via: string[]) => ({ via, secretFile: place.secretFile, dedup: { domain } });
+
+interface GuestSpec {
+  base: number;
+  basePages: number;
+  own: number;
+  ownPages: number;
+}
+
+interface SampledHost {
+  child: ChildProcess;
+  stats: SamplingStats[];
+  processCpuMs: number;
+}
+
+function host(guests: GuestSpec[], via: string[], more: object = {}): SampledHost {
+  const sample = { ...connection(via), cpuShare: 0.2, passIntervalMs: 50, ...more };
+  const child = fork(program, [JSON.stringify({ guests, sample })]);
+  const made: SampledHost = { child, stats: [], processCpuMs: 0 };
+  child.on('message', (message: { stats: SamplingStats[]; processCpuMs: number }) =>
+    Object.assign(made, message),
+  );
+  hosts.push(child);
+  return made;
+}
+
+async function share(via: string[], budgetBytes: number) {
+  const path = join(place.directory, 'share');
+  const native = loadAddon().openShare({ path, key, budgetBytes }) as NativeShare;
+  shares.push(native);
+  const distribution = await distribute({ native }, { ...connection(via), intervalMs: 100 });
+  distributions.push(distribution);
+  return { path, native, distribution };
+}
+
+async function until(
+  what: string,
+  holds: () => boolean,
+  describe: () => unknown = () => null,
+): Promise<void> {
+  const end = Date.now() + 60_000;
+  while (!holds()) {
+    if (Date.now() > end) throw new Error(`waited for ${what}: ${JSON.stringify(describe())}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
+const digests = (image: number, pages: number) =>
+  Array.from({ length: pages }, (_, at) => digestOf(key, pageOf(image, at)));
+
+function expectShare(path: string, expected: string[]): void {
+  const pages = readShare(path);
+  for (const page of pages) expect(digestOf(key, page.bytes)).toBe(page.digest);
+  expect(pages.map(({ digest }) => digest).sort()).toEqual([...expected].sort());
+}
+
+const basePages = 200;
+const ownPages = 60;
+/** Four hosts with two guests each, of two base images. */
+const fleet = (via: string[], more: object = {}) =>
+  [0, 1, 2, 3].map((at) =>
+    host(
+      [
+        { base: 1, basePages, own: 10 + at, ownPages },
+        { base: 2, basePages, own: 20 + at, ownPages },
+      ],
+      via,
+      more,
+    ),
+  );
+
+test('what eight guests on four hosts have in common comes into a share, and nothing of their own', async () => {
+  const servers = [await server(), await server()];
+  const via = servers.map(({ address }) => address);
+  const four = fleet(via);
+  const { path, native, distribution } = await share(via, 8 * 2 ** 20);
+  await until(
+    'the share',
+    () => native.stats().pages >= 2 * basePages,
+    () => [distribution.stats(), four[0]?.stats],
+  );
+  const { rounds } = distribution.stats();
+  await until('more rounds', () => distribution.stats().rounds > rounds + 3);
+  expectShare(path, [...digests(1, basePages), ...digests(2, basePages)]);
+  expect(distribution.stats()).toMatchObject({
+    pagesHeld: 2 * basePages,
+    directories: [{ connected: true }, { connected: true }],
+  });
+  const status = run('status', via[0] as string, '--secret-file', place.secretFile);
+  expect(await status.closed, status.errors()).toBe(0);
+  expect(status.lines.at(-1)).toMatchObject({ members: 9 });
+  expect(status.lines.at(-1)?.['popularPages']).toBeGreaterThan(basePages / 2);
+});
+
+test('a server that is killed and comes again is filled again; what its share was stays', async () => {
+  const servers = [await server(), await server()];
+  const via = servers.map(({ address }) => address);
+  const four = fleet(via);
+  const { path, native, distribution } = await share(via, 8 * 2 ** 20);
+  await until('the share', () => native.stats().pages >= 2 * basePages);
+  const [, second] = servers;
+  second?.child.kill('SIGKILL');
+  await second?.closed;
+  await until('the loss to be noticed', () =>
+    distribution.stats().directories.some(({ connected, problem }) => !connected && problem !== null),
+  );
+  await new Promise((resolve) => setTimeout(resolve, 500));
+  expectShare(path, [...digests(1, basePages), ...digests(2, basePages)]);
+  const again = await server(second?.port);
+  const all = () => [
+    distribution.stats().directories,
+    ...four.flatMap(({ stats }) => stats.map((s) => s.directories)),
+  ];
+  await until(
+    'everybody to be back',
+    () => all().every((each) => each.every(({ connected }) => connected)),
+    all,
+  );
+  const popular = async () => {
+    const status = run('status', again.address, '--secret-file', place.secretFile);
+    await status.closed;
+    return Number(status.lines.at(-1)?.['popularPages']);
+  };
+  const end = Date.now() + 60_000;
+  while ((await popular()) < basePages / 2) expect(Date.now()).toBeLessThan(end);
+  expectShare(path, [...digests(1, basePages), ...digests(2, basePages)]);
+});
+
+test('a budget that shrinks takes what fewest have', async () => {
+  const via = [(await server()).address];
+  host(
+    [
+      { base: 1, basePages: 60, own: 2, ownPages: 60 },
+      { base: 1, basePages: 60, own: 2, ownPages: 60 },
+    ],
+    via,
+  );
+  host(
+    [
+      { base: 1, basePages: 60, own: 3, ownPages: 10 },
+      { base: 1, basePages: 60, own: 4, ownPages: 10 },
+    ],
+    via,
+  );
+  const { path, native, distribution } = await share(via, 8 * 2 ** 20);
+  await until(
+    'all counts',
+    () => readShare(path).filter(({ score }) => score >= 4 * 256).length === 60,
+    () => [native.stats(), distribution.stats()],
+  );
+  await until('all pages', () => native.stats().pages === 120);
+  await native.setBudget(64 * 4096);
+  expect(native.stats().bytesUsed).toBeLessThanOrEqual(64 * 4096);
+  const left = new Set(readShare(path).map(({ digest }) => digest));
+  expect(digests(2, 60).filter((each) => left.has(each))).toHaveLength(Math.max(0, left.size - 60));
+  expect(digests(1, 60).filter((each) => left.has(each))).toHaveLength(Math.min(60, left.size));
+  const { rounds } = distribution.stats();
+  await until('more rounds', () => distribution.stats().rounds > rounds + 3);
+  expect(native.stats().bytesUsed).toBeLessThanOrEqual(64 * 4096);
+});
+
+test('the commands: share is filled by --via while guests are sampled, and gives back what SIGHUP tells it to', async () => {
+  const via = [(await server()).address];
+  fleet(via);
+  const [file, budget] = [join(place.directory, 'share'), join(place.directory, 'budget')];
+  writeFileSync(budget, '8Mi');
+  const sharing = run(
+    'share',
+    ...['--dedup-domain', domain, '--via', via.join(','), '--interval', '100ms', '--file', file],
+    ...['--budget-file', budget, '--secret-file', place.secretFile],
+  );
+  await sharing.next('sharing');
+  const pages = () => Number(sharing.lines.findLast(({ type }) => type === 'stats')?.['pages'] ?? 0);
+  await until(
+    'the share',
+    () => pages() === 2 * basePages,
+    () => sharing.lines.at(-1),
+  );
+  expectShare(file, [...digests(1, basePages), ...digests(2, basePages)]);
+  writeFileSync(budget, '512Ki');
+  sharing.child.kill('SIGHUP');
+  await until('the smaller share', () => pages() > 0 && pages() < 128);
+  sharing.child.kill('SIGINT');
+  expect(await sharing.closed, sharing.errors()).toBe(0);
+  expect(readShare(file).length).toBeLessThan(128);
+});
+
+test('send --sample: a guest on the command line is a member, until it leaves', async () => {
+  const there = await server();
+  const here = run(
+    'send',
+    ...['--to', '127.0.0.1:1', '--module', `counter=${counter}`, '--via', there.address],
+    ...['--sample', '--dedup-domain', domain, '--secret-file', place.secretFile],
+  );
+  await here.next('started');
+  const members = async () => {
+    const status = run('status', there.address, '--secret-file', place.secretFile);
+    await status.closed;
+    return Number(status.lines.at(-1)?.['members']);
+  };
+  const end = Date.now() + 60_000;
+  while ((await members()) !== 1) expect(Date.now()).toBeLessThan(end);
+  here.child.stdin.end();
+  // Nobody waits at its destination.
+  expect(await here.closed).not.toBe(0);
+  while ((await members()) !== 0) expect(Date.now()).toBeLessThan(end);
+});
+
+test('another domain, and a host without the secret, get nothing', async () => {
+  const via = [(await server()).address];
+  const sampled = fleet(via);
+  const native = loadAddon().openShare({
+    path: join(place.directory, 'other'),
+    key: domainKey(Buffer.from('a'.repeat(64)), 'x'),
+    budgetBytes: 2 ** 23,
+  }) as NativeShare;
+  shares.push(native);
+  const other = await distribute({ native }, { ...connection(via), dedup: { domain: 'x' }, intervalMs: 50 });
+  distributions.push(other);
+  const secret = 'b'.repeat(64);
+  const stranger = await distribute(
+    { native },
+    { via, secret, dedup: { domain, secret: 'a'.repeat(64) }, intervalMs: 50 },
+  );
+  distributions.push(stranger);
+  await until('pages to be given', () =>
+    sampled.some(({ stats }) => stats.some(({ pagesGiven }) => pagesGiven > 0)),
+  );
+  await until('rounds', () => other.stats().rounds > 5);
+  await until('the refusal', () => stranger.stats().directories[0]?.problem !== null);
+  expect(native.stats().pages).toBe(0);
+  expect(stranger.stats()).toMatchObject({ rounds: 0, directories: [{ connected: false }] });
+});
+
+test('sampling takes its share of a core and no more', async () => {
+  const via = [(await server()).address];
+  const sampled = host([{ base: 1, basePages: 4000, own: 2, ownPages: 4000 }], via, {
+    cpuShare: 0.02,
+    passIntervalMs: 1,
+  });
+  await until('the first figures', () => sampled.stats.length > 0);
+  const [before, beganMs] = [sampled.stats[0]?.cpuMs ?? 0, performance.now()];
+  await new Promise((resolve) => setTimeout(resolve, 2500));
+  const used = (sampled.stats[0]?.cpuMs ?? 0) - before;
+  expect(sampled.stats[0]?.pagesHashed).toBeGreaterThan(0);
+  expect(used / (performance.now() - beganMs)).toBeLessThan(0.06);
+});
