@@ -229,7 +229,8 @@ void KnownPages::hash_arrivals() {
 // Without Memory::reading: whoever discards is not to wait for a thread of low priority. A page that is missing by the
 // time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
 void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) {
-  const auto& [memory, where] = waiting;
+  const std::shared_ptr<Memory>& memory = waiting.memory;
+  const RegionRun& where = waiting.run;
   std::vector<Found> found;
   const auto publish = [&] {
     const std::lock_guard lock(mutex_);
