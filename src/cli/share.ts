@@ -51,7 +51,7 @@ export function budgetOf({ budget, budgetFile }: Pick<ShareFlags, 'budget' | 'bu
 
 async function keep(flags: ShareFlags): Promise<void> {
   const output = makeOutput(flags.json);
-  using interruption = onInterrupt();
+  using interruption = onInterrupt({ hangup: flags.budgetFile === undefined });
   const share = await Share.open({
     budgetBytes: budgetOf(flags),
     dedup: {
@@ -62,7 +62,6 @@ async function keep(flags: ShareFlags): Promise<void> {
     ...(flags.file === undefined ? {} : { file: flags.file }),
   });
   const readAgain = () => {
-    if (flags.budgetFile === undefined) return;
     try {
       share.setBudget(budgetOf(flags)).catch(complain);
     } catch (error) {
@@ -71,7 +70,7 @@ async function keep(flags: ShareFlags): Promise<void> {
   };
   const complain = (error: unknown) =>
     output.say(`the budget stays: ${error instanceof Error ? error.message : String(error)}`);
-  process.on('SIGHUP', readAgain);
+  if (flags.budgetFile !== undefined) process.on('SIGHUP', readAgain);
   const reporting = setInterval(() => report(share, output), reportEveryMs);
   try {
     output.say(`sharing ${share.path}, at most ${mebibytes(share.stats().budgetBytes)} MiB`);
