@@ -23,9 +23,9 @@ class Sender::Impl::Push {
         no_sinks_(impl.queue.regions()) {}
 
   // Sends until nothing is pending: true. False when the thread is to do something else.
-  bool run(bool guest_runs_here, bool references) {
+  bool run(bool guest_runs_here, bool with_references) {
     chunks_.frames().rest();
-    chunks_.frames().allow_references(references);
+    chunks_.frames().allow_references(with_references);
     while (!epoch_.cut && !epoch_.leaving) {
       const auto asked = Clock::now();
       if (!impl_.pacer.wait_turn()) return false;

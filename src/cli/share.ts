@@ -64,7 +64,7 @@ export function budgetOf({ budget, budgetFile }: Pick<ShareFlags, 'budget' | 'bu
 
 async function keep(flags: ShareFlags): Promise<void> {
   const output = makeOutput(flags.json);
-  using interruption = onInterrupt();
+  using interruption = onInterrupt({ hangup: flags.budgetFile === undefined });
   const domain = {
     dedup: {
       domain: flags.dedupDomain,
@@ -79,7 +79,6 @@ async function keep(flags: ShareFlags): Promise<void> {
   });
   let distribution: Distribution | null = null;
   const readAgain = () => {
-    if (flags.budgetFile === undefined) return;
     try {
       share.setBudget(budgetOf(flags)).catch(complain);
     } catch (error) {
@@ -88,7 +87,7 @@ async function keep(flags: ShareFlags): Promise<void> {
   };
   const complain = (error: unknown) =>
     output.say(`the budget stays: ${error instanceof Error ? error.message : String(error)}`);
-  process.on('SIGHUP', readAgain);
+  if (flags.budgetFile !== undefined) process.on('SIGHUP', readAgain);
   const reporting = setInterval(() => report(share, distribution, output), reportEveryMs);
   try {
     output.say(`sharing ${share.path}, at most ${mebibytes(share.stats().budgetBytes)} MiB`);

@@ -8,17 +8,19 @@ export interface Interruption {
 
 const names = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
-export function onInterrupt(): Interruption {
+/** `hangup` false: SIGHUP has another meaning here. */
+export function onInterrupt({ hangup = true }: { hangup?: boolean } = {}): Interruption {
   const controller = new AbortController();
   const listener = (name: NodeJS.Signals) => {
     if (controller.signal.aborted) process.exit(130);
     controller.abort(new Error(`interrupted by ${name}`));
   };
-  for (const name of names) process.on(name, listener);
+  const taken = hangup ? names : names.filter((name) => name !== 'SIGHUP');
+  for (const name of taken) process.on(name, listener);
   return {
     signal: controller.signal,
     [Symbol.dispose]() {
-      for (const name of names) process.removeListener(name, listener);
+      for (const name of taken) process.removeListener(name, listener);
     },
   };
 }
