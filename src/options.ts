@@ -6,7 +6,6 @@ import { z } from 'zod';
 import { MemferryError } from './errors.js';
 import type { ParkTicket } from './source/park.js';
 import type { ArrivingGuest, GuestOffer } from './guest.js';
-import { traitsOf } from './protocol/mode-traits.js';
 
 export const modes = [
   'stop-and-copy',

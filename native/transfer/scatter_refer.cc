@@ -79,7 +79,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
   link_pacer_.debit(buffer.size());
   shared_.pacer.debit_limit(buffer.size());
   // Its barrier comes after this: before a page of the next round is looked for, it is known to have been sent.
-  shared_.count_sent({result, buffer.size(), 0, 0, runs});
+  shared_.count_sent({.result = result, .bytes = buffer.size(), .runs = runs});
   if (!result.done()) cut = way.name + ": " + result.describe();
   return result.done();
 }

@@ -7,7 +7,6 @@ import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { MemferryError, memferryError } from '../errors.js';
 import {
-  type MigrateOptions,
   type Mode,
   modes,
   type NonConvergence,
