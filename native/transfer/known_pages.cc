@@ -63,7 +63,7 @@ KnownPages::KnownPages(const ContentKey& key, std::string share_path)
 
 KnownPages::~KnownPages() {
   {
-    const std::lock_guard lock(mutex_);
+    const std::scoped_lock lock(mutex_, queue_mutex_);
     stopping_ = true;
     hash_wanted_.notify_all();
     share_wanted_.notify_all();
@@ -87,12 +87,15 @@ void KnownPages::leave(Memory& memory) {
   const std::lock_guard reading(memory.reading);
   std::unique_lock lock(mutex_);
   memory.closed = true;
-  idle_.wait(lock, [&] { return !memory.hashing; });
-  std::erase_if(waiting_, [&](const Waiting& each) { return each.memory.get() == &memory; });
-  waiting_bytes_ = 0;
-  for (const Waiting& each : waiting_) {
-    waiting_bytes_ += each.run.run.count * each.memory->maps[each.run.region]->page_size();
+  {
+    const std::lock_guard queue(queue_mutex_);
+    std::erase_if(waiting_, [&](const Waiting& each) { return each.memory.get() == &memory; });
+    waiting_bytes_ = 0;
+    for (const Waiting& each : waiting_) {
+      waiting_bytes_ += each.run.run.count * each.memory->maps[each.run.region]->page_size();
+    }
   }
+  idle_.wait(lock, [&] { return !memory.hashing; });
   std::erase_if(memories_, [&](const auto& each) {
     const auto locked = each.lock();
     return !locked || locked.get() == &memory;
@@ -100,6 +103,8 @@ void KnownPages::leave(Memory& memory) {
   if (memories_.empty()) {
     places_.clear();
     names_.clear();
+    const std::lock_guard queue(queue_mutex_);
+    full_ = false;
   }
 }
 
@@ -186,11 +191,10 @@ bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into)
   return false;
 }
 
-// From a receiving thread: a lock that the hashing thread holds at this moment is not waited for.
 void KnownPages::arrived(const std::shared_ptr<Memory>& memory, RegionRun run) {
   if (!reads_memory_) return;
-  const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock || memory->closed || names_.size() >= kMostPlaces) return;
+  const std::lock_guard queue(queue_mutex_);
+  if (memory->closed || full_) return;
   const Clock::time_point now = Clock::now();
   if (now < rest_until_) return;
   waiting_bytes_ += run.run.count * memory->maps[run.region]->page_size();
@@ -207,20 +211,30 @@ void KnownPages::arrived(const std::shared_ptr<Memory>& memory, RegionRun run) {
 void KnownPages::hash_arrivals() {
   set_this_thread_nice(kLowestPriority);
   std::vector<std::byte> page;
-  std::unique_lock lock(mutex_);
   for (;;) {
-    hash_wanted_.wait(lock, [this] { return stopping_ || !waiting_.empty(); });
-    if (stopping_) return;
-    Waiting next = std::move(waiting_.front());
-    waiting_.pop_front();
-    waiting_bytes_ -= next.run.run.count * next.memory->maps[next.run.region]->page_size();
+    Waiting next;
+    {
+      std::unique_lock queue(queue_mutex_);
+      hash_wanted_.wait(queue, [this] { return stopping_ || !waiting_.empty(); });
+      if (stopping_) return;
+      next = std::move(waiting_.front());
+      waiting_.pop_front();
+      waiting_bytes_ -= next.run.run.count * next.memory->maps[next.run.region]->page_size();
+      hashing_ = true;
+    }
+    std::unique_lock lock(mutex_);
     if (!next.memory->closed) {
-      next.memory->hashing = hashing_ = true;
+      next.memory->hashing = true;
       lock.unlock();
       hash_run(next, page);
       lock.lock();
-      next.memory->hashing = hashing_ = false;
+      next.memory->hashing = false;
       if (names_.size() >= kMostPlaces) sweep_locked();
+    }
+    {
+      const std::lock_guard queue(queue_mutex_);
+      hashing_ = false;
+      full_ = names_.size() >= kMostPlaces;
     }
     idle_.notify_all();
   }
@@ -280,6 +294,7 @@ bool KnownPages::wait_idle(std::chrono::milliseconds patience) {
       const auto memory = each.lock();
       return memory && memory->wants_share && share_thread_.started();
     });
+    const std::lock_guard queue(queue_mutex_);
     return waiting_.empty() && !hashing_ && !asked;
   });
 }

@@ -7,7 +7,7 @@
 // Pages that arrive are hashed beside their reception, by one thread that gives way to all others: what it cannot do in
 // time is never known, and where arrivals are faster than it is, it rests.
 //
-// Threads: any; two of its own. Locks: Memory::reading before KnownPages::mutex_.
+// Threads: any; two of its own. Locks: Memory::reading before KnownPages::mutex_ before queue_mutex_.
 #pragma once
 
 #include <atomic>
@@ -109,11 +109,15 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::vector<std::weak_ptr<Memory>> memories_;
   std::unordered_map<wire::KnownName, Place> places_;
   std::vector<wire::KnownName> names_;  // of places, in the order in which they became known
+  bool stopping_ = false;               // with both
+
+  // Held for moments only, since receiving threads take it: guards the five below.
+  mutable std::mutex queue_mutex_;
   std::deque<Waiting> waiting_;
   std::uint64_t waiting_bytes_ = 0;
-  bool hashing_ = false;
+  bool hashing_ = false;  // one that waited is in the thread's hands
   Clock::time_point rest_until_{};
-  bool stopping_ = false;
+  bool full_ = false;  // no more names
   WorkerThread hasher_thread_;
   WorkerThread share_thread_;
 };
