@@ -292,6 +292,8 @@ export interface NativeReceiver {
   baseReady(): void;
   /** 'filled' is to come once every page is here, before the switch. */
   awaitFilled(): void;
+  /** The source sends nothing for a moment: the link is the gather's. */
+  sourceRests(): void;
   /** Bytes a second; 0 for no limit. */
   limit(bandwidth: number, gatherLimit: number): void;
   grow(region: number, pages: number): void;

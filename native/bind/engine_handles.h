@@ -80,6 +80,7 @@ class ReceiverHandle : public Napi::ObjectWrap<ReceiverHandle>, public Engine {
   Napi::Value base_sampled(const Napi::CallbackInfo& info);
   Napi::Value base_ready(const Napi::CallbackInfo& info);
   Napi::Value await_filled(const Napi::CallbackInfo& info);
+  Napi::Value source_rests(const Napi::CallbackInfo& info);
   Napi::Value limit(const Napi::CallbackInfo& info);
   Napi::Value grow(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);

@@ -90,6 +90,7 @@ void ReceiverHandle::define(Napi::Env env) {
                       InstanceMethod<&ReceiverHandle::base_sampled>("baseSampled"),
                       InstanceMethod<&ReceiverHandle::base_ready>("baseReady"),
                       InstanceMethod<&ReceiverHandle::await_filled>("awaitFilled"),
+                      InstanceMethod<&ReceiverHandle::source_rests>("sourceRests"),
                       InstanceMethod<&ReceiverHandle::limit>("limit"),
                       InstanceMethod<&ReceiverHandle::grow>("grow"),
                       InstanceMethod<&ReceiverHandle::close>("close"),
@@ -206,6 +207,13 @@ Napi::Value ReceiverHandle::base_ready(const Napi::CallbackInfo& info) {
 Napi::Value ReceiverHandle::await_filled(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     if (open_) receiver().await_filled();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ReceiverHandle::source_rests(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    if (open_) receiver().source_rests();
     return info.Env().Undefined();
   });
 }

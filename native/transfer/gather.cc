@@ -66,8 +66,14 @@ std::uint8_t Gather::chosen(PageNumber page, Holders holders) const {
 
 void Gather::assign(std::uint32_t region, PageNumber page) {
   if (maps_[region]->received.test(page)) return;
-  const std::uint8_t to = chosen(page, where_[region]->holders(page));
-  if (to != Holders::kNobody) servers_[to]->todo[region]->set(page);
+  for (;;) {
+    const std::uint8_t to = chosen(page, where_[region]->holders(page));
+    if (to == Holders::kNobody) return;
+    servers_[to]->todo[region]->set(page);
+    // fail() says so before it looks what is to do there: one of the two sees the other.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (!servers_[to]->failed) return;
+  }
 }
 
 bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zero,
@@ -97,6 +103,7 @@ bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zer
     const Holders told = where_[region]->holders(page);
     if (!by_source && (usable(told.first) || usable(told.second))) continue;
     where_[region]->put(page, holders, hashes[static_cast<std::size_t>(i)]);
+    if (holders.second != Holders::kNobody) replicas_.store(true, std::memory_order_relaxed);
     assign(region, page);
   }
   wake_ahead();
@@ -272,43 +279,42 @@ bool Gather::not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
 
 void Gather::reassign_all(Server& from) {
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    std::vector<PageNumber> stay;
+    AtomicBitmap& todo = *from.todo[region];
     const PageNumber end{maps_[region]->pages()};
-    while (const auto run = from.todo[region]->take_run(PageNumber{0}, end, 1ULL << 20)) {
+    for (PageNumber at{0};;) {
+      const auto run = todo.next_set(at, end, kBlockPages);
+      if (!run) break;
+      at = run->end();
       for (PageNumber page = run->first; page < run->end(); ++page.value) {
         const std::uint8_t to = chosen(page, where_[region]->holders(page));
-        if (to == Holders::kNobody || to == from.ordinal) {
-          stay.push_back(page);
-        } else {
-          servers_[to]->todo[region]->set(page);
-        }
+        // Nobody else has it: for when this one comes back.
+        if (to == from.ordinal || (to == Holders::kNobody && !from.failed)) continue;
+        if (todo.clear(page)) assign(region, page);
       }
     }
-    // Nobody else has them: for when it comes back.
-    if (from.failed) continue;
-    for (const PageNumber page : stay) from.todo[region]->set(page);
   }
+}
+
+// By a thread that reads ahead: this may take a while where there is much to do.
+void Gather::rebalance() {
+  if (!rebalance_.exchange(false)) return;
+  for (const auto& server : servers_) reassign_all(*server);
+  wake_ahead();
 }
 
 void Gather::link_up(Server& server, wire::StageRole role) {
   const auto connected = [&](wire::StageRole each) {
     return server.connected[static_cast<std::size_t>(each)];
   };
-  bool up = false;
   {
     const std::lock_guard lock(mutex_);
     server.last_good = Clock::now();
     server.connected[static_cast<std::size_t>(role)] = true;
-    up = connected(wire::StageRole::kGather) && connected(wire::StageRole::kDemand);
-    server.up = up;
+    server.up = connected(wire::StageRole::kGather) && connected(wire::StageRole::kDemand);
   }
-  if (up) {
-    // What others were given in its absence, and it would have been given.
-    for (const auto& other : servers_) {
-      if (other.get() != &server) reassign_all(*other);
-    }
-    wake_ahead();
-  }
+  // What others were given in its absence, and it would have been given.
+  if (server.up && replicas_) rebalance_ = true;
+  wake_ahead();
   receiver_.changed();
 }
 

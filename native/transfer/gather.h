@@ -137,6 +137,7 @@ class Gather {
   [[nodiscard]] std::uint8_t chosen(PageNumber page, wire::Holders holders) const;
   void assign(std::uint32_t region, PageNumber page);
   void reassign_all(Server& from);
+  void rebalance();
   bool not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
                 std::span<const std::uint64_t> expected);
   // For links.
@@ -158,6 +159,8 @@ class Gather {
   wire::BandwidthCap limit_;
   std::atomic<std::uint64_t> cursor_{0};  // region << 48 | page: behind the last fault
   std::atomic<std::uint64_t> cursor_moves_{0};
+  std::atomic<bool> replicas_{false};       // there are pages of two holders
+  std::atomic<bool> rebalance_{false};      // a server came up since they were given out
   std::atomic<Clock::rep> yield_until_{0};  // nothing is fetched ahead until then: the link is the source's
   std::atomic<unsigned> reading_ahead_{0};  // requests outstanding over all servers
   std::mutex filling_;

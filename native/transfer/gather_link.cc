@@ -217,6 +217,7 @@ std::string GatherLink::serve(WorkerThread& self, wire::Stream& stream) {
 }
 
 bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
+  gather_.rebalance();
   {
     const std::lock_guard lock(mutex_);
     if (map_wanted_ && !map_under_way_) {

@@ -431,6 +431,11 @@ void Receiver::await_filled() {
   impl_->check_filled();
 }
 
+void Receiver::source_rests() {
+  impl_->rests_until = (Impl::Clock::now() + kRest).time_since_epoch().count();
+  if (impl_->gather) impl_->gather->wake_ahead();
+}
+
 void Receiver::set_gather_limit(std::uint64_t bytes_per_second) {
   if (impl_->gather) impl_->gather->set_limit(bytes_per_second);
 }

@@ -116,6 +116,9 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   void base_ready();
   // kFilled is to come once every page is here (filling).
   void await_filled();
+  // The source sends nothing for the next moment (kRest), since it waits for what is gathered: the link is the gather's.
+  static constexpr std::chrono::milliseconds kRest{250};
+  void source_rests();
   void set_gather_limit(std::uint64_t bytes_per_second);
   void set_bandwidth(std::uint64_t bytes_per_second);
   // Grow a region while filling (the source's WebAssembly memory grew): its memory is already there.

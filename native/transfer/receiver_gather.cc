@@ -41,7 +41,10 @@ void Receiver::Impl::make_gather() {
     if (pager) pager->ask_again(true);
   };
   callbacks.faulted_lately = [this] { return state == State::kPaging && pager->faulted_lately(); };
-  callbacks.source_sends = [this] { return source_sends.load(std::memory_order_relaxed) && !rounds_over; };
+  callbacks.source_sends = [this] {
+    return source_sends.load(std::memory_order_relaxed) && !rounds_over &&
+           Clock::now().time_since_epoch().count() >= rests_until.load(std::memory_order_relaxed);
+  };
   callbacks.frozen = [this] { return state != State::kFilling; };
   gather = std::make_unique<Gather>(std::move(ours), std::move(all), std::move(callbacks));
   gather_filler = std::make_unique<Filler>(backings, ahead.get());

@@ -222,6 +222,7 @@ struct Receiver::Impl {
   std::atomic<std::uint64_t> pages_lost{0};
   std::atomic<bool> filled_wanted{false};
   std::atomic<bool> rounds_over{false};
+  std::atomic<Clock::rep> rests_until{0};  // the source does, since the clock's epoch
   std::atomic<bool> source_sends{true};
   std::atomic<bool> sealing{false};  // kComplete may be taken back
   std::atomic<std::uint64_t> bytes_received{0};

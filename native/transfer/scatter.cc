@@ -77,13 +77,13 @@ void Scatter::forget_pending() {
   }
 }
 
-void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks) {
+void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks, bool references) {
   {
     const std::lock_guard lock(mutex_);
     // A server that failed since the last round took them along.
     queue_suspects_locked();
     forget_pending();
-    if (dedup_) dedup_->begin_locked(kind);
+    if (dedup_) dedup_->begin_locked(kind, references);
     kind_ = kind;
     auto all = std::make_shared<std::vector<PageFrames::OnHash>>(note_sinks_);
     for (std::size_t i = 0; i < sinks.size(); ++i) {

@@ -89,7 +89,8 @@ class Scatter {
 
   enum class Kind { kRound, kPush };
   // What is pending now goes out. In a round the guest runs here: `sinks` see what leaves.
-  void begin(Kind kind, std::vector<PageFrames::OnHash> sinks);
+  // `references`: whether pages may go as such.
+  void begin(Kind kind, std::vector<PageFrames::OnHash> sinks, bool references);
 
   // What is pending has been written since it was acknowledged. Before anything may be taken out of turn: a fault's
   // answer takes its page before the push begins.

@@ -41,11 +41,12 @@ void Scatter::Dedup::start() {
   thread_.start("mf-dedup", [this](WorkerThread& self) { run(self); });
 }
 
-void Scatter::Dedup::begin_locked(Kind kind) {
+void Scatter::Dedup::begin_locked(Kind kind, bool references) {
   ++round_;
   const SendQueue& queue = scatter_.shared_.queue;
-  looks_ = kind == Kind::kPush || !scatter_.config_.direct ||
-           dedup_round_is_long(queue.content_pages() * scatter_.page_size_, link_bytes_per_second_);
+  looks_ = references &&
+           (kind == Kind::kPush || !scatter_.config_.direct ||
+            dedup_round_is_long(queue.content_pages() * scatter_.page_size_, link_bytes_per_second_));
   pages_before_ = pages_;
   waiting_ = {};
   for (std::uint32_t region = 0; region < regions_.size(); ++region) {

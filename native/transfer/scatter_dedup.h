@@ -73,7 +73,7 @@ class Scatter::Dedup {
   void stop();
 
   // A round or the push begins: what is pending now was written since it was looked at.
-  void begin_locked(Kind kind);
+  void begin_locked(Kind kind, bool references);
   // Nothing is claimed.
   [[nodiscard]] bool idle_locked() const {
     return reference_count_ == 0 && deferred_.empty() && asked_again_ == 0;

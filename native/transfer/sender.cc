@@ -144,8 +144,9 @@ void Sender::Impl::start_task_locked(TaskKind kind, std::uint64_t tag, Frames fr
   }
   demand_barrier_due = false;
   if (delta_cache && kind == TaskKind::kRound) delta_cache->next_round();
-  if (scatter && kind == TaskKind::kRound) scatter->begin(Scatter::Kind::kRound, tracker_sinks());
-  if (scatter && kind == TaskKind::kPush) scatter->begin(Scatter::Kind::kPush, {});
+  if (scatter && kind == TaskKind::kRound)
+    scatter->begin(Scatter::Kind::kRound, tracker_sinks(), with_references);
+  if (scatter && kind == TaskKind::kPush) scatter->begin(Scatter::Kind::kPush, {}, true);
   work_changed.notify_all();
 }
 

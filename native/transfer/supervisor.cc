@@ -122,6 +122,7 @@ void Sender::Impl::finish_if_acknowledged_locked(Epoch& of) {
   // References that came to nothing when no channel took pages any more: they go now, as they are. In a push a fault may
   // have taken one behind the demand channel's barrier, so that is asked for again in any case.
   if (std::exchange(unresolved, false) && (task.kind == TaskKind::kPush || queue.pending_pages() > 0)) {
+    answer_deadline.reset();
     return start_task_locked(task.kind, task.tag, nullptr, false);
   }
 

@@ -214,7 +214,12 @@ export class Arrival extends EventEmitter {
         this.#grow(message.region, message.lengthBytes).catch((error) => this.#fail(error));
         break;
       case 'ask-missing':
-        this.#tell({ type: 'missing', pages: this.#engine.receiver.stats().pagesMissing });
+        this.#engine.receiver.sourceRests();
+        this.#tell({
+          type: 'missing',
+          pages: this.#engine.receiver.stats().pagesMissing,
+          question: message.question,
+        });
         break;
       case 'state':
         if (!binary || this.#executionState.settled) {

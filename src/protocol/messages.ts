@@ -94,7 +94,7 @@ export const sourceMessage = z.discriminatedUnion('type', [
   z.strictObject({ type: z.literal('base-cancel') }),
   z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
   /** After a round: how much of what servers hold is still to be gathered? */
-  z.strictObject({ type: z.literal('ask-missing') }),
+  z.strictObject({ type: z.literal('ask-missing'), question: count }),
   /**
    * The guest is paused; its execution state is the message's binary part. PREPARE follows. `paging`: the switch
    * to post-copy is on its way over the data channels, and comes before `prepare`.
@@ -149,7 +149,7 @@ export const destinationMessage = z.discriminatedUnion('type', [
   z.strictObject({ type: z.literal('session-resumed'), known: z.boolean() }),
   z.strictObject({ type: z.literal('grown'), region: regionIndex }),
   /** The answer to `ask-missing`. */
-  z.strictObject({ type: z.literal('missing'), pages: count }),
+  z.strictObject({ type: z.literal('missing'), pages: count, question: count }),
   /** How long `prepare` took; sent just after READY. */
   z.strictObject({ type: z.literal('prepared'), prepareMs: finite }),
   /** Every page is in the destination's memory. */

@@ -99,8 +99,8 @@ function throughputOf(history: readonly RoundSample[], pageSize: number): number
   let milliseconds = 0;
   for (const round of history.slice(-THROUGHPUT_ROUNDS)) {
     // Zero pages cost next to nothing on the wire: counting them as content would promise the impossible for
-    // pages that are not zeros.
-    bytes += Math.min(round.bytes, round.pagesSent * pageSize) + round.pagesDeduplicated * pageSize;
+    // pages that are not zeros. The same with references: the last pages may go without.
+    bytes += Math.min(round.bytes, round.pagesSent * pageSize);
     milliseconds += round.durationMs;
   }
   return bytes > 0 && milliseconds > 0 ? (bytes * 1000) / milliseconds : null;

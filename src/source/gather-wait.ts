@@ -1,7 +1,8 @@
 /**
  * Before a destination takes over in `scatter-pre-copy` it has to have every page, and pages that went as references it
  * gathers from servers at its own pace. So after a round of such pages the source waits, while the guest runs, until
- * they are there: otherwise the guest would stand still for it. JavaScript thread.
+ * they are there: otherwise the guest would stand still for it. As long as it asks, the destination knows that the link
+ * is the gather's. JavaScript thread.
  */
 import { untilAborted } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
@@ -10,7 +11,7 @@ import type { SourceMessage } from '../protocol/messages.js';
 const askEveryMs = 20;
 const answerMs = 5_000;
 /** Without progress: what is missing is not to be had, since a server has failed, and goes again in the next round. */
-const standstillMs = 500;
+const standstillMs = 2_000;
 
 export interface GatherProgress {
   missingPages: number;
@@ -29,14 +30,16 @@ export function stillGathering(progress: GatherProgress): boolean {
 
 export class GatherWait {
   #answer: Deferred<number> | null = null;
+  #asked = 0;
 
   constructor(
     private readonly send: (message: SourceMessage) => void,
     private readonly signal: AbortSignal,
   ) {}
 
-  onMissing(pages: number): void {
-    this.#answer?.resolve(pages);
+  /** An answer that comes late is none to the next question. */
+  onMissing(pages: number, question: number): void {
+    if (question === this.#asked) this.#answer?.resolve(pages);
   }
 
   /** The connection is gone. */
@@ -65,7 +68,7 @@ export class GatherWait {
   async #ask(): Promise<number> {
     const answer = deferred<number>();
     this.#answer = answer;
-    this.send({ type: 'ask-missing' });
+    this.send({ type: 'ask-missing', question: ++this.#asked });
     // One that does not answer has none missing, as far as waiting goes.
     const late = setTimeout(() => answer.resolve(0), answerMs);
     try {

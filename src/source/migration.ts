@@ -365,7 +365,8 @@ export class SourceMigration extends EventEmitter {
               baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
             }
           : {}),
-        dedupKey: this.#images?.domainKey ?? null,
+        // Nobody could wait for what went as references.
+        dedupKey: this.#gathersFirst && !this.#tellsMissing ? null : (this.#images?.domainKey ?? null),
         referencesKey: this.#references?.agreed ? this.#references.key : null,
       },
       {
@@ -596,7 +597,7 @@ export class SourceMigration extends EventEmitter {
         this.#grown?.resolve();
         break;
       case 'missing':
-        this.#gatherWait?.onMissing(message.pages);
+        this.#gatherWait?.onMissing(message.pages, message.question);
         break;
       case 'prepared':
         this.#measured.prepared(message.prepareMs);

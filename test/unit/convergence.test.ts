@@ -170,7 +170,7 @@ describe('decideRound', () => {
     expect(halved.expectedDowntimeMs).toBeCloseTo(81.92, 6);
   });
 
-  it('counts references as the pages that they stand for, unless the link is known', () => {
+  it('promises nothing from references, unless the link is known', () => {
     const references = {
       pagesSent: 0,
       pagesDeduplicated: 10_000,
@@ -179,7 +179,9 @@ describe('decideRound', () => {
       dirtyPagesAfter: 1000,
     };
     const base = { history: [references], pageSize, downtimeLimitMs: 20, maxRounds: 30 };
-    expect(decideRound(base)).toMatchObject({ action: 'switch-over', throughputBytesPerSecond: 409.6e6 });
+    expect(decideRound(base)).toMatchObject({ action: 'another-round', throughputBytesPerSecond: null });
+    const half = { ...references, pagesSent: 1000, bytes: 4096e3 + 400_000 };
+    expect(decideRound({ ...base, history: [half] }).throughputBytesPerSecond).toBeCloseTo(40.96e6, 0);
     // What the last pages take is another matter.
     const known = decideRound({ ...base, throughputBytesPerSecond: 100e6 });
     expect(known.action).toBe('another-round');

@@ -1,14 +1,20 @@
 import { describe, expect, it } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
+import type { SourceMessage } from '../../src/protocol/messages.js';
 import { GatherWait, stillGathering } from '../../src/source/gather-wait.js';
+
+function questionOf(message: SourceMessage): number {
+  if (message.type !== 'ask-missing') throw new Error(`a message '${message.type}'`);
+  return message.question;
+}
 
 /** A destination that answers with these, one after the other, and then with the last one. */
 function asking(answers: number[], signal = new AbortController().signal) {
   let asked = 0;
-  const wait: GatherWait = new GatherWait(({ type }) => {
-    expect(type).toBe('ask-missing');
+  const wait: GatherWait = new GatherWait((message) => {
+    const question = questionOf(message);
     const answer = answers[Math.min(asked++, answers.length - 1)];
-    if (answer !== undefined) queueMicrotask(() => wait.onMissing(answer));
+    if (answer !== undefined) queueMicrotask(() => wait.onMissing(answer, question));
   }, signal);
   return { wait, asked: () => asked };
 }
@@ -28,7 +34,21 @@ describe('waiting for what a destination gathers', () => {
     const { wait, asked } = asking([300, 200, 0]);
     await wait.untilGathered(0, () => false, 60_000);
     expect(asked()).toBe(3);
-    wait.onMissing(7); // an answer that nobody waits for
+    wait.onMissing(7, 3); // an answer that nobody waits for
+  });
+
+  it('takes no answer to an earlier question', async () => {
+    let asked = 0;
+    const wait: GatherWait = new GatherWait((message) => {
+      const question = questionOf(message);
+      asked++;
+      queueMicrotask(() => {
+        wait.onMissing(0, question - 1);
+        wait.onMissing(asked < 5 ? 100 - asked : 0, question);
+      });
+    }, new AbortController().signal);
+    await wait.untilGathered(0, () => false, 60_000);
+    expect(asked).toBe(5);
   });
 
   it('waits no longer for pages that are not to be had', async () => {
@@ -40,7 +60,7 @@ describe('waiting for what a destination gathers', () => {
   it('waits no longer than its bound, nor when somebody wants to go on', async () => {
     let left = 1e6;
     const wait: GatherWait = new GatherWait(
-      () => queueMicrotask(() => wait.onMissing(left--)),
+      (message) => queueMicrotask(() => wait.onMissing(left--, questionOf(message))),
       new AbortController().signal,
     );
     await wait.untilGathered(0, () => false, 100);
