@@ -71,8 +71,7 @@ inline constexpr std::chrono::milliseconds kLongestTwinWait{40};
                   std::min(quarter_of(twin_bytes), microseconds(kLongestTwinWait)));
 }
 
-// A round that is over sooner than anything could be found and asked for. The last one, with the guest paused, has none:
-// what is referred to then the destination has yet to gather.
+// A round that is over sooner than anything could be found and asked for.
 inline constexpr std::chrono::milliseconds kShortRound{100};
 [[nodiscard]] inline bool dedup_round_is_long(std::uint64_t content_bytes,
                                               std::optional<double> link_bytes_per_second) {
