@@ -169,6 +169,15 @@ bool KnownPages::Memory::read(std::uint32_t region, PageNumber page, std::span<s
   return copy_own_memory(bytes.data(), into.first(bytes.size()));
 }
 
+// Said before it is looked whether it may be: who stops it and sees nothing in hand has stopped it.
+bool KnownPages::Memory::read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into) {
+  in_hand = hand_of(region, page);
+  const bool there = !hushed && has(region, page) && read(region, page, into);
+  in_hand = 0;
+  in_hand.notify_all();
+  return there;
+}
+
 bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into) {
   const wire::KnownName name = PageShareReader::name_of(digest);
   Place place;
@@ -240,8 +249,9 @@ void KnownPages::hash_arrivals() {
   }
 }
 
-// Without Memory::reading: whoever discards is not to wait for a thread of low priority. A page that is missing by the
-// time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
+// Without Memory::reading: whoever discards is not to wait for a thread of low priority. While paging, a page that is
+// missing by the time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
+// Before that, reading it would put memory behind it: Guest::stop_hashing().
 void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) {
   const std::shared_ptr<Memory>& memory = waiting.memory;
   const RegionRun& where = waiting.run;
@@ -253,9 +263,8 @@ void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) 
   };
   for (std::uint64_t i = 0; i < where.run.count && !memory->closed; ++i) {
     const PageNumber number{where.run.first.value + i};
-    if (!memory->has(where.region, number)) continue;
     page.resize(static_cast<std::size_t>(memory->maps[where.region]->page_size()));
-    if (!memory->read(where.region, number, page)) continue;
+    if (!memory->read_in_hand(where.region, number, page)) continue;
     found.emplace_back(PageShareReader::name_of(hasher_(page)), RegionRun{where.region, {number, 1}});
     if (found.size() == kBatch) publish();
   }

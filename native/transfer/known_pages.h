@@ -63,6 +63,8 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     const std::vector<ArrivalMap*> maps;
     std::shared_mutex reading;        // shared: who reads a page; alone: who discards pages, or ends it all
     std::atomic<bool> closed{false};  // changed with both locks held
+    std::atomic<bool> hushed{false};  // the hashing thread begins with no more pages
+    std::atomic<std::uint64_t> in_hand{0};  // hand_of() the page that it reads, or 0
     // Guarded by KnownPages::mutex_:
     bool hashing = false;  // the hashing thread reads it
     bool wants_share = true;
@@ -71,6 +73,23 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     std::size_t told = 0;  // of names_
     [[nodiscard]] bool has(std::uint32_t region, PageNumber page) const;
     bool read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const;
+    // Of the hashing thread.
+    bool read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into);
+    [[nodiscard]] static std::uint64_t hand_of(std::uint32_t region, PageNumber page) {
+      return (std::uint64_t{region} << kPageBits | page.value) + 1;
+    }
+    // While what it reads is such a page: waits(region, page).
+    template <typename Waits>
+    void wait_for_hand(Waits waits) const {
+      for (std::uint64_t hand = in_hand; hand != 0; hand = in_hand) {
+        const std::uint64_t of = hand - 1;
+        if (!waits(static_cast<std::uint32_t>(of >> kPageBits),
+                   PageNumber{of & ((std::uint64_t{1} << kPageBits) - 1)}))
+          return;
+        in_hand.wait(hand);
+      }
+    }
+    static constexpr unsigned kPageBits = 40;
   };
   struct Place {
     std::weak_ptr<Memory> memory;
@@ -142,6 +161,20 @@ class KnownPages::Guest {
   // While it is held nobody reads this guest's pages for a reference: what is discarded now and missing after the switch
   // would be waited for.
   [[nodiscard]] std::unique_lock<std::shared_mutex> alone() { return std::unique_lock(memory_->reading); }
+  // From here to resume_hashing() no page of it is read to be hashed, but for one that was in hand: the discards before
+  // a switch wait for that, if it is theirs. For others they do not, the thread being of low priority.
+  void stop_hashing() { memory_->hushed = true; }
+  void resume_hashing() { memory_->hushed = false; }
+  void wait_for_hash(std::uint32_t region, PageRun run) const {
+    memory_->wait_for_hand([&](std::uint32_t of, PageNumber page) {
+      return of == region && page.value >= run.first.value && page.value - run.first.value < run.count;
+    });
+  }
+  void wait_for_hash_of_missing() const {
+    memory_->wait_for_hand([this](std::uint32_t region, PageNumber page) {
+      return !memory_->maps[region]->received.test(page);
+    });
+  }
   // The page with this hash, from wherever it is known.
   bool resolve(const ContentDigest& digest, std::span<std::byte> into) {
     return known_->resolve(digest, into);

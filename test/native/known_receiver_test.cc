@@ -275,6 +275,44 @@ TEST_F(KnownReceiver, APageThatIsMissingIsNotWaitedFor) {
   bench.log.wait(EngineEventKind::kComplete);
 }
 
+// Whoever read a page that was being discarded has put memory behind it: that is not taken for the page.
+TEST_F(KnownReceiver, ADiscardedPageThatWasReadIsMissingAfterTheSwitch) {
+  make(0, true);
+  EXPECT_TRUE(send_page(0, 50));
+  EXPECT_TRUE(bench.data(0).discard(0, {{0, 1}}));
+  EXPECT_TRUE(bench.data(0).barrier(1).answered);
+  for (const std::uint64_t page : {0, 7}) {
+    EXPECT_EQ(*static_cast<const volatile unsigned char*>(static_cast<const void*>(bench.page(page))), 0U);
+  }
+  EXPECT_TRUE(bench.data(0).switch_over());
+  std::thread guest([&] { EXPECT_TRUE(page_is(0, 51)); });
+  const auto request = bench.demand().request();
+  EXPECT_TRUE(request);
+  EXPECT_TRUE(send_page(0, 51));
+  guest.join();
+  EXPECT_TRUE(bench.data(0).zeros(0, 1, kPages - 1));
+  bench.log.wait(EngineEventKind::kComplete);
+}
+
+TEST(KnownPagesTest, NothingIsReadWhileHashingIsStopped) {
+  const auto known = KnownPages::of_domain(key_of(7), "");
+  const auto region = Region::allocate(4 * test::Bench::page_size_of());
+  ArrivalMap map(region, true, false);
+  map.received.set_run(run(0, 4));
+  map.present.set_run(run(0, 4));
+  const auto guest = known->join({&map});
+  guest->stop_hashing();
+  guest->arrived(0, run(0, 4));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  guest->wait_for_hash(0, run(0, 4));
+  guest->wait_for_hash_of_missing();
+  EXPECT_EQ(guest->next_names(10).size(), 0U);
+  guest->resume_hashing();
+  guest->arrived(0, run(0, 4));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_EQ(guest->next_names(10).size(), 1U);
+}
+
 struct Attack {
   const char* name;
   std::function<void(test::Bench&)> act;
