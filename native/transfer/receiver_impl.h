@@ -191,8 +191,9 @@ struct Receiver::Impl {
   bool on_reference(Conversation& with, const wire::FrameHeader& header);
   bool fill_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
   void install_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
-  bool unresolved(Conversation& with, std::uint32_t region, PageRun run,
-                  std::span<const wire::ContentHash> hashes);
+  void refuse(std::uint32_t region, PageRun run);
+  bool tell_refused(Conversation& with, std::uint32_t region, PageRun run,
+                    std::span<const wire::ContentHash> hashes);
   void begin_telling(Conversation& with);
   bool tell_known(Conversation& with);
   [[nodiscard]] std::unique_lock<std::shared_mutex> unread() {

@@ -138,6 +138,31 @@ TEST_F(KnownReceiver, WhatIsNotThereIsSaidAtOnceAndNothingOlderCounts) {
   EXPECT_EQ(bench.receiver->stats().pages_unresolved, 2U);
 }
 
+// On whichever channel has room: by the time that it is refused, nobody else is receiving it.
+TEST_F(KnownReceiver, ARefusedPageMayComeAtOnceOnAnotherChannel) {
+  make(40);
+  (void)told(40);
+  for (std::uint64_t turn = 0; turn < 200; ++turn) {
+    std::vector<std::uint64_t> numbers;
+    for (std::uint64_t i = 0; i < kPages; ++i)
+      numbers.push_back(i % 2 == 0 ? 1000 + turn * kPages + i : i % 40);
+    ASSERT_TRUE(refer(0, numbers));
+    for (std::uint64_t i = 0; i < kPages; i += 2) {
+      expect_unresolved(i, {numbers[i]});
+      ASSERT_TRUE(send_page(i, numbers[i], 1));
+    }
+    ASSERT_TRUE(bench.data(0).barrier(turn).answered);
+    ASSERT_TRUE(bench.data(1).frame(FrameType::kBarrier, 0, {}, turn));
+    std::uint16_t type = 0;
+    while (type != static_cast<std::uint16_t>(FrameType::kBarrierAck)) {
+      const auto frame = bench.data(1).receive();  // or names
+      ASSERT_TRUE(frame);
+      type = frame->header.type;
+    }
+  }
+  EXPECT_TRUE(bench.receiver->ready());
+}
+
 TEST_F(KnownReceiver, APageThatHasLeftTheShareIsNotThere) {
   make(8);
   (void)told(8);
