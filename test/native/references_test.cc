@@ -1,6 +1,8 @@
 // References as the source sends them: only what the destination has said that it has, never again what was refused, and
 // a round or push is over when every page of it has arrived; destinations that lie.
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 
 #include <cstring>
 #include <random>
@@ -311,6 +313,41 @@ TEST_F(ReferencesTest, ARefusalTwiceIsFoundOut) {
   tell(0, 5);
   sender->start_round(1);
   events.expect(kFailed);
+}
+
+// Over TCP, to somebody who reads slowly.
+TEST(PageReferrerTest, SaysWhatAFullConnectionTakes) {
+  const UniqueFd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t bytes = sizeof address;
+  ASSERT_EQ(::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), bytes), 0);
+  ASSERT_EQ(::listen(listener.get(), 1), 0);
+  ASSERT_EQ(::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&address), &bytes), 0);
+  const UniqueFd out(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(::connect(out.get(), reinterpret_cast<sockaddr*>(&address), bytes), 0);
+  const UniqueFd in(::accept(listener.get(), nullptr, nullptr));
+  ASSERT_TRUE(in);
+  std::thread reader([&] {
+    std::vector<std::byte> into(64U << 10U);
+    while (::recv(in.get(), into.data(), into.size(), 0) > 0) std::this_thread::sleep_for(1ms);
+  });
+  const SendQueue queue({Region::allocate(system_page_size())});
+  References references(test::key_of(1), queue);
+  EXPECT_EQ(references.stats().link_bytes_per_second, 0);
+  {
+    PageReferrer referrer(references, system_page_size());
+    const std::vector<std::byte> block(64U << 10U);
+    for (int i = 0; i < 100000 && references.stats().link_bytes_per_second == 0; ++i) {
+      ASSERT_GT(::send(out.get(), block.data(), block.size(), MSG_NOSIGNAL), 0);
+      referrer.sent(out.get(), 0, block.size(), block.size());
+    }
+    EXPECT_GT(references.stats().link_bytes_per_second, 0);
+  }
+  EXPECT_EQ(references.stats().link_bytes_per_second, 0) << "a connection that is gone takes nothing";
+  ::shutdown(out.get(), SHUT_WR);
+  reader.join();
 }
 
 TEST(KnownNamesTest, BehavesAsASet) {
