@@ -380,6 +380,22 @@ TEST(KnownNamesTest, BehavesAsASet) {
   }
 }
 
+// Names that a multiplication and a mask would all put in one place.
+TEST(KnownNamesTest, NamesThatAreChosenToCollideDoNot) {
+  constexpr wire::KnownName kInverse = 0xf1de83e19937733dULL;  // of 0x9e3779b97f4a7c15
+  static_assert(kInverse * 0x9e3779b97f4a7c15ULL == 1);
+  KnownNames names;
+  std::vector<wire::KnownName> chosen;
+  for (wire::KnownName i = 1; i <= 1U << 18U; ++i) chosen.push_back(i * kInverse);
+  names.add(chosen);
+  EXPECT_GE(names.size(), chosen.size() - chosen.size() / 1000);
+  std::vector<bool> known;
+  names.look_up(chosen, known);
+  EXPECT_EQ(static_cast<std::size_t>(std::count(known.begin(), known.end(), true)), names.size());
+  for (const wire::KnownName name : chosen) names.erase(name);
+  EXPECT_TRUE(names.empty());
+}
+
 TEST(ReferencePaceTest, StepsAsideOnALinkThatIsFasterThanTheHash) {
   ReferencePace pace;
   EXPECT_TRUE(pace.looks());
