@@ -84,6 +84,7 @@ std::unique_ptr<KnownPages::Guest> KnownPages::join(std::vector<ArrivalMap*> map
 }
 
 void KnownPages::leave(Memory& memory) {
+  ++memory.barred;  // for good
   const std::lock_guard reading(memory.reading);
   std::unique_lock lock(mutex_);
   memory.closed = true;
@@ -169,6 +170,12 @@ bool KnownPages::Memory::read(std::uint32_t region, PageNumber page, std::span<s
   return copy_own_memory(bytes.data(), into.first(bytes.size()));
 }
 
+bool KnownPages::Memory::copy(std::uint32_t region, PageNumber page, std::span<std::byte> into) {
+  if (barred != 0) return false;
+  const std::shared_lock lock(reading);
+  return has(region, page) && into.size() == maps[region]->page_size() && read(region, page, into);
+}
+
 // Said before it is looked whether it may be: who stops it and sees nothing in hand has stopped it.
 bool KnownPages::Memory::read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into) {
   in_hand = hand_of(region, page);
@@ -188,12 +195,12 @@ bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into)
     if (const auto found = places_.find(name); found != places_.end()) place = found->second;
   }
   if (share && share->read(digest, into)) return true;
-  if (const auto memory = place.memory.lock()) {
-    const std::shared_lock reading(memory->reading);
-    if (memory->has(place.region, place.page) && memory->read(place.region, place.page, into) &&
-        equal_digests(hasher_(into.first(memory->maps[place.region]->page_size())), digest)) {
-      return true;
-    }
+  // Its maps are gone once it is closed: only copy() looks at them.
+  const std::size_t size = into.size();
+  const auto memory = place.memory.lock();
+  if (memory && memory->copy(place.region, place.page, into) &&
+      equal_digests(hasher_(into.first(size)), digest)) {
+    return true;
   }
   const std::lock_guard lock(mutex_);
   places_.erase(name);

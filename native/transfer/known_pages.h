@@ -49,6 +49,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   KnownPages& operator=(const KnownPages&) = delete;
 
   class Guest;
+  class Alone;
   // A guest begins to arrive. The regions of its maps stay mapped until its close() has returned.
   [[nodiscard]] std::unique_ptr<Guest> join(std::vector<ArrivalMap*> maps);
 
@@ -62,6 +63,9 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     explicit Memory(std::vector<ArrivalMap*> of) : maps(std::move(of)) {}
     const std::vector<ArrivalMap*> maps;
     std::shared_mutex reading;        // shared: who reads a page; alone: who discards pages, or ends it all
+    // How many have it alone or want to: nobody begins to read. The lock by itself lets readers in for as long as there
+    // are any.
+    std::atomic<unsigned> barred{0};
     std::atomic<bool> closed{false};  // changed with both locks held
     std::atomic<bool> hushed{false};  // the hashing thread begins with no more pages
     std::atomic<std::uint64_t> in_hand{0};  // hand_of() the page that it reads, or 0
@@ -73,6 +77,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     std::size_t told = 0;  // of names_
     [[nodiscard]] bool has(std::uint32_t region, PageNumber page) const;
     bool read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const;
+    bool copy(std::uint32_t region, PageNumber page, std::span<std::byte> into);
     // Of the hashing thread.
     bool read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into);
     [[nodiscard]] static std::uint64_t hand_of(std::uint32_t region, PageNumber page) {
@@ -141,6 +146,26 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   WorkerThread share_thread_;
 };
 
+// While it is held nobody reads a guest's pages for a reference.
+class KnownPages::Alone {
+ public:
+  Alone() = default;
+  explicit Alone(std::shared_ptr<Memory> memory) : memory_(std::move(memory)) {
+    ++memory_->barred;
+    memory_->reading.lock();
+  }
+  ~Alone() {
+    if (!memory_) return;
+    memory_->reading.unlock();
+    --memory_->barred;
+  }
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  const std::shared_ptr<Memory> memory_;
+};
+
 // Of one receiver.
 class KnownPages::Guest {
  public:
@@ -158,9 +183,8 @@ class KnownPages::Guest {
   }
   // The share's index is being read for it: names of that come soon.
   [[nodiscard]] bool awaits_share() const { return known_->awaits_share(*memory_); }
-  // While it is held nobody reads this guest's pages for a reference: what is discarded now and missing after the switch
-  // would be waited for.
-  [[nodiscard]] std::unique_lock<std::shared_mutex> alone() { return std::unique_lock(memory_->reading); }
+  // What is discarded now and missing after the switch would be waited for by whoever reads it.
+  [[nodiscard]] Alone alone() { return Alone(memory_); }
   // From here to resume_hashing() no page of it is read to be hashed, but for one that was in hand: the discards before
   // a switch wait for that, if it is theirs. For others they do not, the thread being of low priority.
   void stop_hashing() { memory_->hushed = true; }

@@ -196,9 +196,7 @@ struct Receiver::Impl {
                     std::span<const wire::ContentHash> hashes);
   void begin_telling(Conversation& with);
   bool tell_known(Conversation& with);
-  [[nodiscard]] std::unique_lock<std::shared_mutex> unread() {
-    return known ? known->alone() : std::unique_lock<std::shared_mutex>();
-  }
+  [[nodiscard]] KnownPages::Alone unread() { return known ? known->alone() : KnownPages::Alone(); }
 
   std::shared_ptr<KnownPages> domain;  // taken out of the config; let go of by close()
   const ReceiverConfig config;

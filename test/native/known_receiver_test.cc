@@ -338,6 +338,29 @@ TEST(KnownPagesTest, NothingIsReadWhileHashingIsStopped) {
   EXPECT_EQ(guest->next_names(10).size(), 1U);
 }
 
+TEST(KnownPagesTest, WhoDiscardsIsNotKeptWaitingByReaders) {
+  const auto known = KnownPages::of_domain(key_of(6), "");
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(page_size);
+  ArrivalMap map(region, true, false);
+  std::memcpy(region->address(PageNumber{0}).pointer(), page_of(1).data(), page_size);
+  map.received.set_run(run(0, 1));
+  map.present.set_run(run(0, 1));
+  const auto guest = known->join({&map});
+  guest->arrived(0, run(0, 1));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  const ContentDigest digest = ContentHasher(key_of(6))(page_of(1));
+  std::vector<std::byte> into(page_size);
+  ASSERT_TRUE(guest->resolve(digest, into));
+  {
+    const auto alone = guest->alone();
+    EXPECT_FALSE(guest->resolve(digest, into)) << "and it does not wait";
+  }
+  guest->arrived(0, run(0, 1));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_TRUE(guest->resolve(digest, into));
+}
+
 struct Attack {
   const char* name;
   std::function<void(test::Bench&)> act;
