@@ -145,11 +145,20 @@ std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t 
     memory.share_told += count;
     if (memory.share_told == all.size()) memory.share_names = nullptr;
   }
+  // What has gone meanwhile is passed over, some of it at a time.
   const std::size_t count = std::min(most - next.size(), names_.size() - memory.told);
-  const auto from = names_.begin() + static_cast<std::ptrdiff_t>(memory.told);
-  next.insert(next.end(), from, from + static_cast<std::ptrdiff_t>(count));
-  memory.told += count;
+  for (std::size_t i = 0; i < count; ++i) {
+    const wire::KnownName name = names_[memory.told++];
+    if (living_locked(name)) next.push_back(name);
+  }
   return next;
+}
+
+bool KnownPages::living_locked(wire::KnownName name) const {
+  const auto place = places_.find(name);
+  if (place == places_.end()) return false;
+  const auto memory = place->second.memory.lock();
+  return memory && !memory->closed;
 }
 
 bool KnownPages::awaits_share(const Memory& memory) const {

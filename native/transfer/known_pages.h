@@ -111,6 +111,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   void arrived(const std::shared_ptr<Memory>& memory, RegionRun run);
   std::vector<wire::KnownName> next_names(Memory& memory, std::size_t most);
   [[nodiscard]] bool awaits_share(const Memory& memory) const;
+  [[nodiscard]] bool living_locked(wire::KnownName name) const;
   bool resolve(const ContentDigest& digest, std::span<std::byte> into);
   void leave(Memory& memory);
   void load_share();

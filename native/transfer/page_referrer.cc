@@ -36,6 +36,7 @@ std::string References::unresolved(std::uint32_t region, PageRun run, std::span<
   pages.plain.set_run(run);
   for (const wire::KnownName name : names_in(names)) names_.erase(name);
   refused_.fetch_add(run.count, std::memory_order_relaxed);
+  refused_lately_.fetch_add(run.count, std::memory_order_relaxed);
   return {};
 }
 
@@ -157,6 +158,7 @@ void PageReferrer::sent(int fd, std::uint64_t referred_bytes, std::uint64_t plai
       const double change = window->link_rate - link_rate_;
       link_takes(link_rate_ > 0 ? link_rate_ + kNewestWindow * change : window->link_rate);
     }
+    pace_.refused(shared_.refused_lately_.exchange(0, std::memory_order_relaxed));
     if (shared_.names_.empty()) return;  // there was nothing to decide
     pace_.measured(window->link_rate, window->raw_rate, window->full, plain_ratio_);
   }

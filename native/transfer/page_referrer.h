@@ -59,6 +59,7 @@ class References {
   std::vector<std::unique_ptr<Pages>> regions_;
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<std::uint64_t> refused_{0};
+  std::atomic<std::uint64_t> refused_lately_{0};  // no connection's pace knows of these yet
   std::atomic<std::uint64_t> examined_{0};
   std::atomic<std::uint64_t> overhead_bytes_{0};
   std::atomic<std::uint64_t> hash_ns_{0};

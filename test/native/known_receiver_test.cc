@@ -361,6 +361,31 @@ TEST(KnownPagesTest, WhoDiscardsIsNotKeptWaitingByReaders) {
   EXPECT_TRUE(guest->resolve(digest, into));
 }
 
+TEST(KnownPagesTest, WhatIsNotThereAnyMoreIsNotTold) {
+  const auto known = KnownPages::of_domain(key_of(5), "");
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(2 * page_size);
+  ArrivalMap map(region, true, false);
+  for (std::uint64_t i = 0; i < 2; ++i) {
+    std::memcpy(region->address(PageNumber{i}).pointer(), page_of(i).data(), page_size);
+  }
+  map.received.set_run(run(0, 2));
+  map.present.set_run(run(0, 2));
+  const auto guest = known->join({&map});
+  guest->arrived(0, run(0, 2));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  std::memcpy(region->address(PageNumber{0}).pointer(), page_of(9).data(), page_size);
+  const ContentHasher hasher(key_of(5));
+  std::vector<std::byte> into(page_size);
+  EXPECT_FALSE(guest->resolve(hasher(page_of(0)), into));
+  const auto names = guest->next_names(10);
+  ASSERT_EQ(names.size(), 1U);
+  EXPECT_EQ(names[0], PageShareReader::name_of(hasher(page_of(1))));
+  const auto other = known->join({});
+  guest->close();
+  EXPECT_EQ(other->next_names(10).size(), 0U);
+}
+
 struct Attack {
   const char* name;
   std::function<void(test::Bench&)> act;

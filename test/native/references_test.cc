@@ -427,6 +427,16 @@ TEST(ReferencePaceTest, StaysOnAFullLinkWhereMuchIsFoundAndComesBack) {
   EXPECT_TRUE(pace.looks());
 }
 
+TEST(ReferencePaceTest, WhatIsRefusedWasNotFound) {
+  ReferencePace pace;
+  for (int i = 0; i < 64; ++i) {
+    pace.looked(256, 256, 1e6, 1e6 / 1.5e9);
+    pace.refused(256);
+  }
+  pace.measured(125e6, 125e6, true, 1);
+  EXPECT_FALSE(pace.looks()) << "names of what has gone";
+}
+
 TEST(ReferencePaceTest, AHashThatGetsTooLittleOfACpuIsLetGo) {
   ReferencePace pace;
   pace.looked(4096, 3300, 16e6, 16e6 / 100e6);
