@@ -101,12 +101,9 @@ void KnownPages::leave(Memory& memory) {
     const auto locked = each.lock();
     return !locked || locked.get() == &memory;
   });
-  if (memories_.empty()) {
-    places_.clear();
-    names_.clear();
-    const std::lock_guard queue(queue_mutex_);
-    full_ = false;
-  }
+  sweep_locked();
+  const std::lock_guard queue(queue_mutex_);
+  full_ = full_locked();
 }
 
 // Reading the index takes milliseconds; this thread does it, for each guest as it comes.
@@ -248,18 +245,17 @@ void KnownPages::hash_arrivals() {
       hashing_ = true;
     }
     std::unique_lock lock(mutex_);
-    if (!next.memory->closed) {
+    if (!next.memory->closed && !full_locked()) {
       next.memory->hashing = true;
       lock.unlock();
       hash_run(next, page);
       lock.lock();
       next.memory->hashing = false;
-      if (names_.size() >= kMostPlaces) sweep_locked();
     }
     {
       const std::lock_guard queue(queue_mutex_);
       hashing_ = false;
-      full_ = names_.size() >= kMostPlaces;
+      full_ = full_locked();
     }
     idle_.notify_all();
   }
@@ -289,7 +285,7 @@ void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) 
 
 void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found) {
   for (const auto& [name, where] : found) {
-    if (names_.size() >= kMostPlaces) return;
+    if (full_locked()) return;
     const auto [at, fresh] = places_.try_emplace(name);
     const auto former = at->second.memory.lock();
     if (former && !former->closed) continue;
@@ -298,18 +294,30 @@ void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span
   }
 }
 
-// The list is full: what has gone meanwhile makes room. Everybody is told the rest again.
+// A guest has left: what it had makes room. Nobody is told again what stays.
 void KnownPages::sweep_locked() {
   std::erase_if(places_, [](const auto& each) {
     const auto memory = each.second.memory.lock();
     return !memory || memory->closed;
   });
-  if (2 * places_.size() > kMostPlaces) return;
-  names_.clear();
-  for (const auto& each : places_) names_.push_back(each.first);
+  std::vector<std::shared_ptr<Memory>> telling;
   for (const auto& each : memories_) {
-    if (const auto memory = each.lock()) memory->told = 0;
+    if (auto memory = each.lock()) telling.push_back(std::move(memory));
   }
+  std::sort(telling.begin(), telling.end(), [](const auto& a, const auto& b) { return a->told < b->told; });
+  auto teller = telling.begin();
+  std::size_t kept = 0;
+  for (std::size_t at = 0; at < names_.size(); ++at) {
+    for (; teller != telling.end() && (*teller)->told == at; ++teller) (*teller)->told = kept;
+    if (places_.contains(names_[at])) names_[kept++] = names_[at];
+  }
+  for (; teller != telling.end(); ++teller) (*teller)->told = kept;
+  names_.resize(kept);
+}
+
+void KnownPages::limit_places(std::size_t most) {
+  const std::lock_guard lock(mutex_);
+  most_places_ = most;
 }
 
 bool KnownPages::wait_idle(std::chrono::milliseconds patience) {

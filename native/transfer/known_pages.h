@@ -55,6 +55,8 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
 
   // Until the share's index was read and nothing waits to be hashed; false when that took too long. For tests.
   bool wait_idle(std::chrono::milliseconds patience);
+  // For tests: instead of kMostPlaces.
+  void limit_places(std::size_t most);
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:
@@ -119,6 +121,9 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   void hash_run(const Waiting& waiting, std::vector<std::byte>& page);
   void publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found);
   void sweep_locked();
+  [[nodiscard]] bool full_locked() const {
+    return names_.size() >= most_places_ || places_.size() >= most_places_;
+  }
 
   const ContentKey key_;
   const ContentHasher hasher_;
@@ -132,6 +137,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::shared_ptr<PageShareReader> share_;
   bool loading_ = false;
   std::vector<std::weak_ptr<Memory>> memories_;
+  std::size_t most_places_ = kMostPlaces;
   std::unordered_map<wire::KnownName, Place> places_;
   std::vector<wire::KnownName> names_;  // of places, in the order in which they became known
   bool stopping_ = false;               // with both
@@ -142,7 +148,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::uint64_t waiting_bytes_ = 0;
   bool hashing_ = false;  // one that waited is in the thread's hands
   Clock::time_point rest_until_{};
-  bool full_ = false;  // no more names
+  bool full_ = false;  // no more places, until a guest leaves
   WorkerThread hasher_thread_;
   WorkerThread share_thread_;
 };

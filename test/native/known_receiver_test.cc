@@ -386,6 +386,51 @@ TEST(KnownPagesTest, WhatIsNotThereAnyMoreIsNotTold) {
   EXPECT_EQ(other->next_names(10).size(), 0U);
 }
 
+TEST(KnownPagesTest, WhoLeavesMakesRoom) {
+  const auto known = KnownPages::of_domain(key_of(4), "");
+  known->limit_places(8);
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(24 * page_size);
+  ArrivalMap map(region, true, false);
+  for (std::uint64_t i = 0; i < 24; ++i) {
+    std::memcpy(region->address(PageNumber{i}).pointer(), page_of(i).data(), page_size);
+  }
+  map.received.set_run(run(0, 24));
+  map.present.set_run(run(0, 24));
+  const auto told_to = [&](KnownPages::Guest& guest) {
+    const auto names = guest.next_names(100);
+    return std::set<std::uint64_t>(names.begin(), names.end());
+  };
+  const auto names_of = [&](std::uint64_t first, std::uint64_t end) {
+    std::set<std::uint64_t> names;
+    for (std::uint64_t i = first; i < end; ++i)
+      names.insert(PageShareReader::name_of(ContentHasher(key_of(4))(page_of(i))));
+    return names;
+  };
+  const auto staying = known->join({&map});
+  const auto leaving = known->join({&map});
+  const auto arrives = [&](KnownPages::Guest& guest, std::uint64_t first, std::uint64_t count) {
+    for (std::uint64_t i = first; i < first + count; ++i) guest.arrived(0, run(i, 1));
+    EXPECT_TRUE(known->wait_idle(test::kPatience));
+  };
+  arrives(*leaving, 0, 2);
+  arrives(*staying, 2, 2);
+  EXPECT_EQ(told_to(*staying), names_of(0, 4));
+  arrives(*leaving, 4, 10);
+  EXPECT_EQ(told_to(*staying), names_of(4, 8)) << "it is full";
+  arrives(*staying, 14, 1);
+  EXPECT_TRUE(told_to(*staying).empty());
+  leaving->close();
+  arrives(*staying, 15, 1);
+  EXPECT_EQ(told_to(*staying), names_of(15, 16)) << "and nothing is told again";
+  arrives(*staying, 16, 8);
+  EXPECT_EQ(told_to(*staying), names_of(16, 21));
+  const auto late = known->join({&map});
+  auto all = names_of(2, 4);
+  all.merge(names_of(15, 21));
+  EXPECT_EQ(told_to(*late), all);
+}
+
 struct Attack {
   const char* name;
   std::function<void(test::Bench&)> act;
