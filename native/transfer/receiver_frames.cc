@@ -168,7 +168,8 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   }
   const Pager::Installed installed = pager->install(header.region, run, payload.data());
   pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
-  if (known) known->arrived(header.region, run);
+  // Somebody waits for what the demand channel brings: it never waits for a thread of low priority.
+  if (known && !with.channel.demand) known->arrived(header.region, run);
   account(installed.pages);
   return true;
 }
@@ -196,7 +197,8 @@ bool Receiver::Impl::fill_pages(Conversation& with, const wire::FrameHeader& hea
   if (!io.done()) return with.lost(io);
   if (!verified) return true;
   pages_received.fetch_add(header.page_count, std::memory_order_relaxed);
-  if (known) known->arrived(header.region, {PageNumber{header.first_page}, header.page_count});
+  if (known && !with.channel.demand)
+    known->arrived(header.region, {PageNumber{header.first_page}, header.page_count});
   return true;
 }
 
