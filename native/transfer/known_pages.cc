@@ -106,24 +106,32 @@ void KnownPages::leave(Memory& memory) {
   full_ = full_locked();
 }
 
-// Reading the index takes milliseconds; this thread does it, for each guest as it comes.
+// Reading the index takes milliseconds; this thread does it, for each guest as it comes. Without memory for it there is
+// no share.
 void KnownPages::load_share() {
   std::unique_lock lock(mutex_);
   for (;;) {
     share_wanted_.wait(lock, [this] { return stopping_ || loading_; });
     if (stopping_) return;
     loading_ = false;
-    std::vector<std::weak_ptr<Memory>> asking = memories_;
+    for (const auto& each : memories_) {
+      if (const auto memory = each.lock()) memory->share_read_for = true;
+    }
     std::shared_ptr<PageShareReader> share = share_;
     lock.unlock();
-    if (!share || !share->refresh()) share = PageShareReader::open(share_path_, key_);
     std::shared_ptr<const std::vector<wire::KnownName>> names;
-    if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+    try {
+      if (!share || !share->refresh(&stopping_))
+        share = PageShareReader::open(share_path_, key_, &stopping_);
+      if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+    } catch (const std::exception&) {
+      share = nullptr;
+    }
     lock.lock();
     share_ = share;
-    for (const auto& each : asking) {
+    for (const auto& each : memories_) {
       const auto memory = each.lock();
-      if (!memory || !std::exchange(memory->wants_share, false)) continue;
+      if (!memory || !memory->share_read_for || !std::exchange(memory->wants_share, false)) continue;
       memory->share_names = names;
     }
     idle_.notify_all();
@@ -248,7 +256,11 @@ void KnownPages::hash_arrivals() {
     if (!next.memory->closed && !full_locked()) {
       next.memory->hashing = true;
       lock.unlock();
-      hash_run(next, page);
+      try {
+        hash_run(next, page);
+      } catch (const std::exception&) {
+        // No memory for its names: they are never known.
+      }
       lock.lock();
       next.memory->hashing = false;
     }

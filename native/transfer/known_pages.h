@@ -74,6 +74,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     // Guarded by KnownPages::mutex_:
     bool hashing = false;  // the hashing thread reads it
     bool wants_share = true;
+    bool share_read_for = false;  // it was there when the reading began
     std::shared_ptr<const std::vector<wire::KnownName>> share_names;
     std::size_t share_told = 0;
     std::size_t told = 0;  // of names_
@@ -140,7 +141,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::size_t most_places_ = kMostPlaces;
   std::unordered_map<wire::KnownName, Place> places_;
   std::vector<wire::KnownName> names_;  // of places, in the order in which they became known
-  bool stopping_ = false;               // with both
+  std::atomic<bool> stopping_{false};   // changed with both
 
   // Held for moments only, since receiving threads take it: guards the five below.
   mutable std::mutex queue_mutex_;
