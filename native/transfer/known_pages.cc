@@ -121,8 +121,7 @@ void KnownPages::load_share() {
     lock.unlock();
     std::shared_ptr<const std::vector<wire::KnownName>> names;
     try {
-      if (!share || !share->refresh(&stopping_))
-        share = PageShareReader::open(share_path_, key_, &stopping_);
+      if (!share || !share->refresh(&stopping_)) share = PageShareReader::open(share_path_, key_, &stopping_);
       if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
     } catch (const std::exception&) {
       share = nullptr;

@@ -64,12 +64,12 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   struct Memory {
     explicit Memory(std::vector<ArrivalMap*> of) : maps(std::move(of)) {}
     const std::vector<ArrivalMap*> maps;
-    std::shared_mutex reading;        // shared: who reads a page; alone: who discards pages, or ends it all
+    std::shared_mutex reading;  // shared: who reads a page; alone: who discards pages, or ends it all
     // How many have it alone or want to: nobody begins to read. The lock by itself lets readers in for as long as there
     // are any.
     std::atomic<unsigned> barred{0};
-    std::atomic<bool> closed{false};  // changed with both locks held
-    std::atomic<bool> hushed{false};  // the hashing thread begins with no more pages
+    std::atomic<bool> closed{false};        // changed with both locks held
+    std::atomic<bool> hushed{false};        // the hashing thread begins with no more pages
     std::atomic<std::uint64_t> in_hand{0};  // hand_of() the page that it reads, or 0
     // Guarded by KnownPages::mutex_:
     bool hashing = false;  // the hashing thread reads it
