@@ -8,6 +8,7 @@
 // Threads: any; a mutex serialises.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -116,10 +117,11 @@ class PageShare {
 class PageShareReader {
  public:
   // nullptr: no share of this domain and page size (there may be one later).
-  static std::shared_ptr<PageShareReader> open(const std::string& path, const ContentKey& key);
+  static std::shared_ptr<PageShareReader> open(const std::string& path, const ContentKey& key,
+                                               const std::atomic<bool>* stop = nullptr);
 
-  // Reads the index again. False when the file is no share any more.
-  bool refresh();
+  // Reads the index again. False when the file is no share any more; true, and part of it or none, once `stop`.
+  bool refresh(const std::atomic<bool>* stop = nullptr);
   // The first eight bytes of the hashes that the index lists, best score first.
   [[nodiscard]] std::vector<std::uint64_t> names() const;
   [[nodiscard]] bool lists(std::uint64_t name) const;

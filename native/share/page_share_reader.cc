@@ -12,11 +12,12 @@ namespace memferry {
 
 using share::ShareEntry;
 
-std::shared_ptr<PageShareReader> PageShareReader::open(const std::string& path, const ContentKey& key) {
+std::shared_ptr<PageShareReader> PageShareReader::open(const std::string& path, const ContentKey& key,
+                                                       const std::atomic<bool>* stop) {
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) return nullptr;
   std::shared_ptr<PageShareReader> reader(new PageShareReader(std::move(fd), key, system_page_size()));
-  return reader->refresh() ? reader : nullptr;
+  return reader->refresh(stop) ? reader : nullptr;
 }
 
 PageShareReader::PageShareReader(UniqueFd fd, const ContentKey& key, std::uint64_t page_size)
@@ -28,14 +29,14 @@ std::uint64_t PageShareReader::name_of(const ContentDigest& digest) {
   return name;
 }
 
-bool PageShareReader::refresh() {
+bool PageShareReader::refresh(const std::atomic<bool>* stop) {
   std::vector<Listed> listed;
   const auto bytes = share::length_of(fd_.get());
   const bool ours = bytes && share::header_of(fd_.get(), hasher_, layout_.page_size()) == share::Found::kOurs;
   if (ours) {
     std::vector<ShareEntry> entries;
     const std::uint64_t groups = layout_.groups_in(*bytes);
-    for (std::uint64_t group = 0; group < groups; ++group) {
+    for (std::uint64_t group = 0; group < groups && !(stop != nullptr && *stop); ++group) {
       const auto read = share::read_index(fd_.get(), layout_, group, entries);
       for (std::size_t i = 0; i < read.size(); ++i) {
         if (read[i].used != 1) continue;

@@ -12,7 +12,7 @@ struct DedupStats {
   std::uint64_t probes = 0;          // contents asked for
   std::uint64_t overhead_bytes = 0;  // on the wire: references, questions, names
   std::uint64_t hash_ns = 0;         // of CPU
-  // On the wire, of pages that went plainly, while there was something to send; 0: not known yet.
+  // On the wire, while there was something to send: what the connections take. 0: not known yet.
   double link_bytes_per_second = 0;
 };
 

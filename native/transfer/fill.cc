@@ -156,11 +156,12 @@ std::uint64_t Filler::discard(std::uint32_t region, ArrivalMap& map, PageRun run
   }
 }
 
-void Filler::discard_unreceived(std::uint32_t region, ArrivalMap& map) {
+void Filler::discard_unreceived(std::uint32_t region, ArrivalMap& map, bool whole) {
   const PageNumber end{map.pages()};
   for (PageNumber from{0};;) {
     const auto missing = map.received.next_clear(from, end, map.pages());
     if (!missing) break;
+    if (whole) drop_present(region, map, *missing);
     discard(region, map, *missing);
     from = missing->end();
   }

@@ -35,8 +35,9 @@ class Filler {
   // Forgets the pages: they are absent from memory afterwards. Gives how many had been received; sweep() must
   // follow before anyone relies on it. Throws SystemError.
   std::uint64_t discard(std::uint32_t region, ArrivalMap& map, PageRun run);
-  // What is present without having been received (a suspect page, say) goes.
-  void discard_unreceived(std::uint32_t region, ArrivalMap& map);
+  // What is present without having been received (a suspect page, say) goes. `whole`: all that was not received, also
+  // where nothing is said to be: who has read there may have put memory behind it.
+  void discard_unreceived(std::uint32_t region, ArrivalMap& map, bool whole = false);
   void sweep();
 
  private:

@@ -84,6 +84,7 @@ std::unique_ptr<KnownPages::Guest> KnownPages::join(std::vector<ArrivalMap*> map
 }
 
 void KnownPages::leave(Memory& memory) {
+  ++memory.barred;  // for good
   const std::lock_guard reading(memory.reading);
   std::unique_lock lock(mutex_);
   memory.closed = true;
@@ -100,32 +101,36 @@ void KnownPages::leave(Memory& memory) {
     const auto locked = each.lock();
     return !locked || locked.get() == &memory;
   });
-  if (memories_.empty()) {
-    places_.clear();
-    names_.clear();
-    const std::lock_guard queue(queue_mutex_);
-    full_ = false;
-  }
+  sweep_locked();
+  const std::lock_guard queue(queue_mutex_);
+  full_ = full_locked();
 }
 
-// Reading the index takes milliseconds; this thread does it, for each guest as it comes.
+// Reading the index takes milliseconds; this thread does it, for each guest as it comes. Without memory for it there is
+// no share.
 void KnownPages::load_share() {
   std::unique_lock lock(mutex_);
   for (;;) {
     share_wanted_.wait(lock, [this] { return stopping_ || loading_; });
     if (stopping_) return;
     loading_ = false;
-    std::vector<std::weak_ptr<Memory>> asking = memories_;
+    for (const auto& each : memories_) {
+      if (const auto memory = each.lock()) memory->share_read_for = true;
+    }
     std::shared_ptr<PageShareReader> share = share_;
     lock.unlock();
-    if (!share || !share->refresh()) share = PageShareReader::open(share_path_, key_);
     std::shared_ptr<const std::vector<wire::KnownName>> names;
-    if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+    try {
+      if (!share || !share->refresh(&stopping_)) share = PageShareReader::open(share_path_, key_, &stopping_);
+      if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+    } catch (const std::exception&) {
+      share = nullptr;
+    }
     lock.lock();
     share_ = share;
-    for (const auto& each : asking) {
+    for (const auto& each : memories_) {
       const auto memory = each.lock();
-      if (!memory || !std::exchange(memory->wants_share, false)) continue;
+      if (!memory || !memory->share_read_for || !std::exchange(memory->wants_share, false)) continue;
       memory->share_names = names;
     }
     idle_.notify_all();
@@ -144,11 +149,20 @@ std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t 
     memory.share_told += count;
     if (memory.share_told == all.size()) memory.share_names = nullptr;
   }
+  // What has gone meanwhile is passed over, some of it at a time.
   const std::size_t count = std::min(most - next.size(), names_.size() - memory.told);
-  const auto from = names_.begin() + static_cast<std::ptrdiff_t>(memory.told);
-  next.insert(next.end(), from, from + static_cast<std::ptrdiff_t>(count));
-  memory.told += count;
+  for (std::size_t i = 0; i < count; ++i) {
+    const wire::KnownName name = names_[memory.told++];
+    if (living_locked(name)) next.push_back(name);
+  }
   return next;
+}
+
+bool KnownPages::living_locked(wire::KnownName name) const {
+  const auto place = places_.find(name);
+  if (place == places_.end()) return false;
+  const auto memory = place->second.memory.lock();
+  return memory && !memory->closed;
 }
 
 bool KnownPages::awaits_share(const Memory& memory) const {
@@ -169,6 +183,21 @@ bool KnownPages::Memory::read(std::uint32_t region, PageNumber page, std::span<s
   return copy_own_memory(bytes.data(), into.first(bytes.size()));
 }
 
+bool KnownPages::Memory::copy(std::uint32_t region, PageNumber page, std::span<std::byte> into) {
+  if (barred != 0) return false;
+  const std::shared_lock lock(reading);
+  return has(region, page) && into.size() == maps[region]->page_size() && read(region, page, into);
+}
+
+// Said before it is looked whether it may be: who stops it and sees nothing in hand has stopped it.
+bool KnownPages::Memory::read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into) {
+  in_hand = hand_of(region, page);
+  const bool there = !hushed && has(region, page) && read(region, page, into);
+  in_hand = 0;
+  in_hand.notify_all();
+  return there;
+}
+
 bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into) {
   const wire::KnownName name = PageShareReader::name_of(digest);
   Place place;
@@ -179,12 +208,12 @@ bool KnownPages::resolve(const ContentDigest& digest, std::span<std::byte> into)
     if (const auto found = places_.find(name); found != places_.end()) place = found->second;
   }
   if (share && share->read(digest, into)) return true;
-  if (const auto memory = place.memory.lock()) {
-    const std::shared_lock reading(memory->reading);
-    if (memory->has(place.region, place.page) && memory->read(place.region, place.page, into) &&
-        equal_digests(hasher_(into.first(memory->maps[place.region]->page_size())), digest)) {
-      return true;
-    }
+  // Its maps are gone once it is closed: only copy() looks at them.
+  const std::size_t size = into.size();
+  const auto memory = place.memory.lock();
+  if (memory && memory->copy(place.region, place.page, into) &&
+      equal_digests(hasher_(into.first(size)), digest)) {
+    return true;
   }
   const std::lock_guard lock(mutex_);
   places_.erase(name);
@@ -223,25 +252,29 @@ void KnownPages::hash_arrivals() {
       hashing_ = true;
     }
     std::unique_lock lock(mutex_);
-    if (!next.memory->closed) {
+    if (!next.memory->closed && !full_locked()) {
       next.memory->hashing = true;
       lock.unlock();
-      hash_run(next, page);
+      try {
+        hash_run(next, page);
+      } catch (const std::exception&) {
+        // No memory for its names: they are never known.
+      }
       lock.lock();
       next.memory->hashing = false;
-      if (names_.size() >= kMostPlaces) sweep_locked();
     }
     {
       const std::lock_guard queue(queue_mutex_);
       hashing_ = false;
-      full_ = names_.size() >= kMostPlaces;
+      full_ = full_locked();
     }
     idle_.notify_all();
   }
 }
 
-// Without Memory::reading: whoever discards is not to wait for a thread of low priority. A page that is missing by the
-// time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
+// Without Memory::reading: whoever discards is not to wait for a thread of low priority. While paging, a page that is
+// missing by the time that it is read is waited for, like by anybody who touches it; leave() comes when that has ended.
+// Before that, reading it would put memory behind it: Guest::stop_hashing().
 void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) {
   const std::shared_ptr<Memory>& memory = waiting.memory;
   const RegionRun& where = waiting.run;
@@ -253,9 +286,8 @@ void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) 
   };
   for (std::uint64_t i = 0; i < where.run.count && !memory->closed; ++i) {
     const PageNumber number{where.run.first.value + i};
-    if (!memory->has(where.region, number)) continue;
     page.resize(static_cast<std::size_t>(memory->maps[where.region]->page_size()));
-    if (!memory->read(where.region, number, page)) continue;
+    if (!memory->read_in_hand(where.region, number, page)) continue;
     found.emplace_back(PageShareReader::name_of(hasher_(page)), RegionRun{where.region, {number, 1}});
     if (found.size() == kBatch) publish();
   }
@@ -264,7 +296,7 @@ void KnownPages::hash_run(const Waiting& waiting, std::vector<std::byte>& page) 
 
 void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found) {
   for (const auto& [name, where] : found) {
-    if (names_.size() >= kMostPlaces) return;
+    if (full_locked()) return;
     const auto [at, fresh] = places_.try_emplace(name);
     const auto former = at->second.memory.lock();
     if (former && !former->closed) continue;
@@ -273,18 +305,30 @@ void KnownPages::publish_locked(const std::shared_ptr<Memory>& memory, std::span
   }
 }
 
-// The list is full: what has gone meanwhile makes room. Everybody is told the rest again.
+// A guest has left: what it had makes room. Nobody is told again what stays.
 void KnownPages::sweep_locked() {
   std::erase_if(places_, [](const auto& each) {
     const auto memory = each.second.memory.lock();
     return !memory || memory->closed;
   });
-  if (2 * places_.size() > kMostPlaces) return;
-  names_.clear();
-  for (const auto& each : places_) names_.push_back(each.first);
+  std::vector<std::shared_ptr<Memory>> telling;
   for (const auto& each : memories_) {
-    if (const auto memory = each.lock()) memory->told = 0;
+    if (auto memory = each.lock()) telling.push_back(std::move(memory));
   }
+  std::sort(telling.begin(), telling.end(), [](const auto& a, const auto& b) { return a->told < b->told; });
+  auto teller = telling.begin();
+  std::size_t kept = 0;
+  for (std::size_t at = 0; at < names_.size(); ++at) {
+    for (; teller != telling.end() && (*teller)->told == at; ++teller) (*teller)->told = kept;
+    if (places_.contains(names_[at])) names_[kept++] = names_[at];
+  }
+  for (; teller != telling.end(); ++teller) (*teller)->told = kept;
+  names_.resize(kept);
+}
+
+void KnownPages::limit_places(std::size_t most) {
+  const std::lock_guard lock(mutex_);
+  most_places_ = most;
 }
 
 bool KnownPages::wait_idle(std::chrono::milliseconds patience) {

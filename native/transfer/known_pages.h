@@ -49,11 +49,14 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   KnownPages& operator=(const KnownPages&) = delete;
 
   class Guest;
+  class Alone;
   // A guest begins to arrive. The regions of its maps stay mapped until its close() has returned.
   [[nodiscard]] std::unique_ptr<Guest> join(std::vector<ArrivalMap*> maps);
 
   // Until the share's index was read and nothing waits to be hashed; false when that took too long. For tests.
   bool wait_idle(std::chrono::milliseconds patience);
+  // For tests: instead of kMostPlaces.
+  void limit_places(std::size_t most);
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:
@@ -61,16 +64,40 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   struct Memory {
     explicit Memory(std::vector<ArrivalMap*> of) : maps(std::move(of)) {}
     const std::vector<ArrivalMap*> maps;
-    std::shared_mutex reading;        // shared: who reads a page; alone: who discards pages, or ends it all
-    std::atomic<bool> closed{false};  // changed with both locks held
+    std::shared_mutex reading;  // shared: who reads a page; alone: who discards pages, or ends it all
+    // How many have it alone or want to: nobody begins to read. The lock by itself lets readers in for as long as there
+    // are any.
+    std::atomic<unsigned> barred{0};
+    std::atomic<bool> closed{false};        // changed with both locks held
+    std::atomic<bool> hushed{false};        // the hashing thread begins with no more pages
+    std::atomic<std::uint64_t> in_hand{0};  // hand_of() the page that it reads, or 0
     // Guarded by KnownPages::mutex_:
     bool hashing = false;  // the hashing thread reads it
     bool wants_share = true;
+    bool share_read_for = false;  // it was there when the reading began
     std::shared_ptr<const std::vector<wire::KnownName>> share_names;
     std::size_t share_told = 0;
     std::size_t told = 0;  // of names_
     [[nodiscard]] bool has(std::uint32_t region, PageNumber page) const;
     bool read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const;
+    bool copy(std::uint32_t region, PageNumber page, std::span<std::byte> into);
+    // Of the hashing thread.
+    bool read_in_hand(std::uint32_t region, PageNumber page, std::span<std::byte> into);
+    [[nodiscard]] static std::uint64_t hand_of(std::uint32_t region, PageNumber page) {
+      return (std::uint64_t{region} << kPageBits | page.value) + 1;
+    }
+    // While what it reads is such a page: waits(region, page).
+    template <typename Waits>
+    void wait_for_hand(Waits waits) const {
+      for (std::uint64_t hand = in_hand; hand != 0; hand = in_hand) {
+        const std::uint64_t of = hand - 1;
+        if (!waits(static_cast<std::uint32_t>(of >> kPageBits),
+                   PageNumber{of & ((std::uint64_t{1} << kPageBits) - 1)}))
+          return;
+        in_hand.wait(hand);
+      }
+    }
+    static constexpr unsigned kPageBits = 40;
   };
   struct Place {
     std::weak_ptr<Memory> memory;
@@ -87,6 +114,7 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   void arrived(const std::shared_ptr<Memory>& memory, RegionRun run);
   std::vector<wire::KnownName> next_names(Memory& memory, std::size_t most);
   [[nodiscard]] bool awaits_share(const Memory& memory) const;
+  [[nodiscard]] bool living_locked(wire::KnownName name) const;
   bool resolve(const ContentDigest& digest, std::span<std::byte> into);
   void leave(Memory& memory);
   void load_share();
@@ -94,6 +122,9 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   void hash_run(const Waiting& waiting, std::vector<std::byte>& page);
   void publish_locked(const std::shared_ptr<Memory>& memory, std::span<const Found> found);
   void sweep_locked();
+  [[nodiscard]] bool full_locked() const {
+    return names_.size() >= most_places_ || places_.size() >= most_places_;
+  }
 
   const ContentKey key_;
   const ContentHasher hasher_;
@@ -107,9 +138,10 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::shared_ptr<PageShareReader> share_;
   bool loading_ = false;
   std::vector<std::weak_ptr<Memory>> memories_;
+  std::size_t most_places_ = kMostPlaces;
   std::unordered_map<wire::KnownName, Place> places_;
   std::vector<wire::KnownName> names_;  // of places, in the order in which they became known
-  bool stopping_ = false;               // with both
+  std::atomic<bool> stopping_{false};   // changed with both
 
   // Held for moments only, since receiving threads take it: guards the five below.
   mutable std::mutex queue_mutex_;
@@ -117,9 +149,29 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::uint64_t waiting_bytes_ = 0;
   bool hashing_ = false;  // one that waited is in the thread's hands
   Clock::time_point rest_until_{};
-  bool full_ = false;  // no more names
+  bool full_ = false;  // no more places, until a guest leaves
   WorkerThread hasher_thread_;
   WorkerThread share_thread_;
+};
+
+// While it is held nobody reads a guest's pages for a reference.
+class KnownPages::Alone {
+ public:
+  Alone() = default;
+  explicit Alone(std::shared_ptr<Memory> memory) : memory_(std::move(memory)) {
+    ++memory_->barred;
+    memory_->reading.lock();
+  }
+  ~Alone() {
+    if (!memory_) return;
+    memory_->reading.unlock();
+    --memory_->barred;
+  }
+  Alone(const Alone&) = delete;
+  Alone& operator=(const Alone&) = delete;
+
+ private:
+  const std::shared_ptr<Memory> memory_;
 };
 
 // Of one receiver.
@@ -139,9 +191,22 @@ class KnownPages::Guest {
   }
   // The share's index is being read for it: names of that come soon.
   [[nodiscard]] bool awaits_share() const { return known_->awaits_share(*memory_); }
-  // While it is held nobody reads this guest's pages for a reference: what is discarded now and missing after the switch
-  // would be waited for.
-  [[nodiscard]] std::unique_lock<std::shared_mutex> alone() { return std::unique_lock(memory_->reading); }
+  // What is discarded now and missing after the switch would be waited for by whoever reads it.
+  [[nodiscard]] Alone alone() { return Alone(memory_); }
+  // From here to resume_hashing() no page of it is read to be hashed, but for one that was in hand: the discards before
+  // a switch wait for that, if it is theirs. For others they do not, the thread being of low priority.
+  void stop_hashing() { memory_->hushed = true; }
+  void resume_hashing() { memory_->hushed = false; }
+  void wait_for_hash(std::uint32_t region, PageRun run) const {
+    memory_->wait_for_hand([&](std::uint32_t of, PageNumber page) {
+      return of == region && page.value >= run.first.value && page.value - run.first.value < run.count;
+    });
+  }
+  void wait_for_hash_of_missing() const {
+    memory_->wait_for_hand([this](std::uint32_t region, PageNumber page) {
+      return !memory_->maps[region]->received.test(page);
+    });
+  }
   // The page with this hash, from wherever it is known.
   bool resolve(const ContentDigest& digest, std::span<std::byte> into) {
     return known_->resolve(digest, into);

@@ -36,6 +36,7 @@ std::string References::unresolved(std::uint32_t region, PageRun run, std::span<
   pages.plain.set_run(run);
   for (const wire::KnownName name : names_in(names)) names_.erase(name);
   refused_.fetch_add(run.count, std::memory_order_relaxed);
+  refused_lately_.fetch_add(run.count, std::memory_order_relaxed);
   return {};
 }
 
@@ -47,6 +48,8 @@ DedupStats References::stats() const {
   stats.examined = examined_;
   stats.overhead_bytes = overhead_bytes_;
   stats.hash_ns = hash_ns_;
+  // Sums of differences are not exact.
+  if (const double rate = link_rate_; rate >= 1) stats.link_bytes_per_second = rate;
   return stats;
 }
 
@@ -60,6 +63,13 @@ std::uint64_t References::memory_bytes() const {
 
 PageReferrer::PageReferrer(References& shared, std::uint64_t page_size)
     : shared_(shared), page_size_(static_cast<std::size_t>(page_size)) {}
+
+PageReferrer::~PageReferrer() { link_takes(0); }
+
+void PageReferrer::link_takes(double rate) {
+  shared_.link_rate_.fetch_add(rate - link_rate_, std::memory_order_relaxed);
+  link_rate_ = rate;
+}
 
 void PageReferrer::begin(bool allowed) {
   held_used_ = 0;
@@ -143,6 +153,12 @@ void PageReferrer::sent(int fd, std::uint64_t referred_bytes, std::uint64_t plai
           std::clamp(static_cast<double>(window_on_wire_) / static_cast<double>(window_plain_), 0.01, 1.0);
     }
     window_plain_ = window_on_wire_ = 0;
+    if (window->full && window->link_rate > 0) {
+      constexpr double kNewestWindow = 0.25;  // windows are short
+      const double change = window->link_rate - link_rate_;
+      link_takes(link_rate_ > 0 ? link_rate_ + kNewestWindow * change : window->link_rate);
+    }
+    pace_.refused(shared_.refused_lately_.exchange(0, std::memory_order_relaxed));
     if (shared_.names_.empty()) return;  // there was nothing to decide
     pace_.measured(window->link_rate, window->raw_rate, window->full, plain_ratio_);
   }

@@ -59,9 +59,11 @@ class References {
   std::vector<std::unique_ptr<Pages>> regions_;
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<std::uint64_t> refused_{0};
+  std::atomic<std::uint64_t> refused_lately_{0};  // no connection's pace knows of these yet
   std::atomic<std::uint64_t> examined_{0};
   std::atomic<std::uint64_t> overhead_bytes_{0};
   std::atomic<std::uint64_t> hash_ns_{0};
+  std::atomic<double> link_rate_{0};  // bytes/s, of all connections that have been full
 };
 
 class PageReferrer {
@@ -69,6 +71,9 @@ class PageReferrer {
   using Clock = std::chrono::steady_clock;
 
   PageReferrer(References& shared, std::uint64_t page_size);
+  ~PageReferrer();
+  PageReferrer(const PageReferrer&) = delete;
+  PageReferrer& operator=(const PageReferrer&) = delete;
 
   // A new batch. `allowed` false: nothing is looked at.
   void begin(bool allowed);
@@ -98,6 +103,7 @@ class PageReferrer {
 
  private:
   void hash(std::span<const std::byte> bytes, std::size_t page);
+  void link_takes(double rate);
 
   References& shared_;
   const std::size_t page_size_;
@@ -114,6 +120,7 @@ class PageReferrer {
   std::uint64_t window_plain_ = 0;
   std::uint64_t window_on_wire_ = 0;
   double plain_ratio_ = 1;
+  double link_rate_ = 0;  // its part of the shared one
 };
 
 }  // namespace memferry

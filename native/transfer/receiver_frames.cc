@@ -168,7 +168,8 @@ bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& heade
   }
   const Pager::Installed installed = pager->install(header.region, run, payload.data());
   pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
-  if (known) known->arrived(header.region, run);
+  // Somebody waits for what the demand channel brings: it never waits for a thread of low priority.
+  if (known && !with.channel.demand) known->arrived(header.region, run);
   account(installed.pages);
   return true;
 }
@@ -196,7 +197,8 @@ bool Receiver::Impl::fill_pages(Conversation& with, const wire::FrameHeader& hea
   if (!io.done()) return with.lost(io);
   if (!verified) return true;
   pages_received.fetch_add(header.page_count, std::memory_order_relaxed);
-  if (known) known->arrived(header.region, {PageNumber{header.first_page}, header.page_count});
+  if (known && !with.channel.demand)
+    known->arrived(header.region, {PageNumber{header.first_page}, header.page_count});
   return true;
 }
 
@@ -265,6 +267,14 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
   std::unique_lock<std::mutex> filling;
   if (gather) filling = std::unique_lock(gather->filling());
   const auto nobody_reads = unread();
+  if (known && state == State::kFilling) {
+    // A page that is read after this has memory again, and would be taken for one that is here after the switch.
+    known->stop_hashing();
+    for (std::size_t i = 0; i < count; ++i) {
+      const wire::WireRun run = run_at(i);
+      known->wait_for_hash(header.region, {PageNumber{run.first_page}, run.page_count});
+    }
+  }
   Filler& filler = *with.channel.filler;
   std::uint64_t dropped = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -296,13 +306,18 @@ bool Receiver::Impl::on_switch(Conversation& with, const wire::FrameHeader& head
       // that is being registered.
       if (filling_frames != 0) return with.bad("a switch while pages are in flight");
       const auto nobody_reads = unread();
+      if (known) {
+        known->stop_hashing();
+        known->wait_for_hash_of_missing();
+      }
       std::uint64_t here = 0;
       for (std::uint32_t region = 0; region < maps.size(); ++region) {
-        with.channel.filler->discard_unreceived(region, *maps[region]);
+        with.channel.filler->discard_unreceived(region, *maps[region], known != nullptr);
         here += maps[region]->received.count();
       }
       settled = here;
       pager->serve();
+      if (known) known->resume_hashing();
     } else if (state != State::kPaging) {
       return with.bad("a switch too late");
     }

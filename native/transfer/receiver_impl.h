@@ -191,13 +191,12 @@ struct Receiver::Impl {
   bool on_reference(Conversation& with, const wire::FrameHeader& header);
   bool fill_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
   void install_known(Conversation& with, std::uint32_t region, PageRun run, std::span<const std::byte> pages);
-  bool unresolved(Conversation& with, std::uint32_t region, PageRun run,
-                  std::span<const wire::ContentHash> hashes);
+  void refuse(std::uint32_t region, PageRun run);
+  bool tell_refused(Conversation& with, std::uint32_t region, PageRun run,
+                    std::span<const wire::ContentHash> hashes);
   void begin_telling(Conversation& with);
   bool tell_known(Conversation& with);
-  [[nodiscard]] std::unique_lock<std::shared_mutex> unread() {
-    return known ? known->alone() : std::unique_lock<std::shared_mutex>();
-  }
+  [[nodiscard]] KnownPages::Alone unread() { return known ? known->alone() : KnownPages::Alone(); }
 
   std::shared_ptr<KnownPages> domain;  // taken out of the config; let go of by close()
   const ReceiverConfig config;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 
 #include "page/hash.h"
 #include "transfer/receiver_impl.h"
@@ -74,9 +75,9 @@ bool Receiver::Impl::on_reference(Conversation& with, const wire::FrameHeader& h
   std::vector<wire::ContentHash> hashes(static_cast<std::size_t>(run.count));
   std::memcpy(hashes.data(), with.channel.staging.data(), header.payload_bytes);
 
-  FillingHold hold(filling_frames, map, run);
+  std::optional<FillingHold> hold(std::in_place, filling_frames, map, run);
   const bool filling = state == State::kFilling;
-  if (filling && !hold.take()) return with.bad("references to pages that another channel is sending");
+  if (filling && !hold->take()) return with.bad("references to pages that another channel is sending");
   if (state == State::kSwitching) return with.bad("references while switching to post-copy");
   if (!filling && state != State::kPaging) return true;
   std::vector<std::byte>& pages = with.channel.decoded;
@@ -93,13 +94,15 @@ bool Receiver::Impl::on_reference(Conversation& with, const wire::FrameHeader& h
       found[i] = known_here ? Found::kKnown : Found::kNowhere;
     }
   }
+  std::vector<PageRun> refused;
   for (std::size_t i = 0; i < found.size();) {
     std::size_t end = i + 1;
     while (end < found.size() && found[end] == found[i]) ++end;
     const PageRun part{PageNumber{run.first.value + i}, end - i};
     const auto bytes = std::span<const std::byte>(pages).subspan(i * size, (end - i) * size);
     if (found[i] == Found::kNowhere) {
-      if (!unresolved(with, header.region, part, std::span(hashes).subspan(i, end - i))) return false;
+      refuse(header.region, part);
+      refused.push_back(part);
     } else if (found[i] == Found::kKnown) {
       if (filling) {
         if (!fill_known(with, header.region, part, bytes)) return false;
@@ -108,6 +111,13 @@ bool Receiver::Impl::on_reference(Conversation& with, const wire::FrameHeader& h
       }
     }
     i = end;
+  }
+  // Only now: the source may send them at once, and on another channel.
+  hold.reset();
+  for (const PageRun part : refused) {
+    const auto at = static_cast<std::size_t>(part.first.value - run.first.value);
+    const auto of_part = std::span(hashes).subspan(at, static_cast<std::size_t>(part.count));
+    if (!tell_refused(with, header.region, part, of_part)) return false;
   }
   return true;
 }
@@ -150,8 +160,7 @@ void Receiver::Impl::install_known(Conversation& with, std::uint32_t region, Pag
 }
 
 // An older copy is none: the page is not here until it comes.
-bool Receiver::Impl::unresolved(Conversation& with, std::uint32_t region, PageRun run,
-                                std::span<const wire::ContentHash> hashes) {
+void Receiver::Impl::refuse(std::uint32_t region, PageRun run) {
   ArrivalMap& map = *maps[region];
   if (state == State::kFilling) {
     map.received.clear_run(run);
@@ -159,6 +168,10 @@ bool Receiver::Impl::unresolved(Conversation& with, std::uint32_t region, PageRu
     map.suspect.set_run(run);
   }
   pages_unresolved.fetch_add(run.count, std::memory_order_relaxed);
+}
+
+bool Receiver::Impl::tell_refused(Conversation& with, std::uint32_t region, PageRun run,
+                                  std::span<const wire::ContentHash> hashes) {
   std::vector<wire::KnownName> names;
   for (const wire::ContentHash& hash : hashes) names.push_back(PageShareReader::name_of(hash));
   const auto payload = std::as_bytes(std::span(names));

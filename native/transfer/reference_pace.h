@@ -53,6 +53,10 @@ class ReferencePace {
     }
     if (!on_) since_sample_ = 0;
   }
+  // So many of what was found were not there after all.
+  void refused(std::uint64_t pages) {
+    found_ = std::max(0.0, found_ - static_cast<double>(pages) / kMemoryPages);
+  }
   // So many bytes of pages were handed to the connection, by reference or not.
   void sent(std::uint64_t raw_bytes) { since_sample_ += raw_bytes; }
   // A window of time: what the link took, the pages that were handed to it (both bytes/s), whether it was waited for,

@@ -138,6 +138,31 @@ TEST_F(KnownReceiver, WhatIsNotThereIsSaidAtOnceAndNothingOlderCounts) {
   EXPECT_EQ(bench.receiver->stats().pages_unresolved, 2U);
 }
 
+// On whichever channel has room: by the time that it is refused, nobody else is receiving it.
+TEST_F(KnownReceiver, ARefusedPageMayComeAtOnceOnAnotherChannel) {
+  make(40);
+  (void)told(40);
+  for (std::uint64_t turn = 0; turn < 200; ++turn) {
+    std::vector<std::uint64_t> numbers;
+    for (std::uint64_t i = 0; i < kPages; ++i)
+      numbers.push_back(i % 2 == 0 ? 1000 + turn * kPages + i : i % 40);
+    ASSERT_TRUE(refer(0, numbers));
+    for (std::uint64_t i = 0; i < kPages; i += 2) {
+      expect_unresolved(i, {numbers[i]});
+      ASSERT_TRUE(send_page(i, numbers[i], 1));
+    }
+    ASSERT_TRUE(bench.data(0).barrier(turn).answered);
+    ASSERT_TRUE(bench.data(1).frame(FrameType::kBarrier, 0, {}, turn));
+    std::uint16_t type = 0;
+    while (type != static_cast<std::uint16_t>(FrameType::kBarrierAck)) {
+      const auto frame = bench.data(1).receive();  // or names
+      ASSERT_TRUE(frame);
+      type = frame->header.type;
+    }
+  }
+  EXPECT_TRUE(bench.receiver->ready());
+}
+
 TEST_F(KnownReceiver, APageThatHasLeftTheShareIsNotThere) {
   make(8);
   (void)told(8);
@@ -273,6 +298,137 @@ TEST_F(KnownReceiver, APageThatIsMissingIsNotWaitedFor) {
   EXPECT_TRUE(send_page(1, 50));
   EXPECT_TRUE(bench.data(0).zeros(0, 2, kPages - 2));
   bench.log.wait(EngineEventKind::kComplete);
+}
+
+// Whoever read a page that was being discarded has put memory behind it: that is not taken for the page.
+TEST_F(KnownReceiver, ADiscardedPageThatWasReadIsMissingAfterTheSwitch) {
+  make(0, true);
+  EXPECT_TRUE(send_page(0, 50));
+  EXPECT_TRUE(bench.data(0).discard(0, {{0, 1}}));
+  EXPECT_TRUE(bench.data(0).barrier(1).answered);
+  for (const std::uint64_t page : {0, 7}) {
+    EXPECT_EQ(*static_cast<const volatile unsigned char*>(static_cast<const void*>(bench.page(page))), 0U);
+  }
+  EXPECT_TRUE(bench.data(0).switch_over());
+  std::thread guest([&] { EXPECT_TRUE(page_is(0, 51)); });
+  const auto request = bench.demand().request();
+  EXPECT_TRUE(request);
+  EXPECT_TRUE(send_page(0, 51));
+  guest.join();
+  EXPECT_TRUE(bench.data(0).zeros(0, 1, kPages - 1));
+  bench.log.wait(EngineEventKind::kComplete);
+}
+
+TEST(KnownPagesTest, NothingIsReadWhileHashingIsStopped) {
+  const auto known = KnownPages::of_domain(key_of(7), "");
+  const auto region = Region::allocate(4 * test::Bench::page_size_of());
+  ArrivalMap map(region, true, false);
+  map.received.set_run(run(0, 4));
+  map.present.set_run(run(0, 4));
+  const auto guest = known->join({&map});
+  guest->stop_hashing();
+  guest->arrived(0, run(0, 4));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  guest->wait_for_hash(0, run(0, 4));
+  guest->wait_for_hash_of_missing();
+  EXPECT_EQ(guest->next_names(10).size(), 0U);
+  guest->resume_hashing();
+  guest->arrived(0, run(0, 4));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_EQ(guest->next_names(10).size(), 1U);
+}
+
+TEST(KnownPagesTest, WhoDiscardsIsNotKeptWaitingByReaders) {
+  const auto known = KnownPages::of_domain(key_of(6), "");
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(page_size);
+  ArrivalMap map(region, true, false);
+  std::memcpy(region->address(PageNumber{0}).pointer(), page_of(1).data(), page_size);
+  map.received.set_run(run(0, 1));
+  map.present.set_run(run(0, 1));
+  const auto guest = known->join({&map});
+  guest->arrived(0, run(0, 1));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  const ContentDigest digest = ContentHasher(key_of(6))(page_of(1));
+  std::vector<std::byte> into(page_size);
+  ASSERT_TRUE(guest->resolve(digest, into));
+  {
+    const auto alone = guest->alone();
+    EXPECT_FALSE(guest->resolve(digest, into)) << "and it does not wait";
+  }
+  guest->arrived(0, run(0, 1));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_TRUE(guest->resolve(digest, into));
+}
+
+TEST(KnownPagesTest, WhatIsNotThereAnyMoreIsNotTold) {
+  const auto known = KnownPages::of_domain(key_of(5), "");
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(2 * page_size);
+  ArrivalMap map(region, true, false);
+  for (std::uint64_t i = 0; i < 2; ++i) {
+    std::memcpy(region->address(PageNumber{i}).pointer(), page_of(i).data(), page_size);
+  }
+  map.received.set_run(run(0, 2));
+  map.present.set_run(run(0, 2));
+  const auto guest = known->join({&map});
+  guest->arrived(0, run(0, 2));
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  std::memcpy(region->address(PageNumber{0}).pointer(), page_of(9).data(), page_size);
+  const ContentHasher hasher(key_of(5));
+  std::vector<std::byte> into(page_size);
+  EXPECT_FALSE(guest->resolve(hasher(page_of(0)), into));
+  const auto names = guest->next_names(10);
+  ASSERT_EQ(names.size(), 1U);
+  EXPECT_EQ(names[0], PageShareReader::name_of(hasher(page_of(1))));
+  const auto other = known->join({});
+  guest->close();
+  EXPECT_EQ(other->next_names(10).size(), 0U);
+}
+
+TEST(KnownPagesTest, WhoLeavesMakesRoom) {
+  const auto known = KnownPages::of_domain(key_of(4), "");
+  known->limit_places(8);
+  const std::uint64_t page_size = test::Bench::page_size_of();
+  const auto region = Region::allocate(24 * page_size);
+  ArrivalMap map(region, true, false);
+  for (std::uint64_t i = 0; i < 24; ++i) {
+    std::memcpy(region->address(PageNumber{i}).pointer(), page_of(i).data(), page_size);
+  }
+  map.received.set_run(run(0, 24));
+  map.present.set_run(run(0, 24));
+  const auto told_to = [&](KnownPages::Guest& guest) {
+    const auto names = guest.next_names(100);
+    return std::set<std::uint64_t>(names.begin(), names.end());
+  };
+  const auto names_of = [&](std::uint64_t first, std::uint64_t end) {
+    std::set<std::uint64_t> names;
+    for (std::uint64_t i = first; i < end; ++i)
+      names.insert(PageShareReader::name_of(ContentHasher(key_of(4))(page_of(i))));
+    return names;
+  };
+  const auto staying = known->join({&map});
+  const auto leaving = known->join({&map});
+  const auto arrives = [&](KnownPages::Guest& guest, std::uint64_t first, std::uint64_t count) {
+    for (std::uint64_t i = first; i < first + count; ++i) guest.arrived(0, run(i, 1));
+    EXPECT_TRUE(known->wait_idle(test::kPatience));
+  };
+  arrives(*leaving, 0, 2);
+  arrives(*staying, 2, 2);
+  EXPECT_EQ(told_to(*staying), names_of(0, 4));
+  arrives(*leaving, 4, 10);
+  EXPECT_EQ(told_to(*staying), names_of(4, 8)) << "it is full";
+  arrives(*staying, 14, 1);
+  EXPECT_TRUE(told_to(*staying).empty());
+  leaving->close();
+  arrives(*staying, 15, 1);
+  EXPECT_EQ(told_to(*staying), names_of(15, 16)) << "and nothing is told again";
+  arrives(*staying, 16, 8);
+  EXPECT_EQ(told_to(*staying), names_of(16, 21));
+  const auto late = known->join({&map});
+  auto all = names_of(2, 4);
+  all.merge(names_of(15, 21));
+  EXPECT_EQ(told_to(*late), all);
 }
 
 struct Attack {

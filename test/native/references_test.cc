@@ -1,6 +1,8 @@
 // References as the source sends them: only what the destination has said that it has, never again what was refused, and
 // a round or push is over when every page of it has arrived; destinations that lie.
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
 
 #include <cstring>
 #include <random>
@@ -313,6 +315,41 @@ TEST_F(ReferencesTest, ARefusalTwiceIsFoundOut) {
   events.expect(kFailed);
 }
 
+// Over TCP, to somebody who reads slowly.
+TEST(PageReferrerTest, SaysWhatAFullConnectionTakes) {
+  const UniqueFd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t bytes = sizeof address;
+  ASSERT_EQ(::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), bytes), 0);
+  ASSERT_EQ(::listen(listener.get(), 1), 0);
+  ASSERT_EQ(::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&address), &bytes), 0);
+  const UniqueFd out(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  ASSERT_EQ(::connect(out.get(), reinterpret_cast<sockaddr*>(&address), bytes), 0);
+  const UniqueFd in(::accept(listener.get(), nullptr, nullptr));
+  ASSERT_TRUE(in);
+  std::thread reader([&] {
+    std::vector<std::byte> into(64U << 10U);
+    while (::recv(in.get(), into.data(), into.size(), 0) > 0) std::this_thread::sleep_for(1ms);
+  });
+  const SendQueue queue({Region::allocate(system_page_size())});
+  References references(test::key_of(1), queue);
+  EXPECT_EQ(references.stats().link_bytes_per_second, 0);
+  {
+    PageReferrer referrer(references, system_page_size());
+    const std::vector<std::byte> block(64U << 10U);
+    for (int i = 0; i < 100000 && references.stats().link_bytes_per_second == 0; ++i) {
+      ASSERT_GT(::send(out.get(), block.data(), block.size(), MSG_NOSIGNAL), 0);
+      referrer.sent(out.get(), 0, block.size(), block.size());
+    }
+    EXPECT_GT(references.stats().link_bytes_per_second, 0);
+  }
+  EXPECT_EQ(references.stats().link_bytes_per_second, 0) << "a connection that is gone takes nothing";
+  ::shutdown(out.get(), SHUT_WR);
+  reader.join();
+}
+
 TEST(KnownNamesTest, BehavesAsASet) {
   std::mt19937_64 random(5);
   KnownNames names;
@@ -341,6 +378,22 @@ TEST(KnownNamesTest, BehavesAsASet) {
       EXPECT_EQ(known[i], model.count(all[i]) == 1) << all[i];
     }
   }
+}
+
+// Names that a multiplication and a mask would all put in one place.
+TEST(KnownNamesTest, NamesThatAreChosenToCollideDoNot) {
+  constexpr wire::KnownName kInverse = 0xf1de83e19937733dULL;  // of 0x9e3779b97f4a7c15
+  static_assert(kInverse * 0x9e3779b97f4a7c15ULL == 1);
+  KnownNames names;
+  std::vector<wire::KnownName> chosen;
+  for (wire::KnownName i = 1; i <= 1U << 18U; ++i) chosen.push_back(i * kInverse);
+  names.add(chosen);
+  EXPECT_GE(names.size(), chosen.size() - chosen.size() / 1000);
+  std::vector<bool> known;
+  names.look_up(chosen, known);
+  EXPECT_EQ(static_cast<std::size_t>(std::count(known.begin(), known.end(), true)), names.size());
+  for (const wire::KnownName name : chosen) names.erase(name);
+  EXPECT_TRUE(names.empty());
 }
 
 TEST(ReferencePaceTest, StepsAsideOnALinkThatIsFasterThanTheHash) {
@@ -372,6 +425,16 @@ TEST(ReferencePaceTest, StaysOnAFullLinkWhereMuchIsFoundAndComesBack) {
   for (int i = 0; i < 4; ++i) pace.looked(16, 14, 65536, 65536 / 1.5e9);
   pace.measured(125e6, 125e6, true, 1);
   EXPECT_TRUE(pace.looks());
+}
+
+TEST(ReferencePaceTest, WhatIsRefusedWasNotFound) {
+  ReferencePace pace;
+  for (int i = 0; i < 64; ++i) {
+    pace.looked(256, 256, 1e6, 1e6 / 1.5e9);
+    pace.refused(256);
+  }
+  pace.measured(125e6, 125e6, true, 1);
+  EXPECT_FALSE(pace.looks()) << "names of what has gone";
 }
 
 TEST(ReferencePaceTest, AHashThatGetsTooLittleOfACpuIsLetGo) {
