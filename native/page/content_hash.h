@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 
@@ -28,6 +29,13 @@ class ContentHasher {
   struct Keyed;  // SHA-256 after the inner and the outer key's block
   const std::unique_ptr<const Keyed> keyed_;
 };
+
+// What a content is called: the first half of its digest.
+[[nodiscard]] inline std::array<std::uint64_t, 2> content_name(const ContentDigest& digest) {
+  std::array<std::uint64_t, 2> name;
+  std::memcpy(name.data(), digest.data(), sizeof name);
+  return name;
+}
 
 // Takes the same time wherever the first difference is.
 [[nodiscard]] bool equal_digests(const ContentDigest& a, const ContentDigest& b);

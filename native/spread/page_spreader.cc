@@ -15,12 +15,6 @@ namespace {
 // Of one server in one round: three times what the longest list of one takes.
 constexpr unsigned kMostAsks = 1024;
 
-wire::ContentName name_of(const ContentDigest& digest) {
-  wire::ContentName name;
-  std::memcpy(name.data(), digest.data(), sizeof name);
-  return name;
-}
-
 bool better(std::uint32_t a_score, const wire::ContentName& a, std::uint32_t b_score,
             const wire::ContentName& b) {
   return a_score != b_score ? a_score > b_score : a < b;
@@ -82,16 +76,16 @@ void PageSpreader::round() {
   auto& links = links_.take(cancel_.get());
   if (links.empty()) return;
   here_ = config_.share->digests();
-  std::ranges::sort(here_, {}, name_of);
+  std::ranges::sort(here_, {}, content_name);
   const bool heard = ask(links, room());
   // What a server that was not heard has counted stays as it is.
   if (heard) score_what_is_here();
   fetch(links);
   std::uint64_t held = 0;
   here_ = config_.share->digests();
-  std::ranges::sort(here_, {}, name_of);
+  std::ranges::sort(here_, {}, content_name);
   for (const Popular& each : popular_)
-    held += std::ranges::binary_search(here_, each.name, {}, name_of) ? 1 : 0;
+    held += std::ranges::binary_search(here_, each.name, {}, content_name) ? 1 : 0;
   here_ = {};
   const std::lock_guard lock(mutex_);
   ++stats_.rounds;
@@ -161,8 +155,8 @@ void PageSpreader::score_what_is_here() {
   const auto name = [](const Popular* each) { return each->name; };
   std::ranges::sort(by_name, {}, name);
   for (const ContentDigest& digest : here_) {
-    const auto found = std::ranges::lower_bound(by_name, name_of(digest), {}, name);
-    const bool popular = found != by_name.end() && (*found)->name == name_of(digest);
+    const auto found = std::ranges::lower_bound(by_name, content_name(digest), {}, name);
+    const bool popular = found != by_name.end() && (*found)->name == content_name(digest);
     config_.share->set_score(digest, popular ? (*found)->score : 0);
   }
 }
@@ -179,7 +173,7 @@ void PageSpreader::fetch(DirectoryLinks::Links& links) {
   // Best first, from all servers in turn.
   for (const Popular& each : popular_) {
     if (thread_.stopping()) return;
-    if (std::ranges::binary_search(here_, each.name, {}, name_of)) continue;
+    if (std::ranges::binary_search(here_, each.name, {}, content_name)) continue;
     missing[each.link].push_back(each);
     if (missing[each.link].size() == at_once) (void)fetch_from(each.link);
   }
@@ -211,7 +205,7 @@ bool PageSpreader::fetch_some(DirectoryLink& link, std::span<const Popular> some
     at += page.size();
     const ContentDigest digest = share.digest(page);
     // Who answers with another page than was asked for answers nothing more.
-    if (name_of(digest) != some[i].name) return link.lose("a page that was not asked for");
+    if (content_name(digest) != some[i].name) return link.lose("a page that was not asked for");
     const bool in = share.insert(digest, page, some[i].score) != PageShare::Inserted::kNoRoom;
     ++(in ? fetched : refused);
   }

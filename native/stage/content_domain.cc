@@ -2,7 +2,6 @@
 
 #include <sys/random.h>
 
-#include <cstring>
 #include <set>
 
 #include "os/sys_error.h"
@@ -129,12 +128,6 @@ bool ContentDomain::is(const wire::ContentHash& hash, Slab::Slot slot) const {
   const Slab& slab = *hints_->slab_;
   return equal_digests(hasher_(std::span(slab.data(slot), static_cast<std::size_t>(slab.slot_bytes()))),
                        hash);
-}
-
-wire::ContentName ContentDomain::name_of(const wire::ContentHash& hash) {
-  wire::ContentName name;
-  std::memcpy(name.data(), hash.data(), sizeof name);
-  return name;
 }
 
 }  // namespace memferry

@@ -77,7 +77,7 @@ class ContentDomain {
   // Whether that is the content of a slot which the caller has a count of.
   [[nodiscard]] bool is(const wire::ContentHash& hash, Slab::Slot slot) const;
 
-  [[nodiscard]] static wire::ContentName name_of(const wire::ContentHash& hash);
+  [[nodiscard]] static wire::ContentName name_of(const wire::ContentHash& hash) { return content_name(hash); }
 
  private:
   // Random, and this server's alone: entries of one domain are nobody else's, even where a name is overheard.

@@ -3,7 +3,6 @@
 #include <sys/random.h>
 
 #include <algorithm>
-#include <cstring>
 #include <set>
 
 #include "os/sys_error.h"
@@ -23,9 +22,10 @@ std::shared_ptr<PopularDomain> PopularPages::domain(const DomainKey& key, std::u
   if (domains_.size() >= kMostDomains) return nullptr;
   std::set<std::uint16_t> taken;
   for (const auto& [other, known] : domains_) taken.insert(known.domain->number());
-  std::uint16_t number = 1;
-  while (taken.contains(number)) ++number;
-  auto made = std::make_shared<PopularDomain>(table_.slab(), table_, key, number);
+  // One that is not quite forgotten comes to its turn again last.
+  do ++number_;
+  while (number_ == 0 || taken.contains(number_) || !table_.forgotten(number_));
+  auto made = std::make_shared<PopularDomain>(table_.slab(), table_, key, number_);
   domains_.emplace(key, Known{made, now_ms});
   return made;
 }
@@ -77,10 +77,7 @@ void PopularDomain::report(std::span<wire::ContentName> names, unsigned seat, st
 }
 
 bool PopularDomain::give(std::span<const std::byte> page, std::uint64_t now_ms) {
-  const ContentDigest digest = hasher_(page);
-  wire::ContentName name;
-  std::memcpy(name.data(), digest.data(), sizeof name);
-  return table_.give(number_, masked(name), page, now_ms);
+  return table_.give(number_, masked(content_name(hasher_(page))), page, now_ms);
 }
 
 void PopularDomain::list(std::uint64_t& cursor, std::uint32_t least_score, std::size_t most,

@@ -23,7 +23,7 @@ namespace memferry {
 
 class PopularDomain;
 
-class PopularPages : public std::enable_shared_from_this<PopularPages> {
+class PopularPages {
  public:
   static constexpr std::size_t kMostDomains = 64;
   // Of the slab: counts, but never more than kMostTables slots, so that going through all of them takes some ms.
@@ -42,7 +42,8 @@ class PopularPages : public std::enable_shared_from_this<PopularPages> {
 
   Popularity table_;
   const std::uint64_t remembered_ms_;
-  std::mutex mutex_;  // guards domains_
+  std::mutex mutex_;          // guards the rest
+  std::uint16_t number_ = 0;  // given last
   struct Known {
     std::shared_ptr<PopularDomain> domain;
     std::uint64_t asked_ms = 0;

@@ -66,6 +66,10 @@ void Popularity::clear(Entry& entry) {
 
 bool Popularity::alive(Entry& entry, std::uint32_t period) {
   if (entry.domain == 0) return false;
+  if (gone_[entry.domain]) {
+    clear(entry);
+    return false;
+  }
   // A caller's clock may be a little behind another's.
   if (period > entry.period) {
     entry.before = period == entry.period + 1 ? entry.now : 0;
@@ -163,6 +167,11 @@ void Popularity::sweep(std::uint32_t period) {
     if (entry != nullptr && entry->domain != 0) (void)alive(*entry, period);
     hand_ += step;
     i += step;
+    swept_ += step;
+  }
+  while (!going_.empty() && going_.front().swept <= swept_) {
+    gone_.reset(going_.front().domain);
+    going_.pop_front();
   }
 }
 
@@ -278,10 +287,15 @@ void Popularity::tend(std::uint64_t now_ms) {
 
 void Popularity::forget(std::uint16_t domain) {
   const std::lock_guard lock(mutex_);
-  for (std::uint64_t i = 0; i < entries(); ++i) {
-    Entry* const entry = at(i);
-    if (entry != nullptr && entry->domain == domain) clear(*entry);
-  }
+  gone_.set(domain);
+  going_.push_back({domain, swept_ + entries()});
+  // So what is forgotten is swept as fast as more can be.
+  sweep(period_);
+}
+
+bool Popularity::forgotten(std::uint16_t domain) const {
+  const std::lock_guard lock(mutex_);
+  return !gone_[domain];
 }
 
 PopularityStats Popularity::stats() const {

@@ -10,7 +10,9 @@
 // for kEntriesAtOnce entries.
 #pragma once
 
+#include <bitset>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -71,8 +73,10 @@ class Popularity {
   void relieve(std::uint64_t slots);
   // Now and then, also when nobody reports: what has faded gives its page back.
   void tend(std::uint64_t now_ms);
-  // Nobody is in this domain any more.
+  // Nobody is in this domain any more: what is counted of it is gone, though the places are freed by and by.
   void forget(std::uint16_t domain);
+  // Whether they all are: until then the number is nobody else's.
+  [[nodiscard]] bool forgotten(std::uint16_t domain) const;
   [[nodiscard]] PopularityStats stats() const;
   [[nodiscard]] const std::shared_ptr<Slab>& slab() const { return slab_; }
 
@@ -114,7 +118,14 @@ class Popularity {
   std::uint64_t tables_ = 0;
   std::uint64_t names_ = 0;
   std::uint64_t contents_ = 0;
-  std::uint64_t hand_ = 0;   // of the sweep
+  std::uint64_t hand_ = 0;       // of the sweep
+  std::uint64_t swept_ = 0;      // entries, ever
+  std::bitset<1U << 16U> gone_;  // domains whose entries count for nothing
+  struct Going {
+    std::uint16_t domain;
+    std::uint64_t swept;  // by then the hand has been everywhere since
+  };
+  std::deque<Going> going_;
   std::uint64_t clock_ = 0;  // of the search for the least useful page
   std::uint32_t period_ = 0;
   std::uint32_t turn_ = 0;   // who leaves where all are alike

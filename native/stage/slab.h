@@ -39,8 +39,9 @@ class Slab {
   // missing later. Blocks as long as the system takes to clear it. Throws SystemError: there
   // is not so much.
   void preallocate();
-  // Called with no lock held when slots are short, with how many: gives up what others need more. Before the first
-  // slot is taken; it may release, never take.
+  // Called when slots are short, with how many: gives up what others need more. Before the first slot is taken. It may
+  // release, never take. No lock of the slab is held, but the taker's may be (a HintTable's, Stage::Impl's): it waits
+  // for nobody who takes one of those, or who takes slots other than spare ones.
   void set_relief(std::function<void(std::uint64_t)> relief) { relief_ = std::move(relief); }
   enum class Relief { kAsked, kNone };
   // As many slots as there are, at most `wanted`, counted once; ascending where possible. Their content is what it

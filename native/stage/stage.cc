@@ -16,17 +16,19 @@
 namespace memferry {
 namespace {
 
-// Of memory_bytes: stacks of threads, what connections read into, and the first seat at the codecs.
+// Of memory_bytes: stacks of threads, what connections read into, members' desks and the first seat at the codecs.
 constexpr std::uint64_t kMostReserve = 8ULL << 20;
 // Of a slot: the slab's own tables, and its number in the list of those that an image's index lies in.
 constexpr std::uint64_t kSlotTables = Slab::kTableBytes + sizeof(Slab::Slot);
 // Compared with where there is nothing to compare with, so that the time does not say so.
 constexpr wire::Token kNoToken{};
 
+std::uint64_t reserve_of(std::uint64_t memory_bytes) { return std::min(kMostReserve, memory_bytes / 4); }
+
 std::uint64_t slab_bytes(std::uint64_t memory_bytes) {
   const std::uint64_t page = system_page_size();
   const std::uint64_t codecs = (CodecSeats::seats_for(memory_bytes) - 1) * CodecSeats::kSeatBytes;
-  const std::uint64_t usable = memory_bytes - std::min(kMostReserve, memory_bytes / 4) - codecs;
+  const std::uint64_t usable = memory_bytes - reserve_of(memory_bytes) - codecs;
   return std::min(usable / (page + kSlotTables), Slab::kMostSlots) * page;
 }
 
@@ -60,6 +62,10 @@ StageCommon::StageCommon(const StageConfig& config)
       popular(std::make_shared<PopularPages>(slab, popularity_of(config, *slab))),
       in(config.bandwidth),
       out(config.bandwidth),
+      most_member_connections(
+          static_cast<std::size_t>(MemberDesks::connections_for(reserve_of(config.memory_bytes)))),
+      desks(MemberDesks::desks_for(reserve_of(config.memory_bytes))),
+      member_timeout_ms(config.member_timeout_ms),
       codecs(CodecSeats::seats_for(config.memory_bytes)) {
   slab->set_relief([table = &popular->table()](std::uint64_t slots) { table->relieve(slots); });
 }
@@ -149,7 +155,8 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   const std::size_t replaced = former && !former->ended() ? 1 : 0;
   if (found->connections.size() >= kMostConnectionsAnImage + replaced ||
       // Members are many, and nobody waits for them: migrations find a place beside them.
-      common->connections >= (found->member ? kMostConnections / 2 : kMostConnections) + replaced) {
+      common->connections >= (found->member ? kMostConnections / 2 : kMostConnections) + replaced ||
+      (found->member && common->member_connections >= common->most_member_connections + replaced)) {
     return wire::HelloStatus::kRefused;
   }
   role->next_attempt = attempt + 1;

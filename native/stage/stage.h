@@ -6,11 +6,11 @@
 // lies in the slab; so the cap holds by construction. The slab is `memory_bytes` less a reserve: min(8 MiB, a quarter)
 // for the threads of connections, what they read into and one seat at the codecs (stage/codec_seats.h), 1.5 MiB for each
 // further seat (a 32nd in all), and 14 bytes a slot for tables (its count, its domain, its place among the free ones, its
-// place in the list of the image that it indexes). Packed payloads lie in slots of the slab while they come and go. A
-// member's connection takes 0.1 MiB beside that, and 0.5 while pages come or go.
+// place in the list of the image that it indexes). Packed payloads lie in slots of the slab while they come and go. Members
+// share 4 to 8 sets of buffers (stage/member_desks.h), and have a connection in 32 KiB of the reserve at most.
 //
-// Bounds: kMostImages images and kMostMembers memberships, each of at most 64 regions, kMostSessions sessions and kMostConnectionsAnImage connections;
-// kMostConnections in all.
+// Bounds: kMostImages images and kMostMembers memberships, each of at most 64 regions, kMostSessions sessions and
+// kMostConnectionsAnImage connections; kMostConnections in all.
 //
 // Threads: one a connection, each blocking in its socket, and one for each server that a connection passes replicas on
 // to; calls from any thread.
@@ -41,6 +41,8 @@ struct StageConfig {
   std::uint64_t memory_bytes = 0;
   std::uint64_t bandwidth = 0;      // bytes/s in each direction over all images; 0: no limit
   std::uint64_t popular_share = 8;  // of the slab, one in so many slots may hold popular pages; 0: none
+  // A member that stands still for so long within a frame or an answer is cut, and one that takes three times as long.
+  std::uint64_t member_timeout_ms = 10'000;
   std::uint64_t popular_period_ms = 600'000;  // what nobody has reported for so long fades in as long again
 };
 

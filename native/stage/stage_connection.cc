@@ -4,6 +4,8 @@
 #include <cstring>
 #include <exception>
 
+#include "os/steady_ms.h"
+
 namespace memferry {
 
 StageConnection::StageConnection(Place place, UniqueFd fd)
@@ -31,12 +33,15 @@ std::shared_ptr<StageConnection> StageConnection::start(Place place, UniqueFd fd
     made = std::make_shared<ReadingConnection>(std::move(place), std::move(fd));
   }
   made->predecessor_ = std::move(predecessor);
-  made->place_.common->connections.fetch_add(1);
+  StageCommon& common = *made->place_.common;
+  common.connections.fetch_add(1);
+  if (made->place_.member) common.member_connections.fetch_add(1);
   try {
     made->thread_.start(writer ? "mf-stage-write" : "mf-stage-read",
                         [self = made.get()](WorkerThread&) { self->run(); });
   } catch (...) {
-    made->place_.common->connections.fetch_sub(1);
+    common.connections.fetch_sub(1);
+    if (made->place_.member) common.member_connections.fetch_sub(1);
     throw;
   }
   return made;
@@ -59,6 +64,7 @@ void StageConnection::run() {
     stream_->shutdown();
     stream_.reset();
   }
+  if (place_.member) place_.common->member_connections.fetch_sub(1);
   place_.common->connections.fetch_sub(1);
   ended_ = true;
 }
@@ -89,6 +95,21 @@ bool StageConnection::read(std::span<std::byte> into) {
     std::memcpy(into.data(), buffer_.data() + buffer_begin_, take);
     buffer_begin_ += take;
     into = into.subspan(take);
+  }
+  return true;
+}
+
+bool StageConnection::read_until(std::uint64_t deadline_ms, std::span<std::byte> into) {
+  while (!into.empty()) {
+    if (steady_ms() >= deadline_ms) return false;
+    std::size_t taken = std::min(into.size(), buffer_end_ - buffer_begin_);
+    if (taken > 0) {
+      std::memcpy(into.data(), buffer_.data() + buffer_begin_, taken);
+      buffer_begin_ += taken;
+    } else if (!stream_->recv_some(into, taken).done()) {
+      return false;
+    }
+    into = into.subspan(taken);
   }
   return true;
 }

@@ -138,22 +138,21 @@ class MemberConnection final : public StageConnection {
 
  protected:
   void serve() override;
+  void interrupt_more() override { place_.common->desks.wake(); }
 
  private:
+  using Desk = MemberDesks::Desk;
   // Each gives false when the connection is over.
-  bool serve_frame(const wire::FrameHeader& header);
-  bool on_report(const wire::FrameHeader& header);
-  bool on_content(const wire::FrameHeader& header);
-  bool on_ask(const wire::FrameHeader& header);
-  bool on_read(const wire::FrameHeader& header);
-  bool read_names(const wire::FrameHeader& header);
+  bool serve_frame(const wire::FrameHeader& header, Desk& desk);
+  bool on_report(const wire::FrameHeader& header, Desk& desk);
+  bool on_content(const wire::FrameHeader& header, Desk& desk);
+  bool on_ask(const wire::FrameHeader& header, Desk& desk);
+  bool on_read(const wire::FrameHeader& header, Desk& desk);
+  bool read_payload(std::span<std::byte> into);
+  bool read_names(const wire::FrameHeader& header, Desk& desk);
   bool answer(wire::FrameHeader header, std::span<const std::byte> payload);
 
   std::uint64_t wanted_pages_ = 0;  // that were asked for and have not come: nothing else may
-  std::vector<wire::ContentName> names_;
-  std::vector<std::uint64_t> wanted_;
-  std::vector<wire::PopularName> popular_;
-  std::vector<std::byte> pages_;  // for as long as they are on their way: there may be many members
 };
 
 // Slots as they lie in memory: neighbours in one piece.

@@ -52,8 +52,8 @@ bool WritingConnection::receive_packed(const wire::FrameHeader& header, bool& ro
   Slab& slab = *place_.common->slab;
   const std::uint64_t wanted = (header.payload_bytes + page_size_ - 1) / page_size_;
   room = slab.take_all(wanted, packed_slots_);
-  if (!room) {
-    // As for pages that come as they are.
+  if (!room && wire::encoding_of(header) != wire::kFlagDelta) {
+    // As for pages that come as they are. A delta is against what would be forgotten.
     place_.image->forget(header.region, run_of(header));
     room = slab.take_all(wanted, packed_slots_);
   }

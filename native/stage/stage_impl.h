@@ -1,8 +1,8 @@
 // What the files of a stage share: what all connections of a server use, an image with its sessions, and a
 // connection.
 //
-// Order of locks: Stage::Impl, then a connection's; an image's, then the slab's. No lock of the stage is held while
-// a thread is waited for or a socket written.
+// Order of locks: Stage::Impl, then a connection's or PopularPages'; an image's or a HintTable's; Popularity's, which the
+// slab's relief takes; the slab's. No lock of the stage is held while a thread is waited for or a socket written.
 #pragma once
 
 #include <array>
@@ -17,6 +17,7 @@
 #include "stage/codec_seats.h"
 #include "stage/content_domain.h"
 #include "stage/image.h"
+#include "stage/member_desks.h"
 #include "stage/popular_pages.h"
 #include "stage/slab.h"
 #include "stage/stage.h"
@@ -38,7 +39,11 @@ struct StageCommon {
   wire::BandwidthCap out;
   std::atomic<std::uint64_t> bytes_in{0};
   std::atomic<std::uint64_t> bytes_out{0};
-  std::atomic<std::size_t> connections{0};  // whose threads run
+  std::atomic<std::size_t> connections{0};         // whose threads run
+  std::atomic<std::size_t> member_connections{0};  // of these
+  const std::size_t most_member_connections;
+  MemberDesks desks;
+  const std::uint64_t member_timeout_ms;
   CodecSeats codecs;
   wire::EncodingCounters packed;  // answers to reading ahead
 };
@@ -86,6 +91,8 @@ class StageConnection {
   // Reads and checks the next header; false when the connection is over.
   bool read_header(wire::FrameHeader& header);
   bool read(std::span<std::byte> into);
+  // False as well when it is not all here by then. A call waits no longer than the socket does.
+  bool read_until(std::uint64_t deadline_ms, std::span<std::byte> into);
   bool read_scattered(std::span<iovec> into);  // of a writer only
   // Of a frame that carries nothing.
   [[nodiscard]] static bool bare_checksum_fits(const wire::FrameHeader& header);

@@ -2,7 +2,8 @@
  * A parked guest as a base: its pages are read from the VMD, and what the arriving guest has in common with it need not
  * come from the source. Nothing is claimed and nothing dissolved: to the image this is one more reader, who has its
  * secret. It is gathered as by `unpark`, into memory of its own, and copied from there; so it takes that memory once
- * more while it lasts. What cannot be read costs the base, not the migration. JavaScript thread.
+ * more while it lasts. An image is read for one arrival at a time: its servers take few connections for it, and an
+ * `unpark` finds some left. What cannot be read costs the base, not the migration. JavaScript thread.
  */
 import { randomBytes } from 'node:crypto';
 import { loadAddon } from '../addon.js';
@@ -33,6 +34,8 @@ const final: ReadonlySet<ImageInfo['phase']> = new Set(['parked', 'claimed', 're
 /** Some ms each, so that it can be called off in between. */
 const pieceBytes = 8 * 2 ** 20;
 const lookEveryMs = 20;
+/** Images that are being read. */
+const beingRead = new Set<string>();
 
 /** One reading of a parked image, for one arrival. */
 export class ParkedBase {
@@ -63,6 +66,21 @@ export class ParkedBase {
   }
 
   async #gather(signal: AbortSignal, progress: (fraction: number) => void): Promise<void> {
+    const { image } = this.ticket;
+    if (beingRead.has(image)) {
+      throw new MemferryError('VMD_REFUSED', 'the parked image is being read for another arrival', {
+        facts: { reason: 'busy' },
+      });
+    }
+    beingRead.add(image);
+    try {
+      await this.#read(signal, progress);
+    } finally {
+      beingRead.delete(image);
+    }
+  }
+
+  async #read(signal: AbortSignal, progress: (fraction: number) => void): Promise<void> {
     const { image, secret } = this.ticket;
     const images = await ImageSet.openParked(
       parseAddress(this.ticket.home),

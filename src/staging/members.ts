@@ -10,6 +10,8 @@ import { memberRoles, stageTokens } from './image-secret.js';
 const maxMembers = 1024;
 /** Of one connection: a host's guests. */
 const maxOfOne = 64;
+/** Of the domains that a server tells apart at a time: nobody takes them all. */
+const maxDomainsOfOne = 4;
 /** Every membership has one. */
 const theSession = 1;
 
@@ -19,7 +21,8 @@ export interface Joiner {
 }
 
 export class StagedMembers {
-  readonly #members = new Map<string, Joiner>();
+  /** With the domain's key, in hex. */
+  readonly #members = new Map<string, { joiner: Joiner; domain: string }>();
 
   constructor(private readonly stage: NativeStage) {}
 
@@ -39,9 +42,16 @@ export class StagedMembers {
         facts: { limit: maxMembers },
       });
     }
-    if (this.#of(joiner).length >= maxOfOne) {
+    const its = this.#of(joiner);
+    if (its.length >= maxOfOne) {
       throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxOfOne} members on one connection`, {
         facts: { limit: maxOfOne },
+      });
+    }
+    const domain = Buffer.from(domainKey).toString('hex');
+    if (new Set([...its.map((each) => this.#members.get(each)?.domain), domain]).size > maxDomainsOfOne) {
+      throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxDomainsOfOne} domains on one connection`, {
+        facts: { limit: maxDomainsOfOne },
       });
     }
     const bytes = Buffer.from(member, 'hex');
@@ -56,13 +66,13 @@ export class StagedMembers {
       native(() => this.stage.drop(bytes));
       throw error;
     }
-    this.#members.set(member, joiner);
+    this.#members.set(member, { joiner, domain });
     return theSession;
   }
 
   /** Its own only. */
   leave(joiner: Joiner, member: string): boolean {
-    if (this.#members.get(member) !== joiner) return false;
+    if (this.#members.get(member)?.joiner !== joiner) return false;
     this.#members.delete(member);
     return native(() => this.stage.drop(Buffer.from(member, 'hex')));
   }
@@ -79,6 +89,6 @@ export class StagedMembers {
   }
 
   #of(joiner: Joiner): string[] {
-    return [...this.#members].flatMap(([member, its]) => (its === joiner ? [member] : []));
+    return [...this.#members].flatMap(([member, its]) => (its.joiner === joiner ? [member] : []));
   }
 }

@@ -3,10 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <chrono>
 #include <cstring>
 #include <random>
+#include <thread>
 
 #include "page/content_hash.h"
+#include "sanitized.h"
 #include "stage/content_domain.h"
 #include "stage_client.h"
 
@@ -317,6 +320,120 @@ TEST_F(MemberStage, AFloodOfNamesPushesOutNothingThatIsPopular) {
   const auto host = member(60, 1, std::nullopt);
   EXPECT_EQ(popular(*host).size(), 16u);
   EXPECT_LE(bench.stage->stats().popular_table_bytes, bench.stage->stats().slab_bytes / 64);
+}
+
+// As many members as one server takes connections of, each of which has sent and been sent the longest frames: beside the
+// slab, all of which is in use, they stay within the reserve.
+TEST(MemberDesks, ManyConnectionsStayWithinTheReserve) {
+  constexpr std::uint64_t kMemory = 32ULL << 20U;
+  constexpr std::uint64_t kReserve = kMemory / 4;
+  StageBench bench(kMemory);
+  bench.stage->preallocate();
+  const auto connect = [&](std::uint16_t number) {
+    ImageId id = image_id(1);
+    std::memcpy(&id[2], &number, sizeof number);
+    EXPECT_TRUE(bench.stage->join({id, domain_key(1), MemberGuest{}}));
+    EXPECT_TRUE(
+        bench.stage->add_session(id, kSession, role_bit(StageRole::kPopular), stage_tokens(id, kSession, 1)));
+    std::unique_ptr<StageClient> client;
+    return bench.say(stage_hello(id, kSession, StageRole::kPopular, 0), &client) ==
+                   wire::HelloStatus::kAccepted
+               ? std::move(client)
+               : nullptr;
+  };
+  std::vector<wire::ContentName> names(wire::kMostNames);
+  std::mt19937_64 random(1);
+  for (auto& each : names) each = {random(), random()};
+  const auto use = [&](StageClient& client) {
+    ASSERT_TRUE(client.frame(wire::make_header(FrameType::kReport, 0, {PageNumber{0}, names.size()}, 1),
+                             std::as_bytes(std::span(names))));
+    ASSERT_TRUE(client.receive());
+    ASSERT_TRUE(
+        client.frame(wire::make_header(FrameType::kPopularAsk, 0, {PageNumber{0}, wire::kMostNames}, 2)));
+    ASSERT_TRUE(client.receive());
+  };
+  std::vector<std::unique_ptr<StageClient>> clients;
+  clients.push_back(connect(0));
+  ASSERT_TRUE(clients.back());
+  ASSERT_NO_FATAL_FAILURE(use(*clients.back()));  // what the test itself takes for it
+  const std::uint64_t before = resident_bytes();
+  for (std::uint16_t number = 1;; ++number) {
+    auto client = connect(number);
+    if (!client) break;
+    clients.push_back(std::move(client));
+    ASSERT_NO_FATAL_FAILURE(use(*clients.back()));
+    ASSERT_LE(clients.size(), 256u) << "there is a bound";
+  }
+  EXPECT_GE(clients.size(), 128u);
+  if (!kSanitized) {
+    EXPECT_LT(resident_bytes(), before + kReserve);
+  }
+  // An image finds a place beside them, and who goes makes room.
+  const ImageId image = image_id(9);
+  bench.make(image, {8});
+  EXPECT_TRUE(bench.scatter(image)->barrier(1).acknowledged);
+  clients.pop_back();
+  while (bench.stage->stats().connections > clients.size() + 1) std::this_thread::yield();
+  EXPECT_TRUE(connect(1000));
+}
+
+class StallingMembers : public testing::Test {
+ protected:
+  std::unique_ptr<StageClient> member(const StageBench& bench, std::uint8_t number) {
+    const ImageId id = image_id(number);
+    EXPECT_TRUE(bench.stage->join({id, domain_key(1), MemberGuest{number}}));
+    EXPECT_TRUE(
+        bench.stage->add_session(id, kSession, role_bit(StageRole::kPopular), stage_tokens(id, kSession)));
+    return bench.connect(id, kSession, StageRole::kPopular);
+  }
+  bool begin_report(StageClient& to, std::size_t sent) {
+    wire::FrameHeader header = wire::make_header(FrameType::kReport, 0, {PageNumber{0}, names.size()}, 1);
+    wire::seal(header, std::as_bytes(std::span(names)));
+    return to.wire().raw(&header, sizeof header) && to.wire().raw(names.data(), sent);
+  }
+  std::vector<wire::ContentName> names = std::vector<wire::ContentName>(64, wire::ContentName{1, 2});
+};
+
+TEST_F(StallingMembers, WithinAFrameAreCutAndTheOthersComeToTheirTurn) {
+  const StageBench bench(StageConfig{.memory_bytes = 16ULL << 20U, .member_timeout_ms = 200});
+  const auto quiet = member(bench, 1);
+  std::vector<std::unique_ptr<StageClient>> stalled;
+  for (std::uint8_t number = 2; number < 12; ++number) {
+    stalled.push_back(member(bench, number));
+    ASSERT_TRUE(begin_report(*stalled.back(), 100));
+  }
+  const auto other = member(bench, 20);
+  ASSERT_TRUE(begin_report(*other, names.size() * sizeof names[0]));
+  EXPECT_TRUE(other->receive()) << "behind those that stand still";
+  for (const auto& each : stalled) EXPECT_TRUE(each->ended());
+  // Between frames: it has been quiet for longer than they.
+  ASSERT_TRUE(begin_report(*quiet, names.size() * sizeof names[0]));
+  EXPECT_TRUE(quiet->receive());
+}
+
+TEST_F(StallingMembers, WhoTricklesIsCutAsWell) {
+  const StageBench bench(StageConfig{.memory_bytes = 16ULL << 20U, .member_timeout_ms = 200});
+  const auto slow = member(bench, 1);
+  ASSERT_TRUE(begin_report(*slow, 0));
+  bool cut = false;
+  const auto* const bytes = reinterpret_cast<const std::byte*>(names.data());
+  for (std::size_t at = 0; at < names.size() * sizeof names[0] && !cut; ++at) {
+    cut = !slow->wire().raw(bytes + at, 1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  EXPECT_TRUE(cut);
+}
+
+// Whoever ends a membership that waits for its turn does not wait for those before it.
+TEST_F(StallingMembers, WhoWaitsBehindThemCanLeave) {
+  const StageBench bench(StageConfig{.memory_bytes = 16ULL << 20U, .member_timeout_ms = 600'000});
+  std::vector<std::unique_ptr<StageClient>> stalled;
+  for (std::uint8_t number = 2; number < 12; ++number) {
+    stalled.push_back(member(bench, number));
+    ASSERT_TRUE(begin_report(*stalled.back(), 100));
+  }
+  for (std::uint8_t number = 11; number >= 2; --number) EXPECT_TRUE(bench.stage->drop(image_id(number)));
+  for (const auto& each : stalled) EXPECT_TRUE(each->ended());
 }
 
 }  // namespace

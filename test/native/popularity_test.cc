@@ -250,6 +250,56 @@ TEST(PopularPagesTest, ADomainIsRememberedUntilItsCountsHaveFadedOrItsPlaceIsNee
   EXPECT_FALSE(pages->domain(key(1), 30)) << "somebody is in all of them";
 }
 
+// More joins than there are numbers, each with a key of its own: a domain that comes after them finds nothing of those
+// that had its number, and one that stays keeps what is its own.
+TEST(PopularPagesTest, AFloodOfDomainsMixesNothingUp) {
+  const auto slab = std::make_shared<Slab>(4096 * system_page_size(), system_page_size());
+  const auto pages = std::make_shared<PopularPages>(
+      slab, PopularityConfig{.most_tables = 64, .most_contents = 32, .period_ms = kPeriodMs});
+  const auto key = [](std::uint32_t number) {
+    DomainKey made{};
+    std::memcpy(made.data(), &number, sizeof number);
+    return made;
+  };
+  const auto stays = pages->domain(key(0), 0);
+  const auto tell = [](PopularDomain& domain, unsigned content, unsigned seat) {
+    std::vector<wire::ContentName> names{name_of(content)};
+    std::uint64_t wanted = 0;
+    domain.report(names, seat, 1, std::span(&wanted, 1));
+    return wanted == 1;
+  };
+  EXPECT_FALSE(tell(*stays, 1, 1));
+  std::set<std::uint16_t> numbers;
+  for (std::uint32_t number = 1; number <= 70'000; ++number) {
+    const auto domain = pages->domain(key(number), 1);
+    ASSERT_TRUE(domain);
+    ASSERT_NE(domain->number(), stays->number());
+    numbers.insert(domain->number());
+    if (number % 64 == 0) {
+      ASSERT_FALSE(tell(*domain, 2, 1)) << "nobody of this domain has said so";
+    }
+  }
+  EXPECT_GT(numbers.size(), 60'000u);
+  EXPECT_TRUE(tell(*stays, 1, 2));
+}
+
+// Not at once, and nobody waits for it: entries of a domain that is gone count for nothing from that moment on.
+TEST_F(PopularityTest, WhatIsForgottenIsGoneAtOnceAndSweptByAndBy) {
+  make(4096, {.most_tables = 256, .most_contents = 64});
+  for (unsigned content = 0; content < 400; ++content) (void)report(content, 1);
+  ASSERT_TRUE(hold(1000, 2));
+  table->forget(1);
+  EXPECT_GT(table->stats().names, 0u) << "no pass over the whole table";
+  EXPECT_FALSE(table->forgotten(1));
+  EXPECT_EQ(guests(1000), 0u);
+  EXPECT_TRUE(listed().empty());
+  EXPECT_FALSE(give(1000));
+  for (int i = 0; i < 256 && !table->forgotten(1); ++i) table->tend(now);
+  EXPECT_TRUE(table->forgotten(1));
+  EXPECT_EQ(table->stats().names, 0u);
+  EXPECT_EQ(table->stats().contents, 0u);
+}
+
 // The table may know less than the model (what found no room), never more, and never a wrong page.
 void run_schedule(std::uint32_t seed) {
   std::mt19937_64 random(seed);

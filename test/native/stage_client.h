@@ -98,6 +98,7 @@ class StageClient {
   struct Barrier {
     bool acknowledged = false;
     std::vector<Refused> refused;
+    std::size_t torn = 0;                 // of these
     std::optional<std::uint64_t> broken;  // the ordinal of a chain
   };
   struct Map {
@@ -164,6 +165,7 @@ class StageClient {
       const wire::FrameHeader& header = answer->header;
       if (answer->is(wire::FrameType::kRefused)) {
         result.refused.push_back({header.region, header.first_page, header.page_count});
+        result.torn += (header.flags & wire::kFlagTorn) != 0 ? 1 : 0;
       } else if (answer->is(wire::FrameType::kChainBroken)) {
         result.broken = header.tag;
       } else {
@@ -331,7 +333,8 @@ struct StageBench {
   static constexpr std::uint16_t kDestination = 2;  // session that may gather and demand
 
   explicit StageBench(std::uint64_t memory_bytes = 32ULL << 20, std::uint64_t bandwidth = 0)
-      : stage(Stage::create({memory_bytes, bandwidth})) {
+      : StageBench(StageConfig{.memory_bytes = memory_bytes, .bandwidth = bandwidth}) {}
+  explicit StageBench(StageConfig config) : stage(Stage::create(config)) {
     Listener::Config listening;
     listening.host = "127.0.0.1";
     listener = std::make_unique<Listener>(std::move(listening));

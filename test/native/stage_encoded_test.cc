@@ -366,6 +366,7 @@ TEST(StageCodecs, AFullServerStillReplacesWhatItHas) {
   const auto last = source->barrier(4);
   ASSERT_TRUE(last.acknowledged);
   EXPECT_EQ(last.refused, (std::vector<StageClient::Refused>{{0, 192, 64}}));
+  EXPECT_EQ(last.torn, 0u) << "for want of room: it was not found to be wrong";
   oracle.absent(0, 192, 64);
   oracle.check(*bench.gather(id, 1));
 }

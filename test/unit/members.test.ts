@@ -79,6 +79,22 @@ describe('a membership', () => {
     await expect(one.join(id(65), key, null)).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
     await other.join(id(65), key, null);
   });
+
+  it('is of one of four domains on one connection', async () => {
+    const server = await serve();
+    const [one, other] = [await dial(server), await dial(server)];
+    const keyOf = (domain: number) => new Uint8Array(32).fill(domain);
+    for (let at = 1; at <= 8; at++) await one.join(id(at), keyOf(at % 4), null);
+    await expect(one.join(id(9), keyOf(9), null)).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
+    expect(server.native.members.size).toBe(8);
+    await one.join(id(10), keyOf(1), null);
+    await other.join(id(11), keyOf(9), null);
+    // The last one of a domain makes room for another.
+    await one.leave(id(2));
+    await expect(one.join(id(9), keyOf(9), null)).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
+    await one.leave(id(6));
+    await one.join(id(9), keyOf(9), null);
+  });
 });
 
 describe('directories', () => {
