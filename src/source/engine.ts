@@ -78,7 +78,9 @@ export class SourceEngine {
    */
   async settle(servers: number, references: boolean): Promise<number> {
     let suspects = await this.round(references);
-    for (let failed = 0; suspects > 0 && failed < servers; failed++) suspects = await this.round();
+    for (let failed = 0; suspects > 0 && failed < servers; failed++) {
+      suspects = await this.round(references);
+    }
     return suspects;
   }
 

@@ -175,7 +175,7 @@ class Parking {
       pausedAt = performance.now();
       await this.#follow(images);
       engine.queueDirtyNow();
-      const suspects = await untilAborted(engine.settle(images.list.length, false), this.#abort.signal);
+      const suspects = await untilAborted(engine.settle(images.list.length, true), this.#abort.signal);
       if (suspects > 0) {
         throw new MemferryError(
           'PROTOCOL_ERROR',
