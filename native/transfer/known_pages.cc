@@ -104,6 +104,7 @@ void KnownPages::leave(Memory& memory) {
   sweep_locked();
   const std::lock_guard queue(queue_mutex_);
   full_ = full_locked();
+  idle_.notify_all();
 }
 
 // Reading the index takes milliseconds; this thread does it, for each guest as it comes. Without memory for it there is

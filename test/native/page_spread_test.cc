@@ -276,6 +276,8 @@ class LyingServer {
       }
       const timeval patience{0, 100'000};
       ::setsockopt(fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+      // An answer is two writes.
+      wire::configure_connection(fd.get());
       StageClient client(std::move(fd));
       wire::Hello hello{};
       const wire::HelloReply reply{wire::kFrameMagic,
