@@ -6,7 +6,8 @@
 namespace memferry {
 
 struct DedupStats {
-  std::uint64_t pages = 0;           // acknowledged as references
+  std::uint64_t pages =
+      0;  // as references: acknowledged ones, in the direct modes sent and not refused so far
   std::uint64_t refused = 0;         // references to what was not there any more
   std::uint64_t examined = 0;        // pages hashed
   std::uint64_t probes = 0;          // contents asked for

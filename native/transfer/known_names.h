@@ -18,7 +18,7 @@ namespace memferry {
 
 class KnownNames {
  public:
-  // 64 MiB of table at most; what is told beyond is passed over.
+  // 64 MiB of table at most, half as much again while it grows; what is told beyond is passed over.
   static constexpr std::size_t kMost = std::size_t{1} << 22;
 
   KnownNames();  // throws SystemError (getrandom)

@@ -52,7 +52,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     check_drained();
     return true;
   }
-  // What the destination has of them is no base for what is sent next.
+  // What the destination or a server has of them is no base for what is sent next.
   if (DeltaCache* const cache = config_.encoding.cache; cache != nullptr && cache->open()) {
     for (const RegionRun& each : runs) cache->forget(each.region, each.run);
   }
