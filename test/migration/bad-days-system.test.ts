@@ -20,7 +20,7 @@ import {
 } from '../support/scenario.js';
 
 afterEach(async () => {
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 const root = process.getuid?.() === 0;

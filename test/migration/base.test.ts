@@ -36,7 +36,7 @@ beforeEach(async () => {
 });
 afterEach(async () => {
   await closeProxies();
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
   await rm(directory, { recursive: true, force: true });
 });
 

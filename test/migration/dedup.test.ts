@@ -24,7 +24,7 @@ import {
 } from '../support/scenario.js';
 
 afterEach(async () => {
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 const MB = 1e6;

@@ -21,7 +21,7 @@ import {
 } from '../support/scenario.js';
 
 afterEach(async () => {
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 interface Encoding {

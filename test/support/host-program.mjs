@@ -10,11 +10,18 @@ import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import { TestGuest } from './test-guest.mjs';
 
 const guests = new Map();
+/** Guests whose name another has taken since; they run on here until the reset. */
+const displaced = [];
 const migrations = new Map();
 const listeners = new Map();
 const arrivals = new Map();
 const stages = new Map();
 const tell = (event, facts = {}) => process.connected && process.send({ event, ...facts });
+
+function keep(name, guest) {
+  if (guests.has(name)) displaced.push(guests.get(name));
+  guests.set(name, guest);
+}
 
 function plainError(error) {
   if (error instanceof MemferryError) {
@@ -135,7 +142,7 @@ const operations = {
   async create({ guest, regions, rate = {}, behaviour = {} }) {
     const rates = { batch: 8, restMs: 1, ...rate };
     const log = (step) => tell('guest', { guest, step });
-    guests.set(guest, await TestGuest.create(guest, regions, rates, behaviour, log));
+    keep(guest, await TestGuest.create(guest, regions, rates, behaviour, log));
   },
   start: ({ guest }) => find(guests, guest, 'guest').start(),
   behave: ({ guest, behaviour }) => Object.assign(find(guests, guest, 'guest').behaviour, behaviour),
@@ -191,7 +198,7 @@ const operations = {
       const log = (step) => tell('guest', { guest: offer.name, step, arrived: true });
       const former = fromGuest === null ? null : find(guests, fromGuest, 'guest');
       const guest = await TestGuest.accept(offer, rates, { ...behaviour }, log);
-      guests.set(offer.name, guest);
+      keep(offer.name, guest);
       const arriving = guest.arriving();
       if (bases) arriving.bases = bases.map((path) => path && { path });
       if (inPlace) {
@@ -218,7 +225,7 @@ const operations = {
         modules: moduleUrls,
         ...(workerBase ? { base: workerBaseOf(workerBase) } : {}),
         onGuest: (guest) => {
-          guests.set(guest.name, guest);
+          keep(guest.name, guest);
           watchWorker(guest);
         },
       });
@@ -286,7 +293,7 @@ const operations = {
       module: { name: module, url: new URL(url) },
       ...options,
     });
-    guests.set(guest, started);
+    keep(guest, started);
     watchWorker(started);
   },
   saveBase: ({ guest, options }) => saveBase(find(guests, guest, 'guest'), options),
@@ -298,7 +305,9 @@ const operations = {
   async reset() {
     await Promise.all([...migrations.values()].map(({ migration }) => migration[Symbol.asyncDispose]()));
     await Promise.all([...listeners.values()].map((listening) => listening.close()));
-    await Promise.all([...guests.values()].map((guest) => guest.end?.() ?? guest.terminate()));
+    await Promise.all(
+      [...guests.values(), ...displaced.splice(0)].map((guest) => guest.end?.() ?? guest.terminate()),
+    );
     await Promise.all([...stages.values()].map((staging) => staging.close()));
     for (const map of [migrations, listeners, guests, arrivals, stages]) map.clear();
   },

@@ -256,11 +256,12 @@ export class Host {
 }
 
 /**
- * For afterEach: ends whatever a test left running on its hosts. Gives what is wrong, which no test may pass
- * over: failures that the hosts told of, and what they still hold when everything is closed.
+ * For afterEach: ends whatever a test left running on its hosts. Throws what is wrong, which no test may pass over:
+ * failures that the hosts told of, and what they still hold when everything is closed.
  */
-export async function endHosts(): Promise<string[]> {
-  return (await Promise.all([...all].map((host) => host.retire()))).flat();
+export async function endHosts(): Promise<void> {
+  const complaints = (await Promise.all([...all].map((host) => host.retire()))).flat();
+  if (complaints.length > 0) throw new Error(complaints.join('\n'));
 }
 
 export function bounded<T>(promise: Promise<T>, boundMs: number, what: () => string): Promise<T> {
