@@ -1,7 +1,7 @@
 /**
  * `npm test`: every suite in turn, whatever the one before did. At the end a line `failed: SUITE: TEST: WHY` for each
  * test that failed, and one with the sum of all: `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI
- * runs the first again on another Node. While the TypeScript suite runs, which mostly waits, the native ones are
+ * runs `typescript-engine`, a part of the first, on another Node. While the TypeScript suite runs, which mostly waits, the native ones are
  * compiled at the lowest priority.
  */
 import { spawn } from 'node:child_process';
@@ -14,9 +14,17 @@ const root = join(dirname(fileURLToPath(import.meta.url)), '..');
 const vitestReport = join(root, 'build/test-results/vitest.json');
 
 const NATIVE = { native: 'plain', 'native-asan': 'asan', 'native-tsan': 'tsan' };
+/** Those tests that another Node can fail: all but the bad days and the losses, which are the addon's to deal with. */
+const OF_THE_ENGINE = [
+  'test/unit',
+  ...['modes', 'base', 'encodings', 'park', 'bad-days-worker', 'demo-by-hand'].map(
+    (name) => `test/migration/${name}.test.ts`,
+  ),
+];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
   typescript: runVitest,
+  'typescript-engine': () => runVitest(OF_THE_ENGINE),
   ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
   fuzz: runFuzzers,
 };
@@ -28,7 +36,7 @@ if (unknown.length > 0) {
   process.exit(1);
 }
 
-const names = asked.length > 0 ? asked : Object.keys(SUITES);
+const names = asked.length > 0 ? asked : Object.keys(SUITES).filter((name) => name !== 'typescript-engine');
 const built = buildAhead(names.filter((name) => Object.hasOwn(NATIVE, name)).map((name) => NATIVE[name]));
 for (const [signal, number] of [
   ['SIGINT', 2],
@@ -48,7 +56,7 @@ for (const name of names) {
 process.stdout.write(`\n${failures.map((failure) => `failed: ${failure}\n`).join('')}${line(sum)}\n`);
 process.exitCode = sum.failed > 0 ? 1 : 0;
 
-async function runVitest() {
+async function runVitest(files = []) {
   mkdirSync(dirname(vitestReport), { recursive: true });
   rmSync(vitestReport, { force: true });
   const { code } = await run(process.execPath, [
@@ -57,6 +65,7 @@ async function runVitest() {
     '--reporter=default',
     '--reporter=json',
     `--outputFile.json=${vitestReport}`,
+    ...files,
   ]);
   try {
     const report = JSON.parse(readFileSync(vitestReport, 'utf8'));
