@@ -66,7 +66,7 @@ class AttachPager : public testing::TestWithParam<bool> {
   std::thread server;
 };
 INSTANTIATE_TEST_SUITE_P(Memory, AttachPager, testing::Bool(),
-                         [](const auto& info) { return info.param ? "Shared" : "Private"; });
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
 
 TEST_P(AttachPager, RoundsThenTheSwitchThenFaultsAndThePush) {
   own();

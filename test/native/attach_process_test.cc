@@ -148,7 +148,7 @@ TEST(AttachProcess, OneThatRunsAnotherProgram) {
 
 class AttachKinds : public testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Memory, AttachKinds, testing::Bool(),
-                         [](const auto& info) { return info.param ? "Shared" : "Private"; });
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
 
 TEST_P(AttachKinds, BytesAreReadAsTheOwnerHasThem) {
   OwnerProcess owner({.pages = 700, .shared = GetParam()});

@@ -62,7 +62,7 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
   std::atomic<int> failed{0};
 };
 INSTANTIATE_TEST_SUITE_P(Memory, AttachSourcePager, testing::Bool(),
-                         [](const auto& info) { return info.param ? "Shared" : "Private"; });
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
 
 TEST_P(AttachSourcePager, ServesFaultsAndBringsTheRest) {
   SourcePager pager(config(true));

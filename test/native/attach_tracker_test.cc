@@ -34,9 +34,9 @@ class AttachTracker : public testing::TestWithParam<Kind> {
 INSTANTIATE_TEST_SUITE_P(Kinds, AttachTracker,
                          testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
                                          Kind{TrackerKind::kHashDiff, false}, Kind{TrackerKind::kHashDiff, true}),
-                         [](const auto& info) {
-                           return std::string(info.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-                                  (info.param.shared ? "Shared" : "Private");
+                         [](const auto& of) {
+                           return std::string(of.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
+                                  (of.param.shared ? "Shared" : "Private");
                          });
 
 TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
@@ -44,7 +44,9 @@ TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
   const auto region = owner_->attach();
   const auto tracker = make_tracker(GetParam().tracker, region);
   tracker->arm();
-  if (const AtomicBitmap* populated = tracker->populated_when_armed()) EXPECT_EQ(populated->count(), 500U);
+  if (const AtomicBitmap* populated = tracker->populated_when_armed()) {
+    EXPECT_EQ(populated->count(), 500U);
+  }
   std::mt19937_64 random(7);
   for (std::uint64_t round = 1; round <= 5; ++round) {
     AtomicBitmap expected(kPages);
