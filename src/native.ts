@@ -60,6 +60,33 @@ export interface NativeMapping {
   offset: number;
 }
 
+export interface NativeSourcePagerEvent {
+  kind: 'done' | 'lost' | 'failed';
+  code: string;
+  message: string;
+  /** The pages that are lost. */
+  first: number;
+  count: number;
+}
+
+export interface NativeSourcePagerStats {
+  pages: number;
+  pagesSettled: number;
+  pagesFound: number;
+  pagesLost: number;
+  faults: number;
+  faultP50Us: number;
+  faultP99Us: number;
+}
+
+export interface NativeSourcePager {
+  stats(): NativeSourcePagerStats;
+  /** Stops; whoever touches what is missing waits for a successor. Twice is fine. */
+  leave(): void;
+  /** Stops, and what is missing fails to be read. */
+  end(): void;
+}
+
 export interface NativeTrackerProbe {
   name: string;
   available: boolean;
@@ -537,6 +564,17 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  /** Pages attached memory from an open file; `ledger` is an open file that tells a successor what was settled. */
+  createSourcePager(config: {
+    region: NativeRegion;
+    snapshot: number;
+    offset: number;
+    ledger: number | null;
+    prepage: boolean;
+    onEvent: (event: NativeSourcePagerEvent) => void;
+  }): NativeSourcePager;
+  /** A process by pidfd; `alive()` is false when it has ended or runs another program. */
+  holdProcess(pidfd: number): { pid: number; alive(): boolean; end(): void };
   /** Another handle on a region of this process; null when it is gone. */
   openRegion(id: string): NativeRegion | null;
   /** How far the mapping around a WebAssembly memory is reserved, in bytes from the view's start. */

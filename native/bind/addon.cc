@@ -9,6 +9,7 @@
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
 #include "bind/sampler_handle.h"
+#include "bind/source_pager_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
 #include "bind/spreader_handle.h"
@@ -68,6 +69,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ListenerHandle::define(env);
   StageHandle::define(env);
   SamplerHandle::define(env);
+  SourcePagerHandle::define(env);
   SpreaderHandle::define(env);
   ShareHandle::define(env);
 
@@ -85,6 +87,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
   exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
+  exports.Set("createSourcePager", Napi::Function::New<SourcePagerHandle::create>(env, "createSourcePager"));
+  exports.Set("holdProcess", Napi::Function::New<SourcePagerHandle::hold_process>(env, "holdProcess"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));

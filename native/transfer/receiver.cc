@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "os/mapping.h"
+#include "os/pagemap.h"
 #include "os/sys_error.h"
 #include "transfer/receiver_impl.h"
 
