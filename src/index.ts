@@ -64,6 +64,7 @@ export { type DiscoverOptions, discover, type HeardServer } from './staging/anno
 export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
 export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
+export { openPidfd, takeDescriptor } from './pidfd.js';
 export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';

@@ -564,6 +564,9 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  openPidfd(pid: number): number;
+  /** pidfd_getfd. */
+  takeDescriptor(pidfd: number, descriptor: number): number;
   /** Pages attached memory from an open file; `ledger` is an open file that tells a successor what was settled. */
   createSourcePager(config: {
     region: NativeRegion;

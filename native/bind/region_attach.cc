@@ -1,4 +1,7 @@
 // Region.attach: memory of another process.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <utility>
 #include <vector>
 
@@ -66,6 +69,23 @@ Napi::Value RegionHandle::attach(const Napi::CallbackInfo& info) {
     const Napi::Object handle = wrap(env, {std::move(shared), nullptr});
     Unwrap(handle)->notice_ = std::move(notice);
     return handle;
+  });
+}
+
+Napi::Value RegionHandle::open_pidfd(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const long fd = ::syscall(SYS_pidfd_open, descriptor_of(info[0], "pid"), 0U);
+    if (fd < 0) throw_errno("pidfd_open");
+    return number(info.Env(), static_cast<std::uint64_t>(fd));
+  });
+}
+
+Napi::Value RegionHandle::take_descriptor(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const long fd =
+        ::syscall(SYS_pidfd_getfd, descriptor_of(info[0], "pidfd"), descriptor_of(info[1], "descriptor"), 0U);
+    if (fd < 0) throw_errno("pidfd_getfd");
+    return number(info.Env(), static_cast<std::uint64_t>(fd));
   });
 }
 
