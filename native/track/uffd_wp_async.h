@@ -36,6 +36,7 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   void register_memory();
   void register_up_to(std::uint64_t pages);
   void look_for_content(std::uint64_t pages);
+  std::uint64_t collect_holes(AtomicBitmap& dirty);
   void check_still_mapped(OwnerAddress start, std::uint64_t bytes) const;
   [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
@@ -49,6 +50,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;
   std::unique_ptr<AtomicBitmap> populated_;
+  // Of a shared file: which of its pages were there at the last look. Holes that were made since (a balloon) count as
+  // written; write protection tells nothing of them.
+  std::unique_ptr<AtomicBitmap> content_;
 };
 
 }  // namespace memferry

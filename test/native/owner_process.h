@@ -120,7 +120,11 @@ class OwnerProcess {
 
  private:
   void receive(void* into, std::size_t bytes) const {
-    if (::read(from_[0], into, bytes) != static_cast<ssize_t>(bytes)) throw_errno("read(owner)");
+    for (std::size_t done = 0; done < bytes;) {
+      const ssize_t got = ::read(from_[0], static_cast<std::byte*>(into) + done, bytes - done);
+      if (got <= 0) throw std::runtime_error("the owner does not say hello");
+      done += static_cast<std::size_t>(got);
+    }
   }
 
   [[noreturn]] void live() const {
