@@ -564,6 +564,8 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  /** Who touches what is missing in that memory waits from now on, for whoever pages it. */
+  registerMissing(pidfd: number, uffd: number, mappings: NativeMapping[], memory: number | null): void;
   openPidfd(pid: number): number;
   /** pidfd_getfd. */
   takeDescriptor(pidfd: number, descriptor: number): number;

@@ -98,6 +98,8 @@ TEST_P(AttachSourcePager, DiscardedPagesStayZerosForASuccessor) {
 
 // Every successor is killed while the owner reads all of its memory; the last one lives. The owner never notices.
 TEST_P(AttachSourcePager, PagersThatAreKilledOneAfterTheOther) {
+  // As whoever starts the first one does: what nobody has registered reads as zeros.
+  owner->attach()->uffd()->register_missing(owner->address(), owner->bytes());
   owner->tell(Op::kHash, 0, kPages);
   for (int turn = 0; turn < 4; ++turn) {
     const pid_t pid = ::fork();
