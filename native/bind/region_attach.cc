@@ -112,6 +112,7 @@ Napi::Value RegionHandle::attached(const Napi::CallbackInfo& info) {
     const Userfaultfd* const uffd = attached.uffd();
     Napi::Object how = Napi::Object::New(env);
     how.Set("pid", number(env, static_cast<std::uint64_t>(attached.owner()->pid())));
+    how.Set("alive", Napi::Boolean::New(env, attached.owner()->alive()));
     how.Set("paged", Napi::Boolean::New(env, uffd != nullptr));
     how.Set("writeTracked",
             Napi::Boolean::New(env, uffd != nullptr && (uffd->enabled() & abi::kUffdFeatureWpAsync) != 0));

@@ -46,6 +46,9 @@ void UffdWpAsyncTracker::arm() {
                         EOPNOTSUPP);
     }
     region_->check_attached("uffd-wp-async");
+    // One range has one kind of registration: what is missing there would read as zeros.
+    if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
+    region_->end_events();
   } else {
     for (const Extent& extent : region_->extents()) {
       if (!is_private_anonymous(extent.start, extent.bytes)) {
@@ -223,7 +226,8 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 // there the kernel passes over what is not registered with it.
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
-  if (armed_ && region_->owner()) {
+  // Where a pager has it by now, the registration is the pager's.
+  if (armed_ && region_->owner() && region_->begin_events()) {
     for (const Extent& extent : region_->extents()) {
       try {
         (void)region_->uffd()->unregister(extent.start, extent.bytes);
@@ -231,6 +235,7 @@ void UffdWpAsyncTracker::disarm() {
         // It belongs to another userfaultfd by now, or is of a kind that has none.
       }
     }
+    region_->end_events();
   }
   armed_ = false;
   populated_.reset();

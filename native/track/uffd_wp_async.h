@@ -25,6 +25,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
   explicit UffdWpAsyncTracker(std::shared_ptr<Region> region);
+  ~UffdWpAsyncTracker() override { UffdWpAsyncTracker::disarm(); }
+  UffdWpAsyncTracker(const UffdWpAsyncTracker&) = delete;
+  UffdWpAsyncTracker& operator=(const UffdWpAsyncTracker&) = delete;
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;

@@ -267,6 +267,16 @@ TEST_P(AttachPager, SharedMemoryIsDroppedFirst) {
   EXPECT_EQ(owner->ask(Op::kHash, 0, 50), hash(0, 50));
 }
 
+TEST_P(AttachPager, AUserfaultfdOfAThirdProcess) {
+  own();
+  // Forked alike, so that its memory is at the same addresses.
+  const OwnerProcess third({.pages = kPages, .shared = GetParam(), .features = UFFD_FEATURE_MISSING_SHMEM});
+  Region::Attachment attachment = owner->attachment();
+  attachment.uffd = Userfaultfd::adopt(third.uffd(), 0);
+  bench->config.regions = {Region::attach(std::move(attachment))};
+  EXPECT_ANY_THROW((void)Receiver::create(bench->config));
+}
+
 TEST_P(AttachPager, OnePagerAtATimeAndOnlyWithAUserfaultfd) {
   own();
   bench->start();
