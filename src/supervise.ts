@@ -100,9 +100,13 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   const lose = () => {
     owner.end();
     settle(
-      memferryError('GUEST_LOST', `the guest was ended, since nobody pages its memory: ${why || 'its pager died'}`, {
-        facts: { pagers: turn },
-      }),
+      memferryError(
+        'GUEST_LOST',
+        `the guest was ended, since nobody pages its memory: ${why || 'its pager died'}`,
+        {
+          facts: { pagers: turn },
+        },
+      ),
     );
   };
   const start = () => {

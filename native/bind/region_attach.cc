@@ -38,7 +38,8 @@ std::uint64_t features_to_ask() {
 Region::Attachment attachment_of(const Napi::CallbackInfo& info) {
   Region::Attachment attachment;
   attachment.owner = Process::open(descriptor_of(info[0], "pidfd"));
-  if (!info[1].IsNull()) attachment.uffd = Userfaultfd::adopt(descriptor_of(info[1], "uffd"), features_to_ask());
+  if (!info[1].IsNull())
+    attachment.uffd = Userfaultfd::adopt(descriptor_of(info[1], "uffd"), features_to_ask());
   const Napi::Array mappings = array_of(info[2], "mappings");
   for (std::uint32_t i = 0; i < mappings.Length(); ++i) {
     const Napi::Object mapping = object_of(mappings.Get(i), "mapping");
@@ -66,7 +67,8 @@ Napi::Value RegionHandle::register_missing(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto region = Region::attach(attachment_of(info));
     if (region->uffd() == nullptr) throw std::invalid_argument("uffd: it is missing");
-    for (const Extent& extent : region->extents()) region->uffd()->register_missing(extent.start, extent.bytes);
+    for (const Extent& extent : region->extents())
+      region->uffd()->register_missing(extent.start, extent.bytes);
     return info.Env().Undefined();
   });
 }
@@ -79,7 +81,9 @@ Napi::Value RegionHandle::attach(const Napi::CallbackInfo& info) {
     auto notice = std::make_unique<OwnerNotice>(Environment::of(env), queue);
     auto shared = SharedRegion::publish(Region::attach(std::move(attachment)), false);
     shared->watch_owner([queue](const std::string& message) {
-      queue->post([message](Napi::Env js, const Napi::Function& gone) { gone.Call({Napi::String::New(js, message)}); });
+      queue->post([message](Napi::Env js, const Napi::Function& gone) {
+        gone.Call({Napi::String::New(js, message)});
+      });
     });
     const Napi::Object handle = wrap(env, {std::move(shared), nullptr});
     Unwrap(handle)->notice_ = std::move(notice);

@@ -38,7 +38,8 @@ void check_registered(Region& memory) {
     if (got == 0) break;
     text.append(chunk.data(), static_cast<std::size_t>(got));
     std::size_t from = 0;
-    for (std::size_t line_end = text.find('\n'); line_end != std::string::npos; line_end = text.find('\n', from)) {
+    for (std::size_t line_end = text.find('\n'); line_end != std::string::npos;
+         line_end = text.find('\n', from)) {
       const std::string line = text.substr(from, line_end - from);
       from = line_end + 1;
       std::uint64_t low = 0;
@@ -72,11 +73,11 @@ void Pager::take_attached() {
       Region& memory = map.region();
       if (!memory.owner()) continue;
       if (memory.uffd() == nullptr) {
-        throw std::invalid_argument("memory of another process can only be paged by a userfaultfd of its own");
+        throw std::invalid_argument(
+            "memory of another process can only be paged by a userfaultfd of its own");
       }
       Attached& own = attached_[region];
-      if (!memory.begin_events())
-        throw std::invalid_argument("another pager has this memory's userfaultfd");
+      if (!memory.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
       own.events = true;
       if ((memory.uffd()->enabled() & kLayoutEvents) != 0)
         own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
@@ -216,7 +217,8 @@ void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end)
     at = at.plus(page_size);
     if (!place || !attached_[place->first].removed) continue;
     // What is here is dropped by the discard itself, and found missing after it.
-    if (!maps_[place->first]->present.test(place->second)) attached_[place->first].removed->set(place->second);
+    if (!maps_[place->first]->present.test(place->second))
+      attached_[place->first].removed->set(place->second);
   }
 }
 
@@ -229,12 +231,13 @@ PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byt
   PageResult total;
   while (run.count > 0) {
     const bool zeros = removed.test(run.first);
-    const auto change = zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
+    const auto change =
+        zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
     const PageRun alike{run.first, (change ? change->first.value : run.end().value) - run.first.value};
     const OwnerAddress to = map.region().owner_address(alike.first);
     const std::uint64_t length = alike.count * page_size;
-    const PageResult result = zeros ? uffd_of(region).zeropage(to, length, true)
-                                    : uffd_of(region).copy(to, bytes, length, true);
+    const PageResult result =
+        zeros ? uffd_of(region).zeropage(to, length, true) : uffd_of(region).copy(to, bytes, length, true);
     total.bytes_done += result.bytes_done;
     total.outcome = result.outcome;
     total.error = result.error;
@@ -271,7 +274,8 @@ void Pager::poison_child(std::uint32_t from, const UniqueFd& child) {
       }
     }
   } catch (const std::exception& error) {
-    break_off("SYSTEM", std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
+    break_off("SYSTEM",
+              std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
   }
 }
 

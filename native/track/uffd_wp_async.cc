@@ -38,8 +38,9 @@ void UffdWpAsyncTracker::arm() {
   if (region_->owner()) {
     const Userfaultfd* theirs = region_->uffd();
     if (theirs == nullptr) {
-      throw SystemError("uffd-wp-async: the memory was attached without a userfaultfd of its owner; use hash-diff",
-                        EOPNOTSUPP);
+      throw SystemError(
+          "uffd-wp-async: the memory was attached without a userfaultfd of its owner; use hash-diff",
+          EOPNOTSUPP);
     }
     if ((theirs->enabled() & abi::kUffdFeatureWpAsync) == 0) {
       throw SystemError("uffd-wp-async: the owner's userfaultfd was made without WP_ASYNC; use hash-diff",
@@ -103,7 +104,8 @@ void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
   const PageRun all{PageNumber{0}, pages};
   content_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
   if (region_->file_content(all, [&](PageRun run) { content_->set_run(run); })) {
-    for (std::uint64_t word = 0; word < content_->words(); ++word) populated_->or_word(word, content_->word(word));
+    for (std::uint64_t word = 0; word < content_->words(); ++word)
+      populated_->or_word(word, content_->word(word));
   } else {
     content_.reset();
     populated_->set_run(all);

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "os/pagemap.h"
-#include "page/contents.h"
 #include "os/userfaultfd.h"
+#include "page/contents.h"
 #include "track/dirty_tracker.h"
 
 namespace memferry {

@@ -700,7 +700,9 @@ export class SourceMigration extends EventEmitter {
 
   /** Memory of another process that has ended: whatever failed, failed for that. */
   #ownerGone(): MemferryError | null {
-    const gone = this.guest.regions.find(({ region }) => !region.closed && region.native.attached()?.alive === false);
+    const gone = this.guest.regions.find(
+      ({ region }) => !region.closed && region.native.attached()?.alive === false,
+    );
     return gone
       ? memferryError('OWNER_GONE', `the process that owns region '${gone.name}' is gone`, {
           facts: { region: gone.name },

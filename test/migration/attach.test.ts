@@ -22,7 +22,14 @@ import {
   stage,
   superviseGuest,
 } from '../../lib/index.js';
-import { buildOwner, endOwners, features, MemoryOwner, type OwnerKind, removeOwner } from '../support/memory-owner.js';
+import {
+  buildOwner,
+  endOwners,
+  features,
+  MemoryOwner,
+  type OwnerKind,
+  removeOwner,
+} from '../support/memory-owner.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'memferry-attach-'));
 const open: { close(): Promise<unknown> | void }[] = [];
@@ -107,7 +114,11 @@ async function destination(kind: Partial<OwnerKind>): Promise<Destination> {
 }
 
 async function move(from: Source, to: Destination, options: Partial<MigrateOptions> = {}) {
-  const migration = migrate(from.guest, { to: `127.0.0.1:${to.port}`, verify: true, ...options } as MigrateOptions);
+  const migration = migrate(from.guest, {
+    to: `127.0.0.1:${to.port}`,
+    verify: true,
+    ...options,
+  } as MigrateOptions);
   migration.done.catch(() => {});
   migration.evicted.catch(() => {});
   return migration;
@@ -119,7 +130,15 @@ async function expectSame(from: Source, to: Destination) {
   expect(Buffer.compare(here, from.paused as Buffer)).toBe(0);
 }
 
-const modes = ['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid', 'scatter', 'scatter-pre-copy', 'scatter-hybrid'] as const;
+const modes = [
+  'stop-and-copy',
+  'pre-copy',
+  'post-copy',
+  'hybrid',
+  'scatter',
+  'scatter-pre-copy',
+  'scatter-hybrid',
+] as const;
 
 describe.each([
   ['shared', true],
@@ -299,7 +318,10 @@ describe('what is refused', () => {
     const owner = await MemoryOwner.start({ pages: 16, shared: true });
     const good = owner.attachment();
     const at = owner.address;
-    const mapping = (change: object) => ({ ...good, mappings: [{ address: at, lengthBytes: 8192, offset: 0, ...change }] });
+    const mapping = (change: object) => ({
+      ...good,
+      mappings: [{ address: at, lengthBytes: 8192, offset: 0, ...change }],
+    });
     refuses({ ...good, mappings: [] }, /no mapping/);
     refuses(mapping({ address: at + 1n }), /address is not at a page boundary/);
     refuses(mapping({ address: -4096n }), /no address/);

@@ -243,7 +243,7 @@ TEST_P(AttachPager, AChildNeverReadsZerosForWhatIsMissing) {
   EXPECT_TRUE(bench->data(0).switch_over());
   serve();
   EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
-  EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);      // there: the child has it
+  EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);       // there: the child has it
   EXPECT_EQ(owner->ask(Op::kFork, 500), 0xdeadU);  // missing: the child is killed
   EXPECT_EQ(owner->ask(Op::kHash, 500, 1), hash(500, 1));
 }

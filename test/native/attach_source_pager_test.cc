@@ -27,7 +27,8 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
     content = random_bytes(kPages * kPage, 9);
     snapshot = UniqueFd(::memfd_create("snapshot", MFD_CLOEXEC));
     ledger = UniqueFd(::memfd_create("ledger", MFD_CLOEXEC));
-    ASSERT_EQ(::pwrite(snapshot.get(), content.data(), content.size(), kOffset), static_cast<ssize_t>(content.size()));
+    ASSERT_EQ(::pwrite(snapshot.get(), content.data(), content.size(), kOffset),
+              static_cast<ssize_t>(content.size()));
     owner.emplace(OwnerProcess::Options{.pages = kPages,
                                         .shared = GetParam(),
                                         .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM});
