@@ -22,6 +22,7 @@ constexpr int kPrepageNice = 5;
 constexpr int kTries = 4096;  // the layout is changing: about two seconds
 constexpr int kSpinningTries = 64;
 constexpr std::chrono::microseconds kBetweenTries{500};
+constexpr std::chrono::milliseconds kLossGrace{100};
 
 void between_tries(int tries) {
   if (tries < kSpinningTries) {
@@ -64,7 +65,8 @@ SourcePager::SourcePager(Config config)
       memory_(*config_.region),
       page_size_(memory_.page_size()),
       pages_(memory_.pages()),
-      ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)) {
+      ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)),
+      given_up_(pages_) {
   if (memory_.uffd() == nullptr || !config_.source)
     throw std::invalid_argument("a pager without a userfaultfd");
   if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
@@ -221,6 +223,7 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
     }
     return;
   }
+  if (given_up_.test(page)) return;  // it is being poisoned, which wakes whoever waits
   std::uint64_t lacking = 1;
   while (lacking < SequentialDetector::kLargestWindow && page.value + lacking < pages_ &&
          !ledger_.test(PageNumber{page.value + lacking})) {
@@ -303,10 +306,28 @@ void SourcePager::settle(PageRun run) {
 }
 
 void SourcePager::lose(PageRun run, const std::string& why) {
+  if (given_up_.set_run(run) == 0) return;
   lost_ += run.count;
   tell(EventKind::kLost, "PAGES_LOST", why, run);
-  poison(run);
-  settle(run);
+  const std::lock_guard lock(lost_mutex_);
+  lost_runs_.emplace_back(run, std::chrono::steady_clock::now() + kLossGrace);
+}
+
+void SourcePager::poison_lost() {
+  const auto now = std::chrono::steady_clock::now();
+  std::vector<PageRun> due;
+  {
+    const std::lock_guard lock(lost_mutex_);
+    std::erase_if(lost_runs_, [&](const auto& each) {
+      if (each.second > now) return false;
+      due.push_back(each.first);
+      return true;
+    });
+  }
+  for (const PageRun run : due) {
+    poison(run);
+    settle(run);
+  }
 }
 
 void SourcePager::poison(PageRun run) {
@@ -343,6 +364,7 @@ void SourcePager::prepage(WorkerThread& self) {
   PageNumber at{0};
   int tries = 0;
   while (!self.stopping()) {
+    poison_lost();
     if (settled_ >= pages_) return finish();
     if (!config_.prepage || failed_) {
       (void)self.wait(20);
@@ -352,10 +374,14 @@ void SourcePager::prepage(WorkerThread& self) {
     const std::uint64_t cursor = cursor_.load(std::memory_order_relaxed);
     if (cursor != seen) at = PageNumber{seen = cursor};
     if (at.value >= pages_) at = PageNumber{0};
-    while (at.value < pages_ && ledger_.test(at)) ++at.value;
-    if (at.value >= pages_) continue;
+    const auto lacking = [this](PageNumber page) { return !ledger_.test(page) && !given_up_.test(page); };
+    while (at.value < pages_ && !lacking(at)) ++at.value;
+    if (at.value >= pages_) {
+      (void)self.wait(1);
+      continue;
+    }
     PageRun run{at, 1};
-    while (run.count < at_once && run.end().value < pages_ && !ledger_.test(run.end())) ++run.count;
+    while (run.count < at_once && run.end().value < pages_ && lacking(run.end())) ++run.count;
     try {
       if (bring(run, buffer)) {
         at = run.end();

@@ -17,12 +17,14 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fault/latency_histogram.h"
@@ -102,6 +104,7 @@ class SourcePager {
   Outcome install(PageRun run, const std::byte* bytes);
   void settle(PageRun run);
   void lose(PageRun run, const std::string& why);
+  void poison_lost();
   void poison(PageRun run);
   bool poison_by(Userfaultfd& uffd, PageRun run);
   template <typename Visit>
@@ -114,6 +117,10 @@ class SourcePager {
   const std::uint64_t page_size_;
   const std::uint64_t pages_;
   PageLedger ledger_;
+  // Told as lost, and not poisoned yet: whoever is told has a moment first.
+  AtomicBitmap given_up_;
+  std::mutex lost_mutex_;  // guards the next
+  std::vector<std::pair<PageRun, std::chrono::steady_clock::time_point>> lost_runs_;
   SequentialDetector detector_;
   LatencyHistogram latencies_;
   std::atomic<std::uint64_t> settled_{0};

@@ -58,7 +58,7 @@ class Region : public std::enable_shared_from_this<Region> {
   // own start (>= its bytes): a WebAssembly memory.
   static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
 
-  // Memory of another process. Throws std::invalid_argument; SystemError: ENOMEM when part of it is not mapped there,
+  // Memory of another process. Throws std::invalid_argument; SystemError: EFAULT when part of it is not mapped there,
   // or not as it is said; OwnerGone.
   struct Attachment {
     std::shared_ptr<Process> owner;
@@ -99,7 +99,7 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_events() { events_taken_.store(false); }
   // Drops what is there, so that the owner's system calls go on; false when somebody else reads them.
   bool drain_events();
-  // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (ENOMEM).
+  // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (EFAULT).
   void check_attached(const char* operation) const;
 
   // Extents as they are now, in the owner's addresses.

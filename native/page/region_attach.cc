@@ -105,7 +105,7 @@ void Region::check_attached(const char* operation) const {
   }
   if (!wrong.empty())
     throw SystemError(std::string(operation) + ": in process " + std::to_string(owner_->pid()) + " " + wrong,
-                      ENOMEM);
+                      EFAULT);
 }
 
 void Region::stage() {

@@ -58,6 +58,7 @@ export class MemoryOwner {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     owners.add(this);
+    this.child.stdin?.on('error', () => {}); // it has ended
     if (!this.child.stdout) throw new Error('no pipe');
     createInterface({ input: this.child.stdout })
       .on('line', (line) => {
