@@ -128,10 +128,27 @@ bool Region::drain_events() {
     const std::size_t count = uffd_->read_events(events);
     for (std::size_t i = 0; i < count; ++i) {
       // A child's userfaultfd, of its copy of memory that nobody pages.
+      if (events[i].event == UFFD_EVENT_REMOVE && removed_) {
+        for (OwnerAddress at{events[i].arg.remove.start}; at.value < events[i].arg.remove.end;
+             at = at.plus(page_size_)) {
+          const auto page = page_at(at);
+          if (page) removed_->set(*page);
+        }
+      }
       if (events[i].event == UFFD_EVENT_FORK) UniqueFd(static_cast<int>(events[i].arg.fork.ufd)).reset();
     }
     if (count == 0) return true;
   }
+}
+
+void Region::take_removed(AtomicBitmap& into) {
+  if (!removed_) return;
+  const std::lock_guard lock(drain_mutex_);
+  for (std::uint64_t word = 0; word < removed_->words(); ++word) {
+    into.or_word(word, removed_->word(word) | removed_before_->word(word));
+  }
+  std::swap(removed_, removed_before_);
+  removed_->clear_run({PageNumber{0}, removed_->capacity()});
 }
 
 bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found) const {
@@ -197,6 +214,10 @@ Region::Region(Attachment attachment)
   pages_.store(pages, std::memory_order_release);
   capacity_pages_ = pages;
   check_attached("attach");
+  if (uffd_ && (uffd_->enabled() & UFFD_FEATURE_EVENT_REMOVE) != 0) {
+    removed_ = std::make_unique<AtomicBitmap>(pages);
+    removed_before_ = std::make_unique<AtomicBitmap>(pages);
+  }
 }
 
 }  // namespace memferry

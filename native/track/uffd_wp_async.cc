@@ -112,27 +112,56 @@ void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
   }
 }
 
-// After the protection: what is there now and goes later is found next time.
-std::uint64_t UffdWpAsyncTracker::collect_holes(AtomicBitmap& dirty) {
-  std::uint64_t found = 0;
-  PageNumber at{0};
-  const auto hole = [&](PageNumber end) {
+// After the protection: what is there now and goes later is found next time. A page in the owner's page table is in the
+// file; of the others the file is asked. (A hole that was read again since is there, and zeros: only events tell of it.)
+void UffdWpAsyncTracker::collect_removed(AtomicBitmap& dirty) {
+  // Everything here is read first: draining may have been a while ago.
+  (void)region_->drain_events();
+  region_->take_removed(dirty);
+  if (!content_) return;
+  Pagemap::Query absent;
+  absent.category_inverted = abi::kPageIsPresent;
+  absent.category_mask = abi::kPageIsPresent;
+  absent.return_mask = abi::kPageIsPresent;
+  const std::uint64_t page_size = region_->page_size();
+  for (PageRun left{PageNumber{0}, armed_pages_}; left.count > 0;) {
+    const PageRun part = region_->contiguous_run(left);
+    const OwnerAddress start = region_->owner_address(part.first);
+    PageNumber told = part.first;
+    const auto present_up_to = [&](PageNumber end) {
+      if (told < end) content_->set_run({told, end.value - told.value});
+    };
+    pagemap_.scan(start, part.count * page_size, absent, [&](const abi::PageRegion& found) {
+      const PageNumber first{part.first.value + (found.start - start.value) / page_size};
+      const PageNumber end{part.first.value + (found.end - start.value) / page_size};
+      if (end <= told) return;  // told of twice
+      present_up_to(first);
+      look_at_file({std::max(first, told), end.value - std::max(first, told).value}, dirty);
+      told = end;
+    });
+    present_up_to(part.end());
+    left = {part.end(), left.count - part.count};
+  }
+}
+
+// Holes where there was content are written pages.
+void UffdWpAsyncTracker::look_at_file(PageRun run, AtomicBitmap& dirty) {
+  PageNumber at = run.first;
+  const auto hole_up_to = [&](PageNumber end) {
     while (at < end) {
       const auto gone = content_->take_run(at, end, end.value - at.value);
       if (!gone) break;
-      found += gone->count - dirty.count(*gone);
       dirty.set_run(*gone);
       at = gone->end();
     }
     at = std::max(at, end);
   };
-  (void)region_->file_content({PageNumber{0}, armed_pages_}, [&](PageRun run) {
-    hole(run.first);
-    content_->set_run(run);
-    at = run.end();
+  (void)region_->file_content(run, [&](PageRun content) {
+    hole_up_to(content.first);
+    content_->set_run(content);
+    at = content.end();
   });
-  hole(PageNumber{armed_pages_});
-  return found;
+  hole_up_to(run.end());
 }
 
 // As far as the memory may ever grow, where that is reserved already: V8 grows a WebAssembly memory by
@@ -210,7 +239,11 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run(run);
     written += run.count;
   });
-  if (content_) written += collect_holes(dirty);
+  if (region_->owner()) {
+    const std::uint64_t before = dirty.count();
+    collect_removed(dirty);
+    written += dirty.count() - before;
+  }
   if (pages > armed_pages_) {
     // Protected first, reported after: a write in between is in what the reader finds or is reported next
     // time.

@@ -39,7 +39,8 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   void register_memory();
   void register_up_to(std::uint64_t pages);
   void look_for_content(std::uint64_t pages);
-  std::uint64_t collect_holes(AtomicBitmap& dirty);
+  void collect_removed(AtomicBitmap& dirty);
+  void look_at_file(PageRun run, AtomicBitmap& dirty);
   void check_still_mapped(OwnerAddress start, std::uint64_t bytes) const;
   [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
