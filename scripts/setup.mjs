@@ -107,6 +107,7 @@ const PROFILES = {
     'clang-format',
     'clang-tidy',
     'clang-rt',
+    'gcc',
     'libcrypto',
     'gtest',
     'ip',

@@ -176,6 +176,23 @@ describe.each([
     expect(await migration.done).toMatchObject({ tracker, verified: true });
   });
 
+  test('encoded, deduplicated, and through one server', async () => {
+    const from = await source({ shared });
+    const to = await destination({ shared });
+    const server = await stage({ memoryBytes: 64 * 2 ** 20 });
+    open.push(server);
+    const migration = await move(from, to, {
+      mode: 'scatter-hybrid',
+      via: [`127.0.0.1:${server.port}`],
+      compress: 'lz4',
+      dedup: true,
+      maxRounds: 3,
+    });
+    await to.resumed;
+    await expectSame(from, to);
+    expect((await migration.done).verified).toBe(true);
+  });
+
   test('it arrives, and moves on from there', async () => {
     const from = await source({ shared });
     const to = await destination({ shared, features: tracked });

@@ -13,7 +13,7 @@ const program = join(folder, 'memory-owner');
 const owners = new Set<MemoryOwner>();
 
 export function buildOwner(): void {
-  execFileSync('cc', ['-O2', '-pthread', '-o', program, source], { stdio: 'inherit' });
+  execFileSync('gcc', ['-O2', '-pthread', '-o', program, source], { stdio: 'inherit' });
 }
 
 export function endOwners(): void {
