@@ -419,6 +419,19 @@ void Pager::finish() {
 void Pager::stop() {
   deliverer_.stop();
   thread_.stop();
+  if (!serving()) {
+    // Nothing was ever served: there is no guest here, and whoever waits in its memory need not.
+    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+      if (!attached_[region].events) continue;
+      for (const Extent& extent : maps_[region]->region().extents()) {
+        try {
+          (void)uffd_of(region).unregister(extent.start, extent.bytes);
+        } catch (const SystemError&) {
+          // Moved or mapped anew since.
+        }
+      }
+    }
+  }
   serving_.store(false, std::memory_order_release);
   if (own_) own_->close();
   let_go_attached();

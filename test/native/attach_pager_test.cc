@@ -113,6 +113,17 @@ TEST_P(AttachPager, WhoTouchesItBeforeTheSwitchWaits) {
   EXPECT_EQ(owner->reply(), expected);
 }
 
+TEST_P(AttachPager, AMigrationThatEndsBeforeTheSwitchLeavesNobodyWaiting) {
+  own();
+  bench->start();
+  bench->connect();
+  owner->tell(Op::kRead, 17);
+  EXPECT_EQ(owner->reply(100), std::nullopt);
+  bench->receiver->close();
+  EXPECT_EQ(owner->reply(), 0U);
+  EXPECT_EQ(owner->ask(Op::kRead, 900), 0U);
+}
+
 TEST_P(AttachPager, AMigrationThatNeverPages) {
   own();
   bench->config.may_page = false;
