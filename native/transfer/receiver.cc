@@ -186,7 +186,13 @@ void Receiver::Impl::take_remote(Region& region, std::size_t index) {
 bool Receiver::Impl::deliver() {
   const bool remote = std::any_of(config.regions.begin(), config.regions.end(),
                                   [](const auto& region) { return region->remote(); });
-  if (!remote) return true;
+  if (!remote) {
+    // It waited for a switch that does not come: zeros that nothing lies behind are no longer missing.
+    const bool attached = std::any_of(config.regions.begin(), config.regions.end(),
+                                      [](const auto& region) { return region->owner() != nullptr; });
+    if (pager && attached) pager->stop();
+    return true;
+  }
   try {
     if (pager->deliver()) return true;
     undelivered = "see its owner";

@@ -125,19 +125,22 @@ TEST_P(AttachPager, AMigrationThatEndsBeforeTheSwitchLeavesNobodyWaiting) {
 }
 
 TEST_P(AttachPager, AMigrationThatNeverPages) {
-  own();
-  bench->config.may_page = false;
-  bench->start();
-  bench->connect();
-  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 800), kPage));
-  EXPECT_TRUE(bench->data(1).zeros(0, 800, kPages - 800));
-  content[5] ^= std::byte{1};
-  EXPECT_TRUE(bench->data(1).barrier(1).answered);
-  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 20), kPage));  // a second round
-  EXPECT_TRUE(bench->data(0).barrier(1).answered);
-  std::memset(content.data() + 800 * kPage, 0, (kPages - 800) * kPage);
-  EXPECT_TRUE(bench->receiver->seal());
-  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+  for (const bool might : {false, true}) {
+    own();
+    bench->config.may_page = might;
+    bench->start();
+    bench->connect();
+    EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 800), kPage));
+    EXPECT_TRUE(bench->data(1).zeros(0, 800, kPages - 800));
+    content[5] ^= std::byte{1};
+    EXPECT_TRUE(bench->data(1).barrier(1).answered);
+    EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 20), kPage));  // a second round
+    EXPECT_TRUE(bench->data(0).barrier(1).answered);
+    std::memset(content.data() + 800 * kPage, 0, (kPages - 800) * kPage);
+    EXPECT_TRUE(bench->receiver->seal());
+    EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+    watch.reset();
+  }
 }
 
 TEST_P(AttachPager, ItsDeathEndsTheArrivalAtOnce) {
