@@ -262,6 +262,38 @@ TEST_P(AttachPager, AChildNeverReadsZerosForWhatIsMissing) {
   EXPECT_EQ(owner->ask(Op::kHash, 500, 1), hash(500, 1));
 }
 
+// Two pieces in the wrong order, with memory before, between and behind them that is nobody's business.
+TEST_P(AttachPager, NothingOutsideTheMappingsIsTouched) {
+  own();
+  owner->ask(Op::kWrite, 0, 100, 100);
+  owner->ask(Op::kWrite, 300, 100, 400);
+  owner->ask(Op::kWrite, 600, 424, 700);
+  Region::Attachment attachment = owner->attachment();
+  attachment.extents = {{owner->address().plus(400 * kPage), 200 * kPage},
+                        {owner->address().plus(100 * kPage), 200 * kPage}};
+  if (GetParam()) attachment.offsets = {400 * kPage, 100 * kPage};
+  watch.reset();
+  bench->regions[0] = Region::attach(std::move(attachment));
+  bench->config.regions = bench->regions;
+  bench->config.discard_first = true;
+  bench->start();
+  bench->connect();
+  EXPECT_EQ(owner->ask(Op::kRead, 50), 150U);  // nobody waits there
+  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 150), kPage));
+  EXPECT_TRUE(bench->data(0).barrier(1).answered);
+  EXPECT_TRUE(bench->data(0).switch_over());
+  serve();
+  EXPECT_EQ(owner->ask(Op::kHash, 400, 200), hash(0, 200));
+  EXPECT_EQ(owner->ask(Op::kHash, 100, 200), hash(200, 200));
+  EXPECT_TRUE(bench->data(1).pages(0, 0, part(0, 400), kPage));
+  bench->log.wait(EngineEventKind::kComplete);
+  EXPECT_EQ(owner->ask(Op::kRead, 99), 199U);
+  EXPECT_EQ(owner->ask(Op::kRead, 300), 400U);
+  EXPECT_EQ(owner->ask(Op::kRead, 399), 499U);
+  EXPECT_EQ(owner->ask(Op::kRead, 600), 700U);
+  EXPECT_EQ(owner->ask(Op::kRead, 1023), 1123U);
+}
+
 TEST_P(AttachPager, PrivateMemoryMustBeFresh) {
   if (GetParam()) GTEST_SKIP() << "what a shared file holds can be dropped from here";
   own();
