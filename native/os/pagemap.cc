@@ -77,6 +77,7 @@ Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const 
   request.category_anyof_mask = query.category_anyof_mask;
   request.return_mask = query.return_mask;
   const int count = ::ioctl(fd_.get(), abi::kPagemapScan, &request);
+  if (count < 0 && errno == ESRCH && owner_) throw owner_->gone("PAGEMAP_SCAN");
   if (count < 0) throw_errno("PAGEMAP_SCAN");
   // A call that neither gets on nor says why would make scan() spin.
   if (request.walk_end <= start || request.walk_end > end)
