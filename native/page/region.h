@@ -55,8 +55,10 @@ class Region : public std::enable_shared_from_this<Region> {
 
   // Memory owned by somebody else. `extents` must be page-aligned, not empty, and must not overlap (else
   // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
-  // own start (>= its bytes): a WebAssembly memory.
-  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
+  // own start (>= its bytes): a WebAssembly memory. `page_size`: 0 for the system's, else a multiple of it that is a power
+  // of two, by which extents and capacity are aligned: for huge pages that are tracked as a whole.
+  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+                                       std::uint64_t page_size = 0);
 
   // Memory of another process. Throws std::invalid_argument; SystemError: ENOMEM when part of it is not mapped there,
   // or not as it is said; OwnerGone.
@@ -159,7 +161,7 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
-  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned);
+  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned, std::uint64_t page_size);
   explicit Region(Attachment attachment);
   static void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                             std::uint64_t page_size);
