@@ -10,11 +10,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
-#include <algorithm>
 #include <ctime>
 #include <thread>
 
@@ -85,7 +85,9 @@ struct Freeze {
   int error = 0;
 };
 
-MEMFERRY_BARE std::uint32_t load(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+MEMFERRY_BARE std::uint32_t load(const std::uint32_t* word) {
+  return __atomic_load_n(word, __ATOMIC_SEQ_CST);
+}
 MEMFERRY_BARE void store_and_wake(std::uint32_t* word, std::uint32_t value) {
   __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
   bare_syscall(SYS_futex, reinterpret_cast<long>(word), FUTEX_WAKE, 1);
@@ -216,7 +218,8 @@ MEMFERRY_BARE int stop_all(Freeze& freeze) {
 MEMFERRY_BARE void let_all_go(Freeze& freeze) {
   for (std::size_t i = 0; i < freeze.count; ++i) {
     const Thread& thread = freeze.threads[i];
-    if (thread.id != 0 && thread.stopped) bare_syscall(SYS_ptrace, PTRACE_DETACH, thread.id, 0, thread.signal);
+    if (thread.id != 0 && thread.stopped)
+      bare_syscall(SYS_ptrace, PTRACE_DETACH, thread.id, 0, thread.signal);
   }
 }
 
@@ -298,8 +301,8 @@ int alone_once(Freeze& freeze, void (*body)(void*), void* argument) {
   const bool restricted = yama_restricts();
   const AllSignalsBlocked quiet;
   // No signal at its end, so that nobody who waits for children of this process meets it.
-  const int helper = ::clone(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED,
-                             &freeze);
+  const int helper =
+      ::clone(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED, &freeze);
   if (helper < 0) return errno;
   if (restricted) ::prctl(PR_SET_PTRACER, helper, 0, 0, 0);
   store_and_wake(&freeze.go, 1);

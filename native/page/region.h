@@ -161,7 +161,8 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
-  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned, std::uint64_t page_size);
+  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned,
+         std::uint64_t page_size);
   explicit Region(Attachment attachment);
   static void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                             std::uint64_t page_size);
@@ -176,7 +177,7 @@ class Region : public std::enable_shared_from_this<Region> {
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
   UniqueFd memory_;
-  bool has_holes_ = false;  // SEEK_DATA says where its content is
+  bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};

@@ -20,9 +20,10 @@ namespace {
 void refuse_reserved_huge_pages(const Region& region) {
   for (const MemoryPart& part : memory_parts(region)) {
     if (part.kind == MemoryPart::Kind::kHugetlb)
-      throw SystemError("receive: the region's memory is made of reserved huge pages, which are not paged; use a mode "
-                        "without paging (stop-and-copy, or pre-copy that does not fall back to post-copy)",
-                        EOPNOTSUPP);
+      throw SystemError(
+          "receive: the region's memory is made of reserved huge pages, which are not paged; use a mode "
+          "without paging (stop-and-copy, or pre-copy that does not fall back to post-copy)",
+          EOPNOTSUPP);
   }
 }
 
@@ -49,7 +50,8 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     if (region->page_size() != page_size)
-      throw std::invalid_argument("a region that moves has pages of the system's size; larger ones are split by it");
+      throw std::invalid_argument(
+          "a region that moves has pages of the system's size; larger ones are split by it");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
     if (may_page) refuse_reserved_huge_pages(*region);
     arrivals.push_back(std::make_unique<RegionArrival>(region));

@@ -27,18 +27,22 @@ class AttachTracker : public testing::TestWithParam<Kind> {
  protected:
   void SetUp() override {
     if (const TrackerProbe probe = probe_tracker(GetParam().tracker); !probe.available)
-      GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy << ")";
+      GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
+                   << ")";
     const auto offered = Userfaultfd::probe().features;
     if (GetParam().tracker == TrackerKind::kUffdWpAsync && (offered & kAsync) != kAsync)
       GTEST_SKIP() << "this kernel has no WP_ASYNC";
-    owner_.emplace(OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
+    owner_.emplace(
+        OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
   }
   static constexpr std::uint64_t kPages = 2000;
   std::optional<OwnerProcess> owner_;
 };
 INSTANTIATE_TEST_SUITE_P(Kinds, AttachTracker,
-                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
-                                         Kind{TrackerKind::kHashDiff, false}, Kind{TrackerKind::kHashDiff, true},
+                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false},
+                                         Kind{TrackerKind::kUffdWpAsync, true},
+                                         Kind{TrackerKind::kHashDiff, false},
+                                         Kind{TrackerKind::kHashDiff, true},
                                          Kind{TrackerKind::kSoftDirty, false}),
                          [](const auto& of) {
                            std::string name(tracker_name(of.param.tracker));
@@ -59,7 +63,8 @@ TEST(AttachTrackerNeeds, PrivateMemoryForSoftDirtyAndOnesOwnForWaitingThreads) {
 // A process whose threads write all the time, and know nothing of us. A tracker that loses one write leaves a page that
 // differs in the end.
 class AttachWriters : public testing::TestWithParam<TrackerKind> {};
-INSTANTIATE_TEST_SUITE_P(Kinds, AttachWriters, testing::Values(TrackerKind::kSoftDirty, TrackerKind::kHashDiff),
+INSTANTIATE_TEST_SUITE_P(Kinds, AttachWriters,
+                         testing::Values(TrackerKind::kSoftDirty, TrackerKind::kHashDiff),
                          [](const auto& of) {
                            std::string name(tracker_name(of.param));
                            std::erase(name, '-');
@@ -68,12 +73,13 @@ INSTANTIATE_TEST_SUITE_P(Kinds, AttachWriters, testing::Values(TrackerKind::kSof
 
 TEST_P(AttachWriters, APreCopyOfThemEndsWithAnEqualCopy) {
   if (const TrackerProbe probe = probe_tracker(GetParam()); !probe.available)
-    GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy << ")";
+    GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
+                 << ")";
   constexpr std::uint64_t kPages = 300;
   constexpr int kRounds = 80;
   const std::uint64_t page = system_page_size();
   const Mapping memory = Mapping::anonymous(kPages * page);
-  
+
   const UniqueFd shared(::memfd_create("stop", MFD_CLOEXEC));
   ASSERT_EQ(::ftruncate(shared.get(), static_cast<off_t>(page)), 0);
   const Mapping stop = Mapping::shared(shared.get(), page);
@@ -83,7 +89,8 @@ TEST_P(AttachWriters, APreCopyOfThemEndsWithAnEqualCopy) {
     const auto write = [&](std::uint64_t half) {
       std::mt19937_64 random(half);
       while (stopped->load(std::memory_order_relaxed) == 0)
-        memory.data()[random() % kPages * page + half * page / 2 + random() % 4 * 64] = std::byte(random() % 3);
+        memory.data()[random() % kPages * page + half * page / 2 + random() % 4 * 64] =
+            std::byte(random() % 3);
       stopped->fetch_add(1);
     };
     std::thread other([&] { write(1); });
@@ -147,7 +154,8 @@ TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
     AtomicBitmap dirty(kPages);
     EXPECT_EQ(tracker->collect(dirty), expected.count());
     for (std::uint64_t page = 0; page < kPages; ++page) {
-      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page})) << "page " << page << ", round " << round;
+      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page}))
+          << "page " << page << ", round " << round;
     }
   }
 }

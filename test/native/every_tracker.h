@@ -35,7 +35,8 @@ struct TrackerCase {
   }
   [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region,
                                                    const TrackerOptions& options = {}) const {
-    if (as_before_6_4) return std::make_unique<UffdWpTracker>(region, options, UffdWpTracker::ProtectEmpty::kNever);
+    if (as_before_6_4)
+      return std::make_unique<UffdWpTracker>(region, options, UffdWpTracker::ProtectEmpty::kNever);
     return make_tracker(kind, region, options);
   }
   // Empty when it works here.
@@ -69,7 +70,8 @@ class EveryTracker : public testing::TestWithParam<TrackerCase> {
   // for soft-dirty.
   std::shared_ptr<Region> small_pages(std::uint64_t pages) {
     Mapping memory = Mapping::anonymous((pages + 2) * page_, PROT_NONE);
-    if (::mprotect(memory.data() + page_, pages * page_, PROT_READ | PROT_WRITE) != 0) throw_errno("mprotect");
+    if (::mprotect(memory.data() + page_, pages * page_, PROT_READ | PROT_WRITE) != 0)
+      throw_errno("mprotect");
     ::madvise(memory.data() + page_, pages * page_, MADV_NOHUGEPAGE);
     auto region = Region::adopt({{memory.start().plus(page_), pages * page_}}, pages * page_);
     memory_.push_back(std::move(memory));

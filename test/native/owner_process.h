@@ -175,7 +175,7 @@ class OwnerProcess {
         result = ::munmap(at, length) == 0 ? 0 : 1;
         break;
       case Op::kRemap:
-        result = ::mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, memory + (1ULL << 40U)) == MAP_FAILED
+        result = ::mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, memory - (1ULL << 40U)) == MAP_FAILED
                      ? 1
                      : 0;
         break;

@@ -18,10 +18,10 @@
 #include <thread>
 #include <vector>
 
+#include "os/mapping.h"
 #include "os/process.h"
 #include "os/sys_error.h"
 #include "os/userfaultfd.h"
-#include "os/mapping.h"
 
 namespace memferry {
 namespace {
@@ -230,7 +230,9 @@ TEST_F(ThreadFreezerTest, StopsAnotherProcess) {
   EXPECT_NE(count[0].load(), before);
   ::kill(child, SIGKILL);
   ASSERT_EQ(::waitpid(child, nullptr, 0), child);
-  EXPECT_THROW(ThreadFreezer::run_while_stopped(tasks.get(), [](void*) {}, nullptr), SystemError);
+  EXPECT_THROW(ThreadFreezer::run_while_stopped(
+                   tasks.get(), [](void*) {}, nullptr),
+               SystemError);
   ::munmap(count, 4096);
   ::close(report[0]);
   ::close(report[1]);
@@ -247,7 +249,8 @@ TEST_F(ThreadFreezerTest, ATracedProcessIsAnError) {
   const UniqueFd tasks(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   int error = 0;
   try {
-    ThreadFreezer::run_while_stopped(tasks.get(), [](void*) {}, nullptr);
+    ThreadFreezer::run_while_stopped(
+        tasks.get(), [](void*) {}, nullptr);
   } catch (const SystemError& failed) {
     error = failed.error();
   }

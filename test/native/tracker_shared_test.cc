@@ -37,8 +37,8 @@ class SharedMemory : public EveryTracker {
     return tracker_refusal(GetParam().kind, *region_, options).has_value();
   }
   void punch(std::uint64_t first, std::uint64_t count) const {
-    ASSERT_EQ(::fallocate(memfd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(first * page_),
-                          static_cast<off_t>(count * page_)),
+    ASSERT_EQ(::fallocate(memfd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          static_cast<off_t>(first * page_), static_cast<off_t>(count * page_)),
               0);
   }
   UniqueFd memfd_;
@@ -64,7 +64,8 @@ TEST_P(SharedMemory, ReportsExactlyWhatWasWritten) {
   tracker->arm();
   if (const AtomicBitmap* populated = tracker->populated_when_armed()) {
     for (std::uint64_t page = 0; page < kPages; ++page)
-      EXPECT_EQ(populated->test(PageNumber{page}), page == 1 || page == 2 || page == 40 || page == 50) << page;
+      EXPECT_EQ(populated->test(PageNumber{page}), page == 1 || page == 2 || page == 40 || page == 50)
+          << page;
   }
   EXPECT_EQ(collect(*tracker, kPages), PageSet{});
   write(region_, 2);
@@ -190,7 +191,8 @@ class HugePages : public EveryTracker {
     before_ = number_in(kReserved);
     std::ofstream(kReserved) << before_ + 2 * kCount;
     if (number_in(kReserved) < before_ + 2 * kCount) {
-      GTEST_SKIP() << "no huge pages can be reserved here (needs root, and " << 4 * kCount << " MiB in one piece each)";
+      GTEST_SKIP() << "no huge pages can be reserved here (needs root, and " << 4 * kCount
+                   << " MiB in one piece each)";
     }
     reserved_ = true;
   }
@@ -227,7 +229,9 @@ TEST_P(HugePages, AreTrackedByWholePages) {
       EXPECT_EQ(collect(*tracker, kCount), PageSet{});
       // Its mark outlives a discard (private) or a hole (shared), also when the page was read since.
       for (const std::uint64_t page : {0U, 2U}) {
-        ASSERT_EQ(::madvise(region->address(PageNumber{page}).pointer(), kHuge, shared ? MADV_REMOVE : MADV_DONTNEED), 0);
+        ASSERT_EQ(::madvise(region->address(PageNumber{page}).pointer(), kHuge,
+                            shared ? MADV_REMOVE : MADV_DONTNEED),
+                  0);
       }
       EXPECT_EQ(read(region, 2), std::byte{0});
       EXPECT_EQ(collect(*tracker, kCount), (PageSet{0, 2}));

@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -74,7 +75,8 @@ class SwappedMemory : public EveryTracker {
     std::uint64_t swapped = 0;
     Pagemap().entries(OwnerAddress{Address::of(bytes.data()).value}, bytes.size(),
                       [&](OwnerAddress, std::span<const std::uint64_t> entries) {
-                        for (const std::uint64_t entry : entries) swapped += (entry & abi::kPagemapSwapped) != 0;
+                        for (const std::uint64_t entry : entries)
+                          swapped += (entry & abi::kPagemapSwapped) != 0;
                       });
     return swapped;
   }
@@ -100,7 +102,9 @@ TEST_P(SwappedMemory, IsTrackedAsIfItWereThere) {
       model.insert(page);
     }
     // Written, then out; or out, then read.
-    if (round % 2 == 0) EXPECT_GT(push_out(*region), kPages / 2);
+    if (round % 2 == 0) {
+      EXPECT_GT(push_out(*region), kPages / 2);
+    }
     std::uint64_t sum = 0;
     for (int i = 0; i < 200; ++i)
       sum += std::to_integer<unsigned>(region->address(PageNumber{random() % kPages}).pointer()[7]);

@@ -135,7 +135,9 @@ TEST_P(TrackerTest, GrowthIntoNewlyMappedMemory) {
   region->grow(16);
   const PageSet grown = collect(*tracker, 16);
   for (std::uint64_t page = 4; page < 16; ++page) EXPECT_TRUE(grown.contains(page));
-  if (!may_report_neighbours()) EXPECT_EQ(grown.size(), 12U);
+  if (!may_report_neighbours()) {
+    EXPECT_EQ(grown.size(), 12U);
+  }
   write(region, 12);
   write(region, 1);
   EXPECT_EQ(collect(*tracker, 16), (PageSet{1, 12}));
@@ -489,7 +491,8 @@ TEST_P(TrackerTest, ArmingAndLettingGoWhileThreadsWrite) {
   for (std::thread& writer : writers) writer.join();
   std::uint64_t found = 0;
   for (std::uint64_t page = 0; page < kPages; ++page) {
-    const auto* const words = reinterpret_cast<const std::uint64_t*>(region->address(PageNumber{page}).pointer());
+    const auto* const words =
+        reinterpret_cast<const std::uint64_t*>(region->address(PageNumber{page}).pointer());
     found += words[0] + words[1];
   }
   EXPECT_EQ(found, sum.load());
