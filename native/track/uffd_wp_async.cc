@@ -50,6 +50,9 @@ void UffdWpAsyncTracker::arm() {
   });
   if (region_->owner()) {
     region_->check_attached("uffd-wp-async");
+    // One range has one kind of registration: what is missing there would read as zeros.
+    if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
+    region_->end_events();
   } else {
     uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }
@@ -196,6 +199,14 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run(run);
     written += run.count;
   });
+  if (region_->owner()) {
+    // Read, so that the owner's discards go on; what it discarded counts. (DiscardWatch finds those that it does not
+    // tell of.)
+    const std::uint64_t before = dirty.count();
+    (void)region_->drain_events();
+    region_->take_removed(dirty);
+    written += dirty.count() - before;
+  }
   if (pages > armed_pages_) {
     // Protected first, reported after: a write in between is in what the reader finds or is reported next
     // time.
@@ -216,7 +227,8 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
   discards_.reset();
-  if (armed_ && region_->owner()) {
+  // Where a pager has it by now, the registration is the pager's.
+  if (armed_ && region_->owner() && region_->begin_events()) {
     for (const Extent& extent : region_->extents()) {
       try {
         (void)region_->uffd()->unregister(extent.start, extent.bytes);
@@ -224,6 +236,7 @@ void UffdWpAsyncTracker::disarm() {
         // It belongs to another userfaultfd by now, or is of a kind that has none.
       }
     }
+    region_->end_events();
   }
   armed_ = false;
   populated_.reset();

@@ -26,6 +26,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
   explicit UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options = {});
+  ~UffdWpAsyncTracker() override { UffdWpAsyncTracker::disarm(); }
+  UffdWpAsyncTracker(const UffdWpAsyncTracker&) = delete;
+  UffdWpAsyncTracker& operator=(const UffdWpAsyncTracker&) = delete;
 
   [[nodiscard]] static std::optional<std::string> refusal(const Region& region,
                                                           const TrackerOptions& options);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "owner_process.h"
+#include "page/owner_watch.h"
 #include "page/region_reader.h"
 #include "track/dirty_tracker.h"
 
@@ -171,6 +172,29 @@ TEST_P(AttachTracker, WhatItDiscardedCounts) {
   tracker->collect(dirty);
   for (std::uint64_t page = 100; page < 107; ++page) EXPECT_TRUE(dirty.test(PageNumber{page})) << page;
   EXPECT_EQ(dirty.count(), 7U);
+}
+
+// A hole that is read again is a page of zeros, which write protection takes for the page that was there.
+TEST_P(AttachTracker, WhatItDiscardedAndReadAgainCounts) {
+  owner_.emplace(OwnerProcess::Options{
+      .pages = kPages,
+      .shared = GetParam().shared,
+      .features = (Userfaultfd::probe().features & kAsync) | UFFD_FEATURE_EVENT_REMOVE});
+  owner_->ask(Op::kWrite, 0, kPages, 1);
+  const auto region = owner_->attach();
+  const auto tracker = make_tracker(GetParam().tracker, region);
+  tracker->arm();
+  const OwnerWatch watch(region, nullptr);
+  EXPECT_EQ(owner_->ask(Op::kDiscard, 100, 7), 0U);
+  EXPECT_EQ(owner_->ask(Op::kRead, 102), 0U);
+  AtomicBitmap dirty(kPages);
+  tracker->collect(dirty);
+  for (std::uint64_t page = 100; page < 107; ++page) EXPECT_TRUE(dirty.test(PageNumber{page})) << page;
+  EXPECT_EQ(dirty.count(), 7U);
+  dirty.clear_run({PageNumber{0}, kPages});
+  tracker->collect(dirty);  // perhaps once more
+  dirty.clear_run({PageNumber{0}, kPages});
+  EXPECT_EQ(tracker->collect(dirty), 0U);
 }
 
 TEST_P(AttachTracker, MemoryThatWasUnmappedOrMovedIsAnError) {
