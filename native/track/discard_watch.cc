@@ -78,6 +78,7 @@ void DiscardWatch::with_memory(Pagemap& pagemap, const MemoryPart& part, Visit v
 std::uint64_t DiscardWatch::look(const RegionUse& use, Pagemap& pagemap, const Watched& watched,
                                  AtomicBitmap& dirty) {
   std::uint64_t found = 0;
+  // Zeros, protected, and reported now: what they become is seen.
   const auto vanished = [&](PageNumber page) {
     content_.clear(page);
     if (!dirty.set(page)) ++found;
@@ -97,7 +98,7 @@ std::uint64_t DiscardWatch::look(const RegionUse& use, Pagemap& pagemap, const W
     while (const auto content = content_.next_set(from, run.end(), 256)) {
       if (use.revoked()) throw RegionGone("collect");
       for (PageNumber page = content->first; page < content->end(); ++page.value) {
-        if (!dirty.test(page) && page_is_zero(page)) vanished(page);
+        if (page_is_zero(page)) vanished(page);
       }
       from = content->end();
     }
