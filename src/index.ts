@@ -68,7 +68,7 @@ export { openPidfd, takeDescriptor } from './pidfd.js';
 export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
-export { DirtyTracker, trackers } from './trackers.js';
+export { DirtyTracker, type TrackerOptions, trackers, type Writers } from './trackers.js';
 export {
   superviseGuest,
   type SuperviseOptions,

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "os/address.h"
@@ -74,6 +75,11 @@ class Pagemap {
   // The runs of pages that can be read without waiting for anybody: present, and not the shared page of zeros where the
   // kernel can tell. What is swapped out, missing or poisoned is none. Throws SystemError.
   void present(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+
+  // The file's own entries, in order: visit(first address, entries of consecutive system pages). Throws
+  // SystemError, OwnerGone.
+  void entries(OwnerAddress start, std::uint64_t bytes,
+               const std::function<void(OwnerAddress, std::span<const std::uint64_t>)>& visit);
 
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_.capacity() * sizeof(abi::PageRegion); }
 

@@ -56,8 +56,10 @@ class Region : public std::enable_shared_from_this<Region> {
 
   // Memory owned by somebody else. `extents` must be page-aligned, not empty, and must not overlap (else
   // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
-  // own start (>= its bytes): a WebAssembly memory.
-  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
+  // own start (>= its bytes): a WebAssembly memory. `page_size`: 0 for the system's, else a multiple of it that is a power
+  // of two, by which extents and capacity are aligned: for huge pages that are tracked as a whole.
+  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+                                       std::uint64_t page_size = 0);
 
   // Memory of another process. Throws std::invalid_argument; SystemError: EFAULT when part of it is not mapped there,
   // or not as it is said; OwnerGone.
@@ -86,6 +88,7 @@ class Region : public std::enable_shared_from_this<Region> {
   // nullptr when this process owns the memory.
   [[nodiscard]] const std::shared_ptr<Process>& owner() const { return owner_; }
   // Of attached memory, nullptr where it has none.
+  [[nodiscard]] const Userfaultfd* uffd() const { return uffd_ ? &*uffd_ : nullptr; }
   [[nodiscard]] Userfaultfd* uffd() { return uffd_ ? &*uffd_ : nullptr; }
   // Attached, and without a file that could be mapped here.
   [[nodiscard]] bool remote() const { return owner_ && !memory_; }
@@ -163,7 +166,8 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
-  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned);
+  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned,
+         std::uint64_t page_size);
   explicit Region(Attachment attachment);
   static void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                             std::uint64_t page_size);

@@ -1,7 +1,5 @@
 #include "track/uffd_wp_async.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <stdexcept>
@@ -15,57 +13,54 @@ namespace {
 
 constexpr std::uint64_t kProtectWritten = abi::kScanWpMatching | abi::kScanCheckWpAsync;
 
+std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts,
+                                      Writers writers) {
+  if (region.owner() && region.uffd() == nullptr)
+    return "the memory was attached without a userfaultfd of its owner; use hash-diff";
+  if (region.owner() && (region.uffd()->enabled() & abi::kUffdFeatureWpAsync) == 0)
+    return "the owner's userfaultfd was made without WP_ASYNC; use hash-diff";
+  return refusal_to_protect(parts, writers);
+}
+
+// What is attached is written by its owner, by these addresses: whoever attaches it has said so.
+Writers writers_of(const Region& region, const TrackerOptions& options) {
+  return region.owner() ? Writers::kTrackedMapping : options.writers;
+}
+
 }  // namespace
 
-UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region)
-    : region_(std::move(region)), pagemap_(region_->owner()) {}
+std::optional<std::string> UffdWpAsyncTracker::refusal(const Region& region, const TrackerOptions& options) {
+  return refusal_of(region, memory_parts(region), writers_of(region, options));
+}
+
+UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options)
+    : region_(std::move(region)), writers_(writers_of(*region_, options)), pagemap_(region_->owner()) {}
 
 Userfaultfd& UffdWpAsyncTracker::uffd() { return region_->owner() ? *region_->uffd() : *uffd_; }
-
-// PAGEMAP_SCAN passes over unmapped addresses without a word. MS_ASYNC does nothing at all on Linux but walk
-// the mappings, and says ENOMEM when there is a gap: about a microsecond. (Another process's are read.)
-void UffdWpAsyncTracker::check_still_mapped(OwnerAddress start, std::uint64_t bytes) const {
-  if (region_->owner()) return;
-  if (bytes != 0 && ::msync(Address{start.value}.pointer(), bytes, MS_ASYNC) != 0) {
-    throw SystemError("uffd-wp-async: part of the region is no longer mapped", errno);
-  }
-}
 
 void UffdWpAsyncTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   const std::uint64_t pages = region_->pages();
+  std::vector<MemoryPart> parts = memory_parts(*region_);
+  if (const auto refused = refusal_of(*region_, parts, writers_))
+    throw SystemError("uffd-wp-async: " + *refused, EOPNOTSUPP);
+  const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
+    return part.kind == MemoryPart::Kind::kPrivateAnonymous;
+  });
   if (region_->owner()) {
-    const Userfaultfd* theirs = region_->uffd();
-    if (theirs == nullptr) {
-      throw SystemError(
-          "uffd-wp-async: the memory was attached without a userfaultfd of its owner; use hash-diff",
-          EOPNOTSUPP);
-    }
-    if ((theirs->enabled() & abi::kUffdFeatureWpAsync) == 0) {
-      throw SystemError("uffd-wp-async: the owner's userfaultfd was made without WP_ASYNC; use hash-diff",
-                        EOPNOTSUPP);
-    }
     region_->check_attached("uffd-wp-async");
     // One range has one kind of registration: what is missing there would read as zeros.
     if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
     region_->end_events();
   } else {
-    for (const Extent& extent : region_->extents()) {
-      if (!is_private_anonymous(extent.start, extent.bytes)) {
-        throw SystemError(
-            "uffd-wp-async: the memory is not private and anonymous, and may be written through another "
-            "mapping; "
-            "use hash-diff",
-            EOPNOTSUPP);
-      }
-    }
-    uffd_ = Userfaultfd::open(kFeatures);
+    uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }
   armed_ = true;
   try {
     register_memory();
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
+    for (const MemoryPart& part : parts) touch_shared_huge_pages(use, part);
     // Everything newly registered reads as written. What was in a page comes with it, from the same moment at
     // which the page is protected: looking earlier would miss a first write in between.
     const std::uint64_t returned =
@@ -76,6 +71,15 @@ void UffdWpAsyncTracker::arm() {
       if (!zeros) populated_->set_run(run);
     });
     look_for_content(pages);
+    if (!plain) {
+      // Only here can a page that is not in the page tables have content.
+      discards_.emplace(use, *region_, std::move(parts), pagemap_);
+      PageNumber at{0};
+      while (const auto run = discards_->content().next_set(at, PageNumber{pages}, pages)) {
+        populated_->set_run(*run);
+        at = run->end();
+      }
+    }
     armed_pages_ = pages;
   } catch (...) {
     disarm();
@@ -84,7 +88,7 @@ void UffdWpAsyncTracker::arm() {
 }
 
 // Where there was no page table yet, a kernel may look and protect in two steps: what was written between them is
-// present now, and would never be reported. And what is in a file need not be in anybody's page table.
+// present now, and would never be reported.
 void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
   Pagemap::Query present;
   present.category_mask = abi::kPageIsPresent;
@@ -94,74 +98,19 @@ void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
     const OwnerAddress start = region_->owner_address(part.first);
     pagemap_.scan(start, part.count * region_->page_size(), present, [&](const abi::PageRegion& found) {
       if ((found.categories & abi::kPageIsPfnZero) != 0) return;
-      populated_->set_run(
-          PageRun{PageNumber{part.first.value + (found.start - start.value) / region_->page_size()},
-                  (found.end - found.start) / region_->page_size()});
+      populated_->set_run(pages_of(part.first.value, start, found));
     });
     left = {part.end(), left.count - part.count};
   }
-  if (!region_->owner() || region_->remote()) return;
-  const PageRun all{PageNumber{0}, pages};
-  content_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
-  if (region_->file_content(all, [&](PageRun run) { content_->set_run(run); })) {
-    for (std::uint64_t word = 0; word < content_->words(); ++word)
-      populated_->or_word(word, content_->word(word));
-  } else {
-    content_.reset();
-    populated_->set_run(all);
-  }
 }
 
-// After the protection: what is there now and goes later is found next time. A page in the owner's page table is in the
-// file; of the others the file is asked. (A hole that was read again since is there, and zeros: only events tell of it.)
-void UffdWpAsyncTracker::collect_removed(AtomicBitmap& dirty) {
-  // Everything here is read first: draining may have been a while ago.
-  (void)region_->drain_events();
-  region_->take_removed(dirty);
-  if (!content_) return;
-  Pagemap::Query absent;
-  absent.category_inverted = abi::kPageIsPresent;
-  absent.category_mask = abi::kPageIsPresent;
-  absent.return_mask = abi::kPageIsPresent;
+// A page of the region may be larger than those that were found, or smaller.
+PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, OwnerAddress start,
+                                     const abi::PageRegion& found) const {
   const std::uint64_t page_size = region_->page_size();
-  for (PageRun left{PageNumber{0}, armed_pages_}; left.count > 0;) {
-    const PageRun part = region_->contiguous_run(left);
-    const OwnerAddress start = region_->owner_address(part.first);
-    PageNumber told = part.first;
-    const auto present_up_to = [&](PageNumber end) {
-      if (told < end) content_->set_run({told, end.value - told.value});
-    };
-    pagemap_.scan(start, part.count * page_size, absent, [&](const abi::PageRegion& found) {
-      const PageNumber first{part.first.value + (found.start - start.value) / page_size};
-      const PageNumber end{part.first.value + (found.end - start.value) / page_size};
-      if (end <= told) return;  // told of twice
-      present_up_to(first);
-      look_at_file({std::max(first, told), end.value - std::max(first, told).value}, dirty);
-      told = end;
-    });
-    present_up_to(part.end());
-    left = {part.end(), left.count - part.count};
-  }
-}
-
-// Holes where there was content are written pages.
-void UffdWpAsyncTracker::look_at_file(PageRun run, AtomicBitmap& dirty) {
-  PageNumber at = run.first;
-  const auto hole_up_to = [&](PageNumber end) {
-    while (at < end) {
-      const auto gone = content_->take_run(at, end, end.value - at.value);
-      if (!gone) break;
-      dirty.set_run(*gone);
-      at = gone->end();
-    }
-    at = std::max(at, end);
-  };
-  (void)region_->file_content(run, [&](PageRun content) {
-    hole_up_to(content.first);
-    content_->set_run(content);
-    at = content.end();
-  });
-  hole_up_to(run.end());
+  const std::uint64_t from = (found.start - start.value) / page_size;
+  const std::uint64_t to = (found.end - start.value + page_size - 1) / page_size;
+  return {PageNumber{first + from}, to - from};
 }
 
 // As far as the memory may ever grow, where that is reserved already: V8 grows a WebAssembly memory by
@@ -190,7 +139,9 @@ void UffdWpAsyncTracker::register_up_to(std::uint64_t pages) {
   // Only the last extent grows.
   const OwnerAddress start = region_->owner_address(PageNumber{registered_pages_});
   const std::uint64_t bytes = (pages - registered_pages_) * region_->page_size();
-  if (!is_private_anonymous(start, bytes)) {
+  const auto refusal = discards_ ? refusal_to_protect(memory_parts(*region_), writers_) : std::nullopt;
+  if (refusal) throw SystemError("uffd-wp-async: " + *refusal, EOPNOTSUPP);
+  if (!discards_ && !is_private_anonymous(start, bytes)) {
     throw SystemError("uffd-wp-async: the region has grown into memory that is not private and anonymous",
                       EOPNOTSUPP);
   }
@@ -214,18 +165,27 @@ void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::ui
     const std::uint64_t base = first;
     try {
       pagemap_.scan(start, bytes, query, [&](const abi::PageRegion& found) {
-        const std::uint64_t page = base + (found.start - start.value) / page_size;
-        visit(PageRun{PageNumber{page}, (found.end - found.start) / page_size}, found.categories);
+        visit(pages_of(base, start, found), found.categories);
       });
     } catch (const SystemError& error) {
       if (error.error() != EPERM) throw;
       throw SystemError("uffd-wp-async: part of the region was moved or mapped anew and is not tracked",
                         EPERM);
     }
-    check_still_mapped(start, bytes);
+    if (!region_->owner()) check_still_mapped("uffd-wp-async", Address{start.value}, bytes);
     first += part.count;
   }
   region_->check_attached("uffd-wp-async");
+}
+
+// The scan protects none that is not mapped here, and what DiscardWatch then reads would count as written. Their memory
+// is reserved anyway.
+void UffdWpAsyncTracker::touch_shared_huge_pages(const RegionUse& use, const MemoryPart& part) const {
+  if (part.kind != MemoryPart::Kind::kHugetlb || !part.shared || region_->owner()) return;
+  for (std::uint64_t at = 0; at < part.extent.bytes; at += part.page_bytes) {
+    if (use.revoked()) throw RegionGone("arm");
+    (void)*static_cast<volatile std::byte*>(Address{part.extent.start.value + at}.pointer());
+  }
 }
 
 std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
@@ -240,8 +200,11 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     written += run.count;
   });
   if (region_->owner()) {
+    // Read, so that the owner's discards go on; what it discarded counts. (DiscardWatch finds those that it does not
+    // tell of.)
     const std::uint64_t before = dirty.count();
-    collect_removed(dirty);
+    (void)region_->drain_events();
+    region_->take_removed(dirty);
     written += dirty.count() - before;
   }
   if (pages > armed_pages_) {
@@ -252,7 +215,9 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run({PageNumber{armed_pages_}, pages - armed_pages_});
     written += pages - armed_pages_;
     armed_pages_ = pages;
+    if (discards_) discards_->follow_growth();
   }
+  if (discards_) written += discards_->collect(use, pagemap_, dirty);
   return written;
 }
 
@@ -261,6 +226,7 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 // there the kernel passes over what is not registered with it.
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
+  discards_.reset();
   // Where a pager has it by now, the registration is the pager's.
   if (armed_ && region_->owner() && region_->begin_events()) {
     for (const Extent& extent : region_->extents()) {
@@ -274,7 +240,6 @@ void UffdWpAsyncTracker::disarm() {
   }
   armed_ = false;
   populated_.reset();
-  content_.reset();
   registered_pages_ = 0;
   armed_pages_ = 0;
 }

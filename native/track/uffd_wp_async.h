@@ -3,8 +3,9 @@
 // again, atomically for each page.
 //
 // What it does not see: io_uring's READ_FIXED into pinned buffers, and writes to shared memory through
-// another mapping; so it refuses memory of this process that is not private and anonymous. Of attached memory, which may
-// be shared with this process, whoever attaches it says that its owner alone writes it, by these addresses.
+// another mapping; so it takes shared memory of this process only on the caller's word that there are none (Writers). Of
+// attached memory, which may be shared with this process, whoever attaches it says that its owner alone writes it, by
+// these addresses.
 //
 // Attached memory is tracked by the userfaultfd that came with it, which must have been made with WP_ASYNC.
 #pragma once
@@ -15,8 +16,8 @@
 
 #include "os/pagemap.h"
 #include "os/userfaultfd.h"
-#include "page/contents.h"
 #include "track/dirty_tracker.h"
+#include "track/discard_watch.h"
 
 namespace memferry {
 
@@ -24,10 +25,13 @@ class UffdWpAsyncTracker final : public DirtyTracker {
  public:
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
-  explicit UffdWpAsyncTracker(std::shared_ptr<Region> region);
+  explicit UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options = {});
   ~UffdWpAsyncTracker() override { UffdWpAsyncTracker::disarm(); }
   UffdWpAsyncTracker(const UffdWpAsyncTracker&) = delete;
   UffdWpAsyncTracker& operator=(const UffdWpAsyncTracker&) = delete;
+
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region,
+                                                          const TrackerOptions& options);
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;
@@ -38,25 +42,24 @@ class UffdWpAsyncTracker final : public DirtyTracker {
  private:
   void register_memory();
   void register_up_to(std::uint64_t pages);
+  // Pages of the region that `found` touches; `start` is the address of page `first`.
+  [[nodiscard]] PageRun pages_of(std::uint64_t first, OwnerAddress start, const abi::PageRegion& found) const;
+  void touch_shared_huge_pages(const RegionUse& use, const MemoryPart& part) const;
   void look_for_content(std::uint64_t pages);
-  void collect_removed(AtomicBitmap& dirty);
-  void look_at_file(PageRun run, AtomicBitmap& dirty);
-  void check_still_mapped(OwnerAddress start, std::uint64_t bytes) const;
   [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
   template <typename Visit>
   void protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask, Visit visit);
 
   const std::shared_ptr<Region> region_;
+  const Writers writers_;
   Pagemap pagemap_;
+  std::optional<DiscardWatch> discards_;
   std::optional<Userfaultfd> uffd_;  // of this process's own memory, armed while it is there
   bool armed_ = false;
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;
   std::unique_ptr<AtomicBitmap> populated_;
-  // Of a shared file: which of its pages were there at the last look. Holes that were made since (a balloon) count as
-  // written; write protection tells nothing of them.
-  std::unique_ptr<AtomicBitmap> content_;
 };
 
 }  // namespace memferry
