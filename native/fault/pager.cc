@@ -22,7 +22,7 @@ constexpr int kTries = 4096;
 constexpr std::chrono::microseconds kBetweenTries{500};
 
 std::uint64_t wanted_features() {
-  // Without it missing pages are made inaccessible by mprotect() instead.
+  // Without it a mapping that fails is put over pages that are lost.
   const Userfaultfd::Offer offer = Userfaultfd::probe();
   return offer.features & abi::kUffdFeaturePoison;
 }
@@ -33,7 +33,9 @@ Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std:
     : maps_(std::move(maps)),
       broken_(std::move(broken)),
       // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
-      uffd_(Userfaultfd::open(wanted_features(), false)) {
+      uffd_(Userfaultfd::open(wanted_features(), false)),
+      failing_((uffd_.features() & abi::kUffdFeaturePoison) != 0 ? std::nullopt
+                                                                 : std::make_optional<FailingMemory>()) {
   thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
 }
 

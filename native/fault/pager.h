@@ -19,6 +19,8 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -27,6 +29,7 @@
 #include "fault/latency_histogram.h"
 #include "fault/sequential_detector.h"
 #include "fault/waiting_faults.h"
+#include "os/failing_memory.h"
 #include "os/userfaultfd.h"
 #include "os/worker_thread.h"
 
@@ -104,6 +107,8 @@ class Pager {
   bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes);
   void arrived(std::uint32_t region, PageRun run);
   void poison(std::uint32_t region, PageRun run);
+  bool poison_part(std::span<std::byte> part, std::uint64_t page_size);
+  void make_failing(std::uint32_t region, std::span<std::byte> part);
   void break_off(const char* code, const std::string& message);
   bool wait_again(int& tries) const;
 
@@ -111,6 +116,7 @@ class Pager {
   std::function<void(std::string, std::string)> broken_;
   std::atomic<bool> broken_once_{false};
   Userfaultfd uffd_;
+  const std::optional<FailingMemory> failing_;  // where the kernel cannot poison pages
   DemandWriter writer_;
   Router router_;
   LatencyHistogram latencies_;

@@ -63,43 +63,51 @@ void Pager::poison_lost() {
 
 void Pager::poison(std::uint32_t region, PageRun run) {
   ArrivalMap& map = *maps_[region];
-  bool supported = (uffd_.features() & abi::kUffdFeaturePoison) != 0;
   map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
-    int tries = 0;
-    for (std::uint64_t done = 0; done < part.size() && supported;) {
-      PageResult result;
-      try {
-        result = uffd_.poison(Address::of(part.data()).plus(done), part.size() - done, true);
-      } catch (const SystemError&) {
-        supported = false;
-        break;
-      }
-      done += result.bytes_done;
-      if (result.outcome == PageOutcome::kExists) {
-        // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
-        std::byte* page = part.data() + done;
-        if (::madvise(page, map.page_size(), MADV_REMOVE) != 0)
-          ::madvise(page, map.page_size(), MADV_DONTNEED);
-        if (uffd_.poison(Address::of(page), map.page_size(), true).outcome != PageOutcome::kOk)
-          supported = false;
-        done += map.page_size();
-      } else if (result.outcome == PageOutcome::kGone) {
-        break;
-      } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
-        supported = false;
-      }
-    }
-    if (supported) return;
-    // Coarser, but no access goes through. When even this fails (too many mappings), all of the region goes.
-    if (::mprotect(part.data(), part.size(), PROT_NONE) != 0) {
-      map.for_each_part({PageNumber{0}, map.pages()}, [](std::span<std::byte> all, PageNumber) {
-        ::mprotect(all.data(), all.size(), PROT_NONE);
-      });
-    }
+    if (!failing_ && poison_part(part, map.page_size())) return;
+    make_failing(region, part);
     uffd_.wake(Address::of(part.data()), part.size());
   });
   const std::lock_guard lock(mutex_);
   waiting_.take(region, run, [](const WaitingFault&) {});
+}
+
+// False when the kernel cannot do it (before Linux 6.6), or has no memory for it.
+bool Pager::poison_part(std::span<std::byte> part, std::uint64_t page_size) {
+  int tries = 0;
+  for (std::uint64_t done = 0; done < part.size();) {
+    std::byte* page = part.data() + done;
+    try {
+      const PageResult result = uffd_.poison(Address::of(page), part.size() - done, true);
+      done += result.bytes_done;
+      page = part.data() + done;
+      if (result.outcome == PageOutcome::kOk || result.outcome == PageOutcome::kGone) return true;
+      if (result.outcome == PageOutcome::kExists) {
+        // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
+        if (::madvise(page, page_size, MADV_REMOVE) != 0) ::madvise(page, page_size, MADV_DONTNEED);
+        if (uffd_.poison(Address::of(page), page_size, true).outcome != PageOutcome::kOk) return false;
+        done += page_size;
+      } else if (!wait_again(tries)) {
+        return false;
+      }
+    } catch (const SystemError&) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Another mapping over the pages, that fails when it is touched. Where the process may have no more mappings, coarser
+// and coarser, but no access goes through: a mapping over all of the region takes none beside its own.
+void Pager::make_failing(std::uint32_t region, std::span<std::byte> part) {
+  if (failing_ && failing_->put_over(Address::of(part.data()), part.size())) return;
+  if (::mprotect(part.data(), part.size(), PROT_NONE) == 0) return;
+  const ArrivalMap& map = *maps_[region];
+  map.for_each_part({PageNumber{0}, map.pages()}, [this](std::span<std::byte> all, PageNumber) {
+    const Address start = Address::of(all.data());
+    if (!(failing_ && failing_->put_over(start, all.size()))) ::mprotect(all.data(), all.size(), PROT_NONE);
+    uffd_.wake(start, all.size());
+  });
 }
 
 }  // namespace memferry
