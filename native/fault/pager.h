@@ -117,6 +117,7 @@ class Pager {
   std::atomic<bool> broken_once_{false};
   Userfaultfd uffd_;
   const std::optional<FailingMemory> failing_;  // where the kernel cannot poison pages
+  std::atomic<std::uint32_t> failing_pieces_{0};
   DemandWriter writer_;
   Router router_;
   LatencyHistogram latencies_;

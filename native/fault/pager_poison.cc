@@ -5,6 +5,14 @@
 #include "os/sys_error.h"
 
 namespace memferry {
+namespace {
+
+// Each piece splits a mapping in three, and a process may have 65530 by default: at most a quarter of them for the
+// losses of one guest.
+constexpr std::uint32_t kMostFailingPieces = 8192;
+
+}  // namespace
+
 void Pager::poison_missing() {
   {
     const std::lock_guard lock(mutex_);
@@ -97,11 +105,13 @@ bool Pager::poison_part(std::span<std::byte> part, std::uint64_t page_size) {
   return true;
 }
 
-// Another mapping over the pages, that fails when it is touched. Where the process may have no more mappings, coarser
-// and coarser, but no access goes through: a mapping over all of the region takes none beside its own.
+// Another mapping over the pages, that fails when it is touched. Where that would take too many mappings, coarser, but
+// no access goes through: one over all of the region takes none beside its own.
 void Pager::make_failing(std::uint32_t region, std::span<std::byte> part) {
-  if (failing_ && failing_->put_over(Address::of(part.data()), part.size())) return;
-  if (::mprotect(part.data(), part.size(), PROT_NONE) == 0) return;
+  if (failing_pieces_.fetch_add(1, std::memory_order_relaxed) < kMostFailingPieces) {
+    if (failing_ && failing_->put_over(Address::of(part.data()), part.size())) return;
+    if (::mprotect(part.data(), part.size(), PROT_NONE) == 0) return;
+  }
   const ArrivalMap& map = *maps_[region];
   map.for_each_part({PageNumber{0}, map.pages()}, [this](std::span<std::byte> all, PageNumber) {
     const Address start = Address::of(all.data());

@@ -7,8 +7,7 @@
 
 namespace memferry {
 
-FailingMemory::FailingMemory()
-    : empty_(::memfd_create("memferry-failing", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
+FailingMemory::FailingMemory() : empty_(::memfd_create("memferry-failing", MFD_CLOEXEC | MFD_ALLOW_SEALING)) {
   if (!empty_) throw_errno("memfd_create");
   // Nobody can give it bytes, by whatever descriptor.
   if (::fcntl(empty_.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL) != 0)

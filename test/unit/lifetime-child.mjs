@@ -333,6 +333,12 @@ const scenarios = {
     for (const address of [0, 4096, 65535]) {
       assert.throws(() => exports.read(address), WebAssembly.RuntimeError);
     }
+    // V8 sets the protection of a memory that grows, all of it: what is lost stays so.
+    memory.grow(1);
+    for (const address of [0, 4096, 65535]) {
+      assert.throws(() => exports.read(address), WebAssembly.RuntimeError);
+    }
+    assert.equal(exports.read(65536), 0);
     // The process and its other memories are well.
     const other = new WebAssembly.Memory({ initial: 1 });
     const well = new WebAssembly.Instance(new WebAssembly.Module(READER), { env: { m: other } });

@@ -1,0 +1,131 @@
+/**
+ * `npm run test:kernel`: the tests of what depends on the kernel, run on Debian's 6.1: the trackers, the pager, the
+ * migrations. That kernel has soft-dirty bits, and neither asynchronous write protection nor PAGEMAP_SCAN nor
+ * UFFDIO_POISON. The binaries are those of this system, which the other kernel's machine has as its root.
+ *
+ * The last lines are as those of `npm test`: what was skipped and why, `failed: SUITE: TEST`, and
+ * `N passed, N failed, N skipped`.
+ */
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { dirname, join, relative } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+import { debianKernel, KERNEL_DIRECTORY } from './debian-kernel.mjs';
+import { chooseAccelerator, runInside } from './machine.mjs';
+import { gtestResults, vitestResults } from './results.mjs';
+
+const root = join(dirname(fileURLToPath(import.meta.url)), '../..');
+const DEADLINE_SECONDS = Number(process.env.KERNEL_TEST_DEADLINE ?? 420);
+const RESULTS = '/run/results';
+const END = '@@ends with ';
+
+/** Of the native tests. */
+const NATIVE = [
+  ...['FailingMemory*', 'UserfaultfdTest*', 'Pagemap*', 'ProcessMaps*', 'Region*', 'Discarder*'],
+  ...['*TrackerTest*', 'TrackerNames*', 'Uffd*', 'HashDiff*', 'SoftDirty*'],
+  ...['PagerPoison*', 'ReceiverPaging*', 'ReceiverRecovery*'],
+  '*/EngineTest*',
+].join(':');
+/** Of the TypeScript suite. */
+const TYPESCRIPT = [
+  'test/unit/doctor.test.ts',
+  'test/unit/trackers.test.ts',
+  'test/unit/lifetime.test.ts',
+  'test/migration/modes.test.ts',
+  'test/migration/bad-days-postcopy.test.ts',
+];
+
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.once(signal, () => process.exit(130));
+
+const built = spawnSync('bash', ['scripts/test-native.sh', 'plain'], {
+  cwd: root,
+  stdio: ['ignore', 2, 2],
+  env: { ...process.env, BUILD_ONLY: '1' },
+});
+if (built.status !== 0) finish([failed('build', 'the native tests cannot be built')]);
+
+const kernel = debianKernel((line) => process.stderr.write(`kernel: ${line}\n`));
+const accelerator = await chooseAccelerator(kernel);
+process.stdout.write(`==> Linux ${kernel.release} (${accelerator})\n`);
+
+const results = mkdtempSync(join(KERNEL_DIRECTORY, 'results-'));
+process.once('exit', () => rmSync(results, { recursive: true, force: true }));
+const script = `
+  run() { "$@"; echo "${END}$?"; }
+  run ${quote(process.execPath)} lib/cli/main.js doctor
+  run build-native/test/native/memferry_tests --gtest_filter=${quote(process.env.KERNEL_TEST_NATIVE ?? NATIVE)}
+  run ${quote(process.execPath)} node_modules/vitest/vitest.mjs run --maxWorkers=1 --reporter=verbose \\
+    --reporter=json --outputFile.json=${RESULTS}/vitest.json ${(process.env.KERNEL_TEST_TYPESCRIPT?.split(' ') ?? TYPESCRIPT).map(quote).join(' ')}
+`;
+let output = '';
+const began = Date.now();
+const { code, console: messages } = await runInside(kernel, {
+  shares: [
+    { path: '/', at: '/', how: 'ro' },
+    { path: root, at: root, how: 'overlay' },
+    { path: results, at: RESULTS, how: 'rw' },
+  ],
+  tmpfs: [
+    { at: '/tmp', mebibytes: 512 },
+    { at: '/run', mebibytes: 64 },
+    { at: '/dev/shm', mebibytes: 512 },
+  ],
+  command: ['/bin/sh', '-c', script],
+  environment: {
+    PATH: process.env.PATH ?? '',
+    HOME: '/tmp',
+    TMPDIR: '/tmp',
+    XDG_RUNTIME_DIR: '/run',
+    CI: 'true',
+  },
+  directory: root,
+  deadlineSeconds: DEADLINE_SECONDS,
+  memoryMiB: 2048,
+  accelerator,
+  onOutput: (text) => {
+    output += text;
+    process.stdout.write(text);
+  },
+});
+process.stdout.write(`==> ${((Date.now() - began) / 1000).toFixed(1)} s\n`);
+if (code !== 0) process.stdout.write(`${messages}\n`);
+
+// What the three commands said, each up to the line with its exit code.
+const [doctor, native, typescript] = output.split(END).map((part) => part.replace(/^\d+\n/, ''));
+const codes = [...output.matchAll(new RegExp(`${END}(\\d+)`, 'g'))].map(([, number]) => Number(number));
+finish([
+  ...(code === 0 ? [] : [failed('machine', `the kernel's machine ended with ${code}`)]),
+  ...(codes[0] === 0 && new RegExp(`^kernel ${kernel.release},`, 'm').test(doctor ?? '')
+    ? [{ suite: 'kernel', name: `is ${kernel.release}`, outcome: 'passed' }]
+    : [failed('kernel', `memferry doctor does not say that it runs on ${kernel.release}`)]),
+  ...gtestResults('native', native ?? '', codes[1]),
+  ...vitestResults('typescript', readOr(join(results, 'vitest.json')), codes[2], root),
+]);
+
+function finish(outcomes) {
+  const of = (outcome) => outcomes.filter((one) => one.outcome === outcome);
+  const lines = ['skipped', 'failed'].flatMap((outcome) =>
+    of(outcome).map(({ suite, name, why }) => `${outcome}: ${suite}: ${name}${why ? `: ${why}` : ''}\n`),
+  );
+  process.stdout.write(
+    `\n${lines.join('')}${of('passed').length} passed, ${of('failed').length} failed, ${of('skipped').length} skipped\n`,
+  );
+  process.exit(of('failed').length > 0 ? 1 : 0);
+}
+
+function failed(suite, name) {
+  return { suite, name, outcome: 'failed' };
+}
+
+function readOr(path) {
+  try {
+    return readFileSync(path, 'utf8');
+  } catch {
+    return null;
+  }
+}
+
+function quote(text) {
+  return `'${text.replaceAll("'", `'\\''`)}'`;
+}
