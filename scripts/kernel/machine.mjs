@@ -12,8 +12,6 @@ import { initramfs } from './initramfs.mjs';
 
 const QEMU = 'qemu-system-x86_64';
 const EXIT_PORT = '0xf4';
-/** Of what there is beside the command: the kernel's start, its mounts. */
-const START_SECONDS = 60;
 const KVM_PROBE_SECONDS = 5;
 /**
  * Where instructions are emulated, time inside is counted in them, one a nanosecond: the same machine everywhere, about
@@ -31,8 +29,8 @@ const FILE_MODULES = ['virtio_pci', '9pnet_virtio', '9p', 'overlay'];
  * @param {string[]} run.command absolute, as inside
  * @param {Record<string, string>} [run.environment] all of it
  * @param {string} [run.directory]
- * @param {number} run.deadlineSeconds of the command
- * @param {number} [run.startSeconds] what the machine gets beside: a minute unless given
+ * @param {number} run.deadlineSeconds of the command, by the machine's clock
+ * @param {number} run.hostSeconds of all of it, by the host's
  * @param {number} [run.memoryMiB]
  * @param {string[]} [run.modules] more kernel modules
  * @param {'kvm' | 'tcg'} [run.accelerator]
@@ -81,7 +79,7 @@ export async function runInside(kernel, run) {
           ...['-device', `virtio-9p-pci,fsdev=${tag},mount_tag=${tag}`],
         ]),
       ],
-      (run.deadlineSeconds + (run.startSeconds ?? START_SECONDS)) * 1000,
+      run.hostSeconds * 1000,
       run.onOutput ?? (() => {}),
     );
     return { code, console: readFileSync(consoleLog, 'utf8') };
@@ -100,8 +98,8 @@ export async function chooseAccelerator(kernel) {
   }
   const probe = runInside(kernel, {
     command: [],
-    deadlineSeconds: 0,
-    startSeconds: KVM_PROBE_SECONDS,
+    deadlineSeconds: KVM_PROBE_SECONDS,
+    hostSeconds: KVM_PROBE_SECONDS,
     memoryMiB: 256,
     accelerator: 'kvm',
   });

@@ -33,6 +33,7 @@ const { code, console: messages } = await runInside(kernel, {
   environment: { PATH: process.env.PATH ?? '', HOME: '/tmp', TMPDIR: '/tmp' },
   directory: root,
   deadlineSeconds: Number(process.env.DEADLINE ?? 300),
+  hostSeconds: 3600,
   memoryMiB: 2048,
   accelerator,
   onOutput: (text) => process.stdout.write(text),

@@ -8,7 +8,7 @@
  */
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
-import { dirname, join, relative } from 'node:path';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 import { debianKernel, KERNEL_DIRECTORY } from './debian-kernel.mjs';
@@ -16,10 +16,14 @@ import { chooseAccelerator, runInside } from './machine.mjs';
 import { gtestResults, vitestResults } from './results.mjs';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '../..');
-const DEADLINE_SECONDS = Number(process.env.KERNEL_TEST_DEADLINE ?? 420);
+/** Alone on a machine with two processors it takes a quarter of it. */
+const HOST_SECONDS = Number(process.env.KERNEL_TEST_SECONDS ?? 900);
 const RESULTS = '/run/results';
 const END = '@@ends with ';
 
+/** Of 6.1, as far as memferry asks for it. */
+const LACKING = ['uffd-wp-async', 'uffd-wp-unpopulated', 'uffd-poison', 'uffd-move', 'pagemap-scan'];
+const HAVING = ['userfaultfd', 'uffd-wp', 'hash-diff', 'soft-dirty'];
 /** Of the native tests. */
 const NATIVE = [
   ...['FailingMemory*', 'UserfaultfdTest*', 'Pagemap*', 'ProcessMaps*', 'Region*', 'Discarder*'],
@@ -53,7 +57,7 @@ const results = mkdtempSync(join(KERNEL_DIRECTORY, 'results-'));
 process.once('exit', () => rmSync(results, { recursive: true, force: true }));
 const script = `
   run() { "$@"; echo "${END}$?"; }
-  run ${quote(process.execPath)} lib/cli/main.js doctor
+  run ${quote(process.execPath)} lib/cli/main.js doctor --json
   run build-native/test/native/memferry_tests --gtest_filter=${quote(process.env.KERNEL_TEST_NATIVE ?? NATIVE)}
   run ${quote(process.execPath)} node_modules/vitest/vitest.mjs run --maxWorkers=1 --reporter=verbose \\
     --reporter=json --outputFile.json=${RESULTS}/vitest.json ${(process.env.KERNEL_TEST_TYPESCRIPT?.split(' ') ?? TYPESCRIPT).map(quote).join(' ')}
@@ -80,7 +84,8 @@ const { code, console: messages } = await runInside(kernel, {
     CI: 'true',
   },
   directory: root,
-  deadlineSeconds: DEADLINE_SECONDS,
+  deadlineSeconds: HOST_SECONDS,
+  hostSeconds: HOST_SECONDS,
   memoryMiB: 2048,
   accelerator,
   onOutput: (text) => {
@@ -92,13 +97,11 @@ process.stdout.write(`==> ${((Date.now() - began) / 1000).toFixed(1)} s\n`);
 if (code !== 0) process.stdout.write(`${messages}\n`);
 
 // What the three commands said, each up to the line with its exit code.
-const [doctor, native, typescript] = output.split(END).map((part) => part.replace(/^\d+\n/, ''));
+const [doctor, native] = output.split(END).map((part) => part.replace(/^\d+\n/, ''));
 const codes = [...output.matchAll(new RegExp(`${END}(\\d+)`, 'g'))].map(([, number]) => Number(number));
 finish([
   ...(code === 0 ? [] : [failed('machine', `the kernel's machine ended with ${code}`)]),
-  ...(codes[0] === 0 && new RegExp(`^kernel ${kernel.release},`, 'm').test(doctor ?? '')
-    ? [{ suite: 'kernel', name: `is ${kernel.release}`, outcome: 'passed' }]
-    : [failed('kernel', `memferry doctor does not say that it runs on ${kernel.release}`)]),
+  ...kernelResults(doctor ?? ''),
   ...gtestResults('native', native ?? '', codes[1]),
   ...vitestResults('typescript', readOr(join(results, 'vitest.json')), codes[2], root),
 ]);
@@ -112,6 +115,24 @@ function finish(outcomes) {
     `\n${lines.join('')}${of('passed').length} passed, ${of('failed').length} failed, ${of('skipped').length} skipped\n`,
   );
   process.exit(of('failed').length > 0 ? 1 : 0);
+}
+
+/** That it is the kernel that it should be, and has what makes it worth testing on: else the tests prove nothing here. */
+function kernelResults(json) {
+  const facts = { kernel: null, trackers: [], features: [] };
+  try {
+    Object.assign(facts, JSON.parse(json));
+  } catch {
+    // Then nothing below holds.
+  }
+  const offers = new Map(
+    [...facts.features, ...facts.trackers].map(({ name, available }) => [name, available]),
+  );
+  return [
+    [`memferry doctor runs on ${kernel.release}`, facts.kernel === kernel.release],
+    ...LACKING.map((name) => [`doctor says that ${name} is missing`, offers.get(name) === false]),
+    ...HAVING.map((name) => [`doctor says that ${name} is there`, offers.get(name) === true]),
+  ].map(([name, holds]) => ({ suite: 'kernel', name, outcome: holds ? 'passed' : 'failed' }));
 }
 
 function failed(suite, name) {
