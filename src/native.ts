@@ -32,6 +32,8 @@ export interface NativeRegion {
   buffers(): ArrayBuffer[];
   /** Whether `view` starts where the region does. */
   startsAt(view: Uint8Array): boolean;
+  /** Null: this process's memory. Else how it is attached. */
+  attached(): { pid: number; paged: boolean; writeTracked: boolean; shared: boolean } | null;
   claimed(): boolean;
   /** One migration at a time: true when nobody else has it. */
   claim(): boolean;
@@ -49,6 +51,40 @@ export interface NativeRegion {
   save(path: string, first: number, count: number): Promise<void>;
   /** Drops this handle. Memory of our own goes when the last handle, view and engine have let go. Twice is fine. */
   close(): void;
+}
+
+/** A piece of another process's memory; `offset` is where it lies in the memory's file. */
+export interface NativeMapping {
+  address: bigint;
+  lengthBytes: number;
+  offset: number;
+}
+
+export interface NativeSourcePagerEvent {
+  kind: 'done' | 'lost' | 'failed';
+  code: string;
+  message: string;
+  /** The pages that are lost. */
+  first: number;
+  count: number;
+}
+
+export interface NativeSourcePagerStats {
+  pages: number;
+  pagesSettled: number;
+  pagesFound: number;
+  pagesLost: number;
+  faults: number;
+  faultP50Us: number;
+  faultP99Us: number;
+}
+
+export interface NativeSourcePager {
+  stats(): NativeSourcePagerStats;
+  /** Stops; whoever touches what is missing waits for a successor. Twice is fine. */
+  leave(): void;
+  /** Stops, and what is missing fails to be read. */
+  end(): void;
 }
 
 export interface NativeTrackerProbe {
@@ -517,15 +553,43 @@ export interface NativeAddon {
    * WebAssembly.Memory, whose buffer is detached when it grows while the memory stays where it is.
    */
   adopt(views: Uint8Array[], capacityBytes: number, owner: object | null): NativeRegion;
+  /**
+   * Memory of another process; descriptors are duplicated. `onGone` is called at most once, with what became of the
+   * owner, after the region was retired.
+   */
+  attach(
+    pidfd: number,
+    uffd: number | null,
+    mappings: NativeMapping[],
+    memory: number | null,
+    onGone: (message: string) => void,
+  ): NativeRegion;
+  openPidfd(pid: number): number;
+  /** pidfd_getfd. */
+  takeDescriptor(pidfd: number, descriptor: number): number;
+  /** Pages attached memory from an open file; `ledger` is an open file that tells a successor what was settled. */
+  createSourcePager(config: {
+    region: NativeRegion;
+    snapshot: number;
+    offset: number;
+    ledger: number | null;
+    prepage: boolean;
+    onEvent: (event: NativeSourcePagerEvent) => void;
+  }): NativeSourcePager;
+  /** A process by pidfd; `alive()` is false when it has ended or runs another program. */
+  holdProcess(pidfd: number): { pid: number; alive(): boolean; end(): void };
   /** Another handle on a region of this process; null when it is gone. */
   openRegion(id: string): NativeRegion | null;
   /** How far the mapping around a WebAssembly memory is reserved, in bytes from the view's start. */
   reservedBytes(view: Uint8Array): number;
 
   probeTrackers(): NativeTrackerProbe[];
+  probeTracker(name: string): NativeTrackerProbe;
+  /** Why this tracker may not watch the region's memory; null when it may. */
+  trackerRefusal(name: string, region: NativeRegion, writers: string): string | null;
   /** Kernel features for paging: userfaultfd, its features one by one, PAGEMAP_SCAN, MADV_POPULATE_WRITE, ... */
   probeFeatures(): NativeFeature[];
-  makeTracker(name: string, region: NativeRegion): NativeTracker;
+  makeTracker(name: string, region: NativeRegion, writers: string): NativeTracker;
 
   /** XXH3_64 of every page of `view`, into `out` (BigUint64Array of length pages). */
   hashPages(view: Uint8Array, pageSize: number, out: BigUint64Array): void;

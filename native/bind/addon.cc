@@ -9,6 +9,7 @@
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
 #include "bind/sampler_handle.h"
+#include "bind/source_pager_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
 #include "bind/spreader_handle.h"
@@ -68,15 +69,21 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ListenerHandle::define(env);
   StageHandle::define(env);
   SamplerHandle::define(env);
+  SourcePagerHandle::define(env);
   SpreaderHandle::define(env);
   ShareHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
   exports.Set("adopt", Napi::Function::New<RegionHandle::adopt>(env, "adopt"));
+  exports.Set("attach", Napi::Function::New<RegionHandle::attach>(env, "attach"));
+  exports.Set("openPidfd", Napi::Function::New<RegionHandle::open_pidfd>(env, "openPidfd"));
+  exports.Set("takeDescriptor", Napi::Function::New<RegionHandle::take_descriptor>(env, "takeDescriptor"));
   exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));
   exports.Set("reservedBytes", Napi::Function::New<RegionHandle::reserved_bytes>(env, "reservedBytes"));
   exports.Set("probeTrackers", Napi::Function::New<TrackerHandle::probe>(env, "probeTrackers"));
+  exports.Set("probeTracker", Napi::Function::New<TrackerHandle::probe_one>(env, "probeTracker"));
+  exports.Set("trackerRefusal", Napi::Function::New<TrackerHandle::refusal>(env, "trackerRefusal"));
   exports.Set("probeFeatures", Napi::Function::New<probe_features>(env, "probeFeatures"));
   exports.Set("makeTracker", Napi::Function::New<TrackerHandle::make>(env, "makeTracker"));
   define_page_functions(env, exports);
@@ -84,6 +91,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
   exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
+  exports.Set("createSourcePager", Napi::Function::New<SourcePagerHandle::create>(env, "createSourcePager"));
+  exports.Set("holdProcess", Napi::Function::New<SourcePagerHandle::hold_process>(env, "holdProcess"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));

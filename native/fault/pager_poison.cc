@@ -19,6 +19,7 @@ void Pager::poison_missing() {
     poisoning_ = true;  // whatever is claimed and then fails, or faults later, is poisoned by on_fault()
   }
   if (!serving()) return;
+  deliver_all();
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     const ArrivalMap& map = *maps_[region];
     const PageNumber end{map.pages()};
@@ -71,52 +72,86 @@ void Pager::poison_lost() {
 
 void Pager::poison(std::uint32_t region, PageRun run) {
   ArrivalMap& map = *maps_[region];
-  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber) {
-    if (!failing_ && poison_part(part, map.page_size())) return;
-    make_failing(region, part);
-    uffd_.wake(Address::of(part.data()), part.size());
+  map.for_each_run(run, [&](PageRun part) {
+    if (poison_part(region, part)) return;
+    if (map.region().owner()) {
+      // Another process's memory cannot be made to fail otherwise, and it may not read zeros.
+      map.region().owner()->end();
+    } else {
+      make_failing(region, part);
+    }
   });
   const std::lock_guard lock(mutex_);
   waiting_.take(region, run, [](const WaitingFault&) {});
 }
 
 // False when the kernel cannot do it (before Linux 6.6), or has no memory for it.
-bool Pager::poison_part(std::span<std::byte> part, std::uint64_t page_size) {
+bool Pager::poison_part(std::uint32_t region, PageRun part) {
+  const ArrivalMap& map = *maps_[region];
+  Userfaultfd& uffd = uffd_of(region);
+  if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return false;
+  const OwnerAddress start = map.region().owner_address(part.first);
+  const std::uint64_t page_size = map.page_size();
+  const std::uint64_t bytes = part.count * page_size;
   int tries = 0;
-  for (std::uint64_t done = 0; done < part.size();) {
-    std::byte* page = part.data() + done;
+  for (std::uint64_t done = 0; done < bytes;) {
+    PageResult result;
     try {
-      const PageResult result = uffd_.poison(Address::of(page), part.size() - done, true);
-      done += result.bytes_done;
-      page = part.data() + done;
-      if (result.outcome == PageOutcome::kOk || result.outcome == PageOutcome::kGone) return true;
-      if (result.outcome == PageOutcome::kExists) {
-        // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
-        if (::madvise(page, page_size, MADV_REMOVE) != 0) ::madvise(page, page_size, MADV_DONTNEED);
-        if (uffd_.poison(Address::of(page), page_size, true).outcome != PageOutcome::kOk) return false;
-        done += page_size;
-      } else if (!wait_again(tries)) {
-        return false;
-      }
+      result = uffd.poison(start.plus(done), bytes - done, true);
     } catch (const SystemError&) {
+      return false;
+    }
+    done += result.bytes_done;
+    if (result.outcome == PageOutcome::kExists) {
+      // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
+      if (!poison_populated(region, PageNumber{part.first.value + done / page_size})) return false;
+      done += page_size;
+    } else if (result.outcome == PageOutcome::kGone) {
+      return true;
+    } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
       return false;
     }
   }
   return true;
 }
 
+bool Pager::poison_populated(std::uint32_t region, PageNumber page) {
+  ArrivalMap& map = *maps_[region];
+  const OwnerAddress address = map.region().owner_address(page);
+  if (map.region().remote()) {
+    // What cannot be read is poisoned already; what can be is not to be dropped from here.
+    std::byte byte{};
+    try {
+      return map.region().owner()->read_some(address, std::span(&byte, 1)) == 0;
+    } catch (const OwnerGone&) {
+      return true;
+    }
+  }
+  std::byte* const view = map.region().contiguous({page, 1}).data();
+  if (::madvise(view, map.page_size(), MADV_REMOVE) != 0) ::madvise(view, map.page_size(), MADV_DONTNEED);
+  const PageOutcome outcome = uffd_of(region).poison(address, map.page_size(), true).outcome;
+  // Of a shared file the hole does away with the content; a mark that is left in the owner's page table stays.
+  return outcome == PageOutcome::kOk || outcome == PageOutcome::kGone ||
+         (map.region().owner() && outcome == PageOutcome::kExists);
+}
+
 // Another mapping over the pages, that fails when it is touched. Where that would take too many mappings, coarser, but
 // no access goes through: one over all of the region takes none beside its own.
-void Pager::make_failing(std::uint32_t region, std::span<std::byte> part) {
-  if (failing_pieces_.fetch_add(1, std::memory_order_relaxed) < kMostFailingPieces) {
-    if (failing_ && failing_->put_over(Address::of(part.data()), part.size())) return;
-    if (::mprotect(part.data(), part.size(), PROT_NONE) == 0) return;
-  }
+void Pager::make_failing(std::uint32_t region, PageRun part) {
   const ArrivalMap& map = *maps_[region];
-  map.for_each_part({PageNumber{0}, map.pages()}, [this](std::span<std::byte> all, PageNumber) {
-    const Address start = Address::of(all.data());
-    if (!(failing_ && failing_->put_over(start, all.size()))) ::mprotect(all.data(), all.size(), PROT_NONE);
-    uffd_.wake(start, all.size());
+  const std::span<std::byte> own = map.region().contiguous(part);
+  if (failing_pieces_.fetch_add(1, std::memory_order_relaxed) < kMostFailingPieces &&
+      ((failing_ && failing_->put_over(Address::of(own.data()), own.size())) ||
+       ::mprotect(own.data(), own.size(), PROT_NONE) == 0)) {
+    own_->wake(map.region().owner_address(part.first), own.size());
+    return;
+  }
+  map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun all) {
+    const std::span<std::byte> bytes = map.region().contiguous(all);
+    if (!(failing_ && failing_->put_over(Address::of(bytes.data()), bytes.size()))) {
+      ::mprotect(bytes.data(), bytes.size(), PROT_NONE);
+    }
+    own_->wake(map.region().owner_address(all.first), bytes.size());
   });
 }
 

@@ -29,13 +29,14 @@ const NATIVE = [
   ...['FailingMemory*', 'UserfaultfdTest*', 'Pagemap*', 'ProcessMaps*', 'Region*', 'Discarder*'],
   ...['*TrackerTest*', 'TrackerNames*', 'Uffd*', 'HashDiff*', 'SoftDirty*'],
   ...['PagerPoison*', 'ReceiverPaging*', 'ReceiverRecovery*'],
-  '*/EngineTest*',
+  ...['*/EngineTest*/softdirty*', '*/EngineTest*/uffdwp2*', '*/EngineTest*/hashdiff2Channels'],
 ].join(':');
 /** Of the TypeScript suite. */
 const TYPESCRIPT = [
   'test/unit/doctor.test.ts',
   'test/unit/trackers.test.ts',
   'test/unit/lifetime.test.ts',
+  'test/migration/trackers.test.ts',
   'test/migration/modes.test.ts',
   'test/migration/bad-days-postcopy.test.ts',
 ];

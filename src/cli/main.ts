@@ -9,6 +9,7 @@ import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
 import { describeUsageError, reportError } from './output.js';
+import { addPage } from './page.js';
 import { addPark } from './park.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
@@ -32,6 +33,7 @@ function build(): Command {
   addBench(program);
   addReceive(program);
   addSend(program);
+  addPage(program);
   addPark(program);
   addUnpark(program);
   addStage(program);

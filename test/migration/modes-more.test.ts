@@ -104,20 +104,6 @@ test('a bandwidth limit holds', async () => {
   await expectRuns(b);
 });
 
-describe.each(['uffd-wp-async', 'hash-diff'])('the tracker %s', (tracker) => {
-  test.each(['pre-copy', 'hybrid'])('in %s', async (mode) => {
-    const [a, b] = await hosts('a', 'b');
-    const port = await listen(b);
-    for (const kind of ['allocate', 'wasm'] as const) {
-      await startGuest(a, regionsOf(kind), { guest: kind, rate: { batch: 64, restMs: 1 } });
-      await migrate(a, port, { mode, tracker, maxRounds: 4 }, { key: kind, guest: kind });
-      expect(await report(a, kind)).toMatchObject({ tracker, verified: true });
-      await expectRuns(b, kind);
-      await expectOneOwner([a, b], kind);
-    }
-  });
-});
-
 test('a tracker that does not exist is refused, and the guest runs on', async () => {
   const [a, b] = await hosts('a', 'b');
   const port = await listen(b);
