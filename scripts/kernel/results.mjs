@@ -40,8 +40,8 @@ export function gtestResults(suite, output, code) {
   return results;
 }
 
-/** @param {string | null} json of vitest's reporter of that name */
-export function vitestResults(suite, json, code, root) {
+/** @param {string | null} json of vitest's reporter of that name; @param {string} [wanted] the pattern that chose the tests */
+export function vitestResults(suite, json, code, root, wanted = '') {
   const results = [];
   const { testResults = [] } = json === null ? {} : JSON.parse(json);
   for (const file of testResults) {
@@ -55,6 +55,7 @@ export function vitestResults(suite, json, code, root) {
       });
     }
     for (const test of file.assertionResults) {
+      if (!new RegExp(wanted).test(test.fullName)) continue;
       const outcome = { passed: 'passed', failed: 'failed' }[test.status] ?? 'skipped';
       const why = message(test.failureMessages ?? []);
       results.push({ suite, name: `${path}: ${test.fullName}`, outcome, why });

@@ -124,6 +124,7 @@ describe('what vitest says', () => {
       { suite: 's', name: 't/x.test.ts: two', outcome: 'failed', why: 'because' },
       { suite: 's', name: 't/x.test.ts: three', outcome: 'skipped', why: '' },
     ]);
+    expect(vitestResults('s', json, 1, '/r', '^t(wo|hree)')).toHaveLength(2);
   });
 
   it('is a failure where there is none, a file does not load, or it ends badly', () => {
