@@ -34,12 +34,12 @@ const NATIVE = [
 /** Of the TypeScript suite: what an older kernel can fail. A process takes its time where instructions are emulated. */
 const TYPESCRIPT = [
   ...['unit/doctor', 'unit/trackers', 'unit/lifetime'],
-  ...['migration/trackers', 'migration/modes', 'migration/bad-days-postcopy'],
+  ...['migration/trackers', 'migration/modes', 'migration/modes-more', 'migration/bad-days-postcopy'],
 ].map((name) => `test/${name}.test.ts`);
 /** The tests of these files, by their whole names. */
 const TYPESCRIPT_TESTS = [
   ...['^doctor', "^'[a-z-]+' ", '^the choice', '^a poisoned page'],
-  ...['^the tracker', '^without a choice', 'over 2 channels'],
+  ...['^the tracker', '^without a choice', '^a tracker that', 'over 2 channels'],
   ...[
     'a cut in the push',
     '^whoever reads',

@@ -1,5 +1,6 @@
 /** What callers may ask of a migration besides its mode, and guests that move again and again. */
 import { afterEach, describe, expect, test } from 'vitest';
+import { trackers } from '../../src/trackers.js';
 import { endHosts } from '../support/host.js';
 import {
   done,
@@ -101,6 +102,31 @@ test('a bandwidth limit holds', async () => {
   const figures = await report(a);
   // The burst that a token bucket allows is not more than a quarter of a second's worth.
   expect(figures.bytesOnWire / (figures.totalMs / 1000)).toBeLessThan(limit * 1.25);
+  await expectRuns(b);
+});
+
+const works = trackers().filter(({ available }) => available);
+
+describe.each(works.map(({ name }) => name))('the tracker %s', (tracker) => {
+  test.each(['pre-copy', 'hybrid'])('in %s', async (mode) => {
+    const [a, b] = await hosts('a', 'b');
+    const port = await listen(b);
+    for (const kind of ['allocate', 'wasm'] as const) {
+      await startGuest(a, regionsOf(kind), { guest: kind, rate: { batch: 64, restMs: 1 } });
+      await migrate(a, port, { mode, tracker, maxRounds: 4 }, { key: kind, guest: kind });
+      expect(await report(a, kind)).toMatchObject({ tracker, verified: true });
+      await expectRuns(b, kind);
+      await expectOneOwner([a, b], kind);
+    }
+  });
+});
+
+test('without a choice the tracker is the first that works here', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const port = await listen(b);
+  await startGuest(a, regionsOf('allocate'));
+  await migrate(a, port, { mode: 'pre-copy', maxRounds: 4 });
+  expect(await report(a)).toMatchObject({ tracker: works[0]?.name, verified: true });
   await expectRuns(b);
 });
 
