@@ -15,6 +15,7 @@ import { heading, row } from './support/table.js';
 const order = [
   'hash',
   'track',
+  'track-attached',
   'bulk',
   'fault',
   'fault-lab',

@@ -33,7 +33,7 @@ export interface NativeRegion {
   /** Whether `view` starts where the region does. */
   startsAt(view: Uint8Array): boolean;
   /** Null: this process's memory. Else how it is attached. */
-  attached(): { pid: number; paged: boolean; writeTracked: boolean; shared: boolean } | null;
+  attached(): { pid: number; alive: boolean; paged: boolean; writeTracked: boolean; shared: boolean } | null;
   claimed(): boolean;
   /** One migration at a time: true when nobody else has it. */
   claim(): boolean;
@@ -564,6 +564,8 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  /** Who touches what is missing in that memory waits from now on, for whoever pages it. */
+  registerMissing(pidfd: number, uffd: number, mappings: NativeMapping[], memory: number | null): void;
   openPidfd(pid: number): number;
   /** pidfd_getfd. */
   takeDescriptor(pidfd: number, descriptor: number): number;

@@ -67,6 +67,8 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   if (!Number.isInteger(mostPagers) || mostPagers < 1 || mostPagers > 1000)
     throw memferryError('INVALID_ARGUMENT', 'superviseGuest: mostPagers is 1 to 1000');
   const owner = native(() => loadAddon().holdProcess(pidfd));
+  // Before the first pager: what nobody has registered would read as zeros until then.
+  native(() => loadAddon().registerMissing(pidfd, uffd, mappings, memory));
   const ledger = openLedger();
   const done = deferred<SupervisionReport>();
   let child: ChildProcess | null = null;
@@ -98,9 +100,13 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   const lose = () => {
     owner.end();
     settle(
-      memferryError('GUEST_LOST', `the guest was ended, since nobody pages its memory: ${why || 'its pager died'}`, {
-        facts: { pagers: turn },
-      }),
+      memferryError(
+        'GUEST_LOST',
+        `the guest was ended, since nobody pages its memory: ${why || 'its pager died'}`,
+        {
+          facts: { pagers: turn },
+        },
+      ),
     );
   };
   const start = () => {

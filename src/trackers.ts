@@ -44,7 +44,8 @@ export function trackers(): TrackerProbe[] {
 
 /** One at a time, so that nothing is tried out after the first that will do. */
 function* probed(wanted?: string): Iterable<TrackerProbe> {
-  for (const name of trackerNames.filter((known) => wanted === undefined || known === wanted)) yield native(() => loadAddon().probeTracker(name)) as TrackerProbe;
+  for (const name of trackerNames.filter((known) => wanted === undefined || known === wanted))
+    yield native(() => loadAddon().probeTracker(name)) as TrackerProbe;
 }
 
 /**
@@ -96,7 +97,10 @@ export class DirtyTracker {
   static create(region: Region, name?: string, options: TrackerOptions = {}): DirtyTracker {
     const { writers = 'anywhere' } = options;
     if (!writersChoices.includes(writers)) {
-      throw memferryError('INVALID_ARGUMENT', `writers: one of ${writersChoices.join(', ')}, not '${writers}'`);
+      throw memferryError(
+        'INVALID_ARGUMENT',
+        `writers: one of ${writersChoices.join(', ')}, not '${writers}'`,
+      );
     }
     const refusal = (candidate: TrackerName) =>
       native(() => loadAddon().trackerRefusal(candidate, region.native, writers));

@@ -74,7 +74,7 @@ export interface SendParameters {
 
 function trackerOf(of: NativeRegion): NativeTracker {
   const { name } = must(addon.probeTrackers().find(({ available }) => available) ?? null);
-  const tracker = addon.makeTracker(name, of);
+  const tracker = addon.makeTracker(name, of, 'anywhere');
   tracker.arm();
   return tracker;
 }

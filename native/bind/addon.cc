@@ -9,9 +9,9 @@
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
 #include "bind/sampler_handle.h"
-#include "bind/source_pager_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
+#include "bind/source_pager_handle.h"
 #include "bind/spreader_handle.h"
 #include "bind/stage_handle.h"
 #include "bind/tracker_handle.h"
@@ -77,6 +77,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
   exports.Set("adopt", Napi::Function::New<RegionHandle::adopt>(env, "adopt"));
   exports.Set("attach", Napi::Function::New<RegionHandle::attach>(env, "attach"));
+  exports.Set("registerMissing", Napi::Function::New<RegionHandle::register_missing>(env, "registerMissing"));
   exports.Set("openPidfd", Napi::Function::New<RegionHandle::open_pidfd>(env, "openPidfd"));
   exports.Set("takeDescriptor", Napi::Function::New<RegionHandle::take_descriptor>(env, "takeDescriptor"));
   exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));

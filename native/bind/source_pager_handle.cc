@@ -44,9 +44,9 @@ SourcePagerHandle::SourcePagerHandle(const Napi::CallbackInfo& info)
     hold_ = RegionHandle::hold_of(object.Get("region"));
     SourcePager::Config config;
     config.region = hold_.shared->region_pointer();
-    config.source = std::make_unique<FilePageSource>(static_cast<int>(count_of(object.Get("snapshot"), "snapshot")),
-                                                     count_of(object.Get("offset"), "offset"),
-                                                     config.region->page_size());
+    config.source = std::make_unique<FilePageSource>(
+        static_cast<int>(count_of(object.Get("snapshot"), "snapshot")),
+        count_of(object.Get("offset"), "offset"), config.region->page_size());
     const Napi::Value ledger = object.Get("ledger");
     if (!ledger.IsNull()) config.ledger = static_cast<int>(count_of(ledger, "ledger"));
     config.prepage = flag_of(object.Get("prepage"), "prepage");

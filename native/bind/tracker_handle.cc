@@ -95,7 +95,8 @@ Napi::Value TrackerHandle::refusal(const Napi::CallbackInfo& info) {
     const TrackerKind kind = kind_of(text_of(info[0], "name"));
     const RegionHold hold = RegionHandle::hold_of(info[1]);
     const RegionUse use(hold.shared->region_pointer(), "tracker");
-    const auto refused = tracker_refusal(kind, hold.shared->region(), options_of(text_of(info[2], "writers")));
+    const auto refused =
+        tracker_refusal(kind, hold.shared->region(), options_of(text_of(info[2], "writers")));
     return refused ? Napi::Value(Napi::String::New(env, *refused)) : env.Null();
   });
 }

@@ -22,6 +22,7 @@ constexpr int kPrepageNice = 5;
 constexpr int kTries = 4096;  // the layout is changing: about two seconds
 constexpr int kSpinningTries = 64;
 constexpr std::chrono::microseconds kBetweenTries{500};
+constexpr std::chrono::milliseconds kLossGrace{100};
 
 void between_tries(int tries) {
   if (tries < kSpinningTries) {
@@ -64,12 +65,15 @@ SourcePager::SourcePager(Config config)
       memory_(*config_.region),
       page_size_(memory_.page_size()),
       pages_(memory_.pages()),
-      ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)) {
-  if (memory_.uffd() == nullptr || !config_.source) throw std::invalid_argument("a pager without a userfaultfd");
+      ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)),
+      given_up_(pages_) {
+  if (memory_.uffd() == nullptr || !config_.source)
+    throw std::invalid_argument("a pager without a userfaultfd");
   if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
   try {
     memory_.check_attached("page");
-    for (const Extent& extent : memory_.extents()) memory_.uffd()->register_missing(extent.start, extent.bytes);
+    for (const Extent& extent : memory_.extents())
+      memory_.uffd()->register_missing(extent.start, extent.bytes);
     look_for_what_is_there();
     user_ = memory_.enlist([this] { leave(); });
     if (!user_) throw RegionGone("page");
@@ -135,8 +139,8 @@ void SourcePager::for_each_unsettled(Visit visit) const {
 
 SourcePager::Stats SourcePager::stats() const {
   const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
-  return {pages_, settled_,       found_,
-          faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
+  return {
+      pages_, settled_, found_, faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
 }
 
 void SourcePager::tell(EventKind kind, std::string code, std::string message, PageRun lost) {
@@ -180,7 +184,8 @@ void SourcePager::run(WorkerThread& self) {
 void SourcePager::on_event(const uffd_msg& event) {
   switch (event.event) {
     case UFFD_EVENT_REMOVE:
-      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end; at = at.plus(page_size_)) {
+      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end;
+           at = at.plus(page_size_)) {
         const auto page = memory_.page_at(at);
         if (page && !ledger_.set(*page)) ++settled_;
       }
@@ -188,7 +193,8 @@ void SourcePager::on_event(const uffd_msg& event) {
     case UFFD_EVENT_UNMAP:
       break;  // nobody can touch it any more
     case UFFD_EVENT_REMAP:
-      tell(EventKind::kFailed, "REGION_GONE", "the owner has moved a part of its memory while pages are missing there");
+      tell(EventKind::kFailed, "REGION_GONE",
+           "the owner has moved a part of its memory while pages are missing there");
       break;
     case UFFD_EVENT_FORK: {
       const UniqueFd fd(static_cast<int>(event.arg.fork.ufd));
@@ -217,6 +223,7 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
     }
     return;
   }
+  if (given_up_.test(page)) return;  // it is being poisoned, which wakes whoever waits
   std::uint64_t lacking = 1;
   while (lacking < SequentialDetector::kLargestWindow && page.value + lacking < pages_ &&
          !ledger_.test(PageNumber{page.value + lacking})) {
@@ -233,7 +240,8 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
 bool SourcePager::bring(PageRun run, std::vector<std::byte>& buffer) {
   while (run.count > 0) {
     const PageRun part = memory_.contiguous_run(run);
-    const std::span<std::byte> bytes = std::span(buffer).first(static_cast<std::size_t>(part.count * page_size_));
+    const std::span<std::byte> bytes =
+        std::span(buffer).first(static_cast<std::size_t>(part.count * page_size_));
     try {
       config_.source->read(part, bytes);
     } catch (const std::exception& error) {
@@ -298,10 +306,28 @@ void SourcePager::settle(PageRun run) {
 }
 
 void SourcePager::lose(PageRun run, const std::string& why) {
+  if (given_up_.set_run(run) == 0) return;
   lost_ += run.count;
   tell(EventKind::kLost, "PAGES_LOST", why, run);
-  poison(run);
-  settle(run);
+  const std::lock_guard lock(lost_mutex_);
+  lost_runs_.emplace_back(run, std::chrono::steady_clock::now() + kLossGrace);
+}
+
+void SourcePager::poison_lost() {
+  const auto now = std::chrono::steady_clock::now();
+  std::vector<PageRun> due;
+  {
+    const std::lock_guard lock(lost_mutex_);
+    std::erase_if(lost_runs_, [&](const auto& each) {
+      if (each.second > now) return false;
+      due.push_back(each.first);
+      return true;
+    });
+  }
+  for (const PageRun run : due) {
+    poison(run);
+    settle(run);
+  }
 }
 
 void SourcePager::poison(PageRun run) {
@@ -323,7 +349,8 @@ bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
     std::uint64_t done = result.bytes_done / page_size_;
     if (result.outcome == PageOutcome::kExists) ++done;  // came after all
     if (result.outcome == PageOutcome::kGone) return true;
-    if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory) between_tries(++tries);
+    if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory)
+      between_tries(++tries);
     run = {PageNumber{run.first.value + done}, run.count - done};
   }
   return true;
@@ -337,6 +364,7 @@ void SourcePager::prepage(WorkerThread& self) {
   PageNumber at{0};
   int tries = 0;
   while (!self.stopping()) {
+    poison_lost();
     if (settled_ >= pages_) return finish();
     if (!config_.prepage || failed_) {
       (void)self.wait(20);
@@ -346,10 +374,14 @@ void SourcePager::prepage(WorkerThread& self) {
     const std::uint64_t cursor = cursor_.load(std::memory_order_relaxed);
     if (cursor != seen) at = PageNumber{seen = cursor};
     if (at.value >= pages_) at = PageNumber{0};
-    while (at.value < pages_ && ledger_.test(at)) ++at.value;
-    if (at.value >= pages_) continue;
+    const auto lacking = [this](PageNumber page) { return !ledger_.test(page) && !given_up_.test(page); };
+    while (at.value < pages_ && !lacking(at)) ++at.value;
+    if (at.value >= pages_) {
+      (void)self.wait(1);
+      continue;
+    }
     PageRun run{at, 1};
-    while (run.count < at_once && run.end().value < pages_ && !ledger_.test(run.end())) ++run.count;
+    while (run.count < at_once && run.end().value < pages_ && lacking(run.end())) ++run.count;
     try {
       if (bring(run, buffer)) {
         at = run.end();
@@ -368,7 +400,8 @@ void SourcePager::prepage(WorkerThread& self) {
 // On the prepaging thread. What is missing from here on was dropped by the owner, and is zeros.
 void SourcePager::finish() {
   try {
-    for (const Extent& extent : memory_.extents()) (void)memory_.uffd()->unregister(extent.start, extent.bytes);
+    for (const Extent& extent : memory_.extents())
+      (void)memory_.uffd()->unregister(extent.start, extent.bytes);
     tell(EventKind::kDone, "", "");
   } catch (const std::exception& error) {
     tell(EventKind::kFailed, "SYSTEM", error.what());

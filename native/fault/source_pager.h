@@ -17,12 +17,14 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fault/latency_histogram.h"
@@ -52,9 +54,9 @@ class PageLedger {
 class SourcePager {
  public:
   enum class EventKind {
-    kDone,       // every page is there
-    kLost,       // these cannot be had from the source: they fail to be read from now on
-    kFailed,     // paging is over, and what is missing waits: end() or a successor
+    kDone,    // every page is there
+    kLost,    // these cannot be had from the source: they fail to be read from now on
+    kFailed,  // paging is over, and what is missing waits: end() or a successor
   };
   struct Event {
     EventKind kind;
@@ -71,8 +73,8 @@ class SourcePager {
   };
   struct Stats {
     std::uint64_t pages = 0;
-    std::uint64_t settled = 0;   // there, or dropped by the owner
-    std::uint64_t found = 0;     // of them there when it began
+    std::uint64_t settled = 0;  // there, or dropped by the owner
+    std::uint64_t found = 0;    // of them there when it began
     std::uint64_t faults = 0;
     std::uint64_t lost = 0;
     double p50_us = 0;
@@ -102,6 +104,7 @@ class SourcePager {
   Outcome install(PageRun run, const std::byte* bytes);
   void settle(PageRun run);
   void lose(PageRun run, const std::string& why);
+  void poison_lost();
   void poison(PageRun run);
   bool poison_by(Userfaultfd& uffd, PageRun run);
   template <typename Visit>
@@ -114,6 +117,10 @@ class SourcePager {
   const std::uint64_t page_size_;
   const std::uint64_t pages_;
   PageLedger ledger_;
+  // Told as lost, and not poisoned yet: whoever is told has a moment first.
+  AtomicBitmap given_up_;
+  std::mutex lost_mutex_;  // guards the next
+  std::vector<std::pair<PageRun, std::chrono::steady_clock::time_point>> lost_runs_;
   SequentialDetector detector_;
   LatencyHistogram latencies_;
   std::atomic<std::uint64_t> settled_{0};

@@ -27,7 +27,8 @@ UniqueFd open_map_file(const MappedArea& area, const Process* owner) {
   char name[64];
   std::snprintf(name, sizeof name, "map_files/%lx-%lx", static_cast<unsigned long>(area.start.value),
                 static_cast<unsigned long>(area.end.value));
-  if (owner == nullptr) return UniqueFd(::open((std::string("/proc/self/") + name).c_str(), O_RDONLY | O_CLOEXEC));
+  if (owner == nullptr)
+    return UniqueFd(::open((std::string("/proc/self/") + name).c_str(), O_RDONLY | O_CLOEXEC));
   try {
     return owner->open_file(name, O_RDONLY);
   } catch (const OwnerGone&) {

@@ -85,7 +85,8 @@ Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const 
   return {static_cast<std::size_t>(count), request.walk_end};
 }
 
-void Pagemap::populated(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::populated(OwnerAddress start, std::uint64_t bytes,
+                        const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) {
     populated_by_reading(start, bytes, visit);
     return;
@@ -103,7 +104,8 @@ void Pagemap::populated(OwnerAddress start, std::uint64_t bytes, const std::func
   joiner.flush();
 }
 
-void Pagemap::present(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::present(OwnerAddress start, std::uint64_t bytes,
+                      const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) return read_entries(start, bytes, abi::kPagemapPresent, visit);
   Query query;
   query.category_inverted = abi::kPageIsPfnZero;

@@ -10,11 +10,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
-#include <algorithm>
 #include <ctime>
 #include <thread>
 
@@ -64,6 +64,7 @@ struct Thread {
   bool stopped;
 };
 
+constexpr std::chrono::milliseconds kPause{5};
 constexpr long kNanosecondsPerMs = 1'000'000;
 constexpr int kMostPasses = 100;  // each finds threads that were created during the last one
 constexpr std::uint32_t kStopped = 1;
@@ -84,7 +85,9 @@ struct Freeze {
   int error = 0;
 };
 
-MEMFERRY_BARE std::uint32_t load(const std::uint32_t* word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+MEMFERRY_BARE std::uint32_t load(const std::uint32_t* word) {
+  return __atomic_load_n(word, __ATOMIC_SEQ_CST);
+}
 MEMFERRY_BARE void store_and_wake(std::uint32_t* word, std::uint32_t value) {
   __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
   bare_syscall(SYS_futex, reinterpret_cast<long>(word), FUTEX_WAKE, 1);
@@ -206,7 +209,8 @@ MEMFERRY_BARE int stop_all(Freeze& freeze) {
   for (int pass = 0; pass < kMostPasses; ++pass) {
     const int found = stop_new_threads(freeze, deadline_ms);
     if (found < 0) return -found;
-    if (found == 0) return 0;
+    // Of another process there must have been one; it has ended.
+    if (found == 0) return freeze.count == 0 && freeze.spared == 0 ? ESRCH : 0;
   }
   return EAGAIN;
 }
@@ -214,7 +218,8 @@ MEMFERRY_BARE int stop_all(Freeze& freeze) {
 MEMFERRY_BARE void let_all_go(Freeze& freeze) {
   for (std::size_t i = 0; i < freeze.count; ++i) {
     const Thread& thread = freeze.threads[i];
-    if (thread.id != 0 && thread.stopped) bare_syscall(SYS_ptrace, PTRACE_DETACH, thread.id, 0, thread.signal);
+    if (thread.id != 0 && thread.stopped)
+      bare_syscall(SYS_ptrace, PTRACE_DETACH, thread.id, 0, thread.signal);
   }
 }
 
@@ -271,19 +276,33 @@ bool yama_restricts() {
   return fd && ::read(fd.get(), &scope, 1) == 1 && scope == '1';
 }
 
-Mapping memory_for(std::size_t bytes) {
-  const std::uint64_t page = system_page_size();
-  return Mapping::anonymous((bytes + page - 1) / page * page);
-}
+// Memory with a page that nobody may touch at both ends. Not for overruns: joined with a neighbour, it would make all of
+// that one soft-dirty (see SoftDirtyTracker).
+class LoneMemory {
+ public:
+  explicit LoneMemory(std::size_t bytes)
+      : page_(system_page_size()),
+        bytes_((bytes + page_ - 1) / page_ * page_),
+        mapping_(Mapping::anonymous(bytes_ + 2 * page_, PROT_NONE)) {
+    if (::mprotect(data(), bytes_, PROT_READ | PROT_WRITE) != 0) throw_errno("mprotect");
+  }
+  [[nodiscard]] std::byte* data() const { return mapping_.data() + page_; }
+  [[nodiscard]] std::byte* end() const { return data() + bytes_; }
+
+ private:
+  std::uint64_t page_;
+  std::uint64_t bytes_;
+  Mapping mapping_;
+};
 
 int alone_once(Freeze& freeze, void (*body)(void*), void* argument) {
   constexpr std::size_t kStackBytes = 64UL * 1024;
-  const Mapping stack = memory_for(kStackBytes);
+  const LoneMemory stack(kStackBytes);
   const bool restricted = yama_restricts();
   const AllSignalsBlocked quiet;
   // No signal at its end, so that nobody who waits for children of this process meets it.
-  const int helper = ::clone(&trace, stack.data() + stack.size(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED,
-                             &freeze);
+  const int helper =
+      ::clone(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED, &freeze);
   if (helper < 0) return errno;
   if (restricted) ::prctl(PR_SET_PTRACER, helper, 0, 0, 0);
   store_and_wake(&freeze.go, 1);
@@ -325,7 +344,7 @@ bool try_often(int tasks, std::int32_t spared, void (*body)(void*), void* argume
   int error = 0;
   for (int i = 0; i < ThreadFreezer::kTries; ++i) {
     const std::size_t room = room_for(tasks);
-    const Mapping threads = memory_for(room * sizeof(Thread));
+    const LoneMemory threads(room * sizeof(Thread));
     Freeze freeze;
     freeze.tasks = tasks;
     freeze.spared = spared;
@@ -335,8 +354,9 @@ bool try_often(int tasks, std::int32_t spared, void (*body)(void*), void* argume
     error = once(freeze, body, argument);
     if (error == 0) return true;
     if (error == kNotHeld) return false;
-    if (error != ETIMEDOUT && error != EAGAIN && error != E2BIG) break;
-    std::this_thread::sleep_for(ThreadFreezer::kPatience / 2);
+    // EPERM: not permitted, or somebody else has them stopped just now, for a moment as we do.
+    if (error != ETIMEDOUT && error != EAGAIN && error != E2BIG && error != EPERM) break;
+    std::this_thread::sleep_for(error == EPERM ? kPause : ThreadFreezer::kPatience / 2);
   }
   throw SystemError("stopping the threads by ptrace", error);
 }

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <stdexcept>
 #include <utility>
 
@@ -47,18 +48,24 @@ std::shared_ptr<Region> Region::allocate(std::uint64_t bytes) {
     throw std::invalid_argument("a region's length must be whole pages");
   }
   Mapping mapping = Mapping::anonymous(bytes);
-  std::shared_ptr<Region> region(new Region({Extent{mapping.start(), bytes}}, bytes, true));
+  std::shared_ptr<Region> region(
+      new Region({Extent{mapping.start(), bytes}}, bytes, true, system_page_size()));
   (void)mapping.release();
   return region;
 }
 
-std::shared_ptr<Region> Region::adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes) {
-  check_extents(extents, capacity_bytes, system_page_size());
-  return std::shared_ptr<Region>(new Region(extents, capacity_bytes, false));
+std::shared_ptr<Region> Region::adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+                                      std::uint64_t page_size) {
+  if (page_size == 0) page_size = system_page_size();
+  if (!std::has_single_bit(page_size) || page_size < system_page_size())
+    throw std::invalid_argument("a region's page size must be a power of two, and the system's at least");
+  check_extents(extents, capacity_bytes, page_size);
+  return std::shared_ptr<Region>(new Region(extents, capacity_bytes, false, page_size));
 }
 
-Region::Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned)
-    : page_size_(system_page_size()), owned_(owned) {
+Region::Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned,
+               std::uint64_t page_size)
+    : page_size_(page_size), owned_(owned) {
   const std::uint64_t growth_bytes = capacity_bytes - extents.back().bytes;
   // Neighbours become one, so that runs across their border stay contiguous.
   for (const Extent& extent : extents) {
@@ -155,7 +162,8 @@ std::span<std::byte> Region::contiguous(PageRun run) const {
   if (!viewed_.load(std::memory_order_acquire))
     throw std::logic_error("private memory of another process has no view");
   const std::size_t index = extent_of(part.first);
-  std::byte* const base = memory_ ? views_[index].data() : views_.front().data() + first_page_[index] * page_size_;
+  std::byte* const base =
+      memory_ ? views_[index].data() : views_.front().data() + first_page_[index] * page_size_;
   return {base + (part.first.value - first_page_[index]) * page_size_, bytes};
 }
 

@@ -31,6 +31,7 @@
 #include "os/process.h"
 #include "os/sys_error.h"
 #include "os/userfaultfd.h"
+#include "page/bitmap.h"
 #include "page/range.h"
 
 namespace memferry {
@@ -55,10 +56,12 @@ class Region : public std::enable_shared_from_this<Region> {
 
   // Memory owned by somebody else. `extents` must be page-aligned, not empty, and must not overlap (else
   // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
-  // own start (>= its bytes): a WebAssembly memory.
-  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
+  // own start (>= its bytes): a WebAssembly memory. `page_size`: 0 for the system's, else a multiple of it that is a power
+  // of two, by which extents and capacity are aligned: for huge pages that are tracked as a whole.
+  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+                                       std::uint64_t page_size = 0);
 
-  // Memory of another process. Throws std::invalid_argument; SystemError: ENOMEM when part of it is not mapped there,
+  // Memory of another process. Throws std::invalid_argument; SystemError: EFAULT when part of it is not mapped there,
   // or not as it is said; OwnerGone.
   struct Attachment {
     std::shared_ptr<Process> owner;
@@ -98,9 +101,13 @@ class Region : public std::enable_shared_from_this<Region> {
   // raised again for whoever wakes the range.
   [[nodiscard]] bool begin_events();
   void end_events() { events_taken_.store(false); }
-  // Drops what is there, so that the owner's system calls go on; false when somebody else reads them.
+  // Reads what is there, so that the owner's system calls go on; false when somebody else does. What it has discarded is
+  // kept for take_removed().
   bool drain_events();
-  // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (ENOMEM).
+  // ORs the pages that the owner has discarded since the last call, and those of the call before once more: the event is
+  // read before the pages go.
+  void take_removed(AtomicBitmap& into);
+  // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (EFAULT).
   void check_attached(const char* operation) const;
 
   // Extents as they are now, in the owner's addresses.
@@ -159,7 +166,8 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
-  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned);
+  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned,
+         std::uint64_t page_size);
   explicit Region(Attachment attachment);
   static void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                             std::uint64_t page_size);
@@ -174,13 +182,15 @@ class Region : public std::enable_shared_from_this<Region> {
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
   UniqueFd memory_;
-  bool has_holes_ = false;  // SEEK_DATA says where its content is
+  bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
   std::mutex drain_mutex_;  // held while events are dropped, and while they are taken
   std::atomic<bool> events_taken_{false};
+  std::unique_ptr<AtomicBitmap> removed_;  // nullptr: its userfaultfd does not tell
+  std::unique_ptr<AtomicBitmap> removed_before_;
   std::uint64_t capacity_pages_ = 0;
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<bool> retired_{false};

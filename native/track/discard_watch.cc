@@ -8,7 +8,8 @@
 
 namespace memferry {
 
-DiscardWatch::DiscardWatch(const RegionUse& use, const Region& region, std::vector<MemoryPart> parts, Pagemap& pagemap)
+DiscardWatch::DiscardWatch(const RegionUse& use, const Region& region, std::vector<MemoryPart> parts,
+                           Pagemap& pagemap)
     : region_(region), content_(region.capacity_pages()) {
   watch(std::move(parts));
   for (Watched& watched : watched_) {
@@ -74,7 +75,8 @@ void DiscardWatch::with_memory(Pagemap& pagemap, const MemoryPart& part, Visit v
   }
 }
 
-std::uint64_t DiscardWatch::look(const RegionUse& use, Pagemap& pagemap, const Watched& watched, AtomicBitmap& dirty) {
+std::uint64_t DiscardWatch::look(const RegionUse& use, Pagemap& pagemap, const Watched& watched,
+                                 AtomicBitmap& dirty) {
   std::uint64_t found = 0;
   const auto vanished = [&](PageNumber page) {
     content_.clear(page);

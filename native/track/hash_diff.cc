@@ -51,6 +51,8 @@ void HashDiffTracker::hash_range(const RegionUse& use, std::uint64_t first, std:
       from += count;
     }
   };
+  // A page of several of the system's may be empty in parts.
+  if (page_size != system_page_size()) return hash_pages_of(first, end);
   // A page that is found empty is zeros at that moment, which lies within this call.
   std::uint64_t at = first;
   const auto zeros_up_to = [&](std::uint64_t to) {

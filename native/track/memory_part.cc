@@ -50,19 +50,21 @@ std::vector<MemoryPart> memory_parts(const Region& region) {
   for (const Extent& extent : region.extents()) {
     std::uint64_t reached = extent.start.value;
     const std::uint64_t end = reached + extent.bytes;
-    for_each_mapped_area([&](const MappedArea& area) {
-      if (reached >= end) return false;
-      if (area.end.value <= reached) return true;
-      if (area.start.value > reached) return false;
-      MemoryPart part = classify(area, region.owner().get());
-      const std::uint64_t stop = std::min(end, area.end.value);
-      part.first = PageNumber{first + (reached - extent.start.value) / region.page_size()};
-      part.extent = {OwnerAddress{reached}, stop - reached};
-      part.offset = area.offset + (reached - area.start.value);
-      reached = stop;
-      parts.push_back(std::move(part));
-      return true;
-    }, region.owner().get());
+    for_each_mapped_area(
+        [&](const MappedArea& area) {
+          if (reached >= end) return false;
+          if (area.end.value <= reached) return true;
+          if (area.start.value > reached) return false;
+          MemoryPart part = classify(area, region.owner().get());
+          const std::uint64_t stop = std::min(end, area.end.value);
+          part.first = PageNumber{first + (reached - extent.start.value) / region.page_size()};
+          part.extent = {OwnerAddress{reached}, stop - reached};
+          part.offset = area.offset + (reached - area.start.value);
+          reached = stop;
+          parts.push_back(std::move(part));
+          return true;
+        },
+        region.owner().get());
     if (reached < end) throw SystemError("part of the region is not mapped", ENOMEM);
     first += extent.bytes / region.page_size();
   }
@@ -73,12 +75,14 @@ std::optional<std::string> refusal_to_protect(const std::vector<MemoryPart>& par
   for (const MemoryPart& part : parts) {
     if (part.kind == MemoryPart::Kind::kPrivateAnonymous) continue;
     if (part.kind == MemoryPart::Kind::kOther) {
-      return part.shared ? "the memory is shared with a file that is not in tmpfs, or that cannot be looked at "
-                           "(CAP_CHECKPOINT_RESTORE); use hash-diff"
-                         : "the memory is a private mapping of a file; use hash-diff";
+      return part.shared
+                 ? "the memory is shared with a file that is not in tmpfs, or that cannot be looked at "
+                   "(CAP_CHECKPOINT_RESTORE); use hash-diff"
+                 : "the memory is a private mapping of a file; use hash-diff";
     }
     if (part.shared && writers != Writers::kTrackedMapping) {
-      return "the memory is shared and may be written through another mapping; use hash-diff, or say that all writes "
+      return "the memory is shared and may be written through another mapping; use hash-diff, or say that "
+             "all writes "
              "go through this one";
     }
     if (part.extent.start.value % part.page_bytes != 0 || part.extent.bytes % part.page_bytes != 0) {
@@ -92,7 +96,8 @@ std::optional<std::string> refusal_to_protect(const std::vector<MemoryPart>& par
 std::optional<std::string> refusal_of_soft_dirty(const std::vector<MemoryPart>& parts) {
   for (const MemoryPart& part : parts) {
     if (part.kind != MemoryPart::Kind::kPrivateAnonymous)
-      return "the memory is not private and anonymous, where the kernel may forget what was written; use hash-diff";
+      return "the memory is not private and anonymous, where the kernel may forget what was written; use "
+             "hash-diff";
   }
   return std::nullopt;
 }

@@ -32,7 +32,8 @@ struct MemoryPart {
 [[nodiscard]] std::vector<MemoryPart> memory_parts(const Region& region);
 
 // Why write protection, or soft-dirty, may not be trusted with this memory; nothing when it may.
-[[nodiscard]] std::optional<std::string> refusal_to_protect(const std::vector<MemoryPart>& parts, Writers writers);
+[[nodiscard]] std::optional<std::string> refusal_to_protect(const std::vector<MemoryPart>& parts,
+                                                            Writers writers);
 [[nodiscard]] std::optional<std::string> refusal_of_soft_dirty(const std::vector<MemoryPart>& parts);
 
 // Throws SystemError (ENOMEM) when there is a gap: about a microsecond.

@@ -27,8 +27,10 @@ void try_out(TrackerKind kind) {
   // too much).
   const std::uint64_t page_size = system_page_size();
   const Mapping memory = Mapping::anonymous((kPages + 2) * page_size, PROT_NONE);
-  if (::mprotect(memory.data() + page_size, kPages * page_size, PROT_READ | PROT_WRITE) != 0) throw_errno("mprotect");
-  const auto region = Region::adopt({{memory.start().plus(page_size), kPages * page_size}}, kPages * page_size);
+  if (::mprotect(memory.data() + page_size, kPages * page_size, PROT_READ | PROT_WRITE) != 0)
+    throw_errno("mprotect");
+  const auto region =
+      Region::adopt({{memory.start().plus(page_size), kPages * page_size}}, kPages * page_size);
   volatile std::byte* first = region->address(PageNumber{0}).pointer();
   *first = std::byte{1};
   const auto tracker = make_tracker(kind, region);
@@ -47,7 +49,8 @@ void try_out(TrackerKind kind) {
 }
 
 constexpr const char* kGrantUserfaultfd =
-    "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE, or access to /dev/userfaultfd, or a seccomp profile that "
+    "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE, or access to /dev/userfaultfd, or a seccomp "
+    "profile that "
     "allows userfaultfd";
 
 bool explain_userfaultfd(TrackerProbe& probe, const Userfaultfd::Offer& offer) {
@@ -105,8 +108,10 @@ void explain_soft_dirty(TrackerProbe& probe) {
 // What the kernel has, but this process may not use.
 const char* remedy_of_failure(TrackerKind kind, const std::exception& error) {
   const auto* const failed = dynamic_cast<const SystemError*>(&error);
-  if (kind == TrackerKind::kSoftDirty && failed != nullptr && (failed->error() == EPERM || failed->error() == EACCES))
-    return "CAP_SYS_PTRACE, or kernel.yama.ptrace_scope below 2 and a seccomp profile that allows ptrace; and no "
+  if (kind == TrackerKind::kSoftDirty && failed != nullptr &&
+      (failed->error() == EPERM || failed->error() == EACCES))
+    return "CAP_SYS_PTRACE, or kernel.yama.ptrace_scope below 2 and a seccomp profile that allows ptrace; "
+           "and no "
            "debugger attached";
   if (kind == TrackerKind::kUffdWp && failed == nullptr) return "Linux 5.14 or later";
   return "";

@@ -72,7 +72,8 @@ void SoftDirtyProcess::find_canary() {
   for_each_mapped_area(
       [&](const MappedArea& area) {
         if (area.name != "[stack]") return true;
-        canary_ = OwnerAddress{area.end.value - 1};  // the end of the last string that the program was started with
+        canary_ =
+            OwnerAddress{area.end.value - 1};  // the end of the last string that the program was started with
         return false;
       },
       owner_.get());
@@ -132,7 +133,8 @@ void SoftDirtyProcess::look_locked(SoftDirtyWatch* arming) {
   const auto body = [](void* self) { static_cast<SoftDirtyProcess*>(self)->read_and_reset(); };
   bool held = true;
   try {
-    held = owner_ ? ThreadFreezer::run_while_stopped(tasks_.get(), body, this) : ThreadFreezer::run_alone(body, this);
+    held = owner_ ? ThreadFreezer::run_while_stopped(tasks_.get(), body, this)
+                  : ThreadFreezer::run_alone(body, this);
   } catch (const SystemError&) {
     arming_ = nullptr;
     if (owner_) owner_->require("soft-dirty");
@@ -152,7 +154,8 @@ void SoftDirtyProcess::read_and_reset() {
   const auto page = static_cast<off_t>(canary_.value / system_page_size() * sizeof(std::uint64_t));
   std::uint64_t entry = 0;
   const bool readable = ::pread(pagemap_.get(), &entry, sizeof entry, page) == sizeof entry;
-  const bool untouched = canary_set_ && (canary_.value == 0 || (readable && (entry & abi::kPagemapSoftDirty) != 0));
+  const bool untouched =
+      canary_set_ && (canary_.value == 0 || (readable && (entry & abi::kPagemapSoftDirty) != 0));
   for (SoftDirtyWatch* watch : watches_) read(*watch, !untouched);
   if (::write(clear_refs_.get(), kResetSoftDirty, 1) != 1) {
     error_ = errno;
@@ -171,8 +174,9 @@ void SoftDirtyProcess::read(SoftDirtyWatch& watch, bool all_written) {
     const std::uint64_t count = extent.bytes / step;
     for (std::uint64_t at = 0; at < count;) {
       const std::uint64_t wanted = std::min<std::uint64_t>(kEntriesAtOnce, count - at);
-      const ssize_t got = ::pread(pagemap_.get(), entries, wanted * sizeof(std::uint64_t),
-                                  static_cast<off_t>((extent.start.value / step + at) * sizeof(std::uint64_t)));
+      const ssize_t got =
+          ::pread(pagemap_.get(), entries, wanted * sizeof(std::uint64_t),
+                  static_cast<off_t>((extent.start.value / step + at) * sizeof(std::uint64_t)));
       const std::uint64_t read = got < 0 ? 0 : static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
       if (read == 0) {
         // What was not read counts as written.
@@ -217,7 +221,8 @@ void SoftDirtyProcess::note(SoftDirtyWatch& watch, PageNumber page, std::uint64_
   }
 }
 
-void SoftDirtyProcess::settle(SoftDirtyWatch& watch, bool arming, const std::function<bool(PageNumber)>& is_zero) {
+void SoftDirtyProcess::settle(SoftDirtyWatch& watch, bool arming,
+                              const std::function<bool(PageNumber)>& is_zero) {
   const PageNumber end{watch.doubtful.capacity()};
   PageNumber from{0};
   while (const auto run = watch.doubtful.take_run(from, end, end.value)) {

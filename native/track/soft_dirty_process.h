@@ -39,7 +39,7 @@ namespace memferry {
 struct SoftDirtyWatch {
   explicit SoftDirtyWatch(std::uint64_t capacity_pages)
       : written(capacity_pages), content(capacity_pages), doubtful(capacity_pages) {}
-  std::vector<Extent> extents;   // as they are at this look
+  std::vector<Extent> extents;    // as they are at this look
   std::uint64_t known_pages = 0;  // seen by a look: those beyond count as written
   AtomicBitmap written;           // since the tracker last asked
   AtomicBitmap content;           // may hold something else than zeros, as far as was reported
@@ -52,11 +52,13 @@ class SoftDirtyProcess {
   static std::shared_ptr<SoftDirtyProcess> of(const std::shared_ptr<Process>& owner);
 
   // From now on `watch` sees writes. It must leave before it goes. `is_zero` looks at a page of it. Throws SystemError.
-  void enter(SoftDirtyWatch& watch, std::vector<Extent> extents, const std::function<bool(PageNumber)>& is_zero);
+  void enter(SoftDirtyWatch& watch, std::vector<Extent> extents,
+             const std::function<bool(PageNumber)>& is_zero);
   void leave(SoftDirtyWatch& watch);
   // Everything written until now is in every watch's `written`. `extents` are `watch`'s as they are by now. Throws
   // SystemError.
-  void look(SoftDirtyWatch& watch, std::vector<Extent> extents, const std::function<bool(PageNumber)>& is_zero);
+  void look(SoftDirtyWatch& watch, std::vector<Extent> extents,
+            const std::function<bool(PageNumber)>& is_zero);
 
   // Whether the kernel keeps the bits at all.
   [[nodiscard]] static bool kernel_has_it();
@@ -77,10 +79,10 @@ class SoftDirtyProcess {
   std::mutex mutex_;  // guards all below
   UniqueFd pagemap_;
   UniqueFd clear_refs_;
-  UniqueFd tasks_;   // another process's
+  UniqueFd tasks_;  // another process's
   Mapping own_page_;
   OwnerAddress canary_;  // 0: there is none
-  Mapping entries_;  // read into while nobody may allocate
+  Mapping entries_;      // read into while nobody may allocate
   std::vector<SoftDirtyWatch*> watches_;
   SoftDirtyWatch* arming_ = nullptr;
   bool canary_set_ = false;

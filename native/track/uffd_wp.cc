@@ -22,12 +22,15 @@ constexpr int kMostTries = 1000;  // while the layout is changing
 bool is_protected(std::uint64_t entry) { return (entry & abi::kPagemapUffdWp) != 0; }
 bool is_empty(std::uint64_t entry) { return (entry & (abi::kPagemapPresent | abi::kPagemapSwapped)) == 0; }
 
-std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts, Writers writers) {
+std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts,
+                                      Writers writers) {
   if (region.owner())
-    return "the memory is another process's, whose threads would wait for this one; use uffd-wp-async, soft-dirty or "
+    return "the memory is another process's, whose threads would wait for this one; use uffd-wp-async, "
+           "soft-dirty or "
            "hash-diff";
   for (const MemoryPart& part : parts) {
-    if (part.page_bytes != parts.front().page_bytes) return "the region has huge pages and others at once; use hash-diff";
+    if (part.page_bytes != parts.front().page_bytes)
+      return "the region has huge pages and others at once; use hash-diff";
   }
   return refusal_to_protect(parts, writers);
 }
@@ -46,7 +49,8 @@ void UffdWpTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   std::vector<MemoryPart> parts = memory_parts(*region_);
-  if (const auto refused = refusal_of(*region_, parts, writers_)) throw SystemError("uffd-wp: " + *refused, EOPNOTSUPP);
+  if (const auto refused = refusal_of(*region_, parts, writers_))
+    throw SystemError("uffd-wp: " + *refused, EOPNOTSUPP);
   const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
     return part.kind == MemoryPart::Kind::kPrivateAnonymous;
   });
@@ -85,9 +89,10 @@ void UffdWpTracker::register_pages(std::uint64_t from, std::uint64_t to) {
 
 void UffdWpTracker::protect_all(Extent extent) {
   if (!read_first_) return protect(extent.start, extent.bytes, {});
-  pagemap_.entries(extent.start, extent.bytes, [&](OwnerAddress start, std::span<const std::uint64_t> entries) {
-    protect(start, entries.size() * system_page_size(), entries);
-  });
+  pagemap_.entries(extent.start, extent.bytes,
+                   [&](OwnerAddress start, std::span<const std::uint64_t> entries) {
+                     protect(start, entries.size() * system_page_size(), entries);
+                   });
 }
 
 // `entries`: what the pagemap said of these pages, where empty ones must be read first. What happens to them in between
@@ -101,7 +106,8 @@ void UffdWpTracker::protect(OwnerAddress start, std::uint64_t bytes, std::span<c
     }
     std::size_t end = i + 1;
     while (end < entries.size() && is_empty(entries[end])) ++end;
-    if (::madvise(Address{start.value + i * page_size}.pointer(), (end - i) * page_size, abi::kMadvPopulateRead) != 0)
+    if (::madvise(Address{start.value + i * page_size}.pointer(), (end - i) * page_size,
+                  abi::kMadvPopulateRead) != 0)
       throw_errno("uffd-wp: madvise(MADV_POPULATE_READ)");
     i = end;
   }
@@ -122,7 +128,8 @@ std::uint64_t UffdWpTracker::collect(AtomicBitmap& dirty) {
   const RegionUse use(region_, "collect");
   const std::uint64_t pages = region_->pages();
   if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
-  if (const int error = failed_) throw SystemError("uffd-wp: the memory could not be watched any longer", error);
+  if (const int error = failed_)
+    throw SystemError("uffd-wp: the memory could not be watched any longer", error);
   if (pages > armed_pages_) register_grown(pages);
   const std::uint64_t page_size = region_->page_size();
   const std::uint64_t step = system_page_size();
@@ -164,7 +171,8 @@ std::uint64_t UffdWpTracker::collect(AtomicBitmap& dirty) {
 // What has been gained is unprotected, and so counts as written.
 void UffdWpTracker::register_grown(std::uint64_t pages) {
   std::vector<MemoryPart> parts = memory_parts(*region_);
-  if (const auto refusal = refusal_to_protect(parts, writers_)) throw SystemError("uffd-wp: " + *refusal, EOPNOTSUPP);
+  if (const auto refusal = refusal_to_protect(parts, writers_))
+    throw SystemError("uffd-wp: " + *refusal, EOPNOTSUPP);
   const bool other = std::any_of(parts.begin(), parts.end(), [&](const MemoryPart& part) {
     const bool plain = part.kind == MemoryPart::Kind::kPrivateAnonymous;
     const std::uint64_t huge = huge_page_bytes_;
@@ -191,7 +199,8 @@ void UffdWpTracker::serve(WorkerThread& thread) {
       }
       if (thread.stopping()) return;
       if (::poll(waiting.data(), waiting.size(), -1) < 0 && errno != EINTR) throw_errno("poll");
-      if ((waiting[0].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0) throw SystemError("poll(userfaultfd)", EIO);
+      if ((waiting[0].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0)
+        throw SystemError("poll(userfaultfd)", EIO);
     }
   } catch (const SystemError& error) {
     give_up(error.error());

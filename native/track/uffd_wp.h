@@ -38,7 +38,8 @@ class UffdWpTracker final : public DirtyTracker {
                          ProtectEmpty protect_empty = ProtectEmpty::kWherePossible);
   ~UffdWpTracker() override { disarm(); }
 
-  [[nodiscard]] static std::optional<std::string> refusal(const Region& region, const TrackerOptions& options);
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region,
+                                                          const TrackerOptions& options);
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp"; }
   void arm() override;

@@ -13,7 +13,8 @@ namespace {
 
 constexpr std::uint64_t kProtectWritten = abi::kScanWpMatching | abi::kScanCheckWpAsync;
 
-std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts, Writers writers) {
+std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts,
+                                      Writers writers) {
   if (region.owner() && region.uffd() == nullptr)
     return "the memory was attached without a userfaultfd of its owner; use hash-diff";
   if (region.owner() && (region.uffd()->enabled() & abi::kUffdFeatureWpAsync) == 0)
@@ -33,9 +34,7 @@ std::optional<std::string> UffdWpAsyncTracker::refusal(const Region& region, con
 }
 
 UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options)
-    : region_(std::move(region)),
-      writers_(writers_of(*region_, options)),
-      pagemap_(region_->owner()) {}
+    : region_(std::move(region)), writers_(writers_of(*region_, options)), pagemap_(region_->owner()) {}
 
 Userfaultfd& UffdWpAsyncTracker::uffd() { return region_->owner() ? *region_->uffd() : *uffd_; }
 
@@ -51,6 +50,9 @@ void UffdWpAsyncTracker::arm() {
   });
   if (region_->owner()) {
     region_->check_attached("uffd-wp-async");
+    // One range has one kind of registration: what is missing there would read as zeros.
+    if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
+    region_->end_events();
   } else {
     uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }
@@ -58,6 +60,7 @@ void UffdWpAsyncTracker::arm() {
   try {
     register_memory();
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
+    for (const MemoryPart& part : parts) touch_shared_huge_pages(use, part);
     // Everything newly registered reads as written. What was in a page comes with it, from the same moment at
     // which the page is protected: looking earlier would miss a first write in between.
     const std::uint64_t returned =
@@ -102,7 +105,8 @@ void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
 }
 
 // A page of the region may be larger than those that were found, or smaller.
-PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, OwnerAddress start, const abi::PageRegion& found) const {
+PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, OwnerAddress start,
+                                     const abi::PageRegion& found) const {
   const std::uint64_t page_size = region_->page_size();
   const std::uint64_t from = (found.start - start.value) / page_size;
   const std::uint64_t to = (found.end - start.value + page_size - 1) / page_size;
@@ -174,6 +178,16 @@ void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::ui
   region_->check_attached("uffd-wp-async");
 }
 
+// The scan protects none that is not mapped here, and what DiscardWatch then reads would count as written. Their memory
+// is reserved anyway.
+void UffdWpAsyncTracker::touch_shared_huge_pages(const RegionUse& use, const MemoryPart& part) const {
+  if (part.kind != MemoryPart::Kind::kHugetlb || !part.shared || region_->owner()) return;
+  for (std::uint64_t at = 0; at < part.extent.bytes; at += part.page_bytes) {
+    if (use.revoked()) throw RegionGone("arm");
+    (void)*static_cast<volatile std::byte*>(Address{part.extent.start.value + at}.pointer());
+  }
+}
+
 std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
   if (!armed_) throw std::logic_error("uffd-wp-async: collect() without arm()");
   const RegionUse use(region_, "collect");
@@ -185,6 +199,14 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run(run);
     written += run.count;
   });
+  if (region_->owner()) {
+    // Read, so that the owner's discards go on; what it discarded counts. (DiscardWatch finds those that it does not
+    // tell of.)
+    const std::uint64_t before = dirty.count();
+    (void)region_->drain_events();
+    region_->take_removed(dirty);
+    written += dirty.count() - before;
+  }
   if (pages > armed_pages_) {
     // Protected first, reported after: a write in between is in what the reader finds or is reported next
     // time.
@@ -205,7 +227,8 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
   discards_.reset();
-  if (armed_ && region_->owner()) {
+  // Where a pager has it by now, the registration is the pager's.
+  if (armed_ && region_->owner() && region_->begin_events()) {
     for (const Extent& extent : region_->extents()) {
       try {
         (void)region_->uffd()->unregister(extent.start, extent.bytes);
@@ -213,6 +236,7 @@ void UffdWpAsyncTracker::disarm() {
         // It belongs to another userfaultfd by now, or is of a kind that has none.
       }
     }
+    region_->end_events();
   }
   armed_ = false;
   populated_.reset();

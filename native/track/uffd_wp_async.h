@@ -26,8 +26,12 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
   explicit UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options = {});
+  ~UffdWpAsyncTracker() override { UffdWpAsyncTracker::disarm(); }
+  UffdWpAsyncTracker(const UffdWpAsyncTracker&) = delete;
+  UffdWpAsyncTracker& operator=(const UffdWpAsyncTracker&) = delete;
 
-  [[nodiscard]] static std::optional<std::string> refusal(const Region& region, const TrackerOptions& options);
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region,
+                                                          const TrackerOptions& options);
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;
@@ -40,6 +44,7 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   void register_up_to(std::uint64_t pages);
   // Pages of the region that `found` touches; `start` is the address of page `first`.
   [[nodiscard]] PageRun pages_of(std::uint64_t first, OwnerAddress start, const abi::PageRegion& found) const;
+  void touch_shared_huge_pages(const RegionUse& use, const MemoryPart& part) const;
   void look_for_content(std::uint64_t pages);
   [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.

@@ -8,9 +8,26 @@
 #include "os/mapping.h"
 #include "os/pagemap.h"
 #include "os/sys_error.h"
+#include "track/memory_part.h"
 #include "transfer/receiver_impl.h"
 
 namespace memferry {
+
+namespace {
+
+// They are installed by 2 MiB and have no page of zeros, so a fault would wait for 512 pages. Said before anything has
+// begun, not at the first fault.
+void refuse_reserved_huge_pages(const Region& region) {
+  for (const MemoryPart& part : memory_parts(region)) {
+    if (part.kind == MemoryPart::Kind::kHugetlb)
+      throw SystemError(
+          "receive: the region's memory is made of reserved huge pages, which are not paged; use a mode "
+          "without paging (stop-and-copy, or pre-copy that does not fall back to post-copy)",
+          EOPNOTSUPP);
+  }
+}
+
+}  // namespace
 
 Receiver::Impl::Impl(ReceiverConfig config_in)
     : domain(std::move(config_in.known)), config(std::move(config_in)), page_size(system_page_size()) {
@@ -32,9 +49,13 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
   intake.set_rate(config.bandwidth);
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
+    if (region->page_size() != page_size)
+      throw std::invalid_argument(
+          "a region that moves has pages of the system's size; larger ones are split by it");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
+    if (may_page) refuse_reserved_huge_pages(*region);
     arrivals.push_back(std::make_unique<RegionArrival>(region));
-    if (region->remote()) take_remote(*region);
+    if (region->remote()) take_remote(*region, maps.size());
     backings.push_back(backing_of(*region));
     const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
     maps.push_back(
@@ -167,9 +188,8 @@ void Receiver::Impl::region_gone() {
 }
 
 // Another process's private memory: nothing can be dropped there from here, so nothing may be there.
-void Receiver::Impl::take_remote(Region& region) {
-  if (std::any_of(config.bases.begin(), config.bases.end(),
-                  [](auto base) { return base != ReceiverConfig::Base::kNone; }))
+void Receiver::Impl::take_remote(Region& region, std::size_t index) {
+  if (base_of(index) != ReceiverConfig::Base::kNone)
     throw std::invalid_argument("a base for private memory of another process");
   std::uint64_t populated = 0;
   Pagemap pagemap(region.owner());

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "os/mapping.h"
 #include "os/sys_error.h"
 #include "transfer/sender_impl.h"
 
@@ -20,9 +21,8 @@ SenderConfig checked(SenderConfig config) {
   if (config.replicas < 1 || config.replicas > 2) throw std::invalid_argument("replicas: 1 or 2");
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
-    if (region->page_size() != config.regions.front()->page_size()) {
-      throw std::invalid_argument("regions of different page sizes");
-    }
+    if (region->page_size() != system_page_size())
+      throw std::invalid_argument("a region that moves has pages of the system's size; larger ones are split by it");
   }
   config.trackers.resize(std::max(config.trackers.size(), config.regions.size()));
   if (config.trackers.size() != config.regions.size())

@@ -75,7 +75,8 @@ async function page(flags: PageFlags): Promise<void> {
     say({ type: 'done', stats: service.stats() });
     region.close();
   } catch (error) {
-    const { code, message } = error instanceof MemferryError ? error : { code: 'SYSTEM', message: String(error) };
+    const { code, message } =
+      error instanceof MemferryError ? error : { code: 'SYSTEM', message: String(error) };
     say({ type: 'failed', code, message });
     throw error;
   }

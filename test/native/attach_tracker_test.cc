@@ -1,10 +1,14 @@
 // Trackers over the memory of another process.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "owner_process.h"
+#include "page/owner_watch.h"
+#include "page/region_reader.h"
 #include "track/dirty_tracker.h"
 
 namespace memferry {
@@ -23,21 +27,114 @@ struct Kind {
 class AttachTracker : public testing::TestWithParam<Kind> {
  protected:
   void SetUp() override {
+    if (const TrackerProbe probe = probe_tracker(GetParam().tracker); !probe.available)
+      GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
+                   << ")";
     const auto offered = Userfaultfd::probe().features;
     if (GetParam().tracker == TrackerKind::kUffdWpAsync && (offered & kAsync) != kAsync)
       GTEST_SKIP() << "this kernel has no WP_ASYNC";
-    owner_.emplace(OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
+    owner_.emplace(
+        OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
   }
   static constexpr std::uint64_t kPages = 2000;
   std::optional<OwnerProcess> owner_;
 };
 INSTANTIATE_TEST_SUITE_P(Kinds, AttachTracker,
-                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
-                                         Kind{TrackerKind::kHashDiff, false}, Kind{TrackerKind::kHashDiff, true}),
+                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false},
+                                         Kind{TrackerKind::kUffdWpAsync, true},
+                                         Kind{TrackerKind::kHashDiff, false},
+                                         Kind{TrackerKind::kHashDiff, true},
+                                         Kind{TrackerKind::kSoftDirty, false}),
                          [](const auto& of) {
-                           return std::string(of.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-                                  (of.param.shared ? "Shared" : "Private");
+                           std::string name(tracker_name(of.param.tracker));
+                           std::erase(name, '-');
+                           return name + (of.param.shared ? "Shared" : "Private");
                          });
+
+TEST(AttachTrackerNeeds, PrivateMemoryForSoftDirtyAndOnesOwnForWaitingThreads) {
+  const OwnerProcess shared({.pages = 4, .shared = true});
+  EXPECT_TRUE(tracker_refusal(TrackerKind::kSoftDirty, *shared.attach()));
+  const OwnerProcess owner({.pages = 4});
+  EXPECT_FALSE(tracker_refusal(TrackerKind::kSoftDirty, *owner.attach()));
+  EXPECT_TRUE(tracker_refusal(TrackerKind::kUffdWp, *owner.attach()));
+  EXPECT_TRUE(tracker_refusal(TrackerKind::kUffdWpAsync, *owner.attach()));
+  EXPECT_THROW(make_tracker(TrackerKind::kUffdWp, owner.attach())->arm(), SystemError);
+}
+
+// A process whose threads write all the time, and know nothing of us. A tracker that loses one write leaves a page that
+// differs in the end.
+class AttachWriters : public testing::TestWithParam<TrackerKind> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, AttachWriters,
+                         testing::Values(TrackerKind::kSoftDirty, TrackerKind::kHashDiff),
+                         [](const auto& of) {
+                           std::string name(tracker_name(of.param));
+                           std::erase(name, '-');
+                           return name;
+                         });
+
+TEST_P(AttachWriters, APreCopyOfThemEndsWithAnEqualCopy) {
+  if (const TrackerProbe probe = probe_tracker(GetParam()); !probe.available)
+    GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
+                 << ")";
+  constexpr std::uint64_t kPages = 300;
+  constexpr int kRounds = 80;
+  const std::uint64_t page = system_page_size();
+  const Mapping memory = Mapping::anonymous(kPages * page);
+
+  const UniqueFd shared(::memfd_create("stop", MFD_CLOEXEC));
+  ASSERT_EQ(::ftruncate(shared.get(), static_cast<off_t>(page)), 0);
+  const Mapping stop = Mapping::shared(shared.get(), page);
+  auto* const stopped = reinterpret_cast<std::atomic<int>*>(stop.data());
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const auto write = [&](std::uint64_t half) {
+      std::mt19937_64 random(half);
+      while (stopped->load(std::memory_order_relaxed) == 0)
+        memory.data()[random() % kPages * page + half * page / 2 + random() % 4 * 64] =
+            std::byte(random() % 3);
+      stopped->fetch_add(1);
+    };
+    std::thread other([&] { write(1); });
+    write(0);
+    other.join();
+    for (;;) ::pause();
+  }
+  ASSERT_GT(child, 0);
+  const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, child, 0U)));
+  Region::Attachment attachment;
+  attachment.owner = Process::open(pidfd.get());
+  attachment.extents = {{OwnerAddress{memory.start().value}, kPages * page}};
+  const auto region = Region::attach(std::move(attachment));
+  const auto tracker = make_tracker(GetParam(), region);
+  std::vector<std::byte> copy(kPages * page);
+  RegionReader reader;
+  const auto send = [&](std::uint64_t number) {
+    reader.reset();
+    const auto bytes = reader.read(*region, {PageNumber{number}, 1});
+    std::copy(bytes.begin(), bytes.end(), copy.begin() + static_cast<std::ptrdiff_t>(number * page));
+    if (tracker->wants_sent()) tracker->sent(PageNumber{number}, xxh3_64(bytes));
+  };
+  const auto round = [&] {
+    AtomicBitmap dirty(kPages);
+    tracker->collect(dirty);
+    for (std::uint64_t number = 0; number < kPages; ++number) {
+      if (dirty.test(PageNumber{number})) send(number);
+    }
+    return dirty.count();
+  };
+  tracker->arm();
+  for (std::uint64_t number = 0; number < kPages; ++number) send(number);
+  for (int i = 0; i < kRounds; ++i) round();
+  stopped->store(1);
+  while (stopped->load() != 3) std::this_thread::yield();
+  round();
+  std::vector<std::byte> truth(kPages * page);
+  region->owner()->read(region->owner_address(PageNumber{0}), truth);
+  EXPECT_EQ(truth, copy);
+  EXPECT_EQ(round(), 0U);
+  ::kill(child, SIGKILL);
+  ASSERT_EQ(::waitpid(child, nullptr, 0), child);
+}
 
 TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
   owner_->ask(Op::kWrite, 0, 500, 1);
@@ -58,7 +155,8 @@ TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
     AtomicBitmap dirty(kPages);
     EXPECT_EQ(tracker->collect(dirty), expected.count());
     for (std::uint64_t page = 0; page < kPages; ++page) {
-      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page})) << "page " << page << ", round " << round;
+      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page}))
+          << "page " << page << ", round " << round;
     }
   }
 }
@@ -74,6 +172,29 @@ TEST_P(AttachTracker, WhatItDiscardedCounts) {
   tracker->collect(dirty);
   for (std::uint64_t page = 100; page < 107; ++page) EXPECT_TRUE(dirty.test(PageNumber{page})) << page;
   EXPECT_EQ(dirty.count(), 7U);
+}
+
+// A hole that is read again is a page of zeros, which write protection takes for the page that was there.
+TEST_P(AttachTracker, WhatItDiscardedAndReadAgainCounts) {
+  owner_.emplace(OwnerProcess::Options{
+      .pages = kPages,
+      .shared = GetParam().shared,
+      .features = (Userfaultfd::probe().features & kAsync) | UFFD_FEATURE_EVENT_REMOVE});
+  owner_->ask(Op::kWrite, 0, kPages, 1);
+  const auto region = owner_->attach();
+  const auto tracker = make_tracker(GetParam().tracker, region);
+  tracker->arm();
+  const OwnerWatch watch(region, nullptr);
+  EXPECT_EQ(owner_->ask(Op::kDiscard, 100, 7), 0U);
+  EXPECT_EQ(owner_->ask(Op::kRead, 102), 0U);
+  AtomicBitmap dirty(kPages);
+  tracker->collect(dirty);
+  for (std::uint64_t page = 100; page < 107; ++page) EXPECT_TRUE(dirty.test(PageNumber{page})) << page;
+  EXPECT_EQ(dirty.count(), 7U);
+  dirty.clear_run({PageNumber{0}, kPages});
+  tracker->collect(dirty);  // perhaps once more
+  dirty.clear_run({PageNumber{0}, kPages});
+  EXPECT_EQ(tracker->collect(dirty), 0U);
 }
 
 TEST_P(AttachTracker, MemoryThatWasUnmappedOrMovedIsAnError) {

@@ -32,7 +32,13 @@ export interface OwnerKind {
   features?: number | null;
 }
 
-export const features = { missingShmem: 1 << 5, eventRemove: 1 << 3, wpShmem: 1 << 12, wpUnpopulated: 1 << 13, wpAsync: 1 << 15 };
+export const features = {
+  missingShmem: 1 << 5,
+  eventRemove: 1 << 3,
+  wpShmem: 1 << 12,
+  wpUnpopulated: 1 << 13,
+  wpAsync: 1 << 15,
+};
 
 export class MemoryOwner {
   readonly child: ChildProcess;
@@ -52,6 +58,7 @@ export class MemoryOwner {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     owners.add(this);
+    this.child.stdin?.on('error', () => {}); // it has ended
     if (!this.child.stdout) throw new Error('no pipe');
     createInterface({ input: this.child.stdout })
       .on('line', (line) => {
@@ -107,7 +114,8 @@ export class MemoryOwner {
   async content(): Promise<Buffer> {
     const path = join(folder, `dump-${this.child.pid}`);
     const bytes = await this.ask(`dump ${path}`);
-    if (Number(bytes) !== this.pages * 4096) throw new Error(`the owner could read ${bytes} bytes of its memory`);
+    if (Number(bytes) !== this.pages * 4096)
+      throw new Error(`the owner could read ${bytes} bytes of its memory`);
     const content = readFileSync(path);
     rmSync(path);
     return content;

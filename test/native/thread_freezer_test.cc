@@ -1,0 +1,263 @@
+// Stopping threads for a moment. Soft-dirty tracking rests on it, on kernels that have soft-dirty; it works on all.
+#include "os/thread_freezer.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <ctime>
+#include <thread>
+#include <vector>
+
+#include "os/mapping.h"
+#include "os/process.h"
+#include "os/sys_error.h"
+#include "os/userfaultfd.h"
+
+namespace memferry {
+namespace {
+
+using namespace std::chrono_literals;
+
+std::string refusal() {
+  try {
+    ThreadFreezer::run_alone([](void*) {}, nullptr);
+  } catch (const SystemError& error) {
+    return error.what();
+  }
+  return {};
+}
+
+class ThreadFreezerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (const std::string why = refusal(); !why.empty()) GTEST_SKIP() << "ptrace does not work here: " << why;
+  }
+};
+
+constexpr std::size_t kCounters = 6;
+struct Counters {
+  std::array<std::atomic<std::uint64_t>, kCounters> count{};
+  std::atomic<bool> stop{false};
+};
+
+// What runs while all stand still: it looks twice, with time between.
+struct Look {
+  Counters* counters;
+  std::uint64_t moved = 0;
+  int runs = 0;
+  long nap_ns = 2'000'000;
+};
+void look(void* argument) {
+  Look& look = *static_cast<Look*>(argument);
+  ++look.runs;
+  std::uint64_t before[kCounters];
+  for (std::size_t i = 0; i < kCounters; ++i) before[i] = look.counters->count[i].load();
+  const timespec nap{0, look.nap_ns};
+  ::nanosleep(&nap, nullptr);
+  for (std::size_t i = 0; i < kCounters; ++i) look.moved += look.counters->count[i].load() - before[i];
+}
+
+// In user mode, in system calls that return at once, asleep, creating threads: nobody moves.
+TEST_F(ThreadFreezerTest, NobodyElseRunsMeanwhile) {
+  Counters counters;
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < kCounters; ++i) {
+    threads.emplace_back([&, i] {
+      while (!counters.stop.load(std::memory_order_relaxed)) {
+        counters.count[i].fetch_add(1);
+        if (i == 1) (void)::syscall(SYS_getppid);
+        if (i == 2) std::this_thread::sleep_for(50us);
+        if (i == 3) std::thread([&] { counters.count[i].fetch_add(1); }).join();
+        if (i == 4) {
+          std::array<pollfd, 1> nothing{{{-1, 0, 0}}};
+          (void)::poll(nothing.data(), 1, 1);
+        }
+      }
+    });
+  }
+  for (int turn = 0; turn < 60; ++turn) {
+    Look one{&counters};
+    ASSERT_TRUE(ThreadFreezer::run_alone(&look, &one));
+    ASSERT_EQ(one.runs, 1);
+    ASSERT_EQ(one.moved, 0U) << "turn " << turn;
+  }
+  // And all go on.
+  for (auto& count : counters.count) {
+    const std::uint64_t before = count.load();
+    for (int i = 0; i < 1000 && count.load() == before; ++i) std::this_thread::sleep_for(1ms);
+    EXPECT_NE(count.load(), before);
+  }
+  counters.stop = true;
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::atomic<int> signals_seen{0};
+
+// One that is about to be delivered when its thread is stopped arrives all the same, once.
+TEST_F(ThreadFreezerTest, SignalsAreNeitherLostNorDoubled) {
+  struct sigaction action {};
+  struct sigaction former {};
+  action.sa_handler = [](int) { signals_seen.fetch_add(1); };
+  ASSERT_EQ(::sigaction(SIGUSR2, &action, &former), 0);
+  signals_seen = 0;
+  std::atomic<bool> stop{false};
+  std::thread receiver([&] {
+    while (!stop.load()) {
+    }
+  });
+  std::atomic<int> sent{0};
+  std::thread sender([&] {
+    while (!stop.load()) {
+      const int before = signals_seen.load();
+      ::pthread_kill(receiver.native_handle(), SIGUSR2);
+      sent.fetch_add(1);
+      while (signals_seen.load() == before && !stop.load()) std::this_thread::yield();
+    }
+  });
+  Counters none;
+  for (int turn = 0; turn < 60; ++turn) {
+    Look one{&none, 0, 0, 100'000};
+    ASSERT_TRUE(ThreadFreezer::run_alone(&look, &one));
+  }
+  stop = true;
+  sender.join();
+  receiver.join();
+  EXPECT_EQ(signals_seen.load(), sent.load());
+  ::sigaction(SIGUSR2, &former, nullptr);
+}
+
+// Nobody's children or descriptors are touched: the helper is no child that wait() meets.
+TEST_F(ThreadFreezerTest, LeavesNothingBehind) {
+  const auto descriptors = [] {
+    int count = 0;
+    for (int fd = 0; fd < 1024; ++fd) count += ::fcntl(fd, F_GETFD) >= 0 ? 1 : 0;
+    return count;
+  };
+  const int before = descriptors();
+  Counters none;
+  for (int turn = 0; turn < 5; ++turn) {
+    Look one{&none, 0, 0, 1000};
+    ASSERT_TRUE(ThreadFreezer::run_alone(&look, &one));
+  }
+  EXPECT_EQ(descriptors(), before);
+  EXPECT_EQ(::waitpid(-1, nullptr, WNOHANG | __WALL), -1);
+  EXPECT_EQ(errno, ECHILD);
+}
+
+// A thread that cannot be stopped: in a system call that waits for a page. All others go on, and the error says so.
+TEST_F(ThreadFreezerTest, AThreadThatCannotBeStoppedIsAnErrorWithinABound) {
+  if (!Userfaultfd::probe().kernel_faults) GTEST_SKIP() << "no userfaultfd for the faults of system calls";
+  const Mapping page = Mapping::anonymous(system_page_size());
+  Userfaultfd uffd = Userfaultfd::open(0, false);
+  uffd.register_missing(page.start(), page.size());
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  ASSERT_EQ(::write(ends[1], "x", 1), 1);
+  std::thread stuck([&] { (void)!::read(ends[0], page.data(), 1); });
+  uffd_msg message{};
+  while (uffd.read_events({&message, 1}) == 0) std::this_thread::sleep_for(1ms);
+  std::atomic<bool> stop{false};
+  std::atomic<std::uint64_t> count{0};
+  std::thread other([&] {
+    while (!stop.load()) count.fetch_add(1);
+  });
+  Counters none;
+  Look one{&none};
+  int error = 0;
+  try {
+    ThreadFreezer::run_alone(&look, &one);
+  } catch (const SystemError& failed) {
+    error = failed.error();
+  }
+  EXPECT_EQ(error, ETIMEDOUT);
+  EXPECT_EQ(one.runs, 0);
+  const std::uint64_t before = count.load();
+  for (int i = 0; i < 1000 && count.load() == before; ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_NE(count.load(), before);
+  stop = true;
+  other.join();
+  (void)uffd.zeropage(page.start(), page.size(), true);
+  stuck.join();
+  ::close(ends[0]);
+  ::close(ends[1]);
+}
+
+TEST_F(ThreadFreezerTest, StopsAnotherProcess) {
+  int report[2];
+  ASSERT_EQ(::pipe(report), 0);
+  auto* const count = static_cast<std::atomic<std::uint64_t>*>(
+      ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  const pid_t child = ::fork();
+  if (child == 0) {
+    std::thread beside([&] {
+      for (;;) count[1].fetch_add(1);
+    });
+    for (;;) count[0].fetch_add(1);
+  }
+  ASSERT_GT(child, 0);
+  while (count[0].load() == 0 || count[1].load() == 0) std::this_thread::sleep_for(1ms);
+  const std::string path = "/proc/" + std::to_string(child) + "/task";
+  const UniqueFd tasks(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  struct Watched {
+    std::atomic<std::uint64_t>* count;
+    std::uint64_t moved = 0;
+  } watched{count};
+  for (int turn = 0; turn < 30; ++turn) {
+    ASSERT_TRUE(ThreadFreezer::run_while_stopped(
+        tasks.get(),
+        [](void* argument) {
+          Watched& each = *static_cast<Watched*>(argument);
+          const std::uint64_t before = each.count[0].load() + each.count[1].load();
+          const timespec nap{0, 2'000'000};
+          ::nanosleep(&nap, nullptr);
+          each.moved += each.count[0].load() + each.count[1].load() - before;
+        },
+        &watched));
+  }
+  EXPECT_EQ(watched.moved, 0U);
+  const std::uint64_t before = count[0].load();
+  for (int i = 0; i < 1000 && count[0].load() == before; ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_NE(count[0].load(), before);
+  ::kill(child, SIGKILL);
+  ASSERT_EQ(::waitpid(child, nullptr, 0), child);
+  EXPECT_THROW(ThreadFreezer::run_while_stopped(
+                   tasks.get(), [](void*) {}, nullptr),
+               SystemError);
+  ::munmap(count, 4096);
+  ::close(report[0]);
+  ::close(report[1]);
+}
+
+// Under a debugger there is a tracer already.
+TEST_F(ThreadFreezerTest, ATracedProcessIsAnError) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    for (;;) ::pause();
+  }
+  ASSERT_EQ(::ptrace(PTRACE_SEIZE, child, 0, 0), 0);
+  const std::string path = "/proc/" + std::to_string(child) + "/task";
+  const UniqueFd tasks(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  int error = 0;
+  try {
+    ThreadFreezer::run_while_stopped(
+        tasks.get(), [](void*) {}, nullptr);
+  } catch (const SystemError& failed) {
+    error = failed.error();
+  }
+  EXPECT_EQ(error, EPERM);
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
+}
+
+}  // namespace
+}  // namespace memferry
