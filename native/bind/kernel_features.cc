@@ -101,26 +101,31 @@ struct UserfaultfdFeature {
   std::uint64_t bit;
   const char* since;
   const char* what_for;
+  const char* instead;  // what memferry does without it
 };
 
 constexpr std::array kUserfaultfdFeatures = {
-    UserfaultfdFeature{"uffd-wp", UFFD_FEATURE_PAGEFAULT_FLAG_WP, "Linux 5.7", "write protection"},
+    UserfaultfdFeature{"uffd-wp", UFFD_FEATURE_PAGEFAULT_FLAG_WP, "Linux 5.7", "write protection",
+                       "it tracks in another way"},
     UserfaultfdFeature{"uffd-wp-unpopulated", abi::kUffdFeatureWpUnpopulated, "Linux 6.4",
-                       "tracking untouched pages"},
-    UserfaultfdFeature{"uffd-wp-async", abi::kUffdFeatureWpAsync, "Linux 6.7", "tracking without faults"},
-    UserfaultfdFeature{"uffd-poison", abi::kUffdFeaturePoison, "Linux 6.6",
-                       "lost pages fail instead of reading zeros"},
-    UserfaultfdFeature{"uffd-move", abi::kUffdFeatureMove, "Linux 6.8", "installing pages without a copy"},
+                       "tracking untouched pages", "it tracks in another way"},
+    UserfaultfdFeature{"uffd-wp-async", abi::kUffdFeatureWpAsync, "Linux 6.7", "tracking without faults",
+                       "it tracks in another way"},
+    UserfaultfdFeature{
+        "uffd-poison", abi::kUffdFeaturePoison, "Linux 6.6", "lost pages fail instead of reading zeros",
+        "lost pages fail by a mapping over them; very many scattered ones take the whole region"},
+    UserfaultfdFeature{"uffd-move", abi::kUffdFeatureMove, "Linux 6.8", "installing pages without a copy",
+                       "pages are copied, as elsewhere"},
     UserfaultfdFeature{"uffd-thread-id", UFFD_FEATURE_THREAD_ID, "Linux 4.14",
-                       "which thread waits for a page"},
+                       "which thread waits for a page", "nothing needs it"},
     UserfaultfdFeature{"uffd-event-remove", UFFD_FEATURE_EVENT_REMOVE, "Linux 4.11",
-                       "noticing discarded memory"},
-    UserfaultfdFeature{"uffd-missing-shmem", UFFD_FEATURE_MISSING_SHMEM, "Linux 4.11",
-                       "paging shared memory"},
+                       "noticing discarded memory", "what a guest discards goes unnoticed"},
+    UserfaultfdFeature{"uffd-missing-shmem", UFFD_FEATURE_MISSING_SHMEM, "Linux 4.11", "paging shared memory",
+                       "shared memory moves by pre-copy only"},
     UserfaultfdFeature{"uffd-missing-hugetlbfs", UFFD_FEATURE_MISSING_HUGETLBFS, "Linux 4.11",
-                       "paging huge pages"},
-    UserfaultfdFeature{"uffd-minor-shmem", UFFD_FEATURE_MINOR_SHMEM, "Linux 5.14",
-                       "paging from a page cache"},
+                       "paging huge pages", "huge pages move by pre-copy only"},
+    UserfaultfdFeature{"uffd-minor-shmem", UFFD_FEATURE_MINOR_SHMEM, "Linux 5.14", "paging from a page cache",
+                       "nothing needs it"},
 };
 
 void add_userfaultfd_features(std::vector<KernelFeature>& features, const Userfaultfd::Offer& offer) {
@@ -129,7 +134,8 @@ void add_userfaultfd_features(std::vector<KernelFeature>& features, const Userfa
       features.push_back(absent(feature.name, "no userfaultfd to ask", kGrantUserfaultfd));
     } else if ((offer.features & feature.bit) == 0) {
       features.push_back(absent(feature.name,
-                                std::string("this kernel does not have it (") + feature.what_for + ")",
+                                std::string("this kernel does not have it (") + feature.what_for +
+                                    "); without it " + feature.instead,
                                 std::string(feature.since) + " or later"));
     } else {
       features.push_back(present(feature.name, feature.what_for));
@@ -156,15 +162,20 @@ void add_pagemap_scan(std::vector<KernelFeature>& features) {
   scan.vec_len = found.size();
   features.push_back(::ioctl(pagemap.get(), abi::kPagemapScan, &scan) >= 0
                          ? present("pagemap-scan")
-                         : absent("pagemap-scan", std::string("PAGEMAP_SCAN: ") + std::strerror(errno),
+                         : absent("pagemap-scan",
+                                  std::string("PAGEMAP_SCAN: ") + std::strerror(errno) +
+                                      "; without it /proc/self/pagemap is read entry by entry",
                                   "Linux 6.7 or later"));
 }
 
 void add_memory_calls(std::vector<KernelFeature>& features) {
   const Mapping page = Mapping::anonymous(system_page_size());
-  features.push_back(::madvise(page.data(), page.size(), abi::kMadvPopulateWrite) == 0
-                         ? present("madv-populate-write", "touching ahead")
-                         : absent("madv-populate-write", std::strerror(errno), "Linux 5.14 or later"));
+  features.push_back(
+      ::madvise(page.data(), page.size(), abi::kMadvPopulateWrite) == 0
+          ? present("madv-populate-write", "touching ahead")
+          : absent("madv-populate-write",
+                   std::string(std::strerror(errno)) + "; without it memory is touched as it is filled",
+                   "Linux 5.14 or later"));
 
   // A page that was just made is soft-dirty where the kernel keeps the bit; elsewhere it stays 0 silently.
   constexpr std::uint64_t kSoftDirtyBit = 1ULL << 55U;

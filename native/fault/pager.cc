@@ -22,7 +22,7 @@ constexpr int kTries = 4096;
 constexpr std::chrono::microseconds kBetweenTries{500};
 
 std::uint64_t wanted_features() {
-  // Without it missing pages are made inaccessible by mprotect() instead.
+  // Without it a mapping that fails is put over pages that are lost.
   const Userfaultfd::Offer offer = Userfaultfd::probe();
   return offer.features & abi::kUffdFeaturePoison;
 }
@@ -34,6 +34,7 @@ Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std:
   const auto ours = [](const ArrivalMap* map) { return !map->region().owner(); };
   // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
   if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(), false);
+  if (own_ && (own_->features() & abi::kUffdFeaturePoison) == 0) failing_.emplace();
   take_attached();
   thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
 }

@@ -26,6 +26,7 @@
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -35,6 +36,7 @@
 #include "fault/latency_histogram.h"
 #include "fault/sequential_detector.h"
 #include "fault/waiting_faults.h"
+#include "os/failing_memory.h"
 #include "os/userfaultfd.h"
 #include "os/worker_thread.h"
 
@@ -114,7 +116,9 @@ class Pager {
   bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes);
   void arrived(std::uint32_t region, PageRun run);
   void poison(std::uint32_t region, PageRun run);
+  bool poison_part(std::uint32_t region, PageRun part);
   bool poison_populated(std::uint32_t region, PageNumber page);
+  void make_failing(std::uint32_t region, PageRun part);
   void break_off(const char* code, const std::string& message);
   bool wait_again(int& tries) const;
   [[nodiscard]] Userfaultfd& uffd_of(std::uint32_t region);
@@ -142,7 +146,9 @@ class Pager {
   std::vector<ArrivalMap*> maps_;
   std::function<void(std::string, std::string)> broken_;
   std::atomic<bool> broken_once_{false};
-  std::optional<Userfaultfd> own_;  // of this process's memory; none where all is of others
+  std::optional<Userfaultfd> own_;        // of this process's memory; none where all is of others
+  std::optional<FailingMemory> failing_;  // where the kernel cannot poison pages
+  std::atomic<std::uint32_t> failing_pieces_{0};
   std::vector<Attached> attached_;  // one a map
   WorkerThread deliverer_;
   // Shared while a page of memory with `removed` is installed, whole while its events are read and noted: an install is

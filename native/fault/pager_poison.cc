@@ -5,6 +5,14 @@
 #include "os/sys_error.h"
 
 namespace memferry {
+namespace {
+
+// Each piece splits a mapping in three, and a process may have 65530 by default: at most a quarter of them for the
+// losses of one guest.
+constexpr std::uint32_t kMostFailingPieces = 8192;
+
+}  // namespace
+
 void Pager::poison_missing() {
   {
     const std::lock_guard lock(mutex_);
@@ -64,50 +72,47 @@ void Pager::poison_lost() {
 
 void Pager::poison(std::uint32_t region, PageRun run) {
   ArrivalMap& map = *maps_[region];
-  Userfaultfd& uffd = uffd_of(region);
-  const std::uint64_t page_size = map.page_size();
-  bool supported = (uffd.features() & abi::kUffdFeaturePoison) != 0;
   map.for_each_run(run, [&](PageRun part) {
-    const OwnerAddress start = map.region().owner_address(part.first);
-    const std::uint64_t bytes = part.count * page_size;
-    int tries = 0;
-    for (std::uint64_t done = 0; done < bytes && supported;) {
-      PageResult result;
-      try {
-        result = uffd.poison(start.plus(done), bytes - done, true);
-      } catch (const SystemError&) {
-        supported = false;
-        break;
-      }
-      done += result.bytes_done;
-      if (result.outcome == PageOutcome::kExists) {
-        // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
-        const PageNumber page{part.first.value + done / page_size};
-        if (!poison_populated(region, page)) supported = false;
-        done += page_size;
-      } else if (result.outcome == PageOutcome::kGone) {
-        break;
-      } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
-        supported = false;
-      }
-    }
-    if (supported) return;
+    if (poison_part(region, part)) return;
     if (map.region().owner()) {
-      // Another process's memory cannot be made inaccessible otherwise, and it may not read zeros.
+      // Another process's memory cannot be made to fail otherwise, and it may not read zeros.
       map.region().owner()->end();
-      return;
+    } else {
+      make_failing(region, part);
     }
-    // Coarser, but no access goes through. When even this fails (too many mappings), all of the region goes.
-    const std::span<std::byte> own = map.region().contiguous(part);
-    if (::mprotect(own.data(), own.size(), PROT_NONE) != 0) {
-      map.for_each_part({PageNumber{0}, map.pages()}, [](std::span<std::byte> all, PageNumber) {
-        ::mprotect(all.data(), all.size(), PROT_NONE);
-      });
-    }
-    uffd.wake(start, bytes);
   });
   const std::lock_guard lock(mutex_);
   waiting_.take(region, run, [](const WaitingFault&) {});
+}
+
+// False when the kernel cannot do it (before Linux 6.6), or has no memory for it.
+bool Pager::poison_part(std::uint32_t region, PageRun part) {
+  const ArrivalMap& map = *maps_[region];
+  Userfaultfd& uffd = uffd_of(region);
+  if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return false;
+  const OwnerAddress start = map.region().owner_address(part.first);
+  const std::uint64_t page_size = map.page_size();
+  const std::uint64_t bytes = part.count * page_size;
+  int tries = 0;
+  for (std::uint64_t done = 0; done < bytes;) {
+    PageResult result;
+    try {
+      result = uffd.poison(start.plus(done), bytes - done, true);
+    } catch (const SystemError&) {
+      return false;
+    }
+    done += result.bytes_done;
+    if (result.outcome == PageOutcome::kExists) {
+      // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
+      if (!poison_populated(region, PageNumber{part.first.value + done / page_size})) return false;
+      done += page_size;
+    } else if (result.outcome == PageOutcome::kGone) {
+      return true;
+    } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 bool Pager::poison_populated(std::uint32_t region, PageNumber page) {
@@ -128,6 +133,26 @@ bool Pager::poison_populated(std::uint32_t region, PageNumber page) {
   // Of a shared file the hole does away with the content; a mark that is left in the owner's page table stays.
   return outcome == PageOutcome::kOk || outcome == PageOutcome::kGone ||
          (map.region().owner() && outcome == PageOutcome::kExists);
+}
+
+// Another mapping over the pages, that fails when it is touched. Where that would take too many mappings, coarser, but
+// no access goes through: one over all of the region takes none beside its own.
+void Pager::make_failing(std::uint32_t region, PageRun part) {
+  const ArrivalMap& map = *maps_[region];
+  const std::span<std::byte> own = map.region().contiguous(part);
+  if (failing_pieces_.fetch_add(1, std::memory_order_relaxed) < kMostFailingPieces &&
+      ((failing_ && failing_->put_over(Address::of(own.data()), own.size())) ||
+       ::mprotect(own.data(), own.size(), PROT_NONE) == 0)) {
+    own_->wake(map.region().owner_address(part.first), own.size());
+    return;
+  }
+  map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun all) {
+    const std::span<std::byte> bytes = map.region().contiguous(all);
+    if (!(failing_ && failing_->put_over(Address::of(bytes.data()), bytes.size()))) {
+      ::mprotect(bytes.data(), bytes.size(), PROT_NONE);
+    }
+    own_->wake(map.region().owner_address(all.first), bytes.size());
+  });
 }
 
 }  // namespace memferry

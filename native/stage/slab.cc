@@ -40,6 +40,11 @@ void Slab::preallocate() {
     const std::uint64_t bytes = std::min(kPreallocatedAtOnce, mapping_.size() - at);
     if (::madvise(mapping_.data() + at, static_cast<std::size_t>(bytes), abi::kMadvPopulateWrite) == 0) {
       at += bytes;
+    } else if (errno == EINVAL) {
+      // A kernel before 5.14. Nothing is stored yet; where memory is short, this ends by a signal, not by an error.
+      for (const std::uint64_t end = at + bytes; at < end; at += system_page_size()) {
+        *static_cast<volatile std::byte*>(mapping_.data() + at) = std::byte{0};
+      }
     } else if (errno != EINTR && errno != EAGAIN) {
       throw_errno("madvise(MADV_POPULATE_WRITE)");
     }

@@ -1,5 +1,6 @@
 /** What callers may ask of a migration besides its mode, and guests that move again and again. */
 import { afterEach, describe, expect, test } from 'vitest';
+import { trackers } from '../../src/trackers.js';
 import { endHosts } from '../support/host.js';
 import {
   done,
@@ -104,7 +105,9 @@ test('a bandwidth limit holds', async () => {
   await expectRuns(b);
 });
 
-describe.each(['uffd-wp-async', 'hash-diff'])('the tracker %s', (tracker) => {
+const works = trackers().filter(({ available }) => available);
+
+describe.each(works.map(({ name }) => name))('the tracker %s', (tracker) => {
   test.each(['pre-copy', 'hybrid'])('in %s', async (mode) => {
     const [a, b] = await hosts('a', 'b');
     const port = await listen(b);
@@ -116,6 +119,15 @@ describe.each(['uffd-wp-async', 'hash-diff'])('the tracker %s', (tracker) => {
       await expectOneOwner([a, b], kind);
     }
   });
+});
+
+test('without a choice the tracker is the first that works here', async () => {
+  const [a, b] = await hosts('a', 'b');
+  const port = await listen(b);
+  await startGuest(a, regionsOf('allocate'));
+  await migrate(a, port, { mode: 'pre-copy', maxRounds: 4 });
+  expect(await report(a)).toMatchObject({ tracker: works[0]?.name, verified: true });
+  await expectRuns(b);
 });
 
 test('a tracker that does not exist is refused, and the guest runs on', async () => {

@@ -186,6 +186,8 @@ struct Case {
 class EngineTest : public testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
+    const TrackerProbe probe = probe_tracker(GetParam().tracker);
+    if (!probe.available) GTEST_SKIP() << probe.name << ": " << probe.reason;
     std::mt19937_64 random(5);
     for (const std::uint64_t pages : {3000u, 70u}) {
       source.push_back(Region::allocate(pages * page_size()));
@@ -485,8 +487,9 @@ TEST_P(EngineTest, SourceDiesInPostCopyAndTheLossIsReported) {
 
 std::string name_of(const testing::TestParamInfo<Case>& info) {
   constexpr std::array<const char*, 4> kCompress{"", "Auto", "Lz4", "Zstd"};
-  return std::string(info.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-         std::to_string(info.param.channels) + "Channels" +
+  std::string name(tracker_name(info.param.tracker));
+  std::erase(name, '-');
+  return name + std::to_string(info.param.channels) + "Channels" +
          kCompress[static_cast<std::size_t>(info.param.compress)] +
          (info.param.delta_cache > 0 ? "Delta" + std::to_string(info.param.delta_cache >> 20) : "");
 }
@@ -495,6 +498,7 @@ INSTANTIATE_TEST_SUITE_P(All, EngineTest,
                          testing::Values(Case{TrackerKind::kUffdWpAsync, 1},
                                          Case{TrackerKind::kUffdWpAsync, 2},
                                          Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2},
+                                         Case{TrackerKind::kSoftDirty, 2}, Case{TrackerKind::kUffdWp, 2},
                                          Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kLz4},
                                          Case{TrackerKind::kHashDiff, 1, wire::Compress::kZstd},
                                          Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},

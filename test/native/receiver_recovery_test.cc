@@ -17,7 +17,6 @@ class ReceiverRecovery : public testing::Test {
   void SetUp() override {
     const Userfaultfd::Offer offer = Userfaultfd::probe();
     if (!offer.kernel_faults) GTEST_SKIP() << "no full userfaultfd here: " << std::strerror(offer.error);
-    if ((offer.features & abi::kUffdFeaturePoison) == 0) GTEST_SKIP() << "no UFFDIO_POISON here (Linux 6.6)";
   }
   static void half_way(Bench& bench, const std::vector<std::byte>& content) {
     bench.config.paging_from_start = true;
