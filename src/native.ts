@@ -523,9 +523,12 @@ export interface NativeAddon {
   reservedBytes(view: Uint8Array): number;
 
   probeTrackers(): NativeTrackerProbe[];
+  probeTracker(name: string): NativeTrackerProbe;
+  /** Why this tracker may not watch the region's memory; null when it may. */
+  trackerRefusal(name: string, region: NativeRegion, writers: string): string | null;
   /** Kernel features for paging: userfaultfd, its features one by one, PAGEMAP_SCAN, MADV_POPULATE_WRITE, ... */
   probeFeatures(): NativeFeature[];
-  makeTracker(name: string, region: NativeRegion): NativeTracker;
+  makeTracker(name: string, region: NativeRegion, writers: string): NativeTracker;
 
   /** XXH3_64 of every page of `view`, into `out` (BigUint64Array of length pages). */
   hashPages(view: Uint8Array, pageSize: number, out: BigUint64Array): void;

@@ -93,8 +93,13 @@ const migrateSchema = z.strictObject({
   onNonConvergence: z.enum(nonConvergenceChoices).default('switch-over'),
   /** Rounds that `hybrid` makes before it switches over, the first full one counted. */
   hybridRounds: z.number().int().min(1).max(1000).default(3),
-  /** A tracker's name; without one the first that the kernel offers. */
+  /** A tracker's name; without one the first that the kernel offers and that may watch the memory. */
   tracker: z.string().optional(),
+  /**
+   * Where writes to shared memory come from: `tracked-mapping` is the caller's word that all of them go through the
+   * region's own addresses. Without it shared memory is compared by content. Says nothing of memory that is not shared.
+   */
+  writers: z.enum(writersChoices).default('anywhere'),
   /** Compare a digest of every region from both sides at the end. */
   verify: z.boolean().default(true),
   /**
@@ -321,6 +326,7 @@ export type ParkOptions = Omit<
   | 'onNonConvergence'
   | 'hybridRounds'
   | 'tracker'
+  | 'writers'
   | 'verify'
   | 'base'
   | 'baseTimeoutMs'
@@ -441,7 +447,7 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
   }
   // Where it goes is not said, so nothing may be said of where.
-  for (const name of ['to', 'mode', 'channels', 'tracker'] as const) {
+  for (const name of ['to', 'mode', 'channels', 'tracker', 'writers'] as const) {
     if (name in options) {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
     }

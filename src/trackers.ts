@@ -7,8 +7,20 @@ import { memferryError, native } from './errors.js';
 import type { NativeTracker } from './native.js';
 import type { Region } from './region.js';
 
-export const trackerNames = ['uffd-wp-async', 'hash-diff'] as const;
+export const trackerNames = ['uffd-wp-async', 'soft-dirty', 'uffd-wp', 'hash-diff'] as const;
 export type TrackerName = (typeof trackerNames)[number];
+
+/**
+ * Where writes to shared memory come from: through the tracked addresses alone (the caller's word), or from `anywhere`,
+ * which only comparing content sees. Memory that is not shared is always tracked completely.
+ */
+export const writersChoices = ['anywhere', 'tracked-mapping'] as const;
+export type Writers = (typeof writersChoices)[number];
+
+export interface TrackerOptions {
+  /** Default `anywhere`. */
+  writers?: Writers;
+}
 
 export interface TrackerProbe {
   name: TrackerName;
@@ -30,14 +42,28 @@ export function trackers(): TrackerProbe[] {
   return native(() => loadAddon().probeTrackers()) as TrackerProbe[];
 }
 
+/** One at a time, so that nothing is tried out after the first that will do. */
+function* probed(wanted?: string): Iterable<TrackerProbe> {
+  for (const name of trackerNames.filter((known) => wanted === undefined || known === wanted)) yield native(() => loadAddon().probeTracker(name)) as TrackerProbe;
+}
+
 /**
  * The tracker to use: the one asked for, or the first that works.
+ * @param refusal why a tracker that works here may not watch the memory in question, null when it may
  * @throws TRACKER_UNAVAILABLE, with the reason and the remedy of each that was considered
  */
-export function chooseTracker(wanted?: string, probes: readonly TrackerProbe[] = trackers()): TrackerName {
-  const considered = wanted === undefined ? probes : probes.filter((probe) => probe.name === wanted);
-  const chosen = considered.find((probe) => probe.available);
-  if (chosen !== undefined) return chosen.name;
+export function chooseTracker(
+  wanted?: string,
+  probes: Iterable<TrackerProbe> = probed(wanted),
+  refusal: (name: TrackerName) => string | null = () => null,
+): TrackerName {
+  const considered: TrackerProbe[] = [];
+  for (const probe of probes) {
+    if (wanted !== undefined && probe.name !== wanted) continue;
+    const refused = probe.available ? refusal(probe.name) : null;
+    if (probe.available && refused === null) return probe.name;
+    considered.push(refused === null ? probe : { ...probe, available: false, reason: refused, remedy: '' });
+  }
   const why = considered.map(({ name, reason, remedy }) => `${name}: ${reason}${remedy && ` (${remedy})`}`);
   if (why.length === 0)
     why.push(`there is no tracker named '${wanted}'; there are ${trackerNames.join(', ')}`);
@@ -48,8 +74,7 @@ export function chooseTracker(wanted?: string, probes: readonly TrackerProbe[] =
 
 /**
  * Watches one region. A write after `arm`, or after the last `collect`, is reported by the next `collect`; one
- * that races with it may be reported twice, never lost. Not seen by any tracker: writes through another
- * mapping of the same memory.
+ * that races with it may be reported twice, never lost.
  */
 export class DirtyTracker {
   readonly name: TrackerName;
@@ -65,15 +90,21 @@ export class DirtyTracker {
 
   /**
    * A tracker over `region`, not armed yet.
-   * @param name which one; default the first that works here
+   * @param name which one; default the first that works here and may watch this memory
    * @throws TRACKER_UNAVAILABLE, REGION_CLOSED, REGION_GONE
    */
-  static create(region: Region, name?: string): DirtyTracker {
-    const chosen = chooseTracker(name);
+  static create(region: Region, name?: string, options: TrackerOptions = {}): DirtyTracker {
+    const { writers = 'anywhere' } = options;
+    if (!writersChoices.includes(writers)) {
+      throw memferryError('INVALID_ARGUMENT', `writers: one of ${writersChoices.join(', ')}, not '${writers}'`);
+    }
+    const refusal = (candidate: TrackerName) =>
+      native(() => loadAddon().trackerRefusal(candidate, region.native, writers));
+    const chosen = chooseTracker(name, undefined, refusal);
     return new DirtyTracker(
       region,
       chosen,
-      native(() => loadAddon().makeTracker(chosen, region.native)),
+      native(() => loadAddon().makeTracker(chosen, region.native, writers)),
     );
   }
 

@@ -77,6 +77,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));
   exports.Set("reservedBytes", Napi::Function::New<RegionHandle::reserved_bytes>(env, "reservedBytes"));
   exports.Set("probeTrackers", Napi::Function::New<TrackerHandle::probe>(env, "probeTrackers"));
+  exports.Set("probeTracker", Napi::Function::New<TrackerHandle::probe_one>(env, "probeTracker"));
+  exports.Set("trackerRefusal", Napi::Function::New<TrackerHandle::refusal>(env, "trackerRefusal"));
   exports.Set("probeFeatures", Napi::Function::New<probe_features>(env, "probeFeatures"));
   exports.Set("makeTracker", Napi::Function::New<TrackerHandle::make>(env, "makeTracker"));
   define_page_functions(env, exports);

@@ -17,6 +17,25 @@ TrackerKind kind_of(const std::string& name) {
   throw CodedError("TRACKER_UNAVAILABLE", "there is no dirty tracker named '" + name + "'");
 }
 
+TrackerOptions options_of(const std::string& writers) {
+  TrackerOptions options;
+  if (writers == "tracked-mapping") {
+    options.writers = Writers::kTrackedMapping;
+  } else if (writers != "anywhere") {
+    throw std::invalid_argument("writers: 'anywhere' or 'tracked-mapping'");
+  }
+  return options;
+}
+
+Napi::Object probe_object(Napi::Env env, const TrackerProbe& found) {
+  Napi::Object probe = Napi::Object::New(env);
+  probe.Set("name", Napi::String::New(env, found.name));
+  probe.Set("available", Napi::Boolean::New(env, found.available));
+  probe.Set("reason", Napi::String::New(env, found.reason));
+  probe.Set("remedy", Napi::String::New(env, found.remedy));
+  return probe;
+}
+
 }  // namespace
 
 void TrackerHandle::define(Napi::Env env) {
@@ -45,7 +64,8 @@ Napi::Value TrackerHandle::make(const Napi::CallbackInfo& info) {
     const TrackerKind kind = kind_of(text_of(info[0], "name"));
     Made made;
     made.hold = RegionHandle::hold_of(info[1]);
-    made.tracker = make_tracker(kind, made.hold.shared->region_pointer());
+    made.tracker =
+        make_tracker(kind, made.hold.shared->region_pointer(), options_of(text_of(info[2], "writers")));
     made.turn = std::make_shared<std::mutex>();
     return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
   });
@@ -56,15 +76,27 @@ Napi::Value TrackerHandle::probe(const Napi::CallbackInfo& info) {
   return guarded(env, [&]() -> Napi::Value {
     const std::vector<TrackerProbe> probes = probe_trackers();
     Napi::Array array = Napi::Array::New(env, probes.size());
-    for (std::size_t i = 0; i < probes.size(); ++i) {
-      Napi::Object probe = Napi::Object::New(env);
-      probe.Set("name", Napi::String::New(env, probes[i].name));
-      probe.Set("available", Napi::Boolean::New(env, probes[i].available));
-      probe.Set("reason", Napi::String::New(env, probes[i].reason));
-      probe.Set("remedy", Napi::String::New(env, probes[i].remedy));
-      array.Set(static_cast<std::uint32_t>(i), probe);
-    }
+    for (std::size_t i = 0; i < probes.size(); ++i)
+      array.Set(static_cast<std::uint32_t>(i), probe_object(env, probes[i]));
     return array;
+  });
+}
+
+Napi::Value TrackerHandle::probe_one(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    return probe_object(env, probe_tracker(kind_of(text_of(info[0], "name"))));
+  });
+}
+
+Napi::Value TrackerHandle::refusal(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    const TrackerKind kind = kind_of(text_of(info[0], "name"));
+    const RegionHold hold = RegionHandle::hold_of(info[1]);
+    const RegionUse use(hold.shared->region_pointer(), "tracker");
+    const auto refused = tracker_refusal(kind, hold.shared->region(), options_of(text_of(info[2], "writers")));
+    return refused ? Napi::Value(Napi::String::New(env, *refused)) : env.Null();
   });
 }
 

@@ -25,6 +25,8 @@ class TrackerHandle : public Napi::ObjectWrap<TrackerHandle> {
   static void define(Napi::Env env);
   static Napi::Value make(const Napi::CallbackInfo& info);
   static Napi::Value probe(const Napi::CallbackInfo& info);
+  static Napi::Value probe_one(const Napi::CallbackInfo& info);
+  static Napi::Value refusal(const Napi::CallbackInfo& info);
 
   // For a sender; empty for null. Throws std::invalid_argument, CodedError (TRACKER_CLOSED, REGION_GONE).
   static LentTracker lend(const Napi::Value& value);

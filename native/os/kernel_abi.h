@@ -78,6 +78,10 @@ inline constexpr std::uint64_t kScanCheckWpAsync = 1ULL << 1;
 // One entry of /proc/PID/pagemap.
 inline constexpr std::uint64_t kPagemapPresent = 1ULL << 63;
 inline constexpr std::uint64_t kPagemapSwapped = 1ULL << 62;
+inline constexpr std::uint64_t kPagemapFileOrShared = 1ULL << 61;
+inline constexpr std::uint64_t kPagemapUffdWp = 1ULL << 57;     // 5.14
+inline constexpr std::uint64_t kPagemapExclusive = 1ULL << 56;  // 4.2: mapped once only
+inline constexpr std::uint64_t kPagemapSoftDirty = 1ULL << 55;  // with CONFIG_MEM_SOFT_DIRTY, else always 0
 
 // <linux/sched/types.h> and the C library's <sched.h> cannot be included together. Size 48: the first version.
 struct SchedAttr {

@@ -117,28 +117,36 @@ void Pagemap::populated_by_reading(Address start, std::uint64_t bytes,
 void Pagemap::read_entries(Address start, std::uint64_t bytes, std::uint64_t any_of,
                            const std::function<void(AddressRange)>& visit) {
   const std::uint64_t page_size = system_page_size();
+  Joiner joiner(visit);
+  entries(start, bytes, [&](Address at, std::span<const std::uint64_t> found) {
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      if ((found[i] & any_of) == 0) continue;
+      joiner.add({at.plus(i * page_size), at.plus((i + 1) * page_size)});
+    }
+  });
+  joiner.flush();
+}
+
+void Pagemap::entries(Address start, std::uint64_t bytes,
+                      const std::function<void(Address, std::span<const std::uint64_t>)>& visit) {
+  const std::uint64_t page_size = system_page_size();
   constexpr std::size_t kMostEntries = 8192;
   const std::size_t at_once =
       std::min<std::size_t>(kMostEntries, static_cast<std::size_t>(bytes / page_size));
-  std::vector<std::uint64_t> entries(at_once);
-  Joiner joiner(visit);
+  std::vector<std::uint64_t> buffer(at_once);
   std::uint64_t page = start.value / page_size;
   const std::uint64_t end = page + bytes / page_size;
   while (page < end) {
     const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(at_once, end - page));
-    const ssize_t got = ::pread(fd_.get(), entries.data(), wanted * sizeof(std::uint64_t),
+    const ssize_t got = ::pread(fd_.get(), buffer.data(), wanted * sizeof(std::uint64_t),
                                 static_cast<off_t>(page * sizeof(std::uint64_t)));
     if (got < 0) throw_errno("pread(/proc/self/pagemap)");
     if (got < static_cast<ssize_t>(sizeof(std::uint64_t)))
       throw SystemError("/proc/self/pagemap ends early", EIO);
-    const auto read = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
-    for (std::uint64_t i = 0; i < read; ++i) {
-      if ((entries[i] & any_of) == 0) continue;
-      joiner.add({Address{(page + i) * page_size}, Address{(page + i + 1) * page_size}});
-    }
+    const auto read = static_cast<std::size_t>(got) / sizeof(std::uint64_t);
+    visit(Address{page * page_size}, {buffer.data(), read});
     page += read;
   }
-  joiner.flush();
 }
 
 }  // namespace memferry

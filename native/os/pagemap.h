@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "os/address.h"
@@ -68,6 +69,11 @@ class Pagemap {
   // The runs of pages that can be read without waiting for anybody: present, and not the shared page of zeros where the
   // kernel can tell. What is swapped out, missing or poisoned is none. Throws SystemError.
   void present(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+
+  // The file's own entries, in order: visit(first address, entries of consecutive system pages). Throws
+  // SystemError.
+  void entries(Address start, std::uint64_t bytes,
+               const std::function<void(Address, std::span<const std::uint64_t>)>& visit);
 
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_.capacity() * sizeof(abi::PageRegion); }
 

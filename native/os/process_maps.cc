@@ -1,6 +1,7 @@
 #include "os/process_maps.h"
 
 #include <fcntl.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,8 +34,19 @@ std::optional<MappedArea> parse(std::string_view line) {
   for (int field = 0; field < 4 && at != std::string_view::npos; ++field) {
     at = line.find(' ', at);
     if (at != std::string_view::npos) at = line.find_first_not_of(' ', at);
-    if (field == 2 && at != std::string_view::npos) area.file = line[at] != '0';
+    if (at == std::string_view::npos) break;
+    const char* const here = line.data() + at;
+    if (field == 0) (void)std::from_chars(here, end, area.offset, 16);
+    if (field == 1) {
+      unsigned major = 0;
+      unsigned minor = 0;
+      const auto device = std::from_chars(here, end, major, 16);
+      if (device.ptr != end) (void)std::from_chars(device.ptr + 1, end, minor, 16);
+      area.device = makedev(major, minor);
+    }
+    if (field == 2) (void)std::from_chars(here, end, area.inode);
   }
+  area.file = area.inode != 0;
   if (at != std::string_view::npos) area.name = line.substr(at);
   return area;
 }

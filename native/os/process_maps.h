@@ -17,7 +17,10 @@ struct MappedArea {
   bool readable = false;
   bool writable = false;
   bool shared = false;
-  bool file = false;      // has an inode: a file, a memfd, shared anonymous memory
+  bool file = false;      // has an inode: a file, a memfd, shared anonymous memory, huge pages
+  std::uint64_t offset = 0;  // in that file
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
   std::string_view name;  // valid during the visit
 };
 

@@ -44,7 +44,18 @@ class DirtyTracker {
   virtual void sent(PageNumber /*page*/, std::uint64_t /*xxh3*/) {}
 };
 
-enum class TrackerKind { kUffdWpAsync, kHashDiff };
+enum class TrackerKind { kUffdWpAsync, kSoftDirty, kUffdWp, kHashDiff };
+
+// Where writes to shared memory come from. Each of memory that is private and anonymous goes through the
+// tracked addresses anyway.
+enum class Writers {
+  kAnywhere,       // other mappings, other processes, pwrite() on the file: only comparing content sees those
+  kTrackedMapping  // the caller's word: all go through the tracked addresses
+};
+
+struct TrackerOptions {
+  Writers writers = Writers::kAnywhere;
+};
 
 struct TrackerProbe {
   std::string name;
@@ -54,9 +65,18 @@ struct TrackerProbe {
 };
 
 // In order of preference.
-[[nodiscard]] std::vector<TrackerProbe> probe_trackers();
+[[nodiscard]] const std::vector<TrackerKind>& tracker_kinds();
 [[nodiscard]] std::string_view tracker_name(TrackerKind kind);
 [[nodiscard]] std::optional<TrackerKind> tracker_kind(std::string_view name);
-[[nodiscard]] std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Region> region);
+// Found out by using it, for a moment.
+[[nodiscard]] TrackerProbe probe_tracker(TrackerKind kind);
+[[nodiscard]] std::vector<TrackerProbe> probe_trackers();
+
+// Why a tracker that works here may not watch this region, nothing when it may. What arm() would throw about
+// the kind of memory, for choosing another one beforehand. Throws SystemError (/proc).
+[[nodiscard]] std::optional<std::string> tracker_refusal(TrackerKind kind, const Region& region,
+                                                         const TrackerOptions& options = {});
+[[nodiscard]] std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Region> region,
+                                                         const TrackerOptions& options = {});
 
 }  // namespace memferry

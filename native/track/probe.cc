@@ -1,28 +1,34 @@
 // Which trackers work here, found out by using them: kernels and containers differ from what their version
 // numbers and feature bits promise.
 
+#include <sys/mman.h>
+
 #include <cerrno>
 #include <stdexcept>
 #include <system_error>
 
 #include "os/mapping.h"
 #include "os/pagemap.h"
+#include "os/sys_error.h"
 #include "os/userfaultfd.h"
 #include "track/dirty_tracker.h"
-#include "track/hash_diff.h"
+#include "track/soft_dirty_process.h"
+#include "track/uffd_wp.h"
 #include "track/uffd_wp_async.h"
 
 namespace memferry {
 
 namespace {
 
-constexpr std::string_view kUffdWpAsync = "uffd-wp-async";
-constexpr std::string_view kHashDiff = "hash-diff";
-
 // Writes one page of several, some never touched, and expects the tracker to find exactly that one.
 void try_out(TrackerKind kind) {
   constexpr std::uint64_t kPages = 4;
-  const auto region = Region::allocate(kPages * system_page_size());
+  // Between pages of another protection, so that the kernel joins it with no neighbour (which makes soft-dirty report
+  // too much).
+  const std::uint64_t page_size = system_page_size();
+  const Mapping memory = Mapping::anonymous((kPages + 2) * page_size, PROT_NONE);
+  if (::mprotect(memory.data() + page_size, kPages * page_size, PROT_READ | PROT_WRITE) != 0) throw_errno("mprotect");
+  const auto region = Region::adopt({{memory.start().plus(page_size), kPages * page_size}}, kPages * page_size);
   volatile std::byte* first = region->address(PageNumber{0}).pointer();
   *first = std::byte{1};
   const auto tracker = make_tracker(kind, region);
@@ -40,17 +46,22 @@ void try_out(TrackerKind kind) {
   if (dirty.count() != 2) throw std::runtime_error("pages that nobody wrote are reported as written");
 }
 
+constexpr const char* kGrantUserfaultfd =
+    "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE, or access to /dev/userfaultfd, or a seccomp profile that "
+    "allows userfaultfd";
+
+bool explain_userfaultfd(TrackerProbe& probe, const Userfaultfd::Offer& offer) {
+  if (offer.user_faults) return true;
+  probe.reason = "no userfaultfd: " + std::generic_category().message(offer.error);
+  probe.remedy = offer.error == ENOSYS
+                     ? "a kernel with CONFIG_USERFAULTFD, or a seccomp profile that allows userfaultfd"
+                     : kGrantUserfaultfd;
+  return false;
+}
+
 void explain_uffd_wp_async(TrackerProbe& probe) {
   const Userfaultfd::Offer offer = Userfaultfd::probe();
-  if (!offer.user_faults) {
-    probe.reason = "no userfaultfd: " + std::generic_category().message(offer.error);
-    probe.remedy =
-        offer.error == ENOSYS
-            ? "a kernel with CONFIG_USERFAULTFD, or a seccomp profile that allows userfaultfd"
-            : "sysctl vm.unprivileged_userfaultfd=1, or CAP_SYS_PTRACE, or access to /dev/userfaultfd, "
-              "or a seccomp profile that allows userfaultfd";
-    return;
-  }
+  if (!explain_userfaultfd(probe, offer)) return;
   if ((offer.features & UffdWpAsyncTracker::kFeatures) != UffdWpAsyncTracker::kFeatures) {
     probe.reason = "this kernel has no asynchronous write protection (UFFD_FEATURE_WP_ASYNC)";
     probe.remedy = "Linux 6.7 or later";
@@ -67,51 +78,57 @@ void explain_uffd_wp_async(TrackerProbe& probe) {
   }
 }
 
-TrackerProbe probe_one(TrackerKind kind) {
+void explain_uffd_wp(TrackerProbe& probe) {
+  const Userfaultfd::Offer offer = Userfaultfd::probe();
+  if (!explain_userfaultfd(probe, offer)) return;
+  if (!offer.kernel_faults) {
+    probe.reason = "the user-mode-only userfaultfd would fail the system calls of whoever writes: " +
+                   std::generic_category().message(offer.error);
+    probe.remedy = kGrantUserfaultfd;
+  } else if ((offer.features & UffdWpTracker::kFeatures) != UffdWpTracker::kFeatures) {
+    probe.reason = "this kernel has no write protection (UFFD_FEATURE_PAGEFAULT_FLAG_WP)";
+    probe.remedy = "Linux 5.14 or later";
+  }
+}
+
+void explain_soft_dirty(TrackerProbe& probe) {
+  try {
+    if (SoftDirtyProcess::kernel_has_it()) return;
+    probe.reason = "this kernel keeps no soft-dirty bits: a page that was just written has none";
+    probe.remedy = "a kernel with CONFIG_MEM_SOFT_DIRTY";
+  } catch (const SystemError& error) {
+    probe.reason = error.what();
+    probe.remedy = "a mounted /proc";
+  }
+}
+
+// What the kernel has, but this process may not use.
+const char* remedy_of_failure(TrackerKind kind, const std::exception& error) {
+  const auto* const failed = dynamic_cast<const SystemError*>(&error);
+  if (kind == TrackerKind::kSoftDirty && failed != nullptr && (failed->error() == EPERM || failed->error() == EACCES))
+    return "CAP_SYS_PTRACE, or kernel.yama.ptrace_scope below 2 and a seccomp profile that allows ptrace; and no "
+           "debugger attached";
+  if (kind == TrackerKind::kUffdWp && failed == nullptr) return "Linux 5.14 or later";
+  return "";
+}
+
+}  // namespace
+
+TrackerProbe probe_tracker(TrackerKind kind) {
   TrackerProbe probe;
   probe.name = tracker_name(kind);
   if (kind == TrackerKind::kUffdWpAsync) explain_uffd_wp_async(probe);
+  if (kind == TrackerKind::kUffdWp) explain_uffd_wp(probe);
+  if (kind == TrackerKind::kSoftDirty) explain_soft_dirty(probe);
   if (!probe.reason.empty()) return probe;
   try {
     try_out(kind);
     probe.available = true;
   } catch (const std::exception& error) {
     probe.reason = error.what();
+    probe.remedy = remedy_of_failure(kind, error);
   }
   return probe;
-}
-
-}  // namespace
-
-std::string_view tracker_name(TrackerKind kind) {
-  switch (kind) {
-    case TrackerKind::kUffdWpAsync:
-      return kUffdWpAsync;
-    case TrackerKind::kHashDiff:
-      return kHashDiff;
-  }
-  throw std::invalid_argument("no such tracker");
-}
-
-std::optional<TrackerKind> tracker_kind(std::string_view name) {
-  for (const TrackerKind kind : {TrackerKind::kUffdWpAsync, TrackerKind::kHashDiff}) {
-    if (tracker_name(kind) == name) return kind;
-  }
-  return std::nullopt;
-}
-
-std::vector<TrackerProbe> probe_trackers() {
-  return {probe_one(TrackerKind::kUffdWpAsync), probe_one(TrackerKind::kHashDiff)};
-}
-
-std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Region> region) {
-  switch (kind) {
-    case TrackerKind::kUffdWpAsync:
-      return std::make_unique<UffdWpAsyncTracker>(std::move(region));
-    case TrackerKind::kHashDiff:
-      return std::make_unique<HashDiffTracker>(std::move(region));
-  }
-  throw std::invalid_argument("no such tracker");
 }
 
 }  // namespace memferry

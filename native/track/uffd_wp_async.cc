@@ -1,7 +1,5 @@
 #include "track/uffd_wp_async.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <stdexcept>
@@ -15,32 +13,22 @@ namespace {
 
 constexpr std::uint64_t kProtectWritten = abi::kScanWpMatching | abi::kScanCheckWpAsync;
 
-// PAGEMAP_SCAN passes over unmapped addresses without a word. MS_ASYNC does nothing at all on Linux but walk
-// the mappings, and says ENOMEM when there is a gap: about a microsecond.
-void check_still_mapped(Address start, std::uint64_t bytes) {
-  if (bytes != 0 && ::msync(start.pointer(), bytes, MS_ASYNC) != 0) {
-    throw SystemError("uffd-wp-async: part of the region is no longer mapped", errno);
-  }
-}
-
 }  // namespace
 
-UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region) : region_(std::move(region)) {}
+UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options)
+    : region_(std::move(region)), writers_(options.writers) {}
 
 void UffdWpAsyncTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   const std::uint64_t pages = region_->pages();
-  for (const Extent& extent : region_->extents()) {
-    if (!is_private_anonymous(extent.start, extent.bytes)) {
-      throw SystemError(
-          "uffd-wp-async: the memory is not private and anonymous, and may be written through another "
-          "mapping; "
-          "use hash-diff",
-          EOPNOTSUPP);
-    }
-  }
-  uffd_ = Userfaultfd::open(kFeatures);
+  std::vector<MemoryPart> parts = memory_parts(*region_);
+  if (const auto refusal = refusal_to_protect(parts, writers_))
+    throw SystemError("uffd-wp-async: " + *refusal, EOPNOTSUPP);
+  const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
+    return part.kind == MemoryPart::Kind::kPrivateAnonymous;
+  });
+  uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   try {
     register_memory();
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
@@ -63,10 +51,18 @@ void UffdWpAsyncTracker::arm() {
       const Address start = Address::of(part.data());
       pagemap_.scan(start, part.size(), present, [&](const abi::PageRegion& found) {
         if ((found.categories & abi::kPageIsPfnZero) != 0) return;
-        populated_->set_run(PageRun{PageNumber{first + (found.start - start.value) / region_->page_size()},
-                                    (found.end - found.start) / region_->page_size()});
+        populated_->set_run(pages_of(first, start, found));
       });
       first += part.size() / region_->page_size();
+    }
+    if (!plain) {
+      // Only here can a page that is not in the page tables have content.
+      discards_.emplace(use, *region_, std::move(parts), pagemap_);
+      PageNumber at{0};
+      while (const auto run = discards_->content().next_set(at, PageNumber{pages}, pages)) {
+        populated_->set_run(*run);
+        at = run->end();
+      }
     }
     armed_pages_ = pages;
   } catch (...) {
@@ -101,12 +97,22 @@ void UffdWpAsyncTracker::register_up_to(std::uint64_t pages) {
   // Only the last extent grows.
   const Address start = region_->address(PageNumber{registered_pages_});
   const std::uint64_t bytes = (pages - registered_pages_) * region_->page_size();
-  if (!is_private_anonymous(start, bytes)) {
+  const auto refusal = discards_ ? refusal_to_protect(memory_parts(*region_), writers_) : std::nullopt;
+  if (refusal) throw SystemError("uffd-wp-async: " + *refusal, EOPNOTSUPP);
+  if (!discards_ && !is_private_anonymous(start, bytes)) {
     throw SystemError("uffd-wp-async: the region has grown into memory that is not private and anonymous",
                       EOPNOTSUPP);
   }
   uffd_->register_wp(start, bytes);
   registered_pages_ = pages;
+}
+
+// A page of the region may be larger than those that were found, or smaller.
+PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, Address start, const abi::PageRegion& found) const {
+  const std::uint64_t page_size = region_->page_size();
+  const std::uint64_t from = (found.start - start.value) / page_size;
+  const std::uint64_t to = (found.end - start.value + page_size - 1) / page_size;
+  return {PageNumber{first + from}, to - from};
 }
 
 template <typename Visit>
@@ -124,15 +130,14 @@ void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::ui
     const std::uint64_t base = first;
     try {
       pagemap_.scan(start, part.size(), query, [&](const abi::PageRegion& found) {
-        const std::uint64_t page = base + (found.start - start.value) / page_size;
-        visit(PageRun{PageNumber{page}, (found.end - found.start) / page_size}, found.categories);
+        visit(pages_of(base, start, found), found.categories);
       });
     } catch (const SystemError& error) {
       if (error.error() != EPERM) throw;
       throw SystemError("uffd-wp-async: part of the region was moved or mapped anew and is not tracked",
                         EPERM);
     }
-    check_still_mapped(start, part.size());
+    check_still_mapped("uffd-wp-async", start, part.size());
     first += part.size() / page_size;
   }
 }
@@ -156,7 +161,9 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run({PageNumber{armed_pages_}, pages - armed_pages_});
     written += pages - armed_pages_;
     armed_pages_ = pages;
+    if (discards_) discards_->follow_growth();
   }
+  if (discards_) written += discards_->collect(use, pagemap_, dirty);
   return written;
 }
 
@@ -164,6 +171,7 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 // nothing, and may belong to somebody else by now, so it is not named.
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
+  discards_.reset();
   populated_.reset();
   registered_pages_ = 0;
   armed_pages_ = 0;

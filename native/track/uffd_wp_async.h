@@ -3,7 +3,7 @@
 // again, atomically for each page.
 //
 // What it does not see: io_uring's READ_FIXED into pinned buffers, and writes to shared memory through
-// another mapping; so it refuses memory that is not private and anonymous.
+// another mapping; so it takes shared memory only on the caller's word that there are none (Writers).
 #pragma once
 
 #include <memory>
@@ -13,6 +13,7 @@
 #include "os/pagemap.h"
 #include "os/userfaultfd.h"
 #include "track/dirty_tracker.h"
+#include "track/discard_watch.h"
 
 namespace memferry {
 
@@ -20,7 +21,7 @@ class UffdWpAsyncTracker final : public DirtyTracker {
  public:
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
-  explicit UffdWpAsyncTracker(std::shared_ptr<Region> region);
+  explicit UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options = {});
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;
@@ -31,12 +32,16 @@ class UffdWpAsyncTracker final : public DirtyTracker {
  private:
   void register_memory();
   void register_up_to(std::uint64_t pages);
+  // Pages of the region that `found` touches; `start` is the address of page `first`.
+  [[nodiscard]] PageRun pages_of(std::uint64_t first, Address start, const abi::PageRegion& found) const;
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
   template <typename Visit>
   void protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask, Visit visit);
 
   const std::shared_ptr<Region> region_;
+  const Writers writers_;
   Pagemap pagemap_;
+  std::optional<DiscardWatch> discards_;
   std::optional<Userfaultfd> uffd_;  // armed while it is there
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;

@@ -42,6 +42,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   maxRounds?: number;
   onNonConvergence?: NonConvergence;
   tracker?: string;
+  writers?: Writers;
   deltaCache?: number;
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
@@ -74,6 +75,9 @@ export function addSend(program: Command): void {
       ),
     )
     .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .addOption(
+      new Option('--writers <where>', 'where writes to shared memory come from').choices([...writersChoices]),
+    )
     .option(
       '--delta-cache <bytes>',
       'modes with rounds: memory for deltas of pages that are sent again, as 256Mi',
@@ -131,7 +135,7 @@ async function move(
   signal: AbortSignal,
 ): Promise<EvictionReport | MigrationReport> {
   const { to, mode, verify } = flags;
-  const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker } = flags;
+  const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers } = flags;
   const { onCapacity, destinationRack, releaseAsEvicted } = flags;
   const { useBase, replay, keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
   const options = {
@@ -140,7 +144,7 @@ async function move(
       replayLog: replay === undefined ? undefined : new Uint8Array(await readReplay(replay)),
       keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
     }),
-    ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker }),
+    ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers }),
     ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags),
   };

@@ -333,7 +333,8 @@ export class SourceMigration extends EventEmitter {
     const agreed = agreedEncodings(await untilAborted(this.#accepted.promise, this.#abort.signal), wanted);
 
     if (this.#traits.rounds) {
-      for (const region of regions) this.#trackers.push(DirtyTracker.create(region, options.tracker));
+      const { tracker, writers } = options;
+      for (const region of regions) this.#trackers.push(DirtyTracker.create(region, tracker, { writers }));
     } else {
       this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
     }
@@ -394,7 +395,7 @@ export class SourceMigration extends EventEmitter {
       if (name === 'hash-diff' && this.options.base !== 'always') return regions.map(() => null);
       return regions.map((region, index) => {
         if (!base.pages[index]) return null;
-        const tracker = DirtyTracker.create(region, name);
+        const tracker = DirtyTracker.create(region, name, { writers: this.options.writers });
         made.push(tracker);
         tracker.arm();
         return tracker;

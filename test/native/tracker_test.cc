@@ -386,7 +386,7 @@ TEST_P(TrackerTest, SaysWhichPagesHadContentWhenItWasArmed) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Every, TrackerTest,
-                         testing::Values(TrackerKind::kUffdWpAsync, TrackerKind::kHashDiff),
+                         testing::ValuesIn(tracker_kinds()),
                          [](const testing::TestParamInfo<TrackerKind>& tracker) {
                            std::string name(tracker_name(tracker.param));
                            std::erase(name, '-');
@@ -399,7 +399,7 @@ TEST(TrackerNamesTest, GoBothWays) {
     EXPECT_EQ(tracker_name(*tracker_kind(probe.name)), probe.name);
     EXPECT_EQ(probe.reason.empty(), probe.available);
   }
-  EXPECT_FALSE(tracker_kind("soft-dirty"));
+  EXPECT_FALSE(tracker_kind("none"));
 }
 
 // What only concerns uffd-wp-async.
