@@ -1,7 +1,7 @@
 {
   # Built against an installed memferry: its C++ core's headers, and those of its sources that the VMM uses.
   'variables': {
-    'memferry%': '<!(node -p "require(\'path\').dirname(require.resolve(\'memferry/package.json\'))")',
+    'memferry%': '<!(node -p "require(\'path\').relative(\'.\', require(\'path\').dirname(require.resolve(\'memferry/package.json\')))")',
   },
   'targets': [
     {
