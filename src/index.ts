@@ -65,4 +65,4 @@ export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
-export { DirtyTracker, trackers } from './trackers.js';
+export { DirtyTracker, type TrackerOptions, trackers, type Writers } from './trackers.js';

@@ -6,6 +6,7 @@ import { z } from 'zod';
 import { MemferryError } from './errors.js';
 import type { ParkTicket } from './source/park.js';
 import type { ArrivingGuest, GuestOffer } from './guest.js';
+import { writersChoices } from './trackers.js';
 
 export const modes = [
   'stop-and-copy',

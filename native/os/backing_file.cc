@@ -23,13 +23,18 @@ namespace {
 constexpr std::uint64_t kTmpfsMagic = 0x01021994;
 constexpr std::uint64_t kHugetlbfsMagic = 0x958458f6;
 
-UniqueFd open_map_file(const MappedArea& area) {
-  char path[96];
-  std::snprintf(path, sizeof path, "/proc/self/map_files/%lx-%lx", static_cast<unsigned long>(area.start.value),
+UniqueFd open_map_file(const MappedArea& area, const Process* owner) {
+  char name[64];
+  std::snprintf(name, sizeof name, "map_files/%lx-%lx", static_cast<unsigned long>(area.start.value),
                 static_cast<unsigned long>(area.end.value));
-  UniqueFd fd(::open(path, O_RDONLY | O_CLOEXEC));
-  if (!fd && errno == EACCES) fd = UniqueFd(::open(path, O_WRONLY | O_CLOEXEC));
-  return fd;
+  if (owner == nullptr) return UniqueFd(::open((std::string("/proc/self/") + name).c_str(), O_RDONLY | O_CLOEXEC));
+  try {
+    return owner->open_file(name, O_RDONLY);
+  } catch (const OwnerGone&) {
+    throw;
+  } catch (const SystemError&) {
+    return {};
+  }
 }
 
 // A descriptor of ours for the same file.
@@ -52,8 +57,8 @@ UniqueFd find_descriptor(const MappedArea& area) {
 
 }  // namespace
 
-std::optional<BackingFile> BackingFile::of(const MappedArea& area) {
-  UniqueFd fd = open_map_file(area);
+std::optional<BackingFile> BackingFile::of(const MappedArea& area, const Process* owner) {
+  UniqueFd fd = open_map_file(area, owner);
   if (!fd) fd = find_descriptor(area);
   if (!fd) return std::nullopt;
   struct statfs file_system {};

@@ -17,9 +17,10 @@ class BackingFile {
  public:
   enum class Kind { kTmpfs, kHugetlbfs, kOther };
 
-  // Of an area of this process. Nothing when its file cannot be reached: /proc/self/map_files needs
-  // CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN), and no descriptor of this process is the same file. Throws SystemError.
-  static std::optional<BackingFile> of(const MappedArea& area);
+  // Of an area of `owner`, or of this process. Nothing when its file cannot be reached: /proc/PID/map_files needs
+  // CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN), and no descriptor of this process is the same file. Throws SystemError,
+  // OwnerGone.
+  static std::optional<BackingFile> of(const MappedArea& area, const Process* owner = nullptr);
 
   [[nodiscard]] Kind kind() const { return kind_; }
   [[nodiscard]] std::uint64_t page_bytes() const { return page_bytes_; }  // of a hugetlbfs: its huge pages

@@ -14,7 +14,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
-#include <cstdio>
+#include <algorithm>
 #include <ctime>
 #include <thread>
 
@@ -276,14 +276,6 @@ Mapping memory_for(std::size_t bytes) {
   return Mapping::anonymous((bytes + page - 1) / page * page);
 }
 
-UniqueFd open_tasks(pid_t process) {
-  char path[48];
-  std::snprintf(path, sizeof path, "/proc/%d/task", static_cast<int>(process));
-  UniqueFd tasks(::open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!tasks) throw_errno("open(/proc/PID/task)");
-  return tasks;
-}
-
 int alone_once(Freeze& freeze, void (*body)(void*), void* argument) {
   constexpr std::size_t kStackBytes = 64UL * 1024;
   const Mapping stack = memory_for(kStackBytes);
@@ -328,15 +320,14 @@ int stopped_once(Freeze& freeze, void (*body)(void*), void* argument) {
   return stopped ? 0 : freeze.error;
 }
 
-bool try_often(pid_t process, std::int32_t spared, void (*body)(void*), void* argument,
+bool try_often(int tasks, std::int32_t spared, void (*body)(void*), void* argument,
                int (*once)(Freeze&, void (*)(void*), void*)) {
-  const UniqueFd tasks = open_tasks(process);
   int error = 0;
   for (int i = 0; i < ThreadFreezer::kTries; ++i) {
-    const std::size_t room = room_for(tasks.get());
+    const std::size_t room = room_for(tasks);
     const Mapping threads = memory_for(room * sizeof(Thread));
     Freeze freeze;
-    freeze.tasks = tasks.get();
+    freeze.tasks = tasks;
     freeze.spared = spared;
     freeze.patience_ms = ThreadFreezer::kPatience.count();
     freeze.threads = reinterpret_cast<Thread*>(threads.data());
@@ -354,11 +345,13 @@ bool try_often(pid_t process, std::int32_t spared, void (*body)(void*), void* ar
 
 bool ThreadFreezer::run_alone(void (*body)(void*), void* argument) {
   const auto self = static_cast<std::int32_t>(::syscall(SYS_gettid));
-  return try_often(::getpid(), self, body, argument, &alone_once);
+  const UniqueFd tasks(::open("/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!tasks) throw_errno("open(/proc/self/task)");
+  return try_often(tasks.get(), self, body, argument, &alone_once);
 }
 
-bool ThreadFreezer::run_while_stopped(pid_t process, void (*body)(void*), void* argument) {
-  return try_often(process, 0, body, argument, &stopped_once);
+bool ThreadFreezer::run_while_stopped(int tasks, void (*body)(void*), void* argument) {
+  return try_often(tasks, 0, body, argument, &stopped_once);
 }
 
 }  // namespace memferry

@@ -10,8 +10,6 @@
 // semop, ...) give EINTR.
 #pragma once
 
-#include <sys/types.h>
-
 #include <chrono>
 
 namespace memferry {
@@ -27,8 +25,8 @@ class ThreadFreezer {
   // body has not run: EPERM when tracing is not permitted, or a debugger has a thread; ETIMEDOUT; E2BIG. False: body has
   // run, but somebody has killed the helper, so that others may have run as well.
   static bool run_alone(void (*body)(void*), void* argument);
-  // The same while no thread of another process runs.
-  static bool run_while_stopped(pid_t process, void (*body)(void*), void* argument);
+  // The same while no thread of another process runs. `tasks`: its /proc/PID/task.
+  static bool run_while_stopped(int tasks, void (*body)(void*), void* argument);
 };
 
 }  // namespace memferry

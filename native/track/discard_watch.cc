@@ -41,9 +41,10 @@ PageRun DiscardWatch::pages_of(const MemoryPart& part) const {
   return {part.first, part.extent.bytes / region_.page_size()};
 }
 
-bool DiscardWatch::page_is_zero(PageNumber page) const {
+bool DiscardWatch::page_is_zero(PageNumber page) {
   constexpr std::size_t kFirstLook = 64;  // nearly every page that has content shows it here
-  const auto bytes = region_.contiguous({page, 1});
+  reader_.reset();
+  const auto bytes = reader_.read(region_, {page, 1});
   if (!is_zero(RacyView(bytes.first(kFirstLook)).bytes())) return false;
   return is_zero(RacyView(bytes).bytes());
 }

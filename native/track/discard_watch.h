@@ -16,6 +16,7 @@
 #include "os/pagemap.h"
 #include "page/bitmap.h"
 #include "page/region.h"
+#include "page/region_reader.h"
 #include "track/memory_part.h"
 
 namespace memferry {
@@ -43,10 +44,11 @@ class DiscardWatch {
   // Calls visit for the runs of the part whose pages have memory, in order; the others are zeros.
   template <typename Visit>
   void with_memory(Pagemap& pagemap, const MemoryPart& part, Visit visit);
-  [[nodiscard]] bool page_is_zero(PageNumber page) const;
+  [[nodiscard]] bool page_is_zero(PageNumber page);
   [[nodiscard]] PageRun pages_of(const MemoryPart& part) const;
 
   const Region& region_;
+  RegionReader reader_;
   std::vector<Watched> watched_;
   AtomicBitmap content_;
 };

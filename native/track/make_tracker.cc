@@ -4,7 +4,6 @@
 
 #include "track/dirty_tracker.h"
 #include "track/hash_diff.h"
-#include "track/memory_part.h"
 #include "track/soft_dirty.h"
 #include "track/uffd_wp.h"
 #include "track/uffd_wp_async.h"
@@ -50,10 +49,11 @@ std::optional<std::string> tracker_refusal(TrackerKind kind, const Region& regio
                                            const TrackerOptions& options) {
   switch (kind) {
     case TrackerKind::kUffdWpAsync:
+      return UffdWpAsyncTracker::refusal(region, options);
     case TrackerKind::kUffdWp:
-      return refusal_to_protect(memory_parts(region), options.writers);
+      return UffdWpTracker::refusal(region, options);
     case TrackerKind::kSoftDirty:
-      return refusal_of_soft_dirty(memory_parts(region));
+      return SoftDirtyTracker::refusal(region);
     case TrackerKind::kHashDiff:
       return std::nullopt;
   }

@@ -16,7 +16,7 @@ namespace {
 // Private anonymous huge pages come from a file of the kernel's own; its name says so where the file is out of reach.
 constexpr std::string_view kAnonymousHugePages = "/anon_hugepage";
 
-MemoryPart classify(const MappedArea& area) {
+MemoryPart classify(const MappedArea& area, const Process* owner) {
   MemoryPart part;
   part.shared = area.shared;
   part.page_bytes = system_page_size();
@@ -24,7 +24,7 @@ MemoryPart classify(const MappedArea& area) {
     part.kind = area.shared ? MemoryPart::Kind::kOther : MemoryPart::Kind::kPrivateAnonymous;
     return part;
   }
-  part.file = BackingFile::of(area);
+  part.file = BackingFile::of(area, owner);
   if (!part.file) {
     if (area.name.starts_with(kAnonymousHugePages) && !area.shared) {
       constexpr std::uint64_t kUsualHugePage = 2UL << 20;
@@ -54,15 +54,15 @@ std::vector<MemoryPart> memory_parts(const Region& region) {
       if (reached >= end) return false;
       if (area.end.value <= reached) return true;
       if (area.start.value > reached) return false;
-      MemoryPart part = classify(area);
+      MemoryPart part = classify(area, region.owner().get());
       const std::uint64_t stop = std::min(end, area.end.value);
       part.first = PageNumber{first + (reached - extent.start.value) / region.page_size()};
-      part.extent = {Address{reached}, stop - reached};
+      part.extent = {OwnerAddress{reached}, stop - reached};
       part.offset = area.offset + (reached - area.start.value);
       reached = stop;
       parts.push_back(std::move(part));
       return true;
-    });
+    }, region.owner().get());
     if (reached < end) throw SystemError("part of the region is not mapped", ENOMEM);
     first += extent.bytes / region.page_size();
   }

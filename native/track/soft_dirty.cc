@@ -14,22 +14,27 @@ SoftDirtyTracker::SoftDirtyTracker(std::shared_ptr<Region> region) : region_(std
 
 // Every time: what has been mapped anew may be of another kind, and what is not mapped looks clean.
 void SoftDirtyTracker::check_memory() const {
-  if (region_->page_size() != system_page_size())
-    throw SystemError("soft-dirty: a region whose pages are not the system's", EOPNOTSUPP);
-  if (const auto refusal = refusal_of_soft_dirty(memory_parts(*region_)))
-    throw SystemError("soft-dirty: " + *refusal, EOPNOTSUPP);
+  if (const auto refused = refusal(*region_)) throw SystemError("soft-dirty: " + *refused, EOPNOTSUPP);
+}
+
+std::optional<std::string> SoftDirtyTracker::refusal(const Region& region) {
+  if (region.page_size() != system_page_size()) return "the region's pages are not the system's";
+  return refusal_of_soft_dirty(memory_parts(region));
+}
+
+bool SoftDirtyTracker::page_is_zero(const RegionUse& use, PageNumber page) {
+  if (use.revoked()) throw RegionGone("soft-dirty");
+  reader_.reset();
+  return is_zero(RacyView(reader_.read(*region_, {page, 1})).bytes());
 }
 
 void SoftDirtyTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   check_memory();
-  process_ = SoftDirtyProcess::own();
+  process_ = SoftDirtyProcess::of(region_->owner());
   auto watch = std::make_unique<SoftDirtyWatch>(region_->capacity_pages());
-  process_->enter(*watch, region_->extents(), [&](PageNumber page) {
-    if (use.revoked()) throw RegionGone("arm");
-    return is_zero(RacyView(region_->contiguous({page, 1})).bytes());
-  });
+  process_->enter(*watch, region_->extents(), [&](PageNumber page) { return page_is_zero(use, page); });
   watch_ = std::move(watch);
   populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
   for (std::uint64_t word = 0; word < populated_->words(); ++word)
@@ -45,10 +50,7 @@ std::uint64_t SoftDirtyTracker::collect(AtomicBitmap& dirty) {
   if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
   check_memory();
   populated_.reset();
-  process_->look(*watch_, region_->extents(), [&](PageNumber page) {
-    if (use.revoked()) throw RegionGone("collect");
-    return is_zero(RacyView(region_->contiguous({page, 1})).bytes());
-  });
+  process_->look(*watch_, region_->extents(), [&](PageNumber page) { return page_is_zero(use, page); });
   std::uint64_t written = 0;
   const PageNumber end{watch_->written.capacity()};
   PageNumber from{0};

@@ -8,6 +8,7 @@
 
 #include <memory>
 
+#include "page/region_reader.h"
 #include "track/dirty_tracker.h"
 #include "track/soft_dirty_process.h"
 
@@ -18,6 +19,8 @@ class SoftDirtyTracker final : public DirtyTracker {
   explicit SoftDirtyTracker(std::shared_ptr<Region> region);
   ~SoftDirtyTracker() override { disarm(); }
 
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region);
+
   [[nodiscard]] std::string_view name() const override { return "soft-dirty"; }
   void arm() override;
   std::uint64_t collect(AtomicBitmap& dirty) override;
@@ -26,8 +29,10 @@ class SoftDirtyTracker final : public DirtyTracker {
 
  private:
   void check_memory() const;
+  [[nodiscard]] bool page_is_zero(const RegionUse& use, PageNumber page);
 
   const std::shared_ptr<Region> region_;
+  RegionReader reader_;
   std::shared_ptr<SoftDirtyProcess> process_;
   std::unique_ptr<SoftDirtyWatch> watch_;  // armed while it is there
   std::unique_ptr<AtomicBitmap> populated_;

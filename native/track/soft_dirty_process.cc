@@ -1,12 +1,14 @@
 #include "track/soft_dirty_process.h"
 
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <utility>
 
+#include "os/process_maps.h"
 #include "os/sys_error.h"
 #include "os/thread_freezer.h"
 
@@ -25,34 +27,76 @@ UniqueFd open_or_throw(const char* path, int flags) {
 
 }  // namespace
 
-std::shared_ptr<SoftDirtyProcess> SoftDirtyProcess::own() {
-  // The one thing in memferry that is the process's: so are the bits.
+std::shared_ptr<SoftDirtyProcess> SoftDirtyProcess::of(const std::shared_ptr<Process>& owner) {
+  // The one thing in memferry that is shared by all who concern a process: so are the bits.
   static std::mutex mutex;
-  static std::weak_ptr<SoftDirtyProcess> known;
-  static pid_t known_by = 0;
+  static std::vector<std::weak_ptr<SoftDirtyProcess>> known;
   const std::lock_guard lock(mutex);
-  // A child of fork() has bits and page tables of its own.
-  if (auto process = known.lock(); process && known_by == ::getpid()) return process;
-  std::shared_ptr<SoftDirtyProcess> process(new SoftDirtyProcess());
-  known = process;
-  known_by = ::getpid();
+  std::erase_if(known, [](const auto& entry) { return entry.expired(); });
+  for (const auto& entry : known) {
+    if (auto process = entry.lock(); process && process->is_of(owner)) return process;
+  }
+  std::shared_ptr<SoftDirtyProcess> process(new SoftDirtyProcess(owner));
+  known.push_back(process);
   return process;
 }
 
-SoftDirtyProcess::SoftDirtyProcess()
-    : pagemap_(open_or_throw("/proc/self/pagemap", O_RDONLY)),
-      clear_refs_(open_or_throw("/proc/self/clear_refs", O_WRONLY)),
-      canary_(Mapping::anonymous(system_page_size())),
+// A child of fork() has bits and page tables of its own; a pid that was reused is another process.
+bool SoftDirtyProcess::is_of(const std::shared_ptr<Process>& owner) const {
+  if (!owner) return !owner_ && pid_ == ::getpid();
+  return owner_ && pid_ == owner->pid() && owner_->alive() && owner->alive();
+}
+
+SoftDirtyProcess::SoftDirtyProcess(std::shared_ptr<Process> owner)
+    : owner_(std::move(owner)),
+      pid_(owner_ ? owner_->pid() : ::getpid()),
+      pagemap_(owner_ ? duplicate(owner_->pagemap()) : open_or_throw("/proc/self/pagemap", O_RDONLY)),
+      clear_refs_(owner_ ? owner_->open_file("clear_refs", O_WRONLY)
+                         : open_or_throw("/proc/self/clear_refs", O_WRONLY)),
       entries_(Mapping::anonymous(kEntriesAtOnce * sizeof(std::uint64_t))) {
   // Touched beforehand: what is read into it while all stand still must not need memory that a stopped thread holds.
   std::fill_n(entries_.data(), entries_.size(), std::byte{0});
+  if (owner_) {
+    tasks_ = owner_->open_file("task", O_RDONLY | O_DIRECTORY);
+  } else {
+    own_page_ = Mapping::anonymous(system_page_size());
+  }
+  find_canary();
+}
+
+void SoftDirtyProcess::find_canary() {
+  if (!owner_) {
+    canary_ = own_page_.start();
+    return;
+  }
+  for_each_mapped_area(
+      [&](const MappedArea& area) {
+        if (area.name != "[stack]") return true;
+        canary_ = OwnerAddress{area.end.value - 1};  // the end of the last string that the program was started with
+        return false;
+      },
+      owner_.get());
+}
+
+void SoftDirtyProcess::touch_canary() {
+  if (canary_.value == 0) return;
+  if (!owner_) {
+    *static_cast<volatile std::byte*>(own_page_.data()) = std::byte{1};
+    return;
+  }
+  std::byte byte{};
+  const iovec here{&byte, 1};
+  const iovec there{Address{canary_.value}.pointer(), 1};
+  const bool touched = ::process_vm_readv(pid_, &here, 1, &there, 1, 0) == 1 &&
+                       ::process_vm_writev(pid_, &here, 1, &there, 1, 0) == 1;
+  if (!touched) canary_set_ = false;
 }
 
 bool SoftDirtyProcess::kernel_has_it() {
   const Mapping page = Mapping::anonymous(system_page_size());
   *static_cast<volatile std::byte*>(page.data()) = std::byte{1};
   bool set = false;
-  Pagemap().entries(page.start(), page.size(), [&](Address, std::span<const std::uint64_t> found) {
+  Pagemap().entries(page.start(), page.size(), [&](OwnerAddress, std::span<const std::uint64_t> found) {
     set = (found.front() & abi::kPagemapSoftDirty) != 0;
   });
   return set;
@@ -85,29 +129,37 @@ void SoftDirtyProcess::look(SoftDirtyWatch& watch, std::vector<Extent> extents,
 void SoftDirtyProcess::look_locked(SoftDirtyWatch* arming) {
   arming_ = arming;
   error_ = 0;
-  const bool held = ThreadFreezer::run_alone(
-      [](void* self) { static_cast<SoftDirtyProcess*>(self)->read_and_reset(); }, this);
+  const auto body = [](void* self) { static_cast<SoftDirtyProcess*>(self)->read_and_reset(); };
+  bool held = true;
+  try {
+    held = owner_ ? ThreadFreezer::run_while_stopped(tasks_.get(), body, this) : ThreadFreezer::run_alone(body, this);
+  } catch (const SystemError&) {
+    arming_ = nullptr;
+    if (owner_) owner_->require("soft-dirty");
+    throw;
+  }
   arming_ = nullptr;
   if (!held) {
     for (SoftDirtyWatch* watch : watches_) read(*watch, true);
   }
   // Whoever lost something by a failure is told by the next look: the canary stays without its bit.
+  if (owner_) owner_->require("soft-dirty");
   if (error_ != 0) throw SystemError(failed_, std::exchange(error_, 0));
 }
 
 // While all other threads stand still: no allocation, no lock, no exception.
 void SoftDirtyProcess::read_and_reset() {
-  const auto page = static_cast<off_t>(canary_.start().value / system_page_size() * sizeof(std::uint64_t));
+  const auto page = static_cast<off_t>(canary_.value / system_page_size() * sizeof(std::uint64_t));
   std::uint64_t entry = 0;
   const bool readable = ::pread(pagemap_.get(), &entry, sizeof entry, page) == sizeof entry;
-  const bool untouched = readable && canary_set_ && (entry & abi::kPagemapSoftDirty) != 0;
+  const bool untouched = canary_set_ && (canary_.value == 0 || (readable && (entry & abi::kPagemapSoftDirty) != 0));
   for (SoftDirtyWatch* watch : watches_) read(*watch, !untouched);
   if (::write(clear_refs_.get(), kResetSoftDirty, 1) != 1) {
     error_ = errno;
     failed_ = "write(/proc/PID/clear_refs)";
   }
   canary_set_ = error_ == 0;
-  *static_cast<volatile std::byte*>(canary_.data()) = std::byte{1};
+  touch_canary();
   if (arming_ != nullptr) read(*arming_, false);
 }
 

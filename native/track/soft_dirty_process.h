@@ -13,8 +13,9 @@
 // (ThreadFreezer). What still writes then: DMA into pinned buffers, and other processes by process_vm_writev, as with
 // every tracker that goes by page tables.
 //
-// Somebody else may reset the bits too (CRIU, another tracker outside). A page of our own tells: it is written right
-// after each reset, in the same stop. When its bit is gone at the next look, everything counts as written.
+// Somebody else may reset the bits too (CRIU, another tracker outside). A page outside the watched memory tells: it is
+// written right after each reset, in the same stop (one of our own; in another process the end of its stack, where a byte
+// is replaced by itself). When its bit is gone at the next look, everything counts as written.
 //
 // Threads: any; a look is made by one at a time.
 #pragma once
@@ -27,6 +28,7 @@
 
 #include "os/mapping.h"
 #include "os/pagemap.h"
+#include "os/process.h"
 #include "os/unique_fd.h"
 #include "page/bitmap.h"
 #include "page/region.h"
@@ -46,8 +48,8 @@ struct SoftDirtyWatch {
 
 class SoftDirtyProcess {
  public:
-  // This process's, while anybody has it. Throws SystemError.
-  static std::shared_ptr<SoftDirtyProcess> own();
+  // That of `owner`, or of this process; one for all trackers of it here. Throws SystemError, OwnerGone.
+  static std::shared_ptr<SoftDirtyProcess> of(const std::shared_ptr<Process>& owner);
 
   // From now on `watch` sees writes. It must leave before it goes. `is_zero` looks at a page of it. Throws SystemError.
   void enter(SoftDirtyWatch& watch, std::vector<Extent> extents, const std::function<bool(PageNumber)>& is_zero);
@@ -60,17 +62,24 @@ class SoftDirtyProcess {
   [[nodiscard]] static bool kernel_has_it();
 
  private:
-  SoftDirtyProcess();
+  explicit SoftDirtyProcess(std::shared_ptr<Process> owner);
+  [[nodiscard]] bool is_of(const std::shared_ptr<Process>& owner) const;
+  void find_canary();
+  void touch_canary();
   void look_locked(SoftDirtyWatch* arming);
   void read_and_reset();
   void read(SoftDirtyWatch& watch, bool all_written);
   void note(SoftDirtyWatch& watch, PageNumber page, std::uint64_t entry, bool all_written);
   static void settle(SoftDirtyWatch& watch, bool arming, const std::function<bool(PageNumber)>& is_zero);
 
+  const std::shared_ptr<Process> owner_;  // nullptr: this process
+  const pid_t pid_;
   std::mutex mutex_;  // guards all below
   UniqueFd pagemap_;
   UniqueFd clear_refs_;
-  Mapping canary_;
+  UniqueFd tasks_;   // another process's
+  Mapping own_page_;
+  OwnerAddress canary_;  // 0: there is none
   Mapping entries_;  // read into while nobody may allocate
   std::vector<SoftDirtyWatch*> watches_;
   SoftDirtyWatch* arming_ = nullptr;

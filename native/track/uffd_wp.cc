@@ -22,7 +22,21 @@ constexpr int kMostTries = 1000;  // while the layout is changing
 bool is_protected(std::uint64_t entry) { return (entry & abi::kPagemapUffdWp) != 0; }
 bool is_empty(std::uint64_t entry) { return (entry & (abi::kPagemapPresent | abi::kPagemapSwapped)) == 0; }
 
+std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts, Writers writers) {
+  if (region.owner())
+    return "the memory is another process's, whose threads would wait for this one; use uffd-wp-async, soft-dirty or "
+           "hash-diff";
+  for (const MemoryPart& part : parts) {
+    if (part.page_bytes != parts.front().page_bytes) return "the region has huge pages and others at once; use hash-diff";
+  }
+  return refusal_to_protect(parts, writers);
+}
+
 }  // namespace
+
+std::optional<std::string> UffdWpTracker::refusal(const Region& region, const TrackerOptions& options) {
+  return refusal_of(region, memory_parts(region), options.writers);
+}
 
 UffdWpTracker::UffdWpTracker(std::shared_ptr<Region> region, const TrackerOptions& options,
                              ProtectEmpty protect_empty)
@@ -32,15 +46,11 @@ void UffdWpTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   std::vector<MemoryPart> parts = memory_parts(*region_);
-  if (const auto refusal = refusal_to_protect(parts, writers_)) throw SystemError("uffd-wp: " + *refusal, EOPNOTSUPP);
+  if (const auto refused = refusal_of(*region_, parts, writers_)) throw SystemError("uffd-wp: " + *refused, EOPNOTSUPP);
   const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
     return part.kind == MemoryPart::Kind::kPrivateAnonymous;
   });
   const std::uint64_t page_bytes = parts.front().page_bytes;
-  for (const MemoryPart& part : parts) {
-    if (part.page_bytes != page_bytes)
-      throw SystemError("uffd-wp: a region of huge pages and others at once; use hash-diff", EOPNOTSUPP);
-  }
   huge_page_bytes_ = page_bytes == system_page_size() ? 0 : page_bytes;
   const bool protects_empty = protect_empty_ == ProtectEmpty::kWherePossible &&
                               (Userfaultfd::probe().features & abi::kUffdFeatureWpUnpopulated) != 0;
@@ -75,14 +85,14 @@ void UffdWpTracker::register_pages(std::uint64_t from, std::uint64_t to) {
 
 void UffdWpTracker::protect_all(Extent extent) {
   if (!read_first_) return protect(extent.start, extent.bytes, {});
-  pagemap_.entries(extent.start, extent.bytes, [&](Address start, std::span<const std::uint64_t> entries) {
+  pagemap_.entries(extent.start, extent.bytes, [&](OwnerAddress start, std::span<const std::uint64_t> entries) {
     protect(start, entries.size() * system_page_size(), entries);
   });
 }
 
 // `entries`: what the pagemap said of these pages, where empty ones must be read first. What happens to them in between
 // has been reported by then, or happens before arm() returns.
-void UffdWpTracker::protect(Address start, std::uint64_t bytes, std::span<const std::uint64_t> entries) {
+void UffdWpTracker::protect(OwnerAddress start, std::uint64_t bytes, std::span<const std::uint64_t> entries) {
   const std::uint64_t page_size = system_page_size();
   for (std::size_t i = 0; read_first_ && i < entries.size();) {
     if (!is_empty(entries[i])) {
@@ -91,7 +101,7 @@ void UffdWpTracker::protect(Address start, std::uint64_t bytes, std::span<const 
     }
     std::size_t end = i + 1;
     while (end < entries.size() && is_empty(entries[end])) ++end;
-    if (::madvise(start.plus(i * page_size).pointer(), (end - i) * page_size, abi::kMadvPopulateRead) != 0)
+    if (::madvise(Address{start.value + i * page_size}.pointer(), (end - i) * page_size, abi::kMadvPopulateRead) != 0)
       throw_errno("uffd-wp: madvise(MADV_POPULATE_READ)");
     i = end;
   }
@@ -122,7 +132,7 @@ std::uint64_t UffdWpTracker::collect(AtomicBitmap& dirty) {
     const Address base = Address::of(part.data());
     check_still_mapped("uffd-wp", base, part.size());
     std::uint64_t reported = first;  // pages before it are
-    pagemap_.entries(base, part.size(), [&](Address start, std::span<const std::uint64_t> entries) {
+    pagemap_.entries(base, part.size(), [&](OwnerAddress start, std::span<const std::uint64_t> entries) {
       if (use.revoked()) throw RegionGone("collect");
       for (std::size_t i = 0; i < entries.size();) {
         if (is_protected(entries[i])) {

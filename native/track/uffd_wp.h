@@ -38,6 +38,8 @@ class UffdWpTracker final : public DirtyTracker {
                          ProtectEmpty protect_empty = ProtectEmpty::kWherePossible);
   ~UffdWpTracker() override { disarm(); }
 
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region, const TrackerOptions& options);
+
   [[nodiscard]] std::string_view name() const override { return "uffd-wp"; }
   void arm() override;
   std::uint64_t collect(AtomicBitmap& dirty) override;
@@ -54,7 +56,7 @@ class UffdWpTracker final : public DirtyTracker {
   void register_pages(std::uint64_t from, std::uint64_t to);
   void register_grown(std::uint64_t pages);
   void protect_all(Extent extent);
-  void protect(Address start, std::uint64_t bytes, std::span<const std::uint64_t> entries);
+  void protect(OwnerAddress start, std::uint64_t bytes, std::span<const std::uint64_t> entries);
 
   const std::shared_ptr<Region> region_;
   const Writers writers_;

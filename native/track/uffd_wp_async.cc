@@ -13,22 +13,48 @@ namespace {
 
 constexpr std::uint64_t kProtectWritten = abi::kScanWpMatching | abi::kScanCheckWpAsync;
 
+std::optional<std::string> refusal_of(const Region& region, const std::vector<MemoryPart>& parts, Writers writers) {
+  if (region.owner() && region.uffd() == nullptr)
+    return "the memory was attached without a userfaultfd of its owner; use hash-diff";
+  if (region.owner() && (region.uffd()->enabled() & abi::kUffdFeatureWpAsync) == 0)
+    return "the owner's userfaultfd was made without WP_ASYNC; use hash-diff";
+  return refusal_to_protect(parts, writers);
+}
+
+// What is attached is written by its owner, by these addresses: whoever attaches it has said so.
+Writers writers_of(const Region& region, const TrackerOptions& options) {
+  return region.owner() ? Writers::kTrackedMapping : options.writers;
+}
+
 }  // namespace
 
+std::optional<std::string> UffdWpAsyncTracker::refusal(const Region& region, const TrackerOptions& options) {
+  return refusal_of(region, memory_parts(region), writers_of(region, options));
+}
+
 UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options)
-    : region_(std::move(region)), writers_(options.writers) {}
+    : region_(std::move(region)),
+      writers_(writers_of(*region_, options)),
+      pagemap_(region_->owner()) {}
+
+Userfaultfd& UffdWpAsyncTracker::uffd() { return region_->owner() ? *region_->uffd() : *uffd_; }
 
 void UffdWpAsyncTracker::arm() {
   const RegionUse use(region_, "arm");
   disarm();
   const std::uint64_t pages = region_->pages();
   std::vector<MemoryPart> parts = memory_parts(*region_);
-  if (const auto refusal = refusal_to_protect(parts, writers_))
-    throw SystemError("uffd-wp-async: " + *refusal, EOPNOTSUPP);
+  if (const auto refused = refusal_of(*region_, parts, writers_))
+    throw SystemError("uffd-wp-async: " + *refused, EOPNOTSUPP);
   const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
     return part.kind == MemoryPart::Kind::kPrivateAnonymous;
   });
-  uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
+  if (region_->owner()) {
+    region_->check_attached("uffd-wp-async");
+  } else {
+    uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
+  }
+  armed_ = true;
   try {
     register_memory();
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
@@ -41,20 +67,7 @@ void UffdWpAsyncTracker::arm() {
                          (categories & abi::kPageIsPfnZero) != 0;
       if (!zeros) populated_->set_run(run);
     });
-    // Where there was no page table yet, a kernel may look and protect in two steps: what was written between
-    // them is present now, and would never be reported.
-    Pagemap::Query present;
-    present.category_mask = abi::kPageIsPresent;
-    present.return_mask = abi::kPageIsPresent | abi::kPageIsPfnZero;
-    for (std::uint64_t first = 0; first < pages;) {
-      const std::span<std::byte> part = region_->contiguous({PageNumber{first}, pages - first});
-      const Address start = Address::of(part.data());
-      pagemap_.scan(start, part.size(), present, [&](const abi::PageRegion& found) {
-        if ((found.categories & abi::kPageIsPfnZero) != 0) return;
-        populated_->set_run(pages_of(first, start, found));
-      });
-      first += part.size() / region_->page_size();
-    }
+    look_for_content(pages);
     if (!plain) {
       // Only here can a page that is not in the page tables have content.
       discards_.emplace(use, *region_, std::move(parts), pagemap_);
@@ -71,31 +84,56 @@ void UffdWpAsyncTracker::arm() {
   }
 }
 
+// Where there was no page table yet, a kernel may look and protect in two steps: what was written between them is
+// present now, and would never be reported.
+void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
+  Pagemap::Query present;
+  present.category_mask = abi::kPageIsPresent;
+  present.return_mask = abi::kPageIsPresent | abi::kPageIsPfnZero;
+  for (PageRun left{PageNumber{0}, pages}; left.count > 0;) {
+    const PageRun part = region_->contiguous_run(left);
+    const OwnerAddress start = region_->owner_address(part.first);
+    pagemap_.scan(start, part.count * region_->page_size(), present, [&](const abi::PageRegion& found) {
+      if ((found.categories & abi::kPageIsPfnZero) != 0) return;
+      populated_->set_run(pages_of(part.first.value, start, found));
+    });
+    left = {part.end(), left.count - part.count};
+  }
+}
+
+// A page of the region may be larger than those that were found, or smaller.
+PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, OwnerAddress start, const abi::PageRegion& found) const {
+  const std::uint64_t page_size = region_->page_size();
+  const std::uint64_t from = (found.start - start.value) / page_size;
+  const std::uint64_t to = (found.end - start.value + page_size - 1) / page_size;
+  return {PageNumber{first + from}, to - from};
+}
+
 // As far as the memory may ever grow, where that is reserved already: V8 grows a WebAssembly memory by
 // mprotect alone, which keeps the registration.
 void UffdWpAsyncTracker::register_memory() {
   const std::vector<Extent> now = region_->extents();
   registered_pages_ = 0;
-  for (std::size_t i = 0; i + 1 < now.size(); ++i) uffd_->register_wp(now[i].start, now[i].bytes);
+  for (std::size_t i = 0; i + 1 < now.size(); ++i) uffd().register_wp(now[i].start, now[i].bytes);
   const Extent reach = region_->capacity_extents().back();
   const Extent last = now.back();
-  if (reach.bytes > last.bytes && is_private_anonymous(reach.start, reach.bytes)) {
+  if (!region_->owner() && reach.bytes > last.bytes && is_private_anonymous(reach.start, reach.bytes)) {
     try {
-      uffd_->register_wp(reach.start, reach.bytes);
+      uffd().register_wp(reach.start, reach.bytes);
       registered_pages_ = region_->capacity_pages();
       return;
     } catch (const SystemError&) {
       // The tail is of a kind that cannot be registered: then each growth is, when collect() sees it.
     }
   }
-  if (last.bytes != 0) uffd_->register_wp(last.start, last.bytes);
+  if (last.bytes != 0) uffd().register_wp(last.start, last.bytes);
   registered_pages_ = region_->capacity_pages() - (reach.bytes - last.bytes) / region_->page_size();
 }
 
 void UffdWpAsyncTracker::register_up_to(std::uint64_t pages) {
   if (pages <= registered_pages_) return;
   // Only the last extent grows.
-  const Address start = region_->address(PageNumber{registered_pages_});
+  const OwnerAddress start = region_->owner_address(PageNumber{registered_pages_});
   const std::uint64_t bytes = (pages - registered_pages_) * region_->page_size();
   const auto refusal = discards_ ? refusal_to_protect(memory_parts(*region_), writers_) : std::nullopt;
   if (refusal) throw SystemError("uffd-wp-async: " + *refusal, EOPNOTSUPP);
@@ -103,16 +141,8 @@ void UffdWpAsyncTracker::register_up_to(std::uint64_t pages) {
     throw SystemError("uffd-wp-async: the region has grown into memory that is not private and anonymous",
                       EOPNOTSUPP);
   }
-  uffd_->register_wp(start, bytes);
+  uffd().register_wp(start, bytes);
   registered_pages_ = pages;
-}
-
-// A page of the region may be larger than those that were found, or smaller.
-PageRun UffdWpAsyncTracker::pages_of(std::uint64_t first, Address start, const abi::PageRegion& found) const {
-  const std::uint64_t page_size = region_->page_size();
-  const std::uint64_t from = (found.start - start.value) / page_size;
-  const std::uint64_t to = (found.end - start.value + page_size - 1) / page_size;
-  return {PageNumber{first + from}, to - from};
 }
 
 template <typename Visit>
@@ -125,11 +155,12 @@ void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::ui
   query.category_mask = abi::kPageIsWritten;
   query.return_mask = return_mask;
   while (first < end) {
-    const std::span<std::byte> part = region_->contiguous({PageNumber{first}, end - first});
-    const Address start = Address::of(part.data());
+    const PageRun part = region_->contiguous_run({PageNumber{first}, end - first});
+    const OwnerAddress start = region_->owner_address(part.first);
+    const std::uint64_t bytes = part.count * page_size;
     const std::uint64_t base = first;
     try {
-      pagemap_.scan(start, part.size(), query, [&](const abi::PageRegion& found) {
+      pagemap_.scan(start, bytes, query, [&](const abi::PageRegion& found) {
         visit(pages_of(base, start, found), found.categories);
       });
     } catch (const SystemError& error) {
@@ -137,13 +168,14 @@ void UffdWpAsyncTracker::protect(std::uint64_t first, std::uint64_t end, std::ui
       throw SystemError("uffd-wp-async: part of the region was moved or mapped anew and is not tracked",
                         EPERM);
     }
-    check_still_mapped("uffd-wp-async", start, part.size());
-    first += part.size() / page_size;
+    if (!region_->owner()) check_still_mapped("uffd-wp-async", Address{start.value}, bytes);
+    first += part.count;
   }
+  region_->check_attached("uffd-wp-async");
 }
 
 std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
-  if (!uffd_) throw std::logic_error("uffd-wp-async: collect() without arm()");
+  if (!armed_) throw std::logic_error("uffd-wp-async: collect() without arm()");
   const RegionUse use(region_, "collect");
   const std::uint64_t pages = region_->pages();
   if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
@@ -168,10 +200,21 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 }
 
 // Closing lifts every protection and registration that is still there; what has been unmapped since needs
-// nothing, and may belong to somebody else by now, so it is not named.
+// nothing, and may belong to somebody else by now, so it is not named. The userfaultfd of attached memory stays open:
+// there the kernel passes over what is not registered with it.
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
   discards_.reset();
+  if (armed_ && region_->owner()) {
+    for (const Extent& extent : region_->extents()) {
+      try {
+        (void)region_->uffd()->unregister(extent.start, extent.bytes);
+      } catch (const SystemError&) {
+        // It belongs to another userfaultfd by now, or is of a kind that has none.
+      }
+    }
+  }
+  armed_ = false;
   populated_.reset();
   registered_pages_ = 0;
   armed_pages_ = 0;

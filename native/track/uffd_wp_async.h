@@ -3,7 +3,11 @@
 // again, atomically for each page.
 //
 // What it does not see: io_uring's READ_FIXED into pinned buffers, and writes to shared memory through
-// another mapping; so it takes shared memory only on the caller's word that there are none (Writers).
+// another mapping; so it takes shared memory of this process only on the caller's word that there are none (Writers). Of
+// attached memory, which may be shared with this process, whoever attaches it says that its owner alone writes it, by
+// these addresses.
+//
+// Attached memory is tracked by the userfaultfd that came with it, which must have been made with WP_ASYNC.
 #pragma once
 
 #include <memory>
@@ -23,6 +27,8 @@ class UffdWpAsyncTracker final : public DirtyTracker {
 
   explicit UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options = {});
 
+  [[nodiscard]] static std::optional<std::string> refusal(const Region& region, const TrackerOptions& options);
+
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;
   std::uint64_t collect(AtomicBitmap& dirty) override;
@@ -33,7 +39,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   void register_memory();
   void register_up_to(std::uint64_t pages);
   // Pages of the region that `found` touches; `start` is the address of page `first`.
-  [[nodiscard]] PageRun pages_of(std::uint64_t first, Address start, const abi::PageRegion& found) const;
+  [[nodiscard]] PageRun pages_of(std::uint64_t first, OwnerAddress start, const abi::PageRegion& found) const;
+  void look_for_content(std::uint64_t pages);
+  [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
   template <typename Visit>
   void protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask, Visit visit);
@@ -42,7 +50,8 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   const Writers writers_;
   Pagemap pagemap_;
   std::optional<DiscardWatch> discards_;
-  std::optional<Userfaultfd> uffd_;  // armed while it is there
+  std::optional<Userfaultfd> uffd_;  // of this process's own memory, armed while it is there
+  bool armed_ = false;
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;
   std::unique_ptr<AtomicBitmap> populated_;

@@ -17,6 +17,7 @@ import { sampleGuest } from '../share/sampling.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from '../source/migrate.js';
+import { type Writers, writersChoices } from '../trackers.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
   addGuestFlags,
