@@ -12,7 +12,9 @@ import { fileURLToPath } from 'node:url';
 const here = dirname(fileURLToPath(import.meta.url));
 const { resolve: find } = createRequire(import.meta.url);
 if (process.platform !== 'linux' || process.arch !== 'x64') {
-  console.error(`its guest is a program for x86: there is no KVM for it on ${process.platform} ${process.arch}`);
+  console.error(
+    `its guest is a program for x86: there is no KVM for it on ${process.platform} ${process.arch}`,
+  );
   process.exit(1);
 }
 

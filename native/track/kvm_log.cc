@@ -30,6 +30,7 @@ constexpr std::uint64_t kUnread = ~0ULL;
 }
 
 void check_slots(const Region& region, const std::vector<KvmSlot>& slots) {
+  if (region.owner()) throw std::invalid_argument("kvm-log: a VM's log is for its own process to read");
   if (slots.empty()) throw std::invalid_argument("kvm-log: no slots");
   const std::uint64_t pages = region.pages();
   for (const KvmSlot& slot : slots) {
@@ -37,7 +38,7 @@ void check_slots(const Region& region, const std::vector<KvmSlot>& slots) {
     if (slot.pages.first.value >= pages || slot.pages.count > pages - slot.pages.first.value) {
       throw std::invalid_argument(slot_name(slot) + " reaches beyond the region");
     }
-    if (region.contiguous(slot.pages).size() / region.page_size() != slot.pages.count) {
+    if (region.contiguous_run(slot.pages).count != slot.pages.count) {
       throw std::invalid_argument(slot_name(slot) + " is not contiguous in memory");
     }
     // A page may be in several slots (an alias), a slot is there once.
@@ -258,6 +259,7 @@ TrackerProbe probe_kvm_log() {
         errno == EACCES ? "membership in the group kvm" : "a host with KVM (and nested virtualization)";
   } else if (::ioctl(kvm.get(), abi::kKvmGetApiVersion, 0) != abi::kKvmApiVersion) {
     probe.reason = "/dev/kvm speaks another version of its interface";
+    probe.remedy = "Linux 2.6.22 or later";
   } else {
     probe.available = true;
   }

@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "guest_ram.h"
 #include "lonely_mapping.h"
 #include "os/mapping.h"
 #include "os/sys_error.h"
@@ -36,14 +37,14 @@ using PageSet = std::set<std::uint64_t>;
 class TrackerTest : public testing::TestWithParam<TrackerKind> {
  protected:
   void SetUp() override {
-    for (const TrackerProbe& probe : probe_trackers()) {
-      if (probe.name == tracker_name(GetParam()) && !probe.available) {
-        GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
-                     << ")";
-      }
+    const TrackerProbe probe = probe_tracker(GetParam());
+    if (!probe.available) {
+      GTEST_SKIP() << probe.name << " does not work here: " << probe.reason << " (needs: " << probe.remedy
+                   << ")";
     }
   }
-  [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region) const {
+  [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region) {
+    if (GetParam() == TrackerKind::kKvmLog) return guest_ram_.make(region);
     return make_tracker(GetParam(), region);
   }
   static std::shared_ptr<Region> small_pages(std::uint64_t pages) {
@@ -53,6 +54,10 @@ class TrackerTest : public testing::TestWithParam<TrackerKind> {
   }
   // Every write differs from all before it, so that a tracker that compares content sees it too.
   void write(const std::shared_ptr<Region>& region, std::uint64_t page) {
+    if (guest_ram_.write(region, page, static_cast<std::uint32_t>(writes_ + 1))) {
+      ++writes_;
+      return;
+    }
     std::memcpy(region->address(PageNumber{page}).pointer() + 8, &++writes_, sizeof writes_);
   }
   static PageSet collect(DirtyTracker& tracker, std::uint64_t capacity) {
@@ -67,6 +72,7 @@ class TrackerTest : public testing::TestWithParam<TrackerKind> {
   }
 
   std::uint64_t writes_ = 0;
+  GuestRam guest_ram_;  // for kvm-log
 };
 
 TEST_P(TrackerTest, ReportsExactlyWhatWasWritten) {
@@ -386,7 +392,11 @@ TEST_P(TrackerTest, SaysWhichPagesHadContentWhenItWasArmed) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Every, TrackerTest,
-                         testing::ValuesIn(tracker_kinds()),
+                         testing::ValuesIn([] {
+                           std::vector<TrackerKind> kinds = tracker_kinds();
+                           kinds.push_back(TrackerKind::kKvmLog);
+                           return kinds;
+                         }()),
                          [](const testing::TestParamInfo<TrackerKind>& tracker) {
                            std::string name(tracker_name(tracker.param));
                            std::erase(name, '-');

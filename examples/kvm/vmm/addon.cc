@@ -54,14 +54,14 @@ std::span<std::byte> bytes_of(const Napi::Value& value, const char* what) {
 class VmHandle : public Napi::ObjectWrap<VmHandle> {
  public:
   static void define(Napi::Env env, Napi::Object exports) {
-    exports.Set("Vm", DefineClass(env, "Vm",
-                                  {InstanceAccessor<&VmHandle::fd>("fd"),
-                                   InstanceMethod<&VmHandle::log_writes>("logWrites"),
-                                   InstanceMethod<&VmHandle::boot>("boot"), InstanceMethod<&VmHandle::save>("save"),
-                                   InstanceMethod<&VmHandle::load>("load"), InstanceMethod<&VmHandle::run>("run"),
-                                   InstanceMethod<&VmHandle::pause>("pause"),
-                                   InstanceMethod<&VmHandle::status>("status"),
-                                   InstanceMethod<&VmHandle::close>("close")}));
+    exports.Set(
+        "Vm", DefineClass(
+                  env, "Vm",
+                  {InstanceAccessor<&VmHandle::fd>("fd"), InstanceMethod<&VmHandle::log_writes>("logWrites"),
+                   InstanceMethod<&VmHandle::boot>("boot"), InstanceMethod<&VmHandle::save>("save"),
+                   InstanceMethod<&VmHandle::load>("load"), InstanceMethod<&VmHandle::run>("run"),
+                   InstanceMethod<&VmHandle::pause>("pause"), InstanceMethod<&VmHandle::status>("status"),
+                   InstanceMethod<&VmHandle::close>("close")}));
   }
 
   // new Vm(ram: Uint8Array, marks: BigUint64Array | null, console: number)
@@ -72,7 +72,8 @@ class VmHandle : public Napi::ObjectWrap<VmHandle> {
       ram_ = Napi::Persistent(info[0].As<Napi::Object>());
       if (!info[1].IsNull()) {
         const std::span<std::byte> marks = bytes_of(info[1], "marks");
-        if (reinterpret_cast<std::uintptr_t>(marks.data()) % 8 != 0) throw std::invalid_argument("marks: not aligned");
+        if (reinterpret_cast<std::uintptr_t>(marks.data()) % 8 != 0)
+          throw std::invalid_argument("marks: not aligned");
         config.marks = {reinterpret_cast<std::uint64_t*>(marks.data()), marks.size() / 8};
         marks_ = Napi::Persistent(info[1].As<Napi::Object>());
       }
@@ -186,9 +187,12 @@ class VmHandle : public Napi::ObjectWrap<VmHandle> {
 
 Napi::Object init(Napi::Env env, Napi::Object exports) {
   VmHandle::define(env, exports);
-  const auto offset = [&](const unsigned char* label) { return Napi::Number::New(env, static_cast<double>(label - kvm_guest)); };
+  const auto offset = [&](const unsigned char* label) {
+    return Napi::Number::New(env, static_cast<double>(label - kvm_guest));
+  };
   Napi::Object program = Napi::Object::New(env);
-  program.Set("bytes", Napi::Buffer<unsigned char>::Copy(env, kvm_guest, static_cast<std::size_t>(kvm_guest_end - kvm_guest)));
+  program.Set("bytes", Napi::Buffer<unsigned char>::Copy(
+                           env, kvm_guest, static_cast<std::size_t>(kvm_guest_end - kvm_guest)));
   program.Set("fill", offset(kvm_guest_fill));
   program.Set("scribble", offset(kvm_guest_scribble));
   program.Set("store", offset(kvm_guest_store));

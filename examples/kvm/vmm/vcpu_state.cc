@@ -121,7 +121,8 @@ Sections sections_of(std::span<const std::byte> state, std::uint64_t ram_bytes) 
   if (state.size() > kMaxBytes) throw BadState("longer than any state");
   const auto head = take<Head>(state);
   if (head.magic != kMagic) throw BadState("not one of this VMM");
-  if (head.version != kVersion) throw BadState("version " + std::to_string(head.version) + " is not known here");
+  if (head.version != kVersion)
+    throw BadState("version " + std::to_string(head.version) + " is not known here");
   if (head.ram_bytes != ram_bytes) {
     throw BadState("of a guest with " + std::to_string(head.ram_bytes) + " bytes of RAM, not " +
                    std::to_string(ram_bytes));
@@ -185,7 +186,9 @@ MsrBatch msrs_in(const Sections& sections, const VcpuFeatures& features) {
 
 VcpuFeatures VcpuFeatures::of(int system) {
   VcpuFeatures features;
-  const auto has = [&](unsigned long capability) { return ::ioctl(system, KVM_CHECK_EXTENSION, capability) > 0; };
+  const auto has = [&](unsigned long capability) {
+    return ::ioctl(system, KVM_CHECK_EXTENSION, capability) > 0;
+  };
   features.xsave = has(KVM_CAP_XSAVE);
   features.xcrs = has(KVM_CAP_XCRS);
   features.debug_registers = has(KVM_CAP_DEBUGREGS);
@@ -232,7 +235,8 @@ DeviceState load_vcpu(int vcpu, const VcpuFeatures& features, std::span<const st
   const Sections sections = sections_of(state, ram_bytes);
   const auto has = [&](Section kind, bool here) {
     if (!sections.contains(kind)) return false;
-    if (!here) throw BadState("section " + std::to_string(kind) + " is of a CPU that this host does not have");
+    if (!here)
+      throw BadState("section " + std::to_string(kind) + " is of a CPU that this host does not have");
     return true;
   };
   const auto registers = section<kvm_regs>(sections, kRegisters);
@@ -246,8 +250,10 @@ DeviceState load_vcpu(int vcpu, const VcpuFeatures& features, std::span<const st
   set(vcpu, KVM_SET_SREGS, special, "special registers");
   set(vcpu, KVM_SET_REGS, registers, "registers");
   set(vcpu, KVM_SET_FPU, fpu, "FPU registers");
-  if (has(kXcrs, features.xcrs)) set(vcpu, KVM_SET_XCRS, section<kvm_xcrs>(sections, kXcrs), "extended control registers");
-  if (has(kXsave, features.xsave)) set(vcpu, kSetXsave, section<Xsave>(sections, kXsave), "extended registers");
+  if (has(kXcrs, features.xcrs))
+    set(vcpu, KVM_SET_XCRS, section<kvm_xcrs>(sections, kXcrs), "extended control registers");
+  if (has(kXsave, features.xsave))
+    set(vcpu, kSetXsave, section<Xsave>(sections, kXsave), "extended registers");
   if (has(kDebugRegisters, features.debug_registers)) {
     set(vcpu, KVM_SET_DEBUGREGS, section<kvm_debugregs>(sections, kDebugRegisters), "debug registers");
   }

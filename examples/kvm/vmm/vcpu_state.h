@@ -38,8 +38,8 @@ struct VcpuFeatures {
 };
 
 // The vCPU stands, with no port I/O half done. Throws memferry::SystemError.
-[[nodiscard]] std::vector<std::byte> save_vcpu(int vcpu, const VcpuFeatures& features, const DeviceState& device,
-                                               std::uint64_t ram_bytes);
+[[nodiscard]] std::vector<std::byte> save_vcpu(int vcpu, const VcpuFeatures& features,
+                                               const DeviceState& device, std::uint64_t ram_bytes);
 // Throws BadState; the vCPU may have some of it then, and needs another state before it runs.
 [[nodiscard]] DeviceState load_vcpu(int vcpu, const VcpuFeatures& features, std::span<const std::byte> state,
                                     std::uint64_t ram_bytes);

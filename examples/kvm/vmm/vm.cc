@@ -4,6 +4,7 @@
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <sys/ioctl.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -137,6 +138,7 @@ void Vm::boot() {
                                                    static_cast<std::uint32_t>(ram_.size()), pages * kStep, 0};
   write_ram(layout::kCode, kvm_guest, static_cast<std::uint64_t>(kvm_guest_end - kvm_guest));
   write_ram(layout::kParameters, parameters.data(), sizeof parameters);
+  if (status().state == RunState::kFailed) throw std::runtime_error("boot: " + status().failure);
 
   kvm_sregs special{};
   call(vcpu_.get(), KVM_GET_SREGS, &special, "KVM_GET_SREGS");
@@ -197,7 +199,9 @@ Status Vm::status() {
   Status status;
   const std::lock_guard lock(mutex_);
   status.failure = failure_;
-  status.state = !failure_.empty() ? RunState::kFailed : stands_ && !wanted_ ? RunState::kStands : RunState::kRuns;
+  status.state = !failure_.empty()     ? RunState::kFailed
+                 : stands_ && !wanted_ ? RunState::kStands
+                                       : RunState::kRuns;
   const std::lock_guard device_lock(device_mutex_);
   status.device = device_;
   return status;
@@ -207,7 +211,10 @@ void Vm::vcpu_thread() {
   ::pthread_setname_np(::pthread_self(), "vcpu-0");
   sigset_t blocked;
   ::sigfillset(&blocked);
-  for (const int synchronous : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT}) ::sigdelset(&blocked, synchronous);
+  // SIGBUS stays blocked: KVM sends one for a page that is lost, and then tries again until it is kicked. The owner of
+  // the memory hears of the loss before, and pauses the guest (kvm-guest.ts).
+  for (const int synchronous : {SIGSEGV, SIGFPE, SIGILL, SIGTRAP, SIGABRT})
+    ::sigdelset(&blocked, synchronous);
   ::pthread_sigmask(SIG_SETMASK, &blocked, nullptr);
   // The same inside of KVM_RUN, but for the kick. The kernel's sigset_t is 8 bytes long.
   sigset_t inside = blocked;
@@ -278,7 +285,8 @@ bool Vm::finish_instruction() {
 void Vm::handle_exit() {
   const kvm_run& run = run_page(run_);
   if (run.exit_reason == KVM_EXIT_INTR || run.exit_reason == KVM_EXIT_IRQ_WINDOW_OPEN) return;
-  if (run.exit_reason == KVM_EXIT_IO && run.io.direction == KVM_EXIT_IO_OUT && run.io.size == 4 && run.io.count == 1) {
+  if (run.exit_reason == KVM_EXIT_IO && run.io.direction == KVM_EXIT_IO_OUT && run.io.size == 4 &&
+      run.io.count == 1) {
     std::uint32_t value = 0;
     std::memcpy(&value, run_.data() + run.io.data_offset, sizeof value);
     if (run.io.port == layout::kCountPort) return count(value);
@@ -305,9 +313,14 @@ void Vm::count(std::uint32_t value) {
   device_.last = value;
 }
 
-// The one way in which the VMM writes the guest's RAM: first the bytes, then the mark.
+// The one way in which the VMM writes the guest's RAM: first the bytes, then the mark. By a system call, because a page
+// that is lost is then an error, and no signal.
 void Vm::write_ram(std::uint64_t address, const void* bytes, std::uint64_t length) {
-  std::memcpy(ram_.data() + address, bytes, length);
+  const iovec from{const_cast<void*>(bytes), length};
+  const iovec to{ram_.data() + address, length};
+  if (::process_vm_writev(::getpid(), &from, 1, &to, 1, 0) != static_cast<ssize_t>(length)) {
+    return fail("its RAM at " + std::to_string(address) + " cannot be written");
+  }
   if (marks_.empty()) return;
   for (std::uint64_t page = address / layout::kPage; page <= (address + length - 1) / layout::kPage; ++page) {
     std::atomic_ref(marks_[page / 64]).fetch_or(1ULL << (page % 64), std::memory_order_release);

@@ -48,9 +48,9 @@ struct Status {
 };
 
 struct VmConfig {
-  std::span<std::byte> ram;         // page-aligned; outlives the VM
-  std::span<std::uint64_t> marks;   // one bit a page for what the VMM writes; empty: nobody asks
-  int console = -1;                 // duplicated; 4 bytes are appended for each count. -1: none
+  std::span<std::byte> ram;        // page-aligned; outlives the VM
+  std::span<std::uint64_t> marks;  // one bit a page for what the VMM writes; empty: nobody asks
+  int console = -1;                // duplicated; 4 bytes are appended for each count. -1: none
 };
 
 class Vm {
