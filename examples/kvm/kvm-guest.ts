@@ -4,6 +4,8 @@
  */
 import {
   type ArrivingGuest,
+  type Doctor,
+  doctor,
   type Guest,
   type GuestOffer,
   type GuestRegion,
@@ -19,6 +21,13 @@ import { Vm } from './vmm.js';
 /** From here on the memory is the guest's to sweep over; guest.S has the same numbers. */
 const leastBytes = 0x10000 + 16 * 4096;
 const mostBytes = 2 ** 31;
+
+/** Of a userfaultfd that serves the kernel's faults; looked at once. */
+let known: Doctor['features'][number] | undefined;
+function userfaultfd() {
+  known ??= doctor().features.find(({ name }) => name === 'userfaultfd');
+  return known ?? { available: false, reason: 'no userfaultfd', remedy: '' };
+}
 
 export class KvmGuest implements Guest {
   readonly module = null;
@@ -93,6 +102,9 @@ export class KvmGuest implements Guest {
     ) {
       throw new Error(`a guest with ${ram.lengthBytes} bytes of RAM is none of this VMM`);
     }
+    // KVM would fail at the first page that is missing, and the guest would be lost: so not after the commit.
+    const { available, reason, remedy } = userfaultfd();
+    if (!available) throw new Error(`KVM waits for pages in the kernel: ${reason} (${remedy})`);
     const guest = new KvmGuest(offer.name, ram.lengthBytes, console);
     arrived(guest);
     return {

@@ -89,13 +89,16 @@ export function findWrong(state: Uint8Array, ram: Uint8Array, limit = 5): string
   const out = at === 0 || at > program.out ? counter : counter - 1;
   if (last !== out) wrong.push(`the device has put out ${last}, the guest ${out}`);
   const expected = expectedRam(registers, ram.byteLength);
-  for (let i = 0; i < ram.byteLength && wrong.length < limit; i++) {
-    if (ram[i] === expected[i]) continue;
-    const word = i - (i % 4);
-    const found = new DataView(ram.buffer, ram.byteOffset + word, 4).getUint32(0, true);
-    const wanted = new DataView(expected.buffer, word, 4).getUint32(0, true);
-    wrong.push(`address ${word.toString(16)} has ${found}, not ${wanted}, at count ${counter}`);
-    i = word + page - (word % page) - 1; // one finding a page
+  for (let start = 0; start < ram.byteLength && wrong.length < limit; start += page) {
+    const found = ram.subarray(start, start + page);
+    const wanted = expected.subarray(start, start + page);
+    if (Buffer.compare(found, wanted) === 0) continue;
+    const at = found.findIndex((byte, index) => byte !== wanted[index]) & ~3;
+    const word = (bytes: Uint8Array) =>
+      new DataView(bytes.buffer, bytes.byteOffset + at, 4).getUint32(0, true);
+    wrong.push(
+      `address ${(start + at).toString(16)} has ${word(found)}, not ${word(wanted)}, at count ${counter}`,
+    );
   }
   return wrong;
 }

@@ -1,8 +1,8 @@
 /** A host of KVM guests for the tests: runs them, takes them, moves them, and looks at every byte of their memory. */
-import { openSync, readdirSync } from 'node:fs';
+import { openSync } from 'node:fs';
 import { KvmGuest } from '../../examples/kvm/build/js/kvm-guest.js';
 import { findWrong } from '../../examples/kvm/build/js/oracle.js';
-import { doctor, listen, stage } from '../../lib/index.js';
+import { listen, stage } from '../../lib/index.js';
 
 const guests = new Map();
 const tell = (event, facts = {}) => process.send({ event, ...facts });
@@ -101,14 +101,12 @@ const operations = {
     const leaving = found(guest);
     if (tracker) Object.assign(leaving.regions[0].tracker, tracker);
     migration = leaving.migrate(options);
+    migration.on('waiting', (what) => tell('waiting', { what }));
     migration.on('state', (state) => tell('state', { state }));
     settled(migration.done).then(({ ok, value, error }) => tell('done', { ok, value, error }));
   },
+  switchover: () => migration.switchover(),
   cancel: () => migration.cancel('the test says so'),
-
-  kernelFaults: () =>
-    doctor().features.some(({ name, reason, available }) => name === 'userfaultfd' && available),
-  descriptors: () => readdirSync('/proc/self/fd').length,
 };
 
 process.on('unhandledRejection', (error) => tell('failure', { message: String(error?.stack ?? error) }));
