@@ -217,7 +217,7 @@ test('what the VMM writes and nobody marks is found by the other tracker', async
   await boot(a);
   const options = { mode: 'pre-copy', holdSwitchover: true };
   await move(a, await listen(b), options, { tracker: { marks: undefined } });
-  await a.until('waiting');
+  await a.until('state', ({ state }) => state === 'pre-switchover');
   // Everything has been sent at least once; from here on only the log, the marks or another tracker can know of it.
   await a.call('scribble', { guest: 'g', at: 77, value: 39 });
   await a.call('switchover');

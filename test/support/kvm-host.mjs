@@ -101,7 +101,6 @@ const operations = {
     const leaving = found(guest);
     if (tracker) Object.assign(leaving.regions[0].tracker, tracker);
     migration = leaving.migrate(options);
-    migration.on('waiting', (what) => tell('waiting', { what }));
     migration.on('state', (state) => tell('state', { state }));
     settled(migration.done).then(({ ok, value, error }) => tell('done', { ok, value, error }));
   },
