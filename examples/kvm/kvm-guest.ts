@@ -69,7 +69,10 @@ export class KvmGuest implements Guest {
   migrate(options: MigrateOptions): Migration {
     this.vm.logWrites(true);
     const migration = migrate(this, options);
-    migration.done.catch(() => this.#closed || this.vm.logWrites(false));
+    migration.done.then(
+      () => this.close(),
+      () => this.#closed || this.vm.logWrites(false),
+    );
     return migration;
   }
 
@@ -84,8 +87,9 @@ export class KvmGuest implements Guest {
     this.vm.run();
   }
 
+  /** The memory is the migration's until it has ended; then `migrate` above closes it. */
   release(): void {
-    this.close();
+    this.vm.close();
   }
 
   // ---- the destination's side

@@ -273,7 +273,7 @@ test('a state that is not one is refused, and the host lives', async () => {
   const section = (kind: number) => heads.find((at) => view.getUint32(at, true) === kind) as number;
   const values = [
     changed((all) => all.setUint32(section(8) + 8, 77, true)),
-    changed((all) => all.setUint32(section(9) + 8 + 28, 0xffffffff, true)),
+    changed((all) => all.setUint32(section(9) + 8 + 20, 0xffffffff, true)),
     changed((all) => all.setUint32(section(6) + 8, 0x1b, true)),
   ];
   expect(await a.call('refuses', { guest: 'g', states: values })).toEqual([]);

@@ -27,6 +27,7 @@ export class KvmHost {
   private constructor(readonly name: string) {
     this.#child = fork(program, [], {
       serialization: 'advanced',
+      execArgv: ['--no-warnings'],
       stdio: ['ignore', 'ignore', 'pipe', 'ipc'],
     });
     running.add(this);
