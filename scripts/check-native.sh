@@ -13,7 +13,9 @@ build=${BUILD_DIR:-build-check}
 jobs=${JOBS:-$(nproc)}
 action=${1:-all}
 
-sources() { find native test/native test/fuzz scripts \( -name '*.h' -o -name '*.cc' -o -name '*.c' \) | sort; }
+sources() {
+  find native test/native test/fuzz scripts examples \( -name '*.h' -o -name '*.cc' -o -name '*.c' \) -not -path '*/build/*' | sort
+}
 
 case $action in
   fix)

@@ -3,6 +3,7 @@
  * that the engine knows of it; `memferry/worker` implements both for live worker_threads guests, hypervisor
  * glue implements them for its own.
  */
+import type { KvmLog } from './kvm-log.js';
 import type { Region } from './region.js';
 
 /** Code that a destination may be asked to run for a guest: a name on its list, and the SHA-256 of the file. */
@@ -16,6 +17,8 @@ export interface GuestRegion {
   /** Unique within the guest, at most 64 characters. */
   name: string;
   region: Region;
+  /** The RAM of a KVM guest: KVM's own log finds its writes, unless the migration asks for another tracker by name. */
+  tracker?: KvmLog;
 }
 
 export interface PausedGuest {

@@ -14,6 +14,7 @@ export type {
 } from './guest.js';
 export { type Unparked, unpark } from './destination/unpark.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
+export { type KvmLog, type KvmSlot, WriteMarks } from './kvm-log.js';
 export {
   type CompressChoice,
   type DistributeOptions,

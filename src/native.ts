@@ -103,6 +103,12 @@ export interface NativeTracker {
   close(): void;
 }
 
+export interface NativeWriteMarks {
+  /** The bits, 64 pages a word. */
+  words(): ArrayBuffer;
+  mark(first: number, count: number): void;
+}
+
 export interface NativeEvent {
   kind:
     | 'connected'
@@ -592,6 +598,17 @@ export interface NativeAddon {
   /** Kernel features for paging: userfaultfd, its features one by one, PAGEMAP_SCAN, MADV_POPULATE_WRITE, ... */
   probeFeatures(): NativeFeature[];
   makeTracker(name: string, region: NativeRegion, writers: string): NativeTracker;
+  /** `slots`: triples [slot, first page, pages]. `others`: a tracker's name, null only with marks. */
+  makeKvmLog(
+    region: NativeRegion,
+    vmFd: number,
+    slots: Float64Array,
+    marks: NativeWriteMarks | null,
+    others: string | null,
+    writers: string,
+    manualProtect: boolean,
+  ): NativeTracker;
+  readonly WriteMarks: new (capacityPages: number) => NativeWriteMarks;
 
   /** XXH3_64 of every page of `view`, into `out` (BigUint64Array of length pages). */
   hashPages(view: Uint8Array, pageSize: number, out: BigUint64Array): void;

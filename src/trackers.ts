@@ -4,10 +4,12 @@
  */
 import { loadAddon } from './addon.js';
 import { memferryError, native } from './errors.js';
+import { type KvmLog, slotTriples } from './kvm-log.js';
 import type { NativeTracker } from './native.js';
 import type { Region } from './region.js';
 
 export const trackerNames = ['uffd-wp-async', 'soft-dirty', 'uffd-wp', 'hash-diff'] as const;
+/** Those that need nothing but the region. */
 export type TrackerName = (typeof trackerNames)[number];
 
 /**
@@ -20,6 +22,8 @@ export type Writers = (typeof writersChoices)[number];
 export interface TrackerOptions {
   /** Default `anywhere`. */
   writers?: Writers;
+  /** The memory is a KVM guest's: taken unless another tracker is asked for by name. */
+  kvmLog?: KvmLog | undefined;
 }
 
 export interface TrackerProbe {
@@ -78,12 +82,12 @@ export function chooseTracker(
  * that races with it may be reported twice, never lost.
  */
 export class DirtyTracker {
-  readonly name: TrackerName;
+  readonly name: TrackerName | 'kvm-log';
   readonly region: Region;
   /** The addon's handle; for the parts of memferry that drive engines. */
   readonly native: NativeTracker;
 
-  private constructor(region: Region, name: TrackerName, handle: NativeTracker) {
+  private constructor(region: Region, name: TrackerName | 'kvm-log', handle: NativeTracker) {
     this.region = region;
     this.name = name;
     this.native = handle;
@@ -104,6 +108,30 @@ export class DirtyTracker {
     }
     const refusal = (candidate: TrackerName) =>
       native(() => loadAddon().trackerRefusal(candidate, region.native, writers));
+    const { kvmLog } = options;
+    if (kvmLog !== undefined && (name === undefined || name === 'kvm-log')) {
+      const { vmFd, marks, others, manualProtect = true } = kvmLog;
+      const slots = slotTriples(region, kvmLog);
+      const second = marks === undefined ? chooseTracker(others, undefined, refusal) : null;
+      const handle = native(() =>
+        loadAddon().makeKvmLog(
+          region.native,
+          vmFd,
+          slots,
+          marks?.native ?? null,
+          second,
+          writers,
+          manualProtect,
+        ),
+      );
+      return new DirtyTracker(region, 'kvm-log', handle);
+    }
+    if (name === 'kvm-log') {
+      throw memferryError(
+        'TRACKER_UNAVAILABLE',
+        "kvm-log needs the VM's descriptor: name it at the guest's region",
+      );
+    }
     const chosen = chooseTracker(name, undefined, refusal);
     return new DirtyTracker(
       region,

@@ -16,6 +16,7 @@
 #include "bind/stage_handle.h"
 #include "bind/tracker_handle.h"
 #include "bind/values.h"
+#include "bind/write_marks_handle.h"
 #include "os/mapping.h"
 
 namespace memferry::bind {
@@ -87,6 +88,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("trackerRefusal", Napi::Function::New<TrackerHandle::refusal>(env, "trackerRefusal"));
   exports.Set("probeFeatures", Napi::Function::New<probe_features>(env, "probeFeatures"));
   exports.Set("makeTracker", Napi::Function::New<TrackerHandle::make>(env, "makeTracker"));
+  exports.Set("makeKvmLog", Napi::Function::New<TrackerHandle::make_kvm_log>(env, "makeKvmLog"));
+  WriteMarksHandle::define(env, exports);
   define_page_functions(env, exports);
   exports.Set("createSender", Napi::Function::New<SenderHandle::create>(env, "createSender"));
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));

@@ -19,6 +19,7 @@
 #include "os/sys_error.h"
 #include "os/unique_fd.h"
 #include "os/userfaultfd.h"
+#include "track/kvm_log.h"
 
 namespace memferry::bind {
 
@@ -200,6 +201,12 @@ void add_memory_calls(std::vector<KernelFeature>& features) {
                    "a kernel with CONFIG_CROSS_MEMORY_ATTACH, and a seccomp profile that allows it"));
 }
 
+void add_kvm(std::vector<KernelFeature>& features) {
+  const TrackerProbe kvm = probe_kvm_log();
+  features.push_back(kvm.available ? present("kvm", "guests' RAM is tracked by their own log (kvm-log)")
+                                   : absent("kvm", kvm.reason, kvm.remedy));
+}
+
 void add_settings(std::vector<KernelFeature>& features) {
   const auto thp = read_small_file("/sys/kernel/mm/transparent_hugepage/enabled");
   if (!thp) {
@@ -234,6 +241,7 @@ std::vector<KernelFeature> probe_kernel_features() {
   add_userfaultfd_features(features, offer);
   add_pagemap_scan(features);
   add_memory_calls(features);
+  add_kvm(features);
   add_settings(features);
   return features;
 }

@@ -1,10 +1,14 @@
 #include "bind/tracker_handle.h"
 
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind/js_error.h"
 #include "bind/values.h"
+#include "bind/write_marks_handle.h"
+#include "track/kvm_log.h"
 
 namespace memferry::bind {
 
@@ -66,6 +70,36 @@ Napi::Value TrackerHandle::make(const Napi::CallbackInfo& info) {
     made.hold = RegionHandle::hold_of(info[1]);
     made.tracker =
         make_tracker(kind, made.hold.shared->region_pointer(), options_of(text_of(info[2], "writers")));
+    made.turn = std::make_shared<std::mutex>();
+    return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
+  });
+}
+
+Napi::Value TrackerHandle::make_kvm_log(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    Made made;
+    made.hold = RegionHandle::hold_of(info[0]);
+    const auto& region = made.hold.shared->region_pointer();
+    KvmLog log;
+    log.vm_fd = static_cast<int>(index_of(info[1], "vmFd"));
+    if (!info[2].IsTypedArray() || info[2].As<Napi::TypedArray>().TypedArrayType() != napi_float64_array) {
+      throw std::invalid_argument("slots: no Float64Array");
+    }
+    const auto triples = info[2].As<Napi::Float64Array>();
+    for (std::size_t i = 0; i + 2 < triples.ElementLength(); i += 3) {
+      log.slots.push_back({static_cast<std::uint32_t>(triples[i]),
+                           {PageNumber{static_cast<std::uint64_t>(triples[i + 1])},
+                            static_cast<std::uint64_t>(triples[i + 2])}});
+    }
+    log.marks = WriteMarksHandle::marks_of(info[3]);
+    log.manual_protect = flag_of(info[6], "manualProtect");
+    std::unique_ptr<DirtyTracker> others;
+    if (!info[4].IsNull()) {
+      others =
+          make_tracker(kind_of(text_of(info[4], "others")), region, options_of(text_of(info[5], "writers")));
+    }
+    made.tracker = std::make_shared<KvmLogTracker>(region, std::move(log), std::move(others));
     made.turn = std::make_shared<std::mutex>();
     return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
   });

@@ -24,6 +24,7 @@ class TrackerHandle : public Napi::ObjectWrap<TrackerHandle> {
  public:
   static void define(Napi::Env env);
   static Napi::Value make(const Napi::CallbackInfo& info);
+  static Napi::Value make_kvm_log(const Napi::CallbackInfo& info);
   static Napi::Value probe(const Napi::CallbackInfo& info);
   static Napi::Value probe_one(const Napi::CallbackInfo& info);
   static Napi::Value refusal(const Napi::CallbackInfo& info);

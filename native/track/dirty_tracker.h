@@ -44,7 +44,8 @@ class DirtyTracker {
   virtual void sent(PageNumber /*page*/, std::uint64_t /*xxh3*/) {}
 };
 
-enum class TrackerKind { kUffdWpAsync, kSoftDirty, kUffdWp, kHashDiff };
+// kKvmLog is over a VM, not over a region alone: track/kvm_log.h makes one, make_tracker() does not.
+enum class TrackerKind { kUffdWpAsync, kSoftDirty, kUffdWp, kHashDiff, kKvmLog };
 
 // Where writes to shared memory come from. Each of memory that is private and anonymous goes through the
 // tracked addresses anyway.
@@ -64,7 +65,7 @@ struct TrackerProbe {
   std::string remedy;  // how to grant it, empty when there is no way
 };
 
-// In order of preference.
+// Those that need a region alone, in order of preference.
 [[nodiscard]] const std::vector<TrackerKind>& tracker_kinds();
 [[nodiscard]] std::string_view tracker_name(TrackerKind kind);
 [[nodiscard]] std::optional<TrackerKind> tracker_kind(std::string_view name);

@@ -28,6 +28,8 @@ std::string_view tracker_name(TrackerKind kind) {
       return "uffd-wp";
     case TrackerKind::kHashDiff:
       return "hash-diff";
+    case TrackerKind::kKvmLog:
+      return "kvm-log";
   }
   throw std::invalid_argument("no such tracker");
 }
@@ -56,6 +58,8 @@ std::optional<std::string> tracker_refusal(TrackerKind kind, const Region& regio
       return SoftDirtyTracker::refusal(region);
     case TrackerKind::kHashDiff:
       return std::nullopt;
+    case TrackerKind::kKvmLog:
+      return "it is made over a VM";
   }
   throw std::invalid_argument("no such tracker");
 }
@@ -71,6 +75,8 @@ std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Reg
       return std::make_unique<UffdWpTracker>(std::move(region), options);
     case TrackerKind::kHashDiff:
       return std::make_unique<HashDiffTracker>(std::move(region));
+    case TrackerKind::kKvmLog:
+      break;
   }
   throw std::invalid_argument("no such tracker");
 }

@@ -12,6 +12,7 @@
 #include "os/sys_error.h"
 #include "os/userfaultfd.h"
 #include "track/dirty_tracker.h"
+#include "track/kvm_log.h"
 #include "track/soft_dirty_process.h"
 #include "track/uffd_wp.h"
 #include "track/uffd_wp_async.h"
@@ -120,6 +121,7 @@ const char* remedy_of_failure(TrackerKind kind, const std::exception& error) {
 }  // namespace
 
 TrackerProbe probe_tracker(TrackerKind kind) {
+  if (kind == TrackerKind::kKvmLog) return probe_kvm_log();
   TrackerProbe probe;
   probe.name = tracker_name(kind);
   if (kind == TrackerKind::kUffdWpAsync) explain_uffd_wp_async(probe);

@@ -334,7 +334,9 @@ export class SourceMigration extends EventEmitter {
 
     if (this.#traits.rounds) {
       const { tracker, writers } = options;
-      for (const region of regions) this.#trackers.push(DirtyTracker.create(region, tracker, { writers }));
+      for (const { region, tracker: kvmLog } of guest.regions) {
+        this.#trackers.push(DirtyTracker.create(region, tracker, { writers, kvmLog }));
+      }
     } else {
       this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
     }
@@ -391,11 +393,13 @@ export class SourceMigration extends EventEmitter {
     const made: DirtyTracker[] = [];
     try {
       // One that hashes all memory, now and once more in the pause, would cost such a mode more than a base saves.
-      const name = chooseTracker(this.options.tracker);
+      const wanted = this.options.tracker;
+      const name = wanted === 'kvm-log' ? wanted : chooseTracker(wanted);
       if (name === 'hash-diff' && this.options.base !== 'always') return regions.map(() => null);
       return regions.map((region, index) => {
         if (!base.pages[index]) return null;
-        const tracker = DirtyTracker.create(region, name, { writers: this.options.writers });
+        const kvmLog = this.guest.regions[index]?.tracker;
+        const tracker = DirtyTracker.create(region, name, { writers: this.options.writers, kvmLog });
         made.push(tracker);
         tracker.arm();
         return tracker;

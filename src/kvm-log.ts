@@ -1,0 +1,79 @@
+/**
+ * Dirty tracking of a KVM guest's RAM by KVM's own log. A VMM names its VM and slots at the guest's region
+ * (`GuestRegion.tracker`), and then either marks what it writes itself or lets another tracker find it: the log has only
+ * what vCPUs write, and what KVM writes for them.
+ */
+import { markAsUntransferable } from 'node:worker_threads';
+
+import { loadAddon } from './addon.js';
+import { memferryError, native } from './errors.js';
+import type { NativeWriteMarks } from './native.js';
+import type { Region } from './region.js';
+
+export interface KvmSlot {
+  /** As in KVM_SET_USER_MEMORY_REGION (the address space in its upper 16 bits); KVM_MEM_LOG_DIRTY_PAGES is set. */
+  slot: number;
+  /** The region's pages that the slot maps, all of it, contiguous in memory; default: the whole region. */
+  first?: number;
+  count?: number;
+}
+
+export interface KvmLog {
+  kind: 'kvm-log';
+  /** The VM's descriptor, of this process. It is duplicated. */
+  vmFd: number;
+  slots: readonly KvmSlot[];
+  /**
+   * The VMM's word that it marks here whatever it writes into the RAM itself, or has the kernel write (`read` into guest
+   * memory). Without marks another tracker watches the same memory too, which is safe and costs what both cost.
+   */
+  marks?: WriteMarks;
+  /** Which other tracker, where there are no marks; default the first that works. */
+  others?: string;
+  /**
+   * Reading the log and protecting pages again are two steps where KVM can (Linux 5.2): KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+   * is turned on for the VM and stays on. False: the VM has it off, and it stays off. Default true.
+   */
+  manualProtect?: boolean;
+}
+
+/** One bit for each page of a region: what a VMM has written. */
+export class WriteMarks {
+  readonly native: NativeWriteMarks;
+  /**
+   * For a VMM in another addon: page p is bit `p % 64` of word `p / 64`, to be set by an atomic OR after the write, by
+   * any thread. Whoever writes there holds a reference to this array.
+   */
+  readonly words: BigUint64Array;
+
+  /** @throws REGION_CLOSED, NO_MEMORY */
+  constructor(region: Region) {
+    this.native = native(() => new (loadAddon().WriteMarks)(region.capacityBytes / region.pageSize));
+    const buffer = native(() => this.native.words());
+    markAsUntransferable(buffer);
+    this.words = new BigUint64Array(buffer);
+  }
+
+  /** After the write. @throws INVALID_ARGUMENT beyond the region */
+  mark(first: number, count = 1): void {
+    native(() => this.native.mark(first, count));
+  }
+}
+
+/** The slots as they cross the boundary: triples [slot, first page, pages]. */
+export function slotTriples(region: Region, { slots }: KvmLog): Float64Array {
+  if (!Array.isArray(slots) || slots.length === 0) {
+    throw memferryError('INVALID_ARGUMENT', 'kvm-log: slots: the RAM is in one at least');
+  }
+  return Float64Array.from(
+    slots.flatMap(({ slot, first = 0, count = region.pages - first }) => {
+      if (
+        ![slot, first, count].every((value) => Number.isSafeInteger(value) && value >= 0) ||
+        slot >= 2 ** 32
+      ) {
+        throw memferryError('INVALID_ARGUMENT', `kvm-log: no slot ${slot} with ${count} pages from ${first}`);
+      }
+      return [slot, first, count];
+    }),
+  );
+}
