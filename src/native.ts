@@ -515,6 +515,36 @@ export interface NativeFeature {
   remedy: string;
 }
 
+export interface NativeRestoreStats {
+  pages: number;
+  pagesInstalled: number;
+  pagesRemoved: number;
+  /** Brought before anyone waited for them. */
+  pagesAhead: number;
+  pagesLost: number;
+  faults: number;
+  faultsZero: number;
+  /** Whose pages had to come from a disk. */
+  faultsSlow: number;
+  triedAgain: number;
+  removeEvents: number;
+  /** From the reading of a fault until its page is there. */
+  p50Us: number;
+  p99Us: number;
+  maxUs: number;
+  tracksWrites: boolean;
+}
+
+export interface NativeRestore {
+  /** A region that was on its way is all there. */
+  sourceComplete(): void;
+  acknowledgeLoss(): void;
+  /** Also after close. */
+  stats(): NativeRestoreStats;
+  /** What is missing is poisoned, and who waits for it woken. Twice is fine. */
+  close(): void;
+}
+
 /** How a receive or a send of a unix socket ended. */
 export type NativeFdOutcome =
   | 'ok'
@@ -605,6 +635,28 @@ export interface NativeAddon {
 
   /** The page share in this file; null: somebody else writes it. Throws INVALID_ARGUMENT (a file of something else), SYSTEM. */
   openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare | null;
+
+  /**
+   * Serves the missing pages of another process's memory from a file, or from a region of this process that a migration
+   * fills meanwhile (one of the two is null). Descriptors are duplicated; all mappings have the one page size, and
+   * `offset` is where they lie in the source. Closing retires the region. Events: `complete`, `lost` (poisoned after
+   * acknowledgeLoss, or a quarter of a second), `owner-gone`, `failed`.
+   */
+  createRestore(config: {
+    path: string | null;
+    region: NativeRegion | null;
+    uffd: number;
+    pidfd: number;
+    mappings: NativeMapping[];
+    pageSize: number;
+    prePaging: 'none' | 'sequential' | 'all';
+    onEvent: (
+      kind: 'complete' | 'lost' | 'owner-gone' | 'failed',
+      code: string,
+      message: string,
+      lost: NativeRun[],
+    ) => void;
+  }): NativeRestore;
 
   /**
    * Makes the socket's file with at most these permissions. `onConnection` gets (null, connection), or (error, null)

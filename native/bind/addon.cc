@@ -9,6 +9,7 @@
 #include "bind/node_api.h"
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
+#include "bind/restore_handle.h"
 #include "bind/sampler_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
@@ -72,6 +73,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   SpreaderHandle::define(env);
   ShareHandle::define(env);
   FdListenerHandle::define(env);
+  RestoreHandle::define(env);
   FdConnectionHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
@@ -90,6 +92,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
+  exports.Set("createRestore", Napi::Function::New<RestoreHandle::create>(env, "createRestore"));
   exports.Set("createFdListener", Napi::Function::New<FdListenerHandle::create>(env, "createFdListener"));
   exports.Set("connectFdChannel", Napi::Function::New<FdConnectionHandle::connect>(env, "connectFdChannel"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));

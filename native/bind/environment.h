@@ -73,6 +73,7 @@ class Environment {
   Napi::FunctionReference spreader_class;
   Napi::FunctionReference share_class;
   Napi::FunctionReference fd_listener_class;
+  Napi::FunctionReference restore_class;
   Napi::FunctionReference fd_connection_class;
 
   // Between the two, the environment's end shuts the engine down.

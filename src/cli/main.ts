@@ -8,6 +8,7 @@ import { addBench } from './bench.js';
 import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
+import { addFirecracker, addFirecrackerPark } from './firecracker.js';
 import { describeUsageError, reportError } from './output.js';
 import { addPark } from './park.js';
 import { addReceive } from './receive.js';
@@ -38,6 +39,8 @@ function build(): Command {
   addShare(program);
   addStatus(program);
   addDrop(program);
+  addFirecracker(program);
+  addFirecrackerPark(program);
   return program;
 }
 
