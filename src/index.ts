@@ -38,6 +38,7 @@ export {
   type StageOptions,
   type UnparkOptions,
 } from './options.js';
+export type { AttachedMapping, AttachOptions } from './attach.js';
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
@@ -83,6 +84,14 @@ export { type DiscoverOptions, discover, type HeardServer } from './staging/anno
 export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
 export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
+export { openPidfd, takeDescriptor } from './pidfd.js';
+export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';
+export {
+  superviseGuest,
+  type SuperviseOptions,
+  type Supervision,
+  type SupervisionReport,
+} from './supervise.js';

@@ -33,7 +33,7 @@ export interface NativeRegion {
   /** Whether `view` starts where the region does. */
   startsAt(view: Uint8Array): boolean;
   /** Null: this process's memory. Else how it is attached. */
-  attached(): { pid: number; paged: boolean; writeTracked: boolean; shared: boolean } | null;
+  attached(): { pid: number; alive: boolean; paged: boolean; writeTracked: boolean; shared: boolean } | null;
   claimed(): boolean;
   /** One migration at a time: true when nobody else has it. */
   claim(): boolean;
@@ -58,6 +58,33 @@ export interface NativeMapping {
   address: bigint;
   lengthBytes: number;
   offset: number;
+}
+
+export interface NativeSourcePagerEvent {
+  kind: 'done' | 'lost' | 'failed';
+  code: string;
+  message: string;
+  /** The pages that are lost. */
+  first: number;
+  count: number;
+}
+
+export interface NativeSourcePagerStats {
+  pages: number;
+  pagesSettled: number;
+  pagesFound: number;
+  pagesLost: number;
+  faults: number;
+  faultP50Us: number;
+  faultP99Us: number;
+}
+
+export interface NativeSourcePager {
+  stats(): NativeSourcePagerStats;
+  /** Stops; whoever touches what is missing waits for a successor. Twice is fine. */
+  leave(): void;
+  /** Stops, and what is missing fails to be read. */
+  end(): void;
 }
 
 export interface NativeTrackerProbe {
@@ -602,6 +629,22 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  /** Who touches what is missing in that memory waits from now on, for whoever pages it. */
+  registerMissing(pidfd: number, uffd: number, mappings: NativeMapping[], memory: number | null): void;
+  openPidfd(pid: number): number;
+  /** pidfd_getfd. */
+  takeDescriptor(pidfd: number, descriptor: number): number;
+  /** Pages attached memory from an open file; `ledger` is an open file that tells a successor what was settled. */
+  createSourcePager(config: {
+    region: NativeRegion;
+    snapshot: number;
+    offset: number;
+    ledger: number | null;
+    prepage: boolean;
+    onEvent: (event: NativeSourcePagerEvent) => void;
+  }): NativeSourcePager;
+  /** A process by pidfd; `alive()` is false when it has ended or runs another program. */
+  holdProcess(pidfd: number): { pid: number; alive(): boolean; end(): void };
   /** Another handle on a region of this process; null when it is gone. */
   openRegion(id: string): NativeRegion | null;
   /** How far the mapping around a WebAssembly memory is reserved, in bytes from the view's start. */

@@ -10,6 +10,7 @@ import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
 import { addFirecracker, addFirecrackerPark } from './firecracker.js';
 import { describeUsageError, reportError } from './output.js';
+import { addPage } from './page.js';
 import { addPark } from './park.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
@@ -33,6 +34,7 @@ function build(): Command {
   addBench(program);
   addReceive(program);
   addSend(program);
+  addPage(program);
   addPark(program);
   addUnpark(program);
   addStage(program);
