@@ -21,7 +21,7 @@ import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './c
 import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
 import { newTicketFile } from './park.js';
-import { octal } from './parse-values.js';
+import { byteCount, octal } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { ticketFrom } from './ticket.js';
 
@@ -34,6 +34,7 @@ interface FirecrackerFlags extends ConnectionFlags {
   apiSocket?: string;
   prePaging: PrePaging;
   mode?: number;
+  gatherLimit?: number;
   rollback?: boolean;
   once?: boolean;
   json?: boolean;
@@ -59,6 +60,7 @@ export function addFirecracker(program: Command): void {
         .default('sequential'),
     )
     .option('--mode <octal>', 'permissions of the socket (default 600)', octal)
+    .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteCount)
     .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
     .option('--once', 'end with the first microVM')
     .option('--json', 'one JSON object a line');
@@ -140,6 +142,7 @@ async function fromVmd(
     ...connectionOptions(flags),
     signal,
     rollback: flags.rollback === true,
+    ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     accept: microVmArrivals(host),
   });
   const stopped = interrupted(signal);
