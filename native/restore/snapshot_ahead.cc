@@ -29,7 +29,7 @@ void SnapshotPager::source_complete() {
 }
 
 void SnapshotPager::queue_ahead(PageRun run) {
-  if (!ahead_thread_.started()) return;
+  if (config_.pre_paging == PrePaging::kNone) return;
   {
     const std::lock_guard lock(jobs_mutex_);
     if (ahead_jobs_.size() >= kMostJobs) ahead_jobs_.pop_front();

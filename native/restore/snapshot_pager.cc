@@ -53,13 +53,26 @@ SnapshotPager::SnapshotPager(Config config)
       write_protect_ = write_protect_ && found.write_protect;
     }
   }
-  for (int i = 0; i < kSlowThreads; ++i) {
-    slow_threads_.push_back(
-        std::make_unique<WorkerThread>("mf-disk", [this](WorkerThread& self) { wait_for_disk(self); }));
+  const auto start = [this](WorkerThread& thread, const char* name,
+                            void (SnapshotPager::*body)(WorkerThread&)) {
+    thread.start(name, [this, body](WorkerThread& self) {
+      begun_.wait();
+      (this->*body)(self);
+    });
+  };
+  try {
+    for (int i = 0; i < kSlowThreads; ++i) {
+      slow_threads_.push_back(std::make_unique<WorkerThread>());
+      start(*slow_threads_.back(), "mf-disk", &SnapshotPager::wait_for_disk);
+    }
+    if (config_.pre_paging != PrePaging::kNone) start(ahead_thread_, "mf-ahead", &SnapshotPager::bring_ahead);
+    start(reader_, "mf-restore", &SnapshotPager::run);
+  } catch (...) {
+    begun_.count_down();
+    close();
+    throw;
   }
-  if (config_.pre_paging != PrePaging::kNone)
-    ahead_thread_.start("mf-ahead", [this](WorkerThread& self) { bring_ahead(self); });
-  reader_.start("mf-restore", [this](WorkerThread& self) { run(self); });
+  begun_.count_down();
 }
 
 void SnapshotPager::run(WorkerThread& self) {

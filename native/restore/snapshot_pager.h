@@ -33,6 +33,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <latch>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -191,6 +192,7 @@ class SnapshotPager {
   std::atomic<std::uint64_t> slow_{0};
   std::atomic<std::uint64_t> remove_events_{0};
 
+  std::latch begun_{1};     // until every thread is there, since they wake one another
   std::mutex close_mutex_;  // guards the joining in close()
   std::vector<std::unique_ptr<WorkerThread>> slow_threads_;
   WorkerThread ahead_thread_;

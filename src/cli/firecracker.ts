@@ -159,11 +159,19 @@ async function fromMigration(
   output: Output,
   signal: AbortSignal,
 ): Promise<void> {
+  const microVms = new Set<MicroVm>();
   await using listening = await listen({
     ...parseAddress(address),
     ...connectionOptions(flags),
     signal,
-    accept: microVmArrivals(host),
+    accept: microVmArrivals({
+      ...host,
+      onMicroVm: (microVm) => {
+        microVms.add(microVm);
+        microVm.ended.catch(() => {});
+        microVm.closed.then(() => microVms.delete(microVm));
+      },
+    }),
   });
   output.say(`waiting for a microVM on ${listening.host}:${listening.port}`);
   output.line({ type: 'listening', host: listening.host, port: listening.port });
@@ -175,7 +183,10 @@ async function fromMigration(
       if (flags.once) throw error;
       continue;
     }
-    if (flags.once) return;
+    if (!flags.once) continue;
+    // What has arrived here has still to be brought over.
+    await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), interrupted(signal)]);
+    return;
   }
 }
 

@@ -41,6 +41,11 @@ export interface FirecrackerHost {
   abandon?(): Promise<void> | void;
   /** Told once Firecracker is connected. */
   onConnected?(pid: number): void;
+  /**
+   * Of a migration: its memory comes by way of this process, which may not end before `microVm.ended` has settled, also
+   * when the arrival is complete.
+   */
+  onMicroVm?(microVm: MicroVm): void;
 }
 
 export function microVmArrivals(
@@ -118,6 +123,7 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
           { region },
           { prePaging: 'all', mappings },
         );
+        host.onMicroVm?.(microVm);
       } catch (error) {
         greeted.discard();
         throw error;
@@ -127,11 +133,15 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
     resume() {
       const served = microVm as MicroVm;
       // What it was marked with settles when the last page is here, or never will be.
-      Promise.all(stillArriving([region])).then(
+      const arrived = Promise.all(stillArriving([region]));
+      arrived.then(
         () => served.sourceComplete(),
         () => {},
       );
-      served.ended.then(close, () => {});
+      // With pages lost the others are served from here for as long as it lives.
+      Promise.all([arrived, served.ended])
+        .catch(() => served.closed)
+        .then(close);
       warned(host.resume());
     },
     async abandon() {

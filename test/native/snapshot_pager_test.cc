@@ -58,6 +58,7 @@ struct OwnerSetup {
 
 [[noreturn]] void be_owner(const OwnerSetup& setup, int channel) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  (void)std::signal(SIGBUS, SIG_DFL);  // a sanitizer's handler would make an exit of it
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (setup.huge ? MAP_HUGETLB | (21 << MAP_HUGE_SHIFT) : 0);
   void* memory = ::mmap(nullptr, setup.bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (memory == MAP_FAILED) ::_exit(101);
