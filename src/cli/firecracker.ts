@@ -110,7 +110,7 @@ async function fromFile(
   });
   output.say(`${snapshot} is served at ${server.socketPath}`);
   output.line({ type: 'listening', socket: server.socketPath });
-  if (!flags.once) return stopped;
+  if (!flags.once) return await stopped;
   const microVm = await Promise.race([arrived, stopped]);
   await Promise.race([microVm.ended, stopped]);
 }
@@ -147,9 +147,8 @@ async function fromVmd(
   });
   const stopped = interrupted(signal);
   stopped.catch(() => {});
+  // Then the memory is Firecracker's alone.
   reportArrival(await Promise.race([unparked.complete, stopped]), output);
-  if (flags.once) return;
-  await Promise.race([gone(unparked.regions), stopped]);
 }
 
 async function fromMigration(
@@ -188,10 +187,6 @@ async function fromMigration(
     await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), interrupted(signal)]);
     return;
   }
-}
-
-async function gone(regions: readonly { ownerGone: Promise<unknown> | null }[]): Promise<void> {
-  await Promise.all(regions.map(({ ownerGone }) => ownerGone));
 }
 
 function reportArrival(report: ArrivalReport, output: Output): void {

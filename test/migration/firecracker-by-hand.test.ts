@@ -38,7 +38,7 @@ test('from a file', async () => {
   try {
     expect(await fake.answer()).toEqual({ loaded: true });
     expect(await handler.next('connected')).toMatchObject({ pid: fake.child.pid, heapBytes: bytes });
-    expect(await fake.obey('verify')).toMatchObject({ wrong: 0 });
+    expect(await fake.obey('random 300 1')).toMatchObject({ wrong: 0 });
     fake.kill();
     expect(await handler.next('report')).toMatchObject({ end: 'owner-gone', stats: { pagesLost: 0 } });
     handler.child.kill('SIGTERM');
