@@ -29,6 +29,7 @@ const order = [
   'return',
   'replay',
   'client-gap',
+  'restore',
 ];
 
 /** More than any trial needs; one that hangs must not take the others with it. */

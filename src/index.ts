@@ -13,9 +13,19 @@ export type {
   RegionBase,
 } from './guest.js';
 export { type Unparked, unpark } from './destination/unpark.js';
+export {
+  closeDescriptors,
+  FdConnection,
+  FdListener,
+  type FdListenerOptions,
+  type FdPeer,
+  type FdPiece,
+  type ReceiveBounds,
+} from './fd-channel.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
 export { type KvmLog, type KvmSlot, WriteMarks } from './kvm-log.js';
 export {
+  type AcceptContext,
   type CompressChoice,
   type DistributeOptions,
   type ListenOptions,
@@ -52,6 +62,16 @@ export {
   decideRound,
   type RoundSample,
 } from './source/convergence.js';
+export { FirecrackerApi } from './firecracker/api.js';
+export { type FirecrackerHost, microVmArrivals } from './firecracker/arriving.js';
+export {
+  firecrackerControl,
+  type MicroVmControl,
+  microVmGuest,
+  snapshotGuest,
+} from './firecracker/leaving.js';
+export { MicroVm, type PrePaging, type RestoreReport } from './firecracker/micro-vm.js';
+export { type ServeSnapshotOptions, type SnapshotServer, serveSnapshot } from './firecracker/serve.js';
 export {
   type Gang,
   type GangEviction,

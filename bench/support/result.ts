@@ -82,3 +82,8 @@ export function atLeastTimesFloor(factor: number, of: string): Reach {
     met: ({ ratio }) => ratio !== null && ratio >= factor,
   };
 }
+
+/** The same, without a floor. */
+export function atLeast(limit: number, unit: string): Reach {
+  return { words: `at least ${limit} ${unit}`, met: ({ value }) => value >= limit };
+}

@@ -3,11 +3,13 @@
 // Thread: the environment's own.
 #include "bind/engine_handles.h"
 #include "bind/environment.h"
+#include "bind/fd_channel_handle.h"
 #include "bind/js_error.h"
 #include "bind/kernel_features.h"
 #include "bind/node_api.h"
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
+#include "bind/restore_handle.h"
 #include "bind/sampler_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
@@ -73,6 +75,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   SourcePagerHandle::define(env);
   SpreaderHandle::define(env);
   ShareHandle::define(env);
+  FdListenerHandle::define(env);
+  RestoreHandle::define(env);
+  FdConnectionHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
@@ -99,6 +104,9 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("holdProcess", Napi::Function::New<SourcePagerHandle::hold_process>(env, "holdProcess"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
+  exports.Set("createRestore", Napi::Function::New<RestoreHandle::create>(env, "createRestore"));
+  exports.Set("createFdListener", Napi::Function::New<FdListenerHandle::create>(env, "createFdListener"));
+  exports.Set("connectFdChannel", Napi::Function::New<FdConnectionHandle::connect>(env, "connectFdChannel"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
   exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));

@@ -12,20 +12,6 @@
 namespace memferry::bind {
 namespace {
 
-std::uint64_t address_of(const Napi::Value& value) {
-  if (!value.IsBigInt()) throw std::invalid_argument("address: expected a bigint");
-  bool lossless = false;
-  const std::uint64_t address = value.As<Napi::BigInt>().Uint64Value(&lossless);
-  if (!lossless) throw std::invalid_argument("address: expected an address");
-  return address;
-}
-
-int descriptor_of(const Napi::Value& value, const char* what) {
-  const std::uint64_t number = count_of(value, what);
-  if (number > 0x7fffffffU) throw std::invalid_argument(std::string(what) + ": no descriptor");
-  return static_cast<int>(number);
-}
-
 // All that paging and tracking use, of what this kernel has; none of the events, which whoever makes a userfaultfd asks
 // for itself: its own system calls wait for their reader.
 std::uint64_t features_to_ask() {

@@ -8,6 +8,7 @@ import { addBench } from './bench.js';
 import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
+import { addFirecracker, addFirecrackerPark } from './firecracker.js';
 import { describeUsageError, reportError } from './output.js';
 import { addPage } from './page.js';
 import { addPark } from './park.js';
@@ -40,6 +41,8 @@ function build(): Command {
   addShare(program);
   addStatus(program);
   addDrop(program);
+  addFirecracker(program);
+  addFirecrackerPark(program);
   return program;
 }
 

@@ -1,0 +1,115 @@
+/** The commands of docs/firecracker.md as they are written there, with the paths and ports of the test. */
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { expect, test } from 'vitest';
+import { migrate, snapshotGuest } from '../../lib/index.js';
+import { command, forEachTest } from '../support/command-line.js';
+import { FakeFirecracker } from '../support/fake-firecracker.js';
+import { FakeMicroVm, makeSnapshot } from '../support/micro-vm.js';
+
+const place = forEachTest();
+const guide = readFileSync(fileURLToPath(new URL('../../docs/firecracker.md', import.meta.url)), 'utf8');
+const bytes = 16 * 2 ** 20;
+const secretFlags = () => ['--secret-file', place.secretFile];
+
+/** What stands behind `$ memferry` below the mark. */
+function written(mark: string, replaced: Record<string, string> = {}): string[] {
+  const [, line] =
+    new RegExp(`<!-- by hand: ${mark} -->\n\`\`\`console\n\\$ memferry (.*)\n`).exec(guide) ?? [];
+  if (line === undefined) throw new Error(`no command '${mark}' in docs/firecracker.md`);
+  let text = line.replaceAll('/run/vm', place.directory).replaceAll('/srv/vm', place.directory);
+  for (const [from, to] of Object.entries(replaced)) text = text.replaceAll(from, to);
+  return text.split(' ');
+}
+
+const memory = () => join(place.directory, 'memory');
+const socket = () => join(place.directory, 'uffd.sock');
+const snapshot = () => {
+  makeSnapshot(memory(), bytes);
+  writeFileSync(join(place.directory, 'vmstate'), JSON.stringify({ flags: ['--bytes', bytes], expect: [] }));
+};
+
+test('from a file', async () => {
+  snapshot();
+  const handler = command(...written('file'));
+  await handler.next('listening');
+  const fake = new FakeMicroVm(['--socket', socket(), '--bytes', bytes]);
+  try {
+    expect(await fake.answer()).toEqual({ loaded: true });
+    expect(await handler.next('connected')).toMatchObject({ pid: fake.child.pid, heapBytes: bytes });
+    expect(await fake.obey('random 300 1')).toMatchObject({ wrong: 0 });
+    fake.kill();
+    expect(await handler.next('report')).toMatchObject({ end: 'owner-gone', stats: { pagesLost: 0 } });
+    handler.child.kill('SIGTERM');
+    expect(await handler.closed).toBe(130);
+  } finally {
+    fake.kill();
+  }
+});
+
+test('into the VMD and from there', async () => {
+  snapshot();
+  const server = command(
+    ...['stage', '--listen', '127.0.0.1:0', '--memory', '64Mi', '--no-announce'],
+    ...secretFlags(),
+  );
+  const { port } = await server.next('listening');
+  const parking = command(...written('park', { '127.0.0.1:7070': `127.0.0.1:${port}` }), ...secretFlags());
+  expect(await parking.next('report')).toMatchObject({ guest: 'microvm', heapBytes: bytes });
+  expect(await parking.closed, parking.errors()).toBe(0);
+  const fake = await new FakeFirecracker(join(place.directory, 'api.sock')).listen();
+  try {
+    const handler = command(...written('vmd'), ...secretFlags());
+    await handler.next('granted');
+    await expect.poll(() => fake.running).toBe(true);
+    expect(await fake.microVm?.obey('verify')).toMatchObject({ wrong: 0 });
+    expect(await handler.next('report')).toMatchObject({ guest: 'microvm', heapBytes: bytes });
+    fake.microVm?.kill();
+    expect(await handler.closed, handler.errors()).toBe(0);
+  } finally {
+    fake.close();
+  }
+});
+
+test('from a running migration', async () => {
+  snapshot();
+  const fake = await new FakeFirecracker(join(place.directory, 'api.sock')).listen();
+  try {
+    const handler = command(
+      ...written('listen', { '127.0.0.1:7071': '127.0.0.1:0' }),
+      ...secretFlags(),
+      '--once',
+    );
+    const { port } = await handler.next('listening');
+    using guest = await snapshotGuest('box', { memory: memory(), state: join(place.directory, 'vmstate') });
+    const migration = migrate(guest, {
+      to: `127.0.0.1:${port}`,
+      mode: 'post-copy',
+      secretFile: place.secretFile,
+    });
+    await handler.next('granted');
+    expect(await fake.microVm?.obey('verify')).toMatchObject({ wrong: 0 });
+    await migration.done;
+    expect(await handler.next('report')).toMatchObject({ guest: 'box' });
+    expect(await handler.closed, handler.errors()).toBe(0);
+    // It is over, and the guest goes on by itself.
+    expect(await fake.microVm?.obey('verify')).toMatchObject({ wrong: 0 });
+  } finally {
+    fake.close();
+  }
+});
+
+test('says what is missing', async () => {
+  for (const flags of [
+    [],
+    ['--from-vmd', 'nothing', '--snapshot', 'nothing'],
+    ['--from-vmd', 'nothing'],
+    ['--snapshot', 'nothing', '--mode', '9'],
+    ['--snapshot', 'nothing', '--pre-paging', 'some'],
+  ]) {
+    const handler = command('firecracker', '--socket', socket(), ...flags);
+    expect(await handler.closed, flags.join(' ')).toBe(2);
+    expect(handler.errors()).toContain('memferry: INVALID_ARGUMENT');
+  }
+});
