@@ -10,6 +10,7 @@ import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
 import { describeUsageError, reportError } from './output.js';
 import { addPark } from './park.js';
+import { addQemu } from './qemu.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
 import { addShare } from './share.js';
@@ -36,6 +37,7 @@ function build(): Command {
   addUnpark(program);
   addStage(program);
   addShare(program);
+  addQemu(program);
   addStatus(program);
   addDrop(program);
   return program;
