@@ -40,7 +40,8 @@ if (process.argv[1] && fileURLToPath(import.meta.url) === process.argv[1]) {
 export function debianKernel() {
   const there = unpacked();
   if (there) return there;
-  if (process.arch !== 'x64') throw new Error(`Debian's kernel is booted on x86-64 only, not on ${process.arch}`);
+  if (process.arch !== 'x64')
+    throw new Error(`Debian's kernel is booted on x86-64 only, not on ${process.arch}`);
   mkdirSync(KERNELS, { recursive: true });
   const work = mkdtempSync(join(KERNELS, 'new-'));
   try {

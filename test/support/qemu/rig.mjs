@@ -4,7 +4,16 @@
  * the benches are built apart.
  */
 import { spawn, spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { createConnection } from 'node:net';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
@@ -34,7 +43,10 @@ export function guestSystem() {
     mkdirSync(made, { recursive: true });
     const program = join(made, `init-${process.pid}`);
     run('gcc', ['-O2', '-Wall', '-Wextra', '-Werror', '-static', '-s', '-o', program, source]);
-    writeFileSync(`${program}.cpio`, archive([{ name: 'init', mode: 0o100755, content: readFileSync(program) }]));
+    writeFileSync(
+      `${program}.cpio`,
+      archive([{ name: 'init', mode: 0o100755, content: readFileSync(program) }]),
+    );
     renameSync(`${program}.cpio`, initramfs);
     rmSync(program);
   }
@@ -54,7 +66,7 @@ function archive(files) {
     const head = `070701${fields.map((field) => field.toString(16).padStart(8, '0')).join('')}${name}\0`;
     for (const piece of [Buffer.from(head), content]) pieces.push(piece, Buffer.alloc(-piece.length & 3));
   };
-  files.forEach((file, index) => add(file, index + 1));
+  for (const [index, file] of files.entries()) add(file, index + 1);
   add({ name: 'TRAILER!!!', mode: 0, content: Buffer.alloc(0) }, 0);
   return Buffer.concat(pieces);
 }
@@ -92,7 +104,14 @@ export class Qemu {
   }
 
   /** `incoming`: a destination, which waits. `prefix`: what it is started by (a namespace). */
-  static async start({ args, incoming = false, prefix = [], preload = shimObject, extra = [], environment = {} }) {
+  static async start({
+    args,
+    incoming = false,
+    prefix = [],
+    preload = shimObject,
+    extra = [],
+    environment = {},
+  }) {
     const directory = mkdtempSync(join(tmpdir(), 'memferry-qemu-'));
     const [command, ...rest] = [
       ...prefix,
@@ -148,7 +167,9 @@ export class Qemu {
     while (!(await condition())) {
       if (this.exited) throw new Error(`QEMU ended while waiting for ${what}: ${this.stderr.join('')}`);
       if (performance.now() > deadline) {
-        throw new Error(`waited ${timeoutMs} ms for ${what}; serial ends in ${JSON.stringify(this.serial.slice(-300))}`);
+        throw new Error(
+          `waited ${timeoutMs} ms for ${what}; serial ends in ${JSON.stringify(this.serial.slice(-300))}`,
+        );
       }
       await new Promise((resolve) => setTimeout(resolve, 10));
     }
