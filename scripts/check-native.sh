@@ -13,7 +13,7 @@ build=${BUILD_DIR:-build-check}
 jobs=${JOBS:-$(nproc)}
 action=${1:-all}
 
-sources() { find native test/native test/fuzz \( -name '*.h' -o -name '*.cc' \) | sort; }
+sources() { find native test/native test/fuzz scripts/kernel \( -name '*.h' -o -name '*.cc' -o -name '*.c' \) | sort; }
 
 case $action in
   fix)

@@ -1,5 +1,5 @@
 /**
- * Makes a fresh checkout able to run: `node scripts/setup.mjs demo|test|bench|bench:paper`, called by the npm
+ * Makes a fresh checkout able to run: `node scripts/setup.mjs demo|test|test:kernel|bench|bench:paper`, called by the npm
  * scripts of the same names. Checks Node and the system, installs what is missing where it may (root on a Debian), says
  * exactly what is missing where it may not, then installs the npm packages and builds what is out of date.
  *
@@ -88,6 +88,19 @@ const NEEDS = {
     deb: 'util-linux',
     rpm: 'util-linux',
   },
+  qemu: {
+    what: 'QEMU for x86-64 (it runs another kernel)',
+    there: () => onPath('qemu-system-x86_64'),
+    deb: 'qemu-system-x86',
+    rpm: 'qemu-system-x86-core',
+  },
+  xz: { what: 'xz (it unpacks a kernel)', there: () => onPath('xz'), deb: 'xz-utils', rpm: 'xz' },
+  'libc.a': {
+    what: 'the static C library (for the first process of another kernel)',
+    there: staticLibrary,
+    deb: 'libc6-dev',
+    rpm: 'glibc-static',
+  },
   redis: {
     what: 'redis-server',
     there: () => onPath('redis-server'),
@@ -111,6 +124,7 @@ const PROFILES = {
     'gtest',
     'ip',
   ],
+  'test:kernel': [...BUILD, 'cmake', 'ninja', 'gcc', 'libcrypto', 'gtest', 'qemu', 'xz', 'libc.a'],
   bench: [...BUILD, 'gcc', 'libcrypto', 'ip'],
   'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis'],
 };
@@ -171,6 +185,12 @@ function header(path) {
     ...(process.env.CPLUS_INCLUDE_PATH ?? '').split(delimiter),
   ];
   return directories.some((directory) => directory !== '' && existsSync(join(directory, path)));
+}
+
+function staticLibrary() {
+  if (!onPath('gcc')) return false;
+  const { stdout } = spawnSync('gcc', ['-print-file-name=libc.a'], { encoding: 'utf8' });
+  return typeof stdout === 'string' && stdout.startsWith('/') && existsSync(stdout.trim());
 }
 
 function sanitizerRuntimes() {
