@@ -81,17 +81,22 @@ export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> 
   ) {
     throw memferryError('GUEST_BUSY', 'QEMU migrates by itself already', { facts: { names: ['migrate'] } });
   }
-  const type = z
-    .string()
-    .max(256)
-    .parse(await ask('qom-get', { path: '/machine', property: 'type' }));
+  const type = checked(
+    'qom-get',
+    z.string().max(256),
+    await ask('qom-get', { path: '/machine', property: 'type' }),
+  );
   const cpus = checked('query-cpus-fast', z.array(z.unknown()), await ask('query-cpus-fast')).length;
   const backends = await sharedBackends(ask);
   const foreign = [
     ...(migration['blocked-reasons'] ?? []),
     ...(await foreignObjects(ask)),
     ...foreignNetworks(
-      z.string().parse(await ask('human-monitor-command', { 'command-line': 'info network' })),
+      checked(
+        'info network',
+        z.string(),
+        await ask('human-monitor-command', { 'command-line': 'info network' }),
+      ),
     ),
   ];
   if (foreign.length > 0) {

@@ -18,7 +18,8 @@ import { createConnection } from 'node:net';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { debianKernel } from '../../../scripts/debian-kernel.mjs';
+import { cpio } from '../../../scripts/kernel/cpio.mjs';
+import { debianKernel } from '../../../scripts/kernel/debian-kernel.mjs';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const root = join(here, '../../..');
@@ -43,10 +44,7 @@ export function guestSystem() {
     mkdirSync(made, { recursive: true });
     const program = join(made, `init-${process.pid}`);
     run('gcc', ['-O2', '-Wall', '-Wextra', '-Werror', '-static', '-s', '-o', program, source]);
-    writeFileSync(
-      `${program}.cpio`,
-      archive([{ name: 'init', mode: 0o100755, content: readFileSync(program) }]),
-    );
+    writeFileSync(`${program}.cpio`, cpio([{ path: '/init', mode: 0o755, content: readFileSync(program) }]));
     renameSync(`${program}.cpio`, initramfs);
     rmSync(program);
   }
@@ -56,19 +54,6 @@ export function guestSystem() {
 function run(command, args) {
   const { status, stderr, error } = spawnSync(command, args, { encoding: 'utf8' });
   if (status !== 0) throw new Error(`${command} ${args.join(' ')}: ${error?.message ?? stderr}`);
-}
-
-/** A cpio archive as the kernel reads it ("newc"). */
-function archive(files) {
-  const pieces = [];
-  const add = ({ name, mode, content }, inode) => {
-    const fields = [inode, mode, 0, 0, 1, 0, content.length, 0, 0, 0, 0, name.length + 1, 0];
-    const head = `070701${fields.map((field) => field.toString(16).padStart(8, '0')).join('')}${name}\0`;
-    for (const piece of [Buffer.from(head), content]) pieces.push(piece, Buffer.alloc(-piece.length & 3));
-  };
-  for (const [index, file] of files.entries()) add(file, index + 1);
-  add({ name: 'TRAILER!!!', mode: 0, content: Buffer.alloc(0) }, 0);
-  return Buffer.concat(pieces);
 }
 
 /** What a guest is made of; the same for the source and every destination of it. */
