@@ -25,6 +25,8 @@ Napi::Error to_js_error(Napi::Env env, const std::exception_ptr& exception) {
     return with_code(Napi::Error::New(env, error.what()), error.code());
   } catch (const RegionGone& error) {
     return with_code(Napi::Error::New(env, error.what()), "REGION_GONE");
+  } catch (const OwnerGone& error) {
+    return with_code(Napi::Error::New(env, error.what()), "OWNER_GONE");
   } catch (const SystemError& error) {
     Napi::Error js = with_code(Napi::Error::New(env, error.what()), "SYSTEM");
     js.Set("errno", Napi::Number::New(env, error.error()));

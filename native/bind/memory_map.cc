@@ -4,9 +4,9 @@
 
 namespace memferry::bind {
 
-MappedSpan mapped_span(Address start) {
+MappedSpan mapped_span(OwnerAddress start) {
   MappedSpan span;
-  Address at = start;
+  OwnerAddress at = start;
   bool in_writable_part = true;
   for_each_mapped_area([&](const MappedArea& area) {
     if (area.end <= at) return true;

@@ -14,6 +14,6 @@ struct MappedSpan {
 };
 
 // Throws SystemError.
-[[nodiscard]] MappedSpan mapped_span(Address start);
+[[nodiscard]] MappedSpan mapped_span(OwnerAddress start);
 
 }  // namespace memferry::bind

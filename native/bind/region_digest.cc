@@ -38,6 +38,17 @@ bool read_piece(std::span<std::byte> from, std::byte* to, PageNumber first) {
   return true;
 }
 
+void read_run(const Region& region, PageRun run, std::byte* to) {
+  const std::size_t bytes = static_cast<std::size_t>(run.count * region.page_size());
+  if (region.remote()) {
+    if (region.owner()->read_some(region.owner_address(run.first), {to, bytes}) == bytes) return;
+    throw CodedError("UNREADABLE", "a page cannot be read, in the " + std::to_string(bytes >> 10U) +
+                                       " KiB from page " + std::to_string(run.first.value) + " on");
+  }
+  const std::span<std::byte> piece = region.contiguous(run);
+  if (!read_piece(piece, to, run.first)) racy_copy(to, piece.data(), piece.size());
+}
+
 Hash128 region_digest(const std::shared_ptr<Region>& region) {
   const RegionUse use(region, "digest");
   const std::uint64_t pages = region->pages();
@@ -48,10 +59,10 @@ Hash128 region_digest(const std::shared_ptr<Region>& region) {
   for (std::uint64_t page = 0; page < pages;) {
     if (use.revoked()) throw RegionGone("digest");
     const PageNumber first{page};
-    const std::span<std::byte> piece = region->contiguous({first, std::min(piece_pages, pages - page)});
-    if (!read_piece(piece, buffer.data(), first)) racy_copy(buffer.data(), piece.data(), piece.size());
-    hash_pages({buffer.data(), piece.size()}, page_size, hashes.data() + page);
-    page += piece.size() / page_size;
+    const PageRun piece = region->contiguous_run({first, std::min(piece_pages, pages - page)});
+    read_run(*region, piece, buffer.data());
+    hash_pages({buffer.data(), piece.count * page_size}, page_size, hashes.data() + page);
+    page += piece.count;
   }
   return xxh3_128(std::as_bytes(std::span(hashes)));
 }

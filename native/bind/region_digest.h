@@ -16,5 +16,7 @@ namespace memferry::bind {
 // Copies pages of our own memory by system call, so that one that cannot be read is an error (CodedError UNREADABLE) and
 // no signal. False when this system does not let a process do so.
 bool read_piece(std::span<std::byte> from, std::byte* to, PageNumber first);
+// The same of pages of a region that are contiguous, whoever owns its memory.
+void read_run(const Region& region, PageRun run, std::byte* to);
 
 }  // namespace memferry::bind

@@ -28,7 +28,7 @@ Napi::Array views_of(Napi::Env env, const std::shared_ptr<SharedRegion>& shared)
       const auto length = static_cast<std::size_t>(std::min(kMaxViewBytes, extent.bytes - start));
       napi_value buffer = nullptr;
       const napi_status status = napi_create_external_arraybuffer(
-          env, extent.start.pointer() + start, length,
+          env, Address{extent.start.value}.pointer() + start, length,
           [](napi_env, void*, void* hint) { delete static_cast<std::shared_ptr<SharedRegion>*>(hint); },
           keeper.get(), &buffer);
       if (status == napi_no_external_buffers_allowed) {
@@ -220,7 +220,7 @@ Napi::Value RegionHandle::buffers(const Napi::CallbackInfo& info) {
 
 Napi::Value RegionHandle::starts_at(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const Address start = Address::of(bytes_of(info[0], "view").data());
+    const OwnerAddress start = Address::of(bytes_of(info[0], "view").data());
     return Napi::Boolean::New(info.Env(), start == region().extents().front().start);
   });
 }

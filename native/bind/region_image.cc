@@ -38,15 +38,21 @@ UniqueFd open_regular(const std::string& path, int flags) {
 
 // Visits the run in pieces that are contiguous in memory, until visit gives false.
 template <typename Visit>
-void in_pieces(const Region& region, const RegionUse& use, PageRun run, const char* operation, Visit visit) {
-  const std::uint64_t page_size = region.page_size();
-  const std::uint64_t most = std::max<std::uint64_t>(1, kPieceBytes / page_size);
+void in_runs(const Region& region, const RegionUse& use, PageRun run, const char* operation, Visit visit) {
+  const std::uint64_t most = std::max<std::uint64_t>(1, kPieceBytes / region.page_size());
   for (PageNumber at = run.first; at < run.end();) {
     if (use.revoked()) throw RegionGone(operation);
-    const auto piece = region.contiguous({at, std::min(most, run.end().value - at.value)});
-    if (!visit(piece, at)) return;
-    at.value += piece.size() / page_size;
+    const PageRun piece = region.contiguous_run({at, std::min(most, run.end().value - at.value)});
+    if (!visit(piece)) return;
+    at = piece.end();
   }
+}
+
+template <typename Visit>
+void in_pieces(const Region& region, const RegionUse& use, PageRun run, const char* operation, Visit visit) {
+  if (region.remote()) throw std::invalid_argument("private memory of another process cannot be filled from here");
+  in_runs(region, use, run, operation,
+          [&](PageRun piece) { return visit(region.contiguous(piece), piece.first); });
 }
 
 }  // namespace
@@ -84,11 +90,10 @@ std::uint64_t fill_from_region(const std::shared_ptr<Region>& region, const std:
     for (std::size_t done = 0; done < piece.size();) {
       const PageNumber at{first.value + done / page_size};
       if (at.value >= from->pages() || reading.revoked()) return false;
-      const auto part = from->contiguous({at, (piece.size() - done) / page_size});
-      if (!read_piece(part, piece.data() + done, at))
-        racy_copy(piece.data() + done, part.data(), part.size());
-      done += part.size();
-      filled += part.size();
+      const PageRun part = from->contiguous_run({at, (piece.size() - done) / page_size});
+      read_run(*from, part, piece.data() + done);
+      done += part.count * page_size;
+      filled += part.count * page_size;
     }
     return true;
   });
@@ -101,9 +106,10 @@ void save_to_file(const std::shared_ptr<Region>& region, const std::string& path
   const UniqueFd file = open_regular(path, O_WRONLY);
   const std::uint64_t page_size = region->page_size();
   std::vector<std::byte> copy(std::max(kPieceBytes, page_size));
-  in_pieces(*region, use, run, "save", [&](std::span<std::byte> piece, PageNumber first) {
-    if (!read_piece(piece, copy.data(), first)) racy_copy(copy.data(), piece.data(), piece.size());
-    const std::span<const std::byte> bytes(copy.data(), piece.size());
+  in_runs(*region, use, run, "save", [&](PageRun piece) {
+    const PageNumber first = piece.first;
+    read_run(*region, piece, copy.data());
+    const std::span<const std::byte> bytes(copy.data(), static_cast<std::size_t>(piece.count * page_size));
     // Whole runs of pages with content go out by one call each.
     for (std::size_t at = 0; at < bytes.size();) {
       if (is_zero(bytes.subspan(at, page_size))) {

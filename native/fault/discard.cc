@@ -26,6 +26,8 @@ long process_madvise(int target, const iovec* ranges, std::size_t count, int adv
 }  // namespace
 
 Backing backing_of(const Region& region) {
+  // What is dropped is in the view: the shared file's pages, or those of a waiting room.
+  if (region.owner()) return region.remote() ? Backing::kPrivate : Backing::kShared;
   std::ifstream maps("/proc/self/maps");
   if (!maps) throw SystemError("open(/proc/self/maps)", errno);
   std::uint64_t covered = 0;

@@ -1,5 +1,5 @@
-// An address in this process, as the kernel's ioctls want it: a type of its own, so that it never silently
-// becomes a page number or an address in another process.
+// Addresses, as the kernel's ioctls want them: types of their own, so that they never silently become page numbers,
+// and an address in another process never becomes one in this process.
 #pragma once
 
 #include <compare>
@@ -18,6 +18,17 @@ struct Address {
   }
   [[nodiscard]] Address plus(std::uint64_t bytes) const { return Address{value + bytes}; }
   friend auto operator<=>(const Address&, const Address&) = default;
+};
+
+// An address in the process that owns the memory, which may be this one or another: nothing that can be followed.
+struct OwnerAddress {
+  std::uint64_t value = 0;
+  OwnerAddress() = default;
+  explicit OwnerAddress(std::uint64_t at) : value(at) {}
+  // NOLINTNEXTLINE(google-explicit-constructor,hicpp-explicit-conversions): where this process owns the memory itself
+  OwnerAddress(Address own) : value(own.value) {}
+  [[nodiscard]] OwnerAddress plus(std::uint64_t bytes) const { return OwnerAddress{value + bytes}; }
+  friend auto operator<=>(const OwnerAddress&, const OwnerAddress&) = default;
 };
 
 }  // namespace memferry

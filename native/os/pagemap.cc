@@ -39,13 +39,19 @@ class Joiner {
  private:
   const std::function<void(AddressRange)>& visit_;
   std::optional<AddressRange> pending_;
-  Address reported_;
+  OwnerAddress reported_;
 };
 
 }  // namespace
 
 Pagemap::Pagemap(std::size_t runs_at_once)
     : fd_(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)), runs_at_once_(runs_at_once) {
+  if (!fd_) throw_errno("open(/proc/self/pagemap)");
+}
+
+Pagemap::Pagemap(std::shared_ptr<const Process> owner, std::size_t runs_at_once)
+    : owner_(std::move(owner)), runs_at_once_(runs_at_once) {
+  fd_ = owner_ ? duplicate(owner_->pagemap()) : UniqueFd(::open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
   if (!fd_) throw_errno("open(/proc/self/pagemap)");
 }
 
@@ -78,7 +84,7 @@ Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const 
   return {static_cast<std::size_t>(count), request.walk_end};
 }
 
-void Pagemap::populated(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::populated(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) {
     populated_by_reading(start, bytes, visit);
     return;
@@ -91,12 +97,12 @@ void Pagemap::populated(Address start, std::uint64_t bytes, const std::function<
   query.return_mask = abi::kPageIsPresent | abi::kPageIsSwapped;
   Joiner joiner(visit);
   scan(start, bytes, query, [&](const abi::PageRegion& region) {
-    joiner.add({Address{region.start}, Address{region.end}});
+    joiner.add({OwnerAddress{region.start}, OwnerAddress{region.end}});
   });
   joiner.flush();
 }
 
-void Pagemap::present(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::present(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) return read_entries(start, bytes, abi::kPagemapPresent, visit);
   Query query;
   query.category_inverted = abi::kPageIsPfnZero;
@@ -104,17 +110,17 @@ void Pagemap::present(Address start, std::uint64_t bytes, const std::function<vo
   query.return_mask = abi::kPageIsPresent;
   Joiner joiner(visit);
   scan(start, bytes, query, [&](const abi::PageRegion& region) {
-    joiner.add({Address{region.start}, Address{region.end}});
+    joiner.add({OwnerAddress{region.start}, OwnerAddress{region.end}});
   });
   joiner.flush();
 }
 
-void Pagemap::populated_by_reading(Address start, std::uint64_t bytes,
+void Pagemap::populated_by_reading(OwnerAddress start, std::uint64_t bytes,
                                    const std::function<void(AddressRange)>& visit) {
   read_entries(start, bytes, abi::kPagemapPresent | abi::kPagemapSwapped, visit);
 }
 
-void Pagemap::read_entries(Address start, std::uint64_t bytes, std::uint64_t any_of,
+void Pagemap::read_entries(OwnerAddress start, std::uint64_t bytes, std::uint64_t any_of,
                            const std::function<void(AddressRange)>& visit) {
   const std::uint64_t page_size = system_page_size();
   constexpr std::size_t kMostEntries = 8192;
@@ -128,16 +134,18 @@ void Pagemap::read_entries(Address start, std::uint64_t bytes, std::uint64_t any
     const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(at_once, end - page));
     const ssize_t got = ::pread(fd_.get(), entries.data(), wanted * sizeof(std::uint64_t),
                                 static_cast<off_t>(page * sizeof(std::uint64_t)));
-    if (got < 0) throw_errno("pread(/proc/self/pagemap)");
+    if (got < 0) throw_errno("pread(/proc/PID/pagemap)");
+    if (got == 0 && owner_) throw owner_->gone("pread(/proc/PID/pagemap)");
     if (got < static_cast<ssize_t>(sizeof(std::uint64_t)))
-      throw SystemError("/proc/self/pagemap ends early", EIO);
+      throw SystemError("/proc/PID/pagemap ends early", EIO);
     const auto read = static_cast<std::uint64_t>(got) / sizeof(std::uint64_t);
     for (std::uint64_t i = 0; i < read; ++i) {
       if ((entries[i] & any_of) == 0) continue;
-      joiner.add({Address{(page + i) * page_size}, Address{(page + i + 1) * page_size}});
+      joiner.add({OwnerAddress{(page + i) * page_size}, OwnerAddress{(page + i + 1) * page_size}});
     }
     page += read;
   }
+  if (owner_) owner_->require("pread(/proc/PID/pagemap)");
   joiner.flush();
 }
 

@@ -1,4 +1,4 @@
-// /proc/self/pagemap: which pages of this process are populated, which were written since they were
+// /proc/PID/pagemap, of this process or another: which pages are populated, which were written since they were
 // write-protected, both by the PAGEMAP_SCAN ioctl (Linux 6.7); the former also by reading the file.
 //
 // Threads: one at a time; the buffer is reused.
@@ -7,17 +7,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "os/address.h"
 #include "os/kernel_abi.h"
+#include "os/process.h"
 #include "os/unique_fd.h"
 
 namespace memferry {
 
 struct AddressRange {
-  Address start;
-  Address end;
+  OwnerAddress start;
+  OwnerAddress end;
   friend bool operator==(const AddressRange&, const AddressRange&) = default;
 };
 
@@ -27,6 +29,9 @@ class Pagemap {
   static constexpr std::size_t kUsualRuns = 64UL * 1024;
   // Throws SystemError (open).
   explicit Pagemap(std::size_t runs_at_once = kUsualRuns);
+  // Of `owner`; of this process when there is none. What is asked throws OwnerGone when it is not there any more: a
+  // scan of an address space that nobody uses finds nothing, and says so without a word.
+  explicit Pagemap(std::shared_ptr<const Process> owner, std::size_t runs_at_once = kUsualRuns);
 
   // True when PAGEMAP_SCAN is there.
   [[nodiscard]] bool can_scan() const;
@@ -44,7 +49,7 @@ class Pagemap {
   // comes again was written again. Throws SystemError (PAGEMAP_SCAN): EPERM when kScanCheckWpAsync finds
   // memory that is not registered. Memory that is not mapped is skipped silently, as the kernel does it.
   template <typename Visit>
-  void scan(Address start, std::uint64_t bytes, const Query& query, Visit visit) {
+  void scan(OwnerAddress start, std::uint64_t bytes, const Query& query, Visit visit) {
     std::uint64_t at = start.value;
     const std::uint64_t end = start.value + bytes;
     while (at < end) {
@@ -52,6 +57,7 @@ class Pagemap {
       for (std::size_t i = 0; i < batch.count; ++i) visit(buffer_[i]);
       at = batch.walk_end;
     }
+    if (owner_) owner_->require("PAGEMAP_SCAN");
   }
 
   // The runs of pages whose content may differ from zeros: present (but for the shared page of zeros, where
@@ -60,14 +66,14 @@ class Pagemap {
   // is_private_anonymous(). Pages that userfaultfd has write-protected while they were empty look swapped
   // out, so that after a tracker was armed this reports too much; DirtyTracker::populated_when_armed() does
   // not.
-  void populated(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+  void populated(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
   // The same without PAGEMAP_SCAN, for kernels before 6.7.
-  void populated_by_reading(Address start, std::uint64_t bytes,
+  void populated_by_reading(OwnerAddress start, std::uint64_t bytes,
                             const std::function<void(AddressRange)>& visit);
 
   // The runs of pages that can be read without waiting for anybody: present, and not the shared page of zeros where the
   // kernel can tell. What is swapped out, missing or poisoned is none. Throws SystemError.
-  void present(Address start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
+  void present(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit);
 
   [[nodiscard]] std::uint64_t buffer_bytes() const { return buffer_.capacity() * sizeof(abi::PageRegion); }
 
@@ -77,9 +83,10 @@ class Pagemap {
     std::uint64_t walk_end = 0;
   };
   Batch scan_once(std::uint64_t start, std::uint64_t end, const Query& query);
-  void read_entries(Address start, std::uint64_t bytes, std::uint64_t any_of,
+  void read_entries(OwnerAddress start, std::uint64_t bytes, std::uint64_t any_of,
                     const std::function<void(AddressRange)>& visit);
 
+  std::shared_ptr<const Process> owner_;  // nullptr: this process
   UniqueFd fd_;
   const std::size_t runs_at_once_;
   std::vector<abi::PageRegion> buffer_;

@@ -1,6 +1,7 @@
 #include "os/process_maps.h"
 
 #include <fcntl.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,14 +34,25 @@ std::optional<MappedArea> parse(std::string_view line) {
   for (int field = 0; field < 4 && at != std::string_view::npos; ++field) {
     at = line.find(' ', at);
     if (at != std::string_view::npos) at = line.find_first_not_of(' ', at);
-    if (field == 2 && at != std::string_view::npos) area.file = line[at] != '0';
+    if (at == std::string_view::npos) break;
+    const char* const here = line.data() + at;
+    if (field == 0) (void)std::from_chars(here, end, area.offset, 16);
+    if (field == 1) {
+      unsigned major = 0;
+      unsigned minor = 0;
+      const auto device = std::from_chars(here, end, major, 16);
+      if (device.ptr != end) (void)std::from_chars(device.ptr + 1, end, minor, 16);
+      area.device = makedev(major, minor);
+    }
+    if (field == 2) (void)std::from_chars(here, end, area.inode);
   }
+  area.file = area.inode != 0;
   if (at != std::string_view::npos) area.name = line.substr(at);
   return area;
 }
 
 template <typename Accept>
-std::uint64_t extent_where(Address start, std::uint64_t limit_bytes, Accept accept) {
+std::uint64_t extent_where(OwnerAddress start, std::uint64_t limit_bytes, const Process* owner, Accept accept) {
   const std::uint64_t limit = start.value + std::min(limit_bytes, ~start.value);
   std::uint64_t reached = start.value;
   for_each_mapped_area([&](const MappedArea& area) {
@@ -48,27 +60,27 @@ std::uint64_t extent_where(Address start, std::uint64_t limit_bytes, Accept acce
     if (area.start.value > reached || !accept(area)) return false;
     reached = std::min(area.end.value, limit);
     return reached < limit;
-  });
+  }, owner);
   return reached - start.value;
 }
 
 }  // namespace
 
-void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit) {
-  const UniqueFd fd(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
-  if (!fd) throw_errno("open(/proc/self/maps)");
+namespace {
+
+void visit_areas(const UniqueFd& fd, const std::function<bool(const MappedArea&)>& visit) {
   std::string text;  // what has been read and not yet visited
   char chunk[16384];
   for (;;) {
     const ssize_t got = ::read(fd.get(), chunk, sizeof chunk);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw_errno("read(/proc/self/maps)");
+    if (got < 0) throw_errno("read(/proc/PID/maps)");
     if (got == 0) return;
     text.append(chunk, static_cast<std::size_t>(got));
     std::size_t from = 0;
     for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n', from)) {
       const std::optional<MappedArea> area = parse(std::string_view(text).substr(from, end - from));
-      if (!area) throw SystemError("/proc/self/maps has a line of an unknown form", EIO);
+      if (!area) throw SystemError("/proc/PID/maps has a line of an unknown form", EIO);
       if (!visit(*area)) return;
       from = end + 1;
     }
@@ -76,17 +88,27 @@ void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit) {
   }
 }
 
-std::uint64_t writable_extent(Address start, std::uint64_t limit_bytes) {
-  return extent_where(start, limit_bytes,
+}  // namespace
+
+void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit, const Process* owner) {
+  const UniqueFd fd = owner != nullptr ? owner->open_file("maps", O_RDONLY)
+                                       : UniqueFd(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
+  if (!fd) throw_errno("open(/proc/self/maps)");
+  visit_areas(fd, visit);
+  if (owner != nullptr) owner->require("read(/proc/PID/maps)");
+}
+
+std::uint64_t writable_extent(OwnerAddress start, std::uint64_t limit_bytes) {
+  return extent_where(start, limit_bytes, nullptr,
                       [](const MappedArea& area) { return area.readable && area.writable; });
 }
 
-std::uint64_t mapped_extent(Address start, std::uint64_t limit_bytes) {
-  return extent_where(start, limit_bytes, [](const MappedArea&) { return true; });
+std::uint64_t mapped_extent(OwnerAddress start, std::uint64_t limit_bytes, const Process* owner) {
+  return extent_where(start, limit_bytes, owner, [](const MappedArea&) { return true; });
 }
 
-bool is_private_anonymous(Address start, std::uint64_t bytes) {
-  return extent_where(start, bytes, [](const MappedArea& area) { return !area.shared && !area.file; }) ==
+bool is_private_anonymous(OwnerAddress start, std::uint64_t bytes, const Process* owner) {
+  return extent_where(start, bytes, owner, [](const MappedArea& area) { return !area.shared && !area.file; }) ==
          bytes;
 }
 

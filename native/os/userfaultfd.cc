@@ -6,8 +6,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <charconv>
+#include <string>
 #include <utility>
 
+#include "os/process.h"
 #include "os/sys_error.h"
 
 namespace memferry {
@@ -15,6 +18,8 @@ namespace memferry {
 namespace {
 
 constexpr int kUserModeOnly = 1;  // UFFD_USER_MODE_ONLY, 5.11
+// In what the kernel tells of a descriptor's features: UFFDIO_API has been called.
+constexpr std::uint64_t kInitialised = 1ULL << 31U;
 
 UniqueFd open_device() {
   UniqueFd device(::open("/dev/userfaultfd", O_RDWR | O_CLOEXEC));
@@ -102,16 +107,43 @@ Userfaultfd Userfaultfd::open(std::uint64_t features, bool allow_user_only) {
     std::uint64_t offered = 0;
     error = handshake(fd.get(), features, offered);
     if (error != 0) return false;
-    opened = Userfaultfd(std::move(fd), scope, offered);
+    opened = Userfaultfd(std::move(fd), scope, offered, features);
     return true;
   };
-  Userfaultfd opened{UniqueFd(), FaultScope::kKernelAndUser, 0};
+  Userfaultfd opened{UniqueFd(), FaultScope::kKernelAndUser, 0, 0};
   if (attempt(open_device(), FaultScope::kKernelAndUser, opened)) return opened;
   if (error == EINVAL) throw SystemError("userfaultfd: features that this kernel lacks", error);
   if (attempt(open_syscall(0), FaultScope::kKernelAndUser, opened)) return opened;
   if (allow_user_only && attempt(open_syscall(kUserModeOnly), FaultScope::kUserOnly, opened)) return opened;
   if (error == EINVAL) throw SystemError("userfaultfd: features that this kernel lacks", error);
   throw SystemError("userfaultfd", error);
+}
+
+// "aa:<enabled features>:<ioctls>", in hexadecimal.
+Userfaultfd Userfaultfd::adopt(int fd, std::uint64_t features) {
+  if (descriptor_name(fd) != "anon_inode:[userfaultfd]") {
+    throw SystemError("descriptor " + std::to_string(fd) + " is no userfaultfd", EBADF);
+  }
+  UniqueFd own = duplicate(fd);
+  const std::string api = descriptor_info(own.get(), "API");
+  std::uint64_t enabled = 0;
+  const std::size_t colon = api.find(':');
+  const char* const end = api.data() + api.size();
+  if (colon == std::string::npos ||
+      std::from_chars(api.data() + colon + 1, end, enabled, 16).ec != std::errc()) {
+    throw SystemError("/proc/self/fdinfo does not tell a userfaultfd's features", ENOTSUP);
+  }
+  std::uint64_t offered = probe().features;
+  if ((enabled & kInitialised) == 0) {
+    const int error = handshake(own.get(), features, offered);
+    if (error == EINVAL) throw SystemError("userfaultfd: features that this kernel lacks", error);
+    if (error != 0) throw SystemError("UFFDIO_API", error);
+    enabled = features;
+  }
+  // poll() on a blocking one says only that it is an error.
+  const int flags = ::fcntl(own.get(), F_GETFL);
+  if (flags < 0 || ::fcntl(own.get(), F_SETFL, flags | O_NONBLOCK) != 0) throw_errno("fcntl(O_NONBLOCK)");
+  return {std::move(own), FaultScope::kKernelAndUser, offered, enabled & ~kInitialised, true};
 }
 
 Userfaultfd::Offer Userfaultfd::probe() {
@@ -128,7 +160,7 @@ Userfaultfd::Offer Userfaultfd::probe() {
   return offer;
 }
 
-std::uint64_t Userfaultfd::register_range(Address start, std::uint64_t bytes, RegisterMode mode) {
+std::uint64_t Userfaultfd::register_range(OwnerAddress start, std::uint64_t bytes, RegisterMode mode) {
   uffdio_register request{};
   request.range = {start.value, bytes};
   request.mode = static_cast<std::uint64_t>(mode);
@@ -140,7 +172,7 @@ std::uint64_t Userfaultfd::register_range(Address start, std::uint64_t bytes, Re
   return request.ioctls;
 }
 
-bool Userfaultfd::unregister(Address start, std::uint64_t bytes) {
+bool Userfaultfd::unregister(OwnerAddress start, std::uint64_t bytes) {
   uffdio_range range{start.value, bytes};
   if (::ioctl(fd_.get(), UFFDIO_UNREGISTER, &range) == 0) return true;
   // EINVAL and ENOMEM: nothing is mapped there. ESRCH: the process is ending.
@@ -148,7 +180,7 @@ bool Userfaultfd::unregister(Address start, std::uint64_t bytes) {
   throw_errno("UFFDIO_UNREGISTER");
 }
 
-PageResult Userfaultfd::copy(Address to, const std::byte* from, std::uint64_t bytes, bool wake,
+PageResult Userfaultfd::copy(OwnerAddress to, const std::byte* from, std::uint64_t bytes, bool wake,
                              bool write_protect) {
   const std::uint64_t mode =
       (wake ? 0 : UFFDIO_COPY_MODE_DONTWAKE) | (write_protect ? UFFDIO_COPY_MODE_WP : 0);
@@ -163,7 +195,7 @@ PageResult Userfaultfd::copy(Address to, const std::byte* from, std::uint64_t by
   });
 }
 
-PageResult Userfaultfd::zeropage(Address start, std::uint64_t bytes, bool wake) {
+PageResult Userfaultfd::zeropage(OwnerAddress start, std::uint64_t bytes, bool wake) {
   return install(bytes, "UFFDIO_ZEROPAGE", [&](std::uint64_t done, std::uint64_t rest) -> Answer {
     uffdio_zeropage request{};
     request.range = {start.value + done, rest};
@@ -173,7 +205,7 @@ PageResult Userfaultfd::zeropage(Address start, std::uint64_t bytes, bool wake) 
   });
 }
 
-PageResult Userfaultfd::move(Address to, Address from, std::uint64_t bytes, bool wake) {
+PageResult Userfaultfd::move(OwnerAddress to, OwnerAddress from, std::uint64_t bytes, bool wake) {
   return install(bytes, "UFFDIO_MOVE", [&](std::uint64_t done, std::uint64_t rest) -> Answer {
     abi::UffdioMove request{};
     request.dst = to.value + done;
@@ -185,7 +217,7 @@ PageResult Userfaultfd::move(Address to, Address from, std::uint64_t bytes, bool
   });
 }
 
-PageResult Userfaultfd::poison(Address start, std::uint64_t bytes, bool wake) {
+PageResult Userfaultfd::poison(OwnerAddress start, std::uint64_t bytes, bool wake) {
   return install(bytes, "UFFDIO_POISON", [&](std::uint64_t done, std::uint64_t rest) -> Answer {
     abi::UffdioPoison request{};
     request.range = {start.value + done, rest};
@@ -195,7 +227,7 @@ PageResult Userfaultfd::poison(Address start, std::uint64_t bytes, bool wake) {
   });
 }
 
-PageResult Userfaultfd::write_protect(Address start, std::uint64_t bytes, bool protect, bool wake) {
+PageResult Userfaultfd::write_protect(OwnerAddress start, std::uint64_t bytes, bool protect, bool wake) {
   uffdio_writeprotect request{};
   request.range = {start.value, bytes};
   // The kernel refuses DONTWAKE together with WP: protecting wakes nobody anyway.
@@ -206,9 +238,10 @@ PageResult Userfaultfd::write_protect(Address start, std::uint64_t bytes, bool p
   return result;
 }
 
-void Userfaultfd::wake(Address start, std::uint64_t bytes) {
+void Userfaultfd::wake(OwnerAddress start, std::uint64_t bytes) {
   uffdio_range range{start.value, bytes};
-  if (::ioctl(fd_.get(), UFFDIO_WAKE, &range) != 0) throw_errno("UFFDIO_WAKE");
+  // ESRCH: who waited is gone.
+  if (::ioctl(fd_.get(), UFFDIO_WAKE, &range) != 0 && errno != ESRCH) throw_errno("UFFDIO_WAKE");
 }
 
 std::size_t Userfaultfd::read_events(std::span<uffd_msg> into) {

@@ -1,19 +1,20 @@
 #include "page/region.h"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <utility>
 
 #include "os/mapping.h"
+#include "os/process_maps.h"
 
 namespace memferry {
 
-namespace {
-
-void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
-                   std::uint64_t page_size) {
+void Region::check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
+                           std::uint64_t page_size) {
   if (extents.empty()) throw std::invalid_argument("a region needs at least one extent");
   std::vector<Extent> sorted;
   for (const Extent& extent : extents) {
@@ -41,8 +42,6 @@ void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_by
   }
 }
 
-}  // namespace
-
 std::shared_ptr<Region> Region::allocate(std::uint64_t bytes) {
   if (bytes == 0 || bytes % system_page_size() != 0) {
     throw std::invalid_argument("a region's length must be whole pages");
@@ -55,10 +54,10 @@ std::shared_ptr<Region> Region::allocate(std::uint64_t bytes) {
 
 std::shared_ptr<Region> Region::adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes) {
   check_extents(extents, capacity_bytes, system_page_size());
-  return std::shared_ptr<Region>(new Region(std::move(extents), capacity_bytes, false));
+  return std::shared_ptr<Region>(new Region(extents, capacity_bytes, false));
 }
 
-Region::Region(std::vector<Extent> extents, std::uint64_t capacity_bytes, bool owned)
+Region::Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned)
     : page_size_(system_page_size()), owned_(owned) {
   const std::uint64_t growth_bytes = capacity_bytes - extents.back().bytes;
   // Neighbours become one, so that runs across their border stay contiguous.
@@ -79,7 +78,7 @@ Region::Region(std::vector<Extent> extents, std::uint64_t capacity_bytes, bool o
 }
 
 Region::~Region() {
-  if (owned_) ::munmap(extents_.front().start.pointer(), extents_.front().bytes);
+  if (owned_) ::munmap(Address{extents_.front().start.value}.pointer(), extents_.front().bytes);
 }
 
 bool Region::claim() {
@@ -133,24 +132,34 @@ std::size_t Region::extent_of(PageNumber page) const {
   return static_cast<std::size_t>(after - first_page_.begin()) - 1;
 }
 
-Address Region::address(PageNumber page) const {
+OwnerAddress Region::owner_address(PageNumber page) const {
   if (page.value >= pages()) throw std::out_of_range("page outside the region");
   const std::size_t index = extent_of(page);
   return extents_[index].start.plus((page.value - first_page_[index]) * page_size_);
 }
 
-std::span<std::byte> Region::contiguous(PageRun run) const {
+Address Region::address(PageNumber page) const { return Address::of(contiguous({page, 1}).data()); }
+
+PageRun Region::contiguous_run(PageRun run) const {
   const std::uint64_t now = pages();
   if (run.first.value >= now) throw std::out_of_range("page outside the region");
   const std::size_t index = extent_of(run.first);
   const std::uint64_t end = index + 1 < first_page_.size() ? first_page_[index + 1] : now;
-  const std::uint64_t count = std::min(run.count, end - run.first.value);
-  std::byte* start =
-      extents_[index].start.plus((run.first.value - first_page_[index]) * page_size_).pointer();
-  return {start, static_cast<std::size_t>(count * page_size_)};
+  return {run.first, std::min(run.count, end - run.first.value)};
 }
 
-std::optional<PageNumber> Region::page_at(Address address) const {
+std::span<std::byte> Region::contiguous(PageRun run) const {
+  const PageRun part = contiguous_run(run);
+  const auto bytes = static_cast<std::size_t>(part.count * page_size_);
+  if (!owner_) return {Address{owner_address(part.first).value}.pointer(), bytes};
+  if (!viewed_.load(std::memory_order_acquire))
+    throw std::logic_error("private memory of another process has no view");
+  const std::size_t index = extent_of(part.first);
+  std::byte* const base = memory_ ? views_[index].data() : views_.front().data() + first_page_[index] * page_size_;
+  return {base + (part.first.value - first_page_[index]) * page_size_, bytes};
+}
+
+std::optional<PageNumber> Region::page_at(OwnerAddress address) const {
   for (std::size_t i = 0; i < extents_.size(); ++i) {
     if (address < extents_[i].start) continue;
     const std::uint64_t page = (address.value - extents_[i].start.value) / page_size_;

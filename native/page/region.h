@@ -1,5 +1,13 @@
-// A region: memory that can move. Page-aligned extents of this process, one page size, numbered as one
-// sequence of pages. Whoever owns the memory (our own mapping, or V8 through a pinned JavaScript object)
+// A region: memory that can move. Page-aligned extents of one process, this one or another, one page size, numbered as
+// one sequence of pages.
+//
+// Two kinds of addresses: the *owner's* (extents(), owner_address(), page_at()), which trackers and pagers name to the
+// kernel, and the *view* (contiguous(), address()), where the bytes are read and written in this process. They are the
+// same where this process owns the memory. A shared file that another process has mapped is mapped here once more.
+// Private memory of another process has no view: it is read by RegionReader, and a receiver may give it a waiting room
+// (stage()), where pages wait until the pager installs them.
+//
+// Whoever owns the memory (our own mapping, or V8 through a pinned JavaScript object)
 // calls retire() before it goes away; retire() stops every native user first, so that no native thread
 // ever touches memory that has been unmapped.
 //
@@ -15,16 +23,20 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "os/mapping.h"
+#include "os/process.h"
 #include "os/sys_error.h"
+#include "os/userfaultfd.h"
 #include "page/range.h"
 
 namespace memferry {
 
 struct Extent {
-  Address start;
+  OwnerAddress start;
   std::uint64_t bytes = 0;  // a multiple of the page size
 };
 
@@ -46,6 +58,17 @@ class Region : public std::enable_shared_from_this<Region> {
   // own start (>= its bytes): a WebAssembly memory.
   static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes);
 
+  // Memory of another process. Throws std::invalid_argument; SystemError: ENOMEM when part of it is not mapped there,
+  // or not as it is said; OwnerGone.
+  struct Attachment {
+    std::shared_ptr<Process> owner;
+    std::vector<Extent> extents;         // the owner's addresses; all of it mapped readable and writable
+    std::optional<Userfaultfd> uffd;     // made by the owner for its memory: to track by it, to page by it
+    UniqueFd memory;                     // the file that is mapped there, shared; none: private memory
+    std::vector<std::uint64_t> offsets;  // of each extent in that file
+  };
+  static std::shared_ptr<Region> attach(Attachment attachment);
+
   ~Region();
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
@@ -59,18 +82,35 @@ class Region : public std::enable_shared_from_this<Region> {
   // std::invalid_argument). Its memory is already there: V8 has grown it in place.
   void grow(std::uint64_t pages);
 
-  // Extents as they are now.
+  // nullptr when this process owns the memory.
+  [[nodiscard]] const std::shared_ptr<Process>& owner() const { return owner_; }
+  // Of attached memory, nullptr where it has none.
+  [[nodiscard]] Userfaultfd* uffd() { return uffd_ ? &*uffd_ : nullptr; }
+  // Attached, and without a file that could be mapped here.
+  [[nodiscard]] bool remote() const { return owner_ && !memory_; }
+  // Gives remote memory a waiting room as its view, zeros; twice is fine. Throws SystemError.
+  void stage();
+  // Where the memory is a file with holes: visits the runs of pages of `run` that are none, in order. False, and no visit,
+  // when there is no such file.
+  bool file_content(PageRun run, const std::function<void(PageRun)>& found) const;
+  // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (ENOMEM).
+  void check_attached(const char* operation) const;
+
+  // Extents as they are now, in the owner's addresses.
   [[nodiscard]] std::vector<Extent> extents() const;
   // The same with the last one as long as it may become.
   [[nodiscard]] std::vector<Extent> capacity_extents() const;
 
-  // The address of a page; `page` < pages(), else std::out_of_range.
+  // Where a page is, here and at its owner's; `page` < pages(), else std::out_of_range.
   [[nodiscard]] Address address(PageNumber page) const;
-  // The pages of `run` that are contiguous in memory, from its first on. The run's first page must be
-  // inside the region, else std::out_of_range; the span never leaves it.
+  [[nodiscard]] OwnerAddress owner_address(PageNumber page) const;
+  // The pages of `run` that are contiguous in memory (in the view and at the owner's), from its first on. The run's
+  // first page must be inside the region, else std::out_of_range; the result never leaves it.
+  [[nodiscard]] PageRun contiguous_run(PageRun run) const;
+  // The same as the bytes of the view; std::logic_error when there is none.
   [[nodiscard]] std::span<std::byte> contiguous(PageRun run) const;
   // The page that holds `address`, if the region does (up to its capacity).
-  [[nodiscard]] std::optional<PageNumber> page_at(Address address) const;
+  [[nodiscard]] std::optional<PageNumber> page_at(OwnerAddress address) const;
 
   // Native code that touches the memory registers `stop` and keeps the returned token while it may touch.
   // `stop` is called at most once, by retire(), from retire()'s thread, and must return only when the user's
@@ -112,7 +152,10 @@ class Region : public std::enable_shared_from_this<Region> {
   void end_arrival() { arrivals_.fetch_sub(1); }
 
  private:
-  Region(std::vector<Extent> extents, std::uint64_t capacity_bytes, bool owned);
+  Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes, bool owned);
+  explicit Region(Attachment attachment);
+  static void check_extents(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
+                            std::uint64_t page_size);
   [[nodiscard]] std::size_t extent_of(PageNumber page) const;
   [[nodiscard]] std::vector<Extent> extents_for(std::uint64_t pages) const;
 
@@ -120,6 +163,15 @@ class Region : public std::enable_shared_from_this<Region> {
   const bool owned_;                       // unmapped by the destructor
   std::vector<Extent> extents_;            // as at first: the last one's length now follows from pages_
   std::vector<std::uint64_t> first_page_;  // of each extent
+  // Of memory of another process.
+  std::shared_ptr<Process> owner_;
+  std::optional<Userfaultfd> uffd_;
+  UniqueFd memory_;
+  bool has_holes_ = false;  // SEEK_DATA says where its content is
+  std::vector<std::uint64_t> offsets_;  // of each extent in memory_
+  std::vector<Mapping> views_;          // of each extent, or one waiting room for all
+  std::atomic<bool> viewed_{true};
+  std::mutex stage_mutex_;  // guards the making of a waiting room
   std::uint64_t capacity_pages_ = 0;
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<bool> retired_{false};

@@ -106,6 +106,8 @@ bool PageSampler::glance(const std::shared_ptr<Region>& region, const Look& look
     return true;
   } catch (const RegionGone&) {
     return false;
+  } catch (const OwnerGone&) {
+    return false;
   }
 }
 
@@ -114,9 +116,10 @@ bool PageSampler::anything_in(const std::shared_ptr<Region>& region, std::uint64
   (void)glance(region, [&](const RegionUse&) {
     const std::uint64_t end = std::min(first + kChunkPages, region->pages());
     for (std::uint64_t at = first; at < end && !any;) {
-      const std::span<std::byte> part = region->contiguous({PageNumber{at}, end - at});
-      pagemap_.present(Address::of(part.data()), part.size(), [&](AddressRange) { any = true; });
-      at += part.size() / region->page_size();
+      const PageRun part = region->contiguous_run({PageNumber{at}, end - at});
+      pagemap_.of(*region).present(region->owner_address(part.first), part.count * region->page_size(),
+                                   [&](AddressRange) { any = true; });
+      at += part.count;
     }
   });
   return any;
@@ -127,13 +130,14 @@ void PageSampler::look(std::uint32_t index, const std::shared_ptr<Region>& regio
   Watched& watched = watched_[index];
   (void)glance(region, [&](const RegionUse& use) {
     for (PageNumber at = run.first; at < run.end();) {
-      const std::span<std::byte> part = region->contiguous({at, run.end().value - at.value});
-      const Address start = Address::of(part.data());
-      pagemap_.present(start, part.size(), [&](AddressRange range) {
-        for (Address each = range.start; each < range.end && !use.revoked();
+      const PageRun part = region->contiguous_run({at, run.end().value - at.value});
+      const OwnerAddress start = region->owner_address(part.first);
+      pagemap_.of(*region).present(start, part.count * region->page_size(), [&](AddressRange range) {
+        for (OwnerAddress each = range.start; each < range.end && !use.revoked();
              each = each.plus(region->page_size())) {
           const PageNumber page{at.value + (each.value - start.value) / region->page_size()};
-          const RacyView view({each.pointer(), static_cast<std::size_t>(region->page_size())});
+          reader_.reset();
+          const RacyView view(reader_.read(*region, {page, 1}));
           if (is_zero(view.bytes())) {
             ++zeros_;
             continue;
@@ -149,7 +153,7 @@ void PageSampler::look(std::uint32_t index, const std::shared_ptr<Region>& regio
           *before = sampled.name[0];
         }
       });
-      at.value += part.size() / region->page_size();
+      at.value += part.count;
     }
   });
 }
@@ -187,8 +191,9 @@ bool PageSampler::give(const SampledPage& sampled) {
   bool same = false;
   if (region)
     (void)glance(region, [&](const RegionUse&) {
-      const std::span<std::byte> part = region->contiguous({sampled.page, 1});
-      pagemap_.present(Address::of(part.data()), part.size(), [&](AddressRange) {
+      pagemap_.of(*region).present(region->owner_address(sampled.page), region->page_size(), [&](AddressRange) {
+        reader_.reset();
+        const std::span<const std::byte> part = reader_.read(*region, {sampled.page, 1});
         racy_copy(page_.data(), part.data(), part.size());
         const ContentDigest digest = hasher_(page_);
         same = std::memcmp(digest.data(), sampled.name.data(), sizeof sampled.name) == 0;

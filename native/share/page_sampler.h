@@ -20,7 +20,8 @@
 #include <span>
 #include <vector>
 
-#include "os/pagemap.h"
+#include "page/contents.h"
+#include "page/region_reader.h"
 #include "os/worker_thread.h"
 #include "page/content_hash.h"
 #include "page/region.h"
@@ -109,7 +110,8 @@ class PageSampler {
   SamplerConfig config_;
   const ContentHasher hasher_;
   // The thread's own:
-  Pagemap pagemap_;
+  OwnerPagemap pagemap_;
+  RegionReader reader_;
   CpuShare share_;
   std::vector<Watched> watched_;
   std::uint64_t chunks_ = 0;

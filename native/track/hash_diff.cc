@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "os/process_maps.h"
 #include "page/hash.h"
 
 namespace memferry {
@@ -44,35 +43,25 @@ void HashDiffTracker::hash_range(const RegionUse& use, std::uint64_t first, std:
   const auto hash_pages_of = [&](std::uint64_t from, std::uint64_t to) {
     while (from < to) {
       if (use.revoked()) throw RegionGone("hash-diff");
-      const auto bytes = region_->contiguous({PageNumber{from}, std::min(kPagesAtOnce, to - from)});
+      reader_.reset();
+      const auto bytes = reader_.read(*region_, {PageNumber{from}, std::min(kPagesAtOnce, to - from)});
       const std::uint64_t count = bytes.size() / page_size;
       hash_pages(bytes, page_size, hashes);
       for (std::uint64_t i = 0; i < count; ++i) visit(from + i, hashes[i]);
       from += count;
     }
   };
-  while (first < end) {
-    const auto part = region_->contiguous({PageNumber{first}, end - first});
-    const Address start = Address::of(part.data());
-    const std::uint64_t part_end = first + part.size() / page_size;
-    if (!is_private_anonymous(start, part.size())) {
-      hash_pages_of(first, part_end);
-    } else {
-      // A page that the scan finds empty is zeros at that moment, which lies within this call.
-      std::uint64_t at = first;
-      const auto zeros_up_to = [&](std::uint64_t to) {
-        for (; at < to; ++at) visit(at, zero_page_hash_);
-      };
-      pagemap_.populated(start, part.size(), [&](AddressRange range) {
-        zeros_up_to(first + (range.start.value - start.value) / page_size);
-        const std::uint64_t to = first + (range.end.value - start.value) / page_size;
-        hash_pages_of(at, to);
-        at = to;
-      });
-      zeros_up_to(part_end);
-    }
-    first = part_end;
-  }
+  // A page that is found empty is zeros at that moment, which lies within this call.
+  std::uint64_t at = first;
+  const auto zeros_up_to = [&](std::uint64_t to) {
+    for (; at < to; ++at) visit(at, zero_page_hash_);
+  };
+  contents_.visit(*region_, {PageNumber{first}, end - first}, [&](PageRun run) {
+    zeros_up_to(run.first.value);
+    hash_pages_of(at, run.end().value);
+    at = run.end().value;
+  });
+  zeros_up_to(end);
 }
 
 void HashDiffTracker::arm() {

@@ -14,7 +14,8 @@
 #include <optional>
 
 #include "os/mapping.h"
-#include "os/pagemap.h"
+#include "page/contents.h"
+#include "page/region_reader.h"
 #include "track/dirty_tracker.h"
 
 namespace memferry {
@@ -38,7 +39,8 @@ class HashDiffTracker final : public DirtyTracker {
 
   const std::shared_ptr<Region> region_;
   const std::uint64_t zero_page_hash_;
-  Pagemap pagemap_;
+  Contents contents_;
+  RegionReader reader_;
   // 8 bytes a page of the capacity; a mapping, so that what the region never grows to costs nothing.
   Mapping baselines_;
   bool armed_ = false;

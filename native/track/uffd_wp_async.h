@@ -3,7 +3,10 @@
 // again, atomically for each page.
 //
 // What it does not see: io_uring's READ_FIXED into pinned buffers, and writes to shared memory through
-// another mapping; so it refuses memory that is not private and anonymous.
+// another mapping; so it refuses memory of this process that is not private and anonymous. Of attached memory, which may
+// be shared with this process, whoever attaches it says that its owner alone writes it, by these addresses.
+//
+// Attached memory is tracked by the userfaultfd that came with it, which must have been made with WP_ASYNC.
 #pragma once
 
 #include <memory>
@@ -11,6 +14,7 @@
 #include <vector>
 
 #include "os/pagemap.h"
+#include "page/contents.h"
 #include "os/userfaultfd.h"
 #include "track/dirty_tracker.h"
 
@@ -31,13 +35,17 @@ class UffdWpAsyncTracker final : public DirtyTracker {
  private:
   void register_memory();
   void register_up_to(std::uint64_t pages);
+  void look_for_content(std::uint64_t pages);
+  void check_still_mapped(OwnerAddress start, std::uint64_t bytes) const;
+  [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
   template <typename Visit>
   void protect(std::uint64_t first, std::uint64_t end, std::uint64_t return_mask, Visit visit);
 
   const std::shared_ptr<Region> region_;
   Pagemap pagemap_;
-  std::optional<Userfaultfd> uffd_;  // armed while it is there
+  std::optional<Userfaultfd> uffd_;  // of this process's own memory, armed while it is there
+  bool armed_ = false;
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;
   std::unique_ptr<AtomicBitmap> populated_;

@@ -27,9 +27,7 @@ bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
       continue;
     }
     for (PageRun left = chunk->run; left.count > 0;) {
-      const auto bytes = queue_.region(chunk->region)->contiguous(left);
-      const PageRun piece{left.first, bytes.size() / page_size_};
-      frames_.add(chunk->region, piece.first, bytes, 0, on_hash);
+      const PageRun piece = frames_.add(chunk->region, *queue_.region(chunk->region), left, 0, on_hash);
       left = PageRun{piece.end(), left.count - piece.count};
     }
     pages += chunk->run.count;
@@ -51,23 +49,14 @@ void ChunkGatherer::gather_untouched(const SendQueue::Chunk& chunk, const PageFr
     }
   };
   if (chunk.tracked) return add_zeros(chunk.run);
-  if (!pagemap_) pagemap_.emplace();
-  for (PageRun left = chunk.run; left.count > 0;) {
-    const auto bytes = queue_.region(chunk.region)->contiguous(left);
-    const PageRun piece{left.first, bytes.size() / page_size_};
-    const Address start = Address::of(bytes.data());
-    PageNumber at = piece.first;
-    pagemap_->populated(start, bytes.size(), [&](AddressRange range) {
-      const PageRun touched{PageNumber{piece.first.value + (range.start.value - start.value) / page_size_},
-                            (range.end.value - range.start.value) / page_size_};
-      gave_back_ = true;
-      queue_.put_back({chunk.region, touched, false, false});
-      add_zeros({at, touched.first.value - at.value});
-      at = touched.end();
-    });
-    add_zeros({at, piece.end().value - at.value});
-    left = PageRun{piece.end(), left.count - piece.count};
-  }
+  PageNumber at = chunk.run.first;
+  contents_.visit(*queue_.region(chunk.region), chunk.run, [&](PageRun touched) {
+    gave_back_ = true;
+    queue_.put_back({chunk.region, touched, false, false});
+    add_zeros({at, touched.first.value - at.value});
+    at = touched.end();
+  }, true);
+  add_zeros({at, chunk.run.end().value - at.value});
 }
 
 }  // namespace memferry

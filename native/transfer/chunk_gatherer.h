@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "os/pagemap.h"
+#include "page/contents.h"
 #include "transfer/send_pages.h"
 #include "transfer/send_queue.h"
 #include "wire/pacer.h"
@@ -36,7 +36,7 @@ class ChunkGatherer {
   const std::uint64_t page_size_;
   PageFrames frames_;
   bool gave_back_ = false;
-  std::optional<Pagemap> pagemap_;  // opened when the first untouched run comes
+  Contents contents_;
 };
 
 }  // namespace memferry

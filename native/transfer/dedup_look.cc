@@ -101,7 +101,8 @@ void Scatter::Dedup::pick(std::uint64_t most) {
       ++looked;
       const PageRun run{at_page_, 1};
       regions_[at_region_]->examined.set(at_page_);
-      const auto bytes = scatter_.shared_.queue.region(at_region_)->contiguous(run);
+      reader_.reset();
+      const auto bytes = reader_.read(*scatter_.shared_.queue.region(at_region_), run);
       ++at_page_.value;
       Deferred picked;
       picked.page.region = at_region_;

@@ -55,9 +55,8 @@ std::string Sender::Impl::answer_fault(Epoch& of, const wire::FrameHeader& reque
       result = sent.result;
     };
     for (bool first = true; left.count > 0 && result.done(); first = false) {
-      const auto bytes = region->contiguous(first ? PageRun{page, 1} : left);
-      const PageRun piece{left.first, bytes.size() / page_size};
-      frames.add(request.region, piece.first, bytes, first ? wire::kFlagAnswer : 0, on_hash);
+      const PageRun piece = frames.add(request.region, *region, first ? PageRun{page, 1} : left,
+                                       first ? wire::kFlagAnswer : 0, on_hash);
       left = PageRun{piece.end(), left.count - piece.count};
       if (first) send();
     }

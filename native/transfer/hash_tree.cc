@@ -50,7 +50,7 @@ void HashTree::hash(std::uint64_t node, const AtomicBitmap* untouched) {
     while (at < read_to) {
       const std::uint64_t most = copy_.size() / page_size_;
       const PageRun piece{at, std::min(most, read_to.value - at.value)};
-      const std::uint64_t got = region_->contiguous(piece).size() / page_size_;
+      const std::uint64_t got = region_->contiguous_run(piece).count;
       hash_piece({at, got});
       at = PageNumber{at.value + got};
     }
@@ -65,7 +65,8 @@ void HashTree::hash(std::uint64_t node, const AtomicBitmap* untouched) {
 }
 
 void HashTree::hash_piece(PageRun run) {
-  const std::span<std::byte> memory = region_->contiguous(run);
+  reader_.reset();
+  const std::span<const std::byte> memory = reader_.read(*region_, run);
   racy_copy(copy_.data(), memory.data(), memory.size());
   const std::span<const std::byte> bytes(copy_.data(), memory.size());
   hasher_.pages(bytes, page_size_, &hashes_[run.first.value]);

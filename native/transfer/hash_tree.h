@@ -17,7 +17,7 @@
 
 #include "page/bitmap.h"
 #include "page/keyed_hash.h"
-#include "page/region.h"
+#include "page/region_reader.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -62,6 +62,7 @@ class HashTree {
   const std::uint64_t page_size_;
   KeyedHasher hasher_;
   std::vector<std::byte> copy_;
+  RegionReader reader_;
   KeyedHash zero_hash_{};
   std::uint64_t zero_xxh3_ = 0;
   std::unique_ptr<KeyedHash[]> hashes_;  // not touched before their nodes are hashed

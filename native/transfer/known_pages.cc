@@ -180,6 +180,7 @@ bool KnownPages::Memory::has(std::uint32_t region, PageNumber page) const {
 }
 
 bool KnownPages::Memory::read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const {
+  if (maps[region]->region().remote()) return false;  // its waiting room is left as pages go to their owner
   const auto bytes = maps[region]->region().contiguous({page, 1});
   return copy_own_memory(bytes.data(), into.first(bytes.size()));
 }

@@ -222,6 +222,7 @@ class Scatter::Dedup {
   std::vector<wire::KnownHolders> answers_;
   std::uint64_t next_tag_ = 1;
   std::uint32_t at_region_ = 0;
+  RegionReader reader_;
   PageNumber at_page_{0};
   std::uint64_t placed_in_ = 0;  // the round
   Mapping twins_;

@@ -145,6 +145,7 @@ void Scatter::release_settled() {
     for (const RegionRun& each : once) {
       const auto& region = shared_.queue.region(each.region);
       std::unique_ptr<Discarder>& own = discarders_[each.region];
+      if (region->remote()) continue;  // nobody can drop another process's private memory
       // Once a region: finding out how it is mapped reads the maps of the whole process.
       if (!own) own = std::make_unique<Discarder>(backing_of(*region));
       Discarder& discarder = *own;

@@ -34,7 +34,7 @@ PageFrames::PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> enc
 std::uint64_t PageFrames::memory_bytes() const {
   return hashes_.size() * sizeof hashes_[0] + headers_.capacity() * sizeof(wire::FrameHeader) +
          buffers_.capacity() * sizeof(iovec) + runs_.capacity() * sizeof(RegionRun) +
-         digests_.capacity() * sizeof(ContentDigest) + (encoder_ ? encoder_->memory_bytes() : 0) +
+         digests_.capacity() * sizeof(ContentDigest) + reader_.memory_bytes() + (encoder_ ? encoder_->memory_bytes() : 0) +
          (referrer_ ? referrer_->memory_bytes() : 0);
 }
 
@@ -44,6 +44,7 @@ void PageFrames::start_batch() {
   content_pages_ = zero_pages_ = referred_pages_ = plain_on_wire_ = 0;
   digests_used_ = 0;
   views_.clear();
+  reader_.reset();
   headers_.clear();
   buffers_.clear();
   runs_.clear();
@@ -137,6 +138,14 @@ void PageFrames::add_references(std::uint32_t region, PageRun run, std::span<con
 // Hashed first and compared with zeros only where the hash says so: most pages are not zeros, and looking at
 // each before hashing it costs a cache miss a page. A page that a guest writes between the two fails its
 // checksum at the destination, like every torn copy.
+PageRun PageFrames::add(std::uint32_t region, const Region& memory, PageRun run, std::uint16_t flags,
+                        const OnHash& on_hash) {
+  if (sent_) start_batch();
+  const std::span<const std::byte> bytes = reader_.read(memory, run);
+  add(region, run.first, bytes, flags, on_hash);
+  return {run.first, bytes.size() / page_size_};
+}
+
 void PageFrames::add(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes,
                      std::uint16_t flags, const OnHash& on_hash) {
   if (sent_) start_batch();

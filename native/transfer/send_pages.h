@@ -16,6 +16,7 @@
 
 #include "page/racy_read.h"
 #include "page/range.h"
+#include "page/region_reader.h"
 #include "transfer/events.h"
 #include "transfer/page_encoder.h"
 #include "transfer/page_referrer.h"
@@ -37,6 +38,8 @@ class PageFrames {
   // must stay where they are until send(). `flags` goes into every frame. `on_hash`, if any, sees every page.
   void add(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes, std::uint16_t flags,
            const OnHash& on_hash);
+  // The same of `memory`, for the pages of `run` that are contiguous there; gives those. Throws SystemError, OwnerGone.
+  PageRun add(std::uint32_t region, const Region& memory, PageRun run, std::uint16_t flags, const OnHash& on_hash);
   // One kZero frame of any length, for pages that were never touched.
   void add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash);
 
@@ -100,6 +103,7 @@ class PageFrames {
   std::size_t used_ = 0;  // of hashes_; a zero run counts as one page
   bool sent_ = true;      // the next add() begins a new batch
   std::deque<RacyView> views_;
+  RegionReader reader_;
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
   std::vector<RegionRun> runs_;

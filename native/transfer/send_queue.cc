@@ -4,28 +4,7 @@
 #include <bit>
 #include <stdexcept>
 
-#include "os/process_maps.h"
-
 namespace memferry {
-namespace {
-
-// Memory in which a page that is not in this process's page table reads as zeros: private and anonymous.
-// A shared mapping may have been filled through another one, a file's pages come from the file.
-std::vector<AddressRange> zero_fill_ranges(Address start, std::uint64_t bytes) {
-  std::vector<AddressRange> ranges;
-  const Address end = start.plus(bytes);
-  for_each_mapped_area([&](const MappedArea& area) {
-    if (area.start >= end) return false;
-    const bool anonymous = area.name.empty() || area.name.front() == '[';
-    if (area.end > start && anonymous && !area.shared) {
-      ranges.push_back({std::max(area.start, start), std::min(area.end, end)});
-    }
-    return true;
-  });
-  return ranges;
-}
-
-}  // namespace
 
 SendQueue::Entry::Entry(std::shared_ptr<Region> r)
     : region(std::move(r)),
@@ -137,25 +116,12 @@ void SendQueue::mark_all(std::uint32_t region) {
   entry.known_pages.store(pages, std::memory_order_release);
 }
 
-void SendQueue::mark_untouched(std::uint32_t region, Pagemap& pagemap) {
+void SendQueue::mark_untouched(std::uint32_t region, Contents& contents) {
   Entry& entry = *entries_[region];
-  const std::uint64_t pages = entry.region->pages();
-  const std::uint64_t page_size = entry.region->page_size();
+  const PageRun all{PageNumber{0}, entry.region->pages()};
   forget_untouched(region);
-  for (PageNumber at{0}; at.value < pages;) {
-    const auto piece = entry.region->contiguous(PageRun{at, pages - at.value});
-    const Address start = Address::of(piece.data());
-    const auto pages_of = [&](AddressRange range) {
-      return PageRun{PageNumber{at.value + (range.start.value - start.value) / page_size},
-                     (range.end.value - range.start.value) / page_size};
-    };
-    for (const AddressRange& range : zero_fill_ranges(start, piece.size())) {
-      entry.untouched.set_run(pages_of(range));
-    }
-    pagemap.populated(start, piece.size(),
-                      [&](AddressRange range) { entry.untouched.clear_run(pages_of(range)); });
-    at.value += piece.size() / page_size;
-  }
+  entry.untouched.set_run(all);
+  contents.visit(*entry.region, all, [&](PageRun run) { entry.untouched.clear_run(run); });
 }
 
 void SendQueue::mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated) {

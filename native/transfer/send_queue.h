@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "os/pagemap.h"
+#include "page/contents.h"
 #include "page/bitmap.h"
 #include "page/region.h"
 #include "transfer/events.h"
@@ -66,7 +66,7 @@ class SendQueue {
   // Every page pending, none known to be untouched.
   void mark_all(std::uint32_t region);
   // Which pages were never touched, and nothing else.
-  void mark_untouched(std::uint32_t region, Pagemap& pagemap);
+  void mark_untouched(std::uint32_t region, Contents& contents);
   // The same as an armed tracker knows it; good until what it has seen is collected: forget_untouched().
   void mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated);
   void forget_untouched(std::uint32_t region);

@@ -194,7 +194,7 @@ void Sender::queue_populated() {
   impl_->require_between_rounds("queue_populated()");
   const TouchGate::Pass pass(impl_->gate);
   if (!pass) throw RegionGone("queue_populated");
-  if (!impl_->pagemap) impl_->pagemap.emplace();
+  if (!impl_->contents) impl_->contents.emplace();
   for (std::uint32_t i = 0; i < impl_->queue.regions(); ++i) {
     const auto& tracker = impl_->config.trackers[i];
     const AtomicBitmap* populated = tracker ? tracker->populated_when_armed() : nullptr;
@@ -202,7 +202,7 @@ void Sender::queue_populated() {
     if (populated != nullptr) {
       impl_->queue.mark_untouched_outside(i, *populated);
     } else {
-      impl_->queue.mark_untouched(i, *impl_->pagemap);
+      impl_->queue.mark_untouched(i, *impl_->contents);
     }
   }
 }
@@ -308,11 +308,13 @@ Hash128 Sender::digest(std::uint32_t region_index) const {
         impl_->scatter->whereabouts().hashes(region_index).first(static_cast<std::size_t>(pages))));
   }
   std::vector<std::uint64_t> hashes(static_cast<std::size_t>(pages));
+  RegionReader reader;
   const std::uint64_t piece_pages = std::max<std::uint64_t>(1, kDigestPieceBytes / impl_->page_size);
   for (PageNumber at{0}; at.value < pages;) {
     const TouchGate::Pass pass(impl_->gate);
     if (!pass) throw RegionGone("digest");
-    const auto piece = region->contiguous(PageRun{at, std::min(piece_pages, pages - at.value)});
+    reader.reset();
+    const auto piece = reader.read(*region, PageRun{at, std::min(piece_pages, pages - at.value)});
     hash_pages(piece, impl_->page_size, &hashes[static_cast<std::size_t>(at.value)]);
     at.value += piece.size() / impl_->page_size;
   }
@@ -346,7 +348,7 @@ void Sender::close(bool goodbye) {
   // A closed sender may be kept for its last figures; its trackers' userfaultfds and the pagemap must not be.
   const std::lock_guard collecting(impl_->collect_mutex);
   for (auto& tracker : impl_->config.trackers) tracker.reset();
-  impl_->pagemap.reset();
+  impl_->contents.reset();
 }
 
 }  // namespace memferry

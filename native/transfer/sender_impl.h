@@ -201,8 +201,8 @@ struct Sender::Impl {
   std::vector<std::unique_ptr<Region::User>> users;  // the supervisor's, and close()'s after it
   TouchGate gate;
   wire::Pacer pacer;
-  std::mutex collect_mutex;        // one thread at a time calls the trackers and the pagemap
-  std::optional<Pagemap> pagemap;  // guarded by collect_mutex
+  std::mutex collect_mutex;        // one thread at a time calls the trackers and contents
+  std::optional<Contents> contents;  // guarded by collect_mutex
 
   mutable std::mutex mutex;
   std::condition_variable work_changed;        // for the data channels: a new task, or the end
