@@ -29,6 +29,8 @@ const MEANING = {
   REGION_BUSY: 'region',
   /** The region's memory went away: the thread that owned it ended, or closed it. */
   REGION_GONE: 'region',
+  /** The process that owns the region's memory ended, or runs another program. */
+  OWNER_GONE: 'region',
 
   /** The system has no memory (or address space) for what was asked. */
   NO_MEMORY: 'system',

@@ -32,6 +32,8 @@ export interface NativeRegion {
   buffers(): ArrayBuffer[];
   /** Whether `view` starts where the region does. */
   startsAt(view: Uint8Array): boolean;
+  /** Null: this process's memory. Else how it is attached. */
+  attached(): { pid: number; paged: boolean; writeTracked: boolean; shared: boolean } | null;
   claimed(): boolean;
   /** One migration at a time: true when nobody else has it. */
   claim(): boolean;
@@ -49,6 +51,13 @@ export interface NativeRegion {
   save(path: string, first: number, count: number): Promise<void>;
   /** Drops this handle. Memory of our own goes when the last handle, view and engine have let go. Twice is fine. */
   close(): void;
+}
+
+/** A piece of another process's memory; `offset` is where it lies in the memory's file. */
+export interface NativeMapping {
+  address: bigint;
+  lengthBytes: number;
+  offset: number;
 }
 
 export interface NativeTrackerProbe {
@@ -517,6 +526,17 @@ export interface NativeAddon {
    * WebAssembly.Memory, whose buffer is detached when it grows while the memory stays where it is.
    */
   adopt(views: Uint8Array[], capacityBytes: number, owner: object | null): NativeRegion;
+  /**
+   * Memory of another process; descriptors are duplicated. `onGone` is called at most once, with what became of the
+   * owner, after the region was retired.
+   */
+  attach(
+    pidfd: number,
+    uffd: number | null,
+    mappings: NativeMapping[],
+    memory: number | null,
+    onGone: (message: string) => void,
+  ): NativeRegion;
   /** Another handle on a region of this process; null when it is gone. */
   openRegion(id: string): NativeRegion | null;
   /** How far the mapping around a WebAssembly memory is reserved, in bytes from the view's start. */

@@ -1,11 +1,14 @@
 /**
  * A region: memory that can move. Either memferry's own (`Region.allocate`), or memory that JavaScript has
- * already (`Region.adopt`), or a handle on a region of another thread of this process (`Region.open`).
+ * already (`Region.adopt`), or memory of another process (`Region.attach`), or a handle on a region of another thread of
+ * this process (`Region.open`).
  */
 import { markAsUntransferable } from 'node:worker_threads';
 
 import { loadAddon } from './addon.js';
-import { memferryError, native, nativeAsync } from './errors.js';
+import { type AttachOptions, checkAttachment } from './attach.js';
+import { type MemferryError, memferryError, native, nativeAsync } from './errors.js';
+import { deferred } from './protocol/deferred.js';
 import type { NativeRegion } from './native.js';
 
 /** The longest view that every supported Node can make. */
@@ -39,11 +42,17 @@ interface Backing {
 export class Region {
   /** The addon's handle; for the parts of memferry that drive engines. */
   readonly native: NativeRegion;
+  /**
+   * Of attached memory: resolves when the process that owns it has ended or runs another program, with the error that
+   * whatever used the region failed with. Null where this process owns the memory.
+   */
+  readonly ownerGone: Promise<MemferryError> | null;
   readonly #backing: Backing;
   #closed = false;
 
-  private constructor(handle: NativeRegion, backing: Backing) {
+  private constructor(handle: NativeRegion, backing: Backing, ownerGone: Promise<MemferryError> | null = null) {
     this.native = handle;
+    this.ownerGone = ownerGone;
     this.#backing = backing;
   }
 
@@ -95,6 +104,30 @@ export class Region {
       mayMove: true,
       lengthBytes: now,
     });
+  }
+
+  /**
+   * Makes a region of memory that another process owns: a hypervisor's guest RAM. It can be the source's region of a
+   * migration (tracked by the owner's userfaultfd, or by hashes), and the destination's: pages that arrive go into the
+   * owner's memory, and who touches one that is missing there waits for it. The region has no views. When the owner ends,
+   * what uses the region fails with OWNER_GONE at once.
+   *
+   * Nobody but the owner may write the memory, and only by these addresses: writes by another mapping of its file go
+   * unseen by `uffd-wp-async`. Root, or CAP_SYS_PTRACE over the owner.
+   * @throws INVALID_ARGUMENT: a mapping that is not whole pages, overlaps, reaches beyond the file, or a descriptor that
+   * is not what it should be; SYSTEM: a part is not mapped there, or not so; OWNER_GONE
+   */
+  static attach(options: AttachOptions): Region {
+    const { pidfd, uffd, mappings, memory } = checkAttachment(options);
+    const gone = deferred<MemferryError>();
+    const handle = native(() =>
+      loadAddon().attach(pidfd, uffd, mappings, memory, (message) =>
+        gone.resolve(memferryError('OWNER_GONE', message)),
+      ),
+    );
+    const lengthBytes = mappings.reduce((sum, mapping) => sum + mapping.lengthBytes, 0);
+    const backing = { views: () => [], mayMove: false, lengthBytes: () => lengthBytes };
+    return new Region(handle, backing, gone.promise);
   }
 
   /**

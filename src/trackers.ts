@@ -69,7 +69,11 @@ export class DirtyTracker {
    * @throws TRACKER_UNAVAILABLE, REGION_CLOSED, REGION_GONE
    */
   static create(region: Region, name?: string): DirtyTracker {
-    const chosen = chooseTracker(name);
+    const attached = region.native.attached();
+    // Write protection of another process's memory needs a userfaultfd of its own.
+    const protects = attached === null || attached.writeTracked;
+    const probes = trackers().filter((probe) => protects || probe.name !== 'uffd-wp-async');
+    const chosen = chooseTracker(name, name === undefined ? probes : undefined);
     return new DirtyTracker(
       region,
       chosen,

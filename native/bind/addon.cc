@@ -74,6 +74,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
   exports.Set("adopt", Napi::Function::New<RegionHandle::adopt>(env, "adopt"));
+  exports.Set("attach", Napi::Function::New<RegionHandle::attach>(env, "attach"));
   exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));
   exports.Set("reservedBytes", Napi::Function::New<RegionHandle::reserved_bytes>(env, "reservedBytes"));
   exports.Set("probeTrackers", Napi::Function::New<TrackerHandle::probe>(env, "probeTrackers"));

@@ -58,6 +58,7 @@ void RegionHandle::define(Napi::Env env) {
                       InstanceMethod<&RegionHandle::retire>("retire"),
                       InstanceMethod<&RegionHandle::buffers>("buffers"),
                       InstanceMethod<&RegionHandle::starts_at>("startsAt"),
+                      InstanceMethod<&RegionHandle::attached>("attached"),
                       InstanceMethod<&RegionHandle::claimed>("claimed"),
                       InstanceMethod<&RegionHandle::claim>("claim"),
                       InstanceMethod<&RegionHandle::release>("release"),
@@ -300,6 +301,7 @@ Napi::Value RegionHandle::close(const Napi::CallbackInfo& info) {
     if (open_) {
       (void)release(info);
       open_ = false;
+      notice_.reset();
       hold_.shared->drop_handle();
       hold_.adoption.reset();  // the last one retires the region
     }

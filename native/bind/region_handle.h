@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bind/environment.h"
+#include "bind/event_queue.h"
 #include "bind/node_api.h"
 
 namespace memferry::bind {
@@ -18,11 +19,25 @@ struct RegionHold {
   std::shared_ptr<Adoption> adoption;
 };
 
+// Tells JavaScript that the owner of attached memory is gone, for as long as the handle is open.
+class OwnerNotice final : public Engine {
+ public:
+  OwnerNotice(Environment& environment, std::shared_ptr<EventQueue> queue);
+  ~OwnerNotice() override;
+  void shut_down() override { queue_->close(); }
+
+ private:
+  Environment& environment_;
+  std::shared_ptr<EventQueue> queue_;
+};
+
 class RegionHandle : public Napi::ObjectWrap<RegionHandle> {
  public:
   static void define(Napi::Env env);
   static Napi::Value allocate(const Napi::CallbackInfo& info);
   static Napi::Value adopt(const Napi::CallbackInfo& info);
+  // (pidfd, uffd | null, [{ address: bigint, lengthBytes, offset }], memory | null, onGone(message))
+  static Napi::Value attach(const Napi::CallbackInfo& info);
   static Napi::Value open(const Napi::CallbackInfo& info);
   static Napi::Value reserved_bytes(const Napi::CallbackInfo& info);
 
@@ -48,6 +63,7 @@ class RegionHandle : public Napi::ObjectWrap<RegionHandle> {
   Napi::Value retire(const Napi::CallbackInfo& info);
   Napi::Value buffers(const Napi::CallbackInfo& info);
   Napi::Value starts_at(const Napi::CallbackInfo& info);
+  Napi::Value attached(const Napi::CallbackInfo& info);
   Napi::Value claimed(const Napi::CallbackInfo& info);
   Napi::Value claim(const Napi::CallbackInfo& info);
   Napi::Value release(const Napi::CallbackInfo& info);
@@ -60,6 +76,7 @@ class RegionHandle : public Napi::ObjectWrap<RegionHandle> {
   RegionHold hold_;  // of a live handle; kept after close() only for `id`
   bool open_ = false;
   bool holds_claim_ = false;
+  std::unique_ptr<OwnerNotice> notice_;  // of the handle that attach() gave
 };
 
 }  // namespace memferry::bind

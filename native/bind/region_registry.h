@@ -5,9 +5,11 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 
+#include "page/owner_watch.h"
 #include "page/region.h"
 
 namespace memferry::bind {
@@ -30,6 +32,11 @@ class SharedRegion {
   // Memory of memferry's own, in which any environment may have views.
   [[nodiscard]] bool own_memory() const { return own_memory_; }
 
+  // Of another process's memory: `gone` is called from the watch's thread.
+  void watch_owner(std::function<void(const std::string&)> gone) {
+    owner_watch_ = std::make_unique<OwnerWatch>(region_, std::move(gone));
+  }
+
   // Open handles in all environments.
   [[nodiscard]] int handles() const { return handles_.load(); }
   void add_handle() { ++handles_; }
@@ -49,6 +56,7 @@ class SharedRegion {
   const bool own_memory_;
   std::atomic<int> handles_{0};
   std::atomic<bool> claimed_{false};  // the region's own claim, for looking at
+  std::unique_ptr<OwnerWatch> owner_watch_;
 };
 
 }  // namespace memferry::bind

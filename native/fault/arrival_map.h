@@ -61,6 +61,16 @@ class ArrivalMap {
   void keep_zero_hashes(PageRun run);
   [[nodiscard]] Hash128 digest() const;  // throws std::logic_error when hashes are not kept
 
+  // Calls visit(part) for each part of `run` that is contiguous in memory, whoever owns it.
+  template <typename Visit>
+  void for_each_run(PageRun run, Visit visit) const {
+    while (run.count > 0) {
+      const PageRun part = region_->contiguous_run(run);
+      visit(part);
+      run = {part.end(), run.count - part.count};
+    }
+  }
+
   // Calls visit(span, first page) for each part of `run` that is contiguous in memory.
   template <typename Visit>
   void for_each_part(PageRun run, Visit visit) const {

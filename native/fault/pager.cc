@@ -30,14 +30,20 @@ std::uint64_t wanted_features() {
 }  // namespace
 
 Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std::string)> broken)
-    : maps_(std::move(maps)),
-      broken_(std::move(broken)),
-      // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
-      uffd_(Userfaultfd::open(wanted_features(), false)) {
+    : maps_(std::move(maps)), broken_(std::move(broken)), attached_(maps_.size()) {
+  const auto ours = [](const ArrivalMap* map) { return !map->region().owner(); };
+  // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
+  if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(), false);
+  take_attached();
   thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
 }
 
 Pager::~Pager() { stop(); }
+
+Userfaultfd& Pager::uffd_of(std::uint32_t region) {
+  Region& memory = maps_[region]->region();
+  return memory.owner() ? *memory.uffd() : *own_;
+}
 
 void Pager::set_router(Router router) {
   // The thread runs already: what it does for a fault starts with this mutex.
@@ -47,11 +53,12 @@ void Pager::set_router(Router router) {
 
 void Pager::serve() {
   for (const ArrivalMap* map : maps_) {
-    map->for_each_part({PageNumber{0}, map->pages()}, [this](std::span<std::byte> part, PageNumber) {
-      uffd_.register_missing(Address::of(part.data()), part.size());
+    if (map->region().owner()) continue;
+    map->for_each_run({PageNumber{0}, map->pages()}, [&](PageRun part) {
+      own_->register_missing(map->region().owner_address(part.first), part.count * map->page_size());
     });
   }
-  serving_.store(true, std::memory_order_release);
+  serve_attached();
 }
 
 void Pager::set_online(bool online) {
@@ -86,24 +93,29 @@ void Pager::ask_elsewhere(std::uint32_t region, PageNumber page) {
 
 void Pager::run(WorkerThread& self) {
   set_this_thread_nice(kFaultThreadNice);
-  std::array<uffd_msg, kEventsAtOnce> events;
   std::vector<Request> requests;
-  std::array<pollfd, 2> waiting{pollfd{uffd_.fd(), POLLIN, 0}, pollfd{self.wake_fd(), POLLIN, 0}};
+  std::vector<pollfd> waiting{pollfd{self.wake_fd(), POLLIN, 0}};
+  std::vector<std::uint32_t> from{0};  // a region of each descriptor; one beyond the last for this process's own
+  if (own_) {
+    waiting.push_back({own_->fd(), POLLIN, 0});
+    from.push_back(static_cast<std::uint32_t>(maps_.size()));
+  }
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    if (!attached_[region].events) continue;
+    waiting.push_back({uffd_of(region).fd(), POLLIN, 0});
+    from.push_back(region);
+  }
   bool expecting = false;
   while (!self.stopping()) {
     const timespec soon{0, std::chrono::nanoseconds(kExpectedWithin).count()};
     ::ppoll(waiting.data(), waiting.size(), expecting ? &soon : nullptr, nullptr);
-    if ((waiting[1].revents & POLLIN) != 0) self.drain_wake();
+    if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();
     requests.clear();
-    std::size_t count = 0;
     try {
-      if ((waiting[0].revents & POLLIN) != 0) count = uffd_.read_events(events);
-      const Clock::time_point now = Clock::now();
-      for (std::size_t i = 0; i < count; ++i) {
-        if (events[i].event == UFFD_EVENT_PAGEFAULT) {
-          on_fault(Address{events[i].arg.pagefault.address}, now, requests);
-        }
+      for (std::size_t i = 1; i < waiting.size(); ++i) {
+        if ((waiting[i].revents & POLLIN) != 0) read_faults(from[i], requests);
       }
+      const Clock::time_point now = Clock::now();
       const std::lock_guard lock(mutex_);
       if (online_ || router_) {
         waiting_.request_due(now, [&](const WaitingFault& fault) {
@@ -118,6 +130,42 @@ void Pager::run(WorkerThread& self) {
     }
     send(requests);
   }
+}
+
+void Pager::read_faults(std::uint32_t from, std::vector<Request>& requests) {
+  std::array<uffd_msg, kEventsAtOnce> events;
+  std::size_t count = 0;
+  const bool others = from < maps_.size();
+  Userfaultfd& uffd = others ? uffd_of(from) : *own_;
+  {
+    std::unique_lock<std::shared_mutex> whole;
+    if (others && attached_[from].removed) whole = std::unique_lock(layout_);
+    count = uffd.read_events(events);
+    if (others)
+      for (std::size_t i = 0; i < count; ++i) on_event(events[i], from);
+  }
+  // Before serve() others wait: it wakes them, and their faults come again.
+  if (others && !serving()) return;
+  const Clock::time_point now = Clock::now();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (events[i].event != UFFD_EVENT_PAGEFAULT) continue;
+    const auto place = place_of(from, OwnerAddress{events[i].arg.pagefault.address});
+    if (place) on_fault(place->first, place->second, now, requests);
+  }
+}
+
+// In the memory of the same process only: others may use the same addresses.
+std::optional<std::pair<std::uint32_t, PageNumber>> Pager::place_of(std::uint32_t from,
+                                                                    OwnerAddress at) const {
+  const auto pid_of = [&](std::uint32_t region) {
+    return region < maps_.size() && maps_[region]->region().owner() ? maps_[region]->region().owner()->pid() : 0;
+  };
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    if (pid_of(region) != pid_of(from)) continue;
+    const auto page = maps_[region]->region().page_at(at);
+    if (page && page->value < maps_[region]->pages()) return std::pair(region, *page);
+  }
+  return std::nullopt;  // let go of since
 }
 
 bool Pager::faulted_lately() const {
@@ -164,15 +212,13 @@ void Pager::send(const std::vector<Request>& requests) {
 
 // The event may be late: since it was raised the page may have been installed (its waiter is awake already),
 // or installed and then discarded by the guest (its waiter needs zeros).
-void Pager::on_fault(Address address, Clock::time_point now, std::vector<Request>& requests) {
-  std::uint32_t region = 0;
-  std::optional<PageNumber> found;
-  for (; region < maps_.size(); ++region) {
-    found = maps_[region]->region().page_at(address);
-    if (found) break;
+void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
+                     std::vector<Request>& requests) {
+  // It came before the switch, and waits here.
+  if (attached_[region].room && attached_[region].room->clear(page)) {
+    (void)deliver_run(region, {page, 1});
+    return;
   }
-  if (!found || found->value >= maps_[region]->pages()) return;  // let go of since
-  const PageNumber page = *found;
   const ArrivalMap& map = *maps_[region];
   bool zeros = false;
   bool poisoned = false;
@@ -227,15 +273,16 @@ void Pager::on_fault(Address address, Clock::time_point now, std::vector<Request
 // Gives zeros to a page that is absent, and wakes its waiters either way.
 void Pager::serve_zero(std::uint32_t region, PageNumber page) {
   ArrivalMap& map = *maps_[region];
-  const Address address = map.region().address(page);
+  const OwnerAddress address = map.region().owner_address(page);
+  Userfaultfd& uffd = uffd_of(region);
   for (int tries = 0;;) {
-    const PageResult result = uffd_.zeropage(address, map.page_size(), true);
+    const PageResult result = uffd.zeropage(address, map.page_size(), true);
     switch (result.outcome) {
       case PageOutcome::kOk:
         map.present.set(page);
         return;
       case PageOutcome::kExists:
-        uffd_.wake(address, map.page_size());
+        uffd.wake(address, map.page_size());
         return;
       case PageOutcome::kGone:
         return;  // completed or unmapped since; whoever let go has woken the waiters
@@ -272,10 +319,13 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
   ArrivalMap& map = *maps_[region];
   int tries = 0;
   while (run.count > 0) {
-    const std::span<std::byte> part = map.region().contiguous(run);
+    const PageRun part = map.region().contiguous_run(run);
     PageResult result;
     try {
-      result = uffd_.copy(Address::of(part.data()), bytes, part.size(), true);
+      result = attached_[region].removed
+                   ? copy_present(region, part, bytes)
+                   : uffd_of(region).copy(map.region().owner_address(part.first), bytes,
+                                          part.count * map.page_size(), true);
     } catch (const SystemError& error) {
       map.received.clear_run(run);
       break_off("SYSTEM", error.what());
@@ -299,7 +349,12 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
       break_off("SYSTEM", "page " + std::to_string(run.first.value) + " of region " + std::to_string(region) +
                               " is populated, though it never arrived");
     } else if (result.outcome == PageOutcome::kGone) {
-      break_off("REGION_GONE", "the memory of region " + std::to_string(region) + " is not there any more");
+      const auto& owner = map.region().owner();
+      if (owner && !owner->alive()) {
+        break_off("OWNER_GONE", owner->gone("a page cannot be installed").what());
+      } else {
+        break_off("REGION_GONE", "the memory of region " + std::to_string(region) + " is not there any more");
+      }
     } else {
       break_off("SYSTEM", result.outcome == PageOutcome::kNoMemory ? "no memory for a page"
                                                                    : "a page cannot be installed");
@@ -348,18 +403,24 @@ void Pager::arrived(std::uint32_t region, PageRun run) {
 }
 
 void Pager::finish() {
-  for (const ArrivalMap* map : maps_) {
-    map->for_each_part({PageNumber{0}, map->pages()}, [this](std::span<std::byte> part, PageNumber) {
-      uffd_.unregister(Address::of(part.data()), part.size());
+  deliver_all();
+  // Letting go of what is still missing would make zeros of it.
+  if (broken_once_.load()) throw SystemError("a page could not be installed", EIO);
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
+      uffd_of(region).unregister(map.region().owner_address(part.first), part.count * map.page_size());
     });
   }
   stop();
 }
 
 void Pager::stop() {
+  deliverer_.stop();
   thread_.stop();
   serving_.store(false, std::memory_order_release);
-  uffd_.close();
+  if (own_) own_->close();
+  let_go_attached();
 }
 
 std::chrono::nanoseconds Pager::longest_wait() const {

@@ -11,6 +11,11 @@
 // What the guest itself discards (madvise) while pages are on their way becomes zeros for the guest where the
 // page had arrived, as the guest asked; a page that had not arrived yet still comes from the source, as if
 // the discard had come before the move. Unmapping a part of a region is only legal after close().
+//
+// Memory of another process (fault/pager_attached.cc) is paged by the userfaultfd that came with it, from the pager's
+// construction on: whoever touches it there waits until serve(). What its owner discards reads as zeros from then on,
+// arrived or not, as far as the userfaultfd tells (EVENT_REMOVE). Private memory's pages that came before serve() lie in
+// the region's waiting room, and are installed from there: at once where somebody waits, the others by a thread.
 #pragma once
 
 #include <atomic>
@@ -19,7 +24,10 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <shared_mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fault/arrival_map.h"
@@ -59,6 +67,8 @@ class Pager {
   // The source has not got this page any more.
   void ask_elsewhere(std::uint32_t region, PageNumber page);
 
+  // Installs what lies in waiting rooms, for a migration that never pages. False when it cannot: broken() has been called.
+  [[nodiscard]] bool deliver();
   // Registers every region as it is now. Nothing that is not received may be populated. Throws SystemError.
   void serve();
   // Requests can be sent (everything that waits is asked for again), or not.
@@ -89,7 +99,7 @@ class Pager {
   [[nodiscard]] bool faulted_lately() const;
   // How long the longest wait for an answer of the source has lasted.
   [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
-  [[nodiscard]] FaultScope scope() const { return uffd_.scope(); }
+  [[nodiscard]] FaultScope scope() const { return own_ ? own_->scope() : FaultScope::kKernelAndUser; }
 
  private:
   struct Request {
@@ -98,19 +108,45 @@ class Pager {
   };
 
   void run(WorkerThread& self);
-  void on_fault(Address address, Clock::time_point now, std::vector<Request>& requests);
+  void on_fault(std::uint32_t region, PageNumber page, Clock::time_point now, std::vector<Request>& requests);
   void send(const std::vector<Request>& requests);
   void serve_zero(std::uint32_t region, PageNumber page);
   bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes);
   void arrived(std::uint32_t region, PageRun run);
   void poison(std::uint32_t region, PageRun run);
+  bool poison_populated(std::uint32_t region, PageNumber page);
   void break_off(const char* code, const std::string& message);
   bool wait_again(int& tries) const;
+  [[nodiscard]] Userfaultfd& uffd_of(std::uint32_t region);
+  void read_faults(std::uint32_t from, std::vector<Request>& requests);
+
+  // Memory of others.
+  struct Attached {
+    std::unique_ptr<AtomicBitmap> room;     // received, and still in the waiting room; nullptr: there is none
+    std::unique_ptr<AtomicBitmap> removed;  // discarded by the owner before it was here; nullptr: it never says so
+    bool events = false;                    // they are this pager's to read
+  };
+  void take_attached();
+  void let_go_attached();
+  void serve_attached();
+  void deliver_all();
+  bool deliver_run(std::uint32_t region, PageRun run);
+  void on_event(const uffd_msg& event, std::uint32_t from);
+  void on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end);
+  void poison_child(std::uint32_t from, const UniqueFd& child);
+  PageResult copy_present(std::uint32_t region, PageRun run, const std::byte* bytes);
+  [[nodiscard]] std::optional<std::pair<std::uint32_t, PageNumber>> place_of(std::uint32_t from,
+                                                                             OwnerAddress at) const;
 
   std::vector<ArrivalMap*> maps_;
   std::function<void(std::string, std::string)> broken_;
   std::atomic<bool> broken_once_{false};
-  Userfaultfd uffd_;
+  std::optional<Userfaultfd> own_;  // of this process's memory; none where all is of others
+  std::vector<Attached> attached_;  // one a map
+  WorkerThread deliverer_;
+  // Shared while a page of memory with `removed` is installed, whole while its events are read and noted: an install is
+  // either before the discard, and dropped by it, or after it is known. Nothing that waits for events is done under it.
+  std::shared_mutex layout_;
   DemandWriter writer_;
   Router router_;
   LatencyHistogram latencies_;

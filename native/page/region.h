@@ -93,6 +93,12 @@ class Region : public std::enable_shared_from_this<Region> {
   // Where the memory is a file with holes: visits the runs of pages of `run` that are none, in order. False, and no visit,
   // when there is no such file.
   bool file_content(PageRun run, const std::function<void(PageRun)>& found) const;
+  // Who reads the events of its userfaultfd: one at a time. False when somebody does. Faults that were read and left are
+  // raised again for whoever wakes the range.
+  [[nodiscard]] bool begin_events();
+  void end_events() { events_taken_.store(false); }
+  // Drops what is there, so that the owner's system calls go on; false when somebody else reads them.
+  bool drain_events();
   // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (ENOMEM).
   void check_attached(const char* operation) const;
 
@@ -172,6 +178,8 @@ class Region : public std::enable_shared_from_this<Region> {
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
+  std::mutex drain_mutex_;  // held while events are dropped, and while they are taken
+  std::atomic<bool> events_taken_{false};
   std::uint64_t capacity_pages_ = 0;
   std::atomic<std::uint64_t> pages_{0};
   std::atomic<bool> retired_{false};
@@ -191,6 +199,9 @@ class Region : public std::enable_shared_from_this<Region> {
   std::vector<Enlisted> users_;
   std::uint64_t next_key_ = 1;
 };
+
+// What has become of the owner of one of these, where it is another process that is gone; empty: none is.
+[[nodiscard]] std::string gone_owner(std::span<const std::shared_ptr<Region>> regions);
 
 // For one operation that touches the memory on the calling thread: retire() waits until it is over, and the
 // operation looks at revoked() now and then, to be over soon.

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <stdexcept>
 #include <string>
@@ -112,6 +113,25 @@ void Region::stage() {
   viewed_.store(true, std::memory_order_release);
 }
 
+bool Region::begin_events() {
+  const std::lock_guard lock(drain_mutex_);
+  return !events_taken_.exchange(true);
+}
+
+bool Region::drain_events() {
+  const std::lock_guard lock(drain_mutex_);
+  if (!uffd_ || events_taken_.load()) return false;
+  std::array<uffd_msg, 16> events;
+  for (;;) {
+    const std::size_t count = uffd_->read_events(events);
+    for (std::size_t i = 0; i < count; ++i) {
+      // A child's userfaultfd, of its copy of memory that nobody pages.
+      if (events[i].event == UFFD_EVENT_FORK) UniqueFd(static_cast<int>(events[i].arg.fork.ufd)).reset();
+    }
+    if (count == 0) return true;
+  }
+}
+
 bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found) const {
   if (!memory_ || !has_holes_) return false;
   while (run.count > 0) {
@@ -136,6 +156,13 @@ bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found
     run = {part.end(), run.count - part.count};
   }
   return true;
+}
+
+std::string gone_owner(std::span<const std::shared_ptr<Region>> regions) {
+  for (const auto& region : regions) {
+    if (region->owner() && !region->owner()->alive()) return region->owner()->gone("the migration ends").what();
+  }
+  return {};
 }
 
 Region::Region(Attachment attachment)

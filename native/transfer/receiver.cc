@@ -22,7 +22,10 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
   // start() enlists for good; until then a retire() waits for this constructor.
   std::vector<std::unique_ptr<RegionUse>> uses;
   const bool from_start = config.paging_from_start || config.sourceless;
-  const bool may_page = config.may_page || from_start;
+  // What comes for private memory of another process waits here until a pager installs it.
+  const bool remote = std::any_of(config.regions.begin(), config.regions.end(),
+                                  [](const auto& region) { return region && region->remote(); });
+  const bool may_page = config.may_page || from_start || remote;
   if (config.sourceless && config.servers.empty())
     throw std::invalid_argument("neither a source nor servers");
   intake.set_rate(config.bandwidth);
@@ -30,6 +33,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
     arrivals.push_back(std::make_unique<RegionArrival>(region));
+    if (region->remote()) take_remote(*region);
     backings.push_back(backing_of(*region));
     const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
     maps.push_back(
@@ -152,9 +156,44 @@ void Receiver::Impl::close() {
 void Receiver::Impl::region_gone() {
   {
     const std::lock_guard lock(mutex);
-    if (!closing && state != State::kComplete) fail_locked("REGION_GONE", "the memory of a region went away");
+    if (!closing && state != State::kComplete) {
+      const std::string gone = gone_owner(config.regions);
+      fail_locked(gone.empty() ? "REGION_GONE" : "OWNER_GONE",
+                  gone.empty() ? "the memory of a region went away" : gone);
+    }
   }
   close();
+}
+
+// Another process's private memory: nothing can be dropped there from here, so nothing may be there.
+void Receiver::Impl::take_remote(Region& region) {
+  if (std::any_of(config.bases.begin(), config.bases.end(),
+                  [](auto base) { return base != ReceiverConfig::Base::kNone; }))
+    throw std::invalid_argument("a base for private memory of another process");
+  std::uint64_t populated = 0;
+  Pagemap pagemap(region.owner());
+  for (const Extent& extent : region.extents()) {
+    pagemap.populated(extent.start, extent.bytes,
+                      [&](AddressRange range) { populated += range.end.value - range.start.value; });
+  }
+  if (populated > 0) {
+    throw std::invalid_argument("private memory of another process must be fresh to receive: " +
+                                std::to_string(populated >> 10U) + " KiB are populated there");
+  }
+  region.stage();
+}
+
+bool Receiver::Impl::deliver() {
+  const bool remote = std::any_of(config.regions.begin(), config.regions.end(),
+                                  [](const auto& region) { return region->remote(); });
+  if (!remote) return true;
+  try {
+    if (pager->deliver()) return true;
+    undelivered = "see its owner";
+  } catch (const std::exception& error) {
+    undelivered = error.what();
+  }
+  return false;
 }
 
 void Receiver::Impl::push(EngineEvent event) {
@@ -357,8 +396,14 @@ bool Receiver::seal() {
   impl_->sealing = true;
   impl_->state = Impl::State::kComplete;
   const bool whole = impl_->filled();
+  const bool delivered = whole && impl_->deliver();
   if (!whole) impl_->state = Impl::State::kFilling;
   impl_->sealing = false;
+  if (whole && !delivered) {
+    // Its pages wait where nobody brings them: they are poisoned as it is closed.
+    impl_->state = Impl::State::kFailed;
+    throw std::runtime_error("the memory of another process does not take its pages: " + impl_->undelivered);
+  }
   return whole;
 }
 

@@ -121,6 +121,9 @@ struct Receiver::Impl {
   // receiver.cc
   void start();
   void close();
+  void take_remote(Region& region);
+  bool deliver();
+  std::string undelivered;
   void region_gone();
   void supervise();
   void push(EngineEvent event);  // with the mutex held

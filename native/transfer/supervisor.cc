@@ -90,12 +90,22 @@ void Sender::Impl::violation_locked(Epoch& of, std::string why) {
 }
 
 void Sender::Impl::report_broken(Epoch& of, std::string why) {
+  const std::string owner = gone_owner(config.regions);
   const std::lock_guard lock(mutex);
-  if (!fatal) fatal = Failure{"SYSTEM", why};
+  if (!fatal) fatal = owner.empty() ? Failure{"SYSTEM", why} : Failure{"OWNER_GONE", owner};
   cut_locked(of, std::move(why));
 }
 
 void Sender::Impl::region_gone() {
+  {
+    // An owner that ends after the switch leaves its shared memory behind, which is mapped here: the destination still
+    // needs it.
+    const std::lock_guard lock(mutex);
+    const bool kept = std::all_of(config.regions.begin(), config.regions.end(), [](const auto& region) {
+      return region->owner() && !region->remote();
+    });
+    if (kept && (phase == Phase::kSwitching || phase == Phase::kPostcopy) && !gone_owner(config.regions).empty()) return;
+  }
   gate.close();
   {
     const std::lock_guard lock(mutex);
@@ -301,7 +311,11 @@ void Sender::Impl::supervise_until_closing(std::unique_lock<std::mutex>& lock) {
     }
     if (gone && !users.empty()) {
       end_epoch(lock);
-      if (phase != Phase::kEnded) fail_locked("REGION_GONE", "a region was closed while it moved");
+      if (phase != Phase::kEnded) {
+        const std::string owner = gone_owner(config.regions);
+        fail_locked(owner.empty() ? "REGION_GONE" : "OWNER_GONE",
+                    owner.empty() ? "a region was closed while it moved" : owner);
+      }
       auto dropped = std::move(users);
       users.clear();
       lock.unlock();

@@ -1,0 +1,88 @@
+// Region.attach: memory of another process.
+#include <utility>
+#include <vector>
+
+#include "bind/js_error.h"
+#include "bind/region_handle.h"
+#include "bind/values.h"
+
+namespace memferry::bind {
+namespace {
+
+std::uint64_t address_of(const Napi::Value& value) {
+  if (!value.IsBigInt()) throw std::invalid_argument("address: expected a bigint");
+  bool lossless = false;
+  const std::uint64_t address = value.As<Napi::BigInt>().Uint64Value(&lossless);
+  if (!lossless) throw std::invalid_argument("address: expected an address");
+  return address;
+}
+
+int descriptor_of(const Napi::Value& value, const char* what) {
+  const std::uint64_t number = count_of(value, what);
+  if (number > 0x7fffffffU) throw std::invalid_argument(std::string(what) + ": no descriptor");
+  return static_cast<int>(number);
+}
+
+// All that paging and tracking use, of what this kernel has; none of the events, which whoever makes a userfaultfd asks
+// for itself: its own system calls wait for their reader.
+std::uint64_t features_to_ask() {
+  return Userfaultfd::probe().features &
+         (UFFD_FEATURE_MISSING_SHMEM | abi::kUffdFeatureWpHugetlbfsShmem | abi::kUffdFeatureWpUnpopulated |
+          abi::kUffdFeatureWpAsync | abi::kUffdFeaturePoison);
+}
+
+}  // namespace
+
+OwnerNotice::OwnerNotice(Environment& environment, std::shared_ptr<EventQueue> queue)
+    : environment_(environment), queue_(std::move(queue)) {
+  environment_.add(this);
+}
+
+OwnerNotice::~OwnerNotice() {
+  environment_.remove(this);
+  queue_->close();
+}
+
+Napi::Value RegionHandle::attach(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    Region::Attachment attachment;
+    attachment.owner = Process::open(descriptor_of(info[0], "pidfd"));
+    if (!info[1].IsNull()) attachment.uffd = Userfaultfd::adopt(descriptor_of(info[1], "uffd"), features_to_ask());
+    const Napi::Array mappings = array_of(info[2], "mappings");
+    for (std::uint32_t i = 0; i < mappings.Length(); ++i) {
+      const Napi::Object mapping = object_of(mappings.Get(i), "mapping");
+      attachment.extents.push_back({OwnerAddress{address_of(mapping.Get("address"))},
+                                    count_of(mapping.Get("lengthBytes"), "lengthBytes")});
+      attachment.offsets.push_back(count_of(mapping.Get("offset"), "offset"));
+    }
+    if (!info[3].IsNull()) attachment.memory = duplicate(descriptor_of(info[3], "memory"));
+    const auto queue = EventQueue::create(env, function_of(info[4], "onGone"), "memferry.owner");
+    auto notice = std::make_unique<OwnerNotice>(Environment::of(env), queue);
+    auto shared = SharedRegion::publish(Region::attach(std::move(attachment)), false);
+    shared->watch_owner([queue](const std::string& message) {
+      queue->post([message](Napi::Env js, const Napi::Function& gone) { gone.Call({Napi::String::New(js, message)}); });
+    });
+    const Napi::Object handle = wrap(env, {std::move(shared), nullptr});
+    Unwrap(handle)->notice_ = std::move(notice);
+    return handle;
+  });
+}
+
+Napi::Value RegionHandle::attached(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    Region& attached = hold_.shared->region();
+    if (!attached.owner()) return env.Null();
+    const Userfaultfd* const uffd = attached.uffd();
+    Napi::Object how = Napi::Object::New(env);
+    how.Set("pid", number(env, static_cast<std::uint64_t>(attached.owner()->pid())));
+    how.Set("paged", Napi::Boolean::New(env, uffd != nullptr));
+    how.Set("writeTracked",
+            Napi::Boolean::New(env, uffd != nullptr && (uffd->enabled() & abi::kUffdFeatureWpAsync) != 0));
+    how.Set("shared", Napi::Boolean::New(env, !attached.remote()));
+    return how;
+  });
+}
+
+}  // namespace memferry::bind

@@ -1,0 +1,230 @@
+// Paging the memory of another process, by its own userfaultfd.
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "fault/pager.h"
+#include "os/sys_error.h"
+
+namespace memferry {
+namespace {
+
+// What a room's pages are installed in: as large as UFFDIO_COPY is good for, small enough for a fault to come between.
+constexpr std::uint64_t kDeliverPages = 64;
+
+constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE;
+
+}  // namespace
+
+// Registered before anything of it is there: who touches it at its owner's waits, and populates nothing.
+void Pager::take_attached() {
+  try {
+    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+      const ArrivalMap& map = *maps_[region];
+      Region& memory = map.region();
+      if (!memory.owner()) continue;
+      if (memory.uffd() == nullptr) {
+        throw std::invalid_argument("memory of another process can only be paged by a userfaultfd of its own");
+      }
+      Attached& own = attached_[region];
+      if (!memory.begin_events())
+        throw std::invalid_argument("another pager has this memory's userfaultfd");
+      own.events = true;
+      if ((memory.uffd()->enabled() & kLayoutEvents) != 0)
+        own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
+      if (memory.remote()) own.room = std::make_unique<AtomicBitmap>(memory.capacity_pages());
+      memory.check_attached("page");
+      map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
+        memory.uffd()->register_missing(memory.owner_address(part.first), part.count * map.page_size());
+      });
+    }
+  } catch (...) {
+    let_go_attached();
+    throw;
+  }
+}
+
+void Pager::let_go_attached() {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    if (attached_[region].events) maps_[region]->region().end_events();
+    attached_[region].events = false;
+  }
+}
+
+// Events that were read before this pager had them are raised again by waking whoever waits.
+void Pager::serve_attached() {
+  bool rooms = false;
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    ArrivalMap& map = *maps_[region];
+    if (!map.region().owner()) continue;
+    if (AtomicBitmap* const room = attached_[region].room.get()) {
+      for (PageNumber from{0};;) {
+        const auto run = map.present.next_set(from, PageNumber{map.pages()}, map.pages());
+        if (!run) break;
+        from = run->end();
+        // On their way from here, like what a channel has claimed.
+        for (PageNumber page = run->first; page < run->end(); ++page.value) {
+          if (map.received.test(page) && !map.zero.test(page)) room->set(page);
+        }
+        map.present.clear_run(*run);
+        rooms = true;
+      }
+    }
+  }
+  serving_.store(true, std::memory_order_release);
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    if (!map.region().owner()) continue;
+    map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
+      uffd_of(region).wake(map.region().owner_address(part.first), part.count * map.page_size());
+    });
+  }
+  if (rooms) {
+    deliverer_.start("mf-deliver", [this](WorkerThread& self) {
+      for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+        AtomicBitmap* const room = attached_[region].room.get();
+        const PageNumber end{maps_[region]->pages()};
+        PageNumber from{0};
+        while (room != nullptr && !self.stopping()) {
+          const auto run = room->take_run(from, end, kDeliverPages);
+          if (!run || !deliver_run(region, *run)) break;
+          from = run->end();
+        }
+      }
+    });
+  }
+}
+
+bool Pager::deliver_run(std::uint32_t region, PageRun run) {
+  const ArrivalMap& map = *maps_[region];
+  bool intact = true;
+  map.for_each_part(run, [&](std::span<std::byte> part, PageNumber first) {
+    if (!intact) return;
+    intact = copy_claimed(region, {first, part.size() / map.page_size()}, part.data());
+    // As it leaves: the room is never needed twice.
+    (void)::madvise(part.data(), part.size(), MADV_DONTNEED);
+  });
+  return intact;
+}
+
+// What the deliverer has not taken yet, and then the deliverer itself.
+void Pager::deliver_all() {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    AtomicBitmap* const room = attached_[region].room.get();
+    const PageNumber end{maps_[region]->pages()};
+    PageNumber from{0};
+    while (room != nullptr) {
+      const auto run = room->take_run(from, end, kDeliverPages);
+      if (!run || !deliver_run(region, *run)) break;
+      from = run->end();
+    }
+  }
+  deliverer_.stop();
+}
+
+bool Pager::deliver() {
+  serve();
+  deliver_all();
+  if (broken_once_.load()) return false;
+  finish();
+  return true;
+}
+
+// The caller holds layout_ whole where removals are told of.
+void Pager::on_event(const uffd_msg& event, std::uint32_t from) {
+  switch (event.event) {
+    case UFFD_EVENT_REMOVE:
+      on_removed(from, OwnerAddress{event.arg.remove.start}, OwnerAddress{event.arg.remove.end});
+      break;
+    case UFFD_EVENT_UNMAP:
+    case UFFD_EVENT_REMAP: {
+      const bool moved = event.event == UFFD_EVENT_REMAP;
+      const OwnerAddress start{moved ? event.arg.remap.from : event.arg.remove.start};
+      const OwnerAddress end = moved ? start.plus(event.arg.remap.len) : OwnerAddress{event.arg.remove.end};
+      for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+        if (!maps_[region]->region().owner()) continue;
+        for (const Extent& extent : maps_[region]->region().extents()) {
+          if (extent.start >= end || start >= extent.start.plus(extent.bytes)) continue;
+          break_off("REGION_GONE", std::string("the owner has ") + (moved ? "moved" : "unmapped") +
+                                       " a part of region " + std::to_string(region) +
+                                       " while its pages are on their way");
+        }
+      }
+      break;
+    }
+    case UFFD_EVENT_FORK:
+      poison_child(from, UniqueFd(static_cast<int>(event.arg.fork.ufd)));
+      break;
+    default:
+      break;
+  }
+}
+
+void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end) {
+  const std::uint64_t page_size = maps_[from]->page_size();
+  for (OwnerAddress at = start; at < end;) {
+    const auto place = place_of(from, at);
+    at = at.plus(page_size);
+    if (!place || !attached_[place->first].removed) continue;
+    // What is here is dropped by the discard itself, and found missing after it.
+    if (!maps_[place->first]->present.test(place->second)) attached_[place->first].removed->set(place->second);
+  }
+}
+
+// Under layout_: what the owner has discarded meanwhile becomes zeros.
+PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byte* bytes) {
+  const ArrivalMap& map = *maps_[region];
+  const std::uint64_t page_size = map.page_size();
+  const std::shared_lock sharing(layout_);
+  const AtomicBitmap& removed = *attached_[region].removed;
+  PageResult total;
+  while (run.count > 0) {
+    const bool zeros = removed.test(run.first);
+    const auto change = zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
+    const PageRun alike{run.first, (change ? change->first.value : run.end().value) - run.first.value};
+    const OwnerAddress to = map.region().owner_address(alike.first);
+    const std::uint64_t length = alike.count * page_size;
+    const PageResult result = zeros ? uffd_of(region).zeropage(to, length, true)
+                                    : uffd_of(region).copy(to, bytes, length, true);
+    total.bytes_done += result.bytes_done;
+    total.outcome = result.outcome;
+    total.error = result.error;
+    if (result.outcome != PageOutcome::kOk) break;
+    bytes += length;
+    run = {alike.end(), run.count - alike.count};
+  }
+  return total;
+}
+
+// The copy that a child has of memory with missing pages: nobody will bring them there, and they may not read as zeros.
+void Pager::poison_child(std::uint32_t from, const UniqueFd& child) {
+  try {
+    Userfaultfd uffd = Userfaultfd::adopt(child.get(), 0);
+    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+      const ArrivalMap& map = *maps_[region];
+      Region& memory = map.region();
+      // A shared file's pages arrive for the child as well.
+      if (!memory.remote() || memory.owner()->pid() != maps_[from]->region().owner()->pid()) continue;
+      for (PageNumber at{0};;) {
+        const auto missing = map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
+        if (!missing) break;
+        at = missing->end();
+        map.for_each_run(*missing, [&](PageRun part) {
+          const OwnerAddress start = memory.owner_address(part.first);
+          const std::uint64_t bytes = part.count * map.page_size();
+          for (std::uint64_t done = 0; done < bytes;) {
+            const PageResult result = uffd.poison(start.plus(done), bytes - done, true);
+            done += result.bytes_done;
+            if (result.outcome == PageOutcome::kGone) return;
+            if (result.outcome != PageOutcome::kOk) done += map.page_size();
+          }
+        });
+      }
+    }
+  } catch (const std::exception& error) {
+    break_off("SYSTEM", std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
+  }
+}
+
+}  // namespace memferry
