@@ -1,0 +1,378 @@
+#include "fault/source_pager.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+
+#include "page/contents.h"
+
+namespace memferry {
+namespace {
+
+constexpr std::uint64_t kPrepageBytes = 256 * 1024;
+constexpr int kFaultThreadNice = -20;
+constexpr int kPrepageNice = 5;
+constexpr int kTries = 4096;  // the layout is changing: about two seconds
+constexpr int kSpinningTries = 64;
+constexpr std::chrono::microseconds kBetweenTries{500};
+
+void between_tries(int tries) {
+  if (tries < kSpinningTries) {
+    ::sched_yield();
+  } else {
+    std::this_thread::sleep_for(kBetweenTries);
+  }
+}
+
+}  // namespace
+
+std::uint64_t PageLedger::bytes_for(std::uint64_t pages) {
+  const std::uint64_t page = system_page_size();
+  return std::max(page, ((pages + 63) / 64 * sizeof(std::uint64_t) + page - 1) / page * page);
+}
+
+PageLedger::PageLedger(std::uint64_t pages) : bits_(Mapping::anonymous(bytes_for(pages))) {}
+
+PageLedger::PageLedger(std::uint64_t pages, int fd) {
+  if (::ftruncate(fd, static_cast<off_t>(bytes_for(pages))) != 0) throw_errno("ftruncate(ledger)");
+  bits_ = Mapping::shared(fd, bytes_for(pages));
+}
+
+std::uint64_t& PageLedger::word(PageNumber page) const {
+  return reinterpret_cast<std::uint64_t*>(bits_.data())[page.value / 64];
+}
+
+bool PageLedger::test(PageNumber page) const {
+  const std::uint64_t bits = std::atomic_ref(word(page)).load(std::memory_order_acquire);
+  return ((bits >> (page.value % 64)) & 1U) != 0;
+}
+
+bool PageLedger::set(PageNumber page) {
+  const std::uint64_t bit = std::uint64_t{1} << (page.value % 64);
+  return (std::atomic_ref(word(page)).fetch_or(bit, std::memory_order_acq_rel) & bit) != 0;
+}
+
+SourcePager::SourcePager(Config config)
+    : config_(std::move(config)),
+      memory_(*config_.region),
+      page_size_(memory_.page_size()),
+      pages_(memory_.pages()),
+      ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)) {
+  if (memory_.uffd() == nullptr || !config_.source) throw std::invalid_argument("a pager without a userfaultfd");
+  if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
+  try {
+    memory_.check_attached("page");
+    for (const Extent& extent : memory_.extents()) memory_.uffd()->register_missing(extent.start, extent.bytes);
+    look_for_what_is_there();
+    user_ = memory_.enlist([this] { leave(); });
+    if (!user_) throw RegionGone("page");
+    faults_thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
+    prepage_thread_.start("mf-prepage", [this](WorkerThread& self) { prepage(self); });
+    // Whoever waits for a page that a predecessor has been asked for faults again.
+    for (const Extent& extent : memory_.extents()) memory_.uffd()->wake(extent.start, extent.bytes);
+  } catch (...) {
+    leave();
+    throw;
+  }
+}
+
+// After the registration: what is missing now stays so until it is brought.
+void SourcePager::look_for_what_is_there() {
+  const auto found = [&](PageRun run) {
+    for (PageNumber page = run.first; page < run.end(); ++page.value) (void)ledger_.set(page);
+  };
+  const bool by_file = memory_.file_content({PageNumber{0}, pages_}, found);
+  if (!by_file) {
+    Pagemap pagemap(memory_.owner());
+    for (PageRun left{PageNumber{0}, pages_}; left.count > 0;) {
+      const PageRun part = memory_.contiguous_run(left);
+      const OwnerAddress start = memory_.owner_address(part.first);
+      pagemap.populated(start, part.count * page_size_, [&](AddressRange range) {
+        found({PageNumber{part.first.value + (range.start.value - start.value) / page_size_},
+               (range.end.value - range.start.value) / page_size_});
+      });
+      left = {part.end(), left.count - part.count};
+    }
+  }
+  for (PageNumber page{0}; page.value < pages_; ++page.value) found_ += ledger_.test(page) ? 1 : 0;
+  settled_ = found_;
+}
+
+void SourcePager::leave() {
+  {
+    const std::lock_guard lock(leaving_);
+    prepage_thread_.stop();
+    faults_thread_.stop();
+    if (!over_.exchange(true)) memory_.end_events();
+  }
+}
+
+void SourcePager::end() {
+  leave();
+  for_each_unsettled([this](PageRun run) { poison(run); });
+}
+
+template <typename Visit>
+void SourcePager::for_each_unsettled(Visit visit) const {
+  for (PageNumber at{0}; at.value < pages_;) {
+    if (ledger_.test(at)) {
+      ++at.value;
+      continue;
+    }
+    PageRun run{at, 1};
+    while (run.end().value < pages_ && !ledger_.test(run.end())) ++run.count;
+    visit(run);
+    at = run.end();
+  }
+}
+
+SourcePager::Stats SourcePager::stats() const {
+  const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
+  return {pages_, settled_,       found_,
+          faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
+}
+
+void SourcePager::tell(EventKind kind, std::string code, std::string message, PageRun lost) {
+  if (kind == EventKind::kFailed && failed_.exchange(true)) return;
+  if (config_.on_event) config_.on_event({kind, std::move(code), std::move(message), lost});
+}
+
+void SourcePager::run(WorkerThread& self) {
+  set_this_thread_nice(kFaultThreadNice);
+  std::array<pollfd, 2> waiting{pollfd{self.wake_fd(), POLLIN, 0}, pollfd{memory_.uffd()->fd(), POLLIN, 0}};
+  std::array<uffd_msg, 32> events;
+  std::vector<std::byte> buffer(SequentialDetector::kLargestWindow * page_size_);
+  while (!self.stopping()) {
+    (void)::poll(waiting.data(), waiting.size(), -1);
+    if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();
+    if ((waiting[1].revents & POLLIN) == 0) continue;
+    try {
+      std::size_t count = 0;
+      {
+        const std::unique_lock whole(layout_);
+        count = memory_.uffd()->read_events(events);
+        for (std::size_t i = 0; i < count; ++i) on_event(events[i]);
+      }
+      for (std::size_t i = 0; i < count; ++i) {
+        if (events[i].event != UFFD_EVENT_PAGEFAULT) continue;
+        const auto seen = std::chrono::steady_clock::now();
+        const auto page = memory_.page_at(OwnerAddress{events[i].arg.pagefault.address});
+        if (!page) continue;
+        serve(*page, buffer);
+        ++faults_;
+        latencies_.record(std::chrono::steady_clock::now() - seen);
+      }
+    } catch (const std::exception& error) {
+      tell(EventKind::kFailed, "SYSTEM", error.what());
+      self.wait(100);
+    }
+  }
+}
+
+// Under layout_.
+void SourcePager::on_event(const uffd_msg& event) {
+  switch (event.event) {
+    case UFFD_EVENT_REMOVE:
+      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end; at = at.plus(page_size_)) {
+        const auto page = memory_.page_at(at);
+        if (page && !ledger_.set(*page)) ++settled_;
+      }
+      break;
+    case UFFD_EVENT_UNMAP:
+      break;  // nobody can touch it any more
+    case UFFD_EVENT_REMAP:
+      tell(EventKind::kFailed, "REGION_GONE", "the owner has moved a part of its memory while pages are missing there");
+      break;
+    case UFFD_EVENT_FORK: {
+      const UniqueFd fd(static_cast<int>(event.arg.fork.ufd));
+      // Nobody brings its copy's pages: they fail there. (A shared file's come for the child as well.)
+      if (!memory_.remote()) break;
+      Userfaultfd child = Userfaultfd::adopt(fd.get(), 0);
+      for_each_unsettled([&](PageRun run) { (void)poison_by(child, run); });
+      break;
+    }
+    default:
+      break;
+  }
+}
+
+void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
+  if (ledger_.test(page)) {
+    // Installed since, or dropped by the owner.
+    const OwnerAddress at = memory_.owner_address(page);
+    for (int tries = 0; tries < kTries; ++tries) {
+      const PageResult result = memory_.uffd()->zeropage(at, page_size_, true);
+      if (result.outcome == PageOutcome::kExists) memory_.uffd()->wake(at, page_size_);
+      if (result.outcome != PageOutcome::kAgain && result.outcome != PageOutcome::kNoMemory) return;
+      between_tries(tries);
+      // What is in the way may be an event that this very thread has to read: the fault comes again.
+      if (result.outcome == PageOutcome::kAgain) return memory_.uffd()->wake(at, page_size_);
+    }
+    return;
+  }
+  std::uint64_t lacking = 1;
+  while (lacking < SequentialDetector::kLargestWindow && page.value + lacking < pages_ &&
+         !ledger_.test(PageNumber{page.value + lacking})) {
+    ++lacking;
+  }
+  const auto advice = detector_.fault(0, page, lacking);
+  cursor_.store(page.value, std::memory_order_relaxed);
+  // The page first and alone: what follows it is only a guess.
+  (void)bring({page, 1}, buffer);
+  if (advice.pages > 1) (void)bring({PageNumber{page.value + 1}, advice.pages - 1}, buffer);
+}
+
+// False when it must be tried again: for the faults' thread, when there is an event to be read first.
+bool SourcePager::bring(PageRun run, std::vector<std::byte>& buffer) {
+  while (run.count > 0) {
+    const PageRun part = memory_.contiguous_run(run);
+    const std::span<std::byte> bytes = std::span(buffer).first(static_cast<std::size_t>(part.count * page_size_));
+    try {
+      config_.source->read(part, bytes);
+    } catch (const std::exception& error) {
+      // One page may be what is wrong.
+      if (part.count > 1) {
+        for (PageNumber page = part.first; page < part.end(); ++page.value) (void)bring({page, 1}, buffer);
+      } else {
+        lose(part, error.what());
+      }
+      run = {part.end(), run.count - part.count};
+      continue;
+    }
+    const Outcome outcome = install(part, bytes.data());
+    if (outcome == Outcome::kAgain) {
+      memory_.uffd()->wake(memory_.owner_address(part.first), part.count * page_size_);
+      return false;
+    }
+    run = {part.end(), run.count - part.count};
+  }
+  return true;
+}
+
+SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
+  while (run.count > 0) {
+    std::uint64_t done = 0;
+    PageOutcome outcome = PageOutcome::kOk;
+    {
+      const std::shared_lock sharing(layout_);
+      if (ledger_.test(run.first)) {
+        done = 1;  // by somebody else, or dropped
+      } else {
+        std::uint64_t count = 1;
+        while (count < run.count && !ledger_.test(PageNumber{run.first.value + count})) ++count;
+        const PageResult result =
+            memory_.uffd()->copy(memory_.owner_address(run.first), bytes, count * page_size_, true);
+        outcome = result.outcome;
+        done = result.bytes_done / page_size_;
+        settle({run.first, done});
+        if (outcome == PageOutcome::kExists) settle({PageNumber{run.first.value + done++}, 1});
+      }
+    }
+    if (outcome == PageOutcome::kExists) {
+      const PageNumber there{run.first.value + done - 1};
+      memory_.uffd()->wake(memory_.owner_address(there), page_size_);
+    }
+    run = {PageNumber{run.first.value + done}, run.count - done};
+    bytes += done * page_size_;
+    if (outcome == PageOutcome::kAgain || outcome == PageOutcome::kNoMemory) return Outcome::kAgain;
+    if (outcome == PageOutcome::kGone) {
+      memory_.owner()->require("page");
+      settle(run);  // not mapped any more
+      return Outcome::kGone;
+    }
+  }
+  return Outcome::kHere;
+}
+
+void SourcePager::settle(PageRun run) {
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    if (!ledger_.set(page)) ++settled_;
+  }
+}
+
+void SourcePager::lose(PageRun run, const std::string& why) {
+  lost_ += run.count;
+  tell(EventKind::kLost, "PAGES_LOST", why, run);
+  poison(run);
+  settle(run);
+}
+
+void SourcePager::poison(PageRun run) {
+  if (!poison_by(*memory_.uffd(), run)) memory_.owner()->end();  // it may not read zeros
+}
+
+bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
+  int tries = 0;
+  while (run.count > 0) {
+    const PageRun part = memory_.contiguous_run(run);
+    PageResult result;
+    bool supported = (uffd.features() & abi::kUffdFeaturePoison) != 0;
+    try {
+      if (supported) result = uffd.poison(memory_.owner_address(part.first), part.count * page_size_, true);
+    } catch (const SystemError&) {
+      supported = false;
+    }
+    if (!supported || tries > kTries) return false;
+    std::uint64_t done = result.bytes_done / page_size_;
+    if (result.outcome == PageOutcome::kExists) ++done;  // came after all
+    if (result.outcome == PageOutcome::kGone) return true;
+    if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory) between_tries(++tries);
+    run = {PageNumber{run.first.value + done}, run.count - done};
+  }
+  return true;
+}
+
+void SourcePager::prepage(WorkerThread& self) {
+  set_this_thread_nice(kPrepageNice);
+  const std::uint64_t at_once = std::max<std::uint64_t>(1, kPrepageBytes / page_size_);
+  std::vector<std::byte> buffer(at_once * page_size_);
+  std::uint64_t seen = 0;
+  PageNumber at{0};
+  int tries = 0;
+  while (!self.stopping()) {
+    if (settled_ >= pages_) return finish();
+    if (!config_.prepage || failed_) {
+      (void)self.wait(20);
+      continue;
+    }
+    // Where somebody works comes first.
+    const std::uint64_t cursor = cursor_.load(std::memory_order_relaxed);
+    if (cursor != seen) at = PageNumber{seen = cursor};
+    if (at.value >= pages_) at = PageNumber{0};
+    while (at.value < pages_ && ledger_.test(at)) ++at.value;
+    if (at.value >= pages_) continue;
+    PageRun run{at, 1};
+    while (run.count < at_once && run.end().value < pages_ && !ledger_.test(run.end())) ++run.count;
+    try {
+      if (bring(run, buffer)) {
+        at = run.end();
+        tries = 0;
+      } else if (++tries > kTries) {
+        tell(EventKind::kFailed, "SYSTEM", "pages cannot be installed");
+      } else {
+        between_tries(tries);
+      }
+    } catch (const std::exception& error) {
+      tell(EventKind::kFailed, "SYSTEM", error.what());
+    }
+  }
+}
+
+// On the prepaging thread. What is missing from here on was dropped by the owner, and is zeros.
+void SourcePager::finish() {
+  try {
+    for (const Extent& extent : memory_.extents()) (void)memory_.uffd()->unregister(extent.start, extent.bytes);
+    tell(EventKind::kDone, "", "");
+  } catch (const std::exception& error) {
+    tell(EventKind::kFailed, "SYSTEM", error.what());
+  }
+}
+
+}  // namespace memferry

@@ -1,0 +1,157 @@
+// A pager that serves from a file, and its successors.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "fake_source.h"
+#include "fault/source_pager.h"
+#include "owner_process.h"
+
+namespace memferry::test {
+namespace {
+
+using Op = OwnerProcess::Op;
+const std::uint64_t kPage = system_page_size();
+
+class AttachSourcePager : public testing::TestWithParam<bool> {
+ protected:
+  static constexpr std::uint64_t kPages = 4096;
+  static constexpr std::uint64_t kOffset = 8192;  // of the pages in the file
+
+  void SetUp() override {
+    const Userfaultfd::Offer offer = Userfaultfd::probe();
+    if (!offer.kernel_faults) GTEST_SKIP() << "no full userfaultfd here: " << std::strerror(offer.error);
+    content = random_bytes(kPages * kPage, 9);
+    snapshot = UniqueFd(::memfd_create("snapshot", MFD_CLOEXEC));
+    ledger = UniqueFd(::memfd_create("ledger", MFD_CLOEXEC));
+    ASSERT_EQ(::pwrite(snapshot.get(), content.data(), content.size(), kOffset), static_cast<ssize_t>(content.size()));
+    owner.emplace(OwnerProcess::Options{.pages = kPages,
+                                        .shared = GetParam(),
+                                        .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM});
+  }
+  SourcePager::Config config(bool prepage) {
+    SourcePager::Config made;
+    made.region = owner->attach();
+    made.source = std::make_unique<FilePageSource>(snapshot.get(), kOffset, kPage);
+    made.ledger = ledger.get();
+    made.prepage = prepage;
+    made.on_event = [this](const SourcePager::Event& event) {
+      if (event.kind == SourcePager::EventKind::kDone) done = true;
+      if (event.kind == SourcePager::EventKind::kLost) lost += event.lost.count;
+      if (event.kind == SourcePager::EventKind::kFailed) ++failed;
+    };
+    return made;
+  }
+  std::uint64_t hash(std::uint64_t first, std::uint64_t count) const {
+    return xxh3_64(std::span(content).subspan(first * kPage, count * kPage));
+  }
+  void await_done() {
+    for (int i = 0; i < 20'000 && !done; ++i) std::this_thread::sleep_for(1ms);
+    EXPECT_TRUE(done);
+  }
+
+  std::vector<std::byte> content;
+  UniqueFd snapshot;
+  UniqueFd ledger;
+  std::optional<OwnerProcess> owner;
+  std::atomic<bool> done{false};
+  std::atomic<std::uint64_t> lost{0};
+  std::atomic<int> failed{0};
+};
+INSTANTIATE_TEST_SUITE_P(Memory, AttachSourcePager, testing::Bool(),
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
+
+TEST_P(AttachSourcePager, ServesFaultsAndBringsTheRest) {
+  SourcePager pager(config(true));
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 200; ++i) {
+    const std::uint64_t page = random() % kPages;
+    ASSERT_EQ(owner->ask(Op::kHash, page, 1), hash(page, 1)) << page;
+  }
+  await_done();
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+  EXPECT_EQ(pager.stats().settled, kPages);
+  EXPECT_EQ(failed, 0);
+}
+
+TEST_P(AttachSourcePager, DiscardedPagesStayZerosForASuccessor) {
+  {
+    SourcePager first(config(false));
+    EXPECT_EQ(owner->ask(Op::kHash, 0, 20), hash(0, 20));
+    EXPECT_EQ(owner->ask(Op::kDiscard, 10, 20), 0U);
+    EXPECT_EQ(owner->ask(Op::kRead, 25), 0U);
+  }
+  owner->tell(Op::kRead, 2000);
+  EXPECT_EQ(owner->reply(50), std::nullopt);  // between two pagers whoever touches what is missing waits
+  SourcePager second(config(true));
+  std::uint64_t expected = 0;
+  std::memcpy(&expected, content.data() + 2000 * kPage, sizeof expected);
+  EXPECT_EQ(owner->reply(), expected);
+  EXPECT_GE(second.stats().found, 30U);
+  await_done();
+  std::memset(content.data() + 10 * kPage, 0, 20 * kPage);
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+}
+
+// Every successor is killed while the owner reads all of its memory; the last one lives. The owner never notices.
+TEST_P(AttachSourcePager, PagersThatAreKilledOneAfterTheOther) {
+  owner->tell(Op::kHash, 0, kPages);
+  for (int turn = 0; turn < 4; ++turn) {
+    const pid_t pid = ::fork();
+    if (pid == 0) {
+      try {
+        SourcePager pager(config(turn % 2 == 1));
+        ::pause();
+      } catch (...) {
+      }
+      ::_exit(1);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(30 + 10 * turn));
+    ::kill(pid, SIGKILL);
+    int status = 0;
+    ::waitpid(pid, &status, 0);
+    EXPECT_TRUE(WIFSIGNALED(status)) << "the pager ended by itself";
+  }
+  SourcePager last(config(true));
+  EXPECT_EQ(owner->reply(60'000), hash(0, kPages));
+  await_done();
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+}
+
+TEST_P(AttachSourcePager, WhatTheFileHasNotFailsToBeRead) {
+  ASSERT_EQ(::ftruncate(snapshot.get(), static_cast<off_t>(kOffset + 100 * kPage)), 0);
+  SourcePager pager(config(false));
+  EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
+  owner->tell(Op::kRead, 200);
+  int status = 0;
+  EXPECT_EQ(::waitpid(owner->pid(), &status, 0), owner->pid());
+  EXPECT_TRUE(WIFSIGNALED(status));
+  EXPECT_EQ(WTERMSIG(status), SIGBUS);
+  EXPECT_GE(lost, 1U);
+}
+
+TEST_P(AttachSourcePager, EndingMakesWhatIsMissingFail) {
+  SourcePager pager(config(false));
+  EXPECT_EQ(owner->ask(Op::kHash, 0, 10), hash(0, 10));
+  pager.end();
+  EXPECT_EQ(owner->ask(Op::kHash, 0, 10), hash(0, 10));
+  owner->tell(Op::kRead, 3000);
+  int status = 0;
+  EXPECT_EQ(::waitpid(owner->pid(), &status, 0), owner->pid());
+  EXPECT_TRUE(WIFSIGNALED(status));
+}
+
+TEST_P(AttachSourcePager, AnOwnerThatDiesWhileItIsServed) {
+  SourcePager pager(config(true));
+  owner->tell(Op::kHash, 0, kPages);
+  std::this_thread::sleep_for(5ms);
+  owner->kill();
+  pager.leave();
+  pager.end();
+}
+
+}  // namespace
+}  // namespace memferry::test
