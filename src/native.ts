@@ -515,6 +515,41 @@ export interface NativeFeature {
   remedy: string;
 }
 
+/** How a receive or a send of a unix socket ended. */
+export type NativeFdOutcome =
+  | 'ok'
+  | 'timed-out'
+  | 'cancelled'
+  | 'too-many-descriptors'
+  | 'truncated'
+  | 'peer-gone';
+
+/** A unix socket that carries descriptors. Closed by `close`, never by being collected. */
+export interface NativeFdConnection {
+  /** The pidfd is the connection's own, and closed with it; null: none to be had. `pid` 0: not visible from here. */
+  peer(): { pid: number; uid: number; gid: number; pidfd: number | null };
+  /** To be called once, before the first `receive`. Descriptors are the callback's from the call on. */
+  onReceived(
+    callback: (
+      error: unknown,
+      outcome: NativeFdOutcome | null,
+      bytes: Buffer | null,
+      descriptors: number[] | null,
+    ) => void,
+  ): void;
+  /** What one recvmsg gives goes to the callback, no bytes at the end. One at a time. */
+  receive(mostBytes: number, mostDescriptors: number, timeoutMs: number): void;
+  /** The bytes are copied and the descriptors duplicated before it returns. One at a time. */
+  send(bytes: Uint8Array, descriptors: number[], timeoutMs: number): Promise<NativeFdOutcome>;
+  /** Twice is fine. A receive under way never reaches its callback. */
+  close(): void;
+}
+
+export interface NativeFdListener {
+  /** Lets the path go; connections stay. Twice is fine. */
+  close(): void;
+}
+
 export interface NativeAddon {
   pageSize: number;
   /** Our own mapping. */
@@ -570,6 +605,19 @@ export interface NativeAddon {
 
   /** The page share in this file; null: somebody else writes it. Throws INVALID_ARGUMENT (a file of something else), SYSTEM. */
   openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare | null;
+
+  /**
+   * Makes the socket's file with at most these permissions. `onConnection` gets (null, connection), or (error, null)
+   * when the listener has failed. More connections than `mostConnections` at once are closed as they come.
+   */
+  createFdListener(
+    path: string,
+    mode: number,
+    mostConnections: number,
+    onConnection: (error: unknown, connection: NativeFdConnection | null) => void,
+  ): NativeFdListener;
+  /** On a thread of the pool. */
+  connectFdChannel(path: string, timeoutMs: number): Promise<NativeFdConnection>;
 
   /**
    * Closes every sender, receiver, listener and stage of this environment: missing pages are poisoned and whoever

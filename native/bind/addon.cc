@@ -3,6 +3,7 @@
 // Thread: the environment's own.
 #include "bind/engine_handles.h"
 #include "bind/environment.h"
+#include "bind/fd_channel_handle.h"
 #include "bind/js_error.h"
 #include "bind/kernel_features.h"
 #include "bind/node_api.h"
@@ -70,6 +71,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   SamplerHandle::define(env);
   SpreaderHandle::define(env);
   ShareHandle::define(env);
+  FdListenerHandle::define(env);
+  FdConnectionHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
@@ -87,6 +90,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
+  exports.Set("createFdListener", Napi::Function::New<FdListenerHandle::create>(env, "createFdListener"));
+  exports.Set("connectFdChannel", Napi::Function::New<FdConnectionHandle::connect>(env, "connectFdChannel"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));
   exports.Set("retireAllRegions", Napi::Function::New<retire_all_regions>(env, "retireAllRegions"));

@@ -72,6 +72,8 @@ class Environment {
   Napi::FunctionReference sampler_class;
   Napi::FunctionReference spreader_class;
   Napi::FunctionReference share_class;
+  Napi::FunctionReference fd_listener_class;
+  Napi::FunctionReference fd_connection_class;
 
   // Between the two, the environment's end shuts the engine down.
   void add(Engine* engine);

@@ -95,6 +95,8 @@ static_assert(sizeof(SchedAttr) == 48);
 inline constexpr int kMadvPopulateRead = 22;   // 5.14
 inline constexpr int kMadvPopulateWrite = 23;  // 5.14
 
+inline constexpr int kSoPeerPidfd = 77;  // SO_PEERPIDFD, 6.5
+
 static_assert(sizeof(UffdioMove) == 40);
 static_assert(sizeof(UffdioPoison) == 32);
 static_assert(sizeof(PageRegion) == 24);
