@@ -11,7 +11,7 @@
 // for the next memferry, which is given the same one. Were the last descriptor closed, it would read zeros.
 //
 // The protocol is in docs/protocol.md ("The shim in QEMU"). One thread, all signals blocked; one connection at a time,
-// each for at most kConnectionMs. A process that QEMU forks has no such thread, and its copy of the socket is closed.
+// each for at most kConnectionMs, and none that says nothing. A process that QEMU forks has no such thread, and its copy of the socket is closed.
 // No part of libstdc++ is linked: this is a guest in somebody else's process.
 #include <dirent.h>
 #include <fcntl.h>
@@ -26,6 +26,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <csignal>
@@ -45,6 +46,7 @@ using memferry::UniqueFd;
 
 constexpr int kVersion = 1;
 constexpr int kConnectionMs = 10000;
+constexpr int kSilenceMs = 3000;   // less than a memferry that comes meanwhile waits for its answer
 constexpr int kMostRequests = 64;  // of one connection
 constexpr std::size_t kRequestBytes = 128;
 constexpr std::size_t kAnswerBytes = 32768;
@@ -314,7 +316,8 @@ void serve(int connection) {
   for (int requests = 0; requests < kMostRequests; ++requests) {
     char* end = nullptr;
     while ((end = static_cast<char*>(std::memchr(request, '\n', held))) == nullptr) {
-      if (held == sizeof request || !wait_for(connection, POLLIN, deadline)) return;
+      if (held == sizeof request || !wait_for(connection, POLLIN, std::min(deadline, now_ms() + kSilenceMs)))
+        return;
       // Descriptors that somebody sends along are closed by the kernel: there is no room for them.
       const ssize_t count = ::recv(connection, request + held, sizeof request - held, MSG_DONTWAIT);
       if (count < 0 && (errno == EINTR || errno == EAGAIN)) continue;
