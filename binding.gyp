@@ -5,7 +5,7 @@
     {
       'target_name': 'memferry',
       'sources': [
-        '<!@(ls native/os/*.cc native/page/*.cc native/track/*.cc native/wire/*.cc native/fault/*.cc native/stage/*.cc native/share/*.cc native/transfer/*.cc native/spread/*.cc native/bind/*.cc)',
+        '<!@(ls native/os/*.cc native/page/*.cc native/track/*.cc native/wire/*.cc native/fault/*.cc native/stage/*.cc native/share/*.cc native/restore/*.cc native/transfer/*.cc native/spread/*.cc native/bind/*.cc)',
       ],
       'include_dirs': ['native'],
       'defines': ['NAPI_VERSION=8', 'NAPI_CPP_EXCEPTIONS'],

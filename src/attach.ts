@@ -53,7 +53,8 @@ export function checkAttachment(options: AttachOptions): CheckedAttachment {
   const mappings = options.mappings.map((mapping, index) => {
     const { address, lengthBytes, offset = next } = Object(mapping) as AttachedMapping;
     const what = `mappings[${index}]`;
-    if (typeof address !== 'bigint' || address < 0n || address >= mostAddress) wrong(`${what}.address is no address`);
+    if (typeof address !== 'bigint' || address < 0n || address >= mostAddress)
+      wrong(`${what}.address is no address`);
     if (address % BigInt(pageSize) !== 0n) wrong(`${what}.address is not at a page boundary`);
     if (!wholePages(lengthBytes, pageSize) || lengthBytes === 0)
       wrong(`${what}.lengthBytes is not a positive multiple of the page size (${pageSize})`);

@@ -13,8 +13,18 @@ export type {
   RegionBase,
 } from './guest.js';
 export { type Unparked, unpark } from './destination/unpark.js';
+export {
+  closeDescriptors,
+  FdConnection,
+  FdListener,
+  type FdListenerOptions,
+  type FdPeer,
+  type FdPiece,
+  type ReceiveBounds,
+} from './fd-channel.js';
 export { diffPages, hash, hashImplementation, hashPages } from './hash.js';
 export {
+  type AcceptContext,
   type CompressChoice,
   type DistributeOptions,
   type ListenOptions,
@@ -32,6 +42,7 @@ export { QemuDestination, type QemuArrivalOptions } from './qemu/arriving-guest.
 export type { QemuSockets } from './qemu/attachment.js';
 export { shimPath } from './qemu/shim.js';
 export { QemuGuest, type QemuGuestOptions } from './qemu/source-guest.js';
+export type { AttachedMapping, AttachOptions } from './attach.js';
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {
   ArrivalReport,
@@ -54,6 +65,16 @@ export {
   decideRound,
   type RoundSample,
 } from './source/convergence.js';
+export { FirecrackerApi } from './firecracker/api.js';
+export { type FirecrackerHost, microVmArrivals } from './firecracker/arriving.js';
+export {
+  firecrackerControl,
+  type MicroVmControl,
+  microVmGuest,
+  snapshotGuest,
+} from './firecracker/leaving.js';
+export { MicroVm, type PrePaging, type RestoreReport } from './firecracker/micro-vm.js';
+export { type ServeSnapshotOptions, type SnapshotServer, serveSnapshot } from './firecracker/serve.js';
 export {
   type Gang,
   type GangEviction,
@@ -67,6 +88,14 @@ export { type DiscoverOptions, discover, type HeardServer } from './staging/anno
 export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
 export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
+export { openPidfd, takeDescriptor } from './pidfd.js';
+export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export { DirtyTracker, trackers } from './trackers.js';
+export {
+  superviseGuest,
+  type SuperviseOptions,
+  type Supervision,
+  type SupervisionReport,
+} from './supervise.js';

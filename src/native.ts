@@ -33,7 +33,7 @@ export interface NativeRegion {
   /** Whether `view` starts where the region does. */
   startsAt(view: Uint8Array): boolean;
   /** Null: this process's memory. Else how it is attached. */
-  attached(): { pid: number; paged: boolean; writeTracked: boolean; shared: boolean } | null;
+  attached(): { pid: number; alive: boolean; paged: boolean; writeTracked: boolean; shared: boolean } | null;
   claimed(): boolean;
   /** One migration at a time: true when nobody else has it. */
   claim(): boolean;
@@ -58,6 +58,33 @@ export interface NativeMapping {
   address: bigint;
   lengthBytes: number;
   offset: number;
+}
+
+export interface NativeSourcePagerEvent {
+  kind: 'done' | 'lost' | 'failed';
+  code: string;
+  message: string;
+  /** The pages that are lost. */
+  first: number;
+  count: number;
+}
+
+export interface NativeSourcePagerStats {
+  pages: number;
+  pagesSettled: number;
+  pagesFound: number;
+  pagesLost: number;
+  faults: number;
+  faultP50Us: number;
+  faultP99Us: number;
+}
+
+export interface NativeSourcePager {
+  stats(): NativeSourcePagerStats;
+  /** Stops; whoever touches what is missing waits for a successor. Twice is fine. */
+  leave(): void;
+  /** Stops, and what is missing fails to be read. */
+  end(): void;
 }
 
 export interface NativeTrackerProbe {
@@ -515,6 +542,36 @@ export interface NativeFeature {
   remedy: string;
 }
 
+export interface NativeRestoreStats {
+  pages: number;
+  pagesInstalled: number;
+  pagesRemoved: number;
+  /** Brought before anyone waited for them. */
+  pagesAhead: number;
+  pagesLost: number;
+  faults: number;
+  faultsZero: number;
+  /** Whose pages had to come from a disk. */
+  faultsSlow: number;
+  triedAgain: number;
+  removeEvents: number;
+  /** From the reading of a fault until its page is there. */
+  p50Us: number;
+  p99Us: number;
+  maxUs: number;
+  tracksWrites: boolean;
+}
+
+export interface NativeRestore {
+  /** A region that was on its way is all there. */
+  sourceComplete(): void;
+  acknowledgeLoss(): void;
+  /** Also after close. */
+  stats(): NativeRestoreStats;
+  /** What is missing is poisoned, and who waits for it woken. Twice is fine. */
+  close(): void;
+}
+
 /** How a receive or a send of a unix socket ended. */
 export type NativeFdOutcome =
   | 'ok'
@@ -572,6 +629,22 @@ export interface NativeAddon {
     memory: number | null,
     onGone: (message: string) => void,
   ): NativeRegion;
+  /** Who touches what is missing in that memory waits from now on, for whoever pages it. */
+  registerMissing(pidfd: number, uffd: number, mappings: NativeMapping[], memory: number | null): void;
+  openPidfd(pid: number): number;
+  /** pidfd_getfd. */
+  takeDescriptor(pidfd: number, descriptor: number): number;
+  /** Pages attached memory from an open file; `ledger` is an open file that tells a successor what was settled. */
+  createSourcePager(config: {
+    region: NativeRegion;
+    snapshot: number;
+    offset: number;
+    ledger: number | null;
+    prepage: boolean;
+    onEvent: (event: NativeSourcePagerEvent) => void;
+  }): NativeSourcePager;
+  /** A process by pidfd; `alive()` is false when it has ended or runs another program. */
+  holdProcess(pidfd: number): { pid: number; alive(): boolean; end(): void };
   /** Another handle on a region of this process; null when it is gone. */
   openRegion(id: string): NativeRegion | null;
   /** How far the mapping around a WebAssembly memory is reserved, in bytes from the view's start. */
@@ -605,6 +678,28 @@ export interface NativeAddon {
 
   /** The page share in this file; null: somebody else writes it. Throws INVALID_ARGUMENT (a file of something else), SYSTEM. */
   openShare(config: { path: string; key: Uint8Array; budgetBytes: number }): NativeShare | null;
+
+  /**
+   * Serves the missing pages of another process's memory from a file, or from a region of this process that a migration
+   * fills meanwhile (one of the two is null). Descriptors are duplicated; all mappings have the one page size, and
+   * `offset` is where they lie in the source. Closing retires the region. Events: `complete`, `lost` (poisoned after
+   * acknowledgeLoss, or a quarter of a second), `owner-gone`, `failed`.
+   */
+  createRestore(config: {
+    path: string | null;
+    region: NativeRegion | null;
+    uffd: number;
+    pidfd: number;
+    mappings: NativeMapping[];
+    pageSize: number;
+    prePaging: 'none' | 'sequential' | 'all';
+    onEvent: (
+      kind: 'complete' | 'lost' | 'owner-gone' | 'failed',
+      code: string,
+      message: string,
+      lost: NativeRun[],
+    ) => void;
+  }): NativeRestore;
 
   /**
    * Makes the socket's file with at most these permissions. `onConnection` gets (null, connection), or (error, null)

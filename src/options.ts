@@ -374,8 +374,13 @@ export type ListenOptions = z.input<typeof listenSchema> & {
    * Makes the destination's side of a guest, before its first page. Throwing refuses the migration with the
    * error's code. Without it, plain regions of the offered lengths are allocated and nothing is run.
    */
-  accept?: (offer: GuestOffer, context: { signal: AbortSignal }) => ArrivingGuest | Promise<ArrivingGuest>;
+  accept?: (offer: GuestOffer, context: AcceptContext) => ArrivingGuest | Promise<ArrivingGuest>;
 };
+export interface AcceptContext {
+  signal: AbortSignal;
+  /** The execution state, where it is there before the memory: of a parked guest. */
+  state?: Uint8Array;
+}
 export type ResolvedListenOptions = z.output<typeof listenSchema> & Pick<ListenOptions, 'accept'>;
 
 function parse<T extends z.ZodType>(schema: T, value: unknown, what: string): z.output<T> {

@@ -50,7 +50,11 @@ export class Region {
   readonly #backing: Backing;
   #closed = false;
 
-  private constructor(handle: NativeRegion, backing: Backing, ownerGone: Promise<MemferryError> | null = null) {
+  private constructor(
+    handle: NativeRegion,
+    backing: Backing,
+    ownerGone: Promise<MemferryError> | null = null,
+  ) {
     this.native = handle;
     this.ownerGone = ownerGone;
     this.#backing = backing;

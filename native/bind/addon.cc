@@ -9,9 +9,11 @@
 #include "bind/node_api.h"
 #include "bind/page_functions.h"
 #include "bind/region_handle.h"
+#include "bind/restore_handle.h"
 #include "bind/sampler_handle.h"
 #include "bind/share_handle.h"
 #include "bind/sigbus.h"
+#include "bind/source_pager_handle.h"
 #include "bind/spreader_handle.h"
 #include "bind/stage_handle.h"
 #include "bind/tracker_handle.h"
@@ -69,15 +71,20 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ListenerHandle::define(env);
   StageHandle::define(env);
   SamplerHandle::define(env);
+  SourcePagerHandle::define(env);
   SpreaderHandle::define(env);
   ShareHandle::define(env);
   FdListenerHandle::define(env);
+  RestoreHandle::define(env);
   FdConnectionHandle::define(env);
 
   exports.Set("pageSize", number(env, system_page_size()));
   exports.Set("allocate", Napi::Function::New<RegionHandle::allocate>(env, "allocate"));
   exports.Set("adopt", Napi::Function::New<RegionHandle::adopt>(env, "adopt"));
   exports.Set("attach", Napi::Function::New<RegionHandle::attach>(env, "attach"));
+  exports.Set("registerMissing", Napi::Function::New<RegionHandle::register_missing>(env, "registerMissing"));
+  exports.Set("openPidfd", Napi::Function::New<RegionHandle::open_pidfd>(env, "openPidfd"));
+  exports.Set("takeDescriptor", Napi::Function::New<RegionHandle::take_descriptor>(env, "takeDescriptor"));
   exports.Set("openRegion", Napi::Function::New<RegionHandle::open>(env, "openRegion"));
   exports.Set("reservedBytes", Napi::Function::New<RegionHandle::reserved_bytes>(env, "reservedBytes"));
   exports.Set("probeTrackers", Napi::Function::New<TrackerHandle::probe>(env, "probeTrackers"));
@@ -88,8 +95,11 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createReceiver", Napi::Function::New<ReceiverHandle::create>(env, "createReceiver"));
   exports.Set("createListener", Napi::Function::New<ListenerHandle::create>(env, "createListener"));
   exports.Set("createStage", Napi::Function::New<StageHandle::create>(env, "createStage"));
+  exports.Set("createSourcePager", Napi::Function::New<SourcePagerHandle::create>(env, "createSourcePager"));
+  exports.Set("holdProcess", Napi::Function::New<SourcePagerHandle::hold_process>(env, "holdProcess"));
   exports.Set("createSampler", Napi::Function::New<SamplerHandle::create>(env, "createSampler"));
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
+  exports.Set("createRestore", Napi::Function::New<RestoreHandle::create>(env, "createRestore"));
   exports.Set("createFdListener", Napi::Function::New<FdListenerHandle::create>(env, "createFdListener"));
   exports.Set("connectFdChannel", Napi::Function::New<FdConnectionHandle::connect>(env, "connectFdChannel"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));

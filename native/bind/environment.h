@@ -70,9 +70,11 @@ class Environment {
   Napi::FunctionReference listener_class;
   Napi::FunctionReference stage_class;
   Napi::FunctionReference sampler_class;
+  Napi::FunctionReference source_pager_class;
   Napi::FunctionReference spreader_class;
   Napi::FunctionReference share_class;
   Napi::FunctionReference fd_listener_class;
+  Napi::FunctionReference restore_class;
   Napi::FunctionReference fd_connection_class;
 
   // Between the two, the environment's end shuts the engine down.

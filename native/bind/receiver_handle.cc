@@ -154,9 +154,8 @@ void ReceiverHandle::shut_down() {
 }
 
 Napi::Value ReceiverHandle::seal(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&]() -> Napi::Value {
-    return Napi::Boolean::New(info.Env(), open_ && receiver().seal());
-  });
+  return guarded(info.Env(),
+                 [&]() -> Napi::Value { return Napi::Boolean::New(info.Env(), open_ && receiver().seal()); });
 }
 
 Napi::Value ReceiverHandle::paging(const Napi::CallbackInfo& info) {

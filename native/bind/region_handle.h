@@ -38,6 +38,10 @@ class RegionHandle : public Napi::ObjectWrap<RegionHandle> {
   static Napi::Value adopt(const Napi::CallbackInfo& info);
   // (pidfd, uffd | null, [{ address: bigint, lengthBytes, offset }], memory | null, onGone(message))
   static Napi::Value attach(const Napi::CallbackInfo& info);
+  // The first four of attach(): who touches what is missing there waits from now on.
+  static Napi::Value register_missing(const Napi::CallbackInfo& info);
+  static Napi::Value open_pidfd(const Napi::CallbackInfo& info);
+  static Napi::Value take_descriptor(const Napi::CallbackInfo& info);
   static Napi::Value open(const Napi::CallbackInfo& info);
   static Napi::Value reserved_bytes(const Napi::CallbackInfo& info);
 

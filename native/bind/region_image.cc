@@ -50,7 +50,8 @@ void in_runs(const Region& region, const RegionUse& use, PageRun run, const char
 
 template <typename Visit>
 void in_pieces(const Region& region, const RegionUse& use, PageRun run, const char* operation, Visit visit) {
-  if (region.remote()) throw std::invalid_argument("private memory of another process cannot be filled from here");
+  if (region.remote())
+    throw std::invalid_argument("private memory of another process cannot be filled from here");
   in_runs(region, use, run, operation,
           [&](PageRun piece) { return visit(region.contiguous(piece), piece.first); });
 }

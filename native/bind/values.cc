@@ -90,6 +90,20 @@ std::uint32_t index_of(const Napi::Value& value, const char* what) {
   return static_cast<std::uint32_t>(count);
 }
 
+std::uint64_t address_of(const Napi::Value& value) {
+  if (!value.IsBigInt()) refuse("address", "a bigint");
+  bool lossless = false;
+  const std::uint64_t address = value.As<Napi::BigInt>().Uint64Value(&lossless);
+  if (!lossless) refuse("address", "an address");
+  return address;
+}
+
+int descriptor_of(const Napi::Value& value, const char* what) {
+  const std::uint64_t number = count_of(value, what);
+  if (number > 0x7fffffffU) refuse(what, "a descriptor");
+  return static_cast<int>(number);
+}
+
 std::string text_of(const Napi::Value& value, const char* what) {
   if (!value.IsString()) refuse(what, "a string");
   return value.As<Napi::String>().Utf8Value();

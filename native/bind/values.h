@@ -24,6 +24,9 @@ namespace memferry::bind {
 // A safe integer >= 0.
 [[nodiscard]] std::uint64_t count_of(const Napi::Value& value, const char* what);
 [[nodiscard]] std::uint32_t index_of(const Napi::Value& value, const char* what);
+// An address in any process: a bigint of 64 bits.
+[[nodiscard]] std::uint64_t address_of(const Napi::Value& value);
+[[nodiscard]] int descriptor_of(const Napi::Value& value, const char* what);
 [[nodiscard]] std::string text_of(const Napi::Value& value, const char* what);
 [[nodiscard]] bool flag_of(const Napi::Value& value, const char* what);
 [[nodiscard]] Napi::Function function_of(const Napi::Value& value, const char* what);

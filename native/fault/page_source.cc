@@ -31,7 +31,8 @@ void FilePageSource::read(PageRun run, std::span<std::byte> into) {
                                 static_cast<off_t>(offset_ + run.first.value * page_size_ + done));
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw_errno("pread(snapshot)");
-    if (got == 0) throw SystemError("the snapshot ends before page " + std::to_string(run.first.value), ENODATA);
+    if (got == 0)
+      throw SystemError("the snapshot ends before page " + std::to_string(run.first.value), ENODATA);
     done += static_cast<std::size_t>(got);
   }
 }

@@ -95,7 +95,8 @@ void Pager::run(WorkerThread& self) {
   set_this_thread_nice(kFaultThreadNice);
   std::vector<Request> requests;
   std::vector<pollfd> waiting{pollfd{self.wake_fd(), POLLIN, 0}};
-  std::vector<std::uint32_t> from{0};  // a region of each descriptor; one beyond the last for this process's own
+  std::vector<std::uint32_t> from{
+      0};  // a region of each descriptor; one beyond the last for this process's own
   if (own_) {
     waiting.push_back({own_->fd(), POLLIN, 0});
     from.push_back(static_cast<std::uint32_t>(maps_.size()));
@@ -158,7 +159,8 @@ void Pager::read_faults(std::uint32_t from, std::vector<Request>& requests) {
 std::optional<std::pair<std::uint32_t, PageNumber>> Pager::place_of(std::uint32_t from,
                                                                     OwnerAddress at) const {
   const auto pid_of = [&](std::uint32_t region) {
-    return region < maps_.size() && maps_[region]->region().owner() ? maps_[region]->region().owner()->pid() : 0;
+    return region < maps_.size() && maps_[region]->region().owner() ? maps_[region]->region().owner()->pid()
+                                                                    : 0;
   };
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     if (pid_of(region) != pid_of(from)) continue;
@@ -322,10 +324,9 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
     const PageRun part = map.region().contiguous_run(run);
     PageResult result;
     try {
-      result = attached_[region].removed
-                   ? copy_present(region, part, bytes)
-                   : uffd_of(region).copy(map.region().owner_address(part.first), bytes,
-                                          part.count * map.page_size(), true);
+      result = attached_[region].removed ? copy_present(region, part, bytes)
+                                         : uffd_of(region).copy(map.region().owner_address(part.first), bytes,
+                                                                part.count * map.page_size(), true);
     } catch (const SystemError& error) {
       map.received.clear_run(run);
       break_off("SYSTEM", error.what());

@@ -122,9 +122,10 @@ class Pager {
 
   // Memory of others.
   struct Attached {
-    std::unique_ptr<AtomicBitmap> room;     // received, and still in the waiting room; nullptr: there is none
-    std::unique_ptr<AtomicBitmap> removed;  // discarded by the owner before it was here; nullptr: it never says so
-    bool events = false;                    // they are this pager's to read
+    std::unique_ptr<AtomicBitmap> room;  // received, and still in the waiting room; nullptr: there is none
+    std::unique_ptr<AtomicBitmap>
+        removed;          // discarded by the owner before it was here; nullptr: it never says so
+    bool events = false;  // they are this pager's to read
   };
   void take_attached();
   void let_go_attached();

@@ -1,8 +1,15 @@
 // Paging the memory of another process, by its own userfaultfd.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <cinttypes>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "fault/pager.h"
 #include "os/sys_error.h"
@@ -15,6 +22,47 @@ constexpr std::uint64_t kDeliverPages = 64;
 
 constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE;
 
+// What the kernel shows of the owner's mappings says whose the userfaultfd is: one of a third process would register that
+// one's memory, at the same addresses.
+void check_registered(Region& memory) {
+  const UniqueFd file = memory.owner()->open_file("smaps", O_RDONLY);
+  std::vector<char> chunk(std::size_t{64} * 1024);
+  std::string text;
+  OwnerAddress start;
+  OwnerAddress end;
+  std::uint64_t found = 0;
+  for (;;) {
+    const ssize_t got = ::read(file.get(), chunk.data(), chunk.size());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw_errno("read(/proc/PID/smaps)");
+    if (got == 0) break;
+    text.append(chunk.data(), static_cast<std::size_t>(got));
+    std::size_t from = 0;
+    for (std::size_t line_end = text.find('\n'); line_end != std::string::npos;
+         line_end = text.find('\n', from)) {
+      const std::string line = text.substr(from, line_end - from);
+      from = line_end + 1;
+      std::uint64_t low = 0;
+      std::uint64_t high = 0;
+      if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &low, &high) == 2) {
+        start = OwnerAddress{low};
+        end = OwnerAddress{high};
+      } else if (line.starts_with("VmFlags:") && (line + " ").find(" um ") != std::string::npos) {
+        for (const Extent& extent : memory.extents()) {
+          const std::uint64_t first = std::max(start.value, extent.start.value);
+          const std::uint64_t last = std::min(end.value, extent.start.value + extent.bytes);
+          if (first < last) found += last - first;
+        }
+      }
+    }
+    text.erase(0, from);
+  }
+  memory.owner()->require("page");
+  if (found == memory.bytes()) return;
+  for (const Extent& extent : memory.extents()) (void)memory.uffd()->unregister(extent.start, extent.bytes);
+  throw std::invalid_argument("the userfaultfd is not of the process that owns the memory");
+}
+
 }  // namespace
 
 // Registered before anything of it is there: who touches it at its owner's waits, and populates nothing.
@@ -25,11 +73,11 @@ void Pager::take_attached() {
       Region& memory = map.region();
       if (!memory.owner()) continue;
       if (memory.uffd() == nullptr) {
-        throw std::invalid_argument("memory of another process can only be paged by a userfaultfd of its own");
+        throw std::invalid_argument(
+            "memory of another process can only be paged by a userfaultfd of its own");
       }
       Attached& own = attached_[region];
-      if (!memory.begin_events())
-        throw std::invalid_argument("another pager has this memory's userfaultfd");
+      if (!memory.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
       own.events = true;
       if ((memory.uffd()->enabled() & kLayoutEvents) != 0)
         own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
@@ -38,6 +86,7 @@ void Pager::take_attached() {
       map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
         memory.uffd()->register_missing(memory.owner_address(part.first), part.count * map.page_size());
       });
+      check_registered(memory);
     }
   } catch (...) {
     let_go_attached();
@@ -168,7 +217,8 @@ void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end)
     at = at.plus(page_size);
     if (!place || !attached_[place->first].removed) continue;
     // What is here is dropped by the discard itself, and found missing after it.
-    if (!maps_[place->first]->present.test(place->second)) attached_[place->first].removed->set(place->second);
+    if (!maps_[place->first]->present.test(place->second))
+      attached_[place->first].removed->set(place->second);
   }
 }
 
@@ -181,12 +231,13 @@ PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byt
   PageResult total;
   while (run.count > 0) {
     const bool zeros = removed.test(run.first);
-    const auto change = zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
+    const auto change =
+        zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
     const PageRun alike{run.first, (change ? change->first.value : run.end().value) - run.first.value};
     const OwnerAddress to = map.region().owner_address(alike.first);
     const std::uint64_t length = alike.count * page_size;
-    const PageResult result = zeros ? uffd_of(region).zeropage(to, length, true)
-                                    : uffd_of(region).copy(to, bytes, length, true);
+    const PageResult result =
+        zeros ? uffd_of(region).zeropage(to, length, true) : uffd_of(region).copy(to, bytes, length, true);
     total.bytes_done += result.bytes_done;
     total.outcome = result.outcome;
     total.error = result.error;
@@ -223,7 +274,8 @@ void Pager::poison_child(std::uint32_t from, const UniqueFd& child) {
       }
     }
   } catch (const std::exception& error) {
-    break_off("SYSTEM", std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
+    break_off("SYSTEM",
+              std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
   }
 }
 

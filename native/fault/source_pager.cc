@@ -65,11 +65,13 @@ SourcePager::SourcePager(Config config)
       page_size_(memory_.page_size()),
       pages_(memory_.pages()),
       ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)) {
-  if (memory_.uffd() == nullptr || !config_.source) throw std::invalid_argument("a pager without a userfaultfd");
+  if (memory_.uffd() == nullptr || !config_.source)
+    throw std::invalid_argument("a pager without a userfaultfd");
   if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
   try {
     memory_.check_attached("page");
-    for (const Extent& extent : memory_.extents()) memory_.uffd()->register_missing(extent.start, extent.bytes);
+    for (const Extent& extent : memory_.extents())
+      memory_.uffd()->register_missing(extent.start, extent.bytes);
     look_for_what_is_there();
     user_ = memory_.enlist([this] { leave(); });
     if (!user_) throw RegionGone("page");
@@ -135,8 +137,8 @@ void SourcePager::for_each_unsettled(Visit visit) const {
 
 SourcePager::Stats SourcePager::stats() const {
   const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
-  return {pages_, settled_,       found_,
-          faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
+  return {
+      pages_, settled_, found_, faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
 }
 
 void SourcePager::tell(EventKind kind, std::string code, std::string message, PageRun lost) {
@@ -180,7 +182,8 @@ void SourcePager::run(WorkerThread& self) {
 void SourcePager::on_event(const uffd_msg& event) {
   switch (event.event) {
     case UFFD_EVENT_REMOVE:
-      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end; at = at.plus(page_size_)) {
+      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end;
+           at = at.plus(page_size_)) {
         const auto page = memory_.page_at(at);
         if (page && !ledger_.set(*page)) ++settled_;
       }
@@ -188,7 +191,8 @@ void SourcePager::on_event(const uffd_msg& event) {
     case UFFD_EVENT_UNMAP:
       break;  // nobody can touch it any more
     case UFFD_EVENT_REMAP:
-      tell(EventKind::kFailed, "REGION_GONE", "the owner has moved a part of its memory while pages are missing there");
+      tell(EventKind::kFailed, "REGION_GONE",
+           "the owner has moved a part of its memory while pages are missing there");
       break;
     case UFFD_EVENT_FORK: {
       const UniqueFd fd(static_cast<int>(event.arg.fork.ufd));
@@ -233,7 +237,8 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
 bool SourcePager::bring(PageRun run, std::vector<std::byte>& buffer) {
   while (run.count > 0) {
     const PageRun part = memory_.contiguous_run(run);
-    const std::span<std::byte> bytes = std::span(buffer).first(static_cast<std::size_t>(part.count * page_size_));
+    const std::span<std::byte> bytes =
+        std::span(buffer).first(static_cast<std::size_t>(part.count * page_size_));
     try {
       config_.source->read(part, bytes);
     } catch (const std::exception& error) {
@@ -323,7 +328,8 @@ bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
     std::uint64_t done = result.bytes_done / page_size_;
     if (result.outcome == PageOutcome::kExists) ++done;  // came after all
     if (result.outcome == PageOutcome::kGone) return true;
-    if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory) between_tries(++tries);
+    if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory)
+      between_tries(++tries);
     run = {PageNumber{run.first.value + done}, run.count - done};
   }
   return true;
@@ -368,7 +374,8 @@ void SourcePager::prepage(WorkerThread& self) {
 // On the prepaging thread. What is missing from here on was dropped by the owner, and is zeros.
 void SourcePager::finish() {
   try {
-    for (const Extent& extent : memory_.extents()) (void)memory_.uffd()->unregister(extent.start, extent.bytes);
+    for (const Extent& extent : memory_.extents())
+      (void)memory_.uffd()->unregister(extent.start, extent.bytes);
     tell(EventKind::kDone, "", "");
   } catch (const std::exception& error) {
     tell(EventKind::kFailed, "SYSTEM", error.what());

@@ -52,9 +52,9 @@ class PageLedger {
 class SourcePager {
  public:
   enum class EventKind {
-    kDone,       // every page is there
-    kLost,       // these cannot be had from the source: they fail to be read from now on
-    kFailed,     // paging is over, and what is missing waits: end() or a successor
+    kDone,    // every page is there
+    kLost,    // these cannot be had from the source: they fail to be read from now on
+    kFailed,  // paging is over, and what is missing waits: end() or a successor
   };
   struct Event {
     EventKind kind;
@@ -71,8 +71,8 @@ class SourcePager {
   };
   struct Stats {
     std::uint64_t pages = 0;
-    std::uint64_t settled = 0;   // there, or dropped by the owner
-    std::uint64_t found = 0;     // of them there when it began
+    std::uint64_t settled = 0;  // there, or dropped by the owner
+    std::uint64_t found = 0;    // of them there when it began
     std::uint64_t faults = 0;
     std::uint64_t lost = 0;
     double p50_us = 0;

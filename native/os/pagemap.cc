@@ -77,6 +77,7 @@ Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const 
   request.category_anyof_mask = query.category_anyof_mask;
   request.return_mask = query.return_mask;
   const int count = ::ioctl(fd_.get(), abi::kPagemapScan, &request);
+  if (count < 0 && errno == ESRCH && owner_) throw owner_->gone("PAGEMAP_SCAN");
   if (count < 0) throw_errno("PAGEMAP_SCAN");
   // A call that neither gets on nor says why would make scan() spin.
   if (request.walk_end <= start || request.walk_end > end)
@@ -84,7 +85,8 @@ Pagemap::Batch Pagemap::scan_once(std::uint64_t start, std::uint64_t end, const 
   return {static_cast<std::size_t>(count), request.walk_end};
 }
 
-void Pagemap::populated(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::populated(OwnerAddress start, std::uint64_t bytes,
+                        const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) {
     populated_by_reading(start, bytes, visit);
     return;
@@ -102,7 +104,8 @@ void Pagemap::populated(OwnerAddress start, std::uint64_t bytes, const std::func
   joiner.flush();
 }
 
-void Pagemap::present(OwnerAddress start, std::uint64_t bytes, const std::function<void(AddressRange)>& visit) {
+void Pagemap::present(OwnerAddress start, std::uint64_t bytes,
+                      const std::function<void(AddressRange)>& visit) {
   if (!can_scan()) return read_entries(start, bytes, abi::kPagemapPresent, visit);
   Query query;
   query.category_inverted = abi::kPageIsPfnZero;

@@ -141,8 +141,6 @@ void Process::read(OwnerAddress from, std::span<std::byte> into) const {
   }
 }
 
-void Process::end() const {
-  (void)::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0U);
-}
+void Process::end() const { (void)::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0U); }
 
 }  // namespace memferry

@@ -62,7 +62,7 @@ class Process {
 
   UniqueFd pidfd_;
   pid_t pid_;
-  UniqueFd memory_;   // both belong to the address space, whatever the process does later
+  UniqueFd memory_;  // both belong to the address space, whatever the process does later
   UniqueFd pagemap_;
 };
 

@@ -52,15 +52,18 @@ std::optional<MappedArea> parse(std::string_view line) {
 }
 
 template <typename Accept>
-std::uint64_t extent_where(OwnerAddress start, std::uint64_t limit_bytes, const Process* owner, Accept accept) {
+std::uint64_t extent_where(OwnerAddress start, std::uint64_t limit_bytes, const Process* owner,
+                           Accept accept) {
   const std::uint64_t limit = start.value + std::min(limit_bytes, ~start.value);
   std::uint64_t reached = start.value;
-  for_each_mapped_area([&](const MappedArea& area) {
-    if (area.end.value <= reached) return true;
-    if (area.start.value > reached || !accept(area)) return false;
-    reached = std::min(area.end.value, limit);
-    return reached < limit;
-  }, owner);
+  for_each_mapped_area(
+      [&](const MappedArea& area) {
+        if (area.end.value <= reached) return true;
+        if (area.start.value > reached || !accept(area)) return false;
+        reached = std::min(area.end.value, limit);
+        return reached < limit;
+      },
+      owner);
   return reached - start.value;
 }
 
@@ -108,8 +111,8 @@ std::uint64_t mapped_extent(OwnerAddress start, std::uint64_t limit_bytes, const
 }
 
 bool is_private_anonymous(OwnerAddress start, std::uint64_t bytes, const Process* owner) {
-  return extent_where(start, bytes, owner, [](const MappedArea& area) { return !area.shared && !area.file; }) ==
-         bytes;
+  return extent_where(start, bytes, owner,
+                      [](const MappedArea& area) { return !area.shared && !area.file; }) == bytes;
 }
 
 }  // namespace memferry

@@ -18,24 +18,27 @@ struct MappedArea {
   bool readable = false;
   bool writable = false;
   bool shared = false;
-  bool file = false;      // has an inode: a file, a memfd, shared anonymous memory
+  bool file = false;         // has an inode: a file, a memfd, shared anonymous memory
   std::uint64_t offset = 0;  // in that file
   std::uint64_t inode = 0;
   std::uint64_t device = 0;  // as stat's st_dev
-  std::string_view name;  // valid during the visit
+  std::string_view name;     // valid during the visit
 };
 
 // Calls visit for every mapped area in ascending order until it gives false. Of `owner`; of this process without one.
 // Throws SystemError; OwnerGone also after the last visit: then what was visited may have been another program's.
-void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit, const Process* owner = nullptr);
+void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit,
+                          const Process* owner = nullptr);
 
 // Bytes from `start` on, without a gap, that are readable and writable; at most `limit_bytes`.
 [[nodiscard]] std::uint64_t writable_extent(OwnerAddress start, std::uint64_t limit_bytes);
 // The same for what is mapped with whatever protection: a WebAssembly memory's reservation, its tail
 // included.
-[[nodiscard]] std::uint64_t mapped_extent(OwnerAddress start, std::uint64_t limit_bytes, const Process* owner = nullptr);
+[[nodiscard]] std::uint64_t mapped_extent(OwnerAddress start, std::uint64_t limit_bytes,
+                                          const Process* owner = nullptr);
 // True when all of [start, start + bytes) is mapped private and anonymous. Only there does a page that is not
 // in the page tables hold zeros, and only there does every write of its process go through these addresses.
-[[nodiscard]] bool is_private_anonymous(OwnerAddress start, std::uint64_t bytes, const Process* owner = nullptr);
+[[nodiscard]] bool is_private_anonymous(OwnerAddress start, std::uint64_t bytes,
+                                        const Process* owner = nullptr);
 
 }  // namespace memferry

@@ -110,7 +110,8 @@ class Userfaultfd {
   std::size_t read_events(std::span<uffd_msg> into);
 
  private:
-  Userfaultfd(UniqueFd fd, FaultScope scope, std::uint64_t features, std::uint64_t enabled, bool adopted = false)
+  Userfaultfd(UniqueFd fd, FaultScope scope, std::uint64_t features, std::uint64_t enabled,
+              bool adopted = false)
       : fd_(std::move(fd)), scope_(scope), features_(features), enabled_(enabled), adopted_(adopted) {}
 
   UniqueFd fd_;

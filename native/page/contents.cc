@@ -56,15 +56,16 @@ void Contents::visit(const Region& region, PageRun run, const std::function<void
       told = std::max(told, end);
     };
     const std::uint64_t bytes = part.count * page_size;
-    const std::vector<AddressRange> all_zeros =
-        zero_fill ? std::vector<AddressRange>{{start, start.plus(bytes)}}
-                  : zero_fill_ranges(start, bytes, region.owner().get());
+    const std::vector<AddressRange> all_zeros = zero_fill
+                                                    ? std::vector<AddressRange>{{start, start.plus(bytes)}}
+                                                    : zero_fill_ranges(start, bytes, region.owner().get());
     for (const AddressRange& zeros : all_zeros) {
       tell_up_to(page_of(zeros.start));
-      pagemap_.of(region).populated(zeros.start, zeros.end.value - zeros.start.value, [&](AddressRange range) {
-        told = page_of(range.start);
-        tell_up_to(page_of(range.end));
-      });
+      pagemap_.of(region).populated(zeros.start, zeros.end.value - zeros.start.value,
+                                    [&](AddressRange range) {
+                                      told = page_of(range.start);
+                                      tell_up_to(page_of(range.end));
+                                    });
       told = page_of(zeros.end);
     }
     tell_up_to(part.end());

@@ -31,7 +31,8 @@ class Contents {
   // Visits the runs of pages of `run` that may have content, in order; the others are zeros at some moment of this call.
   // `zero_fill`: said before that memory of these pages which is not populated is zeros, so that the mappings need no
   // look. Throws SystemError, OwnerGone.
-  void visit(const Region& region, PageRun run, const std::function<void(PageRun)>& found, bool zero_fill = false);
+  void visit(const Region& region, PageRun run, const std::function<void(PageRun)>& found,
+             bool zero_fill = false);
 
  private:
   OwnerPagemap pagemap_;

@@ -155,7 +155,8 @@ std::span<std::byte> Region::contiguous(PageRun run) const {
   if (!viewed_.load(std::memory_order_acquire))
     throw std::logic_error("private memory of another process has no view");
   const std::size_t index = extent_of(part.first);
-  std::byte* const base = memory_ ? views_[index].data() : views_.front().data() + first_page_[index] * page_size_;
+  std::byte* const base =
+      memory_ ? views_[index].data() : views_.front().data() + first_page_[index] * page_size_;
   return {base + (part.first.value - first_page_[index]) * page_size_, bytes};
 }
 

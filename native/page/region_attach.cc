@@ -38,9 +38,10 @@ void check_memory(int memory, const std::vector<Extent>& extents, const std::vec
   struct statfs system {};
   if (::fstatfs(memory, &system) != 0) throw_errno("fstatfs(memory)");
   if (system.f_type != TMPFS_MAGIC) {
-    throw std::invalid_argument(system.f_type == HUGETLBFS_MAGIC
-                                    ? "the memory is of huge pages: its page size is another one"
-                                    : "the memory is a file on a disk: only tmpfs (memfd, /dev/shm) can be paged");
+    throw std::invalid_argument(
+        system.f_type == HUGETLBFS_MAGIC
+            ? "the memory is of huge pages: its page size is another one"
+            : "the memory is a file on a disk: only tmpfs (memfd, /dev/shm) can be paged");
   }
   const auto size = static_cast<std::uint64_t>(status.st_size);
   for (std::size_t i = 0; i < extents.size(); ++i) {
@@ -85,10 +86,11 @@ void Region::check_attached(const char* operation) const {
         for (std::size_t i = 0; i < extents_.size(); ++i) {
           const std::uint64_t end = extents_[i].start.value + extents_[i].bytes;
           if (area.end.value <= reached[i] || area.start.value > reached[i] || reached[i] >= end) continue;
-          const bool ours = !memory_ ? !area.file && !area.shared
-                                     : area.shared && area.inode == file.st_ino && area.device == file.st_dev &&
-                                           area.offset + (reached[i] - area.start.value) ==
-                                               offsets_[i] + (reached[i] - extents_[i].start.value);
+          const bool ours = !memory_
+                                ? !area.file && !area.shared
+                                : area.shared && area.inode == file.st_ino && area.device == file.st_dev &&
+                                      area.offset + (reached[i] - area.start.value) ==
+                                          offsets_[i] + (reached[i] - extents_[i].start.value);
           if (!ours && wrong.empty()) {
             wrong = hex(reached[i]) + (memory_ ? " is not the given file's memory at its offset"
                                                : " is shared or a file's: its memory must be given");
@@ -147,7 +149,8 @@ bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found
       const bool unknown = data < 0 || (hole < 0 && errno != ENXIO);
       const std::uint64_t from = unknown ? at : static_cast<std::uint64_t>(data) / page_size_ * page_size_;
       const std::uint64_t to =
-          unknown || hole < 0 ? end : (static_cast<std::uint64_t>(hole) + page_size_ - 1) / page_size_ * page_size_;
+          unknown || hole < 0 ? end
+                              : (static_cast<std::uint64_t>(hole) + page_size_ - 1) / page_size_ * page_size_;
       const std::uint64_t first = std::max(from, at);
       const std::uint64_t last = std::min(to, end);
       if (first < last) found({PageNumber{(first - base) / page_size_}, (last - first) / page_size_});
@@ -160,7 +163,8 @@ bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found
 
 std::string gone_owner(std::span<const std::shared_ptr<Region>> regions) {
   for (const auto& region : regions) {
-    if (region->owner() && !region->owner()->alive()) return region->owner()->gone("the migration ends").what();
+    if (region->owner() && !region->owner()->alive())
+      return region->owner()->gone("the migration ends").what();
   }
   return {};
 }
@@ -172,7 +176,8 @@ Region::Region(Attachment attachment)
       uffd_(std::move(attachment.uffd)),
       memory_(std::move(attachment.memory)),
       viewed_(static_cast<bool>(memory_)) {
-  check_extents(attachment.extents, attachment.extents.empty() ? 0 : attachment.extents.back().bytes, page_size_);
+  check_extents(attachment.extents, attachment.extents.empty() ? 0 : attachment.extents.back().bytes,
+                page_size_);
   if (memory_) {
     check_memory(memory_.get(), attachment.extents, attachment.offsets, page_size_);
     // A file position of our own: SEEK_DATA moves it, and a duplicate would share that of whoever gave it.

@@ -191,13 +191,14 @@ bool PageSampler::give(const SampledPage& sampled) {
   bool same = false;
   if (region)
     (void)glance(region, [&](const RegionUse&) {
-      pagemap_.of(*region).present(region->owner_address(sampled.page), region->page_size(), [&](AddressRange) {
-        reader_.reset();
-        const std::span<const std::byte> part = reader_.read(*region, {sampled.page, 1});
-        racy_copy(page_.data(), part.data(), part.size());
-        const ContentDigest digest = hasher_(page_);
-        same = std::memcmp(digest.data(), sampled.name.data(), sizeof sampled.name) == 0;
-      });
+      pagemap_.of(*region).present(
+          region->owner_address(sampled.page), region->page_size(), [&](AddressRange) {
+            reader_.reset();
+            const std::span<const std::byte> part = reader_.read(*region, {sampled.page, 1});
+            racy_copy(page_.data(), part.data(), part.size());
+            const ContentDigest digest = hasher_(page_);
+            same = std::memcmp(digest.data(), sampled.name.data(), sizeof sampled.name) == 0;
+          });
     });
   if (same) {
     config_.reporter->give(sampled, page_);

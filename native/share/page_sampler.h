@@ -20,11 +20,11 @@
 #include <span>
 #include <vector>
 
-#include "page/contents.h"
-#include "page/region_reader.h"
 #include "os/worker_thread.h"
 #include "page/content_hash.h"
+#include "page/contents.h"
 #include "page/region.h"
+#include "page/region_reader.h"
 #include "share/cpu_share.h"
 #include "wire/frame.h"
 

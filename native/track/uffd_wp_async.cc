@@ -38,14 +38,18 @@ void UffdWpAsyncTracker::arm() {
   if (region_->owner()) {
     const Userfaultfd* theirs = region_->uffd();
     if (theirs == nullptr) {
-      throw SystemError("uffd-wp-async: the memory was attached without a userfaultfd of its owner; use hash-diff",
-                        EOPNOTSUPP);
+      throw SystemError(
+          "uffd-wp-async: the memory was attached without a userfaultfd of its owner; use hash-diff",
+          EOPNOTSUPP);
     }
     if ((theirs->enabled() & abi::kUffdFeatureWpAsync) == 0) {
       throw SystemError("uffd-wp-async: the owner's userfaultfd was made without WP_ASYNC; use hash-diff",
                         EOPNOTSUPP);
     }
     region_->check_attached("uffd-wp-async");
+    // One range has one kind of registration: what is missing there would read as zeros.
+    if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
+    region_->end_events();
   } else {
     for (const Extent& extent : region_->extents()) {
       if (!is_private_anonymous(extent.start, extent.bytes)) {
@@ -98,7 +102,37 @@ void UffdWpAsyncTracker::look_for_content(std::uint64_t pages) {
   }
   if (!region_->owner() || region_->remote()) return;
   const PageRun all{PageNumber{0}, pages};
-  if (!region_->file_content(all, [&](PageRun run) { populated_->set_run(run); })) populated_->set_run(all);
+  content_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
+  if (region_->file_content(all, [&](PageRun run) { content_->set_run(run); })) {
+    for (std::uint64_t word = 0; word < content_->words(); ++word)
+      populated_->or_word(word, content_->word(word));
+  } else {
+    content_.reset();
+    populated_->set_run(all);
+  }
+}
+
+// After the protection: what is there now and goes later is found next time.
+std::uint64_t UffdWpAsyncTracker::collect_holes(AtomicBitmap& dirty) {
+  std::uint64_t found = 0;
+  PageNumber at{0};
+  const auto hole = [&](PageNumber end) {
+    while (at < end) {
+      const auto gone = content_->take_run(at, end, end.value - at.value);
+      if (!gone) break;
+      found += gone->count - dirty.count(*gone);
+      dirty.set_run(*gone);
+      at = gone->end();
+    }
+    at = std::max(at, end);
+  };
+  (void)region_->file_content({PageNumber{0}, armed_pages_}, [&](PageRun run) {
+    hole(run.first);
+    content_->set_run(run);
+    at = run.end();
+  });
+  hole(PageNumber{armed_pages_});
+  return found;
 }
 
 // As far as the memory may ever grow, where that is reserved already: V8 grows a WebAssembly memory by
@@ -176,6 +210,7 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
     dirty.set_run(run);
     written += run.count;
   });
+  if (content_) written += collect_holes(dirty);
   if (pages > armed_pages_) {
     // Protected first, reported after: a write in between is in what the reader finds or is reported next
     // time.
@@ -193,7 +228,8 @@ std::uint64_t UffdWpAsyncTracker::collect(AtomicBitmap& dirty) {
 // there the kernel passes over what is not registered with it.
 void UffdWpAsyncTracker::disarm() {
   uffd_.reset();
-  if (armed_ && region_->owner()) {
+  // Where a pager has it by now, the registration is the pager's.
+  if (armed_ && region_->owner() && region_->begin_events()) {
     for (const Extent& extent : region_->extents()) {
       try {
         (void)region_->uffd()->unregister(extent.start, extent.bytes);
@@ -201,9 +237,11 @@ void UffdWpAsyncTracker::disarm() {
         // It belongs to another userfaultfd by now, or is of a kind that has none.
       }
     }
+    region_->end_events();
   }
   armed_ = false;
   populated_.reset();
+  content_.reset();
   registered_pages_ = 0;
   armed_pages_ = 0;
 }

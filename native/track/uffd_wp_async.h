@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "os/pagemap.h"
-#include "page/contents.h"
 #include "os/userfaultfd.h"
+#include "page/contents.h"
 #include "track/dirty_tracker.h"
 
 namespace memferry {
@@ -25,6 +25,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   static constexpr std::uint64_t kFeatures = abi::kUffdFeatureWpAsync | abi::kUffdFeatureWpUnpopulated;
 
   explicit UffdWpAsyncTracker(std::shared_ptr<Region> region);
+  ~UffdWpAsyncTracker() override { UffdWpAsyncTracker::disarm(); }
+  UffdWpAsyncTracker(const UffdWpAsyncTracker&) = delete;
+  UffdWpAsyncTracker& operator=(const UffdWpAsyncTracker&) = delete;
 
   [[nodiscard]] std::string_view name() const override { return "uffd-wp-async"; }
   void arm() override;
@@ -36,6 +39,7 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   void register_memory();
   void register_up_to(std::uint64_t pages);
   void look_for_content(std::uint64_t pages);
+  std::uint64_t collect_holes(AtomicBitmap& dirty);
   void check_still_mapped(OwnerAddress start, std::uint64_t bytes) const;
   [[nodiscard]] Userfaultfd& uffd();
   // Protects pages [first, end) and calls visit(PageRun, categories) for those that had been written.
@@ -49,6 +53,9 @@ class UffdWpAsyncTracker final : public DirtyTracker {
   std::uint64_t registered_pages_ = 0;
   std::uint64_t armed_pages_ = 0;
   std::unique_ptr<AtomicBitmap> populated_;
+  // Of a shared file: which of its pages were there at the last look. Holes that were made since (a balloon) count as
+  // written; write protection tells nothing of them.
+  std::unique_ptr<AtomicBitmap> content_;
 };
 
 }  // namespace memferry

@@ -50,12 +50,15 @@ void ChunkGatherer::gather_untouched(const SendQueue::Chunk& chunk, const PageFr
   };
   if (chunk.tracked) return add_zeros(chunk.run);
   PageNumber at = chunk.run.first;
-  contents_.visit(*queue_.region(chunk.region), chunk.run, [&](PageRun touched) {
-    gave_back_ = true;
-    queue_.put_back({chunk.region, touched, false, false});
-    add_zeros({at, touched.first.value - at.value});
-    at = touched.end();
-  }, true);
+  contents_.visit(
+      *queue_.region(chunk.region), chunk.run,
+      [&](PageRun touched) {
+        gave_back_ = true;
+        queue_.put_back({chunk.region, touched, false, false});
+        add_zeros({at, touched.first.value - at.value});
+        at = touched.end();
+      },
+      true);
   add_zeros({at, chunk.run.end().value - at.value});
 }
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "os/mapping.h"
+#include "os/pagemap.h"
 #include "os/sys_error.h"
 #include "transfer/receiver_impl.h"
 
@@ -33,7 +34,7 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
     if (!region) throw std::invalid_argument("a region is missing");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
     arrivals.push_back(std::make_unique<RegionArrival>(region));
-    if (region->remote()) take_remote(*region);
+    if (region->remote()) take_remote(*region, maps.size());
     backings.push_back(backing_of(*region));
     const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
     maps.push_back(
@@ -166,9 +167,8 @@ void Receiver::Impl::region_gone() {
 }
 
 // Another process's private memory: nothing can be dropped there from here, so nothing may be there.
-void Receiver::Impl::take_remote(Region& region) {
-  if (std::any_of(config.bases.begin(), config.bases.end(),
-                  [](auto base) { return base != ReceiverConfig::Base::kNone; }))
+void Receiver::Impl::take_remote(Region& region, std::size_t index) {
+  if (base_of(index) != ReceiverConfig::Base::kNone)
     throw std::invalid_argument("a base for private memory of another process");
   std::uint64_t populated = 0;
   Pagemap pagemap(region.owner());

@@ -121,7 +121,7 @@ struct Receiver::Impl {
   // receiver.cc
   void start();
   void close();
-  void take_remote(Region& region);
+  void take_remote(Region& region, std::size_t index);
   bool deliver();
   std::string undelivered;
   void region_gone();

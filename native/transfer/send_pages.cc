@@ -34,8 +34,8 @@ PageFrames::PageFrames(std::uint64_t page_size, std::unique_ptr<PageEncoder> enc
 std::uint64_t PageFrames::memory_bytes() const {
   return hashes_.size() * sizeof hashes_[0] + headers_.capacity() * sizeof(wire::FrameHeader) +
          buffers_.capacity() * sizeof(iovec) + runs_.capacity() * sizeof(RegionRun) +
-         digests_.capacity() * sizeof(ContentDigest) + reader_.memory_bytes() + (encoder_ ? encoder_->memory_bytes() : 0) +
-         (referrer_ ? referrer_->memory_bytes() : 0);
+         digests_.capacity() * sizeof(ContentDigest) + reader_.memory_bytes() +
+         (encoder_ ? encoder_->memory_bytes() : 0) + (referrer_ ? referrer_->memory_bytes() : 0);
 }
 
 void PageFrames::start_batch() {

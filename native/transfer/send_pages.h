@@ -39,7 +39,8 @@ class PageFrames {
   void add(std::uint32_t region, PageNumber first, std::span<const std::byte> bytes, std::uint16_t flags,
            const OnHash& on_hash);
   // The same of `memory`, for the pages of `run` that are contiguous there; gives those. Throws SystemError, OwnerGone.
-  PageRun add(std::uint32_t region, const Region& memory, PageRun run, std::uint16_t flags, const OnHash& on_hash);
+  PageRun add(std::uint32_t region, const Region& memory, PageRun run, std::uint16_t flags,
+              const OnHash& on_hash);
   // One kZero frame of any length, for pages that were never touched.
   void add_zeros(std::uint32_t region, PageRun run, const OnHash& on_hash);
 

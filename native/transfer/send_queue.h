@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "page/contents.h"
 #include "page/bitmap.h"
+#include "page/contents.h"
 #include "page/region.h"
 #include "transfer/events.h"
 #include "wire/frame.h"

@@ -201,7 +201,7 @@ struct Sender::Impl {
   std::vector<std::unique_ptr<Region::User>> users;  // the supervisor's, and close()'s after it
   TouchGate gate;
   wire::Pacer pacer;
-  std::mutex collect_mutex;        // one thread at a time calls the trackers and contents
+  std::mutex collect_mutex;          // one thread at a time calls the trackers and contents
   std::optional<Contents> contents;  // guarded by collect_mutex
 
   mutable std::mutex mutex;

@@ -101,10 +101,11 @@ void Sender::Impl::region_gone() {
     // An owner that ends after the switch leaves its shared memory behind, which is mapped here: the destination still
     // needs it.
     const std::lock_guard lock(mutex);
-    const bool kept = std::all_of(config.regions.begin(), config.regions.end(), [](const auto& region) {
-      return region->owner() && !region->remote();
-    });
-    if (kept && (phase == Phase::kSwitching || phase == Phase::kPostcopy) && !gone_owner(config.regions).empty()) return;
+    const bool kept = std::all_of(config.regions.begin(), config.regions.end(),
+                                  [](const auto& region) { return region->owner() && !region->remote(); });
+    if (kept && (phase == Phase::kSwitching || phase == Phase::kPostcopy) &&
+        !gone_owner(config.regions).empty())
+      return;
   }
   gate.close();
   {

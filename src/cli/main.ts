@@ -8,7 +8,9 @@ import { addBench } from './bench.js';
 import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
+import { addFirecracker, addFirecrackerPark } from './firecracker.js';
 import { describeUsageError, reportError } from './output.js';
+import { addPage } from './page.js';
 import { addPark } from './park.js';
 import { addQemu } from './qemu.js';
 import { addReceive } from './receive.js';
@@ -33,6 +35,7 @@ function build(): Command {
   addBench(program);
   addReceive(program);
   addSend(program);
+  addPage(program);
   addPark(program);
   addUnpark(program);
   addStage(program);
@@ -40,6 +43,8 @@ function build(): Command {
   addQemu(program);
   addStatus(program);
   addDrop(program);
+  addFirecracker(program);
+  addFirecrackerPark(program);
   return program;
 }
 

@@ -41,7 +41,7 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
   using interruption = onInterrupt();
   const { signal } = interruption;
   // First, so that a guest is never parked with nobody able to claim it.
-  const file = await newFile(flags.ticket);
+  const file = await newTicketFile(flags.ticket);
   let report: ParkReport;
   let left = false;
   try {
@@ -78,7 +78,8 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
   );
 }
 
-async function newFile(path: string): Promise<FileHandle> {
+/** @throws INVALID_ARGUMENT: it is there already, or cannot be written */
+export async function newTicketFile(path: string): Promise<FileHandle> {
   try {
     return await open(path, 'wx', 0o600);
   } catch (cause) {

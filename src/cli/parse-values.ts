@@ -12,6 +12,12 @@ export function wholeNumber(least: number, most: number): (text: string) => numb
   };
 }
 
+/** Permissions. */
+export function octal(text: string): number {
+  if (!/^0?[0-7]{1,3}$/.test(text)) throw new InvalidArgumentError('write permissions in octal, as 660.');
+  return Number.parseInt(text, 8);
+}
+
 export function positiveNumber(text: string): number {
   const value = Number(text);
   if (!(value > 0) || !Number.isFinite(value)) throw new InvalidArgumentError('write a number above 0.');

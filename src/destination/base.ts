@@ -179,9 +179,10 @@ async function fillRegion(
 export function basesOf(
   guest: Pick<ArrivingGuest, 'regions' | 'bases'>,
 ): ('none' | 'given' | 'in-place')[] | null {
-  const kinds = guest.regions.map((_, index) => {
+  const kinds = guest.regions.map((region, index) => {
     const base = guest.bases?.[index];
-    if (!base) return 'none';
+    // Private memory of another process cannot be filled from here.
+    if (!base || region.native.attached()?.shared === false) return 'none';
     return 'inPlace' in base ? 'in-place' : 'given';
   });
   return kinds.some((kind) => kind !== 'none') ? kinds : null;

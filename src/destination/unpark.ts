@@ -62,7 +62,9 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     const claim = await images.claim({ rollback: resolved.rollback });
     const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
     const signal = resolved.signal ?? new AbortController().signal;
-    guest = resolved.accept ? await resolved.accept(offer, { signal }) : allocateGuest(offer);
+    guest = resolved.accept
+      ? await resolved.accept(offer, { signal, state: claim.state })
+      : allocateGuest(offer);
     const arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
     engine = arriving.engine;
     await within(

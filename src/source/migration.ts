@@ -676,6 +676,7 @@ export class SourceMigration extends EventEmitter {
     let { error } = settlement;
     if (settlement.outcome === 'reclaimed') {
       if (error.code === 'CHANNEL_LOST') error = this.#regionGone() ?? (await this.#reasonOf(error));
+      else if (['REGION_GONE', 'SYSTEM'].includes(error.code)) error = this.#ownerGone() ?? error;
       await this.#letGo(false, error);
       this.#to(error.code === 'CANCELLED' ? 'cancelled' : 'failed');
     } else {
@@ -687,9 +688,23 @@ export class SourceMigration extends EventEmitter {
 
   /** The engine cuts its connections when a region goes; the destination's complaint may be here before its own. */
   #regionGone(): MemferryError | null {
+    const owner = this.#ownerGone();
+    if (owner) return owner;
     const gone = this.guest.regions.find(({ region }) => region.native.retired());
     return gone
       ? memferryError('REGION_GONE', `region '${gone.name}' went away while it moved`, {
+          facts: { region: gone.name },
+        })
+      : null;
+  }
+
+  /** Memory of another process that has ended: whatever failed, failed for that. */
+  #ownerGone(): MemferryError | null {
+    const gone = this.guest.regions.find(
+      ({ region }) => !region.closed && region.native.attached()?.alive === false,
+    );
+    return gone
+      ? memferryError('OWNER_GONE', `the process that owns region '${gone.name}' is gone`, {
           facts: { region: gone.name },
         })
       : null;

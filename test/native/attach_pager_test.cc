@@ -243,7 +243,7 @@ TEST_P(AttachPager, AChildNeverReadsZerosForWhatIsMissing) {
   EXPECT_TRUE(bench->data(0).switch_over());
   serve();
   EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
-  EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);      // there: the child has it
+  EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);       // there: the child has it
   EXPECT_EQ(owner->ask(Op::kFork, 500), 0xdeadU);  // missing: the child is killed
   EXPECT_EQ(owner->ask(Op::kHash, 500, 1), hash(500, 1));
 }
@@ -265,6 +265,16 @@ TEST_P(AttachPager, SharedMemoryIsDroppedFirst) {
   EXPECT_TRUE(bench->data(0).switch_over());
   serve();
   EXPECT_EQ(owner->ask(Op::kHash, 0, 50), hash(0, 50));
+}
+
+TEST_P(AttachPager, AUserfaultfdOfAThirdProcess) {
+  own();
+  // Forked alike, so that its memory is at the same addresses.
+  const OwnerProcess third({.pages = kPages, .shared = GetParam(), .features = UFFD_FEATURE_MISSING_SHMEM});
+  Region::Attachment attachment = owner->attachment();
+  attachment.uffd = Userfaultfd::adopt(third.uffd(), 0);
+  bench->config.regions = {Region::attach(std::move(attachment))};
+  EXPECT_ANY_THROW((void)Receiver::create(bench->config));
 }
 
 TEST_P(AttachPager, OnePagerAtATimeAndOnlyWithAUserfaultfd) {

@@ -202,7 +202,8 @@ TEST_P(AttachKinds, ItsDeathIsNoticedAtOnce) {
   });
   const auto began = std::chrono::steady_clock::now();
   ::kill(owner.pid(), SIGKILL);
-  while (!told && std::chrono::steady_clock::now() - began < std::chrono::seconds(5)) std::this_thread::yield();
+  while (!told && std::chrono::steady_clock::now() - began < std::chrono::seconds(5))
+    std::this_thread::yield();
   EXPECT_TRUE(told);
   EXPECT_TRUE(stopped);
   EXPECT_TRUE(region->retired());

@@ -26,18 +26,20 @@ class AttachTracker : public testing::TestWithParam<Kind> {
     const auto offered = Userfaultfd::probe().features;
     if (GetParam().tracker == TrackerKind::kUffdWpAsync && (offered & kAsync) != kAsync)
       GTEST_SKIP() << "this kernel has no WP_ASYNC";
-    owner_.emplace(OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
+    owner_.emplace(
+        OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
   }
   static constexpr std::uint64_t kPages = 2000;
   std::optional<OwnerProcess> owner_;
 };
-INSTANTIATE_TEST_SUITE_P(Kinds, AttachTracker,
-                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
-                                         Kind{TrackerKind::kHashDiff, false}, Kind{TrackerKind::kHashDiff, true}),
-                         [](const auto& of) {
-                           return std::string(of.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
-                                  (of.param.shared ? "Shared" : "Private");
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, AttachTracker,
+    testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
+                    Kind{TrackerKind::kHashDiff, false}, Kind{TrackerKind::kHashDiff, true}),
+    [](const auto& of) {
+      return std::string(of.param.tracker == TrackerKind::kHashDiff ? "HashDiff" : "UffdWpAsync") +
+             (of.param.shared ? "Shared" : "Private");
+    });
 
 TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
   owner_->ask(Op::kWrite, 0, 500, 1);
@@ -58,7 +60,8 @@ TEST_P(AttachTracker, FindsWhatTheOwnerWroteAndNothingElse) {
     AtomicBitmap dirty(kPages);
     EXPECT_EQ(tracker->collect(dirty), expected.count());
     for (std::uint64_t page = 0; page < kPages; ++page) {
-      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page})) << "page " << page << ", round " << round;
+      ASSERT_EQ(dirty.test(PageNumber{page}), expected.test(PageNumber{page}))
+          << "page " << page << ", round " << round;
     }
   }
 }

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <fcntl.h>
-#include <signal.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -60,7 +60,8 @@ class OwnerProcess {
     receive(hello, sizeof hello);
     address_ = hello[0];
     if (!options.hidden_uffd) {
-      uffd_ = UniqueFd(static_cast<int>(::syscall(SYS_pidfd_getfd, pidfd_.get(), static_cast<int>(hello[1]), 0U)));
+      uffd_ = UniqueFd(
+          static_cast<int>(::syscall(SYS_pidfd_getfd, pidfd_.get(), static_cast<int>(hello[1]), 0U)));
       if (!uffd_) throw_errno("pidfd_getfd");
     }
   }
@@ -120,7 +121,11 @@ class OwnerProcess {
 
  private:
   void receive(void* into, std::size_t bytes) const {
-    if (::read(from_[0], into, bytes) != static_cast<ssize_t>(bytes)) throw_errno("read(owner)");
+    for (std::size_t done = 0; done < bytes;) {
+      const ssize_t got = ::read(from_[0], static_cast<std::byte*>(into) + done, bytes - done);
+      if (got <= 0) throw std::runtime_error("the owner does not say hello");
+      done += static_cast<std::size_t>(got);
+    }
   }
 
   [[noreturn]] void live() const {
@@ -171,9 +176,11 @@ class OwnerProcess {
         result = ::munmap(at, length) == 0 ? 0 : 1;
         break;
       case Op::kRemap:
-        result = ::mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, memory + (1ULL << 40U)) == MAP_FAILED
-                     ? 1
-                     : 0;
+        result =
+            ::mremap(at, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
+                     ::mmap(nullptr, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) == MAP_FAILED
+                ? 1
+                : 0;
         break;
       case Op::kExec:
         ::execl("/bin/sleep", "sleep", "1000", nullptr);

@@ -1,0 +1,32 @@
+#include "restore/snapshot_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include <stdexcept>
+
+#include "os/sys_error.h"
+#include "os/unique_fd.h"
+
+namespace memferry {
+
+std::shared_ptr<const SnapshotFile> SnapshotFile::open(const std::string& path) {
+  // A FIFO would wait for its writer.
+  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd) throw_errno(("open(" + path + ")").c_str());
+  struct stat info {};
+  if (::fstat(fd.get(), &info) != 0) throw_errno("fstat");
+  if (!S_ISREG(info.st_mode)) throw std::invalid_argument(path + " is no regular file");
+  if (info.st_size == 0) throw std::invalid_argument(path + " is empty");
+  Mapping mapping = Mapping::shared(fd.get(), static_cast<std::uint64_t>(info.st_size), 0, PROT_READ);
+  return std::shared_ptr<const SnapshotFile>(new SnapshotFile(std::move(mapping)));
+}
+
+const std::byte* SnapshotFile::at(std::uint64_t offset, std::uint64_t length) const {
+  if (offset > bytes() || length > bytes() - offset)
+    throw std::out_of_range("bytes " + std::to_string(offset) + " to " + std::to_string(offset + length) +
+                            " of a snapshot of " + std::to_string(bytes()));
+  return mapping_.data() + offset;
+}
+
+}  // namespace memferry

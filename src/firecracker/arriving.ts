@@ -1,0 +1,199 @@
+/**
+ * A microVM as a guest that arrives: `unpark(ticket, { accept: microVmArrivals(host) })` restores its memory lazily from
+ * the VMD, `listen({ accept: microVmArrivals(host) })` from a running migration.
+ *
+ * Firecracker makes its memory when it loads the execution state (its snapshot file), and tells of it by the socket.
+ *
+ *   parked      the state is there first: Firecracker loads it, its memory becomes a region of ours, pages arrive there
+ *   migrating   the memory is on its way long before the state: it arrives in a region here; when the state comes,
+ *               Firecracker loads it and is served from that region, which goes when everything has been brought over
+ *
+ * In both Firecracker loads paused, and runs only after the claim or the GRANT.
+ */
+import { stillArriving } from '../arrivals.js';
+import { loadAddon } from '../addon.js';
+import { type MemferryError, memferryError } from '../errors.js';
+import { FdListener } from '../fd-channel.js';
+import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import type { AcceptContext } from '../options.js';
+import { deferred } from '../protocol/deferred.js';
+import { Region } from '../region.js';
+import { type Greeted, greet } from './greet.js';
+import { asOneRegion } from './mappings.js';
+import { attachMemory, MicroVm } from './micro-vm.js';
+
+/** Who runs Firecracker here. */
+export interface FirecrackerHost {
+  /** Where Firecracker is to connect: `mem_backend.backend_path`. The file is made, and removed when it has. */
+  socketPath: string;
+  /** Permissions of the socket. Default 0o600. */
+  mode?: number;
+  /** From `load` until Firecracker has said where its memory is. Default 10 s. */
+  connectTimeoutMs?: number;
+  /**
+   * Firecracker loads this state (its snapshot file's bytes) with the socket as its memory's backend, and stays paused.
+   * The socket is there by then. Resolves when it is loaded; whoever rejects ends the arrival.
+   */
+  load(state: Uint8Array, context: { socketPath: string; signal: AbortSignal }): Promise<void>;
+  /** It runs from here on. What it throws is a warning: there is no way back. */
+  resume(): Promise<void> | void;
+  /** It will never run: whoever started it ends it. */
+  abandon?(): Promise<void> | void;
+  /** Told once Firecracker is connected. */
+  onConnected?(pid: number): void;
+}
+
+export function microVmArrivals(
+  host: FirecrackerHost,
+): (offer: GuestOffer, context: AcceptContext) => Promise<ArrivingGuest> {
+  return async (offer, context) => {
+    const [memory] = offer.regions;
+    if (offer.module || offer.regions.length !== 1 || !memory) {
+      throw memferryError(
+        'MODULE_REFUSED',
+        `guest '${offer.name}' is no microVM: one region of memory, and no module`,
+      );
+    }
+    const { state } = context;
+    return state ? attached(host, memory.lengthBytes, state, context) : throughHere(host, memory.lengthBytes);
+  };
+}
+
+/** The state is there: the pages go straight into Firecracker's memory. */
+async function attached(
+  host: FirecrackerHost,
+  lengthBytes: number,
+  state: Uint8Array,
+  { signal }: AcceptContext,
+): Promise<ArrivingGuest> {
+  const { greeted, loading } = await loadInto(host, state, signal);
+  const { pageSize } = greeted.handshake.memory;
+  let region: Region;
+  try {
+    if (pageSize !== loadAddon().pageSize) {
+      throw memferryError(
+        'INVALID_ARGUMENT',
+        `a parked microVM of pages of ${pageSize} bytes: load it without huge_pages`,
+      );
+    }
+    const { pidfd } = greeted.connection.peer;
+    if (pidfd === null) throw memferryError('OWNER_GONE', 'Firecracker has ended');
+    region = attachMemory(pidfd, greeted.handshake, lengthBytes);
+    // The region has descriptors of its own.
+    greeted.discard();
+  } catch (error) {
+    greeted.discard();
+    await host.abandon?.();
+    throw error;
+  }
+  return {
+    regions: [region],
+    // Its device state touches guest memory, which the arrival serves by now.
+    prepare: () => loading,
+    resume: () => warned(host.resume()),
+    abandon: async () => {
+      region.close();
+      await host.abandon?.();
+    },
+  };
+}
+
+/** The memory is on its way before there is a Firecracker for it. */
+function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest {
+  const region = Region.allocate({ lengthBytes });
+  let microVm: MicroVm | null = null;
+  const close = () => {
+    microVm?.close();
+    if (!region.closed) region.close();
+  };
+  return {
+    regions: [region],
+    async prepare(state, { signal }) {
+      const { greeted, loading } = await loadInto(host, state, signal);
+      try {
+        const mappings = asOneRegion(greeted.handshake.memory, lengthBytes);
+        microVm = new MicroVm(
+          greeted.connection,
+          greeted.handshake,
+          { region },
+          { prePaging: 'all', mappings },
+        );
+      } catch (error) {
+        greeted.discard();
+        throw error;
+      }
+      await loading;
+    },
+    resume() {
+      const served = microVm as MicroVm;
+      // What it was marked with settles when the last page is here, or never will be.
+      Promise.all(stillArriving([region])).then(
+        () => served.sourceComplete(),
+        () => {},
+      );
+      served.ended.then(close, () => {});
+      warned(host.resume());
+    },
+    async abandon() {
+      close();
+      await host.abandon?.();
+    },
+  };
+}
+
+/** Listens, has Firecracker load the state, and waits until it says where its memory is. */
+async function loadInto(
+  host: FirecrackerHost,
+  state: Uint8Array,
+  signal: AbortSignal,
+): Promise<{ greeted: Greeted; loading: Promise<void> }> {
+  const connected = deferred<Greeted>();
+  connected.promise.catch(() => {});
+  const listener = new FdListener(host.socketPath, {
+    mode: host.mode ?? 0o600,
+    mostConnections: 4,
+    onConnection: (connection) => {
+      greet(connection, host.connectTimeoutMs ?? 10_000).then(
+        (greeted) => greeted && connected.resolve(greeted),
+        (error) => connected.reject(error),
+      );
+    },
+    onError: (error) => connected.reject(error),
+  });
+  const timer = setTimeout(
+    () => connected.reject(memferryError('CONNECT_FAILED', `no Firecracker came to ${host.socketPath}`)),
+    host.connectTimeoutMs ?? 10_000,
+  );
+  const stop = () =>
+    connected.reject(memferryError('CANCELLED', 'the arrival was ended', { cause: signal.reason }));
+  signal.addEventListener('abort', stop, { once: true });
+  const loading = Promise.resolve()
+    .then(() => host.load(state, { socketPath: host.socketPath, signal }))
+    .catch((cause) => {
+      throw memferryError(
+        'PREPARE_FAILED',
+        `Firecracker did not load the snapshot: ${(cause as Error).message}`,
+        {
+          cause,
+        },
+      );
+    });
+  loading.catch((error: MemferryError) => connected.reject(error));
+  try {
+    const greeted = await connected.promise;
+    host.onConnected?.(greeted.connection.peer.pid);
+    return { greeted, loading };
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener('abort', stop);
+    listener.close();
+  }
+}
+
+function warned(resumed: Promise<void> | void): void {
+  Promise.resolve(resumed).catch((error) => {
+    process.emitWarning(`the microVM was granted, and did not resume: ${String(error)}`, {
+      code: 'MEMFERRY_RESUME_THREW',
+    });
+  });
+}

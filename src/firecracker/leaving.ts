@@ -1,0 +1,87 @@
+/**
+ * A microVM as a guest that leaves: one that runs (a fork that tracks writes by its userfaultfd), or a snapshot on files.
+ * Both are one region, `memory`, and Firecracker's own snapshot file as the execution state.
+ */
+import { mkdtemp, readFile, rm, stat } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { memferryError, nativeAsync } from '../errors.js';
+import type { Guest } from '../guest.js';
+import { Region } from '../region.js';
+import type { FirecrackerApi } from './api.js';
+
+/** How a running microVM is stopped and started; `firecrackerControl` does it by Firecracker's API. */
+export interface MicroVmControl {
+  /** No virtual CPU runs and no device writes from here on. Gives the execution state. */
+  pause(options: { signal: AbortSignal }): Promise<Uint8Array>;
+  unpause(): Promise<void>;
+  /** Its guest belongs to the destination; its memory here is not needed any more: end it. */
+  release?(): Promise<void> | void;
+}
+
+/** `region`: of `MicroVm.toRegion`. */
+export function microVmGuest(name: string, region: Region, control: MicroVmControl): Guest {
+  return {
+    name,
+    module: null,
+    regions: [{ name: 'memory', region }],
+    pause: (options) => control.pause(options),
+    unpause: () => control.unpause(),
+    release: () => control.release?.(),
+  };
+}
+
+/** By Firecracker's API. The state comes by a file in a directory that Firecracker may write too. */
+export function firecrackerControl(
+  api: FirecrackerApi,
+  options: { directory?: string; release?: () => Promise<void> | void } = {},
+): MicroVmControl {
+  return {
+    async pause({ signal }) {
+      await api.pause(signal);
+      const folder = await mkdtemp(join(options.directory ?? tmpdir(), 'memferry-microvm-'));
+      try {
+        const path = join(folder, 'state');
+        await api.createSnapshot(path, null, signal);
+        return await readFile(path);
+      } catch (error) {
+        await api.resume();
+        throw error;
+      } finally {
+        await rm(folder, { recursive: true, force: true });
+      }
+    },
+    unpause: () => api.resume(),
+    ...(options.release ? { release: options.release } : {}),
+  };
+}
+
+/**
+ * A snapshot on files as a guest: `park(await snapshotGuest(...), ...)` puts it into the VMD. It is read into memory
+ * first; `close` the region after.
+ * @throws INVALID_ARGUMENT (not whole pages), SYSTEM, NO_MEMORY
+ */
+export async function snapshotGuest(
+  name: string,
+  files: { memory: string; state: string },
+): Promise<Guest & Disposable> {
+  const [state, { size }] = await Promise.all([readFile(files.state), stat(files.memory)]).catch((cause) => {
+    throw memferryError('SYSTEM', `the snapshot cannot be read: ${(cause as Error).message}`, { cause });
+  });
+  const region = Region.allocate({ lengthBytes: size });
+  try {
+    const got = await nativeAsync(() => region.native.fill(files.memory, 0, 0, region.pages));
+    if (got !== size) throw memferryError('SYSTEM', `${files.memory}: ${got} of ${size} bytes could be read`);
+  } catch (error) {
+    region.close();
+    throw error;
+  }
+  return {
+    name,
+    module: null,
+    regions: [{ name: 'memory', region }],
+    pause: async () => state,
+    unpause: () => {},
+    [Symbol.dispose]: () => region.close(),
+  };
+}

@@ -1,0 +1,108 @@
+/**
+ * A page-fault handler for Firecracker: `serveSnapshot` listens at a unix socket, and serves the memory of each microVM
+ * that loads a snapshot with `"mem_backend": {"backend_type": "Uffd", "backend_path": SOCKET}` from a snapshot's memory
+ * file. JavaScript thread; pages never come here.
+ */
+import { statSync } from 'node:fs';
+import { z } from 'zod';
+import { MemferryError, memferryError } from '../errors.js';
+import { type FdConnection, FdListener } from '../fd-channel.js';
+import { greet } from './greet.js';
+import { checkWithin } from './mappings.js';
+import { MicroVm, type PrePaging } from './micro-vm.js';
+
+export interface ServeSnapshotOptions {
+  /** Where Firecracker connects; the file is made, and removed at the end. */
+  socketPath: string;
+  /** The snapshot's memory file. It must not change while it is served. */
+  snapshot: string;
+  /** Default `sequential`. */
+  prePaging?: PrePaging;
+  /** Permissions of the socket. Default 0o600: whoever may connect is given the snapshot. */
+  mode?: number;
+  /** MicroVMs served at once. Default 16. */
+  mostMicroVms?: number;
+  /** How long a connection may take to say what it wants. Default 10 s. */
+  handshakeTimeoutMs?: number;
+  onMicroVm?: (microVm: MicroVm) => void;
+  /** A connection that made no sense, or whose memory cannot be served; the others go on. */
+  onRefused?: (error: MemferryError, peer: { pid: number; uid: number }) => void;
+}
+
+const schema = z.object({
+  socketPath: z.string().min(1),
+  snapshot: z.string().min(1),
+  prePaging: z.enum(['none', 'sequential', 'all']).default('sequential'),
+  mode: z.int().min(0).max(0o777).default(0o600),
+  mostMicroVms: z.int().min(1).max(1024).default(16),
+  handshakeTimeoutMs: z.number().positive().max(3_600_000).default(10_000),
+});
+
+export interface SnapshotServer extends AsyncDisposable {
+  readonly socketPath: string;
+  readonly microVms: ReadonlySet<MicroVm>;
+  /** Listens no more, and lets go of every microVM. Twice is fine. */
+  close(): Promise<void>;
+}
+
+/** @throws INVALID_ARGUMENT, SYSTEM (no such file, or the socket's path is in use) */
+export async function serveSnapshot(options: ServeSnapshotOptions): Promise<SnapshotServer> {
+  const parsed = schema.safeParse(options);
+  if (!parsed.success) {
+    const [issue] = parsed.error.issues;
+    throw memferryError('INVALID_ARGUMENT', `serveSnapshot: ${issue?.path.join('.')}: ${issue?.message}`);
+  }
+  const { socketPath, snapshot, prePaging, mode, mostMicroVms, handshakeTimeoutMs } = parsed.data;
+  snapshotBytes(snapshot);
+  const microVms = new Set<MicroVm>();
+  const greeting = new Set<FdConnection>();
+  let closed = false;
+
+  const serve = async (connection: FdConnection) => {
+    greeting.add(connection);
+    const { pid, uid } = connection.peer;
+    try {
+      const greeted = await greet(connection, handshakeTimeoutMs);
+      if (greeted === null) return;
+      if (closed) return greeted.discard();
+      const { handshake } = greeted;
+      try {
+        checkWithin(handshake.memory, snapshotBytes(snapshot));
+      } catch (error) {
+        greeted.discard();
+        throw error;
+      }
+      const microVm = new MicroVm(connection, handshake, { path: snapshot }, { prePaging });
+      microVms.add(microVm);
+      microVm.closed.then(() => microVms.delete(microVm));
+      options.onMicroVm?.(microVm);
+    } catch (error) {
+      if (!closed) options.onRefused?.(error as MemferryError, { pid, uid });
+    } finally {
+      greeting.delete(connection);
+    }
+  };
+  const listener = new FdListener(socketPath, {
+    mode,
+    mostConnections: mostMicroVms,
+    onConnection: (connection) => void serve(connection),
+    onError: (error) => options.onRefused?.(error, { pid: 0, uid: 0 }),
+  });
+  const close = async () => {
+    closed = true;
+    listener.close();
+    for (const connection of greeting) connection.close();
+    for (const microVm of microVms) microVm.close();
+  };
+  return { socketPath, microVms, close, [Symbol.asyncDispose]: close };
+}
+
+function snapshotBytes(path: string): number {
+  try {
+    const info = statSync(path);
+    if (info.isFile() && info.size > 0) return info.size;
+  } catch (cause) {
+    throw memferryError('SYSTEM', `the snapshot cannot be read: ${(cause as Error).message}`, { cause });
+  }
+  throw new MemferryError('INVALID_ARGUMENT', `${path} is no file with a snapshot`);
+}

@@ -1,0 +1,109 @@
+/**
+ * Pages the memory of another process from a file: a snapshot that is restored lazily. A pager like this can be followed
+ * by another one, in another process, which goes on where it stopped; see `superviseGuest`.
+ */
+import { closeSync, openSync } from 'node:fs';
+
+import { loadAddon } from './addon.js';
+import { type MemferryError, memferryError, native } from './errors.js';
+import { deferred } from './protocol/deferred.js';
+import type { Region } from './region.js';
+
+export interface ServePagesOptions {
+  /** Attached, with the owner's userfaultfd; its missing pages are served. */
+  region: Region;
+  /** The pages in order, raw: a file. */
+  snapshot: string;
+  /** Where in the file they begin. Default 0. */
+  offsetBytes?: number;
+  /** An open file that outlives this process and that every pager of this memory is given; see `superviseGuest`. */
+  ledger?: number;
+  /** Bring everything in order beside the faults. Default true; else only what is touched comes. */
+  prepage?: boolean;
+  /** Pages that the file does not have: they fail to be read from now on. */
+  onLost?: (pages: { first: number; count: number }, error: MemferryError) => void;
+}
+
+export interface PagerStats {
+  pages: number;
+  /** There, or dropped by the owner. */
+  pagesSettled: number;
+  /** Of them those that were there when this pager began. */
+  pagesFound: number;
+  pagesLost: number;
+  faults: number;
+  faultP50Us: number;
+  faultP99Us: number;
+}
+
+export interface PageService {
+  /** Every page is there, and the memory is ordinary. Rejects when paging cannot go on: OWNER_GONE, REGION_GONE, SYSTEM. */
+  readonly done: Promise<void>;
+  stats(): PagerStats;
+  /** Stops. Whoever touches a missing page waits for a successor. */
+  leave(): void;
+  /** Stops, and what is missing fails to be read. */
+  end(): void;
+}
+
+/**
+ * Serves from now on. The region cannot move meanwhile.
+ * @throws INVALID_ARGUMENT: a region that is not attached, has no userfaultfd, or is paged already; SYSTEM; OWNER_GONE
+ */
+export function servePages(options: ServePagesOptions): PageService {
+  const { region, snapshot, offsetBytes = 0, ledger = null, prepage = true, onLost } = options;
+  if (!Number.isSafeInteger(offsetBytes) || offsetBytes < 0)
+    throw memferryError('INVALID_ARGUMENT', 'servePages: offsetBytes is no offset');
+  if (!region.native.claim()) throw memferryError('REGION_BUSY', 'the region is moving, or paged already');
+  const done = deferred<void>();
+  let file = -1;
+  try {
+    file = native(() => openSync(snapshot, 'r'));
+    const pager = native(() =>
+      loadAddon().createSourcePager({
+        region: region.native,
+        snapshot: file,
+        offset: offsetBytes,
+        ledger,
+        prepage,
+        onEvent: ({ kind, code, message, first, count }) => {
+          if (kind === 'done') finish();
+          if (kind === 'lost')
+            onLost?.({ first, count }, memferryError('PAGES_LOST', message, { facts: { first, count } }));
+          if (kind === 'failed') finish(memferryError(code === 'REGION_GONE' ? code : 'SYSTEM', message));
+        },
+      }),
+    );
+    let last: PagerStats | null = null;
+    let over = false;
+    const stop = (how: 'leave' | 'end') => {
+      if (over) return;
+      over = true;
+      native(() => pager[how]());
+      last = native(() => pager.stats());
+      region.native.release();
+    };
+    const finish = (error?: MemferryError) => {
+      if (error) done.reject(error);
+      else {
+        stop('leave');
+        done.resolve();
+      }
+    };
+    void region.ownerGone?.then((error) => {
+      stop('leave');
+      done.reject(error);
+    });
+    return {
+      done: done.promise,
+      stats: () => last ?? native(() => pager.stats()),
+      leave: () => stop('leave'),
+      end: () => stop('end'),
+    };
+  } catch (error) {
+    region.native.release();
+    throw error;
+  } finally {
+    if (file >= 0) closeSync(file);
+  }
+}

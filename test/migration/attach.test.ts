@@ -1,0 +1,371 @@
+/**
+ * Guests whose memory belongs to other processes, at both ends: every mode, every byte compared with what the source's
+ * owner had when it was paused; owners that die, exec or let go of memory; pagers that are killed.
+ */
+import { writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import {
+  type Arrival,
+  DirtyTracker,
+  type Guest,
+  type GuestOffer,
+  type Listening,
+  listen,
+  MemferryError,
+  type MigrateOptions,
+  migrate,
+  Region,
+  servePages,
+  stage,
+  superviseGuest,
+} from '../../lib/index.js';
+import {
+  buildOwner,
+  endOwners,
+  features,
+  MemoryOwner,
+  type OwnerKind,
+  removeOwner,
+} from '../support/memory-owner.js';
+
+const folder = mkdtempSync(join(tmpdir(), 'memferry-attach-'));
+const open: { close(): Promise<unknown> | void }[] = [];
+
+beforeAll(buildOwner);
+afterEach(async () => {
+  for (const each of open.splice(0).reverse()) await each.close();
+  endOwners();
+});
+afterAll(() => {
+  removeOwner();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+const pages = 4096;
+const tracked = features.missingShmem | features.wpShmem | features.wpUnpopulated | features.wpAsync;
+
+interface Source {
+  owner: MemoryOwner;
+  guest: Guest;
+  region: Region;
+  /** What it held when it was paused. */
+  paused: Buffer | null;
+}
+
+async function source(kind: Partial<OwnerKind>, writes = true): Promise<Source> {
+  const owner = await MemoryOwner.start({ pages, shared: true, features: tracked, ...kind });
+  await owner.ask(`fill 7 ${pages / 2}`);
+  const region = owner.attach();
+  const made: Source = {
+    owner,
+    region,
+    paused: null,
+    guest: {
+      name: 'g',
+      regions: [{ name: 'ram', region }],
+      module: null,
+      async pause() {
+        await owner.ask('stop');
+        made.paused = await owner.content();
+        return new TextEncoder().encode('state');
+      },
+      unpause() {
+        void owner.ask('run 3');
+      },
+    },
+  };
+  if (writes) await owner.ask('run 1');
+  open.push({ close: () => region.close() });
+  return made;
+}
+
+interface Destination {
+  owner: MemoryOwner;
+  port: number;
+  arrival: Promise<Arrival>;
+  resumed: Promise<void>;
+  abandoned: Promise<void>;
+  region: () => Region | null;
+}
+
+async function destination(kind: Partial<OwnerKind>): Promise<Destination> {
+  const owner = await MemoryOwner.start({ pages, shared: true, features: features.missingShmem, ...kind });
+  let region: Region | null = null;
+  let resume = () => {};
+  let abandon = () => {};
+  const resumed = new Promise<void>((resolve) => (resume = resolve));
+  const abandoned = new Promise<void>((resolve) => (abandon = resolve));
+  const listening: Listening = await listen({
+    accept: (_offer: GuestOffer) => {
+      region = owner.attach();
+      return { regions: [region], async prepare() {}, resume, abandon };
+    },
+  });
+  open.push(listening);
+  const arrival = (async () => {
+    for await (const each of listening) return each;
+    throw new Error('nothing came');
+  })();
+  arrival.catch(() => {});
+  return { owner, port: listening.port, arrival, resumed, abandoned, region: () => region };
+}
+
+async function move(from: Source, to: Destination, options: Partial<MigrateOptions> = {}) {
+  const migration = migrate(from.guest, {
+    to: `127.0.0.1:${to.port}`,
+    verify: true,
+    ...options,
+  } as MigrateOptions);
+  migration.done.catch(() => {});
+  migration.evicted.catch(() => {});
+  return migration;
+}
+
+async function expectSame(from: Source, to: Destination) {
+  const here = await to.owner.content();
+  expect(here.length).toBe(pages * 4096);
+  expect(Buffer.compare(here, from.paused as Buffer)).toBe(0);
+}
+
+const modes = [
+  'stop-and-copy',
+  'pre-copy',
+  'post-copy',
+  'hybrid',
+  'scatter',
+  'scatter-pre-copy',
+  'scatter-hybrid',
+] as const;
+
+describe.each([
+  ['shared', true],
+  ['private', false],
+] as const)('%s memory', (_name, shared) => {
+  test.each(modes)('%s', async (mode) => {
+    const from = await source({ shared });
+    const to = await destination({ shared });
+    const via: string[] = [];
+    if (mode.startsWith('scatter')) {
+      for (let i = 0; i < 2; i++) {
+        const server = await stage({ memoryBytes: 64 * 2 ** 20 });
+        open.push(server);
+        via.push(`127.0.0.1:${server.port}`);
+      }
+    }
+    const migration = await move(from, to, { mode, via, maxRounds: 4 });
+    await to.resumed;
+    // Touches everything at once, from wherever it comes.
+    await expectSame(from, to);
+    const report = await migration.done;
+    expect(report.verified).toBe(true);
+    const arrival = await to.arrival;
+    expect(await arrival.complete).toMatchObject({ guest: 'g', verified: true });
+    await to.owner.ask('run 5');
+    await to.owner.ask('stop');
+  });
+
+  test.each(['uffd-wp-async', 'hash-diff'])('tracked by %s while it writes', async (tracker) => {
+    const from = await source({ shared });
+    const to = await destination({ shared });
+    const migration = await move(from, to, { mode: 'pre-copy', tracker, maxRounds: 5 });
+    await to.resumed;
+    await expectSame(from, to);
+    expect(await migration.done).toMatchObject({ tracker, verified: true });
+  });
+
+  test('it arrives, and moves on from there', async () => {
+    const from = await source({ shared });
+    const to = await destination({ shared, features: tracked });
+    await (await move(from, to, { mode: 'post-copy' })).done;
+    const arrival = await to.arrival;
+    await arrival.complete;
+    const region = to.region() as Region;
+    await to.owner.ask('run 9');
+    const second: Source = { ...from, owner: to.owner, region, paused: null };
+    second.guest = {
+      name: 'g',
+      regions: [{ name: 'ram', region }],
+      module: null,
+      async pause() {
+        await to.owner.ask('stop');
+        second.paused = await to.owner.content();
+        return new Uint8Array();
+      },
+      unpause() {},
+    };
+    const further = await destination({ shared });
+    const migration = await move(second, further, { mode: 'hybrid' });
+    await further.resumed;
+    await expectSame(second, further);
+    expect((await migration.done).verified).toBe(true);
+  });
+
+  test('a source whose owner dies fails at once', async () => {
+    const from = await source({ shared });
+    const to = await destination({ shared });
+    const migration = await move(from, to, { mode: 'pre-copy', bandwidth: 2 * 2 ** 20 });
+    await to.arrival;
+    const began = performance.now();
+    from.owner.kill();
+    await expect(migration.done).rejects.toMatchObject({ code: 'OWNER_GONE' });
+    expect(performance.now() - began).toBeLessThan(3000);
+    await expect(from.region.ownerGone).resolves.toMatchObject({ code: 'OWNER_GONE' });
+    await to.abandoned;
+  });
+
+  test('a destination whose owner runs another program fails, and the source goes on', async () => {
+    const from = await source({ shared });
+    const to = await destination({ shared });
+    const migration = await move(from, to, { mode: 'pre-copy', bandwidth: 2 * 2 ** 20 });
+    await to.arrival;
+    void to.owner.ask('exec');
+    await expect(migration.done).rejects.toThrow(/runs another program|went away|gone/);
+    expect(await from.owner.ask('read 0')).not.toBeNull();
+  });
+
+  test('a pager that is killed is followed by another', async () => {
+    const owner = await MemoryOwner.start({
+      pages,
+      shared,
+      features: features.missingShmem | features.eventRemove,
+    });
+    const snapshot = join(folder, `snapshot-${shared}`);
+    const content = Buffer.alloc(pages * 4096);
+    for (let at = 0; at < content.length; at += 8) content.writeDoubleLE(Math.random() + 1, at);
+    writeFileSync(snapshot, content);
+    const pids: number[] = [];
+    const supervision = superviseGuest({
+      attachment: owner.attachment(),
+      snapshot,
+      prepage: false,
+      mostPagers: 4,
+      onPager: ({ pid, turn }) => {
+        pids.push(pid);
+        if (turn < 4) setTimeout(() => process.kill(pid, 'SIGKILL'), 20);
+      },
+    });
+    supervision.done.catch(() => {});
+    expect(Buffer.compare(await owner.content(), content)).toBe(0);
+    expect(pids.length).toBeGreaterThan(1);
+    supervision.end();
+    await expect(supervision.done).rejects.toMatchObject({ code: 'CANCELLED' });
+  });
+});
+
+test('a guest that nobody pages any more is ended, and never reads zeros', async () => {
+  const owner = await MemoryOwner.start({ pages, shared: false });
+  const snapshot = join(folder, 'snapshot-end');
+  writeFileSync(snapshot, Buffer.alloc(pages * 4096, 0xab));
+  const supervision = superviseGuest({
+    attachment: owner.attachment(),
+    snapshot,
+    prepage: false,
+    onPagerDeath: 'end',
+    onPager: ({ pid }) => void setTimeout(() => process.kill(pid, 'SIGKILL'), 100),
+  });
+  await expect(supervision.done).rejects.toMatchObject({ code: 'GUEST_LOST' });
+  expect(await owner.ask('read 100')).toBeNull();
+});
+
+test('a supervised guest whose pages are all there is on its own', async () => {
+  const owner = await MemoryOwner.start({ pages, shared: true, features: features.missingShmem });
+  const snapshot = join(folder, 'snapshot-whole');
+  const content = Buffer.alloc(pages * 4096, 0x5a);
+  writeFileSync(snapshot, content);
+  const supervision = superviseGuest({ attachment: owner.attachment(), snapshot });
+  const report = await supervision.done;
+  expect(report).toMatchObject({ pagers: 1, stats: { pages, pagesSettled: pages, pagesLost: 0 } });
+  expect(Buffer.compare(await owner.content(), content)).toBe(0);
+});
+
+test('pages that the snapshot does not have are reported, and fail to be read', async () => {
+  const owner = await MemoryOwner.start({ pages, shared: false });
+  const snapshot = join(folder, 'snapshot-short');
+  writeFileSync(snapshot, Buffer.alloc(100 * 4096, 1));
+  const lost: number[] = [];
+  const region = owner.attach();
+  const service = servePages({
+    region,
+    snapshot,
+    prepage: false,
+    onLost: ({ first }) => lost.push(first),
+  });
+  expect(await owner.ask('read 50')).toBe(String(0x0101010101010101n));
+  expect(await owner.ask('read 500')).toBeNull();
+  expect(owner.exitSignal ?? 'SIGBUS').toBe('SIGBUS');
+  expect(lost).toContain(500);
+  await expect(service.done).rejects.toMatchObject({ code: 'OWNER_GONE' });
+  region.close();
+});
+
+describe('what is refused', () => {
+  const refuses = (options: unknown, pattern: RegExp, code = 'INVALID_ARGUMENT') => {
+    let error: unknown = null;
+    try {
+      Region.attach(options as Parameters<typeof Region.attach>[0]).close();
+    } catch (thrown) {
+      error = thrown;
+    }
+    expect(error).toBeInstanceOf(MemferryError);
+    expect((error as MemferryError).message).toMatch(pattern);
+    expect((error as MemferryError).code).toBe(code);
+  };
+
+  test('mappings, page sizes and descriptors that cannot be', async () => {
+    const owner = await MemoryOwner.start({ pages: 16, shared: true });
+    const good = owner.attachment();
+    const at = owner.address;
+    const mapping = (change: object) => ({
+      ...good,
+      mappings: [{ address: at, lengthBytes: 8192, offset: 0, ...change }],
+    });
+    refuses({ ...good, mappings: [] }, /no mapping/);
+    refuses(mapping({ address: at + 1n }), /address is not at a page boundary/);
+    refuses(mapping({ address: -4096n }), /no address/);
+    refuses(mapping({ address: Number(at) }), /no address/);
+    refuses(mapping({ lengthBytes: 100 }), /lengthBytes/);
+    refuses(mapping({ lengthBytes: 0 }), /lengthBytes/);
+    refuses(mapping({ offset: 5 }), /offset/);
+    refuses(mapping({ lengthBytes: 17 * 4096 }), /beyond the end/);
+    refuses(mapping({ address: 2n ** 64n - 4096n }), /beyond the address space/);
+    refuses({ ...good, mappings: [good.mappings[0], good.mappings[0]] }, /overlap/);
+    refuses({ ...good, pageSize: 2 ** 21 }, /pageSize/);
+    refuses({ ...good, pidfd: 0.5 }, /pidfd/);
+    refuses({ ...good, pidfd: owner.uffd }, /no pidfd/, 'SYSTEM');
+    refuses({ ...good, uffd: owner.pidfd }, /no userfaultfd/, 'SYSTEM');
+    refuses({ ...good, uffd: 999_999 }, /descriptor/, 'SYSTEM');
+    refuses(mapping({ offset: 4096 }), /not the given file/, 'SYSTEM');
+    refuses({ ...good, memory: undefined }, /its memory must be given/, 'SYSTEM');
+    await owner.ask('unmap 3 1');
+    refuses(good, /not mapped/, 'SYSTEM');
+  });
+
+  test('a process that has ended', async () => {
+    const owner = await MemoryOwner.start({ pages: 16, shared: false });
+    const options = owner.attachment();
+    owner.child.kill('SIGKILL');
+    await new Promise((resolve) => owner.child.once('exit', resolve));
+    refuses(options, /ended/, 'OWNER_GONE');
+  });
+
+  test('tracking by write protection without a userfaultfd that can', async () => {
+    const owner = await MemoryOwner.start({ pages: 16, shared: false });
+    const region = owner.attach();
+    open.push({ close: () => region.close() });
+    expect(DirtyTracker.create(region).name).toBe('hash-diff');
+    const asked = DirtyTracker.create(region, 'uffd-wp-async');
+    expect(() => asked.arm()).toThrow(/WP_ASYNC/);
+    expect(region.views).toEqual([]);
+    expect(await region.digest()).toMatch(/^[0-9a-f]{32}$/);
+  });
+
+  test('a userfaultfd that was left to memferry gets what is needed', async () => {
+    const owner = await MemoryOwner.start({ pages: 16, shared: false, features: null });
+    const region = owner.attach();
+    open.push({ close: () => region.close() });
+    expect(DirtyTracker.create(region).name).toBe('uffd-wp-async');
+  });
+});

@@ -1,0 +1,231 @@
+/** MicroVMs restored lazily from the VMD and from running migrations, and a running one that leaves. */
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import {
+  FirecrackerApi,
+  type FirecrackerHost,
+  firecrackerControl,
+  listen,
+  type MicroVm,
+  microVmArrivals,
+  microVmGuest,
+  migrate,
+  type ParkTicket,
+  park,
+  serveSnapshot,
+  snapshotGuest,
+  stage,
+  unpark,
+} from '../../lib/index.js';
+import { FakeFirecracker, type FakeState } from '../support/fake-firecracker.js';
+import { FakeMicroVm, makeSnapshot } from '../support/micro-vm.js';
+
+const secret = 'a secret that only this test knows';
+const bytes = 32 * 2 ** 20;
+const pages = bytes / 4096;
+
+describe('a microVM', () => {
+  let folder: string;
+  let files: { memory: string; state: string };
+  const open: (() => unknown)[] = [];
+
+  beforeEach(() => {
+    folder = mkdtempSync(join(tmpdir(), 'memferry-microvm-'));
+    files = { memory: join(folder, 'memory'), state: join(folder, 'vmstate') };
+    makeSnapshot(files.memory, bytes);
+    const state: FakeState = { flags: ['--bytes', bytes, '--regions', 2], expect: [] };
+    writeFileSync(files.state, JSON.stringify(state));
+  });
+  afterEach(async () => {
+    for (const close of open.splice(0).reverse()) await close();
+    rmSync(folder, { recursive: true });
+  });
+
+  const servers = async (count: number) => {
+    const all = await Promise.all(
+      Array.from({ length: count }, (_, index) =>
+        stage({ secret, memoryBytes: 4 * bytes, name: `I${index + 1}` }),
+      ),
+    );
+    open.push(...all.map((one) => () => one.close()));
+    return all;
+  };
+  const parked = async (count = 1): Promise<{ ticket: ParkTicket; close: () => Promise<unknown> }> => {
+    const all = await servers(count);
+    using guest = await snapshotGuest('box', files);
+    const via = all.map(({ port }) => `127.0.0.1:${port}`);
+    const { ticket } = await park(guest, { secret, via });
+    return { ticket, close: () => Promise.all(all.map((one) => one.close())) };
+  };
+  const firecracker = async (name: string, state?: FakeState) => {
+    const fake = await new FakeFirecracker(join(folder, `${name}.api`), state).listen();
+    open.push(() => fake.close());
+    return fake;
+  };
+  const hostOf = (fake: FakeFirecracker): FirecrackerHost => {
+    const api = new FirecrackerApi(fake.socketPath);
+    const stateFile = `${fake.socketPath}.state`;
+    return {
+      socketPath: `${fake.socketPath}.uffd`,
+      async load(state, { socketPath, signal }) {
+        writeFileSync(stateFile, state);
+        await api.loadSnapshot(stateFile, socketPath, { signal });
+      },
+      resume: () => api.resume(),
+    };
+  };
+  const right = async (fake: FakeFirecracker) =>
+    expect(await fake.microVm?.obey('verify')).toMatchObject({ wrong: 0 });
+
+  it.each([1, 2])('is restored lazily from a VMD of %i servers, by one claim', async (count) => {
+    const { ticket } = await parked(count);
+    const fake = await firecracker('a');
+    const unparked = await unpark(ticket, {
+      secret,
+      gatherLimit: 20e6,
+      accept: microVmArrivals(hostOf(fake)),
+    });
+    open.push(() => unparked[Symbol.asyncDispose]());
+    await expect.poll(() => fake.running).toBe(true);
+    expect(fake.calls).toEqual(['PUT /snapshot/load', 'PATCH /vm Resumed']);
+    // Long before all of it is here.
+    expect(await fake.microVm?.obey('random 300 1')).toMatchObject({ wrong: 0 });
+    await fake.microVm?.obey(`remove ${pages - 600} 500`);
+    await fake.microVm?.obey('write 40 10 3');
+    await right(fake);
+    const second = await firecracker('b');
+    await expect(unpark(ticket, { secret, accept: microVmArrivals(hostOf(second)) })).rejects.toMatchObject({
+      name: 'StagingError',
+    });
+    expect(second.running).toBe(false);
+    expect(await unparked.complete).toMatchObject({ heapBytes: bytes });
+    await unparked[Symbol.asyncDispose]();
+    await right(fake);
+  });
+
+  it('that Firecracker refuses stays parked, and is claimed again', async () => {
+    const { ticket } = await parked();
+    const fake = await firecracker('a');
+    fake.refuseLoad = true;
+    await expect(unpark(ticket, { secret, accept: microVmArrivals(hostOf(fake)) })).rejects.toMatchObject({
+      code: 'PREPARE_FAILED',
+      message: expect.stringContaining('the state is not what it should be'),
+    });
+    expect(fake.running).toBe(false);
+    // Memory of another size, though it loads.
+    const small: FakeFirecracker = await firecracker('c');
+    const host = hostOf(small);
+    await expect(
+      unpark(ticket, {
+        secret,
+        accept: microVmArrivals({
+          ...host,
+          load: (_, context) =>
+            host.load(Buffer.from(JSON.stringify({ flags: ['--bytes', bytes / 2], expect: [] })), context),
+        }),
+      }),
+    ).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+    // Nobody comes to the socket.
+    await expect(
+      unpark(ticket, {
+        secret,
+        accept: microVmArrivals({ ...host, connectTimeoutMs: 100, load: async () => {} }),
+      }),
+    ).rejects.toMatchObject({ code: 'CONNECT_FAILED' });
+    fake.refuseLoad = false;
+    await using unparked = await unpark(ticket, { secret, accept: microVmArrivals(hostOf(fake)) });
+    await right(fake);
+    await unparked.complete;
+  });
+
+  it('fails rather than read zeros when the VMD is lost', async () => {
+    const { ticket, close } = await parked();
+    const fake = await firecracker('a');
+    const unparked = await unpark(ticket, {
+      secret,
+      gatherLimit: 1e6,
+      recoverTimeoutMs: 500,
+      accept: microVmArrivals(hostOf(fake)),
+    });
+    open.push(() => unparked[Symbol.asyncDispose]());
+    const lost = expect(unparked.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+    await close();
+    await fake.microVm?.obey('verify').catch(() => {});
+    await lost;
+    expect(await fake.microVm?.exit).toMatchObject({ signal: 'SIGBUS' });
+  });
+
+  it.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'] as const)(
+    'is restored from a running migration: %s',
+    async (mode) => {
+      const fake = await firecracker('a');
+      const listening = await listen({
+        host: '127.0.0.1',
+        port: 0,
+        secret,
+        accept: microVmArrivals(hostOf(fake)),
+      });
+      open.push(() => listening.close());
+      using guest = await snapshotGuest('box', files);
+      const migration = migrate(guest, { to: `127.0.0.1:${listening.port}`, mode, secret });
+      const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+      await migration.evicted;
+      await expect.poll(() => fake.running).toBe(true);
+      expect(await fake.microVm?.obey('random 300 1')).toMatchObject({ wrong: 0 });
+      await fake.microVm?.obey('remove 700 300');
+      await right(fake);
+      await arrival.complete;
+      await listening.close();
+      await right(fake);
+    },
+  );
+
+  it.each([[['--fork']], [['--fork', '--memfd']]])('of a fork leaves while it runs: %s', async (flags) => {
+    const socketPath = join(folder, 'first.uffd');
+    let served: (microVm: MicroVm) => void = () => {};
+    const connected = new Promise<MicroVm>((resolve) => {
+      served = resolve;
+    });
+    const server = await serveSnapshot({
+      socketPath,
+      snapshot: files.memory,
+      prePaging: 'all',
+      onMicroVm: (microVm) => served(microVm),
+    });
+    open.push(() => server.close());
+    const source = await firecracker('source', {
+      flags: ['--bytes', bytes, ...flags],
+      expect: ['expect 100 50 5', 'expect 4000 10 6'],
+    });
+    source.microVm = new FakeMicroVm(['--socket', socketPath, '--bytes', bytes, ...flags]);
+    source.running = true;
+    expect(await source.microVm.answer()).toEqual({ loaded: true });
+    const microVm = await connected;
+    expect(() => microVm.toRegion()).toThrow(expect.objectContaining({ code: 'INVALID_ARGUMENT' }));
+    expect(await microVm.ended).toMatchObject({ end: 'complete' });
+    await source.microVm.obey('write 100 50 5');
+    const region = microVm.toRegion();
+    open.push(() => region.close());
+    const guest = microVmGuest('box', region, firecrackerControl(new FirecrackerApi(source.socketPath)));
+
+    const fake = await firecracker('destination');
+    const listening = await listen({
+      host: '127.0.0.1',
+      port: 0,
+      secret,
+      accept: microVmArrivals(hostOf(fake)),
+    });
+    open.push(() => listening.close());
+    const migration = migrate(guest, { to: `127.0.0.1:${listening.port}`, mode: 'pre-copy', secret });
+    const writing = source.microVm.obey('write 4000 10 6');
+    const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+    await writing;
+    await migration.evicted;
+    expect(source.calls).toEqual(['PATCH /vm Paused', 'PUT /snapshot/create']);
+    await expect.poll(() => fake.running).toBe(true);
+    await right(fake);
+    await arrival.complete;
+  });
+});
