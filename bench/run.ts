@@ -16,6 +16,7 @@ const order = [
   'hash',
   'track',
   'bulk',
+  'peer-qemu',
   'fault',
   'fault-lab',
   'scatter',
