@@ -74,16 +74,8 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
   const stopped = interrupted(signal);
   stopped.catch(() => {});
   for await (const arrival of listening) {
-    try {
-      await Promise.race([account(arrival, output), stopped]);
-      return;
-    } catch (error) {
-      // It runs on at the source, which may try again, unless QEMU has begun to load its state.
-      if (signal.aborted || waiting.spent || arrival.state === 'completed') throw error;
-      const { code = 'ERROR', message } = error as Error & { code?: string };
-      output.say(`failed: ${code}: ${message}`);
-      output.line({ type: 'failed', id: arrival.id, code, message });
-    }
+    await Promise.race([account(arrival, output), stopped]);
+    return;
   }
   throw memferryError('CANCELLED', 'interrupted');
 }

@@ -22,12 +22,11 @@ export interface QemuArrivalOptions extends QemuSockets {
 /** Missing pages of shared memory and of huge pages. */
 const pagingFeatures = [(1n << 4n) | (1n << 5n), 0n];
 
-/** A QEMU that waits for a guest: `listen({ accept: destination.accept })`. It takes one. */
+/** A QEMU that waits for a guest: `listen({ accept: destination.accept })`. It takes one; it is ended when that fails. */
 export class QemuDestination implements AsyncDisposable {
   readonly #options: QemuArrivalOptions;
   #guest: ArrivingQemuGuest | null = null;
   #taken = false;
-  #spent = false;
 
   constructor(options: QemuArrivalOptions) {
     this.#options = options;
@@ -43,11 +42,6 @@ export class QemuDestination implements AsyncDisposable {
     }
   }
 
-  /** QEMU has begun to load a guest's state: it takes no other any more. */
-  get spent(): boolean {
-    return this.#spent;
-  }
-
   /**
    * @throws MODULE_REFUSED for a guest that is none of QEMU's; PREPARE_FAILED when QEMU was started otherwise than the
    *   source; GUEST_BUSY when it does not wait for a guest; GUEST_UNMOVABLE; as `QemuGuest.attach`
@@ -60,19 +54,7 @@ export class QemuDestination implements AsyncDisposable {
       throw memferryError('LIMIT_EXCEEDED', 'this QEMU has a guest already, or one is on its way');
     this.#taken = true;
     try {
-      this.#guest = await ArrivingQemuGuest.accept(
-        offer,
-        { ...this.#options, signal },
-        {
-          spent: () => {
-            this.#spent = true;
-          },
-          free: () => {
-            this.#guest = null;
-            this.#taken = this.#spent;
-          },
-        },
-      );
+      this.#guest = await ArrivingQemuGuest.accept(offer, { ...this.#options, signal });
       return this.#guest;
     } catch (error) {
       this.#taken = false;
@@ -88,12 +70,6 @@ export class QemuDestination implements AsyncDisposable {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
-}
-
-/** What its destination is told. */
-interface Owner {
-  spent(): void;
-  free(): void;
 }
 
 async function requireWaiting({ qmp }: QemuAttachment): Promise<void> {
@@ -112,22 +88,15 @@ class ArrivingQemuGuest implements ArrivingGuest {
   readonly regions: readonly Region[];
   #settings: Settings | null = null;
   #runs = true;
-  /** QEMU has begun to load a state: it can take no other any more. */
-  #spent = false;
 
   private constructor(
     private readonly attachment: QemuAttachment,
     private readonly options: QemuArrivalOptions,
-    private readonly owner: Owner,
   ) {
     this.regions = attachment.regions.map(({ region }) => region);
   }
 
-  static async accept(
-    offer: GuestOffer,
-    options: QemuArrivalOptions,
-    owner: Owner,
-  ): Promise<ArrivingQemuGuest> {
+  static async accept(offer: GuestOffer, options: QemuArrivalOptions): Promise<ArrivingQemuGuest> {
     const { module } = offer;
     if (module?.name !== qemuModule.name || module.sha256.toLowerCase() !== qemuModule.sha256) {
       throw memferryError(
@@ -139,7 +108,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
     if (!described.success) throw memferryError('PROTOCOL_ERROR', "this is no description of a QEMU guest's");
     const attachment = await QemuAttachment.open(options, pagingFeatures);
     try {
-      const guest = new ArrivingQemuGuest(attachment, options, owner);
+      const guest = new ArrivingQemuGuest(attachment, options);
       await requireWaiting(attachment);
       const { machine, cpus } = described.data;
       const here = attachment.machine;
@@ -169,8 +138,6 @@ class ArrivingQemuGuest implements ArrivingGuest {
     const { qmp, uid } = this.attachment;
     const { running, stream } = decodeState(state);
     this.#runs = running;
-    this.#spent = true;
-    this.owner.spent();
     await loadDeviceState(qmp, stream, {
       maxBytes: stream.length,
       timeoutMs: this.options.stateTimeoutMs ?? 10_000,
@@ -200,13 +167,11 @@ class ArrivingQemuGuest implements ArrivingGuest {
     );
   }
 
+  /** Its memory is half filled, and what was missing may be poisoned: such a QEMU is of no use, and must never run. */
   async abandon(): Promise<void> {
     const { qmp } = this.attachment;
-    // With a state that may be half loaded it is of no use, and it must never run.
-    if (this.#spent) await qmp.execute('quit').catch(() => {});
-    else if (this.#settings) await restoreSettings(qmp, this.#settings).catch(() => {});
+    await qmp.execute('quit').catch(() => {}); // it may have ended by itself
     await this.attachment.close();
-    this.owner.free();
   }
 
   async close(): Promise<void> {
