@@ -19,8 +19,8 @@ export interface QemuArrivalOptions extends QemuSockets {
   onWarning?: ((error: Error) => void) | undefined;
 }
 
-/** Missing pages of shared memory and of huge pages. */
-const pagingFeatures = [(1n << 4n) | (1n << 5n), 0n];
+/** What QEMU itself discards (a balloon) is told, and reads as zeros from then on. Or none of it. */
+const pagingFeatures = [1n << 3n, 0n];
 
 /** A QEMU that waits for a guest: `listen({ accept: destination.accept })`. It takes one; it is ended when that fails. */
 export class QemuDestination implements AsyncDisposable {
