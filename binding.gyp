@@ -22,5 +22,19 @@
       },
       'libraries': ['-pthread', '-llz4', '-lzstd'],
     },
+    {
+      # What QEMU is started with (LD_PRELOAD): no Node, and of C++ nothing but the language.
+      'target_name': 'memferry_shim',
+      'product_name': 'libmemferry-shim',
+      'product_extension': 'so',
+      'sources': ['native/shim/shim.cc'],
+      'include_dirs': ['native'],
+      'cflags_cc': [
+        '-std=c++20', '-fno-exceptions', '-fno-rtti', '-fvisibility=hidden', '-Wall', '-Wextra', '-Wshadow', '-Wconversion',
+      ],
+      'cflags_cc!': ['-std=gnu++17', '-std=gnu++20', '-Wno-unused-parameter'],
+      'ldflags': ['-Wl,--as-needed', '-Wl,-z,defs'],
+      'libraries': ['-pthread'],
+    },
   ],
 }

@@ -17,6 +17,7 @@ const order = [
   'track',
   'track-attached',
   'bulk',
+  'peer-qemu',
   'fault',
   'fault-lab',
   'scatter',

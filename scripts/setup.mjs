@@ -110,6 +110,8 @@ const NEEDS = {
 };
 
 const BUILD = ['g++', 'make', 'python3', 'xxhash', 'lz4', 'zstd'];
+/** Guests of QEMU's are run on x86-64 alone. */
+const GUESTS = process.arch === 'x64' ? ['qemu', 'xz', 'gcc', 'libc.a'] : [];
 const PROFILES = {
   demo: BUILD,
   test: [
@@ -124,10 +126,11 @@ const PROFILES = {
     'libcrypto',
     'gtest',
     'ip',
+    ...GUESTS,
   ],
   'test:kernel': [...BUILD, 'cmake', 'ninja', 'gcc', 'libcrypto', 'gtest', 'qemu', 'xz', 'libc.a'],
-  bench: [...BUILD, 'gcc', 'libcrypto', 'ip'],
-  'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis'],
+  bench: [...BUILD, 'gcc', 'libcrypto', 'ip', ...GUESTS],
+  'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis', ...GUESTS],
 };
 
 main(process.argv[2] ?? 'demo');

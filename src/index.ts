@@ -39,6 +39,10 @@ export {
   type StageOptions,
   type UnparkOptions,
 } from './options.js';
+export { QemuDestination, type QemuArrivalOptions } from './qemu/arriving-guest.js';
+export type { QemuSockets } from './qemu/attachment.js';
+export { shimPath } from './qemu/shim.js';
+export { QemuGuest, type QemuGuestOptions } from './qemu/source-guest.js';
 export type { AttachedMapping, AttachOptions } from './attach.js';
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
 export type {

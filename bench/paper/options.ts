@@ -2,7 +2,7 @@
 import { parseArgs } from 'node:util';
 
 export interface PaperOptions {
-  /** Names as the paper numbers them: '1', '9', '10', '11', 'table-1', '12', '15'. */
+  /** Names as the paper numbers them: '1', '9', '10', '11', 'table-1', '12', '15'; 'qemu' besides. */
   figures: string[];
   json: boolean;
   /** Writes docs/paper.md and docs/paper/. */
@@ -19,7 +19,7 @@ export interface PaperOptions {
 }
 
 export const usage = `usage: npm run bench:paper [-- FIGURE…] [options]
-  FIGURE            1, 9, 10, 11, table-1, 12 or 15; all without
+  FIGURE            1, 9, 10, 11, table-1, 12, 15 or qemu; all without
   --size BYTES      the guest's, as 1GiB or 64MiB (1GiB); figure 11 moves guests of a quarter of it
   --trials N        the median of so many (3)
   --link RATE       of every host, as tc writes it (1gbit)

@@ -8,13 +8,14 @@ import { figures as dedup } from './figures/dedup.js';
 import { figures as gang } from './figures/gang.js';
 import { figures as intermediaries } from './figures/intermediaries.js';
 import { figures as pressure } from './figures/pressure.js';
+import { figures as qemu } from './figures/qemu.js';
 import { figures as serving } from './figures/serving.js';
 import { type PaperOptions, parseOptions, UsageError, usage } from './options.js';
 import { terminalTable, writeDocumentation } from './report.js';
 import type { FigureResult } from './result.js';
 import { Obstacle, Rig, rigObstacle } from './rig.js';
 
-const modules: FigureModule[] = [pressure, gang, bandwidth, serving, dedup, intermediaries];
+const modules: FigureModule[] = [pressure, gang, bandwidth, serving, dedup, intermediaries, qemu];
 const known = modules.flatMap(({ names }) => names);
 
 function options(): PaperOptions {

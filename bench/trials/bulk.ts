@@ -13,7 +13,7 @@ import { paired, type Trial, takeTurns } from '../support/trial.js';
 const lengthBytes = 2 ** 30;
 type MemoryState = 'touched' | 'fresh';
 
-async function copyOnce(channels: number, state: MemoryState): Promise<number> {
+export async function copyOnce(channels: number, state: MemoryState): Promise<number> {
   const pair = new EnginePair({ channels });
   try {
     await pair.source.call('allocate', { lengthBytes, seed: 1 });

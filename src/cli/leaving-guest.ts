@@ -70,7 +70,7 @@ export function compressFlag(): Option {
 }
 
 /** The options of `migrate` and `park` that these flags are. */
-export function serverOptions(flags: GuestFlags & ServerFlags): Record<string, unknown> {
+export function serverOptions(flags: Omit<GuestFlags, 'module'> & ServerFlags): Record<string, unknown> {
   const { bandwidth, compress, via, discover, replicas, rack } = flags;
   const dedup = dedupOption(flags);
   return {

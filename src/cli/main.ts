@@ -12,6 +12,7 @@ import { addFirecracker, addFirecrackerPark } from './firecracker.js';
 import { describeUsageError, reportError } from './output.js';
 import { addPage } from './page.js';
 import { addPark } from './park.js';
+import { addQemu } from './qemu.js';
 import { addReceive } from './receive.js';
 import { addSend } from './send.js';
 import { addShare } from './share.js';
@@ -39,6 +40,7 @@ function build(): Command {
   addUnpark(program);
   addStage(program);
   addShare(program);
+  addQemu(program);
   addStatus(program);
   addDrop(program);
   addFirecracker(program);

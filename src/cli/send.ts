@@ -193,7 +193,7 @@ export function sampleOptions(
   };
 }
 
-async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
+export async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
   const live = output.json ? null : new LiveProgress(mode);
   migration.on('state', (state) => {
     live?.state(state);

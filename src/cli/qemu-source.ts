@@ -1,0 +1,131 @@
+/** `memferry qemu source`: moves QEMU's guest at once. Ctrl-C before the commit: it runs on here. */
+import { type Command, Option } from 'commander';
+import { mebibytes } from '../demo/table.js';
+import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
+import { traitsOf } from '../protocol/mode-traits.js';
+import { QemuGuest } from '../qemu/source-guest.js';
+import type { EvictionReport, MigrationReport } from '../report.js';
+import { migrate } from '../source/migrate.js';
+import { addConnectionFlags } from './connection-flags.js';
+import {
+  addServerFlags,
+  compressFlag,
+  type GuestFlags,
+  given,
+  type ServerFlags,
+  serverOptions,
+} from './leaving-guest.js';
+import { makeOutput, type Output } from './output.js';
+import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
+import { addQemuFlags, type QemuFlags } from './qemu.js';
+import { describeReport, show } from './send.js';
+import { onInterrupt } from './signals.js';
+
+interface QemuSourceFlags extends QemuFlags, ServerFlags, Omit<GuestFlags, 'module'> {
+  to: string;
+  mode: Mode;
+  name?: string;
+  channels?: number;
+  downtimeLimitMs?: number;
+  maxRounds?: number;
+  hybridRounds?: number;
+  onNonConvergence?: NonConvergence;
+  tracker?: string;
+  onCapacity?: 'fail' | 'direct';
+  deltaCache?: number;
+  destinationRack?: string;
+  leaveWhenEvicted?: boolean;
+  stay?: boolean;
+  verify: boolean;
+}
+
+export function addQemuSource(qemu: Command): void {
+  const command = qemu
+    .command('source')
+    .description('move the guest of this QEMU, and end QEMU when nobody needs it any more')
+    .requiredOption('--to <host:port>', 'where `memferry qemu destination` waits')
+    .addOption(new Option('--mode <mode>', 'how it moves').choices(modes).default('hybrid'));
+  addQemuFlags(command)
+    .option('--name <name>', "in reports and errors; QEMU's own (-name) without it")
+    .option('--channels <count>', 'parallel data connections', wholeNumber(1, 16))
+    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteCount)
+    .addOption(compressFlag())
+    .option(
+      '--delta-cache <bytes>',
+      'modes with rounds: memory for deltas of pages that are sent again',
+      byteCount,
+    )
+    .option(
+      '--downtime-limit-ms <ms>',
+      'pre-copy goes on until the expected downtime is below',
+      positiveNumber,
+    )
+    .option('--max-rounds <count>', 'pre-copy rounds at most', wholeNumber(1, 1000))
+    .option('--hybrid-rounds <count>', 'rounds before hybrid switches over', wholeNumber(1, 1000))
+    .addOption(
+      new Option('--on-non-convergence <choice>', 'when rounds stop shrinking').choices(
+        nonConvergenceChoices,
+      ),
+    )
+    .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .addOption(
+      new Option('--on-capacity <choice>', 'scatter modes: when the servers cannot hold the guest').choices([
+        'fail',
+        'direct',
+      ]),
+    )
+    .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
+    .option('--leave-when-evicted', 'scatter modes: end as soon as nobody needs this side any more')
+    .option('--stay', 'leave QEMU as it is afterwards, stopped; it must never go on')
+    .option('--no-verify', 'do not compare digests at the end')
+    .option('--json', 'one JSON object a line, the last one the report');
+  addServerFlags(addConnectionFlags(command)).action(source);
+}
+
+async function source(flags: QemuSourceFlags): Promise<void> {
+  const output = makeOutput(flags.json);
+  using interruption = onInterrupt();
+  const { signal } = interruption;
+  await using guest = await QemuGuest.attach({
+    qmp: flags.qmp,
+    shim: flags.shim,
+    name: flags.name,
+    afterwards: flags.stay ? 'stay' : 'quit',
+    signal,
+  });
+  guest.on('warning', (error: Error) => process.emitWarning(error));
+  const heapBytes = guest.regions.reduce((sum, { region }) => sum + region.lengthBytes, 0);
+  output.say(`guest ${guest.name} of QEMU ${guest.description.qemu}: ${mebibytes(heapBytes)} MiB of RAM`);
+  output.line({ type: 'attached', guest: guest.name, pid: guest.pid, heapBytes, ...guest.description });
+  const report = await move(guest, flags, output, signal);
+  output.result(describeReport(report, flags.to), { type: 'report', ...report });
+}
+
+async function move(
+  guest: QemuGuest,
+  flags: QemuSourceFlags,
+  output: Output,
+  signal: AbortSignal,
+): Promise<EvictionReport | MigrationReport> {
+  const { to, mode, verify } = flags;
+  const { channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker } = flags;
+  const { onCapacity, destinationRack } = flags;
+  await using migration = migrate(guest, {
+    to,
+    mode,
+    verify,
+    signal,
+    ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker }),
+    ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),
+    ...serverOptions(flags),
+  });
+  const shown = show(migration, mode, output);
+  const evicted = migration.evicted.then((report) => {
+    output.line({ type: 'evicted', ...report });
+    return report;
+  });
+  evicted.catch(() => {}); // `done` has the same reason
+  if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
+  const [report] = await Promise.all([migration.done, shown]);
+  return report;
+}

@@ -1,0 +1,116 @@
+/** What both sides have of a QEMU: its QMP connection, what it is made of, and its RAM as regions of this process. */
+import { stat } from 'node:fs/promises';
+import { fstatSync } from 'node:fs';
+import { memferryError } from '../errors.js';
+import { closeDescriptors } from '../fd-channel.js';
+import type { GuestRegion } from '../guest.js';
+import { Region } from '../region.js';
+import { type Backend, inspect, type Machine } from './inspect.js';
+import { matchMemory } from './match-memory.js';
+import { Qmp } from './qmp.js';
+import { Shim } from './shim.js';
+
+export interface QemuSockets {
+  /** The path of QEMU's QMP socket. */
+  qmp: string;
+  /** The path that QEMU was given as MEMFERRY_SHIM_SOCKET. */
+  shim: string;
+  signal?: AbortSignal | undefined;
+}
+
+/** Asked for in this order, until QEMU's kernel has all of one. */
+type Features = readonly bigint[];
+
+export class QemuAttachment {
+  private constructor(
+    readonly qmp: Qmp,
+    readonly machine: Machine,
+    /** In the order of the machine's backends, named as these. */
+    readonly regions: readonly GuestRegion[],
+    readonly pid: number,
+    readonly uid: number,
+  ) {}
+
+  static async open(sockets: QemuSockets, features: Features): Promise<QemuAttachment> {
+    const { signal } = sockets;
+    const qmp = await Qmp.connect(sockets.qmp, { signal });
+    try {
+      const machine = await inspect(qmp, { signal });
+      using shim = await Shim.connect(sockets.shim);
+      const regions = await attachMemory(shim, machine.backends, features);
+      return new QemuAttachment(qmp, machine, regions, shim.pid, shim.uid);
+    } catch (error) {
+      await qmp.close();
+      throw error;
+    }
+  }
+
+  async close(): Promise<void> {
+    await this.qmp.close();
+    for (const { region } of this.regions) {
+      try {
+        region.close();
+      } catch {
+        // Still moving: it is let go of by whoever moves it.
+      }
+    }
+  }
+}
+
+async function attachMemory(
+  shim: Shim,
+  backends: readonly Backend[],
+  features: Features,
+): Promise<GuestRegion[]> {
+  const { mappings, files } = await shim.memory();
+  const descriptors = [...files];
+  const made: GuestRegion[] = [];
+  try {
+    const paths = new Map<string, number>();
+    for (const { id, memPath } of backends) {
+      const file = memPath === null ? null : await fileOf(memPath, files);
+      if (file !== null) paths.set(id, file);
+    }
+    const found = matchMemory(backends, mappings, ({ id }) => paths.get(id) ?? null);
+    const uffd = await firstUserfaultfd(shim, features);
+    descriptors.push(uffd);
+    for (const { id, pieces, file } of found) {
+      const region = Region.attach({
+        pidfd: shim.pidfd,
+        uffd,
+        mappings: pieces,
+        memory: files[file] as number,
+      });
+      made.push({ name: id, region });
+    }
+    return made;
+  } catch (error) {
+    for (const { region } of made) region.close();
+    throw error;
+  } finally {
+    closeDescriptors(descriptors);
+  }
+}
+
+/** Which of QEMU's files a path names; null where it is a directory, or names none of them. */
+async function fileOf(path: string, files: readonly number[]): Promise<number | null> {
+  const named = await stat(path).catch(() => null);
+  if (!named?.isFile()) return null;
+  const at = files.findIndex((fd) => {
+    const status = fstatSync(fd);
+    return status.dev === named.dev && status.ino === named.ino;
+  });
+  return at < 0 ? null : at;
+}
+
+async function firstUserfaultfd(shim: Shim, features: Features): Promise<number> {
+  let reason: unknown = memferryError('USERFAULTFD_UNAVAILABLE', 'no features to ask for');
+  for (const wanted of features) {
+    try {
+      return await shim.userfaultfd(wanted);
+    } catch (error) {
+      reason = error;
+    }
+  }
+  throw reason;
+}

@@ -1,0 +1,255 @@
+/**
+ * QEMU's own migration stream, out of it and into it, over a unix socket in a directory that only this user enters.
+ * With `x-ignore-shared` it holds the state of CPUs and devices and the little RAM that is in no backend (firmware,
+ * ACPI tables, video memory), and no more than `maxBytes` are taken of it.
+ */
+import { chown, mkdtemp, rm } from 'node:fs/promises';
+import { createConnection, createServer, type Server, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { z } from 'zod';
+import { type MemferryError, memferryError } from '../errors.js';
+import { untilAborted, within } from '../protocol/bounded.js';
+import { deferred } from '../protocol/deferred.js';
+import { checked } from './inspect.js';
+import type { Qmp, QmpEvent } from './qmp.js';
+
+export interface StateOptions {
+  maxBytes: number;
+  timeoutMs: number;
+  signal: AbortSignal;
+  /** Under which QEMU runs, so that it may enter the directory. */
+  uid: number;
+}
+
+const over = ['completed', 'failed', 'cancelled'];
+const capabilitiesSchema = z.array(z.object({ capability: z.string(), state: z.boolean() }));
+const parametersSchema = z.object({ 'max-bandwidth': z.number().nonnegative() });
+const migrationSchema = z.object({ status: z.string().optional(), 'error-desc': z.string().optional() });
+
+/** Those that would make the stream another one. */
+const inTheWay = [
+  'multifd',
+  'postcopy-ram',
+  'xbzrle',
+  'compress',
+  'auto-converge',
+  'block',
+  'pause-before-switchover',
+  'background-snapshot',
+  'mapped-ram',
+  'return-path',
+  'x-colo',
+];
+const bytesPerSecond = 2 ** 40;
+
+/** What QEMU's migration was set to, to set it back. */
+export interface Settings {
+  capabilities: { capability: string; state: boolean }[];
+  maxBandwidth: number | null;
+}
+
+/**
+ * Has QEMU's next migration leave the shared RAM out. Gives what to restore.
+ * @throws GUEST_UNMOVABLE when this QEMU cannot
+ */
+export async function ignoreSharedRam(qmp: Qmp, wanted: readonly string[]): Promise<Settings> {
+  const known = checked(
+    'query-migrate-capabilities',
+    capabilitiesSchema,
+    await qmp.execute('query-migrate-capabilities'),
+  );
+  const states = new Map(known.map(({ capability, state }) => [capability, state]));
+  const lacking = wanted.filter((capability) => !states.has(capability));
+  if (lacking.length > 0) {
+    throw memferryError(
+      'GUEST_UNMOVABLE',
+      `QEMU ${qmp.version} has no migration capability ${lacking.join(', ')}`,
+      {
+        facts: { names: lacking },
+      },
+    );
+  }
+  const changes = [
+    ...inTheWay
+      .filter((capability) => states.get(capability))
+      .map((capability) => ({ capability, state: false })),
+    ...wanted
+      .filter((capability) => !states.get(capability))
+      .map((capability) => ({ capability, state: true })),
+  ];
+  const parameters = checked(
+    'query-migrate-parameters',
+    parametersSchema,
+    await qmp.execute('query-migrate-parameters'),
+  );
+  if (changes.length > 0) await qmp.execute('migrate-set-capabilities', { capabilities: changes });
+  await qmp.execute('migrate-set-parameters', { 'max-bandwidth': bytesPerSecond });
+  return {
+    capabilities: changes.map(({ capability, state }) => ({ capability, state: !state })),
+    maxBandwidth: parameters['max-bandwidth'],
+  };
+}
+
+export async function restoreSettings(qmp: Qmp, { capabilities, maxBandwidth }: Settings): Promise<void> {
+  if (capabilities.length > 0) await qmp.execute('migrate-set-capabilities', { capabilities });
+  if (maxBandwidth !== null) await qmp.execute('migrate-set-parameters', { 'max-bandwidth': maxBandwidth });
+}
+
+/**
+ * The state of a guest that is stopped. When it fails QEMU migrates no more.
+ * @throws LIMIT_EXCEEDED when there is more of it, QEMU_REFUSED, PAUSE_FAILED with QEMU's reason, CANCELLED
+ */
+export async function saveDeviceState(qmp: Qmp, options: StateOptions): Promise<Buffer> {
+  return withSocket(options.uid, async (path) => {
+    const incoming = await receiveOne(path, options.maxBytes);
+    const { signal, timeoutMs } = options;
+    const ended = qmp.event(isOver, "the end of QEMU's own migration", { signal, timeoutMs });
+    ended.catch(() => {});
+    try {
+      await qmp.execute('migrate', { uri: `unix:${path}` }, { signal, timeoutMs });
+      const [event, state] = await Promise.all([ended, bounded(incoming.state, options)]);
+      if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PAUSE_FAILED');
+      return state;
+    } catch (error) {
+      await stopMigrating(qmp);
+      throw error;
+    } finally {
+      incoming.close();
+    }
+  });
+}
+
+/**
+ * Into a QEMU that was started with `-incoming defer`. It touches RAM: whoever serves its pages must do so by now.
+ * @throws PREPARE_FAILED with QEMU's reason, QEMU_REFUSED, CANCELLED
+ */
+export async function loadDeviceState(qmp: Qmp, state: Uint8Array, options: StateOptions): Promise<void> {
+  await withSocket(options.uid, async (path) => {
+    const { signal, timeoutMs } = options;
+    const ended = qmp.event(isOver, "the end of QEMU's incoming migration", { signal, timeoutMs });
+    ended.catch(() => {});
+    await qmp.execute('migrate-incoming', { uri: `unix:${path}` }, { signal, timeoutMs });
+    const socket = createConnection({ path });
+    try {
+      const broken = deferred<never>();
+      socket.once('error', (cause) =>
+        broken.reject(
+          memferryError('PREPARE_FAILED', `QEMU does not take its state: ${cause.message}`, { cause }),
+        ),
+      );
+      socket.end(state);
+      // A QEMU that does not like its state says so by an event, and ends by itself.
+      const event = await Promise.race([ended, untilAborted(broken.promise, signal)]).catch(async (error) => {
+        throw (await Promise.race([qmp.closed, soon()]))
+          ? memferryError('PREPARE_FAILED', refusal, { cause: error })
+          : error;
+      });
+      if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PREPARE_FAILED');
+    } finally {
+      socket.destroy();
+    }
+  });
+}
+
+const refusal =
+  'QEMU has ended while it loaded the state: it was started otherwise than the source, its own messages say how';
+
+/** What QEMU has said of it last, after a failure that came before its reason. */
+const soon = () => new Promise<null>((resolve) => setTimeout(resolve, 200, null));
+
+function isOver({ name, data }: QmpEvent): boolean {
+  return name === 'MIGRATION' && over.includes(String(data['status']));
+}
+
+async function failureOf(qmp: Qmp, code: 'PAUSE_FAILED' | 'PREPARE_FAILED'): Promise<MemferryError> {
+  const said = await qmp.execute('query-migrate').then(
+    (value) => migrationSchema.safeParse(value).data,
+    () => undefined,
+  );
+  return memferryError(
+    code,
+    `QEMU's own migration ${said?.status ?? 'failed'}: ${said?.['error-desc'] ?? 'no reason given'}`,
+  );
+}
+
+/** The guest may go on when this has returned. */
+export async function stopMigrating(qmp: Qmp): Promise<void> {
+  const read = async () =>
+    checked('query-migrate', migrationSchema, await qmp.execute('query-migrate')).status ?? 'none';
+  if (['none', ...over].includes(await read())) return;
+  await qmp.execute('migrate_cancel');
+  // Bounded: QEMU gives up what it sends within some milliseconds, since nobody reads it any more.
+  for (let turn = 0; turn < 200; turn++) {
+    if (['none', ...over].includes(await read())) return;
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+  throw memferryError('PAUSE_FAILED', 'QEMU does not give up its own migration');
+}
+
+async function bounded<T>(promise: Promise<T>, { signal, timeoutMs }: StateOptions): Promise<T> {
+  return within(
+    untilAborted(promise, signal),
+    timeoutMs,
+    'PAUSE_TIMEOUT',
+    "QEMU's state did not come in time",
+  );
+}
+
+/** One connection, read to its end. */
+async function receiveOne(
+  path: string,
+  maxBytes: number,
+): Promise<{ state: Promise<Buffer>; close(): void }> {
+  const state = deferred<Buffer>();
+  const sockets = new Set<Socket>();
+  const server: Server = createServer((socket) => {
+    // Who comes second is not QEMU's migration.
+    if (sockets.size > 0) {
+      socket.destroy();
+      return;
+    }
+    sockets.add(socket);
+    const pieces: Buffer[] = [];
+    let held = 0;
+    socket.on('data', (piece) => {
+      held += piece.length;
+      if (held > maxBytes) {
+        state.reject(
+          memferryError(
+            'LIMIT_EXCEEDED',
+            `QEMU's state has more than ${maxBytes} bytes: it seems to send RAM that should be in a shared backend`,
+            { facts: { maxBytes } },
+          ),
+        );
+        socket.destroy();
+        return;
+      }
+      pieces.push(piece);
+    });
+    socket.once('end', () => state.resolve(Buffer.concat(pieces)));
+    socket.once('error', (cause) => state.reject(memferryError('PAUSE_FAILED', cause.message, { cause })));
+  });
+  const listening = deferred<void>();
+  server.once('error', (cause) => listening.reject(memferryError('SYSTEM', cause.message, { cause })));
+  server.listen({ path, writableAll: true }, () => listening.resolve());
+  await listening.promise;
+  return {
+    state: state.promise,
+    close: () => {
+      server.close();
+      for (const socket of sockets) socket.destroy();
+    },
+  };
+}
+
+/** A path for a socket, in a directory of its own (mode 0700, QEMU's user's when that is another). */
+async function withSocket<T>(uid: number, use: (path: string) => Promise<T>): Promise<T> {
+  const directory = await mkdtemp(join(tmpdir(), 'memferry-qemu-state-'));
+  try {
+    if (uid !== process.getuid?.()) await chown(directory, uid, -1);
+    return await use(join(directory, 'state'));
+  } finally {
+    await rm(directory, { recursive: true, force: true });
+  }
+}

@@ -1,0 +1,181 @@
+/**
+ * What a QEMU is made of, asked over QMP before anything is done to it, and why it cannot be moved: RAM that is not in
+ * a shared backend (QEMU's own stream would carry it), or devices that write RAM from another process or by hardware,
+ * whose writes no dirty tracking of QEMU's memory can see.
+ */
+import { z } from 'zod';
+import { memferryError } from '../errors.js';
+import type { Qmp, QmpOptions } from './qmp.js';
+
+export interface Backend {
+  id: string;
+  lengthBytes: number;
+  memPath: string | null;
+}
+
+export interface Machine {
+  /** QEMU's version. */
+  qemu: string;
+  /** As `pc-i440fx-7.2-machine`. */
+  type: string;
+  cpus: number;
+  /** Sorted by id. */
+  backends: Backend[];
+}
+
+/** Objects and devices by their QOM type, and what is wrong with them. */
+const foreignWriters: readonly [RegExp, string][] = [
+  [/^vhost-user(-|$)|-vhost-user(-|$)/, 'its backend writes RAM from another process'],
+  [/^vhost-vdpa/, 'hardware writes RAM'],
+  [/^vfio-|^x-vfio-user/, 'hardware writes RAM'],
+  [/^pvrdma$/, 'hardware writes RAM'],
+  [/^ivshmem-doorbell$/, 'other guests write its memory'],
+  [/^x-(pci-proxy-dev|remote-object)$/, 'another process writes RAM'],
+];
+const foreignNetwork: readonly [RegExp, string][] = [
+  [/type=vhost-user\b/, 'its backend writes RAM from another process'],
+  [/type=vhost-vdpa\b/, 'hardware writes RAM'],
+];
+
+/** Of a tree of objects: more than any machine has. */
+const maxObjects = 20_000;
+const maxDepth = 16;
+
+const statusSchema = z.object({ status: z.string(), running: z.boolean() });
+const memdevSchema = z.array(
+  z.object({ id: z.string().optional(), size: z.number().int().positive(), share: z.boolean().optional() }),
+);
+const propertiesSchema = z.array(z.object({ name: z.string(), type: z.string() }));
+const migrationSchema = z.object({
+  status: z.string().optional(),
+  'blocked-reasons': z.array(z.string()).optional(),
+});
+
+export async function runState(qmp: Qmp, options?: QmpOptions): Promise<z.output<typeof statusSchema>> {
+  return checked('query-status', statusSchema, await qmp.execute('query-status', {}, options));
+}
+
+/** QEMU's answers are checked too; one that is none is PROTOCOL_ERROR. */
+export function checked<Schema extends z.ZodType>(
+  command: string,
+  schema: Schema,
+  value: unknown,
+): z.output<Schema> {
+  const parsed = schema.safeParse(value);
+  if (parsed.success) return parsed.data;
+  throw memferryError('PROTOCOL_ERROR', `QEMU answers ${command} otherwise than QMP says`, {
+    cause: parsed.error,
+  });
+}
+
+/**
+ * @throws GUEST_UNMOVABLE, `names` being what is in the way; GUEST_BUSY while QEMU migrates by itself
+ */
+export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> {
+  const ask = (command: string, args: object = {}) => qmp.execute(command, args, options);
+  const migration = checked('query-migrate', migrationSchema, await ask('query-migrate'));
+  if (
+    ['setup', 'active', 'device', 'pre-switchover', 'wait-unplug', 'postcopy-active'].includes(
+      migration.status ?? '',
+    )
+  ) {
+    throw memferryError('GUEST_BUSY', 'QEMU migrates by itself already', { facts: { names: ['migrate'] } });
+  }
+  const type = checked(
+    'qom-get',
+    z.string().max(256),
+    await ask('qom-get', { path: '/machine', property: 'type' }),
+  );
+  const cpus = checked('query-cpus-fast', z.array(z.unknown()), await ask('query-cpus-fast')).length;
+  const backends = await sharedBackends(ask);
+  const foreign = [
+    ...(migration['blocked-reasons'] ?? []),
+    ...(await foreignObjects(ask)),
+    ...foreignNetworks(
+      checked(
+        'info network',
+        z.string(),
+        await ask('human-monitor-command', { 'command-line': 'info network' }),
+      ),
+    ),
+  ];
+  if (foreign.length > 0) {
+    throw memferryError('GUEST_UNMOVABLE', `this QEMU cannot be moved: ${foreign.join('; ')}`, {
+      facts: { names: foreign },
+    });
+  }
+  return { qemu: qmp.version, type, cpus, backends };
+}
+
+type Ask = (command: string, args?: object) => Promise<unknown>;
+
+async function sharedBackends(ask: Ask): Promise<Backend[]> {
+  const memdevs = checked('query-memdev', memdevSchema, await ask('query-memdev'));
+  const apart = memdevs.filter(({ share, id }) => share !== true || id === undefined);
+  const remedy =
+    '-object memory-backend-file,id=ram0,size=SIZE,share=on,mem-path=/dev/shm -machine ...,memory-backend=ram0';
+  if (memdevs.length === 0 || apart.length > 0) {
+    const names = apart.map(({ id, size }) => id ?? `a backend of ${size} bytes`);
+    throw memferryError(
+      'GUEST_UNMOVABLE',
+      `RAM that QEMU shares with nobody cannot be moved (${names.join(', ') || 'no memory backend at all'}): start ` +
+        `QEMU with ${remedy}`,
+      { facts: { names } },
+    );
+  }
+  const main = await ask('qom-get', { path: '/machine', property: 'memory-backend' }).catch(() => '');
+  const nodes = memdevs.length > 1;
+  // Without it the RAM is QEMU's own and the backends are something else (a NUMA node's are the RAM together).
+  if (!nodes && !memdevs.some(({ id }) => main === `/objects/${id}` || main === id)) {
+    throw memferryError(
+      'GUEST_UNMOVABLE',
+      `the machine's RAM is in no memory backend: start QEMU with ${remedy}`,
+      {
+        facts: { names: ['RAM'] },
+      },
+    );
+  }
+  const backends: Backend[] = [];
+  for (const { id, size } of memdevs) {
+    const path = await ask('qom-get', { path: `/objects/${id}`, property: 'mem-path' }).catch(() => null);
+    backends.push({ id: id as string, lengthBytes: size, memPath: typeof path === 'string' ? path : null });
+  }
+  return backends.sort((a, b) => (a.id < b.id ? -1 : 1));
+}
+
+async function foreignObjects(ask: Ask): Promise<string[]> {
+  const found: string[] = [];
+  const waiting: { path: string; depth: number }[] = ['/machine', '/objects'].map((path) => ({
+    path,
+    depth: 0,
+  }));
+  let seen = 0;
+  for (let place = waiting.pop(); place; place = waiting.pop()) {
+    const { path, depth } = place;
+    for (const { name, type } of checked('qom-list', propertiesSchema, await ask('qom-list', { path }))) {
+      const child = /^child<(.+)>$/.exec(type)?.[1];
+      if (child === undefined) continue;
+      if (++seen > maxObjects || depth >= maxDepth) {
+        throw memferryError('LIMIT_EXCEEDED', `QEMU has more than ${maxObjects} objects`);
+      }
+      for (const [pattern, why] of foreignWriters) {
+        if (pattern.test(child)) found.push(`${path}/${name} (${child}: ${why})`);
+      }
+      // Memory regions and interrupts, most of all: nothing is below them.
+      if (!/^(qemu:memory-region|irq|memory-region)$/.test(child))
+        waiting.push({ path: `${path}/${name}`, depth: depth + 1 });
+    }
+  }
+  return found;
+}
+
+/** Pure: of `info network`, in which QMP says nothing. */
+export function foreignNetworks(text: string): string[] {
+  return text
+    .split(/\r?\n/)
+    .flatMap((line) =>
+      foreignNetwork
+        .filter(([pattern]) => pattern.test(line))
+        .map(([, why]) => `network ${line.trim().replace(/^\\ /, '').split(':')[0]} (${why})`),
+    );
+}

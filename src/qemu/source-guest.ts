@@ -1,0 +1,167 @@
+/**
+ * A guest of QEMU's at the source: its RAM is QEMU's, tracked and read from here, its execution state is what QEMU's
+ * own migration gives without the RAM. QEMU is asked for everything over QMP, as any management would.
+ *
+ *   running ── stop, migrate ─▶ stopped, state saved ── GRANT ─▶ never again ── evicted ─▶ quit
+ *                                      └─ failed before the commit: migrate_cancel, cont ─▶ running
+ */
+import { EventEmitter } from 'node:events';
+import { memferryError } from '../errors.js';
+import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
+import { QemuAttachment, type QemuSockets } from './attachment.js';
+import {
+  ignoreSharedRam,
+  restoreSettings,
+  type Settings,
+  saveDeviceState,
+  stopMigrating,
+} from './device-state.js';
+import { runState } from './inspect.js';
+import type { QmpEvent } from './qmp.js';
+import { encodeState, type QemuDescription, qemuModule } from './state.js';
+
+export interface QemuGuestOptions extends QemuSockets {
+  /** How it is called in reports and errors; QEMU's own name for it, or `qemu-PID`, without one. */
+  name?: string | undefined;
+  /** What the state of its CPUs and devices may have, in bytes. Default 64 MiB, as the destination's. */
+  maxStateBytes?: number | undefined;
+  /** For QEMU to stop the guest, and then to give its state. Default 10 s. */
+  stateTimeoutMs?: number | undefined;
+  /** What becomes of QEMU when nobody needs it any more: `quit`, or it stays, stopped. Default `quit`. */
+  afterwards?: 'quit' | 'stay' | undefined;
+}
+
+/** Only to track: write protection that the kernel itself lifts, and unpopulated pages too. Or none of it. */
+const trackingFeatures = [(1n << 15n) | (1n << 13n), 0n];
+
+/** Emits `warning` (Error): what went wrong where no call can tell. */
+export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
+  readonly name: string;
+  readonly module = qemuModule;
+  readonly #attachment: QemuAttachment;
+  readonly #options: QemuGuestOptions;
+  #settings: Settings | null = null;
+  #ranBefore = true;
+  #state: 'here' | 'pausing' | 'paused' | 'departed' = 'here';
+
+  private constructor(attachment: QemuAttachment, name: string, options: QemuGuestOptions) {
+    super();
+    this.#attachment = attachment;
+    this.#options = options;
+    this.name = name;
+    attachment.qmp.on('event', (event: QmpEvent) => this.#onEvent(event));
+  }
+
+  /**
+   * Nothing of the guest is changed by it.
+   * @throws GUEST_UNMOVABLE with what is in the way by name, GUEST_BUSY, CONNECT_FAILED, USERFAULTFD_UNAVAILABLE
+   */
+  static async attach(options: QemuGuestOptions): Promise<QemuGuest> {
+    const attachment = await QemuAttachment.open(options, trackingFeatures);
+    try {
+      const { status } = await runState(attachment.qmp);
+      if (status !== 'running' && status !== 'paused' && status !== 'postmigrate') {
+        throw memferryError(
+          'GUEST_BUSY',
+          `QEMU is '${status}': only a guest that runs, or is paused, can move`,
+          {
+            facts: { names: [status] },
+          },
+        );
+      }
+      return new QemuGuest(attachment, options.name ?? (await nameOf(attachment)), options);
+    } catch (error) {
+      await attachment.close();
+      throw error;
+    }
+  }
+
+  get regions(): readonly GuestRegion[] {
+    return this.#attachment.regions;
+  }
+
+  get description(): QemuDescription {
+    const { qemu, type, cpus } = this.#attachment.machine;
+    return { version: 1, qemu, machine: type, cpus };
+  }
+
+  /** Of QEMU. */
+  get pid(): number {
+    return this.#attachment.pid;
+  }
+
+  async pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
+    const { qmp, uid } = this.#attachment;
+    const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
+    this.#settings ??= await ignoreSharedRam(qmp, ['events', 'x-ignore-shared']);
+    this.#ranBefore = (await runState(qmp, { signal })).running;
+    this.#state = 'pausing';
+    try {
+      const pausedAtNs = process.hrtime.bigint();
+      // The guest's writes are over when this has returned: QEMU has drained what its devices had under way.
+      if (this.#ranBefore) await qmp.execute('stop', {}, { signal, timeoutMs: stateTimeoutMs });
+      const stream = await saveDeviceState(qmp, {
+        maxBytes: maxStateBytes,
+        timeoutMs: stateTimeoutMs,
+        signal,
+        uid,
+      });
+      this.#state = 'paused';
+      return { state: encodeState(this.#ranBefore, stream), pausedAtNs };
+    } catch (error) {
+      await this.unpause();
+      throw error;
+    }
+  }
+
+  async unpause(): Promise<void> {
+    const { qmp } = this.#attachment;
+    await stopMigrating(qmp);
+    this.#state = 'here';
+    if (this.#settings) await restoreSettings(qmp, this.#settings);
+    this.#settings = null;
+    if (this.#ranBefore) await qmp.execute('cont', {}, { timeoutMs: 30_000 });
+  }
+
+  departed(): void {
+    this.#state = 'departed';
+  }
+
+  async release(): Promise<void> {
+    if (this.#options.afterwards === 'stay') return;
+    const { qmp } = this.#attachment;
+    await qmp.execute('quit').catch(() => {}); // it may be gone before it has answered, or for long
+    await qmp.closed;
+  }
+
+  /** Lets go of QEMU, which goes on as it is. */
+  async close(): Promise<void> {
+    await this.#attachment.close();
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  /** Somebody else lets it run: before the commit its pages have changed unseen, after it there would be two of it. */
+  #onEvent({ name }: QmpEvent): void {
+    if (name !== 'RESUME' || this.#state === 'here') return;
+    const { qmp } = this.#attachment;
+    qmp.execute('stop').catch(() => {});
+    this.emit(
+      'warning',
+      memferryError(
+        'GUEST_BUSY',
+        'somebody else has let the guest run at the source, and it was stopped again',
+        {
+          facts: { names: ['cont'] },
+        },
+      ),
+    );
+  }
+}
+
+async function nameOf({ qmp, pid }: QemuAttachment): Promise<string> {
+  const said = (await qmp.execute('query-name').catch(() => null)) as { name?: unknown } | null;
+  return typeof said?.name === 'string' && said.name !== '' ? said.name.slice(0, 64) : `qemu-${pid}`;
+}
