@@ -3,6 +3,7 @@
  * main thread, which never touches the guest's memory.
  */
 import { EventEmitter } from 'node:events';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { serialize } from 'node:v8';
 import type { ResourceLimits } from 'node:worker_threads';
 
@@ -12,6 +13,7 @@ import { Region } from '../region.js';
 import { describeGuest } from './description.js';
 import { GuestMovedError } from './errors.js';
 import { sha256OfModule } from './module-file.js';
+import { SharedMemory, type SharedMemoryOptions } from './shared-memory.js';
 import { unmovableError } from './wasm-state.js';
 import { type LinkEvents, type Paused, WorkerLink } from './worker-link.js';
 
@@ -26,11 +28,17 @@ export interface WorkerGuestOptions {
   workers?: number;
   /** Memory that all workers share, as `context.sharedHeap`. Default none. */
   sharedHeapBytes?: number;
+  /** A WebAssembly memory that all workers import, as `context.sharedMemory`: threads of one program. Default none. */
+  sharedMemory?: SharedMemoryOptions;
   /** How long a pause waits for requests in progress, in ms. Default 5000. */
   pauseTimeoutMs?: number;
   /** Passed to the workers. */
   resourceLimits?: ResourceLimits;
 }
+
+/** How long `check` waits for what is open, and for requests in progress; a switchover waits for them afresh. */
+const CHECK_MS = 500;
+const CHECK_PAUSE_MS = 20;
 
 /** Ending a worker takes milliseconds unless it is blocked in a page fault. */
 const TERMINATE_MS = 10_000;
@@ -55,6 +63,7 @@ export interface GuestParts {
   links: WorkerLink[];
   regions: GuestRegion[];
   sharedRegion: Region | null;
+  sharedMemory: SharedMemory | null;
   pauseTimeoutMs: number;
 }
 
@@ -70,8 +79,10 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   readonly #links: WorkerLink[];
   readonly #pauseTimeoutMs: number;
   readonly #sharedRegion: Region | null;
+  readonly #sharedMemory: SharedMemory | null;
   #regions: GuestRegion[];
   #status: WorkerGuestStatus = 'running';
+  #pausedAtNs: bigint | undefined;
   #lostPages = 0;
   #ending: Promise<void> | null = null;
 
@@ -83,6 +94,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     this.#links = parts.links;
     this.#regions = parts.regions;
     this.#sharedRegion = parts.sharedRegion;
+    this.#sharedMemory = parts.sharedMemory;
     this.#pauseTimeoutMs = parts.pauseTimeoutMs;
   }
 
@@ -103,12 +115,14 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     };
     const shared =
       sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+    const sharedMemory = options.sharedMemory ? SharedMemory.make(options.sharedMemory) : null;
     const boot = {
       url: url.href,
       name,
       workers,
       data,
       sharedHeap: [...(shared?.views ?? [])],
+      sharedMemory: sharedMemory?.memory ?? null,
       plan: null,
     };
     const wiring = new GuestWiring();
@@ -119,7 +133,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
           WorkerLink.start({ ...boot, worker }, wiring.events(worker), options.resourceLimits),
       ),
     );
-    const regions = openRegions(links, shared);
+    const regions = openRegions(links, shared, sharedMemory);
     const parts = {
       name,
       module,
@@ -127,6 +141,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       links,
       regions,
       sharedRegion: shared,
+      sharedMemory,
       pauseTimeoutMs,
     };
     return WorkerGuest.fromParts(parts, wiring);
@@ -163,6 +178,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     return describeGuest({
       data: this.data,
       sharedHeapBytes: this.#sharedRegion?.lengthBytes ?? 0,
+      sharedMemoryPages: this.#sharedMemory?.maximumPages ?? null,
       links: this.#links.map((link) => link.shape),
     });
   }
@@ -184,12 +200,22 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   }
 
   /**
-   * Looks at everything that would have to move, as a pause would, without pausing. Waits for requests in
-   * progress only as far as each worker's thread is busy.
+   * Looks at everything that would have to move, as a pause would, without pausing: rejects with GUEST_UNMOVABLE or
+   * GUEST_BUSY, and the names of what stands in the way. `migrate` and `park` begin with it. What may be closed any
+   * moment (a timer, a file) gets half a second for it. Where requests are in progress for longer than that, it is left
+   * to the pause.
    */
-  async check(): Promise<void> {
+  async check(options: { signal?: AbortSignal } = {}): Promise<void> {
     void this.description;
-    await Promise.all(this.#links.map((link) => link.check()));
+    const end = performance.now() + CHECK_MS;
+    await Promise.all(this.#links.map((link) => checkLink(link, end, options.signal)));
+    // What the look itself has brought to light: a memory made since, and the like.
+    void this.description;
+  }
+
+  /** The guest's last instruction before the pause that it is in, by the clock of `process.hrtime`. */
+  get pausedAtNs(): bigint | undefined {
+    return this.#status === 'paused' ? this.#pausedAtNs : undefined;
   }
 
   async pause(options: { signal?: AbortSignal } = {}): Promise<Uint8Array> {
@@ -234,6 +260,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       throw error;
     }
     this.#status = 'paused';
+    this.#pausedAtNs = states.map(({ sinceNs }) => sinceNs).reduce((a, b) => (a > b ? a : b));
     return Uint8Array.from(serialize(states.map(({ state }) => state)));
   }
 
@@ -324,11 +351,12 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
 
   #renewRegions(): void {
     const old = new Map(this.#regions.map((entry) => [entry.region.id, entry]));
-    this.#regions = openRegions(this.#links, this.#sharedRegion, old);
+    this.#regions = openRegions(this.#links, this.#sharedRegion, this.#sharedMemory, old);
   }
 
   /** The workers know their memories' exact lengths. */
   #takeLengths(states: Paused[]): void {
+    this.#sharedMemory?.refresh();
     for (const { region } of this.#regions) region.refresh();
     const told = states.flatMap((state) => state.lengths);
     told.forEach((lengthBytes, i) => {
@@ -337,6 +365,25 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       if (region.native.pages() < pages) region.native.grow(pages);
       if (region.lengthBytes < lengthBytes) throw memferryError('PAUSE_FAILED', `region ${name} fell behind`);
     });
+  }
+}
+
+async function checkLink(link: WorkerLink, end: number, signal?: AbortSignal): Promise<void> {
+  for (;;) {
+    const timer = new AbortController();
+    const rest = Math.max(1, end - performance.now());
+    const late = sleep(rest, 'late' as const, { signal: timer.signal }).catch(() => 'late' as const);
+    const checked = link.check().then(
+      () => null,
+      (error: unknown) => error,
+    );
+    const result = await Promise.race([checked, late]);
+    timer.abort();
+    signal?.throwIfAborted();
+    if (result === null || result === 'late') return;
+    const busy = (result as { code?: unknown }).code === 'GUEST_BUSY';
+    if (!busy || performance.now() >= end) throw result;
+    await sleep(CHECK_PAUSE_MS);
   }
 }
 
@@ -386,6 +433,7 @@ export async function startAll(starts: (() => Promise<WorkerLink>)[]): Promise<W
 export function openRegions(
   links: readonly WorkerLink[],
   shared: Region | null,
+  sharedMemory: SharedMemory | null,
   known: ReadonlyMap<string, GuestRegion> = new Map(),
 ): GuestRegion[] {
   const regions = links.flatMap((link, worker) =>
@@ -394,7 +442,9 @@ export function openRegions(
       return known.get(id) ?? { name, region: Region.open(id) };
     }),
   );
-  return shared ? [...regions, { name: 'shared', region: shared }] : regions;
+  if (shared) regions.push({ name: 'shared', region: shared });
+  if (sharedMemory) regions.push({ name: 'shared-memory', region: sharedMemory.region });
+  return regions;
 }
 
 export function closeQuietly(region: Region): void {
