@@ -189,9 +189,8 @@ export function restoreWasm(registry: WasmRegistry, state: WasmState, hostFuncti
     if (found === undefined) throw unmovableError([`${where}: a host object that does not exist here`]);
     return found.value;
   };
-  /** The same number means the same function; a registered one may have another number here. */
-  const same = (reference: Reference, here: Reference): boolean =>
-    reference === here && !(isHost(reference) && hosts.get(hostOrdinal(reference))?.host.registered !== null);
+  /** The same number means the same host function, unless it was registered: then its name counts. */
+  const same = (reference: Reference): boolean => hosts.get(hostOrdinal(reference))?.host.registered === null;
 
   registry.globals.forEach(({ name, type, global }, i) => {
     const value = state.globals[i]?.value;
@@ -207,7 +206,8 @@ export function restoreWasm(registry: WasmRegistry, state: WasmState, hostFuncti
     // Glue mirrors tables in JavaScript: a slot that is right already stays untouched.
     for (let slot = 0; slot < entries.length; slot++) {
       const entry = entries[slot] as number;
-      if (here && slot < here.length && same(entry, here[slot] as number)) continue;
+      // Nearly all of them: functions of instances, and nothing.
+      if (here && entry === here[slot] && (entry >= NULL || same(entry))) continue;
       const where = `table ${name}, slot ${slot}`;
       const value = here ? resolve(entry, where) : external(entry, where);
       if (here || table.get(slot) !== value) table.set(slot, value);
