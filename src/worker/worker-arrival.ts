@@ -13,7 +13,8 @@ import { type GuestDescription, parseDescription } from './description.js';
 import { sha256OfModule } from './module-file.js';
 import { SharedMemory } from './shared-memory.js';
 import { WASM_PAGE_BYTES } from './wasm-registry.js';
-import { closeQuietly, GuestWiring, openRegions, startAll, WorkerGuest } from './worker-guest.js';
+import { GuestWiring } from './guest-wiring.js';
+import { closeQuietly, openRegions, startAll, WorkerGuest } from './worker-guest.js';
 import { type WorkerBase, type WorkerBaseOptions, workerBase } from './worker-base.js';
 import { WorkerLink } from './worker-link.js';
 

@@ -3,19 +3,21 @@
  * main thread, which never touches the guest's memory.
  */
 import { EventEmitter } from 'node:events';
-import { setTimeout as sleep } from 'node:timers/promises';
 import { serialize } from 'node:v8';
 import type { ResourceLimits } from 'node:worker_threads';
 
 import { memferryError } from '../errors.js';
 import type { Guest, GuestModule, GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
+import { checkWorker } from './check-worker.js';
 import { describeGuest } from './description.js';
 import { GuestMovedError } from './errors.js';
 import { sha256OfModule } from './module-file.js';
 import { SharedMemory, type SharedMemoryOptions } from './shared-memory.js';
+import { pauseLimit } from './pause-limit.js';
 import { unmovableError } from './wasm-state.js';
-import { type LinkEvents, type Paused, WorkerLink } from './worker-link.js';
+import { GuestWiring } from './guest-wiring.js';
+import { type Paused, WorkerLink } from './worker-link.js';
 
 export interface WorkerGuestOptions {
   /** Shown in reports, at most 64 characters. Default: the module's name. */
@@ -35,10 +37,6 @@ export interface WorkerGuestOptions {
   /** Passed to the workers. */
   resourceLimits?: ResourceLimits;
 }
-
-/** How long `check` waits for what is open, and for requests in progress; a switchover waits for them afresh. */
-const CHECK_MS = 500;
-const CHECK_PAUSE_MS = 20;
 
 /** Ending a worker takes milliseconds unless it is blocked in a page fault. */
 const TERMINATE_MS = 10_000;
@@ -207,8 +205,8 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
    */
   async check(options: { signal?: AbortSignal } = {}): Promise<void> {
     void this.description;
-    const end = performance.now() + CHECK_MS;
-    await Promise.all(this.#links.map((link) => checkLink(link, end, options.signal)));
+    const limitMs = this.#pauseTimeoutMs;
+    await Promise.all(this.#links.map((link) => checkWorker(link, limitMs, options.signal)));
     // What the look itself has brought to light: a memory made since, and the like.
     void this.description;
   }
@@ -226,7 +224,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     }
     void this.description;
     this.#status = 'pausing';
-    const limit = cancellation(options.signal, this.#pauseTimeoutMs, () => {
+    const limit = pauseLimit(options.signal, this.#pauseTimeoutMs, () => {
       const names = this.#links.flatMap((link, worker) =>
         link.pendingRequests > 0 ? [`a request in progress in worker ${worker}`] : [],
       );
@@ -368,57 +366,6 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   }
 }
 
-async function checkLink(link: WorkerLink, end: number, signal?: AbortSignal): Promise<void> {
-  for (;;) {
-    const timer = new AbortController();
-    const rest = Math.max(1, end - performance.now());
-    const late = sleep(rest, 'late' as const, { signal: timer.signal }).catch(() => 'late' as const);
-    const checked = link.check().then(
-      () => null,
-      (error: unknown) => error,
-    );
-    const result = await Promise.race([checked, late]);
-    timer.abort();
-    signal?.throwIfAborted();
-    if (result === null || result === 'late') return;
-    const busy = (result as { code?: unknown }).code === 'GUEST_BUSY';
-    if (!busy || performance.now() >= end) throw result;
-    await sleep(CHECK_PAUSE_MS);
-  }
-}
-
-type Connected = {
-  message(worker: number, value: unknown): void;
-  shape(): void;
-  trapped: LinkEvents['trapped'];
-  ended(error: Error): void;
-};
-
-/** Links exist before their guest does: what they tell until then is kept. */
-export class GuestWiring {
-  #to: Connected | null = null;
-  #early: ((to: Connected) => void)[] = [];
-
-  events(worker: number): LinkEvents {
-    return {
-      message: (value) => this.#tell((to) => to.message(worker, value)),
-      shape: () => this.#tell((to) => to.shape()),
-      trapped: (error) => this.#to?.trapped(error) ?? null,
-      ended: (error) => this.#tell((to) => to.ended(error)),
-    };
-  }
-
-  connect(to: Connected): void {
-    this.#to = to;
-    for (const tell of this.#early.splice(0)) tell(to);
-  }
-
-  #tell(tell: (to: Connected) => void): void {
-    if (this.#to) tell(this.#to);
-    else this.#early.push(tell);
-  }
-}
-
 /** Starts all or none. */
 export async function startAll(starts: (() => Promise<WorkerLink>)[]): Promise<WorkerLink[]> {
   const results = await Promise.allSettled(starts.map((start) => start()));
@@ -453,31 +400,4 @@ export function closeQuietly(region: Region): void {
   } catch {
     // A region that still moves is closed by its engine's end; its memory's owner is gone already.
   }
-}
-
-/** One promise that rejects at the abort, at the timeout, or by `cancel`, whichever is first. */
-function cancellation(signal: AbortSignal | undefined, timeoutMs: number, timedOut: () => Error) {
-  let cancel!: (error: unknown) => void;
-  let reason: unknown = null;
-  const cancelled = new Promise<never>((_, reject) => {
-    cancel = (error) => {
-      reason ??= error;
-      reject(reason);
-    };
-  });
-  cancelled.catch(() => undefined);
-  const aborted = () =>
-    cancel(
-      memferryError('CANCELLED', 'the pause was cancelled', {
-        cause: signal?.reason,
-      }),
-    );
-  const timer = setTimeout(() => cancel(timedOut()), timeoutMs);
-  signal?.addEventListener('abort', aborted, { once: true });
-  if (signal?.aborted) aborted();
-  const done = () => {
-    clearTimeout(timer);
-    signal?.removeEventListener('abort', aborted);
-  };
-  return { cancelled, cancel, done, reason: () => reason };
 }
