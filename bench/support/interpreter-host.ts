@@ -21,11 +21,14 @@ answerCalls(
     },
     listen: async () => {
       const modules = { [module.name]: module.url };
+      const onGuest = (arrived: WorkerGuest): void => {
+        guest = arrived;
+      };
       listening = await listen({
         host: '127.0.0.1',
         port: 0,
         prepareTimeoutMs: patientMs,
-        accept: workerGuests({ modules, onGuest: (arrived) => void (guest = arrived) }),
+        accept: workerGuests({ modules, onGuest }),
       });
       void (async () => {
         for await (const arrival of listening) void arrival.complete.catch(() => {});

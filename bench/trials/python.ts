@@ -38,18 +38,38 @@ export async function run(trial: Trial): Promise<void> {
       floors.push(mode === 'post-copy' ? 0 : await scanFloor(report));
     }
     const heap = `${(median(taken.map(({ heapBytes }) => heapBytes)) / 2 ** 20).toFixed(0)} MiB of heap`;
-    trial.report(`${mode}-downtime`, 'ms', paired(taken.map(({ downtimeMs }) => downtimeMs), floors), reach, heap);
+    trial.report(
+      `${mode}-downtime`,
+      'ms',
+      paired(
+        taken.map(({ downtimeMs }) => downtimeMs),
+        floors,
+      ),
+      reach,
+      heap,
+    );
     for (const part of parts) {
       const figures = taken.map(({ downtimeParts }) => downtimeParts[part]);
       trial.report(`${mode}-${part.slice(0, -2)}`, 'ms', paired(figures, []), null);
     }
-    trial.report(`${mode}-pause-wait`, 'ms', paired(taken.map(({ pauseWaitMs }) => pauseWaitMs), []), null);
+    trial.report(
+      `${mode}-pause-wait`,
+      'ms',
+      paired(
+        taken.map(({ pauseWaitMs }) => pauseWaitMs),
+        [],
+      ),
+      null,
+    );
   }
 }
 
 /** Fails unless the generator has gone on exactly where it was. */
 async function once(mode: 'hybrid' | 'post-copy'): Promise<MigrationReport> {
-  const [source, destination] = [Peer.start('support/interpreter-host'), Peer.start('support/interpreter-host')];
+  const [source, destination] = [
+    Peer.start('support/interpreter-host'),
+    Peer.start('support/interpreter-host'),
+  ];
   try {
     const [port] = await Promise.all([destination.call<number>('listen'), source.call('start', { program })]);
     const { report, steps } = await source.call<{ report: MigrationReport; steps: number }>('migrate', {

@@ -37,7 +37,11 @@ function filesIn({ FS }) {
       for (const [name, child] of Object.entries(node.contents)) visit(`${path}/${name}`, child);
     }
     if (FS.isDir(node.mode) || FS.isFile(node.mode)) {
-      found.set(path, { mode: node.mode, mtime: Number(node.mtime ?? node.timestamp), bytes: node.usedBytes ?? 0 });
+      found.set(path, {
+        mode: node.mode,
+        mtime: Number(node.mtime ?? node.timestamp),
+        bytes: node.usedBytes ?? 0,
+      });
     }
   };
   visit('', FS.root);
@@ -50,7 +54,9 @@ function changes(app) {
   const now = filesIn(app.python);
   const changed = [...now].filter(([path, { mtime, bytes }]) => {
     const before = app.files.get(path);
-    return !before || (FS.isFile(FS.stat(path || '/').mode) && (before.mtime !== mtime || before.bytes !== bytes));
+    return (
+      !before || (FS.isFile(FS.stat(path || '/').mode) && (before.mtime !== mtime || before.bytes !== bytes))
+    );
   });
   return {
     removed: [...app.files.keys()].filter((path) => !now.has(path)).reverse(),

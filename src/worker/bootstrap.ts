@@ -13,10 +13,7 @@ import type { WasmMemoryObject } from './webassembly.js';
 import { Wrappers } from './wrappers.js';
 
 const { memferry: boot } = workerData as { memferry: BootData };
-const registry = new WasmRegistry(
-  boot.plan?.memoryBytes ?? [],
-  boot.sharedMemory as WasmMemoryObject | null,
-);
+const registry = new WasmRegistry(boot.plan?.memoryBytes ?? [], boot.sharedMemory as WasmMemoryObject | null);
 const wrappers = new Wrappers();
 interceptWebAssembly(registry);
 wrappers.intercept();

@@ -83,7 +83,8 @@ export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions
     if (type === 'funcref') {
       const entries = readTable(registry, record);
       for (let slot = 0; slot < entries.length; slot++) {
-        if (!((entries[slot] as number) >= NULL)) check(entries[slot] as number, `table ${name}, slot ${slot}`);
+        if (!((entries[slot] as number) >= NULL))
+          check(entries[slot] as number, `table ${name}, slot ${slot}`);
       }
       return { name, entries };
     }

@@ -258,7 +258,10 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       throw error;
     }
     this.#status = 'paused';
-    this.#pausedAtNs = states.map(({ sinceNs }) => sinceNs).reduce((a, b) => (a > b ? a : b));
+    this.#pausedAtNs = states
+      .map(({ sinceNs }) => sinceNs)
+      .sort((a, b) => (a < b ? -1 : 1))
+      .at(-1);
     return Uint8Array.from(serialize(states.map(({ state }) => state)));
   }
 

@@ -27,7 +27,8 @@ export class Wrappers {
     class Counted extends Native<Entry> {
       readonly #byToken = new WeakMap<WeakKey, Entry[]>();
       constructor(cleanup: (held: unknown) => void) {
-        if (typeof cleanup !== 'function') throw new TypeError('FinalizationRegistry: cleanup must be callable');
+        if (typeof cleanup !== 'function')
+          throw new TypeError('FinalizationRegistry: cleanup must be callable');
         super((entry) => {
           live.delete(entry);
           if (entry.life === life()) cleanup(entry.held);
@@ -71,16 +72,17 @@ export class Wrappers {
   names(): string[] {
     const counts = new Map<string, number>();
     for (const { built, kind } of this.#live) if (!built) counts.set(kind, (counts.get(kind) ?? 0) + 1);
-    return [...counts].map(
-      ([kind, count]) => `${count} ${kind} that JavaScript holds (made after the guest was built)`,
-    );
+    return [...counts].map(([kind, count]) => {
+      const many = count === 1 ? 'an object with a finalizer' : `${count} objects with finalizers`;
+      return `${many} (${kind}) that JavaScript holds, made after the guest was built`;
+    });
   }
 }
 
 function kindOf(target: WeakKey): string {
   if (typeof target === 'symbol') return 'symbol';
   const name: unknown = (target as { constructor?: { name?: unknown } }).constructor?.name;
-  return `object with a finalizer (${typeof name === 'string' ? name.slice(0, 60) : typeof target})`;
+  return typeof name === 'string' && name ? name.slice(0, 60) : typeof target;
 }
 
 let collect: (() => void) | null = null;

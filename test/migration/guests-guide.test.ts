@@ -20,7 +20,8 @@ function commandsOf(text: string): Command[] {
   let heading = '';
   for (const { groups } of text.matchAll(pattern)) {
     if (groups?.['heading']) heading = groups['heading'];
-    else if (groups?.['language'] === 'sh') commands.push({ heading, code: groups['body'] ?? '', output: '' });
+    else if (groups?.['language'] === 'sh')
+      commands.push({ heading, code: groups['body'] ?? '', output: '' });
     else if (groups?.['language'] === 'text') (commands.at(-1) as Command).output = groups['body'] ?? '';
   }
   return commands;

@@ -81,7 +81,15 @@ test('goes on in the middle of a generator, whatever the mode', async () => {
   await a.call('startWorker', { guest: 'py', module: 'python', url }, LONG_MS);
   await python(a, begin);
   const expected = await python<number[]>(a, 'expected');
-  const modes = ['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid', 'scatter', 'scatter-pre-copy', 'scatter-hybrid'];
+  const modes = [
+    'stop-and-copy',
+    'pre-copy',
+    'post-copy',
+    'hybrid',
+    'scatter',
+    'scatter-pre-copy',
+    'scatter-hybrid',
+  ];
   let [here, there] = [a, b];
   let entry = 100;
   for (const [trip, mode] of modes.entries()) {

@@ -138,12 +138,42 @@ describe('what cannot move', () => {
   /** Nobody listens there: a migration that had begun would end in another error. */
   const nobody = 9;
   const held: [string, object, object, string, RegExp][] = [
-    ['an object with a finalizer', { op: 'cursor' }, { op: 'forget' }, 'GUEST_UNMOVABLE', /^1 object with a finalizer \(Cursor\) that JavaScript holds/],
-    ['an open file', { op: 'open', path: '/etc/passwd' }, { op: 'close' }, 'GUEST_BUSY', /^host file \/etc\/passwd$/],
-    ['a file handle', { op: 'open-handle', path: '/etc/group' }, { op: 'close-handle' }, 'GUEST_BUSY', /^host file \/etc\/group$/],
+    [
+      'an object with a finalizer',
+      { op: 'cursor' },
+      { op: 'forget' },
+      'GUEST_UNMOVABLE',
+      /^an object with a finalizer \(Cursor\) that JavaScript holds/,
+    ],
+    [
+      'an open file',
+      { op: 'open', path: '/etc/passwd' },
+      { op: 'close' },
+      'GUEST_BUSY',
+      /^host file \/etc\/passwd$/,
+    ],
+    [
+      'a file handle',
+      { op: 'open-handle', path: '/etc/group' },
+      { op: 'close-handle' },
+      'GUEST_BUSY',
+      /^host file \/etc\/group$/,
+    ],
     ['a thread of its own', { op: 'thread' }, { op: 'end-thread' }, 'GUEST_BUSY', /^a thread of its own/],
-    ['a host function without a name', { op: 'function' }, { op: 'no-function' }, 'GUEST_UNMOVABLE', /^table 0:0, slot 1: the host function "onRow" that is not registered by name$/],
-    ['a host object', { op: 'object' }, { op: 'no-object' }, 'GUEST_UNMOVABLE', /^table 0:1, slot 5: an externref to a host object \(object of class Object\)$/],
+    [
+      'a host function without a name',
+      { op: 'function' },
+      { op: 'no-function' },
+      'GUEST_UNMOVABLE',
+      /^table 0:0, slot 1: the host function "onRow" that is not registered by name$/,
+    ],
+    [
+      'a host object',
+      { op: 'object' },
+      { op: 'no-object' },
+      'GUEST_UNMOVABLE',
+      /^table 0:1, slot 5: an externref to a host object \(object of class Object\)$/,
+    ],
   ];
 
   test('is named before the migration begins, and the guest runs on', async () => {
