@@ -37,6 +37,13 @@ export interface Guest {
   /** Plain JSON facts that the destination needs before the first page (at most 64 KiB): heap sizes, globals' names. */
   readonly description?: unknown;
   /**
+   * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).
+   * It is no promise: `pause` looks again.
+   */
+  check?(options: { signal: AbortSignal }): Promise<void>;
+  /** After a pause that gave a bare state: as `PausedGuest.pausedAtNs`. */
+  readonly pausedAtNs?: bigint | undefined;
+  /**
    * Stops the guest at a safepoint: when this resolves, nothing writes the regions any more. Gives the
    * execution state. Rejects (GUEST_BUSY, with names) and leaves the guest running when it cannot pause.
    */

@@ -165,7 +165,7 @@ export class CommitDriver {
   async #pause(): Promise<void> {
     try {
       const result = await this.guest.pause({ signal: this.#pauseAbort.signal });
-      const paused = result instanceof Uint8Array ? { state: result } : result;
+      const paused = result instanceof Uint8Array ? bareState(this.guest, result) : result;
       if (!(paused?.state instanceof Uint8Array)) {
         // The guest stands, whatever it gave: it must be let run again.
         await this.#unpause();
@@ -213,3 +213,7 @@ const lostForGood: Cause = {
   message:
     'the destination was restarted and knows nothing of the guest; only a fence can bring it back here',
 };
+
+function bareState({ pausedAtNs }: Guest, state: Uint8Array): PausedGuest {
+  return pausedAtNs === undefined ? { state } : { state, pausedAtNs };
+}

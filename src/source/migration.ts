@@ -30,6 +30,7 @@ import type { EvictionReport, MigrationReport, MigrationState, Progress } from '
 import { sealLineage, sealSecret } from '../staging/image-secret.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { chooseTracker, DirtyTracker } from '../trackers.js';
+import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { OfferedReferences } from '../protocol/references.js';
@@ -258,8 +259,7 @@ export class SourceMigration extends EventEmitter {
 
   async #setUp(): Promise<void> {
     const { guest, options } = this;
-    const regions = guest.regions.map(({ region }) => region);
-    const waiting = stillArriving(regions);
+    const waiting = stillArriving(guest.regions.map(({ region }) => region));
     if (waiting.length > 0) {
       this.#waitingFor = 'the last pages of the migration that brought the guest here';
       // This still runs inside of migrate(): its caller can listen only after it has returned.
@@ -268,6 +268,8 @@ export class SourceMigration extends EventEmitter {
       await untilAborted(Promise.all(waiting), this.#abort.signal);
       this.#waitingFor = null;
     }
+    await checkGuest(guest, this.#abort.signal);
+    const regions = guest.regions.map(({ region }) => region);
     this.#releaseRegions = claimRegions(guest);
     this.#session = await SourceSession.dial({
       to: options.to,

@@ -17,6 +17,7 @@ import { abortError, untilAborted } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { ImageSet } from '../staging/image-set.js';
+import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
@@ -97,8 +98,10 @@ class Parking {
   async run(): Promise<ParkReport> {
     const { guest, options } = this;
     const started = performance.now();
+    const arriving = stillArriving(guest.regions.map(({ region }) => region));
+    await untilAborted(Promise.all(arriving), this.#abort.signal);
+    await checkGuest(guest, this.#abort.signal);
     const regions = guest.regions.map(({ region }) => region);
-    await untilAborted(Promise.all(stillArriving(regions)), this.#abort.signal);
     this.#releaseRegions = claimRegions(guest);
     const lengths = regions.map((region) => region.refresh());
     const image = this.#id.toString('hex');

@@ -4,12 +4,17 @@
  */
 import { workerData } from 'node:worker_threads';
 
+import { interceptHostHandles } from './host-handles.js';
 import type { BootData } from './messages.js';
 import { GuestRuntime } from './runtime.js';
 import { interceptWebAssembly } from './wasm-intercept.js';
 import { WasmRegistry } from './wasm-registry.js';
+import type { WasmMemoryObject } from './webassembly.js';
+import { Wrappers } from './wrappers.js';
 
 const { memferry: boot } = workerData as { memferry: BootData };
-const registry = new WasmRegistry(boot.plan?.memoryBytes ?? []);
+const registry = new WasmRegistry(boot.plan?.memoryBytes ?? [], boot.sharedMemory as WasmMemoryObject | null);
+const wrappers = new Wrappers();
 interceptWebAssembly(registry);
-await new GuestRuntime(boot, registry).run();
+wrappers.intercept();
+await new GuestRuntime(boot, registry, wrappers, interceptHostHandles()).run();

@@ -21,8 +21,13 @@ export interface GuestContext {
   readonly arriving: boolean;
   /** What the host that started the guest gave it, as JSON. It moves with the guest. */
   readonly data: unknown;
-  /** Host functions that may stand in WebAssembly tables are known by name; see `register`. */
+  /**
+   * Host functions and objects that WebAssembly may keep in tables and globals are known by name: register them while
+   * the guest is built, at every host. What building puts into a table by itself needs no name.
+   */
   readonly hostFunctions: HostFunctions;
+  /** The shared WebAssembly.Memory that all workers of the guest import; null without `sharedMemory`. */
+  readonly sharedMemory: unknown;
   /** Memory that all workers of the guest share; empty without `sharedHeapBytes`. */
   readonly sharedHeap: readonly Uint8Array[];
   /**
@@ -46,6 +51,16 @@ export interface GuestDefinition<App, State = unknown, Request = unknown, Reply 
   save?(app: App): State;
   /** What is open that cannot move (statements, files), by name. Any name refuses to pause, with GUEST_BUSY. */
   busy?(app: App): readonly string[];
+  /**
+   * What JavaScript knows of the guest once it is built, and must know alike at every host: addresses that objects
+   * keep, versions. Where it differs the destination declines before the first page. At most 64 short strings.
+   */
+  layout?(app: App): readonly string[];
+  /**
+   * True: `save` and `adopt` carry all objects with finalizers (wasm-bindgen's classes, proxies) that JavaScript made
+   * after the guest was built. Otherwise such an object refuses to pause, with GUEST_UNMOVABLE.
+   */
+  carriesWrappers?: boolean;
   /** The destination: memory, globals and tables are the source's. Takes the JavaScript state back. */
   adopt?(app: App, state: State, context: GuestContext): App | undefined | Promise<App | undefined>;
   /** One request at a time; between two of them lies the safepoint. */

@@ -12,6 +12,8 @@ const schema = z.strictObject({
   version: z.literal(1),
   data: z.unknown(),
   sharedHeapBytes: bytes,
+  /** The largest that the memory may become which all workers import, in WebAssembly pages. */
+  sharedMemoryPages: z.number().int().min(1).max(65_536).nullable().default(null),
   workers: z
     .array(
       z.strictObject({
@@ -19,6 +21,15 @@ const schema = z.strictObject({
         regions: z.array(z.strictObject({ kind: z.enum(['memory', 'heap']), index: count })).max(4096),
         /** The first 16 digits of each instance's binary's SHA-256. */
         instances: z.array(z.string().regex(/^[0-9a-f]{16}$/)).max(4096),
+        build: z
+          .strictObject({
+            functions: z.number().int().min(0),
+            references: z.string().max(16),
+            layout: z.array(z.string().max(256)).max(64),
+          })
+          .nullable()
+          .default(null),
+        hostFunctions: z.array(z.string().max(128)).max(256).default([]),
       }),
     )
     .min(1)
@@ -30,6 +41,7 @@ export type GuestDescription = z.output<typeof schema>;
 export function describeGuest(from: {
   data: unknown;
   sharedHeapBytes: number;
+  sharedMemoryPages: number | null;
   links: WorkerShape[];
 }): GuestDescription {
   return {
@@ -37,9 +49,12 @@ export function describeGuest(from: {
     version: 1,
     data: from.data,
     sharedHeapBytes: from.sharedHeapBytes,
-    workers: from.links.map(({ regions, instances }) => ({
+    sharedMemoryPages: from.sharedMemoryPages,
+    workers: from.links.map(({ regions, instances, build, hostFunctions }) => ({
       regions: regions.map(({ kind, index }) => ({ kind, index })),
       instances,
+      build,
+      hostFunctions,
     })),
   };
 }

@@ -1,22 +1,36 @@
-/** Host functions that a guest lets WebAssembly keep references to, by name. One for each worker. */
+/** Host functions and objects that a guest lets WebAssembly keep references to, by name. One for each worker. */
 import { memferryError } from '../errors.js';
 
+/** The destination is told all names before the first page, in 64 KiB with everything else. */
+const MOST_NAMES = 256;
+
 export class HostFunctions {
-  readonly #byName = new Map<string, (...args: never[]) => unknown>();
+  readonly #byName = new Map<string, object>();
   readonly #names = new WeakMap<object, string>();
 
-  /** Gives the function back, to be put into a table. A name is taken once. */
-  register<T extends (...args: never[]) => unknown>(name: string, fn: T): T {
+  /** Gives the function, or the object, back, to be put into a table. A name is taken once. */
+  register<T extends object>(name: string, value: T): T {
     if (this.#byName.has(name)) {
       throw memferryError('INVALID_ARGUMENT', `a host function "${name}" is registered already`);
     }
-    this.#byName.set(name, fn);
-    this.#names.set(fn, name);
-    return fn;
+    if (name.length === 0 || name.length > 128 || this.#byName.size === MOST_NAMES) {
+      throw memferryError(
+        'INVALID_ARGUMENT',
+        `a host function has a name of 1 to 128 characters, and a guest has ${MOST_NAMES} of them at most`,
+      );
+    }
+    this.#byName.set(name, value);
+    this.#names.set(value, name);
+    return value;
   }
 
-  get(name: string): ((...args: never[]) => unknown) | undefined {
+  get(name: string): object | undefined {
     return this.#byName.get(name);
+  }
+
+  /** All of them, in the order of their registration. */
+  get registered(): string[] {
+    return [...this.#byName.keys()];
   }
 
   nameOf(fn: object): string | null {

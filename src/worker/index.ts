@@ -6,6 +6,7 @@ export {
 } from './define-guest.js';
 export { GuestMovedError, GuestRequestError } from './errors.js';
 export type { HostFunctions } from './host-functions.js';
+export type { SharedMemoryOptions } from './shared-memory.js';
 export {
   ArrivingWorkerGuest,
   type WorkerGuestsOptions,

@@ -28,6 +28,8 @@ export interface BootData {
   sharedHeap: Uint8Array[];
   /** The lengths in bytes to set up for a guest that arrives; null in its first life. */
   plan: { memoryBytes: number[]; heapBytes: number[] } | null;
+  /** A shared WebAssembly.Memory that all workers of the guest import, or null. */
+  sharedMemory: unknown;
 }
 
 /** Structured clone loses an error's class and code; this keeps what the other side needs. */
@@ -47,11 +49,24 @@ export interface WorkerRegion {
   lengthBytes: number;
 }
 
+/** What building the guest made that is no memory, and that the other side must have made as well. */
+export interface WorkerBuild {
+  /** Host functions made into WebAssembly functions. */
+  functions: number;
+  /** A digest of the host values in tables and globals, 16 hex digits. */
+  references: string;
+  /** What the guest's `layout` gave. */
+  layout: string[];
+}
+
 /** What the source must know of the worker before a migration. */
 export interface WorkerShape {
   regions: WorkerRegion[];
   instances: string[];
   unmovable: string[];
+  build: WorkerBuild;
+  /** Names of host functions and objects, registered so far. */
+  hostFunctions: string[];
 }
 
 export interface WorkerStateEnvelope {
@@ -81,6 +96,8 @@ export type FromWorker =
   | {
       type: 'paused';
       attempt: number;
+      /** By the clock of `process.hrtime`: the guest's last instruction. */
+      sinceNs: bigint;
       state: Uint8Array;
       returned: number[];
       lengths: number[];

@@ -9,6 +9,7 @@ import { receiveMessageOnPort } from 'node:worker_threads';
 import { memferryError } from '../errors.js';
 import { Region } from '../region.js';
 import type { GuestContext, GuestDefinition } from './define-guest.js';
+import type { HostHandles } from './host-handles.js';
 import { HostFunctions } from './host-functions.js';
 import {
   type BootData,
@@ -16,22 +17,30 @@ import {
   plainError,
   type ToWorker,
   Word,
+  type WorkerBuild,
   type WorkerShape,
   type WorkerStateEnvelope,
 } from './messages.js';
 import { OpenResources } from './safepoint.js';
 import { renewViews } from './wasm-growth.js';
 import { WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
-import { captureWasm, restoreWasm, type WasmState } from './wasm-state.js';
+import { captureWasm, restoreWasm, unmovableError, type WasmState } from './wasm-state.js';
+import { readTable } from './wasm-tables.js';
+import { collectGarbage, type Wrappers } from './wrappers.js';
 
-/** A socket that was closed, or a timer that fired, is gone only after a turn or two of the event loop. */
-const CLOSING_TURNS = 2;
+/** A socket that was closed, a timer that fired, or garbage is gone only after a turn or two of the event loop. */
+const CLOSING_TURNS = 3;
+const REHEARSALS = 3;
+/** What `layout` may give: it goes to the destination within 64 KiB. */
+const MOST_LAYOUT = 64;
 
 type AnyDefinition = GuestDefinition<unknown, unknown, unknown, unknown>;
 
 export class GuestRuntime {
   readonly #boot: BootData;
   readonly #registry: WasmRegistry;
+  readonly #wrappers: Wrappers;
+  readonly #handles: HostHandles;
   readonly #hostFunctions = new HostFunctions();
   readonly #heaps: Region[] = [];
   /** By the memory's number; null while it is empty, or where it cannot be a region. */
@@ -44,10 +53,15 @@ export class GuestRuntime {
   #handling = false;
   #attempt = 0;
   #shapeVersion = -1;
+  #build: WorkerBuild = { functions: 0, references: '', layout: [] };
+  /** Asked for while a request was in progress. */
+  readonly #checks: number[] = [];
 
-  constructor(boot: BootData, registry: WasmRegistry) {
+  constructor(boot: BootData, registry: WasmRegistry, wrappers: Wrappers, handles: HostHandles) {
     this.#boot = boot;
     this.#registry = registry;
+    this.#wrappers = wrappers;
+    this.#handles = handles;
     this.#context = {
       name: boot.name,
       worker: boot.worker,
@@ -56,6 +70,7 @@ export class GuestRuntime {
       data: boot.data,
       hostFunctions: this.#hostFunctions,
       sharedHeap: boot.sharedHeap,
+      sharedMemory: boot.sharedMemory,
       heap: (lengthBytes) => this.#heap(lengthBytes),
       send: (value) => this.#post({ type: 'message', value }),
     };
@@ -73,6 +88,8 @@ export class GuestRuntime {
       const build = plan ? (this.#definition.receive ?? this.#definition.create) : this.#definition.create;
       this.#app = await build.call(this.#definition, this.#context);
       this.#adoptMemories();
+      this.#built();
+      if (plan) this.#rehearse();
       this.#post({ type: 'ready', shape: this.#shape() });
       if (plan) await this.#arrive();
     } catch (error) {
@@ -80,6 +97,43 @@ export class GuestRuntime {
       return;
     }
     this.#boot.port.on('message', (message: ToWorker) => this.#receive(message));
+  }
+
+  /** What stands now, every host has made alike. */
+  #built(): void {
+    const layout: unknown = this.#definition.layout?.(this.#app) ?? [];
+    const fits = (value: unknown): boolean => typeof value === 'string' && value.length <= 256;
+    if (!Array.isArray(layout) || layout.length > MOST_LAYOUT || !layout.every(fits)) {
+      throw memferryError(
+        'INVALID_ARGUMENT',
+        `layout() gives at most ${MOST_LAYOUT} strings of at most 256 characters`,
+      );
+    }
+    this.#build = {
+      functions: this.#registry.trampolines.length,
+      references: this.#registry.hostReferences.built(this.#registry),
+      layout: layout as string[],
+    };
+    this.#wrappers.built();
+    // Read once now, so that a pause has only to look at what was written since.
+    for (const record of this.#registry.tables) {
+      if (record.type === 'funcref') readTable(this.#registry, record);
+    }
+  }
+
+  /**
+   * Gives the guest that was just built its own state back, so that nothing of that runs for the first time while
+   * nobody runs the guest. What cannot move yet changes with what comes.
+   */
+  #rehearse(): void {
+    try {
+      for (let round = 0; round < REHEARSALS; round++) {
+        const state = deserialize(serialize({ wasm: this.#captureWasm(), app: null })) as WorkerStateEnvelope;
+        restoreWasm(this.#registry, state.wasm as WasmState, this.#hostFunctions);
+      }
+    } catch {
+      // The state that comes may well fit.
+    }
   }
 
   #post(message: FromWorker, transfer: ArrayBuffer[] = []): void {
@@ -106,7 +160,7 @@ export class GuestRuntime {
   }
 
   #shape(): WorkerShape {
-    this.#shapeVersion = this.#registry.version;
+    this.#shapeVersion = this.#version;
     const memories = this.#memories.flatMap((region, index) =>
       region
         ? [
@@ -129,7 +183,14 @@ export class GuestRuntime {
       regions: [...memories, ...heaps],
       instances: this.#registry.instances.map((instance) => instance.sha256.slice(0, 16)),
       unmovable: [...this.#registry.unmovable],
+      build: this.#build,
+      hostFunctions: this.#hostFunctions.registered,
     };
+  }
+
+  /** Goes up with everything that the shape tells. */
+  get #version(): number {
+    return this.#registry.version + this.#hostFunctions.registered.length;
   }
 
   #receive(message: ToWorker): void {
@@ -141,14 +202,54 @@ export class GuestRuntime {
       if (!this.#handling) this.#safepoint();
       this.#next();
     } else if (message.type === 'check') {
-      let error = null;
-      try {
-        captureWasm(this.#registry, this.#hostFunctions);
-      } catch (thrown) {
-        error = plainError(thrown);
-      }
-      this.#post({ type: 'checked', id: message.id, error });
+      if (this.#handling) this.#checks.push(message.id);
+      else this.#check(message.id, CLOSING_TURNS);
     }
+  }
+
+  /** Answers with what a pause would refuse now. */
+  #check(id: number, turns: number): void {
+    if (turns > 0 && this.#mayClose()) {
+      setImmediate(() => this.#check(id, turns - 1));
+      return;
+    }
+    let error = null;
+    try {
+      this.#refuseIfBusy();
+      this.#tellShape();
+      // All of it, as a pause does: then nothing of it runs for the first time in the pause.
+      this.#capture();
+    } catch (thrown) {
+      error = plainError(thrown);
+    }
+    this.#post({ type: 'checked', id, error });
+  }
+
+  /** Something is open that another turn of the event loop may close. */
+  #mayClose(): boolean {
+    if (this.#resources.names().length > 0) return true;
+    if (this.#wrappers.names().length === 0 || this.#definition.carriesWrappers) return false;
+    collectGarbage();
+    return true;
+  }
+
+  #refuseIfBusy(): void {
+    const open = [
+      ...this.#resources.names(),
+      ...(this.#definition.busy?.(this.#app) ?? []),
+      ...this.#handles.names(),
+    ];
+    if (open.length > 0) {
+      throw memferryError('GUEST_BUSY', `the guest cannot pause: ${open.join(', ')} open`, {
+        facts: { names: open },
+      });
+    }
+    const held = this.#definition.carriesWrappers ? [] : this.#wrappers.names();
+    if (held.length > 0) throw unmovableError(held);
+  }
+
+  #captureWasm(): WasmState {
+    return captureWasm(this.#registry, this.#hostFunctions, this.#build);
   }
 
   /** Begins the next request, unless one is being handled or a pause is asked for. */
@@ -175,6 +276,7 @@ export class GuestRuntime {
         )
         .finally(() => {
           this.#handling = false;
+          for (const id of this.#checks.splice(0)) this.#check(id, CLOSING_TURNS);
           if (this.#attempt !== 0) this.#safepoint();
           this.#next();
         });
@@ -205,7 +307,7 @@ export class GuestRuntime {
       this.#registry.unmovable.push(`a memory: ${plainError(error).message}`);
     }
     const changed = known !== this.#memories.filter((region) => region !== null).length;
-    if (!changed && this.#shapeVersion === this.#registry.version) return;
+    if (!changed && this.#shapeVersion === this.#version) return;
     this.#post({ type: 'shape', shape: this.#shape() });
   }
 
@@ -222,18 +324,14 @@ export class GuestRuntime {
       this.#next();
       return;
     }
-    if (turns > 0 && this.#resources.names().length > 0) {
+    if (turns > 0 && this.#mayClose()) {
       setImmediate(() => this.#standStill(attempt, turns - 1));
       return;
     }
     let state: Uint8Array;
+    const sinceNs = process.hrtime.bigint();
     try {
-      const open = [...this.#resources.names(), ...(this.#definition.busy?.(this.#app) ?? [])];
-      if (open.length > 0) {
-        throw memferryError('GUEST_BUSY', `the guest cannot pause: ${open.join(', ')} open`, {
-          facts: { names: open },
-        });
-      }
+      this.#refuseIfBusy();
       this.#tellShape();
       state = this.#capture();
     } catch (error) {
@@ -248,13 +346,13 @@ export class GuestRuntime {
       return;
     }
     const returned = this.#queue.splice(0).map((request) => request.id);
-    this.#post({ type: 'paused', attempt, state, returned, lengths }, [state.buffer as ArrayBuffer]);
+    this.#post({ type: 'paused', attempt, sinceNs, state, returned, lengths }, [state.buffer as ArrayBuffer]);
     while (Atomics.load(control, Word.pause) === -attempt) Atomics.wait(control, Word.pause, -attempt);
   }
 
   #capture(): Uint8Array {
     const envelope: WorkerStateEnvelope = {
-      wasm: captureWasm(this.#registry, this.#hostFunctions),
+      wasm: this.#captureWasm(),
       app: this.#definition.save?.(this.#app),
     };
     try {
@@ -288,11 +386,14 @@ export class GuestRuntime {
       else if (received.message.type === 'grow') this.#grow(received.message);
     }
     const envelope = deserialize(state) as WorkerStateEnvelope | null;
+    // What finalizers of objects made so far would free is the source's from here on.
+    this.#wrappers.forget();
     restoreWasm(this.#registry, Object(envelope).wasm as WasmState, this.#hostFunctions);
     if (this.#definition.adopt) {
       const app = await this.#definition.adopt(this.#app, Object(envelope).app, this.#context);
       if (app !== undefined) this.#app = app;
     }
+    this.#wrappers.built();
     this.#post({ type: 'prepared' });
     while (Atomics.load(control, Word.pause) === still) Atomics.wait(control, Word.pause, still);
   }

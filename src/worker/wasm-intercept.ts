@@ -11,6 +11,7 @@ import {
   type WasmMemoryObject,
   type WasmModule,
   type WasmNamespace,
+  type WasmTableObject,
   wasm,
 } from './webassembly.js';
 
@@ -108,6 +109,7 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
     return response.arrayBuffer();
   };
 
+  watchTables(registry, native.Table.prototype);
   const replaced: Record<string, unknown> = {
     Module,
     Instance,
@@ -124,6 +126,24 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
       writable: true,
       configurable: true,
     });
+  }
+}
+
+/** What JavaScript writes into tables, the registry hears of before it is written. */
+function watchTables(registry: WasmRegistry, prototype: WasmTableObject): void {
+  const { set, grow } = prototype;
+  const replaced = {
+    set(this: WasmTableObject, ...args: [number, unknown?]): void {
+      registry.tableWritten(this, Number.isInteger(args[0]) ? args[0] : null);
+      Reflect.apply(set, this, args);
+    },
+    grow(this: WasmTableObject, ...args: [number, unknown?]): number {
+      registry.tableWritten(this, null);
+      return Reflect.apply(grow, this, args);
+    },
+  };
+  for (const [name, value] of Object.entries(replaced)) {
+    Object.defineProperty(prototype, name, { value, writable: true, enumerable: true, configurable: true });
   }
 }
 

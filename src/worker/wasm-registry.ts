@@ -5,6 +5,8 @@
  */
 import { createHash } from 'node:crypto';
 
+import { HostReferences } from './host-references.js';
+import { tablesWritten } from './wasm-code.js';
 import {
   EXPORT_PREFIX,
   functionExport,
@@ -26,10 +28,15 @@ import type {
 
 export const WASM_PAGE_BYTES = 65_536;
 
+/** More changes to a table than are worth remembering one by one. */
+const MOST_WRITTEN = 4096;
+
 export interface ModuleRecord {
   /** SHA-256 of the binary as the guest had it, 64 hex digits. */
   sha256: string;
   shape: WasmShape | null;
+  /** Numbers of the tables that its code writes; null where any may be. */
+  tablesWritten: ReadonlySet<number> | null;
   unmovable: string[];
 }
 
@@ -44,6 +51,12 @@ export interface TableRecord {
   name: string;
   type: ValueType;
   table: WasmTableObject;
+  /** What stood there when it was read last, as references (wasm-state.ts). Null: to be read as a whole. */
+  known: Float64Array | null;
+  /** Slots that JavaScript has written since. */
+  written: Set<number>;
+  /** Code of WebAssembly writes it, which nobody sees: it is read as a whole every time. */
+  unseen: boolean;
 }
 
 export interface MemoryRecord {
@@ -75,20 +88,25 @@ export class WasmRegistry {
   /** WebAssembly functions around one host function each, in the order of their making. */
   readonly trampolines: WeakRef<object>[] = [];
   readonly owners = new WeakMap<object, FunctionOwner>();
+  readonly hostReferences = new HostReferences();
   /** Goes up with everything that is added. */
   version = 0;
 
   readonly #modules = new WeakMap<WasmModule, ModuleRecord>();
   readonly #memoryNumbers = new WeakMap<WasmMemoryObject, number>();
   readonly #functions: Map<number, object>[] = [];
-  readonly #seenTables = new WeakSet<WasmTableObject>();
+  readonly #tables = new WeakMap<WasmTableObject, TableRecord>();
   readonly #seenGlobals = new WeakSet<WasmGlobalObject>();
 
   /**
    * `plan`: the length in bytes that each memory has at the source. A memory gets as long before the guest's
    * glue sees it, because growing later would detach the glue's views. Empty in a guest's first life.
+   * `given`: a memory that the guest's workers share, which the main thread made and moves.
    */
-  constructor(readonly plan: readonly number[] = []) {}
+  constructor(
+    readonly plan: readonly number[] = [],
+    readonly given: WasmMemoryObject | null = null,
+  ) {}
 
   /** What to compile in place of `bytes`. A binary that cannot be read is left as it is: the engine judges it. */
   rewrite(bytes: Uint8Array): { bytes: Uint8Array; record: ModuleRecord } {
@@ -101,13 +119,18 @@ export class WasmRegistry {
       const reason = error instanceof Error ? error.message : String(error);
       return {
         bytes,
-        record: { sha256, shape: null, unmovable: [`${name}: ${reason}`] },
+        record: { sha256, shape: null, tablesWritten: null, unmovable: [`${name}: ${reason}`] },
       };
     }
     const unmovable = result.unmovable.map((part) => `${name}: ${part}`);
     return {
       bytes: result.bytes,
-      record: { sha256, shape: result.shape, unmovable },
+      record: {
+        sha256,
+        shape: result.shape,
+        tablesWritten: tablesWritten(bytes, result.shape),
+        unmovable,
+      },
     };
   }
 
@@ -125,7 +148,7 @@ export class WasmRegistry {
 
   /** Numbers a memory and makes it as long as it is at the source. */
   addMemory(memory: WasmMemoryObject, shared: boolean): void {
-    if (this.#memoryNumbers.has(memory)) return;
+    if (this.#memoryNumbers.has(memory) || memory === this.given) return;
     const number = this.memories.length;
     const missing = (this.plan[number] ?? 0) - memory.buffer.byteLength;
     if (missing > 0) memory.grow(Math.ceil(missing / WASM_PAGE_BYTES));
@@ -174,6 +197,7 @@ export class WasmRegistry {
     }
     shape.memories.forEach((description, index) => {
       const memory = all[memoryExport(index)] as WasmMemoryObject;
+      if (memory === this.given) return;
       if (description.imported !== null && this.memoryNumber(memory) === undefined) {
         this.unmovable.push(`memory ${description.imported}, which was not made in this worker`);
       }
@@ -182,13 +206,25 @@ export class WasmRegistry {
     });
     shape.tables.forEach((description, index) => {
       const table = all[tableExport(index)] as WasmTableObject | undefined;
-      if (table === undefined || this.#seenTables.has(table)) return;
-      this.#seenTables.add(table);
-      this.tables.push({
+      if (table === undefined) return;
+      const unseen = record.tablesWritten?.has(index) ?? true;
+      const known = this.#tables.get(table);
+      if (known) {
+        // The new instance's element segments may have written it.
+        known.known = null;
+        known.unseen ||= unseen;
+        return;
+      }
+      const added: TableRecord = {
         name: `${number}:${index}`,
         type: description.type,
         table,
-      });
+        known: null,
+        written: new Set(),
+        unseen,
+      };
+      this.#tables.set(table, added);
+      this.tables.push(added);
     });
     shape.globals.forEach((description, index) => {
       const global = all[globalExport(index)] as WasmGlobalObject | undefined;
@@ -200,6 +236,14 @@ export class WasmRegistry {
         global,
       });
     });
+  }
+
+  /** JavaScript is writing `slot`; null: more than one, or the length. */
+  tableWritten(table: WasmTableObject, slot: number | null): void {
+    const record = this.#tables.get(table);
+    if (!record) return;
+    if (slot === null || record.written.size >= MOST_WRITTEN) record.known = null;
+    else record.written.add(slot);
   }
 
   /** An instance's functions that references can name, by their index in the module. */

@@ -5,9 +5,20 @@
  */
 import { memferryError } from '../errors.js';
 import type { HostFunctions } from './host-functions.js';
-import { type FunctionOwner, WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
+import { describe, type HostValue } from './host-references.js';
+import { WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
 import { trampolineModule } from './wasm-rewrite.js';
 import type { Signature } from './wasm-shape.js';
+import {
+  hostOrdinal,
+  indexOf,
+  instanceOf,
+  isHost,
+  NULL,
+  type Reference,
+  readTable,
+  referenceTo,
+} from './wasm-tables.js';
 import { wasm } from './webassembly.js';
 
 export interface HostReference {
@@ -19,68 +30,67 @@ export interface HostReference {
   signature: Signature;
 }
 
-/** A function reference as a number: -1 is null, -2 - k is `hosts[k]`, else instance * 2^32 + index. */
-type Reference = number;
-const PER_INSTANCE = 2 ** 32;
-
 export interface WasmState {
   instances: string[];
   memoryBytes: number[];
-  /** In the registry's order: number, bigint, or a reference. */
+  /** In the registry's order: number, bigint, or a reference; for an externref -1 is null, else `values[n]`. */
   globals: { name: string; type: string; value: number | bigint }[];
   tables: { name: string; entries: Float64Array }[];
+  /** The host functions that tables and globals refer to. */
   hosts: HostReference[];
+  /** The host values that externrefs are. */
+  values: HostValue[];
+}
+
+/** Host functions up to this number were made when the guest was built, and so at every host. */
+export interface Built {
+  functions: number;
 }
 
 /** Everything but the memories' content. Throws GUEST_UNMOVABLE with all that cannot move, not just the first. */
-export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions): WasmState {
+export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions, built: Built): WasmState {
   const unmovable = [...registry.unmovable];
-  const hosts: HostReference[] = [];
-  const numbers = new Map<FunctionOwner, number>();
+  const hosts = new Map<number, HostReference>();
+  const values: HostValue[] = [];
 
-  const reference = (value: unknown, where: string): Reference => {
+  const check = (reference: Reference, where: string): Reference => {
+    if (Number.isNaN(reference)) unmovable.push(`${where}: a function of unknown origin`);
+    else if (isHost(reference)) {
+      const host = hosts.get(reference) ?? hostReference(registry, hostFunctions, hostOrdinal(reference));
+      if (host === null || (host.registered === null && host.ordinal >= built.functions)) {
+        unmovable.push(`${where}: the host function ${host?.label ?? ''} that is not registered by name`);
+      } else hosts.set(reference, host);
+    }
+    return reference;
+  };
+  const external = (value: unknown, where: string): number => {
     if (value === null) return -1;
-    const owner = registry.owners.get(value as object);
-    if (owner?.kind === 'instance') return owner.instance * PER_INSTANCE + owner.index;
-    if (owner === undefined) {
-      unmovable.push(`${where}: a function of unknown origin`);
-      return -1;
-    }
-    let number = numbers.get(owner);
-    if (number === undefined) {
-      const host = owner.host?.deref();
-      const registered = host ? hostFunctions.nameOf(host) : null;
-      number =
-        hosts.push({
-          ordinal: owner.ordinal,
-          registered,
-          label: owner.name,
-          signature: owner.signature,
-        }) - 1;
-      numbers.set(owner, number);
-    }
-    return -2 - number;
+    const encoded = registry.hostReferences.encode(value, hostFunctions);
+    if (encoded === null) unmovable.push(`${where}: an externref to a host object (${describe(value)})`);
+    return encoded === null ? -1 : values.push(encoded) - 1;
   };
 
   const globals = registry.globals.map(({ name, type, global }) => {
     const value: unknown = global.value;
-    if (type === 'funcref') return { name, type, value: reference(value, `global ${name}`) };
-    if (type === 'externref') {
-      if (value !== null && value !== undefined)
-        unmovable.push(`global ${name}: an externref to a host object`);
-      return { name, type, value: value === null ? -1 : 0 };
-    }
+    const where = `global ${name}`;
+    if (type === 'funcref') return { name, type, value: check(referenceTo(registry, value), where) };
+    if (type === 'externref') return { name, type, value: external(value, where) };
     return { name, type, value: value as number | bigint };
   });
 
-  const tables = registry.tables.map(({ name, type, table }) => {
-    const entries = new Float64Array(table.length);
-    for (let slot = 0; slot < entries.length; slot++) {
-      const value: unknown = table.get(slot);
-      if (type === 'funcref') entries[slot] = reference(value, `table ${name}, slot ${slot}`);
-      else if (value === null || value === undefined) entries[slot] = value === null ? -1 : 0;
-      else unmovable.push(`table ${name}, slot ${slot}: an externref to a host object`);
+  const tables = registry.tables.map((record) => {
+    const { name, type, table } = record;
+    if (type === 'funcref') {
+      const entries = readTable(registry, record);
+      for (let slot = 0; slot < entries.length; slot++) {
+        if (!((entries[slot] as number) >= NULL))
+          check(entries[slot] as number, `table ${name}, slot ${slot}`);
+      }
+      return { name, entries };
     }
+    const entries = Float64Array.from({ length: table.length }, (_, slot) =>
+      external(table.get(slot), `table ${name}, slot ${slot}`),
+    );
     return { name, entries };
   });
 
@@ -90,8 +100,22 @@ export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions
     memoryBytes: registry.memories.map(({ memory }) => memory.buffer.byteLength),
     globals,
     tables,
-    hosts,
+    hosts: [...hosts.values()],
+    values,
   };
+}
+
+function hostReference(
+  registry: WasmRegistry,
+  hostFunctions: HostFunctions,
+  ordinal: number,
+): HostReference | null {
+  const made = registry.trampolines[ordinal]?.deref();
+  const owner = made ? registry.owners.get(made) : undefined;
+  if (owner?.kind !== 'host') return null;
+  const host = owner.host?.deref();
+  const registered = host ? hostFunctions.nameOf(host) : null;
+  return { ordinal, registered, label: owner.name, signature: owner.signature };
 }
 
 export function unmovableError(names: string[]): Error {
@@ -104,9 +128,10 @@ export function unmovableError(names: string[]): Error {
 
 /** Why the state does not fit what was set up here, or null. The state comes from a peer: every field is checked. */
 export function misfit(registry: WasmRegistry, state: unknown): string | null {
-  const { instances, memoryBytes, globals, tables, hosts } = Object(state) as Partial<WasmState>;
+  const { instances, memoryBytes, globals, tables, hosts, values } = Object(state) as Partial<WasmState>;
   if (!Array.isArray(instances) || !Array.isArray(memoryBytes) || !Array.isArray(hosts))
     return 'its form is unknown';
+  if (!Array.isArray(values)) return 'its form is unknown';
   if (!Array.isArray(globals) || !Array.isArray(tables)) return 'its form is unknown';
   const here = registry.instances.map((instance) => instance.sha256);
   if (here.length !== instances.length || here.some((sha256, i) => sha256 !== instances[i])) {
@@ -145,33 +170,49 @@ export function restoreWasm(registry: WasmRegistry, state: WasmState, hostFuncti
       facts: { names: [reason] },
     });
   }
-  const functions = functionsByNumber(registry);
-  const hosts = state.hosts.map((host) => once(() => hostFunction(registry, host, hostFunctions)));
+  const hosts = new Map(
+    state.hosts.map((host) => [
+      Number(Object(host).ordinal),
+      { host, make: once(() => hostFunction(registry, host, hostFunctions)) },
+    ]),
+  );
   const resolve = (reference: Reference, where: string): unknown => {
-    if (reference === -1) return null;
-    const found = reference < 0 ? hosts[-2 - reference]?.() : functions(reference);
+    if (reference === NULL) return null;
+    const found = isHost(reference)
+      ? hosts.get(hostOrdinal(reference))?.make()
+      : registry.functionsOf(instanceOf(reference))?.get(indexOf(reference));
     if (found === undefined) throw unmovableError([`${where}: a function that does not exist here`]);
     return found;
   };
+  const external = (number: number, where: string): unknown => {
+    if (number === -1) return null;
+    const found = registry.hostReferences.decode(state.values[number], hostFunctions);
+    if (found === undefined) throw unmovableError([`${where}: a host object that does not exist here`]);
+    return found.value;
+  };
+  /** The same number means the same host function, unless it was registered: then its name counts. */
+  const same = (reference: Reference): boolean => hosts.get(hostOrdinal(reference))?.host.registered === null;
 
   registry.globals.forEach(({ name, type, global }, i) => {
     const value = state.globals[i]?.value;
-    if (type === 'externref') global.value = value === -1 ? null : undefined;
-    else global.value = type === 'funcref' ? resolve(Number(value), `global ${name}`) : value;
+    const where = `global ${name}`;
+    if (type === 'externref') global.value = external(Number(value), where);
+    else global.value = type === 'funcref' ? resolve(Number(value), where) : value;
   });
-  registry.tables.forEach(({ name, type, table }, i) => {
+  registry.tables.forEach((record, i) => {
+    const { name, type, table } = record;
     const entries = state.tables[i]?.entries ?? new Float64Array();
+    const here = type === 'funcref' ? readTable(registry, record) : null;
     if (entries.length > table.length) table.grow(entries.length - table.length);
-    entries.forEach((entry, slot) => {
-      const value =
-        type === 'externref'
-          ? entry === -1
-            ? null
-            : undefined
-          : resolve(entry, `table ${name}, slot ${slot}`);
-      // Glue mirrors tables in JavaScript: a slot that is right already stays untouched.
-      if (table.get(slot) !== value) table.set(slot, value);
-    });
+    // Glue mirrors tables in JavaScript: a slot that is right already stays untouched.
+    for (let slot = 0; slot < entries.length; slot++) {
+      const entry = entries[slot] as number;
+      // Nearly all of them: functions of instances, and nothing.
+      if (here && entry === here[slot] && (entry >= NULL || same(entry))) continue;
+      const where = `table ${name}, slot ${slot}`;
+      const value = here ? resolve(entry, where) : external(entry, where);
+      if (here || table.get(slot) !== value) table.set(slot, value);
+    }
   });
 }
 
@@ -183,20 +224,12 @@ function once<T>(make: () => T): () => T {
   };
 }
 
-/** The reverse of `owners`: every function that a reference can name, by number. */
-function functionsByNumber(registry: WasmRegistry): (reference: number) => unknown {
-  return (reference) => {
-    const instance = registry.functionsOf(Math.floor(reference / PER_INSTANCE));
-    return instance?.get(reference % PER_INSTANCE);
-  };
-}
-
 function hostFunction(registry: WasmRegistry, host: HostReference, hostFunctions: HostFunctions): unknown {
   const { ordinal, registered, label, signature } = Object(host) as HostReference;
   const wanted = JSON.stringify(signature);
   if (typeof registered === 'string') {
     const found = hostFunctions.get(registered);
-    if (!found)
+    if (typeof found !== 'function')
       throw unmovableError([`host function "${registered}", which is not registered at the destination`]);
     const module = new wasm.Module(trampolineModule(signature));
     return new wasm.Instance(module, { e: { f: found } }).exports.f;

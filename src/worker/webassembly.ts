@@ -14,9 +14,9 @@ export interface WasmMemoryObject {
 
 export interface WasmTableObject {
   readonly length: number;
-  grow(by: number): number;
+  grow(by: number, value?: unknown): number;
   get(index: number): unknown;
-  set(index: number, value: unknown): void;
+  set(index: number, value?: unknown): void;
 }
 
 export interface WasmGlobalObject {
@@ -31,6 +31,7 @@ export interface WasmNamespace {
     exports(module: WasmModule): { name: string; kind: string }[];
   };
   Instance: new (module: WasmModule, imports?: unknown) => WasmInstance;
+  Table: { prototype: WasmTableObject };
   Memory: new (descriptor: { initial: number; maximum?: number; shared?: boolean }) => WasmMemoryObject;
   compile(...args: AnyArgs): Promise<WasmModule>;
   instantiate(...args: AnyArgs): Promise<unknown>;

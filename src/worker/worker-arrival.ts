@@ -11,7 +11,10 @@ import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { Region } from '../region.js';
 import { type GuestDescription, parseDescription } from './description.js';
 import { sha256OfModule } from './module-file.js';
-import { closeQuietly, GuestWiring, openRegions, startAll, WorkerGuest } from './worker-guest.js';
+import { SharedMemory } from './shared-memory.js';
+import { WASM_PAGE_BYTES } from './wasm-registry.js';
+import { GuestWiring } from './guest-wiring.js';
+import { closeQuietly, openRegions, startAll, WorkerGuest } from './worker-guest.js';
 import { type WorkerBase, type WorkerBaseOptions, workerBase } from './worker-base.js';
 import { WorkerLink } from './worker-link.js';
 
@@ -40,6 +43,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
   readonly #links: WorkerLink[];
   readonly #description: GuestDescription;
   readonly #sharedRegion: Region | null;
+  readonly #sharedMemory: SharedMemory | null;
   readonly #onGuest: ((guest: WorkerGuest) => void) | undefined;
   /** Set before it is handed over. */
   #base: WorkerBase | null = null;
@@ -49,6 +53,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     links: WorkerLink[];
     description: GuestDescription;
     sharedRegion: Region | null;
+    sharedMemory: SharedMemory | null;
     onGuest: ((guest: WorkerGuest) => void) | undefined;
   }) {
     this.guest = parts.guest;
@@ -56,6 +61,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     this.#links = parts.links;
     this.#description = parts.description;
     this.#sharedRegion = parts.sharedRegion;
+    this.#sharedMemory = parts.sharedMemory;
     this.#onGuest = parts.onGuest;
   }
 
@@ -69,9 +75,16 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     const plans = planOf(offer, description);
     loadAddon().forwardSigbusToWebAssembly();
 
-    const { sharedHeapBytes, data } = description;
+    const { sharedHeapBytes, sharedMemoryPages, data } = description;
     const shared =
       sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+    const sharedMemory =
+      sharedMemoryPages === null
+        ? null
+        : SharedMemory.make({
+            initialPages: (offer.regions.at(-1)?.lengthBytes ?? 0) / WASM_PAGE_BYTES,
+            maximumPages: sharedMemoryPages,
+          });
     const workers = plans.length;
     const boot = {
       url: url.href,
@@ -79,6 +92,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
       workers,
       data,
       sharedHeap: [...(shared?.views ?? [])],
+      sharedMemory: sharedMemory?.memory ?? null,
     };
     const wiring = new GuestWiring();
     const links = await startAll(
@@ -91,7 +105,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
       links.forEach((link, worker) => {
         checkShape(link, description.workers[worker] as GuestDescription['workers'][number]);
       });
-      const regions = openRegions(links, shared);
+      const regions = openRegions(links, shared, sharedMemory);
       checkRegions(regions, offer);
       const guest = WorkerGuest.fromParts(
         {
@@ -101,6 +115,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
           links,
           regions,
           sharedRegion: shared,
+          sharedMemory,
           pauseTimeoutMs: options.pauseTimeoutMs ?? 5000,
         },
         wiring,
@@ -111,6 +126,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
         links,
         description,
         sharedRegion: shared,
+        sharedMemory,
         onGuest,
       });
       arriving.#base = await workerBase(offer, arriving.regions, options, ArrivingWorkerGuest.start);
@@ -140,6 +156,10 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
       }
       rest -= regions.length;
     }
+    if (this.#sharedMemory && index === this.regions.length - 1) {
+      this.#sharedMemory.grow(lengthBytes);
+      return;
+    }
     throw memferryError('PROTOCOL_ERROR', `region ${index} of "${this.guest.name}" cannot grow`);
   }
 
@@ -163,6 +183,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
   async abandon(): Promise<void> {
     await this.guest.terminate();
     if (this.#sharedRegion) closeQuietly(this.#sharedRegion);
+    if (this.#sharedMemory) closeQuietly(this.#sharedMemory.region);
   }
 
   lost(pages: { region: number; first: number; count: number }[]): void {
@@ -193,7 +214,11 @@ function planOf(offer: GuestOffer, description: GuestDescription) {
   const lengths = offer.regions.map((region) => region.lengthBytes);
   const expected = description.workers.reduce((sum, worker) => sum + worker.regions.length, 0);
   const shared = description.sharedHeapBytes > 0 ? 1 : 0;
-  if (lengths.length !== expected + shared || (shared && lengths[expected] !== description.sharedHeapBytes)) {
+  const given = description.sharedMemoryPages === null ? 0 : 1;
+  if (
+    lengths.length !== expected + shared + given ||
+    (shared && lengths[expected] !== description.sharedHeapBytes)
+  ) {
     throw memferryError('PROTOCOL_ERROR', `guest "${offer.name}": its regions and its description differ`);
   }
   let next = 0;
@@ -215,12 +240,36 @@ function checkShape(link: WorkerLink, described: GuestDescription['workers'][num
     JSON.stringify(shape.regions.map(({ kind, index }) => [kind, index])) ===
       JSON.stringify(described.regions.map(({ kind, index }) => [kind, index]));
   const differ = `${described.instances.length} WebAssembly instances and ${described.regions.length} regions at the source, ${shape.instances.length} and ${shape.regions.length} here`;
-  const names = same ? shape.unmovable : [`the guest builds other memories here (${differ})`];
+  const names = same
+    ? [...shape.unmovable, ...buildDifferences(shape, described)]
+    : [`the guest builds other memories here (${differ})`];
   if (names.length > 0) {
     throw memferryError('GUEST_UNMOVABLE', `the guest cannot be set up here: ${names.join('; ')}`, {
       facts: { names },
     });
   }
+}
+
+/** What the state will refer to and is not here: found before the first page, and named. */
+function buildDifferences(
+  shape: WorkerLink['shape'],
+  described: GuestDescription['workers'][number],
+): string[] {
+  const names = described.hostFunctions
+    .filter((name) => !shape.hostFunctions.includes(name))
+    .map((name) => `host function "${name}", which is not registered here`);
+  const { build } = described;
+  if (build === null) return names;
+  if (build.functions !== shape.build.functions) {
+    names.push(`${build.functions} host functions made by building it, and ${shape.build.functions} here`);
+  }
+  if (build.references !== shape.build.references) names.push('other host objects in its tables than here');
+  const length = Math.max(build.layout.length, shape.build.layout.length);
+  for (let i = 0; i < length && names.length < 20; i++) {
+    const [there, here] = [build.layout[i] ?? 'nothing', shape.build.layout[i] ?? 'nothing'];
+    if (there !== here) names.push(`its layout: ${there} at the source, ${here} here`);
+  }
+  return names;
 }
 
 function checkRegions(regions: readonly { name: string; region: Region }[], offer: GuestOffer): void {

@@ -9,11 +9,15 @@ import type { ResourceLimits } from 'node:worker_threads';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestModule, GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
+import { checkWorker } from './check-worker.js';
 import { describeGuest } from './description.js';
 import { GuestMovedError } from './errors.js';
 import { sha256OfModule } from './module-file.js';
+import { SharedMemory, type SharedMemoryOptions } from './shared-memory.js';
+import { pauseLimit } from './pause-limit.js';
 import { unmovableError } from './wasm-state.js';
-import { type LinkEvents, type Paused, WorkerLink } from './worker-link.js';
+import { GuestWiring } from './guest-wiring.js';
+import { type Paused, WorkerLink } from './worker-link.js';
 
 export interface WorkerGuestOptions {
   /** Shown in reports, at most 64 characters. Default: the module's name. */
@@ -26,6 +30,8 @@ export interface WorkerGuestOptions {
   workers?: number;
   /** Memory that all workers share, as `context.sharedHeap`. Default none. */
   sharedHeapBytes?: number;
+  /** A WebAssembly memory that all workers import, as `context.sharedMemory`: threads of one program. Default none. */
+  sharedMemory?: SharedMemoryOptions;
   /** How long a pause waits for requests in progress, in ms. Default 5000. */
   pauseTimeoutMs?: number;
   /** Passed to the workers. */
@@ -55,6 +61,7 @@ export interface GuestParts {
   links: WorkerLink[];
   regions: GuestRegion[];
   sharedRegion: Region | null;
+  sharedMemory: SharedMemory | null;
   pauseTimeoutMs: number;
 }
 
@@ -70,8 +77,10 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   readonly #links: WorkerLink[];
   readonly #pauseTimeoutMs: number;
   readonly #sharedRegion: Region | null;
+  readonly #sharedMemory: SharedMemory | null;
   #regions: GuestRegion[];
   #status: WorkerGuestStatus = 'running';
+  #pausedAtNs: bigint | undefined;
   #lostPages = 0;
   #ending: Promise<void> | null = null;
 
@@ -83,6 +92,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     this.#links = parts.links;
     this.#regions = parts.regions;
     this.#sharedRegion = parts.sharedRegion;
+    this.#sharedMemory = parts.sharedMemory;
     this.#pauseTimeoutMs = parts.pauseTimeoutMs;
   }
 
@@ -103,12 +113,14 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     };
     const shared =
       sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+    const sharedMemory = options.sharedMemory ? SharedMemory.make(options.sharedMemory) : null;
     const boot = {
       url: url.href,
       name,
       workers,
       data,
       sharedHeap: [...(shared?.views ?? [])],
+      sharedMemory: sharedMemory?.memory ?? null,
       plan: null,
     };
     const wiring = new GuestWiring();
@@ -119,7 +131,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
           WorkerLink.start({ ...boot, worker }, wiring.events(worker), options.resourceLimits),
       ),
     );
-    const regions = openRegions(links, shared);
+    const regions = openRegions(links, shared, sharedMemory);
     const parts = {
       name,
       module,
@@ -127,6 +139,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       links,
       regions,
       sharedRegion: shared,
+      sharedMemory,
       pauseTimeoutMs,
     };
     return WorkerGuest.fromParts(parts, wiring);
@@ -163,6 +176,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     return describeGuest({
       data: this.data,
       sharedHeapBytes: this.#sharedRegion?.lengthBytes ?? 0,
+      sharedMemoryPages: this.#sharedMemory?.maximumPages ?? null,
       links: this.#links.map((link) => link.shape),
     });
   }
@@ -184,12 +198,22 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   }
 
   /**
-   * Looks at everything that would have to move, as a pause would, without pausing. Waits for requests in
-   * progress only as far as each worker's thread is busy.
+   * Looks at everything that would have to move, as a pause would, without pausing: rejects with GUEST_UNMOVABLE or
+   * GUEST_BUSY, and the names of what stands in the way. `migrate` and `park` begin with it. What may be closed any
+   * moment (a timer, a file) gets half a second for it. Where requests are in progress for longer than that, it is left
+   * to the pause.
    */
-  async check(): Promise<void> {
+  async check(options: { signal?: AbortSignal } = {}): Promise<void> {
     void this.description;
-    await Promise.all(this.#links.map((link) => link.check()));
+    const limitMs = this.#pauseTimeoutMs;
+    await Promise.all(this.#links.map((link) => checkWorker(link, limitMs, options.signal)));
+    // What the look itself has brought to light: a memory made since, and the like.
+    void this.description;
+  }
+
+  /** The guest's last instruction before the pause that it is in, by the clock of `process.hrtime`. */
+  get pausedAtNs(): bigint | undefined {
+    return this.#status === 'paused' ? this.#pausedAtNs : undefined;
   }
 
   async pause(options: { signal?: AbortSignal } = {}): Promise<Uint8Array> {
@@ -200,7 +224,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     }
     void this.description;
     this.#status = 'pausing';
-    const limit = cancellation(options.signal, this.#pauseTimeoutMs, () => {
+    const limit = pauseLimit(options.signal, this.#pauseTimeoutMs, () => {
       const names = this.#links.flatMap((link, worker) =>
         link.pendingRequests > 0 ? [`a request in progress in worker ${worker}`] : [],
       );
@@ -234,6 +258,10 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       throw error;
     }
     this.#status = 'paused';
+    this.#pausedAtNs = states
+      .map(({ sinceNs }) => sinceNs)
+      .sort((a, b) => (a < b ? -1 : 1))
+      .at(-1);
     return Uint8Array.from(serialize(states.map(({ state }) => state)));
   }
 
@@ -324,11 +352,12 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
 
   #renewRegions(): void {
     const old = new Map(this.#regions.map((entry) => [entry.region.id, entry]));
-    this.#regions = openRegions(this.#links, this.#sharedRegion, old);
+    this.#regions = openRegions(this.#links, this.#sharedRegion, this.#sharedMemory, old);
   }
 
   /** The workers know their memories' exact lengths. */
   #takeLengths(states: Paused[]): void {
+    this.#sharedMemory?.refresh();
     for (const { region } of this.#regions) region.refresh();
     const told = states.flatMap((state) => state.lengths);
     told.forEach((lengthBytes, i) => {
@@ -337,38 +366,6 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       if (region.native.pages() < pages) region.native.grow(pages);
       if (region.lengthBytes < lengthBytes) throw memferryError('PAUSE_FAILED', `region ${name} fell behind`);
     });
-  }
-}
-
-type Connected = {
-  message(worker: number, value: unknown): void;
-  shape(): void;
-  trapped: LinkEvents['trapped'];
-  ended(error: Error): void;
-};
-
-/** Links exist before their guest does: what they tell until then is kept. */
-export class GuestWiring {
-  #to: Connected | null = null;
-  #early: ((to: Connected) => void)[] = [];
-
-  events(worker: number): LinkEvents {
-    return {
-      message: (value) => this.#tell((to) => to.message(worker, value)),
-      shape: () => this.#tell((to) => to.shape()),
-      trapped: (error) => this.#to?.trapped(error) ?? null,
-      ended: (error) => this.#tell((to) => to.ended(error)),
-    };
-  }
-
-  connect(to: Connected): void {
-    this.#to = to;
-    for (const tell of this.#early.splice(0)) tell(to);
-  }
-
-  #tell(tell: (to: Connected) => void): void {
-    if (this.#to) tell(this.#to);
-    else this.#early.push(tell);
   }
 }
 
@@ -386,6 +383,7 @@ export async function startAll(starts: (() => Promise<WorkerLink>)[]): Promise<W
 export function openRegions(
   links: readonly WorkerLink[],
   shared: Region | null,
+  sharedMemory: SharedMemory | null,
   known: ReadonlyMap<string, GuestRegion> = new Map(),
 ): GuestRegion[] {
   const regions = links.flatMap((link, worker) =>
@@ -394,7 +392,9 @@ export function openRegions(
       return known.get(id) ?? { name, region: Region.open(id) };
     }),
   );
-  return shared ? [...regions, { name: 'shared', region: shared }] : regions;
+  if (shared) regions.push({ name: 'shared', region: shared });
+  if (sharedMemory) regions.push({ name: 'shared-memory', region: sharedMemory.region });
+  return regions;
 }
 
 export function closeQuietly(region: Region): void {
@@ -403,31 +403,4 @@ export function closeQuietly(region: Region): void {
   } catch {
     // A region that still moves is closed by its engine's end; its memory's owner is gone already.
   }
-}
-
-/** One promise that rejects at the abort, at the timeout, or by `cancel`, whichever is first. */
-function cancellation(signal: AbortSignal | undefined, timeoutMs: number, timedOut: () => Error) {
-  let cancel!: (error: unknown) => void;
-  let reason: unknown = null;
-  const cancelled = new Promise<never>((_, reject) => {
-    cancel = (error) => {
-      reason ??= error;
-      reject(reason);
-    };
-  });
-  cancelled.catch(() => undefined);
-  const aborted = () =>
-    cancel(
-      memferryError('CANCELLED', 'the pause was cancelled', {
-        cause: signal?.reason,
-      }),
-    );
-  const timer = setTimeout(() => cancel(timedOut()), timeoutMs);
-  signal?.addEventListener('abort', aborted, { once: true });
-  if (signal?.aborted) aborted();
-  const done = () => {
-    clearTimeout(timer);
-    signal?.removeEventListener('abort', aborted);
-  };
-  return { cancelled, cancel, done, reason: () => reason };
 }

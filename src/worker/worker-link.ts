@@ -17,6 +17,8 @@ import {
 } from './messages.js';
 
 export interface Paused {
+  /** The worker's last instruction, by the clock of `process.hrtime`. */
+  sinceNs: bigint;
   state: Uint8Array;
   /** Of the regions, in the order of `shape.regions`. */
   lengths: number[];
@@ -43,7 +45,13 @@ export interface LinkEvents {
 export type LinkBoot = Omit<BootData, 'port' | 'control'>;
 
 export class WorkerLink {
-  shape: WorkerShape = { regions: [], instances: [], unmovable: [] };
+  shape: WorkerShape = {
+    regions: [],
+    instances: [],
+    unmovable: [],
+    build: { functions: 0, references: '', layout: [] },
+    hostFunctions: [],
+  };
   readonly #worker: Worker;
   readonly #port: MessagePort;
   readonly #control = new Int32Array(new SharedArrayBuffer(4 * Word.length));
@@ -130,7 +138,7 @@ export class WorkerLink {
     return this.#inFlight.size + this.#waiting.length;
   }
 
-  /** Rejects with what could not move if the guest paused now. */
+  /** At the next safepoint: rejects with what could not move if the guest paused there. */
   check(): Promise<void> {
     return new Promise((resolve, reject) => {
       if (this.#end) {

@@ -297,7 +297,8 @@ const operations = {
     watchWorker(started);
   },
   saveBase: ({ guest, options }) => saveBase(find(guests, guest, 'guest'), options),
-  request: ({ guest, request }) => settled(find(guests, guest, 'guest').request(request)),
+  request: ({ guest, request, worker = 0 }) =>
+    settled(find(guests, guest, 'guest').request(request, { worker })),
   workerStatus: ({ guest }) => find(guests, guest, 'guest').status,
   terminateWorker: ({ guest }) => find(guests, guest, 'guest').terminate(),
 
