@@ -7,7 +7,9 @@
  *   close           the destination is closed
  *   end             and the program ends
  *
- *   destination [--secret-file FILE] [--port N] [--prepare touch|fail|hang] [--grant-timeout-ms N] [...]
+ * At the end of standard input it ends too, unless it is told to stay.
+ *
+ *   destination [--secret-file FILE] [--port N] [--stay yes] [--prepare touch|fail|hang] [--grant-timeout-ms N] [...]
  *
  * MEMFERRY_SECRET is the secret where no file is given.
  */
@@ -35,6 +37,7 @@ struct guest {
 };
 
 static const char *prepare_behaviour = "touch";
+static int stay;
 static memferry_destination *destination;
 static struct guest *guest; /* the newest */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
@@ -224,6 +227,7 @@ int main(int argc, char **argv) {
     const uint32_t number = (uint32_t)strtoul(argv[i + 1], NULL, 10);
     if (strcmp(argv[i], "--secret-file") == 0) options.secret_file = argv[i + 1];
     else if (strcmp(argv[i], "--port") == 0) options.port = (uint16_t)number;
+    else if (strcmp(argv[i], "--stay") == 0) stay = strcmp(argv[i + 1], "yes") == 0;
     else if (strcmp(argv[i], "--prepare") == 0) prepare_behaviour = argv[i + 1];
     else if (strcmp(argv[i], "--prepare-timeout-ms") == 0) options.prepare_timeout_ms = number;
     else if (strcmp(argv[i], "--grant-timeout-ms") == 0) options.grant_timeout_ms = number;
@@ -258,9 +262,11 @@ int main(int argc, char **argv) {
       destination = NULL;
       say("{\"event\":\"closed\"}");
     } else if (strcmp(line, "end") == 0) {
+      stay = 0;
       break;
     }
   }
+  while (stay) pause();
   memferry_destination_close(destination, &error);
   return 0;
 }

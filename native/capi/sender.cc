@@ -24,6 +24,8 @@ namespace {
 class Claims {
  public:
   explicit Claims(const std::vector<std::shared_ptr<Region>>& regions) {
+    // Nothing may fail between a claim and its place in the list.
+    claimed_.reserve(regions.size());
     for (const auto& region : regions) {
       if (!region->claim()) {
         release();
