@@ -44,7 +44,9 @@ int memferry_tracker_create(memferry_region* region, const char* name, memferry_
     required(tracker, "tracker") = nullptr;
     auto made = std::make_unique<memferry_tracker>();
     made->region = required(region, "region").region;
-    made->tracker = memferry::make_tracker(kind_of(name), made->region);
+    // One that was named is not tried out: arming it says what is wrong.
+    const auto named = name ? memferry::tracker_kind(name) : std::nullopt;
+    made->tracker = memferry::make_tracker(named ? *named : kind_of(name), made->region);
     *tracker = made.release();
   });
 }
