@@ -25,9 +25,6 @@ set_target_properties(memferry_shared PROPERTIES OUTPUT_NAME memferry EXPORT_NAM
 target_link_options(memferry_shared PRIVATE -Wl,--version-script=${MEMFERRY_EXPORTS} -Wl,--no-undefined)
 target_link_libraries(memferry_shared PRIVATE ${MEMFERRY_LIBRARY_lz4} ${MEMFERRY_LIBRARY_zstd} OpenSSL::Crypto
   Threads::Threads)
-if(MEMFERRY_SANITIZE)
-  target_link_options(memferry_shared PRIVATE -fsanitize=${MEMFERRY_SANITIZE} -Wl,--undefined-version -Wl,-z,undefs)
-endif()
 target_include_directories(memferry_shared INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 
 add_library(memferry_static STATIC ${MEMFERRY_OBJECTS})
@@ -37,6 +34,11 @@ target_link_libraries(memferry_static INTERFACE
 target_include_directories(memferry_static INTERFACE
   $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}/memferry/core>)
 target_compile_features(memferry_static INTERFACE cxx_std_20)
+
+# A sanitizer's runtime is the program's to have: no library of that kind is made unless it is asked for.
+if(MEMFERRY_SANITIZE)
+  set_target_properties(memferry_embed memferry_shared memferry_static PROPERTIES EXCLUDE_FROM_ALL TRUE)
+endif()
 
 set(MEMFERRY_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/memferry)
 install(FILES native/capi/memferry.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

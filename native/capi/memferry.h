@@ -491,9 +491,9 @@ typedef struct memferry_image memferry_image;
 
 struct memferry_vmd_options {
   size_t size;
-  const void *secret; /* as a destination's */
+  const void* secret; /* as a destination's */
   size_t secret_bytes;
-  const char *secret_file;
+  const char* secret_file;
   int plaintext;
   uint32_t connect_timeout_ms;  /* 0: 5000 */
   uint32_t recover_timeout_ms;  /* a server that is away; 0: 60000 */
@@ -507,32 +507,33 @@ struct memferry_vmd_options {
  * `ticket`: JSON, as `memferry park` and park() give it. Nobody else can have the guest from here on, unless this is closed
  * before it was granted. VMD_REFUSED: somebody has it.
  */
-MEMFERRY_API int memferry_image_claim(const struct memferry_vmd_options *options, const char *ticket,
-                                      memferry_image **image, struct memferry_error *error);
+MEMFERRY_API int memferry_image_claim(const struct memferry_vmd_options* options, const char* ticket,
+                                      memferry_image** image, struct memferry_error* error);
 /* Valid until the image is closed. */
-MEMFERRY_API const char *memferry_image_guest(const memferry_image *image);
-MEMFERRY_API const char *memferry_image_description(const memferry_image *image);
-MEMFERRY_API size_t memferry_image_region_count(const memferry_image *image);
-MEMFERRY_API int memferry_image_region(const memferry_image *image, size_t index,
-                                       struct memferry_offered_region *region, struct memferry_error *error);
-MEMFERRY_API const void *memferry_image_state(const memferry_image *image, size_t *bytes);
+MEMFERRY_API const char* memferry_image_guest(const memferry_image* image);
+MEMFERRY_API const char* memferry_image_description(const memferry_image* image);
+MEMFERRY_API size_t memferry_image_region_count(const memferry_image* image);
+MEMFERRY_API int memferry_image_region(const memferry_image* image, size_t index,
+                                       struct memferry_offered_region* region, struct memferry_error* error);
+MEMFERRY_API const void* memferry_image_state(const memferry_image* image, size_t* bytes);
 /* What is in the regions' memory is dropped; from the return on pages come when they are touched, and ahead of that. */
-MEMFERRY_API int memferry_image_serve(memferry_image *image, memferry_region *const *regions, size_t count,
-                                      memferry_on_event *on_event, void *context, struct memferry_error *error);
+MEMFERRY_API int memferry_image_serve(memferry_image* image, memferry_region* const* regions, size_t count,
+                                      memferry_on_event* on_event, void* context,
+                                      struct memferry_error* error);
 /*
  * The commit. MEMFERRY_OK: the guest is the caller's, and runs nowhere else. MIGRATION_IN_DOUBT: nobody knows, and it
  * must not run here.
  */
-MEMFERRY_API int memferry_image_grant(memferry_image *image, struct memferry_error *error);
+MEMFERRY_API int memferry_image_grant(memferry_image* image, struct memferry_error* error);
 /*
  * Until every page is here and was compared with the digests that the guest left with; the servers then let go of it.
  * TIMEOUT: not yet. PAGES_LOST: told by on_event; what is lost is poisoned.
  */
-MEMFERRY_API int memferry_image_wait(memferry_image *image, int64_t timeout_ms, struct memferry_error *error);
-MEMFERRY_API int memferry_image_get_stats(memferry_image *image, struct memferry_receiver_stats *stats,
-                                          struct memferry_error *error);
+MEMFERRY_API int memferry_image_wait(memferry_image* image, int64_t timeout_ms, struct memferry_error* error);
+MEMFERRY_API int memferry_image_get_stats(memferry_image* image, struct memferry_receiver_stats* stats,
+                                          struct memferry_error* error);
 /* Not granted: the guest stays parked. Granted, and pages are missing: they are poisoned. */
-MEMFERRY_API int memferry_image_close(memferry_image *image, struct memferry_error *error);
+MEMFERRY_API int memferry_image_close(memferry_image* image, struct memferry_error* error);
 
 #ifdef __cplusplus
 }
