@@ -76,6 +76,18 @@ const NEEDS = {
     deb: 'libgtest-dev',
     rpm: 'gtest-devel',
   },
+  json: {
+    what: "nlohmann's JSON for C++",
+    there: () => header('nlohmann/json.hpp'),
+    deb: 'nlohmann-json3-dev',
+    rpm: 'json-devel',
+  },
+  'pkg-config': {
+    what: 'pkg-config',
+    there: () => onPath('pkg-config'),
+    deb: 'pkg-config',
+    rpm: 'pkgconf-pkg-config',
+  },
   ip: {
     what: 'ip and tc (network namespaces)',
     there: () => onPath('ip') && onPath('tc'),
@@ -125,6 +137,8 @@ const PROFILES = {
     'gcc',
     'libcrypto',
     'gtest',
+    'json',
+    'pkg-config',
     'ip',
     ...GUESTS,
   ],

@@ -5,8 +5,8 @@
  * compiled at the lowest priority.
  */
 import { spawn } from 'node:child_process';
-import { mkdirSync, readFileSync, rmSync } from 'node:fs';
-import { constants, cpus, setPriority } from 'node:os';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { constants, cpus, setPriority, tmpdir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -23,9 +23,10 @@ const OF_THE_ENGINE = [
 ];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
-  typescript: runVitest,
+  typescript: () => runVitest(['--project=unit', '--project=migration']),
   'typescript-engine': () => runVitest(OF_THE_ENGINE),
   ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
+  embed: runEmbedded,
   fuzz: runFuzzers,
 };
 
@@ -56,17 +57,21 @@ for (const name of names) {
 process.stdout.write(`\n${failures.map((failure) => `failed: ${failure}\n`).join('')}${line(sum)}\n`);
 process.exitCode = sum.failed > 0 ? 1 : 0;
 
-async function runVitest(files = []) {
+async function runVitest(files = [], env = {}) {
   mkdirSync(dirname(vitestReport), { recursive: true });
   rmSync(vitestReport, { force: true });
-  const { code } = await run(process.execPath, [
-    'node_modules/vitest/vitest.mjs',
-    'run',
-    '--reporter=default',
-    '--reporter=json',
-    `--outputFile.json=${vitestReport}`,
-    ...files,
-  ]);
+  const { code } = await run(
+    process.execPath,
+    [
+      'node_modules/vitest/vitest.mjs',
+      'run',
+      '--reporter=default',
+      '--reporter=json',
+      `--outputFile.json=${vitestReport}`,
+      ...files,
+    ],
+    env,
+  );
   try {
     const report = JSON.parse(readFileSync(vitestReport, 'utf8'));
     const counts = {
@@ -144,6 +149,30 @@ async function runCtest(variant) {
   };
 }
 
+/** The core as it is installed, programs that embed it, and then guests that move from here to one of those. */
+async function runEmbedded() {
+  await built.get('plain');
+  const directory = mkdtempSync(join(tmpdir(), 'memferry-embed-'));
+  try {
+    const { code, output } = await run('sh', ['scripts/test-embed.sh'], { MEMFERRY_EMBED_DIR: directory });
+    const counts = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(output);
+    if (!counts) return { passed: 0, failed: 1, skipped: 0 };
+    const [passed, failed, skipped] = counts.slice(1).map(Number);
+    for (const [, name] of output.matchAll(/^failed: (.*)$/gm)) failures.push(`embed: ${name}`);
+    const more = await runVitest(['--project=embed'], {
+      MEMFERRY_EMBED_PROGRAMS: join(directory, 'programs'),
+      MEMFERRY_COMMIT_TWIN: join(root, 'build-native/test/embed/memferry_commit_twin'),
+    });
+    return {
+      passed: passed + more.passed,
+      failed: (code !== 0 && failed === 0 ? 1 : failed) + more.failed,
+      skipped: skipped + more.skipped,
+    };
+  } finally {
+    rmSync(directory, { recursive: true, force: true });
+  }
+}
+
 /** Each target counts as one; it says so itself where clang's libFuzzer is not there. */
 async function runFuzzers() {
   const { code, output } = await run('sh', ['scripts/fuzz.sh']);
@@ -154,9 +183,13 @@ async function runFuzzers() {
 }
 
 /** Shows what the command says while it runs, and keeps it. */
-function run(command, args) {
+function run(command, args, env = {}) {
   return new Promise((resolve) => {
-    const child = spawn(command, args, { cwd: root, stdio: ['ignore', 'pipe', 'inherit'] });
+    const child = spawn(command, args, {
+      cwd: root,
+      stdio: ['ignore', 'pipe', 'inherit'],
+      env: { ...process.env, ...env },
+    });
     let output = '';
     child.stdout.setEncoding('utf8').on('data', (text) => {
       output += text;

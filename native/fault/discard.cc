@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <fstream>
@@ -57,6 +58,8 @@ Backing backing_of(const Region& region) {
       }
     }
   }
+  // A stream keeps to itself that there was no memory for a line.
+  if (maps.bad()) throw SystemError("read(/proc/self/maps)", ENOMEM);
   if (covered != region.bytes()) throw std::invalid_argument("part of the region is not mapped");
   if (shared && privately) throw std::invalid_argument("a region is either shared or private, not both");
   return shared ? Backing::kShared : Backing::kPrivate;

@@ -180,6 +180,8 @@ std::optional<PageNumber> Region::page_at(OwnerAddress address) const {
 std::unique_ptr<Region::User> Region::enlist(std::function<void()> stop) {
   const std::lock_guard lock(users_mutex_);
   if (retired_.load(std::memory_order_acquire)) return nullptr;
+  // What may fail for want of memory comes before the token, whose destructor takes the lock that is held here.
+  users_.reserve(users_.size() + 1);
   std::unique_ptr<User> user(new User(shared_from_this(), next_key_));
   users_.push_back(Enlisted{next_key_, std::move(stop), false, {}});
   ++next_key_;

@@ -1,0 +1,62 @@
+// A control connection to a VMD server, as its client keeps one: requests with their answers, one after the other. The
+// messages are src/protocol/stage-messages.ts's.
+//
+// Threads: one caller at a time; the channel has its own.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "control/channel.h"
+#include "transfer/stage_server_address.h"
+
+namespace memferry::control {
+
+struct VmdOptions {
+  Bytes secret;
+  bool plaintext = false;
+  std::uint64_t max_state_bytes = 64ULL << 20U;
+  std::chrono::milliseconds connect_timeout{5000};
+  std::chrono::milliseconds recover_timeout{60000};
+  std::chrono::milliseconds in_doubt_timeout{30000};
+  std::chrono::milliseconds peer_timeout{10000};
+};
+
+class StageClient {
+ public:
+  // Connected and authenticated; the server has said its name. Throws Failure: CONNECT_FAILED, AUTH_FAILED, PEER_LOST.
+  StageClient(std::string host, std::uint16_t port, const VmdOptions& options);
+  StageClient(const StageClient&) = delete;
+  StageClient& operator=(const StageClient&) = delete;
+
+  [[nodiscard]] const std::string& host() const { return host_; }
+  [[nodiscard]] std::uint16_t port() const { return port_; }
+  [[nodiscard]] const std::string& name() const { return name_; }
+  [[nodiscard]] const Key& session() const { return session_; }
+
+  // The answer of type `wanted`. Throws Failure: the server's own refusal, PEER_LOST, PROTOCOL_ERROR.
+  Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary = nullptr);
+
+ private:
+  [[nodiscard]] Channel::Received next(std::chrono::steady_clock::time_point until);
+
+  std::string host_;
+  std::uint16_t port_;
+  std::string name_;
+  Key session_{};
+  std::uint32_t next_request_ = 1;
+  struct Ear {
+    std::mutex mutex;  // guards rang
+    std::condition_variable changed;
+    bool rang = false;
+  };
+  std::shared_ptr<Ear> ear_ = std::make_shared<Ear>();
+  std::unique_ptr<Channel> channel_;
+};
+
+}  // namespace memferry::control

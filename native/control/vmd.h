@@ -1,0 +1,70 @@
+// A VMD's client: has a parked guest back. What src/destination/unpark.ts does, for callers that wait.
+//
+// Threads: one caller at a time for each object; pages move on the engines' own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "control/messages.h"
+#include "control/stage_client.h"
+#include "page/region.h"
+#include "transfer/receiver.h"
+
+namespace memferry::control {
+
+struct VmdAddress {
+  std::string host;  // numeric
+  std::uint16_t port = 0;
+};
+// "127.0.0.1:7000", "[::1]:7000". Throws std::invalid_argument.
+[[nodiscard]] VmdAddress parse_address(const std::string& text);
+
+class ParkedImage {
+ public:
+  // Claims the guest of a ticket; nobody else has it while this is there. Throws Failure: VMD_REFUSED, VMD_LOST, ...
+  ParkedImage(const std::string& ticket, VmdOptions options);
+  ~ParkedImage();  // what was not granted goes back
+  ParkedImage(const ParkedImage&) = delete;
+  ParkedImage& operator=(const ParkedImage&) = delete;
+
+  [[nodiscard]] const OfferedGuest& guest() const { return guest_; }
+  [[nodiscard]] const Bytes& state() const { return state_; }
+  // From its return on pages are served.
+  void serve(const std::vector<std::shared_ptr<Region>>& regions, EngineCallback on_event);
+  [[nodiscard]] Receiver& receiver() const;
+  // The commit: from its return on the guest is the caller's. MIGRATION_IN_DOUBT: nobody knows; it does not run here.
+  void grant();
+  // Every page is here and is what left the source: the image goes.
+  void verify_and_dissolve();
+
+ private:
+  struct Member {
+    VmdAddress address;
+    std::unique_ptr<StageClient> client;  // null: it cannot be reached
+    StageServer server;
+  };
+  void open_all(const Json& info);
+  [[nodiscard]] StageClient& home() { return *members_.front().client; }
+  [[nodiscard]] Json about(const char* type) const;
+  void reopen_home();
+
+  const VmdOptions options_;
+  std::string image_;
+  Key secret_{};
+  wire::MigrationId id_{};
+  std::vector<Member> members_;
+  std::string claimant_;
+  std::uint64_t epoch_ = 0;
+  bool claimed_ = false;
+  bool granted_ = false;
+  std::vector<std::string> digests_;
+  OfferedGuest guest_;
+  Bytes state_;
+  std::shared_ptr<Receiver> receiver_;
+};
+
+}  // namespace memferry::control

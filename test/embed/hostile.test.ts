@@ -1,0 +1,130 @@
+/**
+ * Whatever connects to a destination in C: strangers, and insiders that break the rules. Each is dealt with in bounded
+ * time, is told what was wrong where it can be, and afterwards a good guest gets through with every byte right.
+ */
+import { randomBytes } from 'node:crypto';
+import { afterEach, beforeEach, expect, test } from 'vitest';
+import { endHosts } from '../support/host.js';
+import { hosts, migrate, regionsOf, report, startGuest } from '../support/scenario.js';
+import { closeStrangers, controlHello, Insider, offer, Stranger } from '../support/stranger.js';
+import { CDestination, endDestinations } from './c-destination.js';
+
+const LIMIT_MS = 14_000;
+const id = () => randomBytes(16).toString('hex');
+let c: CDestination;
+
+beforeEach(async () => {
+  c = await CDestination.start({ 'max-bytes': 64 * 2 ** 20, 'peer-timeout-ms': 3000 });
+});
+afterEach(async () => {
+  closeStrangers();
+  await endDestinations();
+  await endHosts();
+});
+
+async function goodOneGetsThrough(): Promise<void> {
+  const [a] = await hosts('a');
+  await startGuest(a, regionsOf('allocate'));
+  await migrate(a, c.port, { mode: 'hybrid' });
+  expect(await report(a)).toMatchObject({ verified: true });
+  await c.until('complete');
+  await c.expectSameAs(a, 1);
+}
+
+test('strangers, all at once', async () => {
+  const acts: ((stranger: Stranger) => void)[] = [
+    (s) => s.send(randomBytes(4096)),
+    (s) => s.send('GET / HTTP/1.1\r\nHost: x\r\n\r\n'),
+    (s) => s.send('MFERR').finish(),
+    (s) => s.send('MFERRYC1', Buffer.alloc(20)).finish(),
+    (s) => s.send('MFERRYC1', controlHello(3, 1)),
+    (s) => s.send('MFERRYC1', controlHello(7, 9)),
+    (s) => s.send('MFERRYC1', controlHello(1, 1), randomBytes(32)),
+    (s) => s.send('MFERRYC1'),
+    (s) => s.send('MFERRYD1', randomBytes(56)),
+    () => {},
+  ];
+  const strangers = await Promise.all(acts.map(() => Stranger.connect(c.port)));
+  for (const [index, stranger] of strangers.entries()) acts[index]?.(stranger);
+  await goodOneGetsThrough();
+  await Promise.all(strangers.map((stranger) => stranger.untilEnded(LIMIT_MS)));
+});
+
+test('a hundred silent ones in the handshake, and the good one gets through', async () => {
+  const strangers = await Promise.all(Array.from({ length: 100 }, () => Stranger.connect(c.port)));
+  for (const stranger of strangers) stranger.send('MFERRYC1', controlHello(1, 1));
+  await goodOneGetsThrough();
+});
+
+const wrong: [string, (insider: Insider) => Insider, string][] = [
+  ['no JSON', (i) => i.text('{"type":'), 'is not JSON'],
+  ['a length beyond all bounds', (i) => i.raw(Buffer.from([255, 255, 255, 255, 1])), 'PROTOCOL_ERROR'],
+  ['a frame that does not authenticate', (i) => i.raw(Buffer.alloc(5 + 2 + 16, 1)), 'PROTOCOL_ERROR'],
+  ['nested too deeply', (i) => i.text('['.repeat(100_000) + ']'.repeat(100_000)), 'nested too deeply'],
+  ['an unknown type', (i) => i.say({ type: 'surrender' }), 'not allowed at type'],
+  ['an unknown field', (i) => i.say({ ...offer(id()), more: 1 }), 'not allowed at more'],
+  ['a page size of 3', (i) => i.say(offer(id(), { pageSize: 3 })), 'pageSize'],
+  ['a length of a half', (i) => i.say(offer(id(), { lengthBytes: 0.5 })), 'lengthBytes'],
+  ['a negative length', (i) => i.say(offer(id(), { lengthBytes: -4096 })), 'lengthBytes'],
+  ['seventeen channels', (i) => i.say({ ...offer(id()), channels: 17 }), 'channels'],
+  [
+    'no whole pages',
+    (i) => i.say(offer(id(), { lengthBytes: 4097, capacityBytes: 8192 })),
+    'a length that cannot be',
+  ],
+  [
+    'more than there is',
+    (i) => i.say(offer(id(), { lengthBytes: 2 ** 40, capacityBytes: 2 ** 40 })),
+    'NO_MEMORY',
+  ],
+  [
+    'a module',
+    (i) => {
+      const { guest, ...rest } = offer(id()) as { guest: object };
+      return i.say({ ...rest, guest: { ...guest, module: { name: 'm', sha256: 'ab'.repeat(32) } } });
+    },
+    'MODULE_REFUSED',
+  ],
+];
+test.each(wrong)('%s', async (_, act, word) => {
+  const insider = act(await Insider.connect(c.port));
+  await insider.hears(word);
+  await insider.untilEnded(LIMIT_MS);
+  expect(c.names).not.toContain('prepare');
+});
+
+test('a message in the wrong place ends the migration, not the destination', async () => {
+  const migration = id();
+  const early: object[] = [
+    { type: 'grant', epoch: 0 },
+    { type: 'prepare', epoch: 0 },
+    { type: 'grow', region: 7, lengthBytes: 4096 },
+    { type: 'evicted', digests: null },
+    offer(migration),
+  ];
+  for (const message of early) {
+    const insider = (await Insider.connect(c.port)).say(offer(id()));
+    await insider.hears('accepted');
+    insider.say(message);
+    if ((message as { type: string }).type !== 'evicted') await insider.hears('refused');
+    insider.close();
+  }
+  const unknown = await Insider.connect(c.port);
+  unknown.say({ type: 'resume-session', migrationId: migration, proof: '00'.repeat(32) });
+  await unknown.hears('"known":false');
+  unknown.say({ type: 'grant', epoch: 3 });
+  await unknown.hears('unknown-migration');
+  unknown.close();
+  expect(c.names).not.toContain('resume');
+  await goodOneGetsThrough();
+});
+
+test('the destination closes in the middle: the source hears of it', async () => {
+  const insider = (await Insider.connect(c.port)).say(offer(id()));
+  await insider.hears('accepted');
+  c.say('close');
+  await insider.hears('CANCELLED');
+  await c.until('closed');
+  await c.until('ended');
+  await insider.untilEnded(LIMIT_MS);
+});
