@@ -1,5 +1,7 @@
 #include "control/destination.h"
 
+#include <algorithm>
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,7 +16,6 @@ using memferry::capi::failure_of;
 using memferry::capi::guarded;
 using memferry::capi::InCallback;
 using memferry::capi::required;
-using memferry::capi::runs_of;
 using memferry::capi::write_error;
 using memferry::control::Arrival;
 using memferry::control::ArrivalReport;

@@ -1,5 +1,6 @@
 #include "control/vmd.h"
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 

@@ -12,7 +12,6 @@
 using memferry::Listener;
 using memferry::Receiver;
 using memferry::ReceiverConfig;
-using memferry::ReceiverStats;
 using memferry::capi::Callback;
 using memferry::capi::Events;
 using memferry::capi::guarded;
