@@ -22,7 +22,8 @@ SenderConfig checked(SenderConfig config) {
   for (const auto& region : config.regions) {
     if (!region) throw std::invalid_argument("a region is missing");
     if (region->page_size() != system_page_size())
-      throw std::invalid_argument("a region that moves has pages of the system's size; larger ones are split by it");
+      throw std::invalid_argument(
+          "a region that moves has pages of the system's size; larger ones are split by it");
   }
   config.trackers.resize(std::max(config.trackers.size(), config.regions.size()));
   if (config.trackers.size() != config.regions.size())

@@ -134,6 +134,8 @@ class OwnerProcess {
     const int flags = options_.shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
     auto* const memory = static_cast<std::byte*>(
         ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, options_.shared ? memory_.get() : -1, 0));
+    // A huge page is soft-dirty as a whole.
+    ::madvise(memory, bytes, MADV_NOHUGEPAGE);
     int uffd = -1;
     if (!options_.hidden_uffd) {
       uffd = static_cast<int>(::syscall(SYS_userfaultfd, O_CLOEXEC));
