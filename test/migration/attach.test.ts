@@ -239,7 +239,8 @@ describe.each([
     const migration = await move(from, to, { mode: 'pre-copy', bandwidth: 2 * 2 ** 20 });
     await to.arrival;
     void to.owner.ask('exec');
-    await expect(migration.done).rejects.toThrow(/runs another program|went away|gone/);
+    await expect(migration.done).rejects.toBeInstanceOf(MemferryError);
+    await expect(to.region()?.ownerGone).resolves.toMatchObject({ code: 'OWNER_GONE' });
     expect(await from.owner.ask('read 0')).not.toBeNull();
   });
 
@@ -256,6 +257,8 @@ describe.each([
     for (let at = 0; at < content.length; at += 8) content.writeDoubleLE(Math.random() + 1, at);
     writeFileSync(snapshot, content);
     const pids: number[] = [];
+    let killed = () => {};
+    const firstIsDead = new Promise<void>((resolve) => (killed = resolve));
     const supervision = superviseGuest({
       attachment: owner.attachment(),
       snapshot,
@@ -263,13 +266,16 @@ describe.each([
       mostPagers: 4,
       onPager: ({ pid, turn }) => {
         pids.push(pid);
+        // The second one is in the middle of it, or has just brought the last page.
         if (turn < 3) process.kill(pid, 'SIGKILL');
+        killed();
       },
     });
     supervision.done.catch(() => {});
+    await firstIsDead;
     expect(Buffer.compare(await owner.content(), content)).toBe(0);
-    expect(pids.length).toBe(3);
-    expect(await supervision.done).toMatchObject({ pagers: 3, stats: { pagesSettled: many, pagesLost: 0 } });
+    expect(pids.length).toBeGreaterThan(1);
+    expect(await supervision.done).toMatchObject({ stats: { pagesSettled: many, pagesLost: 0 } });
   });
 });
 
