@@ -398,10 +398,19 @@ Pager::Installed Pager::install_zeros(std::uint32_t region, PageRun run) {
 
 void Pager::arrived(std::uint32_t region, PageRun run) {
   const Clock::time_point now = Clock::now();
-  const std::lock_guard lock(mutex_);
-  waiting_.take(region, run, [&](const WaitingFault& fault) {
-    if (fault.remote) latencies_.record(now - fault.seen);
-  });
+  std::vector<PageNumber> again;
+  {
+    const std::lock_guard lock(mutex_);
+    waiting_.take(region, run, [&](const WaitingFault& fault) {
+      if (fault.remote) latencies_.record(now - fault.seen);
+      if (attached_[region].removed) again.push_back(fault.page);
+    });
+  }
+  // The page may have been discarded since it was installed, and a fault that came of that before it was marked present
+  // counts as waiting for this install: it comes again.
+  for (const PageNumber page : again) {
+    uffd_of(region).wake(maps_[region]->region().owner_address(page), maps_[region]->page_size());
+  }
 }
 
 void Pager::finish() {

@@ -31,17 +31,27 @@ const NATIVE = [
   ...['PagerPoison*', 'ReceiverPaging*', 'ReceiverRecovery*'],
   ...['*/EngineTest*/softdirty*', '*/EngineTest*/uffdwp2*', '*/EngineTest*/hashdiff2Channels'],
 ].join(':');
-/** Of the TypeScript suite: what an older kernel can fail. A process takes its time where instructions are emulated. */
-const TYPESCRIPT = [
-  ...['unit/doctor', 'unit/trackers', 'unit/lifetime'],
-  ...['migration/trackers', 'migration/modes', 'migration/modes-more', 'migration/bad-days-postcopy'],
-].map((name) => `test/${name}.test.ts`);
-/** The tests of these files, by their whole names. */
-const TYPESCRIPT_TESTS = [
-  ...['^doctor', "^'[a-z-]+' ", '^the choice', '^a poisoned page'],
-  ...['^without a choice', '^a tracker that', 'over 2 channels'],
-  ...['a cut in the push', '^past the bound', 'not hang process.exit'],
-].join('|');
+/** Of the TypeScript suite: what an older kernel can fail; the tests of these files by their whole names. */
+const UNIT = {
+  files: ['unit/doctor', 'unit/trackers', 'unit/lifetime'],
+  tests: ['^doctor', "^'[a-z-]+' ", '^the choice', '^a poisoned page'],
+};
+/** Whole migrations, when they are asked for: `npm run test:kernel -- migration`. They take many minutes. */
+const MIGRATION = {
+  files: ['migration/trackers', 'migration/modes', 'migration/modes-more', 'migration/bad-days-postcopy'],
+  tests: [
+    ...['^without a choice', '^a tracker that', 'over 2 channels'],
+    ...['a cut in the push', '^past the bound', 'not hang process.exit'],
+  ],
+};
+const asked = process.argv.slice(2);
+if (asked.some((name) => name !== 'migration')) {
+  process.stderr.write('usage: npm run test:kernel [-- migration]\n');
+  process.exit(2);
+}
+const chosen = asked.length > 0 ? [UNIT, MIGRATION] : [UNIT];
+const TYPESCRIPT = chosen.flatMap(({ files }) => files).map((name) => `test/${name}.test.ts`);
+const TYPESCRIPT_TESTS = chosen.flatMap(({ tests }) => tests).join('|');
 
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.once(signal, () => process.exit(130));
 

@@ -39,6 +39,8 @@ class AttachPager : public testing::TestWithParam<bool> {
         if (wire) ::shutdown(wire->fd(), SHUT_RDWR);
     }
     if (server.joinable()) server.join();
+    if (bench && HasFailure() && bench->log.count(EngineEventKind::kFailed) > 0)
+      ADD_FAILURE() << bench->log.wait(EngineEventKind::kFailed).message;
     watch.reset();
   }
   // Answers requests from `content`.
@@ -199,6 +201,8 @@ TEST_P(AttachPager, WhatItDiscardsReadsAsZeros) {
   EXPECT_EQ(owner->ask(Op::kRead, 105), 0U);
   EXPECT_TRUE(bench->data(1).pages(0, 100, part(100, kPages - 100), kPage));
   bench->log.wait(EngineEventKind::kComplete);
+  ::shutdown(bench->demand().fd(), SHUT_RDWR);
+  server.join();
   std::memset(content.data() + 90 * kPage, 0, 20 * kPage);
   EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
 }
@@ -211,6 +215,7 @@ TEST_P(AttachPager, DiscardsBesideThePush) {
   bench->connect();
   EXPECT_TRUE(bench->data(0).switch_over());
   serve();
+  std::vector<std::byte> expected = content;  // what is sent stays as it is
   std::thread push([&] {
     for (std::uint64_t page = 0; page < kMany; page += 64)
       ASSERT_TRUE(bench->data(1).pages(0, page, part(page, 64), kPage));
@@ -218,11 +223,11 @@ TEST_P(AttachPager, DiscardsBesideThePush) {
   for (std::uint64_t page = 0; page < kMany; page += 128) {
     ASSERT_EQ(owner->ask(Op::kDiscard, page, 32), 0U);
     ASSERT_EQ(owner->ask(Op::kRead, page + 7), 0U) << page;
-    std::memset(content.data() + page * kPage, 0, 32 * kPage);
+    std::memset(expected.data() + page * kPage, 0, 32 * kPage);
   }
   push.join();
   bench->log.wait(EngineEventKind::kComplete);
-  EXPECT_EQ(owner->ask(Op::kHash, 0, kMany), hash(0, kMany));
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kMany), xxh3_64(expected));
 }
 
 TEST_P(AttachPager, MemoryThatItUnmapsIsAnErrorOnlyThere) {
