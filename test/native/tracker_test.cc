@@ -391,8 +391,7 @@ TEST_P(TrackerTest, SaysWhichPagesHadContentWhenItWasArmed) {
   EXPECT_EQ(tracker->populated_when_armed(), nullptr);
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, TrackerTest,
-                         testing::ValuesIn([] {
+INSTANTIATE_TEST_SUITE_P(Every, TrackerTest, testing::ValuesIn([] {
                            std::vector<TrackerKind> kinds = tracker_kinds();
                            kinds.push_back(TrackerKind::kKvmLog);
                            return kinds;
