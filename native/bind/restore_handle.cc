@@ -82,8 +82,14 @@ RestoreHandle::RestoreHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
         .pre_paging = pre_paging_of(object.Get("prePaging")),
         .on_event = nullptr,
         .source = file,
+        .read_now = nullptr,
         .source_arrives = !file,
     };
+    if (file) {
+      config.read_now = [file](const std::byte* from, std::span<std::byte> into) {
+        return file->read_now(from, into);
+      };
+    }
     const Napi::Array mappings = array_of(object.Get("mappings"), "mappings");
     for (std::uint32_t i = 0; i < mappings.Length(); ++i) {
       const Napi::Object mapping = object_of(mappings.Get(i), "mapping");

@@ -7,9 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "os/mapping.h"
+#include "os/unique_fd.h"
 
 namespace memferry {
 
@@ -20,9 +22,13 @@ class SnapshotFile {
   [[nodiscard]] std::uint64_t bytes() const { return mapping_.size(); }
   // Bytes [offset, offset + length); throws std::out_of_range beyond the file.
   [[nodiscard]] const std::byte* at(std::uint64_t offset, std::uint64_t length) const;
+  // Reads what lies at `from`, which at() gave, if that needs no waiting for a disk. For single pages this is cheaper than
+  // to let the kernel's copy find them in a mapping.
+  [[nodiscard]] bool read_now(const std::byte* from, std::span<std::byte> into) const;
 
  private:
-  explicit SnapshotFile(Mapping mapping) : mapping_(std::move(mapping)) {}
+  SnapshotFile(UniqueFd fd, Mapping mapping) : fd_(std::move(fd)), mapping_(std::move(mapping)) {}
+  UniqueFd fd_;
   Mapping mapping_;
 };
 

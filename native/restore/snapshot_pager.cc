@@ -42,6 +42,7 @@ SnapshotPager::SnapshotPager(Config config)
       lost_(layout_.pages()),
       poisoned_(layout_.pages()),
       source_arrives_(config_.source_arrives),
+      page_(config_.read_now && !huge_ ? layout_.page_size() : 0),
       read_ahead_(layout_.page_size(), layout_.pages()) {
   // What would follow its memory elsewhere, or its child's, is more than can be served by one descriptor.
   if ((config_.uffd.enabled() & (UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP)) != 0)
@@ -214,6 +215,9 @@ SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
   const ReadAhead::Advice advice = read_ahead_.fault(page);
   if (advice.later.count > 0) queue_ahead(advice.later);
   const GuestLayout::Piece piece = layout_.piece({page, advice.at_once});
+  std::uint64_t installed = 0;
+  if (piece.run.count == 1 && !page_.empty() && config_.read_now(piece.from, page_))
+    return install(piece.run, &installed, page_.data());
   const std::uint64_t here =
       resident({piece.from, piece.run.count * layout_.page_size()}) / layout_.page_size();
   if (here == 0) {
@@ -225,7 +229,6 @@ SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
     slow_jobs_changed_.notify_one();
     return Served::kDone;
   }
-  std::uint64_t installed = 0;
   const Served served = install({page, here}, &installed);
   if (installed > 1) ahead_.fetch_add(installed - 1, std::memory_order_relaxed);
   // Only the page itself is waited for; the rest may come when it will.
@@ -247,7 +250,9 @@ PageRun SnapshotPager::wanted_part(PageRun run) const {
   return PageRun{run.end(), 0};
 }
 
-SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* installed) {
+// `content`: of the run's one page, where it has been read already.
+SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* installed,
+                                             const std::byte* content) {
   const std::uint64_t size = layout_.page_size();
   bool single = false;
   for (int tries = 0;;) {
@@ -257,7 +262,8 @@ SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* install
     const GuestLayout::Piece piece = layout_.piece(part);
     PageResult result;
     try {
-      result = config_.uffd.copy(piece.at, piece.from, piece.run.count * size, true, write_protect_);
+      result = config_.uffd.copy(piece.at, content != nullptr ? content : piece.from, piece.run.count * size,
+                                 true, write_protect_);
     } catch (const SystemError& error) {
       if (error.error() != EFAULT && error.error() != EHWPOISON) throw;
       // The snapshot cannot be read there; which page it is shows one by one.

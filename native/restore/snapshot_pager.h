@@ -36,6 +36,7 @@
 #include <latch>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -93,8 +94,9 @@ class SnapshotPager {
     std::chrono::milliseconds loss_grace{250};
     // From the pager's threads; must not block.
     std::function<void(const RestoreEvent&)> on_event;
-    // What the spans' `from` lies in.
+    // What the spans' `from` lies in. `read_now` reads a page of it if that needs no waiting; empty: there is no such way.
     std::shared_ptr<const void> source;
+    std::function<bool(const std::byte* from, std::span<std::byte> into)> read_now;
     // The source itself is on its way here (a region that a migration fills): a page that is missing there is waited for
     // by whoever needs it, and what is brought in order is only what has come, until source_complete().
     bool source_arrives = false;
@@ -138,7 +140,7 @@ class SnapshotPager {
   void drain_until_stopped(WorkerThread& self);
 
   // Any of our threads. Those that install say whether an unread event is in the way.
-  Served install(PageRun run, std::uint64_t* installed);
+  Served install(PageRun run, std::uint64_t* installed, const std::byte* content = nullptr);
   Served install_zeros(PageNumber page);
   [[nodiscard]] PageRun wanted_part(
       PageRun run) const;  // its first stretch that is neither there nor removed
@@ -176,6 +178,7 @@ class SnapshotPager {
   std::atomic<bool> failed_{false};
   std::atomic<bool> source_arrives_;
 
+  std::vector<std::byte> page_;           // the reader's
   ReadAhead read_ahead_;                  // the reader's
   std::atomic<Clock::rep> poison_at_{0};  // since the clock's epoch; 0: nothing to poison
 

@@ -21,6 +21,7 @@
 
 #include "os/fd_channel.h"
 #include "os/sys_error.h"
+#include "restore/snapshot_file.h"
 
 namespace memferry {
 namespace {
@@ -121,7 +122,8 @@ class SnapshotPagerTest : public ::testing::Test {
                                  .pre_paging = pre_paging,
                                  .loss_grace = milliseconds(10),
                                  .on_event = [this](const RestoreEvent& event) { note(event); },
-                                 .source = nullptr};
+                                 .source = nullptr,
+                                 .read_now = nullptr};
     if (!snapshot_) {
       file_ = memory_file(bytes_);
       snapshot_ = Mapping::shared(file_.get(), bytes_, 0, PROT_READ);
@@ -211,6 +213,34 @@ TEST_F(SnapshotPagerTest, EveryByteInAnyOrder) {
       events_.clear();
     }
   }
+}
+
+TEST_F(SnapshotPagerTest, AFileIsReadWithoutWaitingWhereItCanBe) {
+  const std::string path = ::testing::TempDir() + "snapshot-" + std::to_string(::getpid());
+  {
+    std::ofstream file(path, std::ios::binary);
+    for (std::uint64_t i = 0; i < 256 * kPage; ++i) file.put(static_cast<char>(oracle(i)));
+  }
+  const auto file = SnapshotFile::open(path);
+  EXPECT_EQ(file->bytes(), 256 * kPage);
+  EXPECT_THROW((void)file->at(255 * kPage, 2 * kPage), std::out_of_range);
+  EXPECT_THROW((void)SnapshotFile::open("/"), std::invalid_argument);
+  EXPECT_THROW((void)SnapshotFile::open("/dev/null"), std::invalid_argument);
+  ASSERT_TRUE(start_owner(
+      {.bytes = 256 * kPage, .body = [](auto* memory) { return all_right(memory, 200, false); }}));
+  SnapshotPager::Config made = config(PrePaging::kSequential);
+  made.spans = {{at_, bytes_, file->at(0, bytes_)}};
+  made.source = file;
+  made.read_now = [file](const std::byte* from, std::span<std::byte> into) {
+    return file->read_now(from, into);
+  };
+  ASSERT_EQ(::truncate(path.c_str(), 250 * kPage), 0);
+  std::vector<std::byte> page(kPage);
+  EXPECT_FALSE(file->read_now(file->at(252 * kPage, kPage), page));
+  serve(std::move(made));
+  EXPECT_EQ(wait_for_owner(), 0);
+  EXPECT_EQ(pager_->stats().lost, 0U);
+  std::remove(path.c_str());
 }
 
 TEST_F(SnapshotPagerTest, EverythingIsBroughtAndTheMemoryLetGoOf) {
