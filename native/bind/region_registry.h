@@ -40,7 +40,11 @@ class SharedRegion {
   // Open handles in all environments.
   [[nodiscard]] int handles() const { return handles_.load(); }
   void add_handle() { ++handles_; }
-  void drop_handle() { --handles_; }
+  // Without a handle nobody hears of the owner's end, and the watch must not take the events of its userfaultfd from
+  // whoever attaches the same memory next. (This object itself lives on until its handles are collected.)
+  void drop_handle() {
+    if (--handles_ == 0) owner_watch_.reset();
+  }
 
   // One migration at a time.
   bool claim();  // true when nobody else has it

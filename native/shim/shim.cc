@@ -382,12 +382,13 @@ void close_in_child() { ::close(g_listener); }
   if (path == nullptr || *path == '\0' || !is_meant_for_this_program()) return;
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  if (std::strlen(path) >= sizeof address.sun_path) {
+  const std::size_t length = std::strlen(path);
+  if (length >= sizeof address.sun_path) {
     errno = ENAMETOOLONG;
     refuse_to_start("socket", path);
   }
-  std::strcpy(address.sun_path, path);
-  ::unsetenv("MEMFERRY_SHIM_SOCKET");  // `path` is not to be read any more
+  std::memcpy(address.sun_path, path, length);  // it ends in zeros
+  ::unsetenv("MEMFERRY_SHIM_SOCKET");           // `path` is not to be read any more
   remove_abandoned(address);
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!listener) refuse_to_start("socket", address.sun_path);

@@ -42,6 +42,8 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly #options: QemuGuestOptions;
   #settings: Settings | null = null;
   #ranBefore = true;
+  /** Under way, or done; a migration's failure may be known before the guest runs again. */
+  #unpausing: Promise<void> = Promise.resolve();
   #state: 'here' | 'pausing' | 'paused' | 'departed' = 'here';
 
   private constructor(attachment: QemuAttachment, name: string, options: QemuGuestOptions) {
@@ -60,7 +62,14 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     const attachment = await QemuAttachment.open(options, trackingFeatures);
     try {
       const { status } = await runState(attachment.qmp);
-      if (status !== 'running' && status !== 'paused' && status !== 'postmigrate') {
+      if (status === 'postmigrate') {
+        throw memferryError(
+          'GUEST_BUSY',
+          'QEMU has given its guest away to a migration before: if that guest runs nowhere else, let it go on (cont) first',
+          { facts: { names: [status] } },
+        );
+      }
+      if (status !== 'running' && status !== 'paused') {
         throw memferryError(
           'GUEST_BUSY',
           `QEMU is '${status}': only a guest that runs, or is paused, can move`,
@@ -114,7 +123,12 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     }
   }
 
-  async unpause(): Promise<void> {
+  unpause(): Promise<void> {
+    this.#unpausing = this.#goOn();
+    return this.#unpausing;
+  }
+
+  async #goOn(): Promise<void> {
     const { qmp } = this.#attachment;
     await stopMigrating(qmp);
     this.#state = 'here';
@@ -134,8 +148,9 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     await qmp.closed;
   }
 
-  /** Lets go of QEMU, which goes on as it is. */
+  /** Lets go of QEMU, which goes on as it is: running, if the migration has failed. */
   async close(): Promise<void> {
+    await this.#unpausing.catch(() => {});
     await this.#attachment.close();
   }
 
