@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "guest_ram.h"
 #include "os/mapping.h"
 #include "os/sys_error.h"
 #include "page/bitmap.h"
@@ -62,8 +63,9 @@ class EveryTracker : public testing::TestWithParam<TrackerCase> {
   void SetUp() override {
     if (const std::string lacking = GetParam().lacking(); !lacking.empty()) GTEST_SKIP() << lacking;
   }
-  [[nodiscard]] static std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region,
-                                                          const TrackerOptions& options = {}) {
+  [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region,
+                                                   const TrackerOptions& options = {}) {
+    if (GetParam().kind == TrackerKind::kKvmLog) return guest_ram_.make(region);
     return GetParam().make(region, options);
   }
   // With a neighbour of another protection at both ends: what the kernel joins with a new mapping all counts as written
@@ -79,7 +81,9 @@ class EveryTracker : public testing::TestWithParam<TrackerCase> {
   }
   // Every write differs from all before it, so that a tracker that compares content sees it too.
   void write(const std::shared_ptr<Region>& region, std::uint64_t page) {
-    std::memcpy(region->address(PageNumber{page}).pointer() + 8, &++writes_, sizeof writes_);
+    ++writes_;
+    if (guest_ram_.write(region, page, static_cast<std::uint32_t>(writes_))) return;
+    std::memcpy(region->address(PageNumber{page}).pointer() + 8, &writes_, sizeof writes_);
   }
   // Touches the page, and gives the first byte that write() changes.
   static std::byte read(const std::shared_ptr<Region>& region, std::uint64_t page) {
@@ -109,6 +113,7 @@ class EveryTracker : public testing::TestWithParam<TrackerCase> {
   const std::uint64_t page_ = system_page_size();
   std::uint64_t writes_ = 0;
   std::vector<Mapping> memory_;
+  GuestRam guest_ram_;  // for kvm-log: the VMs, and who writes in them
 };
 
 }  // namespace memferry

@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "every_tracker.h"
-#include "guest_ram.h"
 #include "lonely_mapping.h"
 #include "os/mapping.h"
 #include "os/sys_error.h"
@@ -34,24 +33,7 @@ namespace {
 
 const std::uint64_t kPage = system_page_size();
 
-class TrackerTest : public EveryTracker {
- protected:
-  [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region,
-                                                   const TrackerOptions& options = {}) {
-    if (GetParam().kind == TrackerKind::kKvmLog) return guest_ram_.make(region);
-    return EveryTracker::make(region, options);
-  }
-  // Every write differs from all before it; of a VM's RAM by its guest.
-  void write(const std::shared_ptr<Region>& region, std::uint64_t page) {
-    if (guest_ram_.write(region, page, static_cast<std::uint32_t>(writes_ + 1))) {
-      ++writes_;
-    } else {
-      EveryTracker::write(region, page);
-    }
-  }
-
-  GuestRam guest_ram_;  // for kvm-log
-};
+class TrackerTest : public EveryTracker {};
 
 TEST_P(TrackerTest, ReportsExactlyWhatWasWritten) {
   const auto region = small_pages(64);
@@ -516,12 +498,9 @@ TEST_P(TrackerTest, ArmingAndLettingGoWhileThreadsWrite) {
   EXPECT_EQ(found, sum.load());
 }
 
-INSTANTIATE_TEST_SUITE_P(Every, TrackerTest,
-                         testing::ValuesIn([] {
-                           std::vector<TrackerCase> trackers = every_tracker();
-                           trackers.push_back({TrackerKind::kKvmLog});
-                           return trackers;
-                         }()),
+INSTANTIATE_TEST_SUITE_P(Every, TrackerTest, testing::ValuesIn(every_tracker()),
+                         [](const auto& tracker) { return tracker.param.name(); });
+INSTANTIATE_TEST_SUITE_P(Kvm, TrackerTest, testing::Values(TrackerCase{TrackerKind::kKvmLog}),
                          [](const auto& tracker) { return tracker.param.name(); });
 
 TEST(TrackerNamesTest, GoBothWays) {
