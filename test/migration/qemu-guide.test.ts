@@ -1,6 +1,6 @@
 /** docs/qemu.md: what it tells one to type, typed as it is written, with a guest that checks its own memory. */
 import { type ChildProcess, spawn } from 'node:child_process';
-import { chmodSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { chmodSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -22,7 +22,9 @@ describe.skipIf(obstacle !== null)('the guide to QEMU', () => {
 
   beforeAll(() => {
     directory = mkdtempSync(join(tmpdir(), 'memferry-guide-'));
-    const memferry = join(directory, 'memferry');
+    const bin = join(directory, 'bin');
+    mkdirSync(bin);
+    const memferry = join(bin, 'memferry');
     writeFileSync(memferry, `#!/bin/sh\nexec '${process.execPath}' '${path('lib/cli/main.js')}' "$@"\n`);
     chmodSync(memferry, 0o755);
     // The rest of the guest's options: without those that the guide writes out.
@@ -33,7 +35,7 @@ describe.skipIf(obstacle !== null)('the guide to QEMU', () => {
       cwd: directory,
       detached: true, // a group of its own, to be ended as a whole
       stdio: ['pipe', 'pipe', 'pipe'],
-      env: { ...process.env, PATH: `${directory}:${process.env['PATH']}`, XDG_RUNTIME_DIR: directory },
+      env: { ...process.env, PATH: `${bin}:${process.env['PATH']}`, XDG_RUNTIME_DIR: directory },
     });
     for (const stream of [shell.stdout, shell.stderr]) {
       stream?.setEncoding('utf8').on('data', (text) => {
