@@ -36,7 +36,11 @@ std::optional<std::string> UffdWpAsyncTracker::refusal(const Region& region, con
 UffdWpAsyncTracker::UffdWpAsyncTracker(std::shared_ptr<Region> region, const TrackerOptions& options)
     : region_(std::move(region)), writers_(writers_of(*region_, options)), pagemap_(region_->owner()) {}
 
-Userfaultfd& UffdWpAsyncTracker::uffd() { return region_->owner() ? *region_->uffd() : *uffd_; }
+Userfaultfd& UffdWpAsyncTracker::uffd() {
+  Userfaultfd* const found = region_->owner() ? region_->uffd() : &*uffd_;
+  if (found == nullptr) throw std::logic_error("uffd-wp-async: attached memory without a userfaultfd");
+  return *found;
+}
 
 void UffdWpAsyncTracker::arm() {
   const RegionUse use(region_, "arm");
