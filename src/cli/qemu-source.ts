@@ -36,7 +36,6 @@ interface QemuSourceFlags extends QemuFlags, ServerFlags, Omit<GuestFlags, 'modu
   destinationRack?: string;
   leaveWhenEvicted?: boolean;
   stay?: boolean;
-  verify: boolean;
 }
 
 export function addQemuSource(qemu: Command): void {
@@ -77,7 +76,6 @@ export function addQemuSource(qemu: Command): void {
     .option('--destination-rack <name>', 'scatter modes: servers there are taken first')
     .option('--leave-when-evicted', 'scatter modes: end as soon as nobody needs this side any more')
     .option('--stay', 'leave QEMU as it is afterwards, stopped; it must never go on')
-    .option('--no-verify', 'do not compare digests at the end')
     .option('--json', 'one JSON object a line, the last one the report');
   addServerFlags(addConnectionFlags(command)).action(source);
 }
@@ -107,13 +105,12 @@ async function move(
   output: Output,
   signal: AbortSignal,
 ): Promise<EvictionReport | MigrationReport> {
-  const { to, mode, verify } = flags;
+  const { to, mode } = flags;
   const { channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker } = flags;
   const { onCapacity, destinationRack } = flags;
   await using migration = migrate(guest, {
     to,
     mode,
-    verify,
     signal,
     ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker }),
     ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),

@@ -18,6 +18,7 @@ const qemuModes: readonly QemuMode[] = ['pre-copy', 'multifd', 'post-copy'];
 const port = 7171;
 /** Of the guest: the rest is its kernel's. */
 const filled = 0.75;
+const kernelMb = 120;
 const dirtyPages = 32;
 const intermediaries = 2;
 
@@ -63,7 +64,7 @@ async function byMemferry(rig: Rig, source: Qemu, destination: Qemu, mode: strin
       process.execPath,
       [
         ...[memferryCommand, 'qemu', 'source', '--qmp', source.qmp, '--shim', source.shim, '--mode', mode],
-        ...['--to', `${rig.destination.address}:${port}`, '--no-verify', ...common],
+        ...['--to', `${rig.destination.address}:${port}`, ...common],
         ...stage.via.flatMap((via) => ['--via', via]),
       ],
       { namespace: rig.source.namespace, timeoutMs: 300_000 },
@@ -86,7 +87,7 @@ async function one(rig: Rig, { series, limited, dirtying }: Plan): Promise<Outco
   const memoryMb = options.guestBytes / mi;
   const args = qemuRig.guestArguments({
     memoryMb,
-    fillMb: Math.floor(memoryMb * filled),
+    fillMb: Math.floor(Math.min(memoryMb * filled, memoryMb - kernelMb)),
     dirtyPages: dirtying ? dirtyPages : 0,
     tickMs: 10,
   });
