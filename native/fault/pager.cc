@@ -20,6 +20,7 @@ constexpr int kAfterErrorMs = 100;
 constexpr int kSpinningTries = 64;
 constexpr int kTries = 4096;
 constexpr std::chrono::microseconds kBetweenTries{500};
+constexpr std::uint64_t kUnderLayout = 64;
 
 std::uint64_t wanted_features() {
   // Without it a mapping that fails is put over pages that are lost.
@@ -141,10 +142,20 @@ void Pager::read_faults(std::uint32_t from, std::vector<Request>& requests) {
   Userfaultfd& uffd = others ? uffd_of(from) : *own_;
   {
     std::unique_lock<std::shared_mutex> whole;
-    if (others && attached_[from].removed) whole = std::unique_lock(layout_);
+    if (others && attached_[from].removed) {
+      reader_waits_.store(true);
+      whole = std::unique_lock(layout_);
+      reader_waits_.store(false);
+    }
     count = uffd.read_events(events);
-    if (others)
-      for (std::size_t i = 0; i < count; ++i) on_event(events[i], from);
+    for (std::size_t i = 0; others && i < count; ++i) {
+      // One that fails keeps nobody from the others, which are read for good.
+      try {
+        on_event(events[i], from);
+      } catch (const std::exception& error) {
+        break_off("SYSTEM", error.what());
+      }
+    }
   }
   // Before serve() others wait: it wakes them, and their faults come again.
   if (others && !serving()) return;
@@ -219,7 +230,10 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
                      std::vector<Request>& requests) {
   // It came before the switch, and waits here.
   if (attached_[region].room && attached_[region].room->clear(page)) {
-    (void)deliver_run(region, {page, 1});
+    if (deliver_run(region, {page, 1}, Patience::kOwnThread) == Copied::kAgain) {
+      attached_[region].room->set(page);
+      raise_again(region, page);
+    }
     return;
   }
   const ArrivalMap& map = *maps_[region];
@@ -269,12 +283,17 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
       waiting_.add(fault);
     }
   }
-  if (zeros) serve_zero(region, page);
-  if (poisoned) poison(region, {page, 1});
+  if (zeros) serve_zero(region, page, Patience::kOwnThread);
+  if (poisoned) poison(region, {page, 1}, Patience::kOwnThread);
+}
+
+// For the pager's own thread, when an event that it has not read yet is in the way: whoever waits faults again, behind it.
+void Pager::raise_again(std::uint32_t region, PageNumber page) {
+  uffd_of(region).wake(maps_[region]->region().owner_address(page), maps_[region]->page_size());
 }
 
 // Gives zeros to a page that is absent, and wakes its waiters either way.
-void Pager::serve_zero(std::uint32_t region, PageNumber page) {
+void Pager::serve_zero(std::uint32_t region, PageNumber page, Patience patience) {
   ArrivalMap& map = *maps_[region];
   const OwnerAddress address = map.region().owner_address(page);
   Userfaultfd& uffd = uffd_of(region);
@@ -290,6 +309,8 @@ void Pager::serve_zero(std::uint32_t region, PageNumber page) {
       case PageOutcome::kGone:
         return;  // completed or unmapped since; whoever let go has woken the waiters
       default:
+        if (result.outcome == PageOutcome::kAgain && patience == Patience::kOwnThread)
+          return raise_again(region, page);
         if (!wait_again(tries)) {
           break_off("SYSTEM", "no zero page can be installed");
           return;
@@ -318,11 +339,16 @@ Pager::Installed Pager::install(std::uint32_t region, PageRun run, const std::by
   return result;
 }
 
-bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes) {
+Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byte* bytes,
+                               Patience patience) {
   ArrivalMap& map = *maps_[region];
   int tries = 0;
+  // Under a lock that whoever reads the events waits for.
+  const std::uint64_t usual = attached_[region].removed ? kUnderLayout : run.count;
+  std::uint64_t most = usual;
   while (run.count > 0) {
-    const PageRun part = map.region().contiguous_run(run);
+    PageRun part = map.region().contiguous_run(run);
+    part.count = std::min(part.count, most);
     PageResult result;
     try {
       result = attached_[region].removed ? copy_present(region, part, bytes)
@@ -331,7 +357,7 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
     } catch (const SystemError& error) {
       map.received.clear_run(run);
       break_off("SYSTEM", error.what());
-      return false;
+      return Copied::kFailed;
     }
     const std::uint64_t done = result.bytes_done / map.page_size();
     if (done > 0) {
@@ -341,6 +367,17 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
       run = {PageNumber{run.first.value + done}, run.count - done};
       bytes += result.bytes_done;
       tries = 0;
+      most = usual;
+    }
+    if (result.outcome == PageOutcome::kAgain && patience == Patience::kOwnThread && done == 0)
+      return Copied::kAgain;
+    if (result.outcome == PageOutcome::kGone && run.count > 1) {
+      // Over the border of two mappings the kernel does nothing at all.
+      const Mapped mapped = mapped_alike(region, run);
+      if (mapped.there && mapped.count < std::min(run.count, part.count - done) && wait_again(tries)) {
+        most = mapped.count;
+        continue;
+      }
     }
     const bool again = result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory;
     if (result.outcome == PageOutcome::kOk || (again && wait_again(tries))) continue;
@@ -361,9 +398,9 @@ bool Pager::copy_claimed(std::uint32_t region, PageRun run, const std::byte* byt
       break_off("SYSTEM", result.outcome == PageOutcome::kNoMemory ? "no memory for a page"
                                                                    : "a page cannot be installed");
     }
-    return false;
+    return Copied::kFailed;
   }
-  return true;
+  return Copied::kAll;
 }
 
 // Zeros are installed only where somebody waits: untouched memory costs nothing.
@@ -392,7 +429,7 @@ Pager::Installed Pager::install_zeros(std::uint32_t region, PageRun run) {
     });
     ++page;
   }
-  for (const PageNumber waited : waited_for) serve_zero(region, waited);
+  for (const PageNumber waited : waited_for) serve_zero(region, waited, Patience::kWaits);
   return result;
 }
 
@@ -417,6 +454,7 @@ void Pager::finish() {
   deliver_all();
   // Letting go of what is still missing would make zeros of it.
   if (broken_once_.load()) throw SystemError("a page could not be installed", EIO);
+  letting_go_.store(true);
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     const ArrivalMap& map = *maps_[region];
     map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
@@ -429,8 +467,16 @@ void Pager::finish() {
 void Pager::stop() {
   deliverer_.stop();
   thread_.stop();
-  if (!serving()) {
-    // Nothing was ever served: there is no guest here, and whoever waits in its memory need not.
+  bool poisoned = false;
+  {
+    const std::lock_guard lock(mutex_);
+    poisoned = poisoning_;
+  }
+  if (serving() && poisoned) give_up_rooms();
+  if (!serving() || poisoned) {
+    // Nothing was ever served: there is no guest here, and whoever waits in its memory need not. Or what is missing
+    // fails by now: the rest (zeros that nobody has read, what the owner has dropped) is ordinary memory, and would be
+    // waited for in vain, since the owner keeps its userfaultfd.
     for (std::uint32_t region = 0; region < maps_.size(); ++region) {
       if (!attached_[region].events) continue;
       for (const Extent& extent : maps_[region]->region().extents()) {

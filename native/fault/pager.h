@@ -14,7 +14,8 @@
 //
 // Memory of another process (fault/pager_attached.cc) is paged by the userfaultfd that came with it, from the pager's
 // construction on: whoever touches it there waits until serve(). What its owner discards reads as zeros from then on,
-// arrived or not, as far as the userfaultfd tells (EVENT_REMOVE). Private memory's pages that came before serve() lie in
+// arrived or not, as far as the userfaultfd tells (EVENT_REMOVE; of a shared file that says the same of MADV_DONTNEED,
+// which drops nothing: its owner must not use that there while pages are on their way). Private memory's pages that came before serve() lie in
 // the region's waiting room, and are installed from there: at once where somebody waits, the others by a thread.
 #pragma once
 
@@ -112,11 +113,26 @@ class Pager {
   void run(WorkerThread& self);
   void on_fault(std::uint32_t region, PageNumber page, Clock::time_point now, std::vector<Request>& requests);
   void send(const std::vector<Request>& requests);
-  void serve_zero(std::uint32_t region, PageNumber page);
-  bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes);
+  // The pager's own thread must not wait for the layout to settle: it may do so only once that thread has read an event.
+  enum class Patience { kWaits, kOwnThread };
+  enum class Copied { kAll, kFailed, kAgain };  // kAgain: none of it, and only for kOwnThread
+  void serve_zero(std::uint32_t region, PageNumber page, Patience patience);
+  bool copy_claimed(std::uint32_t region, PageRun run, const std::byte* bytes) {
+    return copy_with(region, run, bytes, Patience::kWaits) == Copied::kAll;
+  }
+  Copied copy_with(std::uint32_t region, PageRun run, const std::byte* bytes, Patience patience);
+  void raise_again(std::uint32_t region, PageNumber page);
   void arrived(std::uint32_t region, PageRun run);
-  void poison(std::uint32_t region, PageRun run);
-  bool poison_part(std::uint32_t region, PageRun part);
+  void poison(std::uint32_t region, PageRun run, Patience patience = Patience::kWaits);
+  // kAgain: the event that is in the way must be read first, and only for kOwnThread.
+  enum class Poisoned { kDone, kCannot, kAgain };
+  Poisoned poison_part(std::uint32_t region, PageRun part, Patience patience);
+  // Pages of `run` from its first on that lie in one mapping. None: they are in no mapping, and `count` says how many.
+  struct Mapped {
+    bool there = false;
+    std::uint64_t count = 0;
+  };
+  [[nodiscard]] Mapped mapped_alike(std::uint32_t region, PageRun run) const;
   bool poison_populated(std::uint32_t region, PageNumber page);
   void make_failing(std::uint32_t region, PageRun part);
   void break_off(const char* code, const std::string& message);
@@ -135,10 +151,12 @@ class Pager {
   void let_go_attached();
   void serve_attached();
   void deliver_all();
-  bool deliver_run(std::uint32_t region, PageRun run);
+  Copied deliver_run(std::uint32_t region, PageRun run, Patience patience = Patience::kWaits);
+  void give_up_rooms();
   void on_event(const uffd_msg& event, std::uint32_t from);
   void on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end);
-  void poison_child(std::uint32_t from, const UniqueFd& child);
+  void poison_child(std::uint32_t from, UniqueFd child);
+  bool poison_child_run(Userfaultfd& child, std::uint32_t region, PageRun part) const;
   PageResult copy_present(std::uint32_t region, PageRun run, const std::byte* bytes);
   [[nodiscard]] std::optional<std::pair<std::uint32_t, PageNumber>> place_of(std::uint32_t from,
                                                                              OwnerAddress at) const;
@@ -150,10 +168,15 @@ class Pager {
   std::optional<FailingMemory> failing_;  // where the kernel cannot poison pages
   std::atomic<std::uint32_t> failing_pieces_{0};
   std::vector<Attached> attached_;  // one a map
+  std::atomic<std::uint64_t> undelivered_{0};  // in waiting rooms, or being installed from there
+  std::atomic<bool> letting_go_{false};        // finish() unregisters: what is gone is no failure any more
+  // Of children whose missing pages could not be made to fail: they wait there rather than read zeros.
+  std::vector<UniqueFd> children_;
   WorkerThread deliverer_;
   // Shared while a page of memory with `removed` is installed, whole while its events are read and noted: an install is
   // either before the discard, and dropped by it, or after it is known. Nothing that waits for events is done under it.
   std::shared_mutex layout_;
+  std::atomic<bool> reader_waits_{false};  // who installs lets it go first
   DemandWriter writer_;
   Router router_;
   LatencyHistogram latencies_;

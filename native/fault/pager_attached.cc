@@ -1,5 +1,6 @@
 // Paging the memory of another process, by its own userfaultfd.
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "fault/pager.h"
+#include "os/process_maps.h"
 #include "os/sys_error.h"
 
 namespace memferry {
@@ -19,6 +21,8 @@ namespace {
 
 // What a room's pages are installed in: as large as UFFDIO_COPY is good for, small enough for a fault to come between.
 constexpr std::uint64_t kDeliverPages = 64;
+
+constexpr int kLetGoFirst = 1000;
 
 constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE;
 
@@ -114,7 +118,7 @@ void Pager::serve_attached() {
         from = run->end();
         // On their way from here, like what a channel has claimed.
         for (PageNumber page = run->first; page < run->end(); ++page.value) {
-          if (map.received.test(page) && !map.zero.test(page)) room->set(page);
+          if (map.received.test(page) && !map.zero.test(page) && !room->set(page)) ++undelivered_;
         }
         map.present.clear_run(*run);
         rooms = true;
@@ -137,7 +141,7 @@ void Pager::serve_attached() {
         PageNumber from{0};
         while (room != nullptr && !self.stopping()) {
           const auto run = room->take_run(from, end, kDeliverPages);
-          if (!run || !deliver_run(region, *run)) break;
+          if (!run || deliver_run(region, *run) != Copied::kAll) break;
           from = run->end();
         }
       }
@@ -145,31 +149,61 @@ void Pager::serve_attached() {
   }
 }
 
-bool Pager::deliver_run(std::uint32_t region, PageRun run) {
+// One part by itself for kOwnThread: then kAgain means that nothing was done.
+Pager::Copied Pager::deliver_run(std::uint32_t region, PageRun run, Patience patience) {
   const ArrivalMap& map = *maps_[region];
-  bool intact = true;
+  Copied outcome = Copied::kAll;
   map.for_each_part(run, [&](std::span<std::byte> part, PageNumber first) {
-    if (!intact) return;
-    intact = copy_claimed(region, {first, part.size() / map.page_size()}, part.data());
-    // As it leaves: the room is never needed twice.
-    (void)::madvise(part.data(), part.size(), MADV_DONTNEED);
+    const std::uint64_t pages = part.size() / map.page_size();
+    if (outcome == Copied::kAll) outcome = copy_with(region, {first, pages}, part.data(), patience);
+    if (outcome == Copied::kAgain) return;
+    // What failed, and what follows it, is missing again, so that it is poisoned and not read.
+    if (outcome == Copied::kAll) {
+      // As it leaves: the room is never needed twice.
+      (void)::madvise(part.data(), part.size(), MADV_DONTNEED);
+    } else {
+      for (PageNumber page = first; page.value < first.value + pages; ++page.value) {
+        if (!map.present.test(page)) (void)maps_[region]->received.clear(page);
+      }
+    }
+    undelivered_.fetch_sub(pages);
   });
-  return intact;
+  return outcome;
 }
 
-// What the deliverer has not taken yet, and then the deliverer itself.
+// What the deliverer has not taken yet, and then the deliverer itself. What the faults' thread has taken may come back.
 void Pager::deliver_all() {
-  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    AtomicBitmap* const room = attached_[region].room.get();
-    const PageNumber end{maps_[region]->pages()};
-    PageNumber from{0};
-    while (room != nullptr) {
-      const auto run = room->take_run(from, end, kDeliverPages);
-      if (!run || !deliver_run(region, *run)) break;
-      from = run->end();
+  int tries = 0;
+  while (undelivered_.load() > 0 && !broken_once_.load()) {
+    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+      AtomicBitmap* const room = attached_[region].room.get();
+      const PageNumber end{maps_[region]->pages()};
+      PageNumber from{0};
+      while (room != nullptr) {
+        const auto run = room->take_run(from, end, kDeliverPages);
+        if (!run || deliver_run(region, *run) != Copied::kAll) break;
+        from = run->end();
+        tries = 0;
+      }
     }
+    if (undelivered_.load() > 0 && !wait_again(tries))
+      break_off("SYSTEM", "pages that have come cannot be installed");
   }
   deliverer_.stop();
+}
+
+// What lies in waiting rooms and will not be brought any more counts as missing, and fails.
+void Pager::give_up_rooms() {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    AtomicBitmap* const room = attached_[region].room.get();
+    while (room != nullptr) {
+      const auto run = room->take_run(PageNumber{0}, PageNumber{maps_[region]->pages()}, kDeliverPages);
+      if (!run) break;
+      maps_[region]->received.clear_run(*run);
+      undelivered_.fetch_sub(run->count);
+      poison(region, *run);
+    }
+  }
 }
 
 bool Pager::deliver() {
@@ -226,6 +260,8 @@ void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end)
 PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byte* bytes) {
   const ArrivalMap& map = *maps_[region];
   const std::uint64_t page_size = map.page_size();
+  // A lock that is shared again and again may keep out for ever whoever wants it whole.
+  for (int looks = 0; reader_waits_.load() && looks < kLetGoFirst; ++looks) ::sched_yield();
   const std::shared_lock sharing(layout_);
   const AtomicBitmap& removed = *attached_[region].removed;
   PageResult total;
@@ -249,7 +285,8 @@ PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byt
 }
 
 // The copy that a child has of memory with missing pages: nobody will bring them there, and they may not read as zeros.
-void Pager::poison_child(std::uint32_t from, const UniqueFd& child) {
+void Pager::poison_child(std::uint32_t from, UniqueFd child) {
+  bool all = true;
   try {
     Userfaultfd uffd = Userfaultfd::adopt(child.get(), 0);
     for (std::uint32_t region = 0; region < maps_.size(); ++region) {
@@ -261,22 +298,64 @@ void Pager::poison_child(std::uint32_t from, const UniqueFd& child) {
         const auto missing = map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
         if (!missing) break;
         at = missing->end();
-        map.for_each_run(*missing, [&](PageRun part) {
-          const OwnerAddress start = memory.owner_address(part.first);
-          const std::uint64_t bytes = part.count * map.page_size();
-          for (std::uint64_t done = 0; done < bytes;) {
-            const PageResult result = uffd.poison(start.plus(done), bytes - done, true);
-            done += result.bytes_done;
-            if (result.outcome == PageOutcome::kGone) return;
-            if (result.outcome != PageOutcome::kOk) done += map.page_size();
-          }
-        });
+        map.for_each_run(*missing,
+                         [&](PageRun part) { all = poison_child_run(uffd, region, part) && all; });
       }
     }
   } catch (const std::exception& error) {
+    all = false;
     break_off("SYSTEM",
               std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
   }
+  if (!all) children_.push_back(std::move(child));
+}
+
+// False when some of it may not fail. Its mappings are the owner's, as far as the child has not changed them.
+bool Pager::poison_child_run(Userfaultfd& child, std::uint32_t region, PageRun part) const {
+  const std::uint64_t page_size = maps_[region]->page_size();
+  bool all = true;
+  int tries = 0;
+  for (std::uint64_t most = part.count; part.count > 0;) {
+    const std::uint64_t count = std::min(most, part.count);
+    const PageResult result =
+        child.poison(maps_[region]->region().owner_address(part.first), count * page_size, true);
+    std::uint64_t done = result.bytes_done / page_size;
+    if (result.outcome == PageOutcome::kExists) {
+      ++done;
+    } else if (result.outcome == PageOutcome::kGone) {
+      if (result.error == ESRCH) return true;  // it has ended
+      const Mapped mapped = mapped_alike(region, {PageNumber{part.first.value + done}, count - done});
+      if (mapped.there && mapped.count < count - done) {
+        most = mapped.count;
+      } else {
+        all = all && !mapped.there;
+        done += mapped.count;
+        most = part.count;
+      }
+    } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
+      return false;
+    }
+    if (result.outcome == PageOutcome::kOk) most = part.count;
+    part = {PageNumber{part.first.value + done}, part.count - done};
+  }
+  return all;
+}
+
+Pager::Mapped Pager::mapped_alike(std::uint32_t region, PageRun run) const {
+  const Region& memory = maps_[region]->region();
+  const std::uint64_t page_size = maps_[region]->page_size();
+  const OwnerAddress start = memory.owner_address(run.first);
+  Mapped mapped{false, run.count};
+  for_each_mapped_area(
+      [&](const MappedArea& area) {
+        if (area.end <= start) return true;
+        mapped.there = area.start <= start;
+        const std::uint64_t border = mapped.there ? area.end.value : area.start.value;
+        mapped.count = std::min(run.count, (border - start.value) / page_size);
+        return false;
+      },
+      memory.owner().get());
+  return mapped;
 }
 
 }  // namespace memferry

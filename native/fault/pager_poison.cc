@@ -1,6 +1,9 @@
 // Pages that will never come: whoever touches one gets SIGBUS instead of zeros.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cerrno>
+
 #include "fault/pager.h"
 #include "os/sys_error.h"
 
@@ -20,6 +23,7 @@ void Pager::poison_missing() {
   }
   if (!serving()) return;
   deliver_all();
+  give_up_rooms();
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     const ArrivalMap& map = *maps_[region];
     const PageNumber end{map.pages()};
@@ -70,10 +74,16 @@ void Pager::poison_lost() {
   }
 }
 
-void Pager::poison(std::uint32_t region, PageRun run) {
+void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
   ArrivalMap& map = *maps_[region];
+  bool again = false;
   map.for_each_run(run, [&](PageRun part) {
-    if (poison_part(region, part)) return;
+    const Poisoned outcome = poison_part(region, part, patience);
+    if (outcome == Poisoned::kAgain) {
+      again = true;
+      raise_again(region, part.first);
+    }
+    if (outcome != Poisoned::kCannot) return;
     if (map.region().owner()) {
       // Another process's memory cannot be made to fail otherwise, and it may not read zeros.
       map.region().owner()->end();
@@ -81,38 +91,65 @@ void Pager::poison(std::uint32_t region, PageRun run) {
       make_failing(region, part);
     }
   });
+  if (again) return;
   const std::lock_guard lock(mutex_);
   waiting_.take(region, run, [](const WaitingFault&) {});
 }
 
-// False when the kernel cannot do it (before Linux 6.6), or has no memory for it.
-bool Pager::poison_part(std::uint32_t region, PageRun part) {
+// kCannot when the kernel cannot do it (before Linux 6.6), or has no memory for it, or says that pages are gone which are
+// mapped.
+Pager::Poisoned Pager::poison_part(std::uint32_t region, PageRun part, Patience patience) {
   const ArrivalMap& map = *maps_[region];
   Userfaultfd& uffd = uffd_of(region);
-  if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return false;
+  if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return Poisoned::kCannot;
   const OwnerAddress start = map.region().owner_address(part.first);
   const std::uint64_t page_size = map.page_size();
   const std::uint64_t bytes = part.count * page_size;
   int tries = 0;
+  std::uint64_t most = bytes;
   for (std::uint64_t done = 0; done < bytes;) {
     PageResult result;
     try {
-      result = uffd.poison(start.plus(done), bytes - done, true);
+      result = uffd.poison(start.plus(done), std::min(most, bytes - done), true);
     } catch (const SystemError&) {
-      return false;
+      return Poisoned::kCannot;
     }
     done += result.bytes_done;
+    if (result.bytes_done > 0) most = bytes;
     if (result.outcome == PageOutcome::kExists) {
       // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
-      if (!poison_populated(region, PageNumber{part.first.value + done / page_size})) return false;
+      if (!poison_populated(region, PageNumber{part.first.value + done / page_size}))
+        return Poisoned::kCannot;
       done += page_size;
     } else if (result.outcome == PageOutcome::kGone) {
-      return true;
+      if (letting_go_.load() || result.error == ESRCH) return Poisoned::kDone;
+      // Over the border of two mappings the kernel does nothing at all.
+      try {
+        const std::uint64_t at = done / page_size;
+        const Mapped mapped = mapped_alike(region, {PageNumber{part.first.value + at}, part.count - at});
+        if (!mapped.there) {
+          done += mapped.count * page_size;
+          most = bytes;
+        } else if (!wait_again(tries)) {
+          return Poisoned::kCannot;
+        } else if (mapped.count * page_size < std::min(most, bytes - done)) {
+          most = mapped.count * page_size;
+        } else {
+          // In one mapping, and it is not registered: somebody has put it over the region's.
+          return Poisoned::kCannot;
+        }
+      } catch (const OwnerGone&) {
+        return Poisoned::kDone;
+      } catch (const SystemError&) {
+        return Poisoned::kCannot;
+      }
+    } else if (result.outcome == PageOutcome::kAgain && patience == Patience::kOwnThread && done == 0) {
+      return Poisoned::kAgain;
     } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
-      return false;
+      return Poisoned::kCannot;
     }
   }
-  return true;
+  return Poisoned::kDone;
 }
 
 bool Pager::poison_populated(std::uint32_t region, PageNumber page) {

@@ -148,6 +148,7 @@ void Receiver::Impl::close() {
     closing = true;
     shut_down_all_locked();
     changed.notify_all();
+    changed.wait(lock, [this] { return !delivering; });
   }
   if (gather) gather->shut_down();
   // Completion belongs to the supervisor, so let it end first: it may be letting go of the memory right now.
@@ -178,7 +179,7 @@ void Receiver::Impl::close() {
 void Receiver::Impl::region_gone() {
   {
     const std::lock_guard lock(mutex);
-    if (!closing && state != State::kComplete) {
+    if (!closing && (state != State::kComplete || delivering)) {
       const std::string gone = gone_owner(config.regions);
       fail_locked(gone.empty() ? "REGION_GONE" : "OWNER_GONE",
                   gone.empty() ? "the memory of a region went away" : gone);
@@ -194,8 +195,10 @@ void Receiver::Impl::take_remote(Region& region, std::size_t index) {
   std::uint64_t populated = 0;
   Pagemap pagemap(region.owner());
   for (const Extent& extent : region.extents()) {
-    pagemap.populated(extent.start, extent.bytes,
-                      [&](AddressRange range) { populated += range.end.value - range.start.value; });
+    // The page of zeros too: who has only read there has a page that nothing is installed over.
+    pagemap.populated_by_reading(extent.start, extent.bytes, [&](AddressRange range) {
+      populated += range.end.value - range.start.value;
+    });
   }
   if (populated > 0) {
     throw std::invalid_argument("private memory of another process must be fresh to receive: " +
@@ -234,7 +237,8 @@ void Receiver::Impl::fail(std::string code, std::string message) {
 }
 
 void Receiver::Impl::fail_locked(std::string code, std::string message) {
-  if (closing || state == State::kFailed || state == State::kLost || state == State::kComplete) return;
+  if (closing || state == State::kFailed || state == State::kLost) return;
+  if (state == State::kComplete && !delivering) return;
   // While paging a page can no longer be had, so somebody may be blocked on one: fail that access, soon.
   if (pager && pager->serving()) poison_at = Clock::now() + config.loss_grace;
   state = State::kFailed;
@@ -355,7 +359,7 @@ void Receiver::Impl::supervise() {
       push(std::move(event));
       continue;
     }
-    if (now >= poison_at) {
+    if (now >= poison_at && !delivering) {
       poison_at = Clock::time_point::max();
       const bool all = state == State::kFailed || (state == State::kLost && pages_lost == 0);
       lock.unlock();
@@ -367,7 +371,7 @@ void Receiver::Impl::supervise() {
       lock.lock();
       continue;
     }
-    Clock::time_point until = std::min(recover_by, poison_at);
+    Clock::time_point until = delivering ? recover_by : std::min(recover_by, poison_at);
     if (gather && state == State::kPaging && switched) {
       if (now >= gather_look_at) {
         look_after_gather_locked(lock);
@@ -408,13 +412,15 @@ bool Receiver::attach(const wire::Hello& hello, UniqueFd& fd) { return impl_->at
 
 bool Receiver::ready() const {
   const Impl::State state = impl_->state;
-  if (state == Impl::State::kComplete) return true;
+  if (state == Impl::State::kComplete) return !impl_->delivering;
   if (state == Impl::State::kPaging) return impl_->switched;
   return state == Impl::State::kFilling && impl_->filled();
 }
 
 bool Receiver::seal() {
-  const std::lock_guard lock(impl_->mutex);
+  std::unique_lock lock(impl_->mutex);
+  impl_->changed.wait(lock, [this] { return !impl_->delivering; });
+  if (impl_->closing) return false;
   if (impl_->state == Impl::State::kPaging) return impl_->switched;
   if (impl_->state == Impl::State::kComplete) return true;
   if (impl_->state != Impl::State::kFilling) return false;
@@ -423,15 +429,22 @@ bool Receiver::seal() {
   impl_->sealing = true;
   impl_->state = Impl::State::kComplete;
   const bool whole = impl_->filled();
-  const bool delivered = whole && impl_->deliver();
   if (!whole) impl_->state = Impl::State::kFilling;
   impl_->sealing = false;
-  if (whole && !delivered) {
-    // Its pages wait where nobody brings them: they are poisoned as it is closed.
-    impl_->state = Impl::State::kFailed;
-    throw std::runtime_error("the memory of another process does not take its pages: " + impl_->undelivered);
-  }
-  return whole;
+  if (!whole) return false;
+  // It copies all of the memory, and the pager's threads that it ends may be telling of a failure right now.
+  impl_->delivering = true;
+  lock.unlock();
+  const bool delivered = impl_->deliver();
+  lock.lock();
+  // Its pages wait where nobody brings them: they are poisoned soon, or as it is closed.
+  if (!delivered) impl_->fail_locked("SYSTEM", impl_->undelivered);
+  impl_->delivering = false;
+  impl_->changed.notify_all();
+  if (!delivered || impl_->state != Impl::State::kComplete)
+    throw std::runtime_error("the memory of another process does not take its pages: " +
+                             (delivered ? std::string("see its owner") : impl_->undelivered));
+  return true;
 }
 
 bool Receiver::paging() const {

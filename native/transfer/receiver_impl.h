@@ -227,6 +227,9 @@ struct Receiver::Impl {
   std::atomic<Clock::rep> rests_until{0};  // the source does, since the clock's epoch
   std::atomic<bool> source_sends{true};
   std::atomic<bool> sealing{false};  // kComplete may be taken back
+  // kComplete, and seal() is still installing what waits for attached memory, without the mutex: the pager is its
+  // alone, and the migration can still fail. Changed with the mutex held.
+  std::atomic<bool> delivering{false};
   std::atomic<std::uint64_t> bytes_received{0};
   std::atomic<std::uint64_t> pages_received{0};
   std::atomic<std::uint64_t> pages_zero{0};
