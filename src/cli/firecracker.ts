@@ -71,14 +71,14 @@ async function serve(flags: FirecrackerFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
-  if (flags.snapshot !== undefined) return fromFile(flags, flags.snapshot, output, signal);
+  if (flags.snapshot !== undefined) return await fromFile(flags, flags.snapshot, output, signal);
   if (flags.fromVmd === undefined && flags.listen === undefined)
     throw memferryError('INVALID_ARGUMENT', 'say what to serve: --snapshot, --from-vmd or --listen');
   if (flags.state === undefined)
     throw memferryError('INVALID_ARGUMENT', '--state: Firecracker needs the execution state in a file');
   const host = hostOf(flags, flags.state, output);
-  if (flags.fromVmd !== undefined) return fromVmd(flags, flags.fromVmd, host, output, signal);
-  return fromMigration(flags, flags.listen as string, host, output, signal);
+  if (flags.fromVmd !== undefined) return await fromVmd(flags, flags.fromVmd, host, output, signal);
+  return await fromMigration(flags, flags.listen as string, host, output, signal);
 }
 
 async function fromFile(

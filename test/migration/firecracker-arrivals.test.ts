@@ -226,5 +226,6 @@ describe('a microVM', () => {
     await expect.poll(() => fake.running).toBe(true);
     await right(fake);
     await arrival.complete;
+    await migration.done;
   });
 });
