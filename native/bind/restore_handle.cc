@@ -89,6 +89,9 @@ RestoreHandle::RestoreHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
       config.read_now = [file](const std::byte* from, std::span<std::byte> into) {
         return file->read_now(from, into);
       };
+      config.still_has = [file](const std::byte* from, std::uint64_t bytes) {
+        return file->still_has(from, bytes);
+      };
     }
     const Napi::Array mappings = array_of(object.Get("mappings"), "mappings");
     for (std::uint32_t i = 0; i < mappings.Length(); ++i) {
@@ -116,6 +119,14 @@ RestoreHandle::RestoreHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
     };
     try {
       pager_ = std::make_unique<SnapshotPager>(std::move(config));
+      if (source_.shared) {
+        // It reads the region's memory for as long as it serves.
+        source_user_ = source_.shared->region().enlist([this] { pager_->close(); });
+        if (!source_user_) {
+          pager_->close();
+          throw RegionGone("restore");
+        }
+      }
       Environment::of(env).add(this);
     } catch (...) {
       events_->close();
@@ -134,6 +145,7 @@ void RestoreHandle::shut_down() {
   // Whoever waits for a page of a region that will not come now would be waited for here.
   if (source_.shared) source_.shared->region().retire();
   pager_->close();
+  source_user_.reset();
   events_->close();
 }
 

@@ -30,6 +30,7 @@ class RestoreHandle : public Napi::ObjectWrap<RestoreHandle>, public Engine {
 
   RegionHold source_;                     // of a source that is a region
   std::unique_ptr<SnapshotPager> pager_;  // kept after close() for its last figures
+  std::unique_ptr<Region::User> source_user_;
   std::shared_ptr<EventQueue> events_;
   bool open_ = false;
 };

@@ -11,6 +11,7 @@
 #include <thread>
 #include <utility>
 
+#include "fault/gone.h"
 #include "page/contents.h"
 
 namespace memferry {
@@ -265,7 +266,9 @@ bool SourcePager::bring(PageRun run, std::vector<std::byte>& buffer) {
 }
 
 SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
+  PieceSize pieces;
   while (run.count > 0) {
+    std::uint64_t count = 1;
     std::uint64_t done = 0;
     PageOutcome outcome = PageOutcome::kOk;
     {
@@ -273,8 +276,7 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
       if (ledger_.test(run.first)) {
         done = 1;  // by somebody else, or dropped
       } else {
-        std::uint64_t count = 1;
-        while (count < run.count && !ledger_.test(PageNumber{run.first.value + count})) ++count;
+        while (count < std::min(run.count, pieces.most()) && !ledger_.test(PageNumber{run.first.value + count})) ++count;
         const PageResult result =
             memory_.uffd()->copy(memory_.owner_address(run.first), bytes, count * page_size_, true);
         outcome = result.outcome;
@@ -291,9 +293,12 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
     bytes += done * page_size_;
     if (outcome == PageOutcome::kAgain || outcome == PageOutcome::kNoMemory) return Outcome::kAgain;
     if (outcome == PageOutcome::kGone) {
-      memory_.owner()->require("page");
-      settle(run);  // not mapped any more
-      return Outcome::kGone;
+      if (pieces.refused(count - done)) continue;
+      confirm_unmapped(*memory_.owner(), memory_.owner_address(run.first), page_size_, "page");
+      settle({run.first, 1});
+      memory_.uffd()->wake(memory_.owner_address(run.first), page_size_);
+      bytes += page_size_;
+      run = {PageNumber{run.first.value + 1}, run.count - 1};
     }
   }
   return Outcome::kHere;
@@ -336,8 +341,10 @@ void SourcePager::poison(PageRun run) {
 
 bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
   int tries = 0;
+  PieceSize pieces;
   while (run.count > 0) {
-    const PageRun part = memory_.contiguous_run(run);
+    PageRun part = memory_.contiguous_run(run);
+    part.count = std::min(part.count, pieces.most());
     PageResult result;
     bool supported = (uffd.features() & abi::kUffdFeaturePoison) != 0;
     try {
@@ -348,7 +355,21 @@ bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
     if (!supported || tries > kTries) return false;
     std::uint64_t done = result.bytes_done / page_size_;
     if (result.outcome == PageOutcome::kExists) ++done;  // came after all
-    if (result.outcome == PageOutcome::kGone) return true;
+    if (result.outcome == PageOutcome::kOk) pieces.went_well();
+    if (result.outcome == PageOutcome::kGone && !pieces.refused(part.count - done)) {
+      // Of a child nothing but this is known: it was forked without it.
+      if (&uffd == memory_.uffd()) {
+        try {
+          confirm_unmapped(*memory_.owner(), memory_.owner_address(PageNumber{run.first.value + done}),
+                           page_size_, "UFFDIO_POISON");
+        } catch (const OwnerGone&) {
+          return true;
+        } catch (const SystemError&) {
+          return false;
+        }
+      }
+      ++done;
+    }
     if (result.outcome == PageOutcome::kAgain || result.outcome == PageOutcome::kNoMemory)
       between_tries(++tries);
     run = {PageNumber{run.first.value + done}, run.count - done};

@@ -38,16 +38,16 @@ class GuestLayout {
     const std::byte* from = nullptr;
   };
   [[nodiscard]] Piece piece(PageRun run) const;
-  // Visits the pages whose addresses are in [start, end), mapping by mapping; what is outside of all is left out.
+  // Visits the pages that lie in [start, end) whole, mapping by mapping; what is outside of all is left out.
   template <typename Visit>
   void for_each_run(OwnerAddress start, OwnerAddress end, Visit visit) const {
     for (std::size_t i = 0; i < spans_.size(); ++i) {
       const std::uint64_t from = std::max(start.value, spans_[i].at.value);
       const std::uint64_t to = std::min(end.value, spans_[i].at.value + spans_[i].bytes);
       if (from >= to) continue;
-      const std::uint64_t first = (from - spans_[i].at.value) / page_size_;
-      const std::uint64_t last = (to - 1 - spans_[i].at.value) / page_size_;
-      visit(PageRun{PageNumber{first_page_[i] + first}, last - first + 1});
+      const std::uint64_t first = (from - spans_[i].at.value + page_size_ - 1) / page_size_;
+      const std::uint64_t last = (to - spans_[i].at.value) / page_size_;
+      if (first < last) visit(PageRun{PageNumber{first_page_[i] + first}, last - first});
     }
   }
 

@@ -19,6 +19,7 @@ constexpr std::uint64_t kChunkBytes = 128ULL << 10U;
 // More walks than can be served are not worth remembering: the newest count.
 constexpr std::size_t kMostJobs = 32;
 constexpr std::chrono::microseconds kAgainAfter{50};
+constexpr std::chrono::milliseconds kMemoryAfter{2};
 constexpr int kSweepAgainMs = 5;
 
 }  // namespace
@@ -93,10 +94,13 @@ bool SnapshotPager::bring(PageRun run, bool sweeping, WorkerThread& self) {
     std::uint64_t installed = 0;
     if (readable > 0) {
       if (over_.load(std::memory_order_acquire) || ending_.load(std::memory_order_acquire)) return false;
-      while (install_in_gate({piece.run.first, readable}, &installed) == Served::kAgain) {
+      for (;;) {
+        const Served served = install_in_gate({piece.run.first, readable}, &installed);
+        note_memory(served);
+        if (served == Served::kDone) break;
         again_.fetch_add(1, std::memory_order_relaxed);
         if (self.stopping() || ending_.load(std::memory_order_acquire)) return false;
-        std::this_thread::sleep_for(kAgainAfter);
+        std::this_thread::sleep_for(served == Served::kAgain ? kAgainAfter : kMemoryAfter);
       }
       ahead_.fetch_add(installed, std::memory_order_relaxed);
     }
@@ -130,9 +134,9 @@ void SnapshotPager::wait_for_disk(WorkerThread& self) {
     }
     try {
       const GuestLayout::Piece piece = layout_.piece({page, 1});
-      if (touch({piece.from, layout_.page_size()}) < layout_.page_size()) {
+      if (!removed_.test(page) && touch({piece.from, layout_.page_size()}) < layout_.page_size()) {
         give_up(page, "the snapshot cannot be read");
-        continue;
+        if (lost_.test(page)) continue;  // else it has been removed
       }
       for (;;) {
         std::uint64_t installed = 0;
@@ -140,8 +144,9 @@ void SnapshotPager::wait_for_disk(WorkerThread& self) {
         // Removed while the disk was waited for: what waits gets zeros.
         if (served == Served::kDone && removed_.test(page) && !over_.load(std::memory_order_acquire))
           served = install_zeros(page);
+        note_memory(served);
         if (served == Served::kDone || self.stopping()) break;
-        std::this_thread::sleep_for(kAgainAfter);
+        std::this_thread::sleep_for(served == Served::kAgain ? kAgainAfter : kMemoryAfter);
       }
     } catch (const std::exception& error) {
       if (config_.owner->alive()) fail("SYSTEM", error.what());

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <thread>
 
+#include "fault/gone.h"
 #include "os/sys_error.h"
 #include "restore/snapshot_pager.h"
 
@@ -17,7 +18,13 @@ constexpr std::chrono::microseconds kBetweenTries{500};
 
 // Reported first, poisoned then: until that whoever touches it waits.
 void SnapshotPager::give_up(PageNumber page, const std::string& why) {
-  if (lost_.set(page) || ending_.load(std::memory_order_acquire)) return;
+  const bool before = lost_.set(page);
+  // Removed meanwhile, and read by nobody any more. (The reader notes a removal first, and takes back a loss then.)
+  if (removed_.test(page)) {
+    lost_.clear(page);
+    return;
+  }
+  if (before || ending_.load(std::memory_order_acquire)) return;
   emit({.kind = RestoreEvent::Kind::kLost, .code = "PAGES_LOST", .message = why, .lost = {{page, 1}}});
   Clock::rep none = 0;
   poison_at_.compare_exchange_strong(none, (Clock::now() + config_.loss_grace).time_since_epoch().count());
@@ -36,40 +43,57 @@ void SnapshotPager::poison_lost() {
     const auto run = lost_.next_set(from, PageNumber{layout_.pages()}, layout_.pages());
     if (!run) return;
     for (PageNumber page = run->first; page < run->end(); ++page.value)
-      if (!poisoned_.set(page)) poison({page, 1});
+      if (lost_.test(page) && !poisoned_.set(page)) poison({page, 1});
     from = run->end();
   }
 }
 
+// What is removed meanwhile is zeros, and is left out.
 void SnapshotPager::poison(PageRun run) {
   const std::uint64_t size = layout_.page_size();
-  while (run.count > 0) {
-    const GuestLayout::Piece piece = layout_.piece(run);
-    std::uint64_t done = 0;
-    for (int tries = 0; done < piece.run.count;) {
-      if ((config_.uffd.features() & abi::kUffdFeaturePoison) == 0)
-        throw SystemError("UFFDIO_POISON (Linux 6.6)", ENOTSUP);
-      const PageResult result =
-          config_.uffd.poison(piece.at.plus(done * size), (piece.run.count - done) * size, true);
-      done += result.bytes_done / size;
-      if (result.outcome == PageOutcome::kOk) break;
-      if (result.outcome == PageOutcome::kExists) {
-        config_.uffd.wake(piece.at.plus(done * size), size);
-        ++done;
-      } else if (result.outcome == PageOutcome::kGone) {
-        config_.owner->require("UFFDIO_POISON");
-        ++done;
-      } else if (++tries < kPoisonTries) {
-        // Its owner is in madvise(): what it removes need not be poisoned any more.
-        std::vector<Fault> ignored;
-        read_events(ignored);
-        std::this_thread::sleep_for(kBetweenTries);
-      } else {
-        throw SystemError("UFFDIO_POISON", result.error);
-      }
+  if ((config_.uffd.features() & abi::kUffdFeaturePoison) == 0)
+    throw SystemError("UFFDIO_POISON (Linux 6.6)", ENOTSUP);
+  PieceSize pieces;
+  int tries = 0;
+  for (PageNumber at = run.first; at < run.end();) {
+    if (removed_.test(at)) {
+      ++at.value;
+      continue;
     }
-    run = {piece.run.end(), run.count - piece.run.count};
+    std::uint64_t count = 1;
+    while (count < pieces.most() && at.value + count < run.end().value &&
+           !removed_.test(PageNumber{at.value + count}))
+      ++count;
+    const GuestLayout::Piece piece = layout_.piece({at, count});
+    const PageResult result = config_.uffd.poison(piece.at, piece.run.count * size, true);
+    const std::uint64_t done = result.bytes_done / size;
+    if (done > 0) tries = 0;
+    at.value += done;
+    if (result.outcome == PageOutcome::kOk) {
+      pieces.went_well();
+    } else if (result.outcome == PageOutcome::kExists) {
+      config_.uffd.wake(piece.at.plus(done * size), size);
+      ++at.value;
+    } else if (result.outcome == PageOutcome::kGone) {
+      if (pieces.refused(piece.run.count - done)) continue;
+      confirm_unmapped(*config_.owner, piece.at.plus(done * size), size, "UFFDIO_POISON");
+      removed_.set(at);
+      ++at.value;
+    } else if (++tries < kPoisonTries) {
+      // Its owner is in madvise(): what it removes need not be poisoned any more.
+      read_events_only();
+      std::this_thread::sleep_for(kBetweenTries);
+    } else {
+      throw SystemError("UFFDIO_POISON", result.error);
+    }
   }
+}
+
+// The faults are raised again for the next reading.
+void SnapshotPager::read_events_only() {
+  std::vector<Fault> faults;
+  read_events(faults);
+  for (const Fault& fault : faults) config_.uffd.wake(layout_.piece({fault.page, 1}).at, layout_.page_size());
 }
 
 // The reader's last act, with nobody else installing any more. What cannot be poisoned costs the owner its life: it would

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "os/sys_error.h"
@@ -34,6 +35,14 @@ bool SnapshotFile::read_now(const std::byte* from, std::span<std::byte> into) co
   const auto offset = static_cast<off_t>(from - mapping_.data());
   // Short: some of it is not in the page cache, or the file has shrunk.
   return ::preadv2(fd_.get(), &part, 1, offset, RWF_NOWAIT) == static_cast<ssize_t>(into.size());
+}
+
+std::uint64_t SnapshotFile::still_has(const std::byte* from, std::uint64_t length) const {
+  struct stat info {};
+  if (::fstat(fd_.get(), &info) != 0) throw_errno("fstat(snapshot)");
+  const auto offset = static_cast<std::uint64_t>(from - mapping_.data());
+  const auto size = static_cast<std::uint64_t>(info.st_size);
+  return size <= offset ? 0 : std::min(length, size - offset);
 }
 
 }  // namespace memferry

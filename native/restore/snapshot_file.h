@@ -26,6 +26,9 @@ class SnapshotFile {
   // to let the kernel's copy find them in a mapping.
   [[nodiscard]] bool read_now(const std::byte* from, std::span<std::byte> into) const;
 
+  // How many of the `length` bytes at `from` are still in the file.
+  [[nodiscard]] std::uint64_t still_has(const std::byte* from, std::uint64_t length) const;
+
  private:
   SnapshotFile(UniqueFd fd, Mapping mapping) : fd_(std::move(fd)), mapping_(std::move(mapping)) {}
   UniqueFd fd_;

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "fault/gone.h"
 #include "os/sys_error.h"
 #include "os/unique_fd.h"
 #include "restore/registration.h"
@@ -28,6 +29,9 @@ constexpr std::chrono::milliseconds kLookAfterOwner{500};
 constexpr int kLastLooks = 3;
 constexpr int kLastLookMs = 2;
 constexpr std::uint64_t kLookEveryFaults = 1024;
+// An owner without memory: two seconds of it.
+constexpr std::chrono::milliseconds kMemoryAfter{2};
+constexpr int kTriesWithoutMemory = 1000;
 
 }  // namespace
 
@@ -86,7 +90,10 @@ void SnapshotPager::run(WorkerThread& self) {
   bool owner_lives = true;
   while (!self.stopping() && !failed_.load(std::memory_order_acquire)) {
     std::chrono::nanoseconds most = kLookAfterOwner;
-    if (!faults.empty()) most = kAgainAfter;
+    if (!faults.empty())
+      most = without_memory_.load(std::memory_order_relaxed) > 0
+                 ? std::chrono::nanoseconds(kMemoryAfter)
+                 : std::chrono::nanoseconds(kAgainAfter);
     if (const Clock::rep at = poison_at_.load(std::memory_order_acquire); at != 0)
       most = std::clamp<std::chrono::nanoseconds>(Clock::duration(at) - Clock::now().time_since_epoch(),
                                                   std::chrono::nanoseconds(0), most);
@@ -185,6 +192,14 @@ void SnapshotPager::on_event(const uffd_msg& event, Clock::time_point now, std::
                            [this](PageRun run) {
                              removed_.set_run(run);
                              installed_.clear_run(run);
+                             // A loss that is discarded is zeros like anything else; who waits for it looks again.
+                             poisoned_.clear_run(run);
+                             if (lost_.clear_run(run) == 0) return;
+                             for (PageRun left = run; left.count > 0;) {
+                               const GuestLayout::Piece piece = layout_.piece(left);
+                               config_.uffd.wake(piece.at, piece.run.count * layout_.page_size());
+                               left = {piece.run.end(), left.count - piece.run.count};
+                             }
                            });
       return;
     default:
@@ -196,7 +211,9 @@ void SnapshotPager::serve_all(std::vector<Fault>& faults) {
   std::size_t kept = 0;
   for (const Fault& fault : faults) {
     if (over_.load(std::memory_order_relaxed)) break;
-    if (serve(fault.page) == Served::kAgain) {
+    const Served served = serve(fault.page);
+    note_memory(served);
+    if (served != Served::kDone) {
       again_.fetch_add(1, std::memory_order_relaxed);
       faults[kept++] = fault;
     } else {
@@ -207,11 +224,11 @@ void SnapshotPager::serve_all(std::vector<Fault>& faults) {
 }
 
 SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
-  // Whoever waits for a lost page is woken when it is poisoned.
-  if (lost_.test(page)) return Served::kDone;
   // Removed; or installed since the fault was raised; or discarded by an owner who does not tell. It is either there, and
   // whoever waits only has to look again, or it is zeros.
   if (removed_.test(page) || installed_.test(page)) return install_zeros(page);
+  // Whoever waits for a lost page is woken when it is poisoned, or removed.
+  if (lost_.test(page)) return Served::kDone;
   const ReadAhead::Advice advice = read_ahead_.fault(page);
   if (advice.later.count > 0) queue_ahead(advice.later);
   const GuestLayout::Piece piece = layout_.piece({page, advice.at_once});
@@ -255,11 +272,19 @@ SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* install
                                              const std::byte* content) {
   const std::uint64_t size = layout_.page_size();
   bool single = false;
-  for (int tries = 0;;) {
+  PieceSize pieces;
+  for (;;) {
     PageRun part = wanted_part(run);
     if (part.count == 0) return Served::kDone;
-    if (single) part.count = 1;
-    const GuestLayout::Piece piece = layout_.piece(part);
+    part.count = single ? 1 : std::min(part.count, pieces.most());
+    GuestLayout::Piece piece = layout_.piece(part);
+    if (config_.still_has && content == nullptr) {
+      piece.run.count = config_.still_has(piece.from, piece.run.count * size) / size;
+      if (piece.run.count == 0) {
+        give_up(piece.run.first, "the snapshot is shorter than it was");
+        continue;
+      }
+    }
     PageResult result;
     try {
       result = config_.uffd.copy(piece.at, content != nullptr ? content : piece.from, piece.run.count * size,
@@ -276,17 +301,28 @@ SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* install
       installed_.set_run({piece.run.first, done});
       *installed += done;
     }
-    if (result.outcome == PageOutcome::kOk) continue;
-    const PageNumber stopped{piece.run.first.value + done};
-    if (result.outcome == PageOutcome::kNoMemory && ++tries < 1000) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    if (result.outcome == PageOutcome::kOk) {
+      pieces.went_well();
       continue;
     }
-    if (outcome(result, stopped, "UFFDIO_COPY") == Served::kAgain) return Served::kAgain;
+    if (result.outcome == PageOutcome::kGone && pieces.refused(piece.run.count - done)) continue;
+    const PageNumber stopped{piece.run.first.value + done};
+    const Served served = outcome(result, stopped, "UFFDIO_COPY");
+    if (served != Served::kDone) return served;
   }
 }
 
-// After this the page counts as there, or as removed, unless it is kAgain.
+// Between two tries, of whatever thread.
+void SnapshotPager::note_memory(Served served) {
+  if (served == Served::kDone) {
+    without_memory_.store(0, std::memory_order_relaxed);
+  } else if (served == Served::kNoMemory &&
+             without_memory_.fetch_add(1, std::memory_order_relaxed) >= kTriesWithoutMemory) {
+    throw SystemError("UFFDIO_COPY", ENOMEM);
+  }
+}
+
+// Of a single page where it is kGone. After this it counts as there, or as removed, unless it has to be tried again.
 SnapshotPager::Served SnapshotPager::outcome(const PageResult& result, PageNumber page, const char* what) {
   switch (result.outcome) {
     case PageOutcome::kAgain:
@@ -295,11 +331,16 @@ SnapshotPager::Served SnapshotPager::outcome(const PageResult& result, PageNumbe
       if (!removed_.test(page)) installed_.set(page);
       config_.uffd.wake(layout_.piece({page, 1}).at, layout_.page_size());
       return Served::kDone;
-    case PageOutcome::kGone:
-      config_.owner->require(what);
+    case PageOutcome::kNoMemory:
+      return Served::kNoMemory;
+    case PageOutcome::kGone: {
       // Unmapped there, which is none of our business; it is nowhere to be installed.
+      const OwnerAddress at = layout_.piece({page, 1}).at;
+      confirm_unmapped(*config_.owner, at, layout_.page_size(), what);
       removed_.set(page);
+      config_.uffd.wake(at, layout_.page_size());
       return Served::kDone;
+    }
     default:
       throw SystemError(what, result.error);
   }

@@ -80,7 +80,7 @@ struct RestoreStats {
   std::uint64_t again = 0;  // faults and runs that had to wait for an event to be read
   std::uint64_t slow = 0;   // faults whose page was not in memory here
   std::uint64_t remove_events = 0;
-  std::uint64_t lost = 0;
+  std::uint64_t lost = 0;  // now: what is removed is no loss any more
 };
 
 class SnapshotPager {
@@ -97,6 +97,9 @@ class SnapshotPager {
     // What the spans' `from` lies in. `read_now` reads a page of it if that needs no waiting; empty: there is no such way.
     std::shared_ptr<const void> source;
     std::function<bool(const std::byte* from, std::span<std::byte> into)> read_now;
+    // How many of the `bytes` at `from` the source still has: what is cut off within a page reads as zeros in a mapping.
+    // Empty: it never shrinks.
+    std::function<std::uint64_t(const std::byte* from, std::uint64_t bytes)> still_has;
     // The source itself is on its way here (a region that a migration fills): a page that is missing there is waited for
     // by whoever needs it, and what is brought in order is only what has come, until source_complete().
     bool source_arrives = false;
@@ -123,7 +126,8 @@ class SnapshotPager {
 
  private:
   using Clock = std::chrono::steady_clock;
-  enum class Served { kDone, kAgain };
+  // kAgain: an event is to be read first; kNoMemory: the owner may have none at the moment. Neither is waited for here.
+  enum class Served { kDone, kAgain, kNoMemory };
   struct Fault {
     PageNumber page;
     Clock::time_point seen;
@@ -148,6 +152,8 @@ class SnapshotPager {
   void give_up(PageNumber page, const std::string& why);
   void poison_lost();
   void poison(PageRun run);
+  void read_events_only();
+  void note_memory(Served served);
   void fail(const std::string& code, const std::string& message);
   void emit(RestoreEvent event) const { config_.on_event(event); }
 
@@ -179,6 +185,7 @@ class SnapshotPager {
   std::atomic<bool> source_arrives_;
 
   std::vector<std::byte> page_;           // the reader's
+  std::atomic<int> without_memory_{0};    // tries since something could be installed
   ReadAhead read_ahead_;                  // the reader's
   std::atomic<Clock::rep> poison_at_{0};  // since the clock's epoch; 0: nothing to poison
 
