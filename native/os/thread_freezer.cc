@@ -1,6 +1,7 @@
 #include "os/thread_freezer.h"
 
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/futex.h>
 #include <linux/ptrace.h>
 #include <sched.h>
@@ -71,11 +72,15 @@ constexpr std::uint32_t kStopped = 1;
 constexpr std::uint32_t kDone = 2;
 constexpr std::uint32_t kFailed = 3;
 constexpr std::uint32_t kLetGo = 4;  // the tracer was there to the end
+// Nobody stands still for longer, whatever `body` waits for: afterwards it counts as not held. Of 1 TiB the entries are
+// read in some seconds.
+constexpr long kLongestStopMs = 60'000;
 
 // Everything that tracer and caller share, in memory that is there beforehand.
 struct Freeze {
   int tasks = -1;  // /proc/PID/task
   std::int32_t spared = 0;
+  std::int32_t process = 0;  // whose memory a helper shares; 0: the tracer is a thread of ours
   long patience_ms = 0;
   Thread* threads = nullptr;
   std::size_t room = 0;
@@ -223,15 +228,31 @@ MEMFERRY_BARE void let_all_go(Freeze& freeze) {
   }
 }
 
+// A helper goes with its process, which cannot end while its threads have a tracer that does not wait for them, and
+// whose memory and descriptors it would keep.
+MEMFERRY_BARE bool orphaned(const Freeze& freeze) {
+  return freeze.process != 0 && bare_syscall(SYS_getppid) != freeze.process;
+}
+
 // The tracer: a process or thread that ends afterwards, whatever happened, which lets go of what is left.
 MEMFERRY_BARE int trace(void* argument) {
   Freeze& freeze = *static_cast<Freeze*>(argument);
-  while (load(&freeze.go) == 0) sleep_while(&freeze.go, 0, 10 * kNanosecondsPerMs);
+  // The signal comes when the calling thread ends, which otherwise waits for this one. Whoever has ended before it was
+  // asked for is not the parent any more.
+  if (freeze.process != 0) bare_syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL);
+  while (load(&freeze.go) == 0) {
+    if (orphaned(freeze)) return 0;
+    sleep_while(&freeze.go, 0, 10 * kNanosecondsPerMs);
+  }
   freeze.error = stop_all(freeze);
   if (freeze.error == 0) {
+    const long deadline_ms = now_ms() + kLongestStopMs;
     store_and_wake(&freeze.state, kStopped);
-    while (load(&freeze.state) == kStopped) sleep_while(&freeze.state, kStopped, 100 * kNanosecondsPerMs);
-    store_and_wake(&freeze.state, kLetGo);
+    while (load(&freeze.state) == kStopped && !orphaned(freeze) && now_ms() < deadline_ms)
+      sleep_while(&freeze.state, kStopped, 100 * kNanosecondsPerMs);
+    // Only if body was over by then: it is still kStopped, and then kDone, where it was not.
+    std::uint32_t done = kDone;
+    __atomic_compare_exchange_n(&freeze.state, &done, kLetGo, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     let_all_go(freeze);
   } else {
     let_all_go(freeze);
@@ -269,11 +290,16 @@ class AllSignalsBlocked {
   sigset_t former_{};
 };
 
-// Where Yama lets only ancestors trace, a process may name one more.
+// Where Yama lets only ancestors trace, a process may name one more (PR_SET_PTRACER).
 bool yama_restricts() {
   const UniqueFd fd(::open("/proc/sys/kernel/yama/ptrace_scope", O_RDONLY | O_CLOEXEC));
   char scope = '0';
-  return fd && ::read(fd.get(), &scope, 1) == 1 && scope == '1';
+  if (!fd || ::read(fd.get(), &scope, 1) != 1 || scope != '1') return false;
+  // Nor does it ask those who may trace everybody. What the process has named before cannot be read, and so not be given
+  // back.
+  __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+  __user_cap_data_struct data[2] = {};
+  return ::syscall(SYS_capget, &header, data) != 0 || (data[0].effective & (1U << CAP_SYS_PTRACE)) == 0;
 }
 
 // Memory with a page that nobody may touch at both ends. Not for overruns: joined with a neighbour, it would make all of
@@ -300,6 +326,7 @@ int alone_once(Freeze& freeze, void (*body)(void*), void* argument) {
   const LoneMemory stack(kStackBytes);
   const bool restricted = yama_restricts();
   const AllSignalsBlocked quiet;
+  freeze.process = ::getpid();
   // No signal at its end, so that nobody who waits for children of this process meets it.
   const int helper =
       ::clone(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED, &freeze);
@@ -336,7 +363,8 @@ int stopped_once(Freeze& freeze, void (*body)(void*), void* argument) {
     store_and_wake(&freeze.state, kDone);
   }
   tracer.join();
-  return stopped ? 0 : freeze.error;
+  if (stopped) return load(&freeze.state) == kLetGo ? 0 : kNotHeld;
+  return freeze.error;
 }
 
 bool try_often(int tasks, std::int32_t spared, void (*body)(void*), void* argument,

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <sys/ptrace.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -152,6 +153,51 @@ TEST_F(ThreadFreezerTest, LeavesNothingBehind) {
   EXPECT_EQ(descriptors(), before);
   EXPECT_EQ(::waitpid(-1, nullptr, WNOHANG | __WALL), -1);
   EXPECT_EQ(errno, ECHILD);
+}
+
+// The helper ends with its process, however that ends in the middle: else the process could not even be killed, and its
+// descriptors stayed open. What is held by nobody any more shows at the other end of a pipe.
+class ThreadFreezerEnds : public ThreadFreezerTest, public testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(Signals, ThreadFreezerEnds, testing::Values(SIGKILL, SIGSEGV));
+TEST_P(ThreadFreezerEnds, TheHelperGoesWithItsProcess) {
+  int signal = GetParam();
+  int ends[2];
+  ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::signal(SIGSEGV, SIG_DFL);
+    const rlimit no_core{0, 0};
+    ::setrlimit(RLIMIT_CORE, &no_core);
+    ::close(ends[0]);
+    std::thread([] {
+      for (;;) ::pause();
+    }).detach();
+    ThreadFreezer::run_alone(
+        [](void* which) {
+          sigset_t none;
+          sigemptyset(&none);
+          ::sigprocmask(SIG_SETMASK, &none, nullptr);
+          ::kill(::getpid(), *static_cast<int*>(which));
+          for (;;) ::pause();
+        },
+        &signal);
+    ::_exit(9);
+  }
+  ASSERT_GT(child, 0);
+  ::close(ends[1]);
+  pollfd look{ends[0], POLLIN, 0};
+  EXPECT_EQ(::poll(&look, 1, 30'000), 1) << "the helper has outlived its process";
+  EXPECT_NE(look.revents & POLLHUP, 0);
+  int status = 0;
+  pid_t waited = 0;
+  for (int i = 0; i < 3000 && waited == 0; ++i) {
+    waited = ::waitpid(child, &status, WNOHANG);
+    if (waited == 0) std::this_thread::sleep_for(10ms);
+  }
+  ASSERT_EQ(waited, child);
+  EXPECT_TRUE(WIFSIGNALED(status));
+  EXPECT_EQ(WTERMSIG(status), signal);
+  ::close(ends[0]);
 }
 
 // A thread that cannot be stopped: in a system call that waits for a page. All others go on, and the error says so.
