@@ -373,7 +373,12 @@ Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byt
       return Copied::kAgain;
     if (result.outcome == PageOutcome::kGone && run.count > 1) {
       // Over the border of two mappings the kernel does nothing at all.
-      const Mapped mapped = mapped_alike(region, run);
+      Mapped mapped;
+      try {
+        mapped = mapped_alike(region, run);
+      } catch (const SystemError&) {
+        // Its owner is gone, most likely: told below.
+      }
       if (mapped.there && mapped.count < std::min(run.count, part.count - done) && wait_again(tries)) {
         most = mapped.count;
         continue;

@@ -145,6 +145,39 @@ TEST_P(AttachPager, AMigrationThatNeverPages) {
   }
 }
 
+TEST_P(AttachPager, ASealThatCannotDeliverFailsAndDoesNotHang) {
+  if (GetParam()) GTEST_SKIP() << "a shared file's pages need not be delivered";
+  own();
+  bench->start();
+  bench->connect();
+  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, kPages), kPage));
+  EXPECT_TRUE(bench->data(0).barrier(1).answered);
+  EXPECT_TRUE(bench->data(1).barrier(1).answered);
+  EXPECT_EQ(owner->ask(Op::kRemap, 512, 512), 0U);
+  EXPECT_THROW((void)bench->receiver->seal(), std::runtime_error);
+  EXPECT_EQ(bench->log.wait(EngineEventKind::kFailed).code, "REGION_GONE");
+  bench->receiver->close();
+}
+
+// Its owner keeps the userfaultfd: what is not missing may not stay registered with nobody who reads.
+TEST_P(AttachPager, AfterAFailureNobodyWaitsForZerosThatCame) {
+  own();
+  bench->start();
+  bench->connect();
+  EXPECT_TRUE(bench->data(0).zeros(0, 900, 50));
+  EXPECT_TRUE(bench->data(0).barrier(1).answered);
+  EXPECT_TRUE(bench->data(0).switch_over());
+  bench->receiver->close();
+  EXPECT_EQ(owner->ask(Op::kRead, 910), 0U);
+}
+
+TEST_P(AttachPager, PrivateMemoryThatWasOnlyReadIsNotFresh) {
+  if (GetParam()) GTEST_SKIP() << "what a shared file holds can be dropped from here";
+  own();
+  EXPECT_EQ(owner->ask(Op::kRead, 10), 0U);
+  EXPECT_THROW((void)Receiver::create(bench->config), std::invalid_argument);
+}
+
 TEST_P(AttachPager, ItsDeathEndsTheArrivalAtOnce) {
   own();
   bench->start();

@@ -85,6 +85,27 @@ TEST_F(PagerPoison, MissingPagesFailWhenItLetsGoAndTheOthersStay) {
   }
 }
 
+// The kernel does nothing at all where a range reaches over the border of two mappings.
+TEST_F(PagerPoison, NothingIsSparedWhereAnAreaIsTwoMappings) {
+  start(Region::allocate(32 * kPage));
+  ASSERT_EQ(::mprotect(page(11), 5 * kPage, PROT_READ), 0);
+  ASSERT_TRUE(install(2).intact);
+  pager_->poison_missing();
+  pager_->stop();
+  ASSERT_EQ(::mprotect(page(11), 5 * kPage, PROT_READ | PROT_WRITE), 0);
+  expect_right(2);
+  for (const std::uint64_t number : {0, 10, 11, 15, 16, 31}) expect_fails(number);
+}
+
+TEST_F(PagerPoison, PagesArriveOverTheBorderOfTwoMappings) {
+  start(Region::allocate(32 * kPage));
+  ASSERT_EQ(::mprotect(page(11), 5 * kPage, PROT_READ), 0);
+  ASSERT_TRUE(install(4, 20).intact);
+  for (const std::uint64_t number : {4, 10, 11, 15, 16, 23})
+    EXPECT_EQ(FailingAccess::load(page(number)), std::to_integer<int>(content_of(4)));
+  EXPECT_EQ(broken_.load(), 0);
+}
+
 // As V8 does with a WebAssembly memory that grows, and others with theirs.
 TEST_F(PagerPoison, ChangingTheProtectionOfTheWholeAreaBringsNothingBack) {
   start(Region::allocate(16 * kPage));
