@@ -26,7 +26,8 @@
       # What QEMU is started with (LD_PRELOAD): no Node, and of C++ nothing but the language.
       'target_name': 'memferry_shim',
       'product_name': 'libmemferry-shim',
-      'product_extension': 'so',
+      # Here, since node-gyp's own condition of the same kind says 'node'.
+      'target_conditions': [['_type=="loadable_module"', { 'product_extension': 'so' }]],
       'sources': ['native/shim/shim.cc'],
       'include_dirs': ['native'],
       'cflags_cc': [
