@@ -146,7 +146,7 @@ const operations = {
   },
   start: ({ guest }) => find(guests, guest, 'guest').start(),
   behave: ({ guest, behaviour }) => Object.assign(find(guests, guest, 'guest').behaviour, behaviour),
-  check: ({ guest, except }) => find(guests, guest, 'guest').check(except),
+  check: ({ guest, except }) => find(guests, guest, 'guest').compare(except),
   status: ({ guest }) => find(guests, guest, 'guest').status(),
   lost: ({ guest }) => find(guests, guest, 'guest').lostRuns,
   touch: ({ guest, index, page }) => find(guests, guest, 'guest').ask('touch', { index, page }),

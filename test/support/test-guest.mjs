@@ -133,7 +133,7 @@ export class TestGuest {
   }
 
   /** Reads every byte, between two writes, and runs on if it ran. */
-  async check(except = []) {
+  async compare(except = []) {
     return this.ask('check', { limit: 5, except });
   }
 
