@@ -25,6 +25,11 @@ export interface PausedGuest {
   state: Uint8Array;
   /** `process.hrtime.bigint()` at the guest's last instruction, where the guest knows it: downtime starts there. */
   pausedAtNs?: bigint;
+  /**
+   * For a guest that others can let run too: asked last before GRANT. Rejects when the guest does not stand any more,
+   * or has not stood all the time; the migration then fails and the guest stays here.
+   */
+  stillPaused?(): Promise<void>;
 }
 
 /** The source's side of a guest. */

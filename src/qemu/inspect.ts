@@ -29,7 +29,7 @@ const foreignWriters: readonly [RegExp, string][] = [
   [/^vhost-vdpa/, 'hardware writes RAM'],
   [/^vfio-|^x-vfio-user/, 'hardware writes RAM'],
   [/^pvrdma$/, 'hardware writes RAM'],
-  [/^ivshmem-doorbell$/, 'other guests write its memory'],
+  [/^ivshmem(-|$)/, 'other guests write its memory'],
   [/^x-(pci-proxy-dev|remote-object)$/, 'another process writes RAM'],
 ];
 const foreignNetwork: readonly [RegExp, string][] = [
