@@ -43,9 +43,10 @@ export interface Guest {
   readonly description?: unknown;
   /**
    * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).
-   * It is no promise: `pause` looks again.
+   * It is no promise: `pause` looks again. With `rounds` pages are sent while the guest runs, and what it writes
+   * afterwards has to be seen by a dirty tracker.
    */
-  check?(options: { signal: AbortSignal }): Promise<void>;
+  check?(options: { signal: AbortSignal; rounds: boolean }): Promise<void>;
   /** After a pause that gave a bare state: as `PausedGuest.pausedAtNs`. */
   readonly pausedAtNs?: bigint | undefined;
   /**

@@ -17,7 +17,7 @@ import {
   saveDeviceState,
   stopMigrating,
 } from './device-state.js';
-import { runState } from './inspect.js';
+import { inspect, requireTrackableDisks, runState } from './inspect.js';
 import { Qmp, type QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
 
@@ -47,6 +47,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly #options: QemuGuestOptions;
   #settings: Settings | null = null;
   #ranBefore = true;
+  #rounds = true;
   /** Under way, or done; a migration's failure may be known before the guest runs again. */
   #unpausing: Promise<void> = Promise.resolve();
   #pausing: Promise<unknown> = Promise.resolve();
@@ -107,6 +108,29 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     return this.#attachment.pid;
   }
 
+  /** Devices and disks may have come since it was attached. */
+  async check({ signal, rounds }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
+    this.#rounds = rounds;
+    await this.#lookAgain({ signal });
+  }
+
+  async #lookAgain(options: { signal: AbortSignal }): Promise<void> {
+    const { qmp, machine } = this.#attachment;
+    const { backends } = await inspect(qmp, options);
+    const ids = (list: readonly { id: string; lengthBytes: number }[]) =>
+      list.map(({ id, lengthBytes }) => `${id} of ${lengthBytes} bytes`).join(', ');
+    if (ids(backends) !== ids(machine.backends)) {
+      throw memferryError(
+        'GUEST_UNMOVABLE',
+        `the RAM is another one than when it was attached: ${ids(backends)}`,
+        {
+          facts: { names: backends.map(({ id }) => id) },
+        },
+      );
+    }
+    if (this.#rounds) await requireTrackableDisks(qmp, options);
+  }
+
   pause(options: { signal: AbortSignal }): Promise<PausedGuest> {
     const pausing = this.#pause(options);
     this.#pausing = pausing;
@@ -116,6 +140,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   async #pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
     const { qmp, uid } = this.#attachment;
     const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
+    await this.#lookAgain({ signal }); // outside: a migration of somebody else's is not to be cancelled
     this.#ranBefore = false; // until it is known: what was paused must not be let run
     this.#resumedByOthers = false;
     try {

@@ -271,7 +271,7 @@ export class SourceMigration extends EventEmitter {
       await untilAborted(Promise.all(waiting), this.#abort.signal);
       this.#waitingFor = null;
     }
-    await checkGuest(guest, this.#abort.signal);
+    await checkGuest(guest, this.#abort.signal, this.#traits.rounds);
     const regions = guest.regions.map(({ region }) => region);
     this.#releaseRegions = claimRegions(guest);
     this.#session = await SourceSession.dial({
