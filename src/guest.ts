@@ -25,6 +25,11 @@ export interface PausedGuest {
   state: Uint8Array;
   /** `process.hrtime.bigint()` at the guest's last instruction, where the guest knows it: downtime starts there. */
   pausedAtNs?: bigint;
+  /**
+   * For a guest that others can let run too: asked last before GRANT. Rejects when the guest does not stand any more,
+   * or has not stood all the time; the migration then fails and the guest stays here.
+   */
+  stillPaused?(): Promise<void>;
 }
 
 /** The source's side of a guest. */
@@ -38,9 +43,10 @@ export interface Guest {
   readonly description?: unknown;
   /**
    * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).
-   * It is no promise: `pause` looks again.
+   * It is no promise: `pause` looks again. With `rounds` pages are sent while the guest runs, and what it writes
+   * afterwards has to be seen by a dirty tracker.
    */
-  check?(options: { signal: AbortSignal }): Promise<void>;
+  check?(options: { signal: AbortSignal; rounds: boolean }): Promise<void>;
   /** After a pause that gave a bare state: as `PausedGuest.pausedAtNs`. */
   readonly pausedAtNs?: bigint | undefined;
   /**

@@ -83,12 +83,18 @@ export async function ignoreSharedRam(qmp: Qmp, wanted: readonly string[]): Prom
     parametersSchema,
     await qmp.execute('query-migrate-parameters'),
   );
-  if (changes.length > 0) await qmp.execute('migrate-set-capabilities', { capabilities: changes });
-  await qmp.execute('migrate-set-parameters', { 'max-bandwidth': bytesPerSecond });
-  return {
+  const before: Settings = {
     capabilities: changes.map(({ capability, state }) => ({ capability, state: !state })),
     maxBandwidth: parameters['max-bandwidth'],
   };
+  try {
+    if (changes.length > 0) await qmp.execute('migrate-set-capabilities', { capabilities: changes });
+    await qmp.execute('migrate-set-parameters', { 'max-bandwidth': bytesPerSecond });
+  } catch (error) {
+    await restoreSettings(qmp, before).catch(() => {});
+    throw error;
+  }
+  return before;
 }
 
 export async function restoreSettings(qmp: Qmp, { capabilities, maxBandwidth }: Settings): Promise<void> {
@@ -112,7 +118,7 @@ export async function saveDeviceState(qmp: Qmp, options: StateOptions): Promise<
       if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PAUSE_FAILED');
       return state;
     } catch (error) {
-      await stopMigrating(qmp);
+      await stopMigrating(qmp).catch(() => {}); // why it has failed is what matters
       throw error;
     } finally {
       incoming.close();

@@ -29,7 +29,7 @@ const foreignWriters: readonly [RegExp, string][] = [
   [/^vhost-vdpa/, 'hardware writes RAM'],
   [/^vfio-|^x-vfio-user/, 'hardware writes RAM'],
   [/^pvrdma$/, 'hardware writes RAM'],
-  [/^ivshmem-doorbell$/, 'other guests write its memory'],
+  [/^ivshmem(-|$)/, 'other guests write its memory'],
   [/^x-(pci-proxy-dev|remote-object)$/, 'another process writes RAM'],
 ];
 const foreignNetwork: readonly [RegExp, string][] = [
@@ -105,6 +105,37 @@ export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> 
     });
   }
   return { qemu: qmp.version, type, cpus, backends };
+}
+
+const nodesSchema = z.array(
+  z.object({
+    'node-name': z.string().optional(),
+    file: z.string().optional(),
+    cache: z.object({ direct: z.boolean() }).optional(),
+  }),
+);
+
+/**
+ * Disks past the page cache (`cache=none`) are read into pinned pages of RAM: write protection is lifted when a read
+ * begins, a round may protect the page again and send it, and what the disk then writes is seen by nobody.
+ * @throws GUEST_UNMOVABLE with the disks' names
+ */
+export async function requireTrackableDisks(qmp: Qmp, options?: QmpOptions): Promise<void> {
+  const nodes = checked(
+    'query-named-block-nodes',
+    nodesSchema,
+    await qmp.execute('query-named-block-nodes', { flat: true }, options),
+  );
+  const names = nodes
+    .filter(({ cache }) => cache?.direct)
+    .map((node) => node['node-name'] ?? node.file ?? 'a disk');
+  if (names.length === 0) return;
+  throw memferryError(
+    'GUEST_UNMOVABLE',
+    `what these disks write into RAM (cache.direct, as with cache=none) is seen by no dirty tracker: ${names.join(', ')}; ` +
+      'move this guest in a mode without rounds (post-copy, scatter), or with another cache',
+    { facts: { names } },
+  );
 }
 
 type Ask = (command: string, args?: object) => Promise<unknown>;

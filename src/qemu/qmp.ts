@@ -102,6 +102,10 @@ export class Qmp extends EventEmitter implements AsyncDisposable {
     }
   }
 
+  get isClosed(): boolean {
+    return this.#closed.settled;
+  }
+
   /** Resolves with the reason when the connection has ended. */
   get closed(): Promise<MemferryError> {
     return this.#closed.promise;

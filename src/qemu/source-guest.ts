@@ -8,6 +8,7 @@
 import { EventEmitter } from 'node:events';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
+import { within } from '../protocol/bounded.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
   ignoreSharedRam,
@@ -16,8 +17,8 @@ import {
   saveDeviceState,
   stopMigrating,
 } from './device-state.js';
-import { runState } from './inspect.js';
-import type { QmpEvent } from './qmp.js';
+import { inspect, requireTrackableDisks, runState } from './inspect.js';
+import { Qmp, type QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
 
 export interface QemuGuestOptions extends QemuSockets {
@@ -34,6 +35,10 @@ export interface QemuGuestOptions extends QemuSockets {
 /** Only to track: write protection that the kernel itself lifts, and unpopulated pages too. Or none of it. */
 const trackingFeatures = [(1n << 15n) | (1n << 13n), 0n];
 
+const contTimeoutMs = 10_000;
+/** QEMU flushes its disks before it ends. */
+const quitTimeoutMs = 30_000;
+
 /** Emits `warning` (Error): what went wrong where no call can tell. */
 export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly name: string;
@@ -42,8 +47,12 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly #options: QemuGuestOptions;
   #settings: Settings | null = null;
   #ranBefore = true;
+  #rounds = true;
   /** Under way, or done; a migration's failure may be known before the guest runs again. */
   #unpausing: Promise<void> = Promise.resolve();
+  #pausing: Promise<unknown> = Promise.resolve();
+  /** Somebody else has let it run since it was paused: what was read of it is not what it is. */
+  #resumedByOthers = false;
   #state: 'here' | 'pausing' | 'paused' | 'departed' = 'here';
 
   private constructor(attachment: QemuAttachment, name: string, options: QemuGuestOptions) {
@@ -99,13 +108,45 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     return this.#attachment.pid;
   }
 
-  async pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
+  /** Devices and disks may have come since it was attached. */
+  async check({ signal, rounds }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
+    this.#rounds = rounds;
+    await this.#lookAgain({ signal });
+  }
+
+  async #lookAgain(options: { signal: AbortSignal }): Promise<void> {
+    const { qmp, machine } = this.#attachment;
+    const { backends } = await inspect(qmp, options);
+    const ids = (list: readonly { id: string; lengthBytes: number }[]) =>
+      list.map(({ id, lengthBytes }) => `${id} of ${lengthBytes} bytes`).join(', ');
+    if (ids(backends) !== ids(machine.backends)) {
+      throw memferryError(
+        'GUEST_UNMOVABLE',
+        `the RAM is another one than when it was attached: ${ids(backends)}`,
+        {
+          facts: { names: backends.map(({ id }) => id) },
+        },
+      );
+    }
+    if (this.#rounds) await requireTrackableDisks(qmp, options);
+  }
+
+  pause(options: { signal: AbortSignal }): Promise<PausedGuest> {
+    const pausing = this.#pause(options);
+    this.#pausing = pausing;
+    return pausing;
+  }
+
+  async #pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
     const { qmp, uid } = this.#attachment;
     const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
-    this.#settings ??= await ignoreSharedRam(qmp, ['events', 'x-ignore-shared']);
-    this.#ranBefore = (await runState(qmp, { signal })).running;
-    this.#state = 'pausing';
+    await this.#lookAgain({ signal }); // outside: a migration of somebody else's is not to be cancelled
+    this.#ranBefore = false; // until it is known: what was paused must not be let run
+    this.#resumedByOthers = false;
     try {
+      this.#settings ??= await ignoreSharedRam(qmp, ['events', 'x-ignore-shared']);
+      this.#ranBefore = (await runState(qmp, { signal })).running;
+      this.#state = 'pausing';
       const pausedAtNs = process.hrtime.bigint();
       // The guest's writes are over when this has returned: QEMU has drained what its devices had under way.
       if (this.#ranBefore) await qmp.execute('stop', {}, { signal, timeoutMs: stateTimeoutMs });
@@ -116,9 +157,15 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
         uid,
       });
       this.#state = 'paused';
-      return { state: encodeState(this.#ranBefore, stream), pausedAtNs };
+      await this.#requireStopped();
+      return {
+        state: encodeState(this.#ranBefore, stream),
+        pausedAtNs,
+        stillPaused: () => this.#requireStopped(),
+      };
     } catch (error) {
-      await this.unpause();
+      // The first reason is the one to tell.
+      await this.unpause().catch((cause) => this.emit('warning', cause));
       throw error;
     }
   }
@@ -129,12 +176,30 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   }
 
   async #goOn(): Promise<void> {
-    const { qmp } = this.#attachment;
-    await stopMigrating(qmp);
     this.#state = 'here';
-    if (this.#settings) await restoreSettings(qmp, this.#settings);
+    const settings = this.#settings;
     this.#settings = null;
-    if (this.#ranBefore) await qmp.execute('cont', {}, { timeoutMs: 30_000 });
+    let { qmp } = this.#attachment;
+    let anew: Qmp | null = null;
+    try {
+      // An attachment that has lost its QEMU's ear: another connection may still have it.
+      if (qmp.isClosed) qmp = anew = await Qmp.connect(qmp.path);
+      await stopMigrating(qmp).catch((error) => this.emit('warning', error));
+      if (this.#ranBefore || this.#resumedByOthers) await letRun(qmp);
+    } finally {
+      // Of less weight than that it runs.
+      if (settings) await restoreSettings(qmp, settings).catch((error) => this.emit('warning', error));
+      await anew?.close();
+    }
+  }
+
+  /** Events come before the answers to what is asked after them. */
+  async #requireStopped(): Promise<void> {
+    const { running } = await runState(this.#attachment.qmp);
+    if (!running && !this.#resumedByOthers) return;
+    throw memferryError('GUEST_BUSY', 'somebody else has let the guest run while it moved', {
+      facts: { names: ['cont'] },
+    });
   }
 
   departed(): void {
@@ -145,11 +210,20 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     if (this.#options.afterwards === 'stay') return;
     const { qmp } = this.#attachment;
     await qmp.execute('quit').catch(() => {}); // it may be gone before it has answered, or for long
-    await qmp.closed;
+    await within(qmp.closed, quitTimeoutMs, 'SYSTEM', 'QEMU does not end').catch(() =>
+      this.emit(
+        'warning',
+        memferryError(
+          'SYSTEM',
+          `QEMU (process ${this.pid}) was told to quit and has not ended; it is stopped, and must never go on`,
+        ),
+      ),
+    );
   }
 
   /** Lets go of QEMU, which goes on as it is: running, if the migration has failed. */
   async close(): Promise<void> {
+    await this.#pausing.catch(() => {});
     await this.#unpausing.catch(() => {});
     await this.#attachment.close();
   }
@@ -162,6 +236,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   #onEvent({ name }: QmpEvent): void {
     if (name !== 'RESUME' || this.#state === 'here') return;
     const { qmp } = this.#attachment;
+    this.#resumedByOthers ||= this.#state !== 'departed';
     qmp.execute('stop').catch(() => {});
     this.emit(
       'warning',
@@ -173,6 +248,20 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
         },
       ),
     );
+  }
+}
+
+/** `cont` does nothing to a guest that runs, so that it may be said again. */
+async function letRun(qmp: Qmp): Promise<void> {
+  const until = Date.now() + contTimeoutMs;
+  for (;;) {
+    try {
+      await qmp.execute('cont', {}, { timeoutMs: contTimeoutMs });
+      return;
+    } catch (error) {
+      if (qmp.isClosed || Date.now() >= until) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
   }
 }
 

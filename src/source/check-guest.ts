@@ -3,6 +3,6 @@ import type { Guest } from '../guest.js';
 import { untilAborted } from '../protocol/bounded.js';
 
 /** Rejects with the guest's own error, or as aborted. A guest that cannot tell is taken at its word later, by `pause`. */
-export async function checkGuest(guest: Guest, signal: AbortSignal): Promise<void> {
-  if (guest.check) await untilAborted(guest.check({ signal }), signal);
+export async function checkGuest(guest: Guest, signal: AbortSignal, rounds = true): Promise<void> {
+  if (guest.check) await untilAborted(guest.check({ signal, rounds }), signal);
 }

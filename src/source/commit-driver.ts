@@ -14,10 +14,13 @@ import {
   type SourceTimer,
   stepSource,
 } from '../protocol/commit-source.js';
+import { within } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import { InTurn } from '../protocol/in-turn.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { NamedTimers } from '../protocol/timers.js';
+
+const unpauseTimeoutMs = 15_000;
 
 export type Settlement =
   | { outcome: 'departed' }
@@ -44,6 +47,8 @@ export class CommitDriver {
   /** The error behind a cause, so that the caller gets the original with its facts. */
   #error: MemferryError | null = null;
   readonly #timers: NamedTimers<SourceTimer>;
+  /** Never rejects. */
+  #unpausing: Promise<void> = Promise.resolve();
 
   constructor(
     private readonly guest: Guest,
@@ -60,6 +65,11 @@ export class CommitDriver {
   /** Never rejects. A new promise after `resolve`. */
   get settled(): Promise<Settlement> {
     return this.#settled.promise;
+  }
+
+  /** Whoever lets go of the guest waits for this: it runs again, or has failed to, or takes too long. Never rejects. */
+  async unpaused(): Promise<void> {
+    await within(this.#unpausing, unpauseTimeoutMs, 'SYSTEM', 'unpause() takes its time').catch(() => {});
   }
 
   /** Pauses the guest; rejects when it cannot be paused, or the migration is over before that. */
@@ -122,7 +132,7 @@ export class CommitDriver {
         this.#pauseAbort.abort(new MemferryError('CANCELLED', 'the migration is over'));
         break;
       case 'run-here':
-        void this.#unpause();
+        this.#unpausing = this.#unpause();
         break;
       case 'send':
         try {

@@ -14,7 +14,7 @@ import { stillArriving } from '../arrivals.js';
 import { keepStaleCopy } from '../base-files.js';
 import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, memferryError } from '../errors.js';
-import type { Guest } from '../guest.js';
+import type { Guest, PausedGuest } from '../guest.js';
 import { lineageOf } from '../lineage.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
@@ -75,6 +75,7 @@ export class SourceMigration extends EventEmitter {
   #grown: Deferred<void> | null = null;
   #tellsMissing = false;
   #gatherWait: GatherWait | null = null;
+  #paused: PausedGuest | null = null;
   /** For the stale copy. */
   #pausedState: Uint8Array = new Uint8Array(0);
   /** The destination has a base. */
@@ -154,6 +155,7 @@ export class SourceMigration extends EventEmitter {
     }
     if (settlement.outcome !== 'reclaimed') throw settlement.error;
     await this.#letGo(false, settlement.error);
+    await this.#commit.unpaused();
     return 'source';
   }
 
@@ -165,6 +167,7 @@ export class SourceMigration extends EventEmitter {
     if (this.#commit.committed) await this.#abandonRest();
     await this.#running;
     await this.#letGo(false, new MemferryError('CANCELLED', 'the migration was closed'));
+    await this.#commit.unpaused();
   }
 
   async #abandonRest(): Promise<void> {
@@ -268,7 +271,7 @@ export class SourceMigration extends EventEmitter {
       await untilAborted(Promise.all(waiting), this.#abort.signal);
       this.#waitingFor = null;
     }
-    await checkGuest(guest, this.#abort.signal);
+    await checkGuest(guest, this.#abort.signal, this.#traits.rounds);
     const regions = guest.regions.map(({ region }) => region);
     this.#releaseRegions = claimRegions(guest);
     this.#session = await SourceSession.dial({
@@ -448,6 +451,7 @@ export class SourceMigration extends EventEmitter {
     this.#measured.pauseAsked();
     const paused = await this.#commit.pause();
     this.#measured.paused(paused.pausedAtNs);
+    this.#paused = paused;
     if (this.options.keepStaleCopy) this.#pausedState = paused.state;
     await this.#followGrowth();
     if (this.#paging) {
@@ -632,7 +636,7 @@ export class SourceMigration extends EventEmitter {
           // Never committed to a destination whose data connections have not answered: while they are cut this
           // waits for them, and the guest is still this side's when they do not come back.
           this.#switched.then(
-            () => this.#commit.message(message),
+            () => this.#grant(message),
             () => {},
           );
           break;
@@ -641,6 +645,19 @@ export class SourceMigration extends EventEmitter {
         if (message.type === 'refused') this.#refusal.resolve(fromPeer(message.code, message.message));
         this.#commit.message(message);
     }
+  }
+
+  /** Nothing comes between the guest's word that it stands and GRANT. */
+  #grant(ready: Extract<DestinationMessage, { type: 'ready' }>): void {
+    const look = this.#commit.committed ? undefined : this.#paused?.stillPaused;
+    if (!look) {
+      this.#commit.message(ready);
+      return;
+    }
+    look().then(
+      () => this.#commit.message(ready),
+      (error) => this.#fail(error),
+    );
   }
 
   #baseOffered(basePages: readonly number[]): void {
@@ -685,6 +702,8 @@ export class SourceMigration extends EventEmitter {
       if (error.code === 'CHANNEL_LOST') error = this.#regionGone() ?? (await this.#reasonOf(error));
       else if (['REGION_GONE', 'SYSTEM'].includes(error.code)) error = this.#ownerGone() ?? error;
       await this.#letGo(false, error);
+      // Whoever hears of it may let go of the guest at once.
+      await this.#commit.unpaused();
       this.#to(error.code === 'CANCELLED' ? 'cancelled' : 'failed');
     } else {
       this.#to('failed');

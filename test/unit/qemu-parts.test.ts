@@ -130,6 +130,7 @@ test.each([
   ['a passed-through device', 'qom-list /machine/unattached', 'vfio-pci'],
   ['vDPA', 'qom-list /machine/unattached', 'vhost-vdpa-device-pci'],
   ['shared memory with doorbells', 'qom-list /machine/unattached', 'ivshmem-doorbell'],
+  ['shared memory', 'qom-list /machine/unattached', 'ivshmem-plain'],
 ])('what writes RAM from elsewhere is found: %s', async (_, place, type) => {
   const children = [{ name: 'it', type: `child<${type}>` }];
   const qemu = fakeQemu({
