@@ -19,3 +19,15 @@ export function markArriving(region: Region, complete: Promise<unknown>): void {
 export function stillArriving(regions: readonly Region[]): Promise<unknown>[] {
   return regions.flatMap((region) => arriving.get(region) ?? []);
 }
+
+const reported = new WeakMap<Region, Promise<unknown>>();
+
+/** `over` settles when the arrival that brought it needs the region no more: its pages are compared after the last came. */
+export function markReported(region: Region, over: Promise<unknown>): void {
+  reported.set(region, over);
+}
+
+/** Settles, and never rejects, when no arrival needs the region any more. */
+export async function arrivalOver(region: Region): Promise<void> {
+  await reported.get(region)?.catch(() => {});
+}

@@ -115,8 +115,17 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
     const fds = [pidfd, uffd, ledger, ...(memory === null ? [] : [memory])];
     const own = spawn(process.execPath, [program, ...args], { stdio: ['ignore', 'pipe', 'ignore', ...fds] });
     child = own;
+    const died = () => {
+      if (own !== child || done.settled) return;
+      child = null;
+      if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
+      else if (onPagerDeath === 'end' || turn >= mostPagers) lose();
+      else start();
+    };
     own.on('error', (error) => {
       why = error.message;
+      // It was never started, and then 'close' may not come.
+      if (own.pid === undefined) died();
     });
     if (own.stdout) {
       createInterface({ input: own.stdout }).on('line', (text) => {
@@ -130,13 +139,7 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
         if (line.type === 'done') settle(null);
       });
     }
-    own.on('close', () => {
-      if (own !== child || done.settled) return;
-      child = null;
-      if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
-      else if (onPagerDeath === 'end' || turn >= mostPagers) lose();
-      else start();
-    });
+    own.on('close', died);
   };
   const look = setInterval(() => {
     if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));

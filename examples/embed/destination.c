@@ -217,12 +217,12 @@ static int dump(struct guest *of, const char *directory) {
 
 int main(int argc, char **argv) {
   struct memferry_error error = {.size = sizeof error};
+  const struct memferry_destination_callbacks callbacks = {
+      .size = sizeof callbacks, .accept = accept_guest, .prepare = prepare_guest,
+      .resume = resume_guest, .abandon = abandon_guest, .lost = lost_pages,
+      .complete = complete_guest, .failed = failed_guest, .ended = ended_guest};
   struct memferry_destination_options options = {
-      .size = sizeof options,
-      .secret_file = NULL,
-      .callbacks = {.size = sizeof options.callbacks, .accept = accept_guest, .prepare = prepare_guest,
-                    .resume = resume_guest, .abandon = abandon_guest, .lost = lost_pages,
-                    .complete = complete_guest, .failed = failed_guest, .ended = ended_guest}};
+      .size = sizeof options, .secret_file = NULL, .callbacks = &callbacks};
   for (int i = 1; i + 1 < argc; i += 2) {
     const uint32_t number = (uint32_t)strtoul(argv[i + 1], NULL, 10);
     if (strcmp(argv[i], "--secret-file") == 0) options.secret_file = argv[i + 1];

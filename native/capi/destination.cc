@@ -178,7 +178,7 @@ class CGuest : public ArrivingGuest {
 };
 
 memferry_destination_callbacks callbacks_of(const memferry_destination_options& options) {
-  const auto callbacks = memferry::capi::read_sized(&options.callbacks, "callbacks");
+  const auto callbacks = memferry::capi::read_sized(options.callbacks, "callbacks");
   if (!callbacks.accept || !callbacks.prepare || !callbacks.resume || !callbacks.abandon)
     throw std::invalid_argument("callbacks: accept, prepare, resume and abandon must be given");
   return callbacks;

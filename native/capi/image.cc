@@ -1,7 +1,7 @@
 #include "control/vmd.h"
 
 #include <algorithm>
-#include <atomic>
+#include <exception>
 #include <string>
 
 #include "capi/events.h"
@@ -19,7 +19,8 @@ using memferry::control::VmdOptions;
 struct memferry_image {
   std::shared_ptr<Events> events;
   std::unique_ptr<ParkedImage> image;
-  std::atomic<bool> dissolved{false};
+  bool dissolved = false;
+  std::exception_ptr outcome;  // of the verification, for whoever waits again
 };
 
 namespace {
@@ -83,8 +84,9 @@ int memferry_image_serve(memferry_image* image, memferry_region* const* regions,
                          memferry_on_event* on_event, void* context, memferry_error* error) {
   return guarded(error, [&] {
     memferry_image& of = required(image, "image");
-    of.events = std::make_shared<Events>(on_event, context);
-    of.image->serve(memferry::capi::regions_of(regions, count), Events::callback_of(of.events));
+    auto events = std::make_shared<Events>(on_event, context);
+    of.image->serve(memferry::capi::regions_of(regions, count), Events::callback_of(events));
+    of.events = std::move(events);
   });
 }
 
@@ -101,8 +103,18 @@ int memferry_image_wait(memferry_image* image, int64_t timeout_ms, memferry_erro
   return guarded(error, [&] {
     memferry_image& of = required(image, "image");
     (void)of.image->receiver();
+    // The image goes when all is well, and without a grant it is not ours to end.
+    if (!of.image->granted()) throw std::invalid_argument("memferry_image_wait(): not granted yet");
     of.events->wait(MEMFERRY_EVENT_COMPLETE, 0, timeout_ms);
-    if (!of.dissolved.exchange(true)) of.image->verify_and_dissolve();
+    if (of.outcome) std::rethrow_exception(of.outcome);
+    if (of.dissolved) return;
+    try {
+      of.image->verify_and_dissolve();
+      of.dissolved = true;
+    } catch (const memferry::control::Failure& failure) {
+      if (failure.code() == "VERIFICATION_FAILED") of.outcome = std::current_exception();
+      throw;
+    }
   });
 }
 

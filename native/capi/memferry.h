@@ -463,8 +463,8 @@ struct memferry_destination_options {
   uint32_t grant_timeout_ms;   /* from READY until this side refuses for good; 0: 20000 */
   uint32_t recover_timeout_ms; /* after a cut in post-copy; 0: 60000 */
   uint32_t peer_timeout_ms;    /* a source that says nothing; 0: 10000 */
-  struct memferry_destination_callbacks callbacks;
-  void* context; /* of accept */
+  const struct memferry_destination_callbacks* callbacks; /* copied */
+  void* context;                                          /* of accept */
 };
 
 MEMFERRY_API int memferry_destination_create(const struct memferry_destination_options* options,
@@ -527,7 +527,7 @@ MEMFERRY_API int memferry_image_serve(memferry_image* image, memferry_region* co
 MEMFERRY_API int memferry_image_grant(memferry_image* image, struct memferry_error* error);
 /*
  * Until every page is here and was compared with the digests that the guest left with; the servers then let go of it.
- * TIMEOUT: not yet. PAGES_LOST: told by on_event; what is lost is poisoned.
+ * TIMEOUT: not yet. PAGES_LOST: told by on_event; what is lost is poisoned. INVALID_ARGUMENT before the grant.
  */
 MEMFERRY_API int memferry_image_wait(memferry_image* image, int64_t timeout_ms, struct memferry_error* error);
 MEMFERRY_API int memferry_image_get_stats(memferry_image* image, struct memferry_receiver_stats* stats,

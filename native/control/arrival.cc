@@ -105,6 +105,7 @@ void Arrival::run() {
 
 // False: the offer was declined, and the source knows why.
 bool Arrival::accepted() {
+  Json answer;
   try {
     guest_ = config_.accept(config_.offer);
     const auto& offered = config_.offer.guest.regions;
@@ -120,11 +121,21 @@ bool Arrival::accepted() {
     }
     if (link_->ended()) throw Failure("PEER_LOST", "the source is gone");
     make_receiver();
+    answer = {{"type", "accepted"},
+              {"encodings", encoding_names(config_.offer.encodings)},
+              {"basePages", nullptr},
+              {"tellsMissing", true},
+              {"references", nullptr}};
     config_.listener->add(receiver_);
   } catch (...) {
-    const Cause cause = told(cause_of_current("PREPARE_FAILED"));
-    link_->send(
-        {{"type", "declined"}, {"code", cause.code}, {"message", cause.message}, {"names", Json::array()}});
+    Cause cause;
+    try {
+      cause = told(cause_of_current("PREPARE_FAILED"));
+      link_->send(
+          {{"type", "declined"}, {"code", cause.code}, {"message", cause.message}, {"names", Json::array()}});
+    } catch (...) {
+      // No memory to say why: the end of the connection says enough.
+    }
     std::exchange(link_, nullptr)->close();
     if (receiver_) receiver_->close();
     if (guest_) {
@@ -133,11 +144,7 @@ bool Arrival::accepted() {
     }
     return false;
   }
-  tell({{"type", "accepted"},
-        {"encodings", encoding_names(config_.offer.encodings)},
-        {"basePages", nullptr},
-        {"tellsMissing", true},
-        {"references", nullptr}});
+  tell(answer);
   return true;
 }
 
@@ -288,7 +295,15 @@ void Arrival::look_at_clock() {
 void Arrival::dispatch(DestinationEvent event) {
   turns_.push_back(std::move(event));
   if (in_turn_) return;
-  in_turn_ = true;
+  // Also where a step throws: what fails then is carried out like anything else.
+  struct Turn {
+    explicit Turn(bool& taken) : mark(taken) { mark = true; }
+    ~Turn() { mark = false; }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    bool& mark;
+  };
+  const Turn turn(in_turn_);
   while (!turns_.empty()) {
     const DestinationStep step = step_destination(commit_, turns_.front());
     turns_.pop_front();
@@ -297,7 +312,6 @@ void Arrival::dispatch(DestinationEvent event) {
     if (decided && config_.decided) config_.decided(commit_);
     for (const DestinationAction& action : step.actions) carry_out(action);
   }
-  in_turn_ = false;
 }
 
 void Arrival::carry_out(const DestinationAction& action) {
@@ -342,7 +356,6 @@ void Arrival::run_prepare() {
   }
   prepare_began_ = Clock::now();
   prepare_until_ = prepare_began_ + config_.options.prepare_timeout;
-  preparing_ = Preparing::kRuns;
   prepare_.start("mf-prepare", [this](WorkerThread&) {
     Event ended{.kind = Event::Kind::kPrepareEnded};
     try {
@@ -352,12 +365,15 @@ void Arrival::run_prepare() {
     }
     post(std::move(ended));
   });
+  // Its end is heard by this thread, so not before.
+  preparing_ = Preparing::kRuns;
 }
 
 void Arrival::resume() {
-  const bool paging = receiver_->paging() || receiver_->stats().pages_missing > 0;
+  // First: the outcome is remembered, and nothing that can fail may come in between.
   guest_->resume();
   resumed_at_ = Clock::now();
+  const bool paging = receiver_->paging() || receiver_->stats().pages_missing > 0;
   if (!paging) every_page_ = true;
   // What follows from every page being here comes after RESUMED has been said.
   EngineEvent complete{};
@@ -517,9 +533,14 @@ void Arrival::end() {
   guest_->ended();
 }
 
-void Arrival::tell(const Json& message) {
+void Arrival::tell(const Json& message) noexcept {
   // Where there is no connection, or it has gone: what could not be said is said again when the source asks.
-  if (link_) link_->send(message);
+  if (!link_) return;
+  try {
+    link_->send(message);
+  } catch (...) {
+    link_->destroy();
+  }
 }
 
 }  // namespace memferry::control

@@ -116,7 +116,7 @@ class Arrival {
   void reject(const Cause& cause);
   void lost(const EngineEvent& event);
   void end();
-  void tell(const Json& message);
+  void tell(const Json& message) noexcept;
   [[nodiscard]] bool has_resumed() const { return commit_.phase == DestinationPhase::kResumed; }
 
   Config config_;

@@ -1,6 +1,8 @@
 #include "control/destination.h"
 
 #include <algorithm>
+#include <atomic>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -28,11 +30,13 @@ struct Destination::Connection {
   struct Ear {
     std::mutex mutex;  // guards wake, and is held while it is called: it only wakes a thread
     std::function<void()> wake;
+    std::atomic<bool> taken{false};  // by an arrival: only then is an execution state waited for
   };
   std::shared_ptr<Ear> ear = std::make_shared<Ear>();
   std::shared_ptr<Channel> channel;
   Clock::time_point since = Clock::now();
   bool taken = false;    // an arrival's
+  bool doomed = false;   // it had to make room; guarded by the destination's mutex
   std::string of_ended;  // a question about this migration, which is over or unknown, may come
 };
 
@@ -86,13 +90,20 @@ void Destination::on_control(UniqueFd fd) {
   options.secret = options_.secret;
   options.max_binary_bytes = options_.max_state_bytes;
   options.peer_timeout = options_.peer_timeout;
-  options.check = check_source_message;
+  options.check = [ear = connection->ear](const Json& message, std::optional<std::uint64_t> binary_bytes) {
+    check_source_message(message, binary_bytes);
+    if (!ear->taken && source_message(message).type == Type::kState)
+      throw Failure("PROTOCOL_ERROR", "an execution state on a connection that belongs to no migration");
+  };
   options.changed = [ear = connection->ear] {
     const std::lock_guard lock(ear->mutex);
     if (ear->wake) ear->wake();
   };
   const std::lock_guard lock(mutex_);
   if (closing_) return;
+  // With those that are about to go: each still has a thread.
+  if (connections_.size() >= kMaxConnections + kMaxHandshakes)
+    throw Failure("LIMIT_EXCEEDED", "too many control connections");
   make_room_locked();
   connection->channel = std::make_shared<Channel>(std::move(fd), std::move(options));
   connections_.push_back(std::move(connection));
@@ -101,15 +112,19 @@ void Destination::on_control(UniqueFd fd) {
 // The oldest that has not proved itself goes, so a thousand silent peers cannot keep out the one that speaks.
 void Destination::make_room_locked() {
   std::size_t pending = 0;
+  std::size_t staying = 0;
   std::shared_ptr<Connection> oldest;
   for (const auto& connection : connections_) {
-    if (connection->channel->session() || connection->channel->over()) continue;
+    if (connection->doomed || connection->channel->over()) continue;
+    ++staying;
+    if (connection->channel->session()) continue;
     if (!oldest) oldest = connection;
     ++pending;
   }
-  if (oldest && (pending >= kMaxHandshakes || connections_.size() >= kMaxConnections)) {
+  if (oldest && (pending >= kMaxHandshakes || staying >= kMaxConnections)) {
+    oldest->doomed = true;
     oldest->channel->destroy();
-  } else if (connections_.size() >= kMaxConnections) {
+  } else if (staying >= kMaxConnections) {
     throw Failure("LIMIT_EXCEEDED", "too many control connections");
   }
 }
@@ -182,6 +197,8 @@ void Destination::on_offer(const std::shared_ptr<Connection>& connection, Offer 
       thread_.wake();
     };
     const auto place = arrivals_.emplace(id, entry).first;
+    // Before the source can be told that it may go on.
+    connection->ear->taken = true;
     try {
       entry->arrival = std::make_shared<Arrival>(std::move(config));
     } catch (...) {
@@ -252,6 +269,7 @@ void Destination::on_resume(const std::shared_ptr<Connection>& connection, const
     if (!equal(expected, says.proof))
       throw Failure("AUTH_FAILED", "the connection does not belong to the migration that it names");
   }
+  connection->ear->taken = arrival != nullptr;
   channel->send({{"type", "session-resumed"}, {"known", arrival || tombstones_.has(says.migration)}});
   if (!arrival) {
     connection->of_ended = says.migration;

@@ -231,7 +231,9 @@ void ParkedImage::verify_and_dissolve() {
       Json dissolve = about("dissolve");
       dissolve["epoch"] = epoch_;
       if (member.client) (void)member.client->ask(std::move(dissolve), "dissolved");
-    } catch (const Failure&) {
+    } catch (const Failure& failure) {
+      // What home does not let go of is no more ours to take away at the others.
+      if (&member == &members_.front() && failure.code() == "VMD_REFUSED") return;
       member.client.reset();
     }
   }

@@ -38,6 +38,7 @@ class ParkedImage {
   [[nodiscard]] Receiver& receiver() const;
   // The commit: from its return on the guest is the caller's. MIGRATION_IN_DOUBT: nobody knows; it does not run here.
   void grant();
+  [[nodiscard]] bool granted() const { return granted_; }
   // Every page is here and is what left the source: the image goes.
   void verify_and_dissolve();
 

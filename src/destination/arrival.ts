@@ -4,7 +4,7 @@
  * needed for a page fault to be served.
  */
 import { EventEmitter } from 'node:events';
-import { markArriving } from '../arrivals.js';
+import { markArriving, markReported } from '../arrivals.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { NativeListener, NativeRun } from '../native.js';
@@ -74,6 +74,8 @@ export class Arrival extends EventEmitter {
   #awaitsSwitch = false;
   readonly #resumed = deferred<void>();
   readonly #complete = deferred<ArrivalReport>();
+  /** Nothing here holds the regions any more. */
+  readonly #over = deferred<void>();
   readonly #everyPage = deferred<void>();
   readonly #engine: DestinationEngine;
   readonly #timers: NamedTimers<'grant' | 'linger'>;
@@ -150,7 +152,10 @@ export class Arrival extends EventEmitter {
       () => {},
     );
     if (config.given.lineage) inherit(guest.regions, config.given.lineage);
-    for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
+    for (const region of guest.regions) {
+      markArriving(region, this.#everyPage.promise);
+      markReported(region, this.#over.promise);
+    }
     this.basePages = bases?.map((kind, index) => (kind === 'none' ? 0 : this.#pagesOf(index))) ?? null;
     this.#filling = bases ? this.#fillBase() : null;
     this.#to('active');
@@ -551,6 +556,7 @@ export class Arrival extends EventEmitter {
       this.config.listener.remove(this.#migration);
       this.#engine.close(new MemferryError('CANCELLED', 'the arrival was closed'));
     }
+    this.#over.resolve();
     const link = this.#link;
     this.#link = null;
     if (!this.#complete.settled || this.#error) await this.config.images?.close();

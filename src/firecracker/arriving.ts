@@ -10,7 +10,7 @@
  *
  * In both Firecracker loads paused, and runs only after the claim or the GRANT.
  */
-import { stillArriving } from '../arrivals.js';
+import { arrivalOver, stillArriving } from '../arrivals.js';
 import { loadAddon } from '../addon.js';
 import { type MemferryError, memferryError } from '../errors.js';
 import { FdListener } from '../fd-channel.js';
@@ -141,6 +141,8 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
       // With pages lost the others are served from here for as long as it lives.
       Promise.all([arrived, served.ended])
         .catch(() => served.closed)
+        // Its pages are still compared with the source's.
+        .then(() => arrivalOver(region))
         .then(close);
       warned(host.resume());
     },
@@ -164,7 +166,11 @@ async function loadInto(
     mostConnections: 4,
     onConnection: (connection) => {
       greet(connection, host.connectTimeoutMs ?? 10_000).then(
-        (greeted) => greeted && connected.resolve(greeted),
+        (greeted) => {
+          // Whoever comes second, or when nobody waits any more, has nothing to wait for here.
+          if (connected.settled) greeted?.discard();
+          else if (greeted) connected.resolve(greeted);
+        },
         (error) => connected.reject(error),
       );
     },
@@ -191,7 +197,12 @@ async function loadInto(
   loading.catch((error: MemferryError) => connected.reject(error));
   try {
     const greeted = await connected.promise;
-    host.onConnected?.(greeted.connection.peer.pid);
+    try {
+      host.onConnected?.(greeted.connection.peer.pid);
+    } catch (error) {
+      greeted.discard();
+      throw error;
+    }
     return { greeted, loading };
   } finally {
     clearTimeout(timer);

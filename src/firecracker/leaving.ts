@@ -5,10 +5,13 @@
 import { mkdtemp, readFile, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setTimeout } from 'node:timers/promises';
 import { memferryError, nativeAsync } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { Region } from '../region.js';
 import type { FirecrackerApi } from './api.js';
+
+const resumeAgainMs = 200;
 
 /** How a running microVM is stopped and started; `firecrackerControl` does it by Firecracker's API. */
 export interface MicroVmControl {
@@ -38,22 +41,38 @@ export function firecrackerControl(
 ): MicroVmControl {
   return {
     async pause({ signal }) {
-      await api.pause(signal);
+      // Before it stands: what fails here costs nothing.
       const folder = await mkdtemp(join(options.directory ?? tmpdir(), 'memferry-microvm-'));
       try {
         const path = join(folder, 'state');
+        // It may stand although the answer was lost or nobody waited for it.
+        await api.pause(signal);
         await api.createSnapshot(path, null, signal);
         return await readFile(path);
       } catch (error) {
-        await api.resume();
+        await resumed(api).catch((cause) => {
+          process.emitWarning(`the microVM may stand: it could not be resumed: ${String(cause)}`, {
+            code: 'MEMFERRY_RESUME_THREW',
+          });
+        });
         throw error;
       } finally {
-        await rm(folder, { recursive: true, force: true });
+        await rm(folder, { recursive: true, force: true }).catch(() => {});
       }
     },
-    unpause: () => api.resume(),
+    unpause: () => resumed(api),
     ...(options.release ? { release: options.release } : {}),
   };
+}
+
+/** Once more after a moment: a request that was given up may still be under way there. */
+async function resumed(api: FirecrackerApi): Promise<void> {
+  try {
+    await api.resume();
+  } catch {
+    await setTimeout(resumeAgainMs);
+    await api.resume();
+  }
 }
 
 /**

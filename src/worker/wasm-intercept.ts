@@ -52,7 +52,14 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
 
   const Instance: WasmNamespace['Instance'] = new Proxy(native.Instance, {
     construct(target, args: AnyArgs, newTarget): object {
-      const instance = Reflect.construct(target, args, newTarget === Instance ? target : newTarget);
+      let instance: object;
+      try {
+        instance = Reflect.construct(target, args, newTarget === Instance ? target : newTarget);
+      } catch (error) {
+        // Its element segments may have been written before a later one, a data segment or the start function failed.
+        registry.tablesUnknown();
+        throw error;
+      }
       return instantiated(args[0] as WasmModule, instance as WasmInstance, args[1]);
     },
   });
@@ -80,9 +87,16 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
 
   const instantiate = async (source: unknown, imports?: unknown, ...rest: AnyArgs): Promise<unknown> => {
     const plain = native.instantiate as unknown as (...args: AnyArgs) => Promise<WasmInstance>;
-    if (source instanceof native.Module) {
-      return instantiated(source, await plain(source, imports), imports);
-    }
+    /** As in Instance. */
+    const made = async (module: WasmModule): Promise<WasmInstance> => {
+      try {
+        return await plain(module, imports);
+      } catch (error) {
+        registry.tablesUnknown();
+        throw error;
+      }
+    };
+    if (source instanceof native.Module) return instantiated(source, await made(source), imports);
     const internal = calledByNode();
     const bytes = bytesOf(source);
     if (bytes === null || internal) {
@@ -95,7 +109,7 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
     const module = await compile(source, ...rest);
     return {
       module,
-      instance: instantiated(module, await plain(module, imports), imports),
+      instance: instantiated(module, await made(module), imports),
     };
   };
 

@@ -246,6 +246,11 @@ export class WasmRegistry {
     else record.written.add(slot);
   }
 
+  /** Somebody wrote, and nobody knows which: no table is what it was known to be. */
+  tablesUnknown(): void {
+    for (const record of this.tables) record.known = null;
+  }
+
   /** An instance's functions that references can name, by their index in the module. */
   functionsOf(instance: number): ReadonlyMap<number, object> | undefined {
     return this.#functions[instance];

@@ -64,11 +64,16 @@ memferry_destination_options destination_options() {
   options.size = sizeof options;
   options.secret = "sixteen bytes it is";
   options.secret_bytes = 19;
-  options.callbacks.size = sizeof options.callbacks;
-  options.callbacks.accept = accept;
-  options.callbacks.prepare = prepare;
-  options.callbacks.resume = resume;
-  options.callbacks.abandon = abandon;
+  static const memferry_destination_callbacks given = [] {
+    memferry_destination_callbacks callbacks{};
+    callbacks.size = sizeof callbacks;
+    callbacks.accept = accept;
+    callbacks.prepare = prepare;
+    callbacks.resume = resume;
+    callbacks.abandon = abandon;
+    return callbacks;
+  }();
+  options.callbacks = &given;
   return options;
 }
 
@@ -204,8 +209,12 @@ void arguments() {
   options.secret_bytes = 3;
   invalid(memferry_destination_create(&options, &destination, &error), "a short secret");
   options = destination_options();
-  options.callbacks.resume = nullptr;
+  memferry_destination_callbacks lacking = *options.callbacks;
+  lacking.resume = nullptr;
+  options.callbacks = &lacking;
   invalid(memferry_destination_create(&options, &destination, &error), "no resume");
+  options.callbacks = nullptr;
+  invalid(memferry_destination_create(&options, &destination, &error), "no callbacks");
   options = destination_options();
   options.host = "0.0.0.0";
   expect(memferry_destination_create(&options, &destination, &error) == MEMFERRY_PLAINTEXT_REQUIRED,
