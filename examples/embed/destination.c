@@ -27,22 +27,22 @@
 enum { MOST_REGIONS = 64 };
 
 struct guest {
-  memferry_region *regions[MOST_REGIONS];
+  memferry_region* regions[MOST_REGIONS];
   size_t region_count;
-  uint64_t *writes[MOST_REGIONS]; /* how often each page was written here */
+  uint64_t* writes[MOST_REGIONS]; /* how often each page was written here */
   pthread_t thread;
   int running;
   atomic_int stop;
   uint64_t first_ns, last_ns;
 };
 
-static const char *prepare_behaviour = "touch";
+static const char* prepare_behaviour = "touch";
 static int stay;
-static memferry_destination *destination;
-static struct guest *guest; /* the newest */
+static memferry_destination* destination;
+static struct guest* guest; /* the newest */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
 
-static void say(const char *format, ...) {
+static void say(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   pthread_mutex_lock(&output);
@@ -60,14 +60,14 @@ static uint64_t now_ns(void) {
 }
 
 /* The last eight bytes of a page are the guest's to count in: what was there plus how often it wrote. */
-static uint64_t *counter(struct guest *of, size_t region, uint64_t page) {
-  char *start = memferry_region_page(of->regions[region], page);
-  return (uint64_t *)(start + memferry_page_size() - sizeof(uint64_t));
+static uint64_t* counter(struct guest* of, size_t region, uint64_t page) {
+  char* start = memferry_region_page(of->regions[region], page);
+  return (uint64_t*)(start + memferry_page_size() - sizeof(uint64_t));
 }
 
 /* The guest: it writes pages in a pseudo-random order, and waits for those that are still on their way. */
-static void *run(void *argument) {
-  struct guest *self = argument;
+static void* run(void* argument) {
+  struct guest* self = argument;
   uint64_t random = 88172645463325252u;
   self->first_ns = now_ns();
   while (!atomic_load(&self->stop)) {
@@ -76,7 +76,8 @@ static void *run(void *argument) {
       random ^= random >> 7;
       random ^= random << 17;
       const size_t region = random % self->region_count;
-      const uint64_t page = (random >> 8) % (memferry_region_bytes(self->regions[region]) / memferry_page_size());
+      const uint64_t page =
+          (random >> 8) % (memferry_region_bytes(self->regions[region]) / memferry_page_size());
       *counter(self, region, page) += 1;
       self->writes[region][page]++;
     }
@@ -86,7 +87,7 @@ static void *run(void *argument) {
   return NULL;
 }
 
-static void stand(struct guest *of) {
+static void stand(struct guest* of) {
   if (!of || !of->running) return;
   atomic_store(&of->stop, 1);
   pthread_join(of->thread, NULL);
@@ -95,7 +96,7 @@ static void stand(struct guest *of) {
       (unsigned long long)of->last_ns);
 }
 
-static void release(struct guest *of) {
+static void release(struct guest* of) {
   for (size_t i = 0; i < of->region_count; i++) {
     memferry_region_close(of->regions[i], NULL);
     free(of->writes[i]);
@@ -104,11 +105,11 @@ static void release(struct guest *of) {
 }
 
 /* Memory for the guest, before the source sends any of it. */
-static int accept_guest(void *context, memferry_arrival *arrival, const struct memferry_offer *offer,
-                        struct memferry_acceptance *answer, struct memferry_error *why) {
+static int accept_guest(void* context, memferry_arrival* arrival, const struct memferry_offer* offer,
+                        struct memferry_acceptance* answer, struct memferry_error* why) {
   (void)context;
   (void)arrival;
-  struct guest *made = calloc(1, sizeof *made);
+  struct guest* made = calloc(1, sizeof *made);
   if (!made) return MEMFERRY_NO_MEMORY;
   for (size_t i = 0; i < offer->region_count; i++) {
     const int code = memferry_region_allocate(offer->regions[i].length_bytes, &made->regions[i], why);
@@ -129,10 +130,10 @@ static int accept_guest(void *context, memferry_arrival *arrival, const struct m
 }
 
 /* Everything that can fail. A page that it touches may still be at the source: then it waits for it. */
-static int prepare_guest(void *of, memferry_arrival *arrival, const void *state, size_t bytes,
-                         struct memferry_error *why) {
+static int prepare_guest(void* of, memferry_arrival* arrival, const void* state, size_t bytes,
+                         struct memferry_error* why) {
   (void)state;
-  struct guest *self = of;
+  struct guest* self = of;
   say("{\"event\":\"prepare\",\"bytes\":%zu}", bytes);
   if (strcmp(prepare_behaviour, "fail") == 0) {
     snprintf(why->text, sizeof why->text, "this guest cannot be prepared");
@@ -141,27 +142,27 @@ static int prepare_guest(void *of, memferry_arrival *arrival, const void *state,
   while (strcmp(prepare_behaviour, "hang") == 0 && !memferry_arrival_cancelled(arrival)) usleep(1000);
   /* Once it is cancelled pages that have not come never will: touching one would be SIGBUS. */
   if (memferry_arrival_cancelled(arrival)) return MEMFERRY_CANCELLED;
-  volatile const char *first = memferry_region_page(self->regions[0], 0);
+  volatile const char* first = memferry_region_page(self->regions[0], 0);
   (void)*first;
   say("{\"event\":\"prepared\"}");
   return MEMFERRY_OK;
 }
 
-static void resume_guest(void *of, memferry_arrival *arrival) {
+static void resume_guest(void* of, memferry_arrival* arrival) {
   (void)arrival;
-  struct guest *self = of;
+  struct guest* self = of;
   say("{\"event\":\"resume\"}");
   self->running = pthread_create(&self->thread, NULL, run, self) == 0;
 }
 
-static void abandon_guest(void *of, memferry_arrival *arrival, const struct memferry_error *why) {
+static void abandon_guest(void* of, memferry_arrival* arrival, const struct memferry_error* why) {
   (void)of;
   (void)arrival;
   say("{\"event\":\"abandon\",\"code\":\"%s\"}", memferry_code_name(why->code));
 }
 
-static void lost_pages(void *of, memferry_arrival *arrival, const struct memferry_run *runs, size_t count,
-                       const struct memferry_error *why) {
+static void lost_pages(void* of, memferry_arrival* arrival, const struct memferry_run* runs, size_t count,
+                       const struct memferry_error* why) {
   (void)arrival;
   (void)why;
   uint64_t pages = 0;
@@ -169,26 +170,28 @@ static void lost_pages(void *of, memferry_arrival *arrival, const struct memferr
   say("{\"event\":\"lost\",\"pages\":%llu}", (unsigned long long)pages);
   /* Pages that this guest would touch are gone: it ends here, before they are poisoned. (A thread that waits for one
      cannot be waited for.) */
-  atomic_store(&((struct guest *)of)->stop, 1);
+  atomic_store(&((struct guest*)of)->stop, 1);
 }
 
-static void complete_guest(void *of, memferry_arrival *arrival, const struct memferry_arrival_report *report) {
+static void complete_guest(void* of, memferry_arrival* arrival,
+                           const struct memferry_arrival_report* report) {
   (void)of;
   (void)arrival;
-  say("{\"event\":\"complete\",\"verified\":%s,\"remoteFaults\":%llu,\"pagesReceived\":%llu,\"pagesZero\":%llu}",
+  say("{\"event\":\"complete\",\"verified\":%s,\"remoteFaults\":%llu,\"pagesReceived\":%llu,\"pagesZero\":%"
+      "llu}",
       report->verified ? "true" : "false", (unsigned long long)report->stats.remote_faults,
       (unsigned long long)report->stats.pages_received, (unsigned long long)report->stats.pages_zero);
 }
 
-static void failed_guest(void *of, memferry_arrival *arrival, const struct memferry_error *why) {
+static void failed_guest(void* of, memferry_arrival* arrival, const struct memferry_error* why) {
   (void)of;
   (void)arrival;
   say("{\"event\":\"failed\",\"code\":\"%s\"}", memferry_code_name(why->code));
 }
 
-static void ended_guest(void *of, memferry_arrival *arrival) {
+static void ended_guest(void* of, memferry_arrival* arrival) {
   (void)arrival;
-  struct guest *self = of;
+  struct guest* self = of;
   say("{\"event\":\"ended\"}");
   /* A guest that runs here stays; one that does not leaves nothing behind. */
   if (self->running) return;
@@ -196,13 +199,13 @@ static void ended_guest(void *of, memferry_arrival *arrival) {
   release(self);
 }
 
-static int dump(struct guest *of, const char *directory) {
+static int dump(struct guest* of, const char* directory) {
   stand(of);
   if (!of) return 1;
   for (size_t region = 0; region < of->region_count; region++) {
     char path[4096];
     snprintf(path, sizeof path, "%s/%zu", directory, region);
-    FILE *file = fopen(path, "w");
+    FILE* file = fopen(path, "w");
     if (!file) return 1;
     const uint64_t pages = memferry_region_bytes(of->regions[region]) / memferry_page_size();
     for (uint64_t page = 0; page < pages; page++) {
@@ -215,31 +218,45 @@ static int dump(struct guest *of, const char *directory) {
   return 0;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   struct memferry_error error = {.size = sizeof error};
-  const struct memferry_destination_callbacks callbacks = {
-      .size = sizeof callbacks, .accept = accept_guest, .prepare = prepare_guest,
-      .resume = resume_guest, .abandon = abandon_guest, .lost = lost_pages,
-      .complete = complete_guest, .failed = failed_guest, .ended = ended_guest};
+  const struct memferry_destination_callbacks callbacks = {.size = sizeof callbacks,
+                                                           .accept = accept_guest,
+                                                           .prepare = prepare_guest,
+                                                           .resume = resume_guest,
+                                                           .abandon = abandon_guest,
+                                                           .lost = lost_pages,
+                                                           .complete = complete_guest,
+                                                           .failed = failed_guest,
+                                                           .ended = ended_guest};
   struct memferry_destination_options options = {
       .size = sizeof options, .secret_file = NULL, .callbacks = &callbacks};
   for (int i = 1; i + 1 < argc; i += 2) {
     const uint32_t number = (uint32_t)strtoul(argv[i + 1], NULL, 10);
-    if (strcmp(argv[i], "--secret-file") == 0) options.secret_file = argv[i + 1];
-    else if (strcmp(argv[i], "--port") == 0) options.port = (uint16_t)number;
-    else if (strcmp(argv[i], "--stay") == 0) stay = strcmp(argv[i + 1], "yes") == 0;
-    else if (strcmp(argv[i], "--prepare") == 0) prepare_behaviour = argv[i + 1];
-    else if (strcmp(argv[i], "--prepare-timeout-ms") == 0) options.prepare_timeout_ms = number;
-    else if (strcmp(argv[i], "--grant-timeout-ms") == 0) options.grant_timeout_ms = number;
-    else if (strcmp(argv[i], "--recover-timeout-ms") == 0) options.recover_timeout_ms = number;
-    else if (strcmp(argv[i], "--peer-timeout-ms") == 0) options.peer_timeout_ms = number;
-    else if (strcmp(argv[i], "--max-bytes") == 0) options.max_bytes = number;
+    if (strcmp(argv[i], "--secret-file") == 0)
+      options.secret_file = argv[i + 1];
+    else if (strcmp(argv[i], "--port") == 0)
+      options.port = (uint16_t)number;
+    else if (strcmp(argv[i], "--stay") == 0)
+      stay = strcmp(argv[i + 1], "yes") == 0;
+    else if (strcmp(argv[i], "--prepare") == 0)
+      prepare_behaviour = argv[i + 1];
+    else if (strcmp(argv[i], "--prepare-timeout-ms") == 0)
+      options.prepare_timeout_ms = number;
+    else if (strcmp(argv[i], "--grant-timeout-ms") == 0)
+      options.grant_timeout_ms = number;
+    else if (strcmp(argv[i], "--recover-timeout-ms") == 0)
+      options.recover_timeout_ms = number;
+    else if (strcmp(argv[i], "--peer-timeout-ms") == 0)
+      options.peer_timeout_ms = number;
+    else if (strcmp(argv[i], "--max-bytes") == 0)
+      options.max_bytes = number;
     else {
       fprintf(stderr, "destination: no option %s\n", argv[i]);
       return 2;
     }
   }
-  const char *secret = getenv("MEMFERRY_SECRET");
+  const char* secret = getenv("MEMFERRY_SECRET");
   if (!options.secret_file && secret) {
     options.secret = secret;
     options.secret_bytes = strlen(secret);

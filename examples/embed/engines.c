@@ -13,14 +13,14 @@ enum { PAGES = 4096, ROUND_MS = 20000 };
 
 static struct memferry_error error = {.size = sizeof error};
 
-static void must(int code, const char *what) {
+static void must(int code, const char* what) {
   if (code == MEMFERRY_OK) return;
   fprintf(stderr, "%s: %s: %s\n", what, memferry_code_name(code), error.text);
   exit(1);
 }
 
 /* Every fourth page is written in round `version`. */
-static void write_pages(memferry_region *region, unsigned version) {
+static void write_pages(memferry_region* region, unsigned version) {
   for (uint64_t page = version % 4; page < PAGES; page += 4)
     memset(memferry_region_page(region, page), (int)(1 + (page + version) % 250), memferry_page_size());
 }
@@ -42,22 +42,31 @@ int main(void) {
   if (getrandom(session.migration, sizeof session.migration, 0) < 0) return 1;
   if (getrandom(session.key, sizeof session.key, 0) < 0) return 1;
 
-  memferry_listener *listener;
+  memferry_listener* listener;
   must(memferry_listener_create("127.0.0.1", 0, &listener, &error), "listen");
-  struct memferry_receiver_options receiving = {
-      .size = sizeof receiving, .session = session, .regions = &to, .region_count = 1, .may_page = 1,
-      .keep_digests = 1, .encodings = "lz4"};
-  memferry_receiver *receiver;
+  struct memferry_receiver_options receiving = {.size = sizeof receiving,
+                                                .session = session,
+                                                .regions = &to,
+                                                .region_count = 1,
+                                                .may_page = 1,
+                                                .keep_digests = 1,
+                                                .encodings = "lz4"};
+  memferry_receiver* receiver;
   must(memferry_receiver_create(&receiving, &receiver, &error), "receiver");
   must(memferry_listener_add(listener, receiver, &error), "add");
 
-  memferry_tracker *tracker;
+  memferry_tracker* tracker;
   must(memferry_tracker_create(from, NULL, &tracker, &error), "tracker");
   must(memferry_tracker_arm(tracker, &error), "arm");
-  struct memferry_sender_options sending = {
-      .size = sizeof sending, .session = session, .regions = &from, .trackers = &tracker, .region_count = 1,
-      .host = "127.0.0.1", .port = memferry_listener_port(listener), .compress = "lz4"};
-  memferry_sender *sender;
+  struct memferry_sender_options sending = {.size = sizeof sending,
+                                            .session = session,
+                                            .regions = &from,
+                                            .trackers = &tracker,
+                                            .region_count = 1,
+                                            .host = "127.0.0.1",
+                                            .port = memferry_listener_port(listener),
+                                            .compress = "lz4"};
+  memferry_sender* sender;
   must(memferry_sender_create(&sending, &sender, &error), "sender");
   must(memferry_sender_connect(sender, &error), "connect");
   must(memferry_sender_wait(sender, MEMFERRY_EVENT_CONNECTED, 0, ROUND_MS, &error), "connect");
@@ -81,7 +90,7 @@ int main(void) {
   if (!ready) return 1;
 
   /* The guest runs at the destination: this waits for its page. */
-  const unsigned char *late = memferry_region_page(to, 4);
+  const unsigned char* late = memferry_region_page(to, 4);
   if (late[0] != (unsigned char)(1 + (4 + 4) % 250)) {
     fprintf(stderr, "a page that is missing reads as something else\n");
     return 1;
@@ -104,8 +113,9 @@ int main(void) {
 
   const int same = memcmp(left, arrived, sizeof left) == 0 &&
                    memcmp(memferry_region_page(from, 0), memferry_region_page(to, 0), bytes) == 0;
-  printf("%s: %d pages, %llu dirty in round 2, %llu sent, %llu by demand\n", same ? "the same" : "DIFFERENT", PAGES,
-         (unsigned long long)dirty, (unsigned long long)sent.pages_sent, (unsigned long long)received.remote_faults);
+  printf("%s: %d pages, %llu dirty in round 2, %llu sent, %llu by demand\n", same ? "the same" : "DIFFERENT",
+         PAGES, (unsigned long long)dirty, (unsigned long long)sent.pages_sent,
+         (unsigned long long)received.remote_faults);
   memferry_tracker_close(tracker);
   must(memferry_region_close(from, &error), "close");
   must(memferry_region_close(to, &error), "close");

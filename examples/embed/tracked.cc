@@ -19,7 +19,8 @@ int main() {
     }
     const auto tracker = memferry::make_tracker(*memferry::tracker_kind(probe.name), region);
     tracker->arm();
-    std::memset(region->address(memferry::PageNumber{7}).pointer(), 1 + static_cast<int>(probe.name.size()), 1);
+    std::memset(region->address(memferry::PageNumber{7}).pointer(), 1 + static_cast<int>(probe.name.size()),
+                1);
     memferry::AtomicBitmap dirty(kPages);
     const std::uint64_t written = tracker->collect(dirty);
     std::printf("%s: %llu page written\n", probe.name.c_str(), static_cast<unsigned long long>(written));
@@ -30,7 +31,8 @@ int main() {
   memferry_region* other = nullptr;
   memferry_error error{};
   error.size = sizeof error;
-  if (memferry_region_allocate(memferry_page_size() + 1, &other, &error) != MEMFERRY_REGION_UNALIGNED) return 1;
+  if (memferry_region_allocate(memferry_page_size() + 1, &other, &error) != MEMFERRY_REGION_UNALIGNED)
+    return 1;
   std::printf("%s: %s\n", memferry_code_name(error.code), error.text);
   return 0;
 }

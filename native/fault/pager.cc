@@ -339,8 +339,7 @@ Pager::Installed Pager::install(std::uint32_t region, PageRun run, const std::by
   return result;
 }
 
-Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byte* bytes,
-                               Patience patience) {
+Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byte* bytes, Patience patience) {
   ArrivalMap& map = *maps_[region];
   int tries = 0;
   // Under a lock that whoever reads the events waits for.

@@ -167,7 +167,7 @@ class Pager {
   std::optional<Userfaultfd> own_;        // of this process's memory; none where all is of others
   std::optional<FailingMemory> failing_;  // where the kernel cannot poison pages
   std::atomic<std::uint32_t> failing_pieces_{0};
-  std::vector<Attached> attached_;  // one a map
+  std::vector<Attached> attached_;             // one a map
   std::atomic<std::uint64_t> undelivered_{0};  // in waiting rooms, or being installed from there
   std::atomic<bool> letting_go_{false};        // finish() unregisters: what is gone is no failure any more
   // Of children whose missing pages could not be made to fail: they wait there rather than read zeros.

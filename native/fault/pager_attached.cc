@@ -298,8 +298,7 @@ void Pager::poison_child(std::uint32_t from, UniqueFd child) {
         const auto missing = map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
         if (!missing) break;
         at = missing->end();
-        map.for_each_run(*missing,
-                         [&](PageRun part) { all = poison_child_run(uffd, region, part) && all; });
+        map.for_each_run(*missing, [&](PageRun part) { all = poison_child_run(uffd, region, part) && all; });
       }
     }
   } catch (const std::exception& error) {

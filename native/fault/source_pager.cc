@@ -276,7 +276,9 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
       if (ledger_.test(run.first)) {
         done = 1;  // by somebody else, or dropped
       } else {
-        while (count < std::min(run.count, pieces.most()) && !ledger_.test(PageNumber{run.first.value + count})) ++count;
+        while (count < std::min(run.count, pieces.most()) &&
+               !ledger_.test(PageNumber{run.first.value + count}))
+          ++count;
         const PageResult result =
             memory_.uffd()->copy(memory_.owner_address(run.first), bytes, count * page_size_, true);
         outcome = result.outcome;

@@ -91,9 +91,8 @@ void SnapshotPager::run(WorkerThread& self) {
   while (!self.stopping() && !failed_.load(std::memory_order_acquire)) {
     std::chrono::nanoseconds most = kLookAfterOwner;
     if (!faults.empty())
-      most = without_memory_.load(std::memory_order_relaxed) > 0
-                 ? std::chrono::nanoseconds(kMemoryAfter)
-                 : std::chrono::nanoseconds(kAgainAfter);
+      most = without_memory_.load(std::memory_order_relaxed) > 0 ? std::chrono::nanoseconds(kMemoryAfter)
+                                                                 : std::chrono::nanoseconds(kAgainAfter);
     if (const Clock::rep at = poison_at_.load(std::memory_order_acquire); at != 0)
       most = std::clamp<std::chrono::nanoseconds>(Clock::duration(at) - Clock::now().time_since_epoch(),
                                                   std::chrono::nanoseconds(0), most);
