@@ -37,7 +37,7 @@ void deliver(Napi::Env env, const Napi::Function& callback, Arrived& arrived) {
     return;
   }
   FdConnection::Received& received = arrived.received;
-  const Napi::Value bytes = Napi::Buffer<std::uint8_t>::Copy(
+  const Napi::Buffer<std::uint8_t> bytes = Napi::Buffer<std::uint8_t>::Copy(
       env, reinterpret_cast<const std::uint8_t*>(received.bytes.data()), received.bytes.size());
   const Napi::String outcome = Napi::String::New(env, fd_outcome_name(received.outcome));
   callback.Call({env.Null(), outcome, bytes, release_descriptors(env, received.descriptors)});
