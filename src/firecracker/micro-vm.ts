@@ -131,11 +131,16 @@ export class MicroVm {
    * is fine.
    */
   close(): void {
+    this.#close(() => this.#end('closed'));
+  }
+
+  /** Whoever sees the end sees that nothing is held any more. */
+  #close(end: () => void): void {
     if (this.#over) return;
     this.#over = true;
     this.#restore.close();
-    this.#end('closed');
     this.#letGo();
+    end();
   }
 
   #on(
@@ -151,8 +156,7 @@ export class MicroVm {
         this.#end('complete');
         break;
       case 'owner-gone':
-        this.#end('owner-gone');
-        this.close();
+        this.#close(() => this.#end('owner-gone'));
         break;
       case 'lost':
         this.#ended.reject(lostPages(lost, message));
@@ -162,8 +166,9 @@ export class MicroVm {
         });
         break;
       case 'failed':
-        this.#ended.reject(memferryError(code === 'PROTOCOL' ? 'PROTOCOL_ERROR' : 'SYSTEM', message));
-        this.close();
+        this.#close(() =>
+          this.#ended.reject(memferryError(code === 'PROTOCOL' ? 'PROTOCOL_ERROR' : 'SYSTEM', message)),
+        );
         break;
     }
   }
