@@ -12,36 +12,36 @@ import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { stillArriving } from '../arrivals.js';
 import { keepStaleCopy } from '../base-files.js';
-import { baseKey, dataTokens } from '../control/tokens.js';
-import { MemferryError, memferryError } from '../errors.js';
+import { MemferryError } from '../errors.js';
 import type { Guest, PausedGuest } from '../guest.js';
-import { lineageOf } from '../lineage.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
-import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
+import { agreedEncodings, wantedEncodings } from '../protocol/encodings.js';
 import type { DestinationMessage } from '../protocol/messages.js';
-import { maxEpochs } from '../protocol/epochs.js';
 import { type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
-import { sealLineage, sealSecret } from '../staging/image-secret.js';
 import type { ImageSet } from '../staging/image-set.js';
-import { chooseTracker, DirtyTracker } from '../trackers.js';
+import type { DirtyTracker } from '../trackers.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { OfferedReferences } from '../protocol/references.js';
-import { dedupReport, nothingDeduplicated } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
+import { engineConfig } from './engine-config.js';
+import { evictionReport } from './eviction-report.js';
 import { GatherWait } from './gather-wait.js';
+import { afterCommit, ownerGone, regionGone } from './gone.js';
+import { makeOffer } from './make-offer.js';
 import { Measurements } from './measurements.js';
+import { comparablePages, trackersForBase, trackersForRounds } from './migration-trackers.js';
 import { discardWhileRunning, preCopy } from './precopy.js';
 import { SourceSession } from './session.js';
 import { StartFromBase } from './start-from-base.js';
-import { describeGuest, stageImage } from './stage-image.js';
+import { stageImage } from './stage-image.js';
 
 /** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
 const refusalGraceMs = 500;
@@ -247,7 +247,7 @@ export class SourceMigration extends EventEmitter {
       this.#paging ||= outcome === 'post-copy';
     } else {
       // While the guest runs: what it touches from here on is looked at again when its turn comes.
-      // The trackers are armed (#trackersForBase).
+      // The trackers are armed (trackersForBase).
       await untilAborted(this.#requireEngine().queuePopulated(), this.#abort.signal);
       await this.#startFromBase();
       if (this.options.holdSwitchover) {
@@ -312,71 +312,37 @@ export class SourceMigration extends EventEmitter {
         this.#migrationId,
       );
     }
-    const offer = {
-      type: 'offer' as const,
-      migrationId: this.id,
-      mode: options.mode,
-      mayPage: this.#paging || options.onNonConvergence === 'post-copy',
-      verify: options.verify,
-      channels: options.channels,
+    const offer = makeOffer(guest, lengths, options, {
+      migrationId: this.#migrationId,
+      sessionKey: this.#session.sessionKey,
       encodings: wanted,
-      base: options.base !== 'off',
-      replay: options.base !== 'off' && options.replayLog !== undefined,
-      references: this.#references?.offer ?? null,
-      lineage: sealLineage(this.#session.sessionKey, this.#migrationId, lineageOf(regions)),
-      scatter: this.#images
-        ? {
-            servers: this.#images.list,
-            sealedSecret: sealSecret(this.#session.sessionKey, this.#migrationId, this.#images.secret),
-            gatherTimeoutMs: options.gatherTimeoutMs,
-          }
-        : null,
-      guest: describeGuest(guest, lengths),
-    };
+      mayPage: this.#paging || options.onNonConvergence === 'post-copy',
+      images: this.#images,
+      references: this.#references,
+    });
     this.#session.send(offer, offer.replay ? (options.replayLog ?? null) : null);
     rehearseSwitchover(); // while the destination makes up its mind
     const agreed = agreedEncodings(await untilAborted(this.#accepted.promise, this.#abort.signal), wanted);
 
     if (this.#traits.rounds) {
-      const { tracker, writers } = options;
-      for (const { region, tracker: kvmLog } of guest.regions) {
-        this.#trackers.push(DirtyTracker.create(region, tracker, { writers, kvmLog }));
-      }
+      trackersForRounds(guest, options, this.#trackers);
     } else {
-      this.#trackers = this.#base ? this.#trackersForBase(this.#base) : regions.map(() => null);
+      this.#trackers = this.#base ? trackersForBase(guest, options, this.#base) : regions.map(() => null);
     }
-    const basePages = this.#comparablePages();
     this.#engine = new SourceEngine(
-      {
-        regions: regions.map((region) => region.native),
-        trackers: this.#trackers.map((tracker) => tracker?.native ?? null),
-        host: this.#session.remoteAddress,
-        port: options.to.port,
-        migration: this.#migrationId,
-        channels: options.channels,
-        tokens: dataTokens(this.#session.sessionKey, this.#migrationId, maxEpochs, options.channels),
-        bandwidth: options.bandwidth,
-        connectTimeoutMs: options.connectTimeoutMs,
-        recoverTimeoutMs: options.recoverTimeoutMs,
-        servers: this.#images?.servers ?? [],
-        replicas: options.replicas,
-        compress: options.compress,
-        destinationEncodings: encodingFlags(agreed),
-        serverEncodings: encodingFlags(agreedEncodings(this.#images?.encodings ?? [], wanted)),
-        deltaCacheBytes: options.deltaCacheBytes,
-        direct: true,
-        stallTimeoutMs: options.stallTimeoutMs,
-        releaseAsEvicted: options.releaseAsEvicted,
-        ...(basePages
-          ? {
-              basePages,
-              baseKey: baseKey(this.#session.sessionKey, this.#migrationId),
-            }
-          : {}),
-        // Nobody could wait for what went as references.
-        dedupKey: this.#gathersFirst && !this.#tellsMissing ? null : (this.#images?.domainKey ?? null),
-        referencesKey: this.#references?.agreed ? this.#references.key : null,
-      },
+      engineConfig({
+        guest,
+        options,
+        session: this.#session,
+        migrationId: this.#migrationId,
+        trackers: this.#trackers,
+        images: this.#images,
+        references: this.#references,
+        encodings: { wanted, destination: agreed },
+        basePages: comparablePages(this.#base, this.#trackers),
+        // In rounds before gathering nobody could wait for what went as references.
+        dedupInVmd: !this.#gathersFirst || this.#tellsMissing,
+      }),
       {
         paused: () => this.#to('postcopy-paused'),
         recovered: () => {
@@ -389,42 +355,10 @@ export class SourceMigration extends EventEmitter {
     await untilAborted(this.#engine.connect(), this.#abort.signal);
   }
 
-  /**
-   * A mode without rounds needs trackers only to compare while the guest runs: armed ones, or none, and then it goes
-   * as usual.
-   */
-  #trackersForBase(base: StartFromBase): (DirtyTracker | null)[] {
-    const regions = this.guest.regions.map(({ region }) => region);
-    const made: DirtyTracker[] = [];
-    try {
-      // One that hashes all memory, now and once more in the pause, would cost such a mode more than a base saves.
-      const wanted = this.options.tracker;
-      const name = wanted === 'kvm-log' ? wanted : chooseTracker(wanted);
-      if (name === 'hash-diff' && this.options.base !== 'always') return regions.map(() => null);
-      return regions.map((region, index) => {
-        if (!base.pages[index]) return null;
-        const kvmLog = this.guest.regions[index]?.tracker;
-        const tracker = DirtyTracker.create(region, name, { writers: this.options.writers, kvmLog });
-        made.push(tracker);
-        tracker.arm();
-        return tracker;
-      });
-    } catch {
-      for (const tracker of made) tracker.close();
-      return regions.map(() => null);
-    }
-  }
-
-  /** Of each region; null when there is nothing to compare. What is written after it was compared must be known. */
-  #comparablePages(): number[] | null {
-    const pages = this.#base?.pages.map((count, index) => (this.#trackers[index] ? count : 0)) ?? [];
-    return pages.some((count) => count > 0) ? pages : null;
-  }
-
   async #startFromBase(): Promise<void> {
     const base = this.#base;
     if (!base) return;
-    if (!this.#comparablePages()) {
+    if (!comparablePages(this.#base, this.#trackers)) {
       await base.decline('no dirty tracker that can be armed, and costs less than a base saves');
       return;
     }
@@ -506,7 +440,18 @@ export class SourceMigration extends EventEmitter {
     const digests = this.options.verify
       ? await Promise.all(this.guest.regions.map((_, index) => engine.digest(index)))
       : null;
-    const evicted = this.#evictionReport(engine);
+    const evicted = evictionReport({
+      id: this.id,
+      guest: this.guest,
+      mode: this.options.mode,
+      paging: this.#paging,
+      engine,
+      measured: this.#measured,
+      trackers: this.#trackers,
+      images: this.#images,
+      base: this.#base,
+      references: this.#references,
+    });
     if (this.#images) {
       // For a destination that is still gathering when this side is gone.
       await this.#images.seal(digests).catch(() => {});
@@ -543,36 +488,6 @@ export class SourceMigration extends EventEmitter {
         destination: summary.extraMemoryBytes,
       },
     });
-  }
-
-  #evictionReport(engine: SourceEngine): EvictionReport {
-    const stats = engine.stats();
-    const { totalMs: _total, gatherMs: _gather, ...times } = this.#measured.report();
-    return {
-      migrationId: this.id,
-      guest: this.guest.name,
-      mode: this.options.mode,
-      switchedToPostCopy: this.#paging,
-      heapBytes: this.guest.regions.reduce((sum, { region }) => sum + region.lengthBytes, 0),
-      tracker: this.#trackers.find((tracker) => tracker)?.name ?? null,
-      ...times,
-      bytesOnWire: stats.bytesOnWire,
-      pagesSent: stats.pagesSent,
-      pagesZero: stats.pagesZero,
-      pagesResent: stats.pagesResent,
-      compression: stats.compression,
-      delta: stats.delta,
-      redials: stats.redials,
-      // What was sent to the destination itself; without servers that is everything.
-      pagesDirect: this.#images
-        ? stats.pagesDirect
-        : stats.pagesSent + stats.pagesZero + (stats.dedup?.pages ?? 0) - stats.pagesResent,
-      intermediaries: this.#images?.account(stats.servers) ?? [],
-      base: this.#base?.report(engine, this.guest.regions[0]?.region.pageSize ?? 4096) ?? null,
-      dedup: stats.dedup
-        ? dedupReport(stats.dedup, this.guest.regions[0]?.region.pageSize ?? 4096)
-        : this.#references && nothingDeduplicated,
-    };
   }
 
   /** Tells the destination that all is sent, and takes its account; dials again when the connection is cut. */
@@ -699,8 +614,8 @@ export class SourceMigration extends EventEmitter {
   async #end(settlement: Exclude<Settlement, { outcome: 'departed' }>): Promise<void> {
     let { error } = settlement;
     if (settlement.outcome === 'reclaimed') {
-      if (error.code === 'CHANNEL_LOST') error = this.#regionGone() ?? (await this.#reasonOf(error));
-      else if (['REGION_GONE', 'SYSTEM'].includes(error.code)) error = this.#ownerGone() ?? error;
+      if (error.code === 'CHANNEL_LOST') error = regionGone(this.guest) ?? (await this.#reasonOf(error));
+      else if (['REGION_GONE', 'SYSTEM'].includes(error.code)) error = ownerGone(this.guest) ?? error;
       await this.#letGo(false, error);
       // Whoever hears of it may let go of the guest at once.
       await this.#commit.unpaused();
@@ -710,30 +625,6 @@ export class SourceMigration extends EventEmitter {
     }
     this.#evicted.reject(error);
     this.#done.reject(error);
-  }
-
-  /** The engine cuts its connections when a region goes; the destination's complaint may be here before its own. */
-  #regionGone(): MemferryError | null {
-    const owner = this.#ownerGone();
-    if (owner) return owner;
-    const gone = this.guest.regions.find(({ region }) => region.native.retired());
-    return gone
-      ? memferryError('REGION_GONE', `region '${gone.name}' went away while it moved`, {
-          facts: { region: gone.name },
-        })
-      : null;
-  }
-
-  /** Memory of another process that has ended: whatever failed, failed for that. */
-  #ownerGone(): MemferryError | null {
-    const gone = this.guest.regions.find(
-      ({ region }) => !region.closed && region.native.attached()?.alive === false,
-    );
-    return gone
-      ? memferryError('OWNER_GONE', `the process that owns region '${gone.name}' is gone`, {
-          facts: { region: gone.name },
-        })
-      : null;
   }
 
   /**
@@ -749,18 +640,8 @@ export class SourceMigration extends EventEmitter {
 
   /** After the commit: the destination has the guest, and something went wrong with its pages or its account. */
   async #lost(cause: unknown): Promise<void> {
-    const inner =
-      cause instanceof MemferryError ? cause : new MemferryError('SYSTEM', String(cause), { cause });
-    const pending = this.#evicted.settled ? 0 : (this.#engine?.stats().pagesPending ?? 0);
-    const error =
-      inner.code === 'PEER_LOST' && !this.#evicted.settled
-        ? new MemferryError(
-            'GUEST_LOST',
-            `the guest was committed to the destination, which cannot be reached any more; ${pending} pages ` +
-              'never arrived, and the source does not run it',
-            { cause: inner, facts: { pages: pending } },
-          )
-        : inner;
+    const pending = this.#evicted.settled ? null : (this.#engine?.stats().pagesPending ?? 0);
+    const error = afterCommit(cause, pending);
     this.#to('failed');
     this.#evicted.reject(error);
     this.#done.reject(error);

@@ -1,0 +1,43 @@
+/** From what failed to what is said of it: whose end it was, and what became of the guest. Pure but for asking regions. */
+import { MemferryError, memferryError } from '../errors.js';
+import type { Guest } from '../guest.js';
+
+/** Memory of another process that has ended: whatever failed, failed for that. */
+export function ownerGone(guest: Guest): MemferryError | null {
+  const gone = guest.regions.find(
+    ({ region }) => !region.closed && region.native.attached()?.alive === false,
+  );
+  return gone
+    ? memferryError('OWNER_GONE', `the process that owns region '${gone.name}' is gone`, {
+        facts: { region: gone.name },
+      })
+    : null;
+}
+
+/** The engine cuts its connections when a region goes; the destination's complaint may be here before its own. */
+export function regionGone(guest: Guest): MemferryError | null {
+  const owner = ownerGone(guest);
+  if (owner) return owner;
+  const gone = guest.regions.find(({ region }) => region.native.retired());
+  return gone
+    ? memferryError('REGION_GONE', `region '${gone.name}' went away while it moved`, {
+        facts: { region: gone.name },
+      })
+    : null;
+}
+
+/**
+ * After the commit: the destination has the guest, and something went wrong with its pages or its account.
+ * @param pending pages that nobody has acknowledged; null when the guest was evicted
+ */
+export function afterCommit(cause: unknown, pending: number | null): MemferryError {
+  const inner =
+    cause instanceof MemferryError ? cause : new MemferryError('SYSTEM', String(cause), { cause });
+  if (inner.code !== 'PEER_LOST' || pending === null) return inner;
+  return new MemferryError(
+    'GUEST_LOST',
+    `the guest was committed to the destination, which cannot be reached any more; ${pending} pages ` +
+      'never arrived, and the source does not run it',
+    { cause: inner, facts: { pages: pending } },
+  );
+}
