@@ -172,7 +172,7 @@ function placeOf(line, unit) {
   }
 }
 
-/** For each file what it is compiled with, as JSON; CMake's list has all but the addon's, which are cmake-js's there. */
+/** For each file what it is compiled with, as JSON; CMake's list has all but the addon's own. */
 function flagsOf(files) {
   succeeds('cmake', [
     ...['-S', root, '-B', build, '-DCMAKE_CXX_COMPILER=clang++'],
