@@ -142,8 +142,7 @@ Napi::Value RegionHandle::adopt(const Napi::CallbackInfo& info) {
     }
     if (info[2].IsObject()) pinned.push_back(info[2].As<Napi::Object>());
     if (capacity < bytes_before_last) throw std::invalid_argument("capacityBytes: less than the views");
-    auto shared =
-        SharedRegion::publish(Region::adopt(std::move(extents), capacity - bytes_before_last), false);
+    auto shared = SharedRegion::publish(Region::adopt(extents, capacity - bytes_before_last), false);
     auto adoption = Environment::of(env).adopt(shared, pinned);
     return Napi::Value(wrap(env, {std::move(shared), std::move(adoption)}));
   });

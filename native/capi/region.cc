@@ -85,7 +85,7 @@ int memferry_region_adopt(const memferry_extent* extents, size_t count, uint64_t
     must_be_whole_pages(capacity_bytes, "capacity_bytes");
     auto made = std::make_unique<memferry_region>();
     const std::uint64_t last = all.back().bytes;
-    made->region = Region::adopt(std::move(all), capacity_bytes == 0 ? last : capacity_bytes);
+    made->region = Region::adopt(all, capacity_bytes == 0 ? last : capacity_bytes);
     *region = made.release();
   });
 }

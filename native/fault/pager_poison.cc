@@ -130,13 +130,11 @@ Pager::Poisoned Pager::poison_part(std::uint32_t region, PageRun part, Patience 
         if (!mapped.there) {
           done += mapped.count * page_size;
           most = bytes;
-        } else if (!wait_again(tries)) {
+        } else if (!wait_again(tries) || mapped.count * page_size >= std::min(most, bytes - done)) {
+          // Too often; or it is in one mapping and not registered: somebody has put it over the region's.
           return Poisoned::kCannot;
-        } else if (mapped.count * page_size < std::min(most, bytes - done)) {
-          most = mapped.count * page_size;
         } else {
-          // In one mapping, and it is not registered: somebody has put it over the region's.
-          return Poisoned::kCannot;
+          most = mapped.count * page_size;
         }
       } catch (const OwnerGone&) {
         return Poisoned::kDone;

@@ -187,6 +187,7 @@ MEMFERRY_BARE int stop_new_threads(Freeze& freeze, long deadline_ms) {
     if (got == 0) break;
     for (long at = 0; at < got;) {
       // struct linux_dirent64: inode and offset of 8 bytes, length of 2, type of 1, name.
+      // NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Assign): the kernel wrote it, past what is followed
       const auto length = *reinterpret_cast<const std::uint16_t*>(buffer + at + 16);
       const char* const name = buffer + at + 19;
       at += length;

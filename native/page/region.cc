@@ -54,7 +54,7 @@ std::shared_ptr<Region> Region::allocate(std::uint64_t bytes) {
   return region;
 }
 
-std::shared_ptr<Region> Region::adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+std::shared_ptr<Region> Region::adopt(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                                       std::uint64_t page_size) {
   if (page_size == 0) page_size = system_page_size();
   if (!std::has_single_bit(page_size) || page_size < system_page_size())

@@ -58,7 +58,7 @@ class Region : public std::enable_shared_from_this<Region> {
   // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
   // own start (>= its bytes): a WebAssembly memory. `page_size`: 0 for the system's, else a multiple of it that is a power
   // of two, by which extents and capacity are aligned: for huge pages that are tracked as a whole.
-  static std::shared_ptr<Region> adopt(std::vector<Extent> extents, std::uint64_t capacity_bytes,
+  static std::shared_ptr<Region> adopt(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
                                        std::uint64_t page_size = 0);
 
   // Memory of another process. Throws std::invalid_argument; SystemError: EFAULT when part of it is not mapped there,

@@ -155,7 +155,7 @@ class SnapshotPager {
   void read_events_only();
   void note_memory(Served served);
   void fail(const std::string& code, const std::string& message);
-  void emit(RestoreEvent event) const { config_.on_event(event); }
+  void emit(const RestoreEvent& event) const { config_.on_event(event); }
 
   // The other threads.
   void bring_ahead(WorkerThread& self);
