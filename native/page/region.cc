@@ -85,6 +85,7 @@ Region::Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
 }
 
 Region::~Region() {
+  leave_turn();
   if (owned_) ::munmap(Address{extents_.front().start.value}.pointer(), extents_.front().bytes);
 }
 

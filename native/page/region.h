@@ -97,16 +97,23 @@ class Region : public std::enable_shared_from_this<Region> {
   // Where the memory is a file with holes: visits the runs of pages of `run` that are none, in order. False, and no visit,
   // when there is no such file.
   bool file_content(PageRun run, const std::function<void(PageRun)>& found) const;
-  // Who reads the events of its userfaultfd: one at a time. False when somebody does. Faults that were read and left are
-  // raised again for whoever wakes the range.
+  // Its file may become shorter, so that a look at the view may end in SIGBUS: read_file() does not.
+  [[nodiscard]] bool may_shrink() const { return may_shrink_; }
+  // Copies run.count pages, contiguous ones, from its file. Throws SystemError (EFAULT: the file has become shorter).
+  void read_file(PageRun run, std::span<std::byte> into) const;
+  // Who reads the events of its userfaultfd: one at a time. False when somebody does.
   [[nodiscard]] bool begin_events();
-  void end_events() { events_taken_.store(false); }
-  // Reads what is there, so that the owner's system calls go on; false when somebody else does. What it has discarded is
-  // kept for take_removed().
+  void end_events();
+  // Reads what is there, so that the owner's system calls go on. What it has discarded is kept for take_removed(), of
+  // every region that has the same userfaultfd. False when somebody here reads them, for any of those regions, or when
+  // somebody elsewhere seems to: there were faults, which are raised again, and should be left alone for a while.
   bool drain_events();
   // ORs the pages that the owner has discarded since the last call, and those of the call before once more: the event is
   // read before the pages go.
   void take_removed(AtomicBitmap& into);
+  // Attached memory of which a userfaultfd is asked for missing pages cannot be told from zeros: throws SystemError
+  // (EBUSY). Costs some milliseconds a GiB.
+  void check_not_paged(const char* operation) const;
   // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (EFAULT).
   void check_attached(const char* operation) const;
 
@@ -182,13 +189,15 @@ class Region : public std::enable_shared_from_this<Region> {
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
   UniqueFd memory_;
+  bool may_shrink_ = false;
   bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
-  std::mutex drain_mutex_;  // held while events are dropped, and while they are taken
-  std::atomic<bool> events_taken_{false};
+  struct EventTurn;                  // shared by all regions here that have the same userfaultfd
+  std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the three below
+  bool events_taken_ = false;
   std::unique_ptr<AtomicBitmap> removed_;  // nullptr: its userfaultfd does not tell
   std::unique_ptr<AtomicBitmap> removed_before_;
   std::uint64_t capacity_pages_ = 0;
@@ -198,6 +207,9 @@ class Region : public std::enable_shared_from_this<Region> {
   std::atomic<std::uint32_t> arrivals_{0};
   std::atomic<std::uint32_t> glances_{0};
   void await_glances();
+  void join_turn();
+  void leave_turn();
+  void note_removed(OwnerAddress start, OwnerAddress end);
 
   struct Enlisted {
     std::uint64_t key = 0;
