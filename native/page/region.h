@@ -101,7 +101,8 @@ class Region : public std::enable_shared_from_this<Region> {
   [[nodiscard]] bool may_shrink() const { return may_shrink_; }
   // Copies run.count pages, contiguous ones, from its file. Throws SystemError (EFAULT: the file has become shorter).
   void read_file(PageRun run, std::span<std::byte> into) const;
-  // Who reads the events of its userfaultfd: one at a time. False when somebody does.
+  // Who reads the events of its userfaultfd: one at a time. False when somebody does. No other process of memferry's has a
+  // region with it: attach() refuses that (EBUSY).
   [[nodiscard]] bool begin_events();
   void end_events();
   // Reads what is there, so that the owner's system calls go on. What it has discarded is kept for take_removed(), of
@@ -111,9 +112,16 @@ class Region : public std::enable_shared_from_this<Region> {
   // ORs the pages that the owner has discarded since the last call, and those of the call before once more: the event is
   // read before the pages go.
   void take_removed(AtomicBitmap& into);
-  // Attached memory of which a userfaultfd is asked for missing pages cannot be told from zeros: throws SystemError
-  // (EBUSY). Costs some milliseconds a GiB.
-  void check_not_paged(const char* operation) const;
+  // What is not there while a userfaultfd, whoever has it, is asked for it would be taken for zeros: throws SystemError
+  // (EBUSY) with the pages. Attached memory only; some milliseconds a GiB.
+  void check_not_missing(const char* operation) const;
+  // Of an attached file what was lost, and fails to be read at the owner's, is a hole in the file, zeros for who reads that:
+  // throws SystemError (EIO) with the pages.
+  void check_not_lost(const char* operation) const;
+  // Of attached memory: the pages that are there, zeros that were only read included.
+  [[nodiscard]] std::vector<PageRun> pages_there() const;
+  // Of an attached file in which nothing is there: drops what is reserved for it, which looks missing and reads as zeros.
+  void drop_reserved();
   // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (EFAULT).
   void check_attached(const char* operation) const;
 
@@ -130,6 +138,9 @@ class Region : public std::enable_shared_from_this<Region> {
   [[nodiscard]] PageRun contiguous_run(PageRun run) const;
   // The same as the bytes of the view; std::logic_error when there is none.
   [[nodiscard]] std::span<std::byte> contiguous(PageRun run) const;
+  // The runs of pages, up to its pages now, that lie in [start, end) of the owner's addresses, in part or whole.
+  void for_each_run_between(OwnerAddress start, OwnerAddress end,
+                            const std::function<void(PageRun)>& visit) const;
   // The page that holds `address`, if the region does (up to its capacity).
   [[nodiscard]] std::optional<PageNumber> page_at(OwnerAddress address) const;
 
@@ -195,7 +206,8 @@ class Region : public std::enable_shared_from_this<Region> {
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
-  struct EventTurn;                  // shared by all regions here that have the same userfaultfd
+  struct EventTurn;  // shared by all regions here that have the same userfaultfd
+  struct EventTurns;
   std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the three below
   bool events_taken_ = false;
   std::unique_ptr<AtomicBitmap> removed_;  // nullptr: its userfaultfd does not tell
@@ -210,6 +222,8 @@ class Region : public std::enable_shared_from_this<Region> {
   void join_turn();
   void leave_turn();
   void note_removed(OwnerAddress start, OwnerAddress end);
+  // The runs of pages of `within` that are there, of attached memory.
+  void visit_there(PageRun within, const std::function<void(PageRun)>& visit) const;
 
   struct Enlisted {
     std::uint64_t key = 0;

@@ -2,12 +2,10 @@
 #include <fcntl.h>
 #include <linux/magic.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <stdexcept>
 #include <string>
@@ -57,53 +55,6 @@ void check_memory(int memory, const std::vector<Extent>& extents, const std::vec
   for (std::size_t i = 1; i < parts.size(); ++i) {
     if (parts[i - 1].first + parts[i - 1].second > parts[i].first)
       throw std::invalid_argument("two mappings have the same part of the memory's file");
-  }
-}
-
-bool same_open_file(int one, int other) {
-  constexpr int kFile = 0;  // KCMP_FILE
-  const pid_t self = ::getpid();
-  const long order = ::syscall(SYS_kcmp, self, self, kFile, one, other);
-  if (order >= 0) return order == 0;
-  // Each userfaultfd has an inode of its own (Linux 5.12). Before, all count as one: nothing is read twice.
-  struct stat first {};
-  struct stat second {};
-  return ::fstat(one, &first) == 0 && ::fstat(other, &second) == 0 && first.st_dev == second.st_dev &&
-         first.st_ino == second.st_ino;
-}
-
-// A child's userfaultfd is about to be closed: what somebody pages at its parent must not become zeros there. False when
-// it may.
-bool poison_copies(int child, const Process* owner) {
-  constexpr int kTries = 1000;
-  const std::uint64_t page = system_page_size();
-  try {
-    std::optional<Userfaultfd> copy;
-    bool done = true;
-    for_each_paged_area(
-        [&](OwnerAddress start, OwnerAddress end) {
-          if (!copy) copy.emplace(Userfaultfd::adopt(child, 0));
-          int tries = 0;
-          while (start < end) {
-            const PageResult result = copy->poison(start, end.value - start.value, true);
-            start = start.plus(result.bytes_done);
-            if (result.outcome == PageOutcome::kExists) {
-              start = start.plus(page);
-            } else if (result.outcome != PageOutcome::kOk) {
-              std::array<uffd_msg, 16> events;
-              if (result.outcome == PageOutcome::kAgain && ++tries < kTries) {
-                (void)copy->read_events(events);
-                continue;
-              }
-              done = done && result.outcome == PageOutcome::kGone;
-              start = start.plus(page);
-            }
-          }
-        },
-        owner);
-    return done;
-  } catch (const SystemError&) {
-    return false;
   }
 }
 
@@ -161,134 +112,6 @@ void Region::stage() {
   if (viewed_.load(std::memory_order_acquire)) return;
   views_.push_back(Mapping::anonymous(capacity_pages_ * page_size_));
   viewed_.store(true, std::memory_order_release);
-}
-
-void Region::check_not_paged(const char* operation) const {
-  if (!owner_) return;
-  for_each_paged_area(
-      [&](OwnerAddress start, OwnerAddress end) {
-        for (const Extent& extent : extents_) {
-          if (end <= extent.start || start >= extent.start.plus(extent.bytes)) continue;
-          throw SystemError(std::string(operation) + ": the memory of process " +
-                                std::to_string(owner_->pid()) +
-                                " is being paged: what is missing there would be taken for zeros",
-                            EBUSY);
-        }
-      },
-      owner_.get());
-}
-
-// Several regions may have one userfaultfd, each by a descriptor of its own. What one of them reads concerns all.
-struct Region::EventTurn {
-  std::mutex mutex;  // guards all below, and what the members say that it does
-  std::vector<Region*> members;
-  std::uint32_t taken = 0;           // members whose events somebody reads
-  std::vector<UniqueFd> kept_apart;  // of children that must not read zeros
-};
-
-void Region::join_turn() {
-  if (!uffd_) return;
-  static std::mutex known_mutex;
-  static std::vector<std::weak_ptr<EventTurn>> known;
-  const std::lock_guard lock(known_mutex);
-  std::erase_if(known, [](const auto& entry) { return entry.expired(); });
-  for (const auto& entry : known) {
-    const std::shared_ptr<EventTurn> turn = entry.lock();
-    if (!turn) continue;
-    const std::lock_guard members(turn->mutex);
-    if (turn->members.empty() || !same_open_file(turn->members.front()->uffd_->fd(), uffd_->fd())) continue;
-    turn->members.push_back(this);
-    turn_ = turn;
-    return;
-  }
-  auto turn = std::make_shared<EventTurn>();
-  turn->members.push_back(this);
-  known.push_back(turn);
-  turn_ = std::move(turn);
-}
-
-void Region::leave_turn() {
-  if (!turn_) return;
-  const std::lock_guard lock(turn_->mutex);
-  if (events_taken_) --turn_->taken;
-  std::erase(turn_->members, this);
-}
-
-// Two that have the same memory are two readers; one reader may have several memories.
-bool Region::begin_events() {
-  if (!turn_) return false;
-  const std::lock_guard lock(turn_->mutex);
-  for (const Region* other : turn_->members) {
-    if (!other->events_taken_) continue;
-    if (other == this) return false;
-    for (const Extent& theirs : other->extents_) {
-      for (const Extent& ours : extents_) {
-        if (theirs.start < ours.start.plus(ours.bytes) && ours.start < theirs.start.plus(theirs.bytes))
-          return false;
-      }
-    }
-  }
-  events_taken_ = true;
-  ++turn_->taken;
-  return true;
-}
-
-void Region::end_events() {
-  if (!turn_) return;
-  const std::lock_guard lock(turn_->mutex);
-  if (events_taken_) --turn_->taken;
-  events_taken_ = false;
-}
-
-void Region::note_removed(OwnerAddress start, OwnerAddress end) {
-  if (!removed_) return;
-  for (std::size_t i = 0; i < extents_.size(); ++i) {
-    const std::uint64_t base = extents_[i].start.value;
-    const std::uint64_t from = std::max(start.value, base);
-    const std::uint64_t to = std::min(end.value, base + extents_[i].bytes);
-    if (from >= to) continue;
-    const std::uint64_t first = first_page_[i] + (from - base) / page_size_;
-    removed_->set_run(
-        {PageNumber{first}, first_page_[i] + (to - base + page_size_ - 1) / page_size_ - first});
-  }
-}
-
-bool Region::drain_events() {
-  if (!turn_) return false;
-  const std::lock_guard lock(turn_->mutex);
-  if (turn_->taken != 0) return false;
-  std::array<uffd_msg, 16> events;
-  bool faults = false;
-  // A fault that is raised again comes with the next call.
-  for (;;) {
-    const std::size_t count = uffd_->read_events(events);
-    for (std::size_t i = 0; i < count; ++i) {
-      const uffd_msg& event = events[i];
-      if (event.event == UFFD_EVENT_REMOVE) {
-        for (Region* member : turn_->members)
-          member->note_removed(OwnerAddress{event.arg.remove.start}, OwnerAddress{event.arg.remove.end});
-      } else if (event.event == UFFD_EVENT_FORK) {
-        UniqueFd child(static_cast<int>(event.arg.fork.ufd));
-        if (!poison_copies(child.get(), owner_.get())) turn_->kept_apart.push_back(std::move(child));
-      } else if (event.event == UFFD_EVENT_PAGEFAULT) {
-        faults = true;
-        const std::uint64_t page = event.arg.pagefault.address / page_size_ * page_size_;
-        uffd_->wake(OwnerAddress{page}, page_size_);
-      }
-    }
-    if (faults) return false;
-    if (count == 0) return true;
-  }
-}
-
-void Region::take_removed(AtomicBitmap& into) {
-  if (!removed_) return;
-  const std::lock_guard lock(turn_->mutex);
-  for (std::uint64_t word = 0; word < removed_->words(); ++word) {
-    into.or_word(word, removed_->word(word) | removed_before_->word(word));
-  }
-  std::swap(removed_, removed_before_);
-  removed_->clear_run({PageNumber{0}, removed_->capacity()});
 }
 
 void Region::read_file(PageRun run, std::span<std::byte> into) const {

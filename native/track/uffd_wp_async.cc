@@ -61,7 +61,7 @@ void UffdWpAsyncTracker::arm() {
     // One range has one kind of registration: what is missing there would read as zeros.
     if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
     events.reset(region_.get());
-    region_->check_not_paged("uffd-wp-async");
+    region_->check_not_missing("uffd-wp-async");
   } else {
     uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }
