@@ -113,8 +113,8 @@ class Region : public std::enable_shared_from_this<Region> {
   // read before the pages go.
   void take_removed(AtomicBitmap& into);
   // What is not there while a userfaultfd, whoever has it, is asked for it would be taken for zeros: throws SystemError
-  // (EBUSY) with the pages. Attached memory only; some milliseconds a GiB.
-  void check_not_missing(const char* operation) const;
+  // (EBUSY) with the pages. Gives whether one is asked at all. Attached memory only; some milliseconds a GiB.
+  bool check_not_missing(const char* operation) const;
   // Of an attached file what was lost, and fails to be read at the owner's, is a hole in the file, zeros for who reads that:
   // throws SystemError (EIO) with the pages.
   void check_not_lost(const char* operation) const;

@@ -67,6 +67,7 @@ bool poison_missing_of(const UniqueFd& child, const Process* owner) {
 
 // Several regions may have one userfaultfd, each by a descriptor of its own. What one of them reads concerns all.
 struct Region::EventTurn {
+  const pid_t process = ::getpid();  // a fork() of it is another reader
   std::mutex mutex;  // guards all below, and what the members say that it does
   std::vector<Region*> members;
   std::uint32_t taken = 0;           // members whose events somebody reads
@@ -91,7 +92,7 @@ void Region::join_turn() {
   std::erase_if(turns.known, [](const auto& entry) { return entry.expired(); });
   for (const auto& entry : turns.known) {
     const std::shared_ptr<EventTurn> turn = entry.lock();
-    if (!turn) continue;
+    if (!turn || turn->process != ::getpid()) continue;
     const std::lock_guard members(turn->mutex);
     if (turn->members.empty() || !same_open_file(turn->members.front()->uffd_->fd(), uffd_->fd())) continue;
     turn->members.push_back(this);

@@ -84,21 +84,21 @@ void Region::drop_reserved() {
   }
 }
 
-void Region::check_not_missing(const char* operation) const {
-  if (!owner_) return;
+bool Region::check_not_missing(const char* operation) const {
+  if (!owner_) return false;
   std::vector<PageRun> asked_for;
   for_each_paged_area(
       [&](OwnerAddress start, OwnerAddress end) {
         for_each_run_between(start, end, [&](PageRun run) { asked_for.push_back(run); });
       },
       owner_.get());
-  if (asked_for.empty()) return;
+  if (asked_for.empty()) return false;
   AtomicBitmap missing(pages());
   for (const PageRun run : asked_for) {
     missing.set_run(run);
     visit_there(run, [&](PageRun there) { missing.clear_run(there); });
   }
-  if (missing.count() == 0) return;
+  if (missing.count() == 0) return true;
   throw SystemError(std::string(operation) + ": the memory of process " + std::to_string(owner_->pid()) +
                         " is being paged, and what is missing there would be taken for zeros: pages " +
                         name_pages(missing) + " (" + std::to_string(missing.count()) + " of " +

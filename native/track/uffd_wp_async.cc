@@ -61,7 +61,11 @@ void UffdWpAsyncTracker::arm() {
     // One range has one kind of registration: what is missing there would read as zeros.
     if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
     events.reset(region_.get());
-    region_->check_not_missing("uffd-wp-async");
+    // A registration that is there already keeps asking for missing pages, with nobody to bring them.
+    if (region_->check_not_missing("uffd-wp-async")) {
+      for (const Extent& extent : region_->extents())
+        (void)region_->uffd()->unregister(extent.start, extent.bytes);
+    }
   } else {
     uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }

@@ -292,7 +292,11 @@ TEST_P(AttachPagedElsewhere, ButAllOfItThereMayBeSent) {
   Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
   pager.register_missing_and_wp(owner.address(), owner.bytes());
   EXPECT_NO_THROW(SendQueue({region}));
-  EXPECT_NO_THROW(make_tracker(TrackerKind::kUffdWpAsync, region)->arm());
+  const auto tracker = make_tracker(TrackerKind::kUffdWpAsync, region);
+  tracker->arm();
+  // Nobody serves it any more, and nobody waits.
+  EXPECT_EQ(owner.ask(Op::kDiscard, 3, 1), 0U);
+  EXPECT_EQ(owner.ask(Op::kRead, 3), 0U);
 }
 
 // A mark of write protection where there is no page looks swapped out.
@@ -306,7 +310,9 @@ TEST_P(AttachPagedElsewhere, MarksOfWriteProtectionAreNoPages) {
   pager.register_missing_and_wp(owner.address(), owner.bytes());
   (void)pager.write_protect(owner.address(), owner.bytes(), true);
   expect_refused({region}, EBUSY, "pages 8-15");
+  (void)pager.unregister(owner.address(), owner.bytes());
   pager.register_wp(owner.address(), owner.bytes());
+  (void)pager.write_protect(owner.address(), owner.bytes(), true);
   EXPECT_NO_THROW(SendQueue({region})) << "marks are no lost pages";
 }
 
