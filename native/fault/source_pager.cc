@@ -64,8 +64,7 @@ std::uint64_t PageLedger::set(PageRun run) {
     const std::uint64_t within = at % 64;
     const std::uint64_t count = std::min<std::uint64_t>(64 - within, run.end().value - at);
     const std::uint64_t bits = (~std::uint64_t{0} >> (64 - count)) << within;
-    const std::uint64_t before =
-        std::atomic_ref(word(at / 64)).fetch_or(bits, std::memory_order_acq_rel);
+    const std::uint64_t before = std::atomic_ref(word(at / 64)).fetch_or(bits, std::memory_order_acq_rel);
     fresh += static_cast<std::uint64_t>(std::popcount(bits & ~before));
     at += count;
   }

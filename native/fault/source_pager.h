@@ -137,7 +137,7 @@ class SourcePager {
   std::uint64_t found_ = 0;
   // Shared while pages are installed, whole while events are read and noted, see Pager::layout_.
   std::shared_mutex layout_;
-  std::mutex leaving_;  // one leave() at a time
+  std::mutex leaving_;                      // one leave() at a time
   std::unique_ptr<ForkedCopies> children_;  // of the faults' thread
   std::unique_ptr<Region::User> user_;
   WorkerThread faults_thread_;

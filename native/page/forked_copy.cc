@@ -26,8 +26,7 @@ bool ForkedCopy::read_some() {
   std::array<uffd_msg, 16> events;
   const std::size_t count = uffd_.read_events(events);
   for (std::size_t i = 0; i < count; ++i) {
-    if (events[i].event == UFFD_EVENT_FORK)
-      children_.emplace_back(static_cast<int>(events[i].arg.fork.ufd));
+    if (events[i].event == UFFD_EVENT_FORK) children_.emplace_back(static_cast<int>(events[i].arg.fork.ufd));
     if (events[i].event == UFFD_EVENT_PAGEFAULT)
       faults_.push_back(OwnerAddress{events[i].arg.pagefault.address});
   }

@@ -206,7 +206,7 @@ class Region : public std::enable_shared_from_this<Region> {
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
-  struct EventTurn;  // shared by all regions here that have the same userfaultfd
+  struct EventTurn;         // shared by all regions here that have the same userfaultfd
   struct EventTurns;
   std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the three below
   bool events_taken_ = false;

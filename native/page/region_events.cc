@@ -68,7 +68,7 @@ bool poison_missing_of(const UniqueFd& child, const Process* owner) {
 // Several regions may have one userfaultfd, each by a descriptor of its own. What one of them reads concerns all.
 struct Region::EventTurn {
   const pid_t process = ::getpid();  // a fork() of it is another reader
-  std::mutex mutex;  // guards all below, and what the members say that it does
+  std::mutex mutex;                  // guards all below, and what the members say that it does
   std::vector<Region*> members;
   std::uint32_t taken = 0;           // members whose events somebody reads
   std::vector<UniqueFd> kept_apart;  // of children that must not read zeros

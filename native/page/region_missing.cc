@@ -14,7 +14,8 @@ namespace memferry {
 namespace {
 
 constexpr int kRunsNamed = 4;
-constexpr std::uint64_t kMarkerType = 31;  // of a swap entry that is none: a mark in the page table (include/linux/swap.h)
+constexpr std::uint64_t kMarkerType =
+    31;  // of a swap entry that is none: a mark in the page table (include/linux/swap.h)
 constexpr std::uint64_t kTypeMask = 31;
 constexpr std::uint64_t kFrameMask = (1ULL << 55U) - 1;
 
@@ -140,9 +141,9 @@ void Region::check_not_lost(const char* operation) const {
   (void)file_content({PageNumber{0}, pages()}, [&](PageRun there) { lost.clear_run(there); });
   if (lost.count() == 0) return;
   throw SystemError(std::string(operation) + ": pages of the memory of process " +
-                        std::to_string(owner_->pid()) + " are lost, and fail to be read there: " +
-                        name_pages(lost) + " (" + std::to_string(lost.count()) + " of " +
-                        std::to_string(pages()) + ")",
+                        std::to_string(owner_->pid()) +
+                        " are lost, and fail to be read there: " + name_pages(lost) + " (" +
+                        std::to_string(lost.count()) + " of " + std::to_string(pages()) + ")",
                     EIO);
 }
 

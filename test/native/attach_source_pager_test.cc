@@ -32,10 +32,10 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
     own(0);
   }
   void own(std::uint64_t events) {
-    owner.emplace(OwnerProcess::Options{
-        .pages = kPages,
-        .shared = GetParam(),
-        .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM | events});
+    owner.emplace(
+        OwnerProcess::Options{.pages = kPages,
+                              .shared = GetParam(),
+                              .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM | events});
   }
   SourcePager::Config config(bool prepage) {
     SourcePager::Config made;

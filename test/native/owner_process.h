@@ -38,7 +38,18 @@ class OwnerProcess {
     bool api = true;             // it calls UFFDIO_API itself
     bool hidden_uffd = false;    // it has none
   };
-  enum class Op : std::uint32_t { kRead, kWrite, kHash, kDiscard, kUnmap, kRemap, kExec, kFork, kPopulate, kGrandchild };
+  enum class Op : std::uint32_t {
+    kRead,
+    kWrite,
+    kHash,
+    kDiscard,
+    kUnmap,
+    kRemap,
+    kExec,
+    kFork,
+    kPopulate,
+    kGrandchild
+  };
   struct Command {
     Op op;
     std::uint64_t first;
@@ -208,7 +219,7 @@ class OwnerProcess {
         }
         int status = 0;
         ::waitpid(child, &status, 0);
-        result = WIFSIGNALED(status)        ? 0xdead0
+        result = WIFSIGNALED(status)         ? 0xdead0
                  : WEXITSTATUS(status) == 99 ? 0xdead
                                              : static_cast<std::uint64_t>(WEXITSTATUS(status));
         break;
