@@ -120,6 +120,8 @@ void SourcePager::leave() {
     prepage_thread_.stop();
     faults_thread_.stop();
     if (!over_.exchange(true)) memory_.end_events();
+    // What children have is ordinary memory as well, then.
+    if (settled_ >= pages_) children_.reset();
   }
 }
 
