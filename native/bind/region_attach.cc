@@ -8,6 +8,7 @@
 #include "bind/js_error.h"
 #include "bind/region_handle.h"
 #include "bind/values.h"
+#include "fault/begin_paging.h"
 
 namespace memferry::bind {
 namespace {
@@ -53,8 +54,7 @@ Napi::Value RegionHandle::register_missing(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     const auto region = Region::attach(attachment_of(info));
     if (region->uffd() == nullptr) throw std::invalid_argument("uffd: it is missing");
-    for (const Extent& extent : region->extents())
-      region->uffd()->register_missing(extent.start, extent.bytes);
+    begin_paging(*region);
     return info.Env().Undefined();
   });
 }

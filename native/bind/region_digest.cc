@@ -45,6 +45,7 @@ void read_run(const Region& region, PageRun run, std::byte* to) {
     throw CodedError("UNREADABLE", "a page cannot be read, in the " + std::to_string(bytes >> 10U) +
                                        " KiB from page " + std::to_string(run.first.value) + " on");
   }
+  if (region.may_shrink()) return region.read_file(run, {to, bytes});
   const std::span<std::byte> piece = region.contiguous(run);
   if (!read_piece(piece, to, run.first)) racy_copy(to, piece.data(), piece.size());
 }

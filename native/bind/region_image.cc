@@ -85,6 +85,8 @@ std::uint64_t fill_from_region(const std::shared_ptr<Region>& region, const std:
   const RegionUse use(region, "fill");
   const RegionUse reading(from, "fill");
   check(*region, run);
+  (void)from->check_not_missing("fill");
+  from->check_not_lost("fill");
   std::uint64_t filled = 0;
   in_pieces(*region, use, run, "fill", [&](std::span<std::byte> piece, PageNumber first) {
     const std::uint64_t page_size = region->page_size();
@@ -104,6 +106,8 @@ std::uint64_t fill_from_region(const std::shared_ptr<Region>& region, const std:
 void save_to_file(const std::shared_ptr<Region>& region, const std::string& path, PageRun run) {
   const RegionUse use(region, "save");
   check(*region, run);
+  (void)region->check_not_missing("save");
+  region->check_not_lost("save");
   const UniqueFd file = open_regular(path, O_WRONLY);
   const std::uint64_t page_size = region->page_size();
   std::vector<std::byte> copy(std::max(kPieceBytes, page_size));

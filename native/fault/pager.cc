@@ -31,7 +31,7 @@ std::uint64_t wanted_features() {
 }  // namespace
 
 Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std::string)> broken)
-    : maps_(std::move(maps)), broken_(std::move(broken)), attached_(maps_.size()) {
+    : maps_(std::move(maps)), broken_(std::move(broken)), attached_(maps_.size()), children_(maps_.size()) {
   const auto ours = [](const ArrivalMap* map) { return !map->region().owner(); };
   // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
   if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(), false);

@@ -34,6 +34,7 @@
 
 #include "fault/arrival_map.h"
 #include "fault/demand_writer.h"
+#include "fault/forked_copies.h"
 #include "fault/latency_histogram.h"
 #include "fault/sequential_detector.h"
 #include "fault/waiting_faults.h"
@@ -155,8 +156,8 @@ class Pager {
   void give_up_rooms();
   void on_event(const uffd_msg& event, std::uint32_t from);
   void on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end);
-  void poison_child(std::uint32_t from, UniqueFd child);
-  bool poison_child_run(Userfaultfd& child, std::uint32_t region, PageRun part) const;
+  void add_child(std::uint32_t from, UniqueFd child);
+  void visit_missing(pid_t owner, const ForkedCopies::Visit& visit) const;
   PageResult copy_present(std::uint32_t region, PageRun run, const std::byte* bytes);
   [[nodiscard]] std::optional<std::pair<std::uint32_t, PageNumber>> place_of(std::uint32_t from,
                                                                              OwnerAddress at) const;
@@ -170,8 +171,7 @@ class Pager {
   std::vector<Attached> attached_;             // one a map
   std::atomic<std::uint64_t> undelivered_{0};  // in waiting rooms, or being installed from there
   std::atomic<bool> letting_go_{false};        // finish() unregisters: what is gone is no failure any more
-  // Of children whose missing pages could not be made to fail: they wait there rather than read zeros.
-  std::vector<UniqueFd> children_;
+  std::vector<std::unique_ptr<ForkedCopies>> children_;  // one a region that events are read for
   WorkerThread deliverer_;
   // Shared while a page of memory with `removed` is installed, whole while its events are read and noted: an install is
   // either before the discard, and dropped by it, or after it is known. Nothing that waits for events is done under it.

@@ -1,13 +1,9 @@
 // Paging the memory of another process, by its own userfaultfd.
-#include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cinttypes>
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,39 +25,13 @@ constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE;
 // What the kernel shows of the owner's mappings says whose the userfaultfd is: one of a third process would register that
 // one's memory, at the same addresses.
 void check_registered(Region& memory) {
-  const UniqueFd file = memory.owner()->open_file("smaps", O_RDONLY);
-  std::vector<char> chunk(std::size_t{64} * 1024);
-  std::string text;
-  OwnerAddress start;
-  OwnerAddress end;
   std::uint64_t found = 0;
-  for (;;) {
-    const ssize_t got = ::read(file.get(), chunk.data(), chunk.size());
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw_errno("read(/proc/PID/smaps)");
-    if (got == 0) break;
-    text.append(chunk.data(), static_cast<std::size_t>(got));
-    std::size_t from = 0;
-    for (std::size_t line_end = text.find('\n'); line_end != std::string::npos;
-         line_end = text.find('\n', from)) {
-      const std::string line = text.substr(from, line_end - from);
-      from = line_end + 1;
-      std::uint64_t low = 0;
-      std::uint64_t high = 0;
-      if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &low, &high) == 2) {
-        start = OwnerAddress{low};
-        end = OwnerAddress{high};
-      } else if (line.starts_with("VmFlags:") && (line + " ").find(" um ") != std::string::npos) {
-        for (const Extent& extent : memory.extents()) {
-          const std::uint64_t first = std::max(start.value, extent.start.value);
-          const std::uint64_t last = std::min(end.value, extent.start.value + extent.bytes);
-          if (first < last) found += last - first;
-        }
-      }
-    }
-    text.erase(0, from);
-  }
-  memory.owner()->require("page");
+  for_each_paged_area(
+      [&](OwnerAddress start, OwnerAddress end) {
+        memory.for_each_run_between(start, end,
+                                    [&](PageRun run) { found += run.count * memory.page_size(); });
+      },
+      memory.owner().get());
   if (found == memory.bytes()) return;
   for (const Extent& extent : memory.extents()) (void)memory.uffd()->unregister(extent.start, extent.bytes);
   throw std::invalid_argument("the userfaultfd is not of the process that owns the memory");
@@ -237,7 +207,7 @@ void Pager::on_event(const uffd_msg& event, std::uint32_t from) {
       break;
     }
     case UFFD_EVENT_FORK:
-      poison_child(from, UniqueFd(static_cast<int>(event.arg.fork.ufd)));
+      add_child(from, UniqueFd(static_cast<int>(event.arg.fork.ufd)));
       break;
     default:
       break;
@@ -245,14 +215,20 @@ void Pager::on_event(const uffd_msg& event, std::uint32_t from) {
 }
 
 void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end) {
-  const std::uint64_t page_size = maps_[from]->page_size();
-  for (OwnerAddress at = start; at < end;) {
-    const auto place = place_of(from, at);
-    at = at.plus(page_size);
-    if (!place || !attached_[place->first].removed) continue;
-    // What is here is dropped by the discard itself, and found missing after it.
-    if (!maps_[place->first]->present.test(place->second))
-      attached_[place->first].removed->set(place->second);
+  const pid_t owner = maps_[from]->region().owner()->pid();
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const Region& memory = maps_[region]->region();
+    if (!attached_[region].removed || memory.owner()->pid() != owner) continue;
+    memory.for_each_run_between(start, end, [&](PageRun run) {
+      // What is here is dropped by the discard itself, and found missing after it.
+      const AtomicBitmap& present = maps_[region]->present;
+      for (PageNumber at = run.first;;) {
+        const auto absent = present.next_clear(at, run.end(), run.count);
+        if (!absent) break;
+        attached_[region].removed->set_run(*absent);
+        at = absent->end();
+      }
+    });
   }
 }
 
@@ -284,60 +260,37 @@ PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byt
   return total;
 }
 
-// The copy that a child has of memory with missing pages: nobody will bring them there, and they may not read as zeros.
-void Pager::poison_child(std::uint32_t from, UniqueFd child) {
-  bool all = true;
-  try {
-    Userfaultfd uffd = Userfaultfd::adopt(child.get(), 0);
-    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-      const ArrivalMap& map = *maps_[region];
-      Region& memory = map.region();
-      // A shared file's pages arrive for the child as well.
-      if (!memory.remote() || memory.owner()->pid() != maps_[from]->region().owner()->pid()) continue;
-      for (PageNumber at{0};;) {
-        const auto missing = map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
-        if (!missing) break;
-        at = missing->end();
-        map.for_each_run(*missing, [&](PageRun part) { all = poison_child_run(uffd, region, part) && all; });
-      }
+void Pager::add_child(std::uint32_t from, UniqueFd child) {
+  const pid_t owner = maps_[from]->region().owner()->pid();
+  if (!children_[from]) {
+    bool shared = false;
+    for (const ArrivalMap* map : maps_) {
+      const Region& memory = map->region();
+      shared = shared || (memory.owner() && memory.owner()->pid() == owner && !memory.remote());
     }
-  } catch (const std::exception& error) {
-    all = false;
-    break_off("SYSTEM",
-              std::string("a child of the owner cannot be kept from reading zeros: ") + error.what());
+    children_[from] = std::make_unique<ForkedCopies>(
+        [this, owner](const ForkedCopies::Visit& visit) { visit_missing(owner, visit); }, shared);
   }
-  if (!all) children_.push_back(std::move(child));
+  children_[from]->add(std::move(child));
 }
 
-// False when some of it may not fail. Its mappings are the owner's, as far as the child has not changed them.
-bool Pager::poison_child_run(Userfaultfd& child, std::uint32_t region, PageRun part) const {
-  const std::uint64_t page_size = maps_[region]->page_size();
-  bool all = true;
-  int tries = 0;
-  for (std::uint64_t most = part.count; part.count > 0;) {
-    const std::uint64_t count = std::min(most, part.count);
-    const PageResult result =
-        child.poison(maps_[region]->region().owner_address(part.first), count * page_size, true);
-    std::uint64_t done = result.bytes_done / page_size;
-    if (result.outcome == PageOutcome::kExists) {
-      ++done;
-    } else if (result.outcome == PageOutcome::kGone) {
-      if (result.error == ESRCH) return true;  // it has ended
-      const Mapped mapped = mapped_alike(region, {PageNumber{part.first.value + done}, count - done});
-      if (mapped.there && mapped.count < count - done) {
-        most = mapped.count;
-      } else {
-        all = all && !mapped.there;
-        done += mapped.count;
-        most = part.count;
-      }
-    } else if (result.outcome != PageOutcome::kOk && !wait_again(tries)) {
-      return false;
+// What is in a waiting room is not at its owner's. By the bits alone: no lock.
+void Pager::visit_missing(pid_t owner, const ForkedCopies::Visit& visit) const {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    const Region& memory = map.region();
+    if (!memory.owner() || memory.owner()->pid() != owner) continue;
+    const bool in_room = memory.remote() && !serving();
+    for (PageNumber at{0}; at.value < map.pages();) {
+      const auto missing = in_room ? std::optional(PageRun{at, map.pages() - at.value})
+                                   : map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
+      if (!missing) break;
+      at = missing->end();
+      map.for_each_run(*missing, [&](PageRun part) {
+        visit(memory.owner_address(part.first), part.count * map.page_size());
+      });
     }
-    if (result.outcome == PageOutcome::kOk) most = part.count;
-    part = {PageNumber{part.first.value + done}, part.count - done};
   }
-  return all;
 }
 
 Pager::Mapped Pager::mapped_alike(std::uint32_t region, PageRun run) const {

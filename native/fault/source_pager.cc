@@ -6,13 +6,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <chrono>
 #include <stdexcept>
 #include <thread>
 #include <utility>
 
+#include "fault/begin_paging.h"
 #include "fault/gone.h"
-#include "page/contents.h"
 
 namespace memferry {
 namespace {
@@ -40,26 +41,38 @@ std::uint64_t PageLedger::bytes_for(std::uint64_t pages) {
   return std::max(page, ((pages + 63) / 64 * sizeof(std::uint64_t) + page - 1) / page * page);
 }
 
-PageLedger::PageLedger(std::uint64_t pages) : bits_(Mapping::anonymous(bytes_for(pages))) {}
+PageLedger::PageLedger(std::uint64_t pages)
+    : words_((pages + 63) / 64), bits_(Mapping::anonymous(bytes_for(pages))) {}
 
-PageLedger::PageLedger(std::uint64_t pages, int fd) {
+PageLedger::PageLedger(std::uint64_t pages, int fd) : words_((pages + 63) / 64) {
   if (::ftruncate(fd, static_cast<off_t>(bytes_for(pages))) != 0) throw_errno("ftruncate(ledger)");
   bits_ = Mapping::shared(fd, bytes_for(pages));
 }
 
-std::uint64_t& PageLedger::word(PageNumber page) const {
-  return reinterpret_cast<std::uint64_t*>(bits_.data())[page.value / 64];
+std::uint64_t& PageLedger::word(std::uint64_t index) const {
+  return reinterpret_cast<std::uint64_t*>(bits_.data())[index];
 }
 
 bool PageLedger::test(PageNumber page) const {
-  const std::uint64_t bits = std::atomic_ref(word(page)).load(std::memory_order_acquire);
+  const std::uint64_t bits = std::atomic_ref(word(page.value / 64)).load(std::memory_order_acquire);
   return ((bits >> (page.value % 64)) & 1U) != 0;
 }
 
-bool PageLedger::set(PageNumber page) {
-  const std::uint64_t bit = std::uint64_t{1} << (page.value % 64);
-  return (std::atomic_ref(word(page)).fetch_or(bit, std::memory_order_acq_rel) & bit) != 0;
+std::uint64_t PageLedger::set(PageRun run) {
+  std::uint64_t fresh = 0;
+  for (std::uint64_t at = run.first.value; at < run.end().value;) {
+    const std::uint64_t within = at % 64;
+    const std::uint64_t count = std::min<std::uint64_t>(64 - within, run.end().value - at);
+    const std::uint64_t bits = (~std::uint64_t{0} >> (64 - count)) << within;
+    const std::uint64_t before = std::atomic_ref(word(at / 64)).fetch_or(bits, std::memory_order_acq_rel);
+    fresh += static_cast<std::uint64_t>(std::popcount(bits & ~before));
+    at += count;
+  }
+  return fresh;
 }
+
+bool PageLedger::begun() const { return std::atomic_ref(word(words_)).load(std::memory_order_acquire) != 0; }
+void PageLedger::begin() { std::atomic_ref(word(words_)).store(1, std::memory_order_release); }
 
 SourcePager::SourcePager(Config config)
     : config_(std::move(config)),
@@ -73,8 +86,14 @@ SourcePager::SourcePager(Config config)
   if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
   try {
     memory_.check_attached("page");
-    for (const Extent& extent : memory_.extents())
-      memory_.uffd()->register_missing(extent.start, extent.bytes);
+    // Once it has begun, a part of it may be ordinary memory already, when its last pager ended in finishing.
+    if (ledger_.begun()) {
+      for (const Extent& extent : memory_.extents())
+        memory_.uffd()->register_missing(extent.start, extent.bytes);
+    } else {
+      begin_paging(memory_);
+      ledger_.begin();
+    }
     look_for_what_is_there();
     user_ = memory_.enlist([this] { leave(); });
     if (!user_) throw RegionGone("page");
@@ -90,22 +109,7 @@ SourcePager::SourcePager(Config config)
 
 // After the registration: what is missing now stays so until it is brought.
 void SourcePager::look_for_what_is_there() {
-  const auto found = [&](PageRun run) {
-    for (PageNumber page = run.first; page < run.end(); ++page.value) (void)ledger_.set(page);
-  };
-  const bool by_file = memory_.file_content({PageNumber{0}, pages_}, found);
-  if (!by_file) {
-    Pagemap pagemap(memory_.owner());
-    for (PageRun left{PageNumber{0}, pages_}; left.count > 0;) {
-      const PageRun part = memory_.contiguous_run(left);
-      const OwnerAddress start = memory_.owner_address(part.first);
-      pagemap.populated(start, part.count * page_size_, [&](AddressRange range) {
-        found({PageNumber{part.first.value + (range.start.value - start.value) / page_size_},
-               (range.end.value - range.start.value) / page_size_});
-      });
-      left = {part.end(), left.count - part.count};
-    }
-  }
+  for (const PageRun run : memory_.pages_there()) (void)ledger_.set(run);
   for (PageNumber page{0}; page.value < pages_; ++page.value) found_ += ledger_.test(page) ? 1 : 0;
   settled_ = found_;
 }
@@ -116,6 +120,8 @@ void SourcePager::leave() {
     prepage_thread_.stop();
     faults_thread_.stop();
     if (!over_.exchange(true)) memory_.end_events();
+    // What children have is ordinary memory as well, then.
+    if (settled_ >= pages_) children_.reset();
   }
 }
 
@@ -185,26 +191,29 @@ void SourcePager::run(WorkerThread& self) {
 void SourcePager::on_event(const uffd_msg& event) {
   switch (event.event) {
     case UFFD_EVENT_REMOVE:
-      for (OwnerAddress at{event.arg.remove.start}; at.value < event.arg.remove.end;
-           at = at.plus(page_size_)) {
-        const auto page = memory_.page_at(at);
-        if (page && !ledger_.set(*page)) ++settled_;
-      }
+    case UFFD_EVENT_UNMAP:  // nobody can touch it any more: whatever is mapped there next is not ours
+      memory_.for_each_run_between(OwnerAddress{event.arg.remove.start}, OwnerAddress{event.arg.remove.end},
+                                   [this](PageRun run) { settle(run); });
       break;
-    case UFFD_EVENT_UNMAP:
-      break;  // nobody can touch it any more
     case UFFD_EVENT_REMAP:
       tell(EventKind::kFailed, "REGION_GONE",
            "the owner has moved a part of its memory while pages are missing there");
       break;
-    case UFFD_EVENT_FORK: {
-      const UniqueFd fd(static_cast<int>(event.arg.fork.ufd));
-      // Nobody brings its copy's pages: they fail there. (A shared file's come for the child as well.)
-      if (!memory_.remote()) break;
-      Userfaultfd child = Userfaultfd::adopt(fd.get(), 0);
-      for_each_unsettled([&](PageRun run) { (void)poison_by(child, run); });
+    case UFFD_EVENT_FORK:
+      if (!children_) {
+        const auto missing = [this](const ForkedCopies::Visit& visit) {
+          for_each_unsettled([&](PageRun run) {
+            while (run.count > 0) {
+              const PageRun part = memory_.contiguous_run(run);
+              visit(memory_.owner_address(part.first), part.count * page_size_);
+              run = {part.end(), run.count - part.count};
+            }
+          });
+        };
+        children_ = std::make_unique<ForkedCopies>(missing, !memory_.remote());
+      }
+      children_->add(UniqueFd(static_cast<int>(event.arg.fork.ufd)));
       break;
-    }
     default:
       break;
   }
@@ -284,11 +293,16 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
         outcome = result.outcome;
         done = result.bytes_done / page_size_;
         settle({run.first, done});
-        if (outcome == PageOutcome::kExists) settle({PageNumber{run.first.value + done++}, 1});
       }
     }
     if (outcome == PageOutcome::kExists) {
-      const PageNumber there{run.first.value + done - 1};
+      const PageNumber there{run.first.value + done++};
+      if (!brought(there)) {
+        memory_.owner()->end();  // it would read what is not its own
+        throw SystemError("page " + std::to_string(there.value) +
+                              " is populated, though nobody has brought it: its owner was ended",
+                          EEXIST);
+      }
       memory_.uffd()->wake(memory_.owner_address(there), page_size_);
     }
     run = {PageNumber{run.first.value + done}, run.count - done};
@@ -306,11 +320,13 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
   return Outcome::kHere;
 }
 
-void SourcePager::settle(PageRun run) {
-  for (PageNumber page = run.first; page < run.end(); ++page.value) {
-    if (!ledger_.set(page)) ++settled_;
-  }
+// Of a page that is there: both threads may have been at it, and each notes what it has installed under the lock.
+bool SourcePager::brought(PageNumber page) {
+  const std::unique_lock whole(layout_);
+  return ledger_.test(page);
 }
+
+void SourcePager::settle(PageRun run) { settled_ += ledger_.set(run); }
 
 void SourcePager::lose(PageRun run, const std::string& why) {
   if (given_up_.set_run(run) == 0) return;
@@ -338,10 +354,11 @@ void SourcePager::poison_lost() {
 }
 
 void SourcePager::poison(PageRun run) {
-  if (!poison_by(*memory_.uffd(), run)) memory_.owner()->end();  // it may not read zeros
+  if (!poison_missing(run)) memory_.owner()->end();  // it may not read zeros
 }
 
-bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
+bool SourcePager::poison_missing(PageRun run) {
+  Userfaultfd& uffd = *memory_.uffd();
   int tries = 0;
   PieceSize pieces;
   while (run.count > 0) {
@@ -359,16 +376,13 @@ bool SourcePager::poison_by(Userfaultfd& uffd, PageRun run) {
     if (result.outcome == PageOutcome::kExists) ++done;  // came after all
     if (result.outcome == PageOutcome::kOk) pieces.went_well();
     if (result.outcome == PageOutcome::kGone && !pieces.refused(part.count - done)) {
-      // Of a child nothing but this is known: it was forked without it.
-      if (&uffd == memory_.uffd()) {
-        try {
-          confirm_unmapped(*memory_.owner(), memory_.owner_address(PageNumber{run.first.value + done}),
-                           page_size_, "UFFDIO_POISON");
-        } catch (const OwnerGone&) {
-          return true;
-        } catch (const SystemError&) {
-          return false;
-        }
+      try {
+        confirm_unmapped(*memory_.owner(), memory_.owner_address(PageNumber{run.first.value + done}),
+                         page_size_, "UFFDIO_POISON");
+      } catch (const OwnerGone&) {
+        return true;
+      } catch (const SystemError&) {
+        return false;
       }
       ++done;
     }

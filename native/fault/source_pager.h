@@ -8,7 +8,7 @@
 //
 // A successor without the ledger brings a page that was discarded from the source again: old content where the owner
 // expects zeros. (Between reading a discard's event and its bit in the ledger lie some microseconds in which a death
-// has the same effect.) Nobody may close the last userfaultfd in between: missing pages would read as zeros.
+// has the same effect.) The first one refuses memory that anybody has touched: what is there would count as brought. Nobody may close the last userfaultfd in between: missing pages would read as zeros.
 //
 // Life: construct, which serves; everything is there (kDone): the memory is ordinary again; or leave() for a successor;
 // or end(): what is missing fails to be read. Its destructor leaves.
@@ -27,6 +27,7 @@
 #include <utility>
 #include <vector>
 
+#include "fault/forked_copies.h"
 #include "fault/latency_histogram.h"
 #include "fault/page_source.h"
 #include "fault/sequential_detector.h"
@@ -36,19 +37,22 @@
 
 namespace memferry {
 
-// A bit for each page, in memory or in a file that outlives the process.
+// A bit for each page, and whether a pager has begun, in memory or in a file that outlives the process.
 class PageLedger {
  public:
   explicit PageLedger(std::uint64_t pages);
   // `fd` is made as long as it must be. Throws SystemError.
   PageLedger(std::uint64_t pages, int fd);
   [[nodiscard]] bool test(PageNumber page) const;
-  bool set(PageNumber page);  // gives the former value
+  std::uint64_t set(PageRun run);  // gives how many were not
+  [[nodiscard]] bool begun() const;
+  void begin();
   [[nodiscard]] static std::uint64_t bytes_for(std::uint64_t pages);
 
  private:
-  [[nodiscard]] std::uint64_t& word(PageNumber page) const;
-  Mapping bits_;
+  [[nodiscard]] std::uint64_t& word(std::uint64_t index) const;
+  const std::uint64_t words_;
+  Mapping bits_;  // and one word more
 };
 
 class SourcePager {
@@ -106,7 +110,8 @@ class SourcePager {
   void lose(PageRun run, const std::string& why);
   void poison_lost();
   void poison(PageRun run);
-  bool poison_by(Userfaultfd& uffd, PageRun run);
+  [[nodiscard]] bool poison_missing(PageRun run);
+  [[nodiscard]] bool brought(PageNumber page);
   template <typename Visit>
   void for_each_unsettled(Visit visit) const;
   void tell(EventKind kind, std::string code, std::string message, PageRun lost = {});
@@ -132,7 +137,8 @@ class SourcePager {
   std::uint64_t found_ = 0;
   // Shared while pages are installed, whole while events are read and noted, see Pager::layout_.
   std::shared_mutex layout_;
-  std::mutex leaving_;  // one leave() at a time
+  std::mutex leaving_;                      // one leave() at a time
+  std::unique_ptr<ForkedCopies> children_;  // of the faults' thread
   std::unique_ptr<Region::User> user_;
   WorkerThread faults_thread_;
   WorkerThread prepage_thread_;

@@ -101,6 +101,37 @@ void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit, c
   if (owner != nullptr) owner->require("read(/proc/PID/maps)");
 }
 
+// In smaps every area's line, of the same form as in maps, is followed by lines "Key: value".
+void for_each_paged_area(const std::function<void(OwnerAddress, OwnerAddress)>& visit, const Process* owner) {
+  const UniqueFd fd = owner != nullptr ? owner->open_file("smaps", O_RDONLY)
+                                       : UniqueFd(::open("/proc/self/smaps", O_RDONLY | O_CLOEXEC));
+  if (!fd) throw_errno("open(/proc/self/smaps)");
+  std::string text;
+  char chunk[16384];
+  OwnerAddress start;
+  OwnerAddress end;
+  for (;;) {
+    const ssize_t got = ::read(fd.get(), chunk, sizeof chunk);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw_errno("read(/proc/PID/smaps)");
+    if (got == 0) break;
+    text.append(chunk, static_cast<std::size_t>(got));
+    std::size_t from = 0;
+    for (std::size_t stop = text.find('\n'); stop != std::string::npos; stop = text.find('\n', from)) {
+      const std::string line = text.substr(from, stop - from);
+      from = stop + 1;
+      if (line.starts_with("VmFlags:")) {
+        if ((line + " ").find(" um ") != std::string::npos) visit(start, end);
+      } else if (const std::optional<MappedArea> area = parse(line)) {
+        start = area->start;
+        end = area->end;
+      }
+    }
+    text.erase(0, from);
+  }
+  if (owner != nullptr) owner->require("read(/proc/PID/smaps)");
+}
+
 std::uint64_t writable_extent(OwnerAddress start, std::uint64_t limit_bytes) {
   return extent_where(start, limit_bytes, nullptr,
                       [](const MappedArea& area) { return area.readable && area.writable; });

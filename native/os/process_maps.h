@@ -30,6 +30,11 @@ struct MappedArea {
 void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit,
                           const Process* owner = nullptr);
 
+// The same for the areas of which a userfaultfd is asked for missing pages, whoever has it; an area's bounds alone are
+// told. The kernel walks the page tables for it: some milliseconds a GiB. Throws like the one above.
+void for_each_paged_area(const std::function<void(OwnerAddress start, OwnerAddress end)>& visit,
+                         const Process* owner);
+
 // Bytes from `start` on, without a gap, that are readable and writable; at most `limit_bytes`.
 [[nodiscard]] std::uint64_t writable_extent(OwnerAddress start, std::uint64_t limit_bytes);
 // The same for what is mapped with whatever protection: a WebAssembly memory's reservation, its tail

@@ -1,6 +1,7 @@
 // Notices at once that the process which owns a region's memory has ended, and soon that it runs another program:
 // retires the region, so that whoever uses it stops. While nobody reads the events of its userfaultfd they are dropped
-// here, so that its system calls go on.
+// here, so that its system calls go on; where there are faults among them somebody else may be at it, and is let first for
+// a while each time.
 //
 // Threads: one of its own, which calls `gone`; construct and destroy from any other.
 #pragma once

@@ -85,6 +85,7 @@ Region::Region(const std::vector<Extent>& extents, std::uint64_t capacity_bytes,
 }
 
 Region::~Region() {
+  leave_turn();
   if (owned_) ::munmap(Address{extents_.front().start.value}.pointer(), extents_.front().bytes);
 }
 
@@ -167,6 +168,19 @@ std::span<std::byte> Region::contiguous(PageRun run) const {
   return {base + (part.first.value - first_page_[index]) * page_size_, bytes};
 }
 
+void Region::for_each_run_between(OwnerAddress start, OwnerAddress end,
+                                  const std::function<void(PageRun)>& visit) const {
+  const std::vector<Extent> parts = extents();
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const std::uint64_t base = parts[i].start.value;
+    const std::uint64_t from = std::max(start.value, base);
+    const std::uint64_t to = std::min(end.value, base + parts[i].bytes);
+    if (from >= to) continue;
+    const std::uint64_t first = first_page_[i] + (from - base) / page_size_;
+    visit({PageNumber{first}, first_page_[i] + (to - base + page_size_ - 1) / page_size_ - first});
+  }
+}
+
 std::optional<PageNumber> Region::page_at(OwnerAddress address) const {
   for (std::size_t i = 0; i < extents_.size(); ++i) {
     if (address < extents_[i].start) continue;
@@ -231,6 +245,8 @@ void Region::retire() {
   users_changed_.wait(lock, [this] {
     return std::all_of(users_.begin(), users_.end(), [](const Enlisted& user) { return user.stopped; });
   });
+  lock.unlock();
+  leave_turn();
 }
 
 RegionUse::RegionUse(const std::shared_ptr<Region>& region, const char* operation) {

@@ -97,16 +97,31 @@ class Region : public std::enable_shared_from_this<Region> {
   // Where the memory is a file with holes: visits the runs of pages of `run` that are none, in order. False, and no visit,
   // when there is no such file.
   bool file_content(PageRun run, const std::function<void(PageRun)>& found) const;
-  // Who reads the events of its userfaultfd: one at a time. False when somebody does. Faults that were read and left are
-  // raised again for whoever wakes the range.
+  // Its file may become shorter, so that a look at the view may end in SIGBUS: read_file() does not.
+  [[nodiscard]] bool may_shrink() const { return may_shrink_; }
+  // Copies run.count pages, contiguous ones, from its file. Throws SystemError (EFAULT: the file has become shorter).
+  void read_file(PageRun run, std::span<std::byte> into) const;
+  // Who reads the events of its userfaultfd: one at a time. False when somebody does. No other process of memferry's has a
+  // region with it: attach() refuses that (EBUSY).
   [[nodiscard]] bool begin_events();
-  void end_events() { events_taken_.store(false); }
-  // Reads what is there, so that the owner's system calls go on; false when somebody else does. What it has discarded is
-  // kept for take_removed().
+  void end_events();
+  // Reads what is there, so that the owner's system calls go on. What it has discarded is kept for take_removed(), of
+  // every region that has the same userfaultfd. False when somebody here reads them, for any of those regions, or when
+  // somebody elsewhere seems to: there were faults, which are raised again, and should be left alone for a while.
   bool drain_events();
   // ORs the pages that the owner has discarded since the last call, and those of the call before once more: the event is
   // read before the pages go.
   void take_removed(AtomicBitmap& into);
+  // What is not there while a userfaultfd, whoever has it, is asked for it would be taken for zeros: throws SystemError
+  // (EBUSY) with the pages. Gives whether one is asked at all. Attached memory only; some milliseconds a GiB.
+  bool check_not_missing(const char* operation) const;
+  // Of an attached file what was lost, and fails to be read at the owner's, is a hole in the file, zeros for who reads that:
+  // throws SystemError (EIO) with the pages.
+  void check_not_lost(const char* operation) const;
+  // Of attached memory: the pages that are there, zeros that were only read included.
+  [[nodiscard]] std::vector<PageRun> pages_there() const;
+  // Of an attached file in which nothing is there: drops what is reserved for it, which looks missing and reads as zeros.
+  void drop_reserved();
   // Whether all of it is still mapped at the owner's as it was when it was attached. Throws SystemError (EFAULT).
   void check_attached(const char* operation) const;
 
@@ -123,6 +138,9 @@ class Region : public std::enable_shared_from_this<Region> {
   [[nodiscard]] PageRun contiguous_run(PageRun run) const;
   // The same as the bytes of the view; std::logic_error when there is none.
   [[nodiscard]] std::span<std::byte> contiguous(PageRun run) const;
+  // The runs of pages, up to its pages now, that lie in [start, end) of the owner's addresses, in part or whole.
+  void for_each_run_between(OwnerAddress start, OwnerAddress end,
+                            const std::function<void(PageRun)>& visit) const;
   // The page that holds `address`, if the region does (up to its capacity).
   [[nodiscard]] std::optional<PageNumber> page_at(OwnerAddress address) const;
 
@@ -182,13 +200,16 @@ class Region : public std::enable_shared_from_this<Region> {
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
   UniqueFd memory_;
+  bool may_shrink_ = false;
   bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
   std::atomic<bool> viewed_{true};
   std::mutex stage_mutex_;  // guards the making of a waiting room
-  std::mutex drain_mutex_;  // held while events are dropped, and while they are taken
-  std::atomic<bool> events_taken_{false};
+  struct EventTurn;         // shared by all regions here that have the same userfaultfd
+  struct EventTurns;
+  std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the three below
+  bool events_taken_ = false;
   std::unique_ptr<AtomicBitmap> removed_;  // nullptr: its userfaultfd does not tell
   std::unique_ptr<AtomicBitmap> removed_before_;
   std::uint64_t capacity_pages_ = 0;
@@ -198,6 +219,11 @@ class Region : public std::enable_shared_from_this<Region> {
   std::atomic<std::uint32_t> arrivals_{0};
   std::atomic<std::uint32_t> glances_{0};
   void await_glances();
+  void join_turn();
+  void leave_turn();
+  void note_removed(OwnerAddress start, OwnerAddress end);
+  // The runs of pages of `within` that are there, of attached memory.
+  void visit_there(PageRun within, const std::function<void(PageRun)>& visit) const;
 
   struct Enlisted {
     std::uint64_t key = 0;

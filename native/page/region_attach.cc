@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <stdexcept>
 #include <string>
@@ -115,40 +114,17 @@ void Region::stage() {
   viewed_.store(true, std::memory_order_release);
 }
 
-bool Region::begin_events() {
-  const std::lock_guard lock(drain_mutex_);
-  return !events_taken_.exchange(true);
-}
-
-bool Region::drain_events() {
-  const std::lock_guard lock(drain_mutex_);
-  if (!uffd_ || events_taken_.load()) return false;
-  std::array<uffd_msg, 16> events;
-  for (;;) {
-    const std::size_t count = uffd_->read_events(events);
-    for (std::size_t i = 0; i < count; ++i) {
-      // A child's userfaultfd, of its copy of memory that nobody pages.
-      if (events[i].event == UFFD_EVENT_REMOVE && removed_) {
-        for (OwnerAddress at{events[i].arg.remove.start}; at.value < events[i].arg.remove.end;
-             at = at.plus(page_size_)) {
-          const auto page = page_at(at);
-          if (page) removed_->set(*page);
-        }
-      }
-      if (events[i].event == UFFD_EVENT_FORK) UniqueFd(static_cast<int>(events[i].arg.fork.ufd)).reset();
-    }
-    if (count == 0) return true;
+void Region::read_file(PageRun run, std::span<std::byte> into) const {
+  const std::size_t index = extent_of(run.first);
+  const std::uint64_t at = offsets_[index] + (run.first.value - first_page_[index]) * page_size_;
+  for (std::size_t done = 0; done < into.size();) {
+    const ssize_t got =
+        ::pread(memory_.get(), into.data() + done, into.size() - done, static_cast<off_t>(at + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw_errno("pread(memory)");
+    if (got == 0) throw SystemError("the memory's file has become shorter", EFAULT);
+    done += static_cast<std::size_t>(got);
   }
-}
-
-void Region::take_removed(AtomicBitmap& into) {
-  if (!removed_) return;
-  const std::lock_guard lock(drain_mutex_);
-  for (std::uint64_t word = 0; word < removed_->words(); ++word) {
-    into.or_word(word, removed_->word(word) | removed_before_->word(word));
-  }
-  std::swap(removed_, removed_before_);
-  removed_->clear_run({PageNumber{0}, removed_->capacity()});
 }
 
 bool Region::file_content(PageRun run, const std::function<void(PageRun)>& found) const {
@@ -202,6 +178,8 @@ Region::Region(Attachment attachment)
     if (!own) throw_errno("open(memory)");
     memory_ = std::move(own);
     has_holes_ = ::lseek(memory_.get(), 0, SEEK_DATA) >= 0 || errno == ENXIO;
+    const int seals = ::fcntl(memory_.get(), F_GET_SEALS);
+    may_shrink_ = seals < 0 || (seals & F_SEAL_SHRINK) == 0;
   }
   extents_ = std::move(attachment.extents);
   offsets_ = std::move(attachment.offsets);
@@ -218,6 +196,7 @@ Region::Region(Attachment attachment)
     removed_ = std::make_unique<AtomicBitmap>(pages);
     removed_before_ = std::make_unique<AtomicBitmap>(pages);
   }
+  join_turn();
 }
 
 }  // namespace memferry

@@ -8,7 +8,11 @@ std::span<const std::byte> RegionReader::copy(const Region& region, PageRun run)
   std::vector<std::byte>& into = copies_[used_++];
   const auto bytes = static_cast<std::size_t>(part.count * region.page_size());
   if (into.size() < bytes) into.resize(bytes);
-  region.owner()->read(region.owner_address(part.first), std::span(into).first(bytes));
+  if (region.remote()) {
+    region.owner()->read(region.owner_address(part.first), std::span(into).first(bytes));
+  } else {
+    region.read_file(part, std::span(into).first(bytes));
+  }
   return std::span(into).first(bytes);
 }
 

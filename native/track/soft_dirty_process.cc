@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <fstream>
 #include <utility>
 
 #include "os/process_maps.h"
@@ -62,6 +63,7 @@ SoftDirtyProcess::SoftDirtyProcess(std::shared_ptr<Process> owner)
     own_page_ = Mapping::anonymous(system_page_size());
   }
   find_canary();
+  (void)ksm_merges();
 }
 
 void SoftDirtyProcess::find_canary() {
@@ -91,6 +93,21 @@ void SoftDirtyProcess::touch_canary() {
   const bool touched = ::process_vm_readv(pid_, &here, 1, &there, 1, 0) == 1 &&
                        ::process_vm_writev(pid_, &here, 1, &there, 1, 0) == 1;
   if (!touched) canary_set_ = false;
+}
+
+// A page that is merged with an equal one loses its bit, and is a common one from then on.
+bool SoftDirtyProcess::ksm_merges() {
+  const auto read_number = [](const char* path) {
+    std::uint64_t number = 0;
+    std::ifstream(path) >> number;  // none: this kernel has no KSM, or does not count these
+    return number;
+  };
+  const std::uint64_t scanned = read_number("/sys/kernel/mm/ksm/pages_scanned");
+  const std::uint64_t scans = read_number("/sys/kernel/mm/ksm/full_scans");
+  const bool more = scanned != ksm_scanned_ || scans != ksm_scans_;
+  ksm_scanned_ = scanned;
+  ksm_scans_ = scans;
+  return more || read_number("/sys/kernel/mm/ksm/run") == 1;
 }
 
 bool SoftDirtyProcess::kernel_has_it() {
@@ -129,6 +146,7 @@ void SoftDirtyProcess::look(SoftDirtyWatch& watch, std::vector<Extent> extents,
 // the reset, when only the content matters.
 void SoftDirtyProcess::look_locked(SoftDirtyWatch* arming) {
   arming_ = arming;
+  merging_ = ksm_merges();
   error_ = 0;
   const auto body = [](void* self) { static_cast<SoftDirtyProcess*>(self)->read_and_reset(); };
   bool held = true;
@@ -141,7 +159,7 @@ void SoftDirtyProcess::look_locked(SoftDirtyWatch* arming) {
     throw;
   }
   arming_ = nullptr;
-  if (!held) {
+  if (!held || (!merging_ && ksm_merges())) {
     for (SoftDirtyWatch* watch : watches_) read(*watch, true);
   }
   // Whoever lost something by a failure is told by the next look: the canary stays without its bit.
@@ -214,6 +232,7 @@ void SoftDirtyProcess::note(SoftDirtyWatch& watch, PageNumber page, std::uint64_
     watch.written.set(page);  // discarded: zeros by now
     watch.content.clear(page);
   } else if (had_content && common) {
+    if (merging_) watch.written.set(page);
     watch.doubtful.set(page);  // a read after a discard has mapped the page of zeros, or a child shares it
   } else if (!had_content && there && !common) {
     watch.written.set(page);  // there was no page, and this one has no bit: should not be, so it counts

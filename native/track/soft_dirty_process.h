@@ -17,6 +17,9 @@
 // written right after each reset, in the same stop (one of our own; in another process the end of its stack, where a byte
 // is replaced by itself). When its bit is gone at the next look, everything counts as written.
 //
+// KSM drops the bit of a page that it merges. While it is at work, every page that is common with another one, merged or
+// shared with a child of fork(), counts as written at each look.
+//
 // Threads: any; a look is made by one at a time.
 #pragma once
 
@@ -68,6 +71,8 @@ class SoftDirtyProcess {
   [[nodiscard]] bool is_of(const std::shared_ptr<Process>& owner) const;
   void find_canary();
   void touch_canary();
+  // Whether KSM may have merged pages since the last call.
+  [[nodiscard]] bool ksm_merges();
   void look_locked(SoftDirtyWatch* arming);
   void read_and_reset();
   void read(SoftDirtyWatch& watch, bool all_written);
@@ -86,6 +91,9 @@ class SoftDirtyProcess {
   std::vector<SoftDirtyWatch*> watches_;
   SoftDirtyWatch* arming_ = nullptr;
   bool canary_set_ = false;
+  bool merging_ = false;
+  std::uint64_t ksm_scanned_ = 0;
+  std::uint64_t ksm_scans_ = 0;
   int error_ = 0;  // of the look under way
   const char* failed_ = "";
 };

@@ -1,5 +1,7 @@
 #include "track/uffd_wp_async.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <stdexcept>
@@ -52,17 +54,25 @@ void UffdWpAsyncTracker::arm() {
   const bool plain = std::all_of(parts.begin(), parts.end(), [](const MemoryPart& part) {
     return part.kind == MemoryPart::Kind::kPrivateAnonymous;
   });
+  // Held until it is registered, so that no pager comes in between.
+  std::unique_ptr<Region, void (*)(Region*)> events(nullptr, [](Region* region) { region->end_events(); });
   if (region_->owner()) {
     region_->check_attached("uffd-wp-async");
     // One range has one kind of registration: what is missing there would read as zeros.
     if (!region_->begin_events()) throw SystemError("uffd-wp-async: the memory is being paged", EBUSY);
-    region_->end_events();
+    events.reset(region_.get());
+    // A registration that is there already keeps asking for missing pages, with nobody to bring them.
+    if (region_->check_not_missing("uffd-wp-async")) {
+      for (const Extent& extent : region_->extents())
+        (void)region_->uffd()->unregister(extent.start, extent.bytes);
+    }
   } else {
     uffd_ = Userfaultfd::open(kFeatures | (plain ? 0 : abi::kUffdFeatureWpHugetlbfsShmem));
   }
   armed_ = true;
   try {
     register_memory();
+    events.reset();
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
     for (const MemoryPart& part : parts) touch_shared_huge_pages(use, part);
     // Everything newly registered reads as written. What was in a page comes with it, from the same moment at
@@ -86,6 +96,7 @@ void UffdWpAsyncTracker::arm() {
     }
     armed_pages_ = pages;
   } catch (...) {
+    events.reset();
     disarm();
     throw;
   }
@@ -188,7 +199,10 @@ void UffdWpAsyncTracker::touch_shared_huge_pages(const RegionUse& use, const Mem
   if (part.kind != MemoryPart::Kind::kHugetlb || !part.shared || region_->owner()) return;
   for (std::uint64_t at = 0; at < part.extent.bytes; at += part.page_bytes) {
     if (use.revoked()) throw RegionGone("arm");
-    (void)*static_cast<volatile std::byte*>(Address{part.extent.start.value + at}.pointer());
+    // No look: with MAP_NORESERVE the pool may be empty, and that would be SIGBUS.
+    void* const page = Address{part.extent.start.value + at}.pointer();
+    if (::madvise(page, part.page_bytes, abi::kMadvPopulateRead) != 0)
+      throw_errno("madvise(MADV_POPULATE_READ)");
   }
 }
 

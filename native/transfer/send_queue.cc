@@ -17,6 +17,8 @@ SendQueue::SendQueue(std::vector<std::shared_ptr<Region>> regions) {
   if (regions.size() >= (1U << (64 - kRegionShift))) throw std::invalid_argument("too many regions");
   for (auto& region : regions) {
     if (!region) throw std::invalid_argument("a region is missing");
+    (void)region->check_not_missing("migrating");
+    region->check_not_lost("migrating");
     if (region->capacity_pages() >> kRegionShift != 0) throw std::invalid_argument("region too large");
     entries_.push_back(std::make_unique<Entry>(std::move(region)));
   }

@@ -286,7 +286,6 @@ TEST_P(AttachPager, MemoryThatItMovesIsAnErrorWithoutItsTellingToo) {
 }
 
 TEST_P(AttachPager, AChildNeverReadsZerosForWhatIsMissing) {
-  if (GetParam()) GTEST_SKIP() << "a shared file's pages arrive for the child as well";
   own(UFFD_FEATURE_EVENT_FORK);
   bench->start();
   bench->connect();
@@ -297,7 +296,20 @@ TEST_P(AttachPager, AChildNeverReadsZerosForWhatIsMissing) {
   EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
   EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);       // there: the child has it
   EXPECT_EQ(owner->ask(Op::kFork, 500), 0xdeadU);  // missing: the child is killed
+  EXPECT_EQ(owner->ask(Op::kGrandchild, 50), 11U);
+  EXPECT_EQ(owner->ask(Op::kGrandchild, 500), 0xdeadU);
   EXPECT_EQ(owner->ask(Op::kHash, 500, 1), hash(500, 1));
+}
+
+// What came before the switch waits here, and is not at the owner's yet.
+TEST_P(AttachPager, AChildBeforeTheSwitchNeverReadsZerosEither) {
+  own(UFFD_FEATURE_EVENT_FORK);
+  bench->start();
+  bench->connect();
+  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, 100), kPage));
+  EXPECT_TRUE(bench->data(0).barrier(1).answered);
+  EXPECT_EQ(owner->ask(Op::kFork, 50), GetParam() ? 11U : 0xdeadU);
+  EXPECT_EQ(owner->ask(Op::kFork, 500), 0xdeadU);
 }
 
 // Two pieces in the wrong order, with memory before, between and behind them that is nobody's business.

@@ -29,9 +29,13 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
     ledger = UniqueFd(::memfd_create("ledger", MFD_CLOEXEC));
     ASSERT_EQ(::pwrite(snapshot.get(), content.data(), content.size(), kOffset),
               static_cast<ssize_t>(content.size()));
-    owner.emplace(OwnerProcess::Options{.pages = kPages,
-                                        .shared = GetParam(),
-                                        .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM});
+    own(0);
+  }
+  void own(std::uint64_t events) {
+    owner.emplace(
+        OwnerProcess::Options{.pages = kPages,
+                              .shared = GetParam(),
+                              .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_MISSING_SHMEM | events});
   }
   SourcePager::Config config(bool prepage) {
     SourcePager::Config made;
@@ -145,6 +149,85 @@ TEST_P(AttachSourcePager, EndingMakesWhatIsMissingFail) {
   int status = 0;
   EXPECT_EQ(::waitpid(owner->pid(), &status, 0), owner->pid());
   EXPECT_TRUE(WIFSIGNALED(status));
+}
+
+// What is there when the first pager begins would count as brought.
+TEST_P(AttachSourcePager, TheFirstOneRefusesMemoryThatWasTouched) {
+  EXPECT_EQ(owner->ask(Op::kRead, 7), 0U);
+  try {
+    const SourcePager pager(config(false));
+    ADD_FAILURE() << "page 7 would stay zeros";
+  } catch (const SystemError& refused) {
+    EXPECT_EQ(refused.error(), EEXIST) << refused.what();
+    EXPECT_NE(std::string(refused.what()).find("page 7 first"), std::string::npos) << refused.what();
+  }
+  EXPECT_EQ(owner->ask(Op::kRead, 8), 0U) << "nobody serves it, so nobody waits";
+}
+
+TEST_P(AttachSourcePager, MemoryThatIsOnlyReservedCountsAsUntouched) {
+  if (!GetParam()) GTEST_SKIP() << "it is a file that is reserved";
+  ASSERT_EQ(::fallocate(owner->memory(), 0, 0, static_cast<off_t>(kPages * kPage)), 0);
+  const SourcePager pager(config(false));
+  EXPECT_EQ(owner->ask(Op::kHash, 100, 1), hash(100, 1));
+}
+
+// A pager that died as it finished has let go of the memory already.
+TEST_P(AttachSourcePager, ASuccessorOfOneThatWasDone) {
+  {
+    const SourcePager first(config(true));
+    await_done();
+  }
+  done = false;
+  const SourcePager second(config(true));
+  await_done();
+  EXPECT_EQ(second.stats().found, kPages);
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+}
+
+TEST_P(AttachSourcePager, AChildNeverReadsZerosForWhatIsMissing) {
+  if ((Userfaultfd::probe().features & abi::kUffdFeaturePoison) == 0) GTEST_SKIP() << "no UFFDIO_POISON";
+  own(UFFD_FEATURE_EVENT_FORK);
+  {
+    const SourcePager pager(config(false));
+    EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
+    EXPECT_EQ(owner->ask(Op::kFork, 50), 11U);
+    EXPECT_EQ(owner->ask(Op::kFork, 500), 0xdeadU);
+    EXPECT_EQ(owner->ask(Op::kGrandchild, 50), 11U);
+    EXPECT_EQ(owner->ask(Op::kGrandchild, 500), 0xdeadU);
+    EXPECT_EQ(owner->ask(Op::kDiscard, 60, 1), 0U);
+    EXPECT_EQ(owner->ask(Op::kFork, 60), 10U) << "discarded: zeros, and nobody waits";
+    EXPECT_EQ(owner->ask(Op::kGrandchild, 60), 10U);
+    EXPECT_EQ(owner->ask(Op::kHash, 500, 1), hash(500, 1));
+  }
+  const SourcePager second(config(true));
+  await_done();
+  std::memset(content.data() + 60 * kPage, 0, kPage);
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+  EXPECT_EQ(failed, 0);
+}
+
+// By another mapping of the file, say: what else belongs into that page is lost.
+TEST_P(AttachSourcePager, APageThatAStrangerHasPopulatedIsTheOwnersEnd) {
+  if (!GetParam()) GTEST_SKIP() << "nobody else can";
+  const SourcePager pager(config(false));
+  const auto process = Process::open(owner->pidfd());
+  ASSERT_EQ(::pwrite(owner->memory(), "x", 1, static_cast<off_t>(40 * kPage)), 1);
+  owner->tell(Op::kHash, 0, 200);  // in order, so that pages are brought ahead of it
+  for (int i = 0; i < 10'000 && process->alive(); ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_FALSE(process->alive());
+  for (int i = 0; i < 2000 && failed == 0; ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(failed, 1);
+}
+
+TEST_P(AttachSourcePager, WhatIsUnmappedIsMissedByNobody) {
+  own(UFFD_FEATURE_EVENT_UNMAP);
+  SourcePager pager(config(false));
+  EXPECT_EQ(owner->ask(Op::kHash, 0, 10), hash(0, 10));
+  EXPECT_EQ(owner->ask(Op::kUnmap, 1000, 2000), 0U);
+  for (int i = 0; i < 5000 && pager.stats().settled < 2000; ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_GE(pager.stats().settled, 2010U);
+  EXPECT_EQ(owner->ask(Op::kHash, 3000, 100), hash(3000, 100));
+  EXPECT_EQ(failed, 0);
 }
 
 TEST_P(AttachSourcePager, AnOwnerThatDiesWhileItIsServed) {

@@ -10,6 +10,7 @@
 #include "page/owner_watch.h"
 #include "page/region_reader.h"
 #include "track/dirty_tracker.h"
+#include "transfer/send_queue.h"
 
 namespace memferry {
 namespace {
@@ -243,6 +244,199 @@ TEST(AttachTrackerNeeds, AUserfaultfdWithAsynchronousWriteProtection) {
   EXPECT_THROW(make_tracker(TrackerKind::kUffdWpAsync, none.attach())->arm(), SystemError);
   const OwnerProcess lacking({.pages = 4});
   EXPECT_THROW(make_tracker(TrackerKind::kUffdWpAsync, lacking.attach())->arm(), SystemError);
+}
+
+void expect_refused(std::vector<std::shared_ptr<Region>> regions, int error, const std::string& words) {
+  try {
+    const SendQueue queue(std::move(regions));
+    ADD_FAILURE() << "it would be sent";
+  } catch (const SystemError& refused) {
+    EXPECT_EQ(refused.error(), error) << refused.what();
+    EXPECT_NE(std::string(refused.what()).find(words), std::string::npos) << refused.what();
+  }
+}
+
+// What somebody else has the owner's faults for is not there yet, and looks like zeros.
+class AttachPagedElsewhere : public testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, AttachPagedElsewhere, testing::Bool(),
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
+
+TEST_P(AttachPagedElsewhere, MayNeitherBeTrackedNorSent) {
+  const auto offered = Userfaultfd::probe().features;
+  if ((offered & kAsync) != kAsync) GTEST_SKIP() << "this kernel has no WP_ASYNC";
+  OwnerProcess owner({.pages = 16, .shared = GetParam(), .features = kAsync});
+  owner.ask(Op::kWrite, 0, 8, 1);
+  const auto region = owner.attach();
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing(owner.address(), owner.bytes());
+  EXPECT_THROW(make_tracker(TrackerKind::kUffdWpAsync, region)->arm(), SystemError);
+  expect_refused({region}, EBUSY, "pages 8-15 (8 of 16)");
+  // And it is the pager's still.
+  owner.tell(Op::kRead, 9);
+  EXPECT_FALSE(owner.reply(100));
+  (void)pager.zeropage(owner.address().plus(9 * system_page_size()), system_page_size(), true);
+  EXPECT_EQ(owner.reply(), 0U);
+  (void)pager.unregister(owner.address(), owner.bytes());
+  make_tracker(TrackerKind::kUffdWpAsync, region)->arm();
+  EXPECT_NO_THROW(SendQueue({region}));
+}
+
+// A pager that has brought everything may have left it registered: nothing is missing.
+TEST_P(AttachPagedElsewhere, ButAllOfItThereMayBeSent) {
+  const auto offered = Userfaultfd::probe().features;
+  if ((offered & kAsync) != kAsync) GTEST_SKIP() << "this kernel has no WP_ASYNC";
+  OwnerProcess owner({.pages = 16, .shared = GetParam(), .features = kAsync});
+  owner.ask(Op::kWrite, 0, 15, 1);
+  owner.ask(Op::kRead, 15);
+  const auto region = owner.attach();
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing_and_wp(owner.address(), owner.bytes());
+  EXPECT_NO_THROW(SendQueue({region}));
+  const auto tracker = make_tracker(TrackerKind::kUffdWpAsync, region);
+  tracker->arm();
+  // Nobody serves it any more, and nobody waits.
+  EXPECT_EQ(owner.ask(Op::kDiscard, 3, 1), 0U);
+  EXPECT_EQ(owner.ask(Op::kRead, 3), 0U);
+}
+
+// A mark of write protection where there is no page looks swapped out.
+TEST_P(AttachPagedElsewhere, MarksOfWriteProtectionAreNoPages) {
+  const auto offered = Userfaultfd::probe().features;
+  if ((offered & kAsync) != kAsync) GTEST_SKIP() << "this kernel has no WP_ASYNC";
+  OwnerProcess owner({.pages = 16, .shared = GetParam(), .features = kAsync});
+  owner.ask(Op::kWrite, 0, 8, 1);
+  const auto region = owner.attach();
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing_and_wp(owner.address(), owner.bytes());
+  (void)pager.write_protect(owner.address(), owner.bytes(), true);
+  expect_refused({region}, EBUSY, "pages 8-15");
+  (void)pager.unregister(owner.address(), owner.bytes());
+  pager.register_wp(owner.address(), owner.bytes());
+  (void)pager.write_protect(owner.address(), owner.bytes(), true);
+  EXPECT_NO_THROW(SendQueue({region})) << "marks are no lost pages";
+}
+
+// What was lost fails at its owner's, and is a hole in the file for everybody else.
+TEST(AttachLost, PagesOfAFileAreNotSentAsZeros) {
+  if ((Userfaultfd::probe().features & abi::kUffdFeaturePoison) == 0) GTEST_SKIP() << "no UFFDIO_POISON";
+  OwnerProcess owner({.pages = 16, .shared = true, .features = UFFD_FEATURE_MISSING_SHMEM});
+  owner.ask(Op::kWrite, 0, 4, 1);
+  const auto region = owner.attach();
+  EXPECT_NO_THROW(SendQueue({region}));
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing(owner.address(), owner.bytes());
+  (void)pager.poison(owner.address().plus(9 * system_page_size()), 2 * system_page_size(), true);
+  (void)pager.poison(owner.address().plus(12 * system_page_size()), system_page_size(), true);
+  (void)pager.unregister(owner.address(), owner.bytes());
+  expect_refused({region}, EIO, "9-10, 12 (3 of 16)");
+}
+
+// Each event of a userfaultfd goes to one reader: of all processes one has it attached.
+TEST(AttachEvents, OneProcessHasItAttached) {
+  OwnerProcess owner({.pages = 8});
+  const auto attach_elsewhere = [&](bool stay) {
+    const pid_t pid = ::fork();
+    if (pid != 0) return pid;
+    try {
+      const auto region = owner.attach();
+      if (stay) ::raise(SIGSTOP);
+      ::_exit(0);
+    } catch (const SystemError& error) {
+      ::_exit(error.error() == EBUSY ? 1 : 2);
+    }
+  };
+  const auto exit_of = [](pid_t pid) {
+    int status = 0;
+    ::waitpid(pid, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+  };
+  EXPECT_EQ(exit_of(attach_elsewhere(false)), 0);
+  {
+    const auto region = owner.attach();
+    EXPECT_EQ(exit_of(attach_elsewhere(false)), 1);
+    EXPECT_NO_THROW((void)owner.attach());  // by one reader, here
+    region->retire();
+    EXPECT_EQ(exit_of(attach_elsewhere(false)), 0) << "it is not used here any more";
+    EXPECT_FALSE(region->begin_events());
+  }
+  const pid_t holder = attach_elsewhere(true);
+  int status = 0;
+  ASSERT_EQ(::waitpid(holder, &status, WUNTRACED), holder);
+  EXPECT_THROW((void)owner.attach(), SystemError);
+  ::kill(holder, SIGKILL);
+  (void)exit_of(holder);
+  EXPECT_NO_THROW((void)owner.attach());
+}
+
+// A second reader of a userfaultfd leaves nobody waiting: a fault that it has read is raised again.
+TEST(AttachEvents, AFaultThatWasDrainedIsRaisedAgain) {
+  OwnerProcess owner({.pages = 8, .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_FORK});
+  const auto region = owner.attach();
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing(owner.address(), owner.bytes());
+  owner.tell(Op::kRead, 3);
+  pollfd look{pager.fd(), POLLIN, 0};
+  ASSERT_EQ(::poll(&look, 1, 10'000), 1);
+  EXPECT_FALSE(region->drain_events());
+  ASSERT_EQ(::poll(&look, 1, 10'000), 1) << "the fault is lost";
+  uffd_msg event{};
+  ASSERT_EQ(pager.read_events({&event, 1}), 1U);
+  EXPECT_EQ(event.event, UFFD_EVENT_PAGEFAULT);
+  (void)pager.zeropage(owner.address().plus(3 * system_page_size()), system_page_size(), true);
+  EXPECT_EQ(owner.reply(), 0U);
+}
+
+// A child of an owner that somebody pages never reads zeros for what has not come.
+TEST(AttachEvents, AChildThatIsDrainedNeverReadsZeros) {
+  if ((Userfaultfd::probe().features & abi::kUffdFeaturePoison) == 0) GTEST_SKIP() << "no UFFDIO_POISON";
+  OwnerProcess owner({.pages = 8, .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_FORK});
+  const auto region = owner.attach();
+  Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
+  pager.register_missing(owner.address(), owner.bytes());
+  const OwnerWatch watch(region, nullptr);
+  EXPECT_EQ(owner.ask(Op::kFork, 3), 0xdeadU);
+}
+
+TEST(AttachEvents, TwoRegionsOfOneUserfaultfdHaveOneReader) {
+  OwnerProcess owner({.pages = 8, .features = UFFD_FEATURE_EVENT_REMOVE});
+  Region::Attachment low = owner.attachment();
+  Region::Attachment high = owner.attachment();
+  const std::uint64_t half = owner.bytes() / 2;
+  low.extents = {{owner.address(), half}};
+  high.extents = {{owner.address().plus(half), half}};
+  const auto first = Region::attach(std::move(low));
+  const auto second = Region::attach(std::move(high));
+  const auto again = owner.attach();
+  EXPECT_TRUE(first->begin_events());
+  EXPECT_FALSE(second->drain_events());
+  EXPECT_FALSE(again->begin_events());  // the same memory
+  EXPECT_TRUE(second->begin_events());  // the same reader's
+  first->end_events();
+  EXPECT_FALSE(again->drain_events());
+  second->end_events();
+  // What one has read is told to whom it concerns.
+  pollfd look{owner.uffd(), POLLIN, 0};
+  Userfaultfd::adopt(owner.uffd(), 0).register_wp(owner.address(), owner.bytes());
+  owner.tell(Op::kDiscard, 5, 2);
+  ASSERT_EQ(::poll(&look, 1, 10'000), 1);
+  EXPECT_TRUE(first->drain_events());
+  EXPECT_EQ(owner.reply(), 0U);
+  AtomicBitmap removed(4);
+  second->take_removed(removed);
+  EXPECT_EQ(removed.count(), 2U);
+  EXPECT_TRUE(removed.test(PageNumber{1}));
+}
+
+// A file that its owner cuts off is an error for who reads it, and no SIGBUS.
+TEST(AttachMemory, AFileThatBecomesShorterIsAnError) {
+  OwnerProcess owner({.pages = 8, .shared = true});
+  owner.ask(Op::kWrite, 0, 8, 5);
+  const auto region = owner.attach();
+  RegionReader reader;
+  EXPECT_EQ(reader.read(*region, {PageNumber{6}, 2})[0], std::byte{11});
+  ASSERT_EQ(::ftruncate(owner.memory(), static_cast<off_t>(4 * system_page_size())), 0);
+  EXPECT_THROW(reader.read(*region, {PageNumber{6}, 2}), SystemError);
+  EXPECT_EQ(reader.read(*region, {PageNumber{1}, 1})[0], std::byte{6});
 }
 
 }  // namespace

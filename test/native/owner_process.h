@@ -38,7 +38,18 @@ class OwnerProcess {
     bool api = true;             // it calls UFFDIO_API itself
     bool hidden_uffd = false;    // it has none
   };
-  enum class Op : std::uint32_t { kRead, kWrite, kHash, kDiscard, kUnmap, kRemap, kExec, kFork, kPopulate };
+  enum class Op : std::uint32_t {
+    kRead,
+    kWrite,
+    kHash,
+    kDiscard,
+    kUnmap,
+    kRemap,
+    kExec,
+    kFork,
+    kPopulate,
+    kGrandchild
+  };
   struct Command {
     Op op;
     std::uint64_t first;
@@ -194,6 +205,23 @@ class OwnerProcess {
         int status = 0;
         ::waitpid(child, &status, 0);
         result = WIFSIGNALED(status) ? 0xdead : static_cast<std::uint64_t>(WEXITSTATUS(status));
+        break;
+      }
+      case Op::kGrandchild: {
+        // The same of a child's child.
+        const pid_t child = ::fork();
+        if (child == 0) {
+          const pid_t own = ::fork();
+          if (own == 0) ::_exit(*reinterpret_cast<volatile std::uint64_t*>(at) == 0 ? 10 : 11);
+          int status = 0;
+          ::waitpid(own, &status, 0);
+          ::_exit(WIFSIGNALED(status) ? 99 : WEXITSTATUS(status));
+        }
+        int status = 0;
+        ::waitpid(child, &status, 0);
+        result = WIFSIGNALED(status)         ? 0xdead0
+                 : WEXITSTATUS(status) == 99 ? 0xdead
+                                             : static_cast<std::uint64_t>(WEXITSTATUS(status));
         break;
       }
       case Op::kPopulate:

@@ -1,0 +1,101 @@
+#include "fault/forked_copies.h"
+
+#include <poll.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "os/sys_error.h"
+
+namespace memferry {
+namespace {
+
+constexpr int kPruneMs = 1000;
+// Children that live at once. One more fails in its missing pages too, but its own children would not.
+constexpr std::size_t kMostKept = 256;
+
+}  // namespace
+
+void ForkedCopies::add(UniqueFd child) {
+  auto kept = std::make_shared<Kept>();
+  try {
+    kept->copy = std::make_unique<ForkedCopy>(child);
+    missing_([&](OwnerAddress start, std::uint64_t bytes) {
+      kept->waits = !kept->copy->poison(start, bytes) || kept->waits;
+    });
+  } catch (const SystemError&) {
+    kept->waits = true;
+    if (!kept->copy) return;  // it was no userfaultfd
+  }
+  if (!shared_ && !kept->waits) {
+    // Children that it had meanwhile.
+    for (UniqueFd& next : kept->copy->serve([this](OwnerAddress at) { return is_missing(at); }))
+      add(std::move(next));
+    return;
+  }
+  prune();
+  {
+    const std::lock_guard lock(mutex_);
+    if (kept_.size() >= kMostKept && !kept->waits) return;
+    kept_.push_back(std::move(kept));
+    if (!started_) thread_.start("mf-forked", [this](WorkerThread& self) { run(self); });
+    started_ = true;
+  }
+  thread_.wake();
+}
+
+std::size_t ForkedCopies::kept() const {
+  const std::lock_guard lock(mutex_);
+  return kept_.size();
+}
+
+void ForkedCopies::prune() {
+  std::optional<OwnerAddress> any;
+  missing_([&](OwnerAddress start, std::uint64_t) { any = start; });
+  const std::lock_guard lock(mutex_);
+  // Once nothing is missing whoever is let go of has ordinary memory.
+  std::erase_if(kept_, [&](const auto& each) { return !any || each->dead || each->copy->ended(*any); });
+}
+
+void ForkedCopies::run(WorkerThread& self) {
+  while (!self.stopping()) {
+    std::vector<pollfd> waiting{pollfd{self.wake_fd(), POLLIN, 0}};
+    std::vector<std::shared_ptr<Kept>> watched;
+    {
+      const std::lock_guard lock(mutex_);
+      for (const auto& each : kept_) {
+        // One that waits is not read: its faults would be lost.
+        if (each->waits || each->dead) continue;
+        waiting.push_back({each->copy->fd(), POLLIN, 0});
+        watched.push_back(each);
+      }
+    }
+    const int ready = ::poll(waiting.data(), waiting.size(), kPruneMs);
+    if (self.stopping()) return;
+    if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();
+    if (ready == 0) prune();
+    for (std::size_t i = 1; i < waiting.size(); ++i) {
+      if (waiting[i].revents != 0) look(*watched[i - 1]);
+    }
+  }
+}
+
+bool ForkedCopies::is_missing(OwnerAddress at) const {
+  bool missing = false;
+  missing_([&](OwnerAddress start, std::uint64_t bytes) {
+    missing = missing || (start <= at && at < start.plus(bytes));
+  });
+  return missing;
+}
+
+void ForkedCopies::look(Kept& kept) {
+  try {
+    for (UniqueFd& next : kept.copy->serve([this](OwnerAddress at) { return is_missing(at); }))
+      add(std::move(next));
+  } catch (const SystemError&) {
+    kept.dead = true;
+  }
+}
+
+}  // namespace memferry
