@@ -76,6 +76,13 @@ bool GatherLink::ask(std::uint32_t region, PageRun run) {
   return send_read(*stream_, region, run, why);
 }
 
+bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(reads_.begin(), reads_.end(), [&](const Read& read) {
+    return read.region == region && page.value >= read.run.first.value + read.covered && page < read.run.end();
+  });
+}
+
 // With the mutex held.
 bool GatherLink::send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why) {
   run.count = std::min(run.count, wire::max_run_pages(gather_.config_.page_size));
@@ -182,7 +189,7 @@ std::string GatherLink::serve(WorkerThread& self, wire::Stream& stream) {
   CpuCourtesy courtesy(wire::shared_key(gather_.config_.image));
   for (;;) {
     if (self.stopping()) return "ended";
-    if (ahead_ && same_host) courtesy.follow(gather_.receiver_.faulted_lately());
+    if (ahead_ && same_host) courtesy.follow(gather_.receiver_.strayed_lately());
     std::string why;
     if (ahead_ && !ask_ahead(stream, why)) return why;
     bool waiting = map_under_way_;
@@ -236,7 +243,7 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
   }
   for (;;) {
     const std::uint64_t page_size = gather_.config_.page_size;
-    const bool lately = gather_.receiver_.faulted_lately();
+    const bool lately = gather_.receiver_.strayed_lately();
     std::uint64_t outstanding = 0;
     {
       const std::lock_guard lock(mutex_);

@@ -27,7 +27,8 @@ class GatherLink {
   // A server that answers nothing for so long is down.
   static constexpr std::chrono::milliseconds kAnswerPatience{2000};
   static constexpr std::uint64_t kWindowBytes = 1ULL << 20;
-  // While somebody waits for a page: so much at a time, and one read over all servers.
+  // While somebody waits for a page here and there: so much at a time, and one read over all servers. Who walks forward
+  // waits for what is read ahead, and for as much of it as there can be.
   static constexpr std::uint64_t kSmallRead = 16ULL << 10;
   static constexpr unsigned kWrongForgiven = 16;
   // While the source sends too, one read at a time; and when the round trip is longer than an idle one by kQueue,
@@ -43,6 +44,8 @@ class GatherLink {
   void start();
   // Demand: false when the connection is not up.
   bool ask(std::uint32_t region, PageRun run);
+  // An answer with this page in it is outstanding, or being looked at.
+  [[nodiscard]] bool under_way(std::uint32_t region, PageNumber page) const;
   void want_map();
   void wake();
   void shut_down();
@@ -94,7 +97,7 @@ class GatherLink {
   Clock::time_point map_asked_{};
   Clock::time_point silent_since_;
 
-  std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
+  mutable std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
   std::shared_ptr<wire::Stream> stream_;
   std::deque<Read> reads_;
   std::uint64_t next_id_ = 1;
