@@ -83,7 +83,8 @@ class WaitingFaults {
   // It is on its way already: asked for by itself, and alone, only when it has not come by `due`.
   void expect(std::uint32_t region, PageNumber page, Clock::time_point due) {
     for (WaitingFault& fault : faults_) {
-      if (fault.region != region || fault.page != page || fault.state == WaitingFault::State::kArriving) continue;
+      if (fault.region != region || fault.page != page || fault.state == WaitingFault::State::kArriving)
+        continue;
       fault.state = WaitingFault::State::kExpected;
       fault.window = 1;
       fault.due = due;

@@ -79,7 +79,8 @@ bool GatherLink::ask(std::uint32_t region, PageRun run) {
 bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
   const std::lock_guard lock(mutex_);
   return std::any_of(reads_.begin(), reads_.end(), [&](const Read& read) {
-    return read.region == region && page.value >= read.run.first.value + read.covered && page < read.run.end();
+    return read.region == region && page.value >= read.run.first.value + read.covered &&
+           page < read.run.end();
   });
 }
 
