@@ -26,6 +26,7 @@ class GatherLink {
   using Clock = std::chrono::steady_clock;
   // A server that answers nothing for so long is down.
   static constexpr std::chrono::milliseconds kAnswerPatience{2000};
+  // Filled again when half of it has been answered: a read may be short where zeros lie between, and each costs a call.
   static constexpr std::uint64_t kWindowBytes = 1ULL << 20;
   // While somebody waits for a page here and there: so much at a time, and one read over all servers. Who walks forward
   // waits for what is read ahead, and for as much of it as there can be.
@@ -66,7 +67,8 @@ class GatherLink {
   // Until the connection is over; gives why.
   std::string serve(WorkerThread& self, wire::Stream& stream);
   bool ask_ahead(wire::Stream& stream, std::string& why);
-  bool send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why);
+  void choose_ahead();
+  wire::FrameHeader note_read(std::uint32_t region, PageRun run);
   std::string read_frame(wire::Stream& stream);
   std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
   std::string on_pages(const wire::FrameHeader& header);
@@ -89,6 +91,7 @@ class GatherLink {
   wire::RunDecoder decoder_;
   std::vector<std::uint64_t> hashes_;
   std::vector<std::uint64_t> expected_;
+  std::vector<wire::FrameHeader> asking_;  // noted, and to be sent
   std::uint32_t at_region_ = 0;
   PageNumber at_page_{0};
   std::uint64_t seen_moves_ = 0;
