@@ -22,6 +22,24 @@ constexpr int kTries = 4096;
 constexpr std::chrono::microseconds kBetweenTries{500};
 constexpr std::uint64_t kUnderLayout = 64;
 
+// Of the pages right before `page`, as many as have come: what a walk may skip of what was brought ahead of it.
+std::uint64_t here_before(const ArrivalMap& map, PageNumber page) {
+  constexpr std::uint64_t kMost = 1024;
+  std::uint64_t count = 0;
+  for (std::uint64_t at = page.value; count < kMost && at > 0;) {
+    if (at % 64 == 0 && map.received.word(at / 64 - 1) == ~std::uint64_t{0}) {
+      count += 64;
+      at -= 64;
+    } else if (map.received.test(PageNumber{at - 1})) {
+      ++count;
+      --at;
+    } else {
+      break;
+    }
+  }
+  return count;
+}
+
 std::uint64_t wanted_features() {
   // Without it a mapping that fails is put over pages that are lost.
   const Userfaultfd::Offer offer = Userfaultfd::probe();
@@ -131,7 +149,7 @@ void Pager::run(WorkerThread& self) {
       break_off("SYSTEM", error.what());
       self.wait(kAfterErrorMs);  // until stop(): the owner has been told
     }
-    send(requests);
+    expecting = send(requests) || expecting;
   }
 }
 
@@ -182,12 +200,30 @@ std::optional<std::pair<std::uint32_t, PageNumber>> Pager::place_of(std::uint32_
   return std::nullopt;  // let go of since
 }
 
-bool Pager::faulted_lately() const {
-  const Clock::rep last = last_request_.load(std::memory_order_relaxed);
-  return last != 0 && Clock::now().time_since_epoch() - Clock::duration(last) < kLately;
+bool Pager::lately(const std::atomic<Clock::rep>& last) {
+  const Clock::rep at = last.load(std::memory_order_relaxed);
+  return at != 0 && Clock::now().time_since_epoch() - Clock::duration(at) < kLately;
 }
 
-void Pager::send(const std::vector<Request>& requests) {
+bool Pager::faulted_lately() const { return lately(last_request_); }
+
+bool Pager::strayed_lately() const { return lately(last_stray_); }
+
+// With the mutex held. The first faults of a walk look like strays, until it is sure of itself.
+void Pager::note_kind(const SequentialDetector::Advice& advice, Clock::time_point now) {
+  if (advice.sure) {
+    strays_ = {strays_.back()};
+  } else if (!advice.walks && !advice.expected) {
+    std::shift_right(strays_.begin(), strays_.end(), 1);
+    strays_.front() = now.time_since_epoch().count();
+  } else {
+    return;
+  }
+  last_stray_.store(strays_.front(), std::memory_order_relaxed);
+}
+
+bool Pager::send(const std::vector<Request>& requests) {
+  bool coming = false;
   if (!requests.empty()) {
     last_request_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   }
@@ -204,7 +240,14 @@ void Pager::send(const std::vector<Request>& requests) {
         // Before it can be answered, and taken back where it turns out otherwise.
         if (online) waiting_.set_at_source(request.region, request.run.first, true);
       }
-      const Route route = router_(request.region, request.run, online);
+      const Route route = router_(request.region, request.run, online, request.walk);
+      if (route == Route::kComing) {
+        const std::lock_guard lock(mutex_);
+        waiting_.set_at_source(request.region, request.run.first, false);
+        waiting_.expect(request.region, request.run.first, Clock::now() + kExpectedWithin);
+        coming = true;
+        continue;
+      }
       if (route != Route::kSource) {
         const std::lock_guard lock(mutex_);
         waiting_.set_at_source(request.region, request.run.first, false);
@@ -220,8 +263,9 @@ void Pager::send(const std::vector<Request>& requests) {
     wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, request.run);
     wire::seal(header);
     // What a cut swallows is asked for again by set_online().
-    if (!writer_.send(header)) return;
+    if (!writer_.send(header)) return coming;
   }
+  return coming;
 }
 
 // The event may be late: since it was raised the page may have been installed (its waiter is awake already),
@@ -268,7 +312,9 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
         const auto lacking =
             map.received.next_clear(page, PageNumber{map.pages()}, SequentialDetector::kLargestWindow);
         const bool here = lacking && lacking->first == page;
-        const SequentialDetector::Advice advice = detector_.fault(region, page, here ? lacking->count : 1);
+        const SequentialDetector::Advice advice =
+            detector_.fault(region, page, here ? lacking->count : 1, here_before(map, page));
+        note_kind(advice, now);
         fault.window = advice.pages;
         if (advice.expected) {
           fault.state = WaitingFault::State::kExpected;
@@ -277,7 +323,7 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
           fault.state = WaitingFault::State::kRequested;
           fault.remote = true;
           fault.at_source = !router_;
-          requests.push_back({region, {page, fault.window}});
+          requests.push_back({region, {page, fault.window}, advice.walks});
         }
       }
       waiting_.add(fault);

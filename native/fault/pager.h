@@ -19,6 +19,7 @@
 // the region's waiting room, and are installed from there: at once where somebody waits, the others by a thread.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -62,9 +63,10 @@ class Pager {
   Pager& operator=(const Pager&) = delete;
 
   // Where a request goes. Without a router everything goes to the source, while that is online. kSent: somebody else
-  // was asked; kNobody: nobody can be now, ask_again() when that changes. From the pager's thread; must not block.
-  enum class Route { kSource, kSent, kNobody };
-  using Router = std::function<Route(std::uint32_t region, PageRun run, bool source_online)>;
+  // was asked; kNobody: nobody can be now, ask_again() when that changes; kComing, for a `walk` alone: it was asked for
+  // ahead of time, and is given kExpectedWithin. From the pager's thread; must not block.
+  enum class Route { kSource, kSent, kNobody, kComing };
+  using Router = std::function<Route(std::uint32_t region, PageRun run, bool source_online, bool walk)>;
   void set_router(Router router);  // before serve()
   // What waits and was not sent is sent now; with `routed` what was sent elsewhere than to the source as well.
   void ask_again(bool routed);
@@ -101,6 +103,8 @@ class Pager {
   [[nodiscard]] const LatencyHistogram& latencies() const { return latencies_; }
   // Whether somebody had to wait for a remote page within the last moments.
   [[nodiscard]] bool faulted_lately() const;
+  // The same of pages that no reading ahead would have brought in time: of faults that do not walk forward.
+  [[nodiscard]] bool strayed_lately() const;
   // How long the longest wait for an answer of the source has lasted.
   [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
   [[nodiscard]] FaultScope scope() const { return own_ ? own_->scope() : FaultScope::kKernelAndUser; }
@@ -109,11 +113,14 @@ class Pager {
   struct Request {
     std::uint32_t region;
     PageRun run;
+    bool walk = false;  // part of a walk, and asked for the first time
   };
 
   void run(WorkerThread& self);
   void on_fault(std::uint32_t region, PageNumber page, Clock::time_point now, std::vector<Request>& requests);
-  void send(const std::vector<Request>& requests);
+  bool send(const std::vector<Request>& requests);  // whether one of them is coming anyway
+  [[nodiscard]] static bool lately(const std::atomic<Clock::rep>& last);
+  void note_kind(const SequentialDetector::Advice& advice, Clock::time_point now);
   // The pager's own thread must not wait for the layout to settle: it may do so only once that thread has read an event.
   enum class Patience { kWaits, kOwnThread };
   enum class Copied { kAll, kFailed, kAgain };  // kAgain: none of it, and only for kOwnThread
@@ -182,10 +189,13 @@ class Pager {
   LatencyHistogram latencies_;
   std::atomic<bool> serving_{false};
   std::atomic<Clock::rep> last_request_{0};  // since the clock's epoch; 0: none yet
+  std::atomic<Clock::rep> last_stray_{0};    // the same
 
-  mutable std::mutex mutex_;  // guards the six below; never held during a system call that can block
+  mutable std::mutex mutex_;  // guards the seven below; never held during a system call that can block
   WaitingFaults waiting_;
   SequentialDetector detector_;
+  // When the last strays were, the newest first.
+  std::array<Clock::rep, SequentialDetector::kBeforeSure + 1> strays_{};
   bool online_ = false;
   bool poisoning_ = false;
   std::uint64_t asked_again_ = 0;

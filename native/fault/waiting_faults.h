@@ -80,6 +80,16 @@ class WaitingFaults {
       if (fault.region == region && fault.page == page) fault.at_source = at_source;
     }
   }
+  // It is on its way already: asked for by itself, and alone, only when it has not come by `due`.
+  void expect(std::uint32_t region, PageNumber page, Clock::time_point due) {
+    for (WaitingFault& fault : faults_) {
+      if (fault.region != region || fault.page != page || fault.state == WaitingFault::State::kArriving)
+        continue;
+      fault.state = WaitingFault::State::kExpected;
+      fault.window = 1;
+      fault.due = due;
+    }
+  }
   [[nodiscard]] bool any_deferred() const {
     for (const WaitingFault& fault : faults_) {
       if (fault.state == WaitingFault::State::kDeferred) return true;

@@ -1,9 +1,11 @@
 // What a SnapshotPager brings beside the faults: ahead of a sequential reader, everything in order, and single pages that
 // a slow disk has.
 #include <sched.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <optional>
 #include <span>
 #include <thread>
 
@@ -21,6 +23,8 @@ constexpr std::size_t kMostJobs = 32;
 constexpr std::chrono::microseconds kAgainAfter{50};
 constexpr std::chrono::milliseconds kMemoryAfter{2};
 constexpr int kSweepAgainMs = 5;
+// Somebody waits for what is brought ahead of a walk, and the reader for the gate.
+constexpr int kWalkThreadNice = -20;
 
 }  // namespace
 
@@ -43,6 +47,8 @@ void SnapshotPager::bring_ahead(WorkerThread& self) {
   PageNumber swept{config_.pre_paging == PrePaging::kAll ? 0 : layout_.pages()};
   const std::uint64_t chunk = std::max<std::uint64_t>(1, kChunkBytes / layout_.page_size());
   bool behind = false;
+  const int usual_nice = ::getpriority(PRIO_PROCESS, 0);  // this thread's
+  bool hurries = false;
   while (!self.stopping() && !ending_.load(std::memory_order_acquire)) {
     PageRun job{};
     {
@@ -67,6 +73,10 @@ void SnapshotPager::bring_ahead(WorkerThread& self) {
       self.wait(-1);
       continue;
     }
+    if (hurries == sweeping) {
+      hurries = !sweeping;
+      set_this_thread_nice(hurries ? std::min(kWalkThreadNice, usual_nice) : usual_nice);
+    }
     try {
       if (sweeping && source_arrives_.load(std::memory_order_acquire)) behind = true;
       while (job.count > 0 && bring({job.first, std::min(chunk, job.count)}, sweeping, self)) {
@@ -85,8 +95,18 @@ void SnapshotPager::bring_ahead(WorkerThread& self) {
 // False when it is not to go on. What cannot be read is left to whoever needs it, or is given up when all is wanted.
 bool SnapshotPager::bring(PageRun run, bool sweeping, WorkerThread& self) {
   while (run.count > 0 && !self.stopping()) {
-    const PageRun part = wanted_part(run);
+    PageRun part = wanted_part(run);
     if (part.count == 0) return true;
+    // Only the sweep has to see to it that nothing is left out.
+    if (const PageRun by_reader = reader_copies_.now(); !sweeping && by_reader.count > 0) {
+      if (part.first >= by_reader.first && part.first < by_reader.end()) {
+        const PageNumber behind = std::min(by_reader.end(), run.end());
+        run = {behind, run.end().value - behind.value};
+        continue;
+      }
+      if (part.first < by_reader.first && by_reader.first < part.end())
+        part.count = by_reader.first.value - part.first.value;
+    }
     const GuestLayout::Piece piece = layout_.piece(part);
     const std::span<const std::byte> source(piece.from, piece.run.count * layout_.page_size());
     const bool only_what_came = sweeping && source_arrives_.load(std::memory_order_acquire);
@@ -95,7 +115,7 @@ bool SnapshotPager::bring(PageRun run, bool sweeping, WorkerThread& self) {
     if (readable > 0) {
       if (over_.load(std::memory_order_acquire) || ending_.load(std::memory_order_acquire)) return false;
       for (;;) {
-        const Served served = install_in_gate({piece.run.first, readable}, &installed);
+        const Served served = install_in_gate({piece.run.first, readable}, &installed, &ahead_copies_);
         note_memory(served);
         if (served == Served::kDone) break;
         again_.fetch_add(1, std::memory_order_relaxed);
@@ -115,10 +135,13 @@ bool SnapshotPager::bring(PageRun run, bool sweeping, WorkerThread& self) {
 }
 
 // The content is in memory by now, so that the copy waits for nothing inside the gate.
-SnapshotPager::Served SnapshotPager::install_in_gate(PageRun run, std::uint64_t* installed) {
+SnapshotPager::Served SnapshotPager::install_in_gate(PageRun run, std::uint64_t* installed,
+                                                     Copying* copying) {
   while (reader_waits_.load(std::memory_order_acquire)) ::sched_yield();
   const std::lock_guard gate(gate_);
   if (over_.load(std::memory_order_acquire)) return Served::kDone;
+  std::optional<Copying::Held> held;
+  if (copying != nullptr) held.emplace(*copying, run);
   return install(run, installed);
 }
 

@@ -228,6 +228,8 @@ SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
   if (removed_.test(page) || installed_.test(page)) return install_zeros(page);
   // Whoever waits for a lost page is woken when it is poisoned, or removed.
   if (lost_.test(page)) return Served::kDone;
+  // It is being copied at this moment, and whoever waits is woken with the last page of that. Looked at again until then.
+  if (ahead_copies_.has(page)) return Served::kAgain;
   const ReadAhead::Advice advice = read_ahead_.fault(page);
   if (advice.later.count > 0) queue_ahead(advice.later);
   const GuestLayout::Piece piece = layout_.piece({page, advice.at_once});
@@ -245,6 +247,7 @@ SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
     slow_jobs_changed_.notify_one();
     return Served::kDone;
   }
+  const Copying::Held held(reader_copies_, {page, here});
   const Served served = install({page, here}, &installed);
   if (installed > 1) ahead_.fetch_add(installed - 1, std::memory_order_relaxed);
   // Only the page itself is waited for; the rest may come when it will.

@@ -46,6 +46,7 @@
 #include "os/userfaultfd.h"
 #include "os/worker_thread.h"
 #include "page/bitmap.h"
+#include "restore/copying.h"
 #include "restore/guest_layout.h"
 #include "restore/read_ahead.h"
 
@@ -77,8 +78,9 @@ struct RestoreStats {
   std::uint64_t faults = 0;
   std::uint64_t zeros = 0;  // faults that were answered with zeros
   std::uint64_t ahead = 0;  // pages that nobody had waited for
-  std::uint64_t again = 0;  // faults and runs that had to wait for an event to be read
-  std::uint64_t slow = 0;   // faults whose page was not in memory here
+  std::uint64_t again =
+      0;  // faults and runs that had to wait for an event to be read, or for a copy under way
+  std::uint64_t slow = 0;  // faults whose page was not in memory here
   std::uint64_t remove_events = 0;
   std::uint64_t lost = 0;  // now: what is removed is no loss any more
 };
@@ -162,7 +164,7 @@ class SnapshotPager {
   bool bring(PageRun run, bool sweeping, WorkerThread& self);
   void queue_ahead(PageRun run);
   void wait_for_disk(WorkerThread& self);
-  [[nodiscard]] Served install_in_gate(PageRun run, std::uint64_t* installed);
+  [[nodiscard]] Served install_in_gate(PageRun run, std::uint64_t* installed, Copying* copying = nullptr);
 
   Config config_;
   GuestLayout layout_;
@@ -177,7 +179,9 @@ class SnapshotPager {
   AtomicBitmap lost_;
   AtomicBitmap poisoned_;
 
-  std::mutex gate_;  // see above
+  std::mutex gate_;        // see above
+  Copying reader_copies_;  // more than one page, for who walks forward
+  Copying ahead_copies_;
   std::atomic<bool> reader_waits_{false};
   std::atomic<bool> ending_{false};
   std::atomic<bool> over_{false};  // complete, or the owner has gone: the ranges are let go of

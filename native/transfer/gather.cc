@@ -137,6 +137,11 @@ bool Gather::request(std::uint32_t region, PageRun run) {
   return false;
 }
 
+bool Gather::coming(std::uint32_t region, PageNumber page) const {
+  return std::any_of(servers_.begin(), servers_.end(),
+                     [&](const auto& server) { return server->ahead->under_way(region, page); });
+}
+
 void Gather::wake_ahead() {
   for (const auto& server : servers_) server->ahead->wake();
 }

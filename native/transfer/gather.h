@@ -57,7 +57,8 @@ class Gather {
     std::function<void()> changed;
     // What was asked for on demand may not come from where it was asked: it is to be asked for again.
     std::function<void()> ask_again;
-    std::function<bool()> faulted_lately;
+    // Somebody waited lately for a page that reading ahead would not have brought.
+    std::function<bool()> strayed_lately;
     // The source still sends here itself: its pages go first where the link is what both wait for.
     std::function<bool()> source_sends;
     // The guest has left its source: what a page is does not change any more.
@@ -85,6 +86,8 @@ class Gather {
 
   // Somebody waits for the run's first page; the rest is welcome. False when no server can be asked now.
   bool request(std::uint32_t region, PageRun run);
+  // It has been asked for ahead of time, and the answer is on its way.
+  [[nodiscard]] bool coming(std::uint32_t region, PageNumber page) const;
   // The source has let go of it: only a server has it.
   void set_elsewhere(std::uint32_t region, PageNumber page);
   [[nodiscard]] bool elsewhere(std::uint32_t region, PageNumber page) const;

@@ -72,12 +72,20 @@ void GatherLink::stop() {
 bool GatherLink::ask(std::uint32_t region, PageRun run) {
   const std::lock_guard lock(mutex_);
   if (!stream_) return false;
-  std::string why;
-  return send_read(*stream_, region, run, why);
+  const wire::FrameHeader header = note_read(region, run);
+  return stream_->send_all(std::as_bytes(std::span(&header, 1))).done();
 }
 
-// With the mutex held.
-bool GatherLink::send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why) {
+bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(reads_.begin(), reads_.end(), [&](const Read& read) {
+    return read.region == region && page.value >= read.run.first.value + read.covered &&
+           page < read.run.end();
+  });
+}
+
+// With the mutex held; it is sent before that is let go, or by the only thread that reads the answers.
+wire::FrameHeader GatherLink::note_read(std::uint32_t region, PageRun run) {
   run.count = std::min(run.count, wire::max_run_pages(gather_.config_.page_size));
   Read read{next_id_++, region, run, 0, {}, Clock::now()};
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
@@ -89,9 +97,7 @@ bool GatherLink::send_read(wire::Stream& stream, std::uint32_t region, PageRun r
   if (reads_.empty()) silent_since_ = read.asked;
   reads_.push_back(std::move(read));
   if (ahead_) gather_.reading_ahead_.fetch_add(1, std::memory_order_relaxed);
-  const wire::IoResult result = stream.send_all(std::as_bytes(std::span(&header, 1)));
-  if (!result.done()) why = result.describe();
-  return result.done();
+  return header;
 }
 
 void GatherLink::main(WorkerThread& self) {
@@ -182,7 +188,7 @@ std::string GatherLink::serve(WorkerThread& self, wire::Stream& stream) {
   CpuCourtesy courtesy(wire::shared_key(gather_.config_.image));
   for (;;) {
     if (self.stopping()) return "ended";
-    if (ahead_ && same_host) courtesy.follow(gather_.receiver_.faulted_lately());
+    if (ahead_ && same_host) courtesy.follow(gather_.receiver_.strayed_lately());
     std::string why;
     if (ahead_ && !ask_ahead(stream, why)) return why;
     bool waiting = map_under_way_;
@@ -234,34 +240,44 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
       }
     }
   }
+  asking_.clear();
+  choose_ahead();
+  if (asking_.empty()) return true;
+  const std::lock_guard lock(mutex_);
+  const wire::IoResult result = stream.send_all(std::as_bytes(std::span(asking_)));
+  if (!result.done()) why = result.describe();
+  return result.done();
+}
+
+void GatherLink::choose_ahead() {
   for (;;) {
     const std::uint64_t page_size = gather_.config_.page_size;
-    const bool lately = gather_.receiver_.faulted_lately();
+    const bool lately = gather_.receiver_.strayed_lately();
     std::uint64_t outstanding = 0;
     {
       const std::lock_guard lock(mutex_);
       for (const Read& read : reads_) outstanding += (read.run.count - read.covered) * page_size;
     }
     // While the map is under way nothing else is asked: its answer would only lengthen the wait.
-    if (map_under_way_ || outstanding >= kWindowBytes) return true;
+    if (map_under_way_ || outstanding >= (asking_.empty() ? kWindowBytes / 2 : kWindowBytes)) return;
     const bool sparing = lately || gather_.receiver_.source_sends();
-    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) > 0) return true;
+    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) > 0) return;
     if (sparing &&
         Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
-      return true;
+      return;
     }
     // Not slept through: the map and whoever waits for what it says must not wait for a limit on reading ahead.
     if (const auto delay = gather_.limit_.delay(); delay > wire::Duration::zero()) {
       limited_until_ = Clock::now() + delay;
-      return true;
+      return;
     }
     const std::uint64_t bytes = lately ? kSmallRead : wire::kRunBytes;
     std::uint32_t region = 0;
     PageRun run{};
-    if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return true;
+    if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return;
     gather_.limit_.debit(run.count * page_size);
     const std::lock_guard lock(mutex_);
-    if (!send_read(stream, region, run, why)) return false;
+    asking_.push_back(note_read(region, run));
   }
 }
 

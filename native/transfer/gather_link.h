@@ -26,8 +26,10 @@ class GatherLink {
   using Clock = std::chrono::steady_clock;
   // A server that answers nothing for so long is down.
   static constexpr std::chrono::milliseconds kAnswerPatience{2000};
+  // Filled again when half of it has been answered: a read may be short where zeros lie between, and each costs a call.
   static constexpr std::uint64_t kWindowBytes = 1ULL << 20;
-  // While somebody waits for a page: so much at a time, and one read over all servers.
+  // While somebody waits for a page here and there: so much at a time, and one read over all servers. Who walks forward
+  // waits for what is read ahead, and for as much of it as there can be.
   static constexpr std::uint64_t kSmallRead = 16ULL << 10;
   static constexpr unsigned kWrongForgiven = 16;
   // While the source sends too, one read at a time; and when the round trip is longer than an idle one by kQueue,
@@ -43,6 +45,8 @@ class GatherLink {
   void start();
   // Demand: false when the connection is not up.
   bool ask(std::uint32_t region, PageRun run);
+  // An answer with this page in it is outstanding, or being looked at.
+  [[nodiscard]] bool under_way(std::uint32_t region, PageNumber page) const;
   void want_map();
   void wake();
   void shut_down();
@@ -63,7 +67,8 @@ class GatherLink {
   // Until the connection is over; gives why.
   std::string serve(WorkerThread& self, wire::Stream& stream);
   bool ask_ahead(wire::Stream& stream, std::string& why);
-  bool send_read(wire::Stream& stream, std::uint32_t region, PageRun run, std::string& why);
+  void choose_ahead();
+  wire::FrameHeader note_read(std::uint32_t region, PageRun run);
   std::string read_frame(wire::Stream& stream);
   std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
   std::string on_pages(const wire::FrameHeader& header);
@@ -86,6 +91,7 @@ class GatherLink {
   wire::RunDecoder decoder_;
   std::vector<std::uint64_t> hashes_;
   std::vector<std::uint64_t> expected_;
+  std::vector<wire::FrameHeader> asking_;  // noted, and to be sent
   std::uint32_t at_region_ = 0;
   PageNumber at_page_{0};
   std::uint64_t seen_moves_ = 0;
@@ -94,7 +100,7 @@ class GatherLink {
   Clock::time_point map_asked_{};
   Clock::time_point silent_since_;
 
-  std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
+  mutable std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
   std::shared_ptr<wire::Stream> stream_;
   std::deque<Read> reads_;
   std::uint64_t next_id_ = 1;

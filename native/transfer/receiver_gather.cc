@@ -40,7 +40,7 @@ void Receiver::Impl::make_gather() {
   callbacks.ask_again = [this] {
     if (pager) pager->ask_again(true);
   };
-  callbacks.faulted_lately = [this] { return state == State::kPaging && pager->faulted_lately(); };
+  callbacks.strayed_lately = [this] { return state == State::kPaging && pager->strayed_lately(); };
   callbacks.source_sends = [this] {
     return source_sends.load(std::memory_order_relaxed) && !rounds_over &&
            Clock::now().time_since_epoch().count() >= rests_until.load(std::memory_order_relaxed);
@@ -49,14 +49,16 @@ void Receiver::Impl::make_gather() {
   gather = std::make_unique<Gather>(std::move(ours), std::move(all), std::move(callbacks));
   gather_filler = std::make_unique<Filler>(backings, ahead.get());
   if (pager) {
-    pager->set_router(
-        [this](std::uint32_t region, PageRun run, bool online) { return route(region, run, online); });
+    pager->set_router([this](std::uint32_t region, PageRun run, bool online, bool walk) {
+      return route(region, run, online, walk);
+    });
   }
 }
 
 // The source is asked while it is there: it has every page that is anywhere else, and is one hop away.
-Pager::Route Receiver::Impl::route(std::uint32_t region, PageRun run, bool source_online) {
+Pager::Route Receiver::Impl::route(std::uint32_t region, PageRun run, bool source_online, bool walk) {
   if (source_online && !gather->elsewhere(region, run.first)) return Pager::Route::kSource;
+  if (walk && gather->coming(region, run.first)) return Pager::Route::kComing;
   return gather->request(region, run) ? Pager::Route::kSent : Pager::Route::kNobody;
 }
 

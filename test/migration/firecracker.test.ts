@@ -1,8 +1,11 @@
 /** Restoring microVMs lazily from a snapshot file, against a program that plays Firecracker's part byte for byte. */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 import { type MemferryError, type MicroVm, type SnapshotServer, serveSnapshot } from '../../lib/index.js';
 import type { ServeSnapshotOptions } from '../../src/firecracker/serve.js';
@@ -68,6 +71,7 @@ describe('a page-fault handler for Firecracker', () => {
       ['--fields', 'page_size', '--regions', 2],
       ['--fields', 'page_size_kib', '--pieces'],
       ['--fields', 'none', '--close-after'],
+      ['--fields', 'both', '--regions', 2, '--pieces', 1],
     ]) {
       const fake = await loaded(...flags);
       expect(await fake.obey('random 2000 1')).toMatchObject({ wrong: 0, count: 2000 });
@@ -176,6 +180,32 @@ describe('a page-fault handler for Firecracker', () => {
     expect(await fake.exit).toMatchObject({ signal: 'SIGBUS' });
   });
 
+  // Firecracker has a duplicate of the userfaultfd, so that nothing becomes zeros with the handler's end.
+  it('lets a microVM wait rather than read zeros when it is killed', async () => {
+    const main = fileURLToPath(new URL('../../lib/cli/main.js', import.meta.url));
+    const flags = ['--socket', socketPath, '--snapshot', snapshot, '--pre-paging', 'none', '--json'];
+    const handler = spawn(process.execPath, [main, 'firecracker', ...flags], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    const died = once(handler, 'exit');
+    try {
+      await once(handler.stdout, 'data');
+      const fake = await loaded();
+      expect(await fake.obey('random 100 4')).toMatchObject({ wrong: 0 });
+      handler.kill('SIGKILL');
+      await died;
+      const answer = fake.obey('verify').catch(() => null);
+      // Every missing page holds it, and none reads as anything: it is seen to wait in the kernel.
+      const waits = () => readFileSync(`/proc/${fake.child.pid}/wchan`, 'utf8');
+      await expect.poll(waits, { timeout: 20_000 }).toContain('userfault');
+      fake.kill();
+      expect(await answer).toBeNull();
+      expect(await fake.exit).toMatchObject({ signal: 'SIGKILL' });
+    } finally {
+      handler.kill('SIGKILL');
+    }
+  });
+
   it('reports what a snapshot that shrank has lost before it fails', async () => {
     await serve({ prePaging: 'none' });
     const fake = await loaded();
@@ -192,6 +222,7 @@ describe('a page-fault handler for Firecracker', () => {
     good.kill();
     await microVms[0]?.ended;
     const before = openDescriptors();
+    const odd = { base_host_virt_addr: 2 ** 40, size: 4096, offset: 0, page_size: 4096 };
     const hostile: [string, (string | number)[]][] = [
       ['PROTOCOL_ERROR', ['--no-descriptor']],
       ['PROTOCOL_ERROR', ['--message', '[]']],
@@ -199,6 +230,16 @@ describe('a page-fault handler for Firecracker', () => {
       ['PEER_LOST', ['--message', '[{"size":']],
       ['PEER_LOST', ['--message', 'nonsense']],
       ['SYSTEM', ['--plain-file']],
+      ['LIMIT_EXCEEDED', ['--third-descriptor']],
+      // The memfd where the userfaultfd should be.
+      ['SYSTEM', ['--fork', '--memfd', '--swapped']],
+      // It ends in the middle of its message, with its descriptor on the way.
+      ['PROTOCOL_ERROR', ['--die-early']],
+      ['PROTOCOL_ERROR', ['--message', JSON.stringify([{ ...odd, page_size: 0 }])]],
+      ['PROTOCOL_ERROR', ['--message', JSON.stringify([{ ...odd, page_size: 4097 }])]],
+      ['PROTOCOL_ERROR', ['--message', JSON.stringify([odd, { ...odd, offset: 4096 }])]],
+      ['INVALID_ARGUMENT', ['--message', JSON.stringify([{ ...odd, offset: bytes }])]],
+      ['INVALID_ARGUMENT', ['--message', JSON.stringify([{ ...odd, offset: 2 ** 52 }])]],
       // Memory that is not its: nothing outside of what the userfaultfd serves is touched.
       [
         'INVALID_ARGUMENT',

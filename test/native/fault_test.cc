@@ -58,6 +58,32 @@ TEST(SequentialDetector, SeveralWalksAndRegions) {
   EXPECT_FALSE(detector.fault(1, PageNumber{9}).expected);  // behind it
 }
 
+TEST(SequentialDetector, AWalkIsSureFromItsThirdFaultOn) {
+  SequentialDetector detector;
+  EXPECT_FALSE(detector.fault(0, PageNumber{100}).walks);
+  const auto second = detector.fault(0, PageNumber{101});
+  EXPECT_FALSE(second.walks || second.sure);
+  EXPECT_FALSE(detector.fault(0, PageNumber{103}).walks);  // expected, and no further than before
+  const auto third = detector.fault(0, PageNumber{109});
+  EXPECT_TRUE(third.walks && third.sure);
+  EXPECT_TRUE(detector.fault(0, PageNumber{111}).walks);
+  const auto fourth = detector.fault(0, PageNumber{125});
+  EXPECT_TRUE(fourth.walks);
+  EXPECT_FALSE(fourth.sure);  // once
+}
+
+TEST(SequentialDetector, WhatIsHereIsSkippedAndNothingElse) {
+  constexpr std::uint64_t lacking = SequentialDetector::kLargestWindow;
+  SequentialDetector detector;
+  (void)detector.fault(0, PageNumber{0});
+  // Two may be neighbours of what was read ahead, by chance: not far.
+  EXPECT_EQ(detector.fault(0, PageNumber{300}, lacking, 299).pages, 1U);
+  EXPECT_EQ(detector.fault(0, PageNumber{340}, lacking, 39).pages, SequentialDetector::kFirstWindow);
+  EXPECT_TRUE(detector.fault(0, PageNumber{1000}, lacking, 652).walks);
+  EXPECT_FALSE(detector.fault(0, PageNumber{2000}, lacking, 983).walks);
+  EXPECT_TRUE(detector.fault(0, PageNumber{3016}, lacking, 2000).walks);
+}
+
 TEST(LatencyHistogram, QuantilesAgainstASortedTwin) {
   LatencyHistogram histogram;
   EXPECT_EQ(histogram.quantile(0.5).count(), 0);
@@ -77,6 +103,26 @@ TEST(LatencyHistogram, QuantilesAgainstASortedTwin) {
   EXPECT_EQ(histogram.quantile(1).count(), all.back());
   EXPECT_EQ(histogram.max().count(), all.back());
   EXPECT_EQ(histogram.count(), 20000U);
+}
+
+TEST(WaitingFaults, WhatIsOnItsWayIsAskedForAloneAndLater) {
+  using State = WaitingFault::State;
+  WaitingFaults faults;
+  const auto now = WaitingFaults::Clock::now();
+  faults.add({0, PageNumber{1}, 32, State::kRequested, true, now, {}});
+  faults.add({0, PageNumber{2}, 32, State::kArriving, false, now, {}});
+  for (const std::uint64_t page : {1U, 2U, 3U})
+    faults.expect(0, PageNumber{page}, now + std::chrono::hours(1));
+  EXPECT_TRUE(faults.any_expected());
+  const auto none = [](const WaitingFault& fault) { FAIL() << fault.page.value; };
+  faults.request_due(now, none);
+  std::size_t sent = 0;
+  faults.request_due(now + std::chrono::hours(2), [&](const WaitingFault& fault) {
+    ++sent;
+    EXPECT_EQ(fault.page.value, 1U);
+    EXPECT_EQ(fault.window, 1U);
+  });
+  EXPECT_EQ(sent, 1U);
 }
 
 TEST(WaitingFaults, WhatWasSentIsSentAgainAfterACut) {

@@ -275,6 +275,39 @@ TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
   expect_equal();
 }
 
+// One that walks through it all, one that touches here and there, and servers that go away meanwhile: what was on its way
+// from them, and waited for, comes from elsewhere.
+TEST_F(ScatterGatherTest, AWalkGoesOnWhenWhatWasOnItsWayDoesNotCome) {
+  make(8192, 2, 2);
+  send(false);
+  sender->queue_populated();
+  sender->start_round(1);
+  departures.await(kRoundDone);
+  sender->close(true);
+  Forwarder network(vmd[0].listener->port());
+  network.silence_after(Forwarder::kDown, (2 << 20) + 1234);
+  destination_ports = {network.port(), vmd[1].listener->port()};
+  receive(0, 0, 60s, true);
+  arrivals.await(kSwitched);
+  std::atomic<std::uint64_t> wrong{0};
+  std::vector<std::thread> guest;
+  guest.emplace_back([&] {
+    for (std::uint64_t page = 0; page < pages_; ++page)
+      wrong += std::memcmp(at(*source, page), at(*target, page), page_size()) != 0 ? 1 : 0;
+  });
+  guest.emplace_back([&] {
+    std::mt19937_64 random(8);
+    for (int i = 0; i < 500; ++i) {
+      const std::uint64_t page = random() % pages_;
+      wrong += std::memcmp(at(*source, page), at(*target, page), page_size()) != 0 ? 1 : 0;
+    }
+  });
+  for (std::thread& thread : guest) thread.join();
+  EXPECT_EQ(wrong, 0U);
+  arrivals.await(kComplete);
+  expect_equal();
+}
+
 // In the middle of a frame, so that nobody waits for its beginning: the other copies are gathered all the same.
 TEST_F(ScatterGatherTest, AServerThatFallsSilentInTheMiddleOfAPageIsRoutedAround) {
   make(4096, 2, 2);

@@ -528,6 +528,50 @@ TEST_F(SnapshotPagerTest, HugePagesAreServedWhole) {
   set(former);
 }
 
+TEST(CopyingTest, SaysWhichPagesWhileItLasts) {
+  Copying copying;
+  EXPECT_EQ(copying.now().count, 0U);
+  EXPECT_FALSE(copying.has(PageNumber{0}));
+  {
+    const Copying::Held held(copying, {PageNumber{1ULL << 40U}, 1024});
+    EXPECT_FALSE(copying.has(PageNumber{(1ULL << 40U) - 1}));
+    EXPECT_TRUE(copying.has(PageNumber{1ULL << 40U}));
+    EXPECT_TRUE(copying.has(PageNumber{(1ULL << 40U) + 1023}));
+    EXPECT_FALSE(copying.has(PageNumber{(1ULL << 40U) + 1024}));
+  }
+  EXPECT_FALSE(copying.has(PageNumber{1ULL << 40U}));
+}
+
+// Several threads walk through it in step with what is brought ahead of them, and what is in front of them is removed:
+// whoever waits for a copy that is under way is woken, and no copy brings back what is gone.
+TEST_F(SnapshotPagerTest, WalksInStepWithWhatIsBroughtAheadOfThem) {
+  constexpr std::uint64_t pages = 16384;
+  ASSERT_TRUE(start_owner({.bytes = pages * kPage, .body = [](auto* memory) {
+                             std::atomic<int> wrong{0};
+                             std::vector<std::thread> walkers;
+                             for (std::uint64_t part = 0; part < 4; ++part) {
+                               walkers.emplace_back([&wrong, memory, part] {
+                                 for (std::uint64_t i = 0; i < pages / 4; ++i) {
+                                   const std::uint64_t page = part * pages / 4 + i;
+                                   // Some pages ahead, and looked at when the walk is there.
+                                   if (i % 64 == 0 && i + 40 < pages / 4 &&
+                                       ::madvise(const_cast<std::uint8_t*>(memory) + (page + 37) * kPage,
+                                                 kPage, MADV_DONTNEED) != 0)
+                                     wrong = 3;
+                                   const bool removed = i % 64 == 37 && i + 3 < pages / 4;
+                                   if (!page_is(memory, page, removed)) wrong = 1;
+                                 }
+                               });
+                             }
+                             for (std::thread& walker : walkers) walker.join();
+                             return wrong.load();
+                           }}));
+  serve(config());
+  EXPECT_EQ(wait_for_owner(), 0);
+  EXPECT_EQ(pager_->stats().lost, 0U);
+  EXPECT_GT(pager_->stats().ahead, pages / 2);
+}
+
 TEST(ReadAheadTest, RandomFaultsBringNothingAndWalksGrow) {
   ReadAhead random(kPage, 100'000);
   for (const std::uint64_t page : {5U, 900U, 17'000U, 3U, 44'000U}) {

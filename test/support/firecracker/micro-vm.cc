@@ -4,7 +4,8 @@
 //
 //   micro-vm --make-snapshot FILE --bytes N
 //   micro-vm --socket PATH --bytes N [--regions 1|2] [--page-size 4096|2097152] [--fields both|page_size|page_size_kib|none]
-//            [--fork] [--memfd] [--early-close] [--close-after] [--pieces] [--no-descriptor] [--message TEXT] [--plain-file]
+//            [--fork] [--memfd] [--early-close] [--close-after] [--pieces [BYTES]] [--no-descriptor] [--message TEXT] [--plain-file]
+//            [--third-descriptor] [--swapped] [--die-early]
 //
 // --fork: e2b-dev/firecracker's: WP_ASYNC, and with --memfd a second descriptor. It obeys lines on its standard input,
 // and answers each with a line of JSON:
@@ -329,10 +330,19 @@ int main(int argc, char** argv) {
                                                                 : uffd};
   if (fork && memfd >= 0) descriptors.push_back(memfd);
   if (options.contains("--no-descriptor")) descriptors.clear();
+  if (options.contains("--third-descriptor"))
+    while (descriptors.size() < 3) descriptors.push_back(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  if (options.contains("--swapped")) std::reverse(descriptors.begin(), descriptors.end());
+  if (options.contains("--die-early")) {
+    send_with(socket, message.substr(0, message.size() / 2), descriptors);
+    std::_Exit(0);
+  }
   if (options.contains("--pieces")) {
-    send_with(socket, message.substr(0, 7), descriptors);
-    ::usleep(20'000);
-    send_with(socket, message.substr(7), {});
+    const std::size_t most = std::stoull(text("--pieces", "").empty() ? "7" : text("--pieces", ""));
+    for (std::size_t at = 0; at < message.size(); at += most) {
+      send_with(socket, message.substr(at, most), at == 0 ? descriptors : std::vector<int>{});
+      if (at == 0) ::usleep(20'000);
+    }
   } else {
     send_with(socket, message, descriptors);
   }
