@@ -42,6 +42,7 @@ struct guest {
 };
 
 static const char* prepare_behaviour = "touch";
+static unsigned rest_us = 1000; /* of the guest, after each eight pages */
 static int stay;
 static memferry_destination* destination;
 static struct guest* guest; /* the newest */
@@ -110,7 +111,7 @@ static void* run(void* argument) {
       if (!write_page(self, region, page)) return NULL;
     }
     self->last_ns = now_ns();
-    usleep(1000);
+    usleep(rest_us);
   }
   return NULL;
 }
@@ -288,6 +289,8 @@ int main(int argc, char** argv) {
       stay = strcmp(argv[i + 1], "yes") == 0;
     else if (strcmp(argv[i], "--prepare") == 0)
       prepare_behaviour = argv[i + 1];
+    else if (strcmp(argv[i], "--rest-us") == 0)
+      rest_us = number;
     else if (strcmp(argv[i], "--prepare-timeout-ms") == 0)
       options.prepare_timeout_ms = number;
     else if (strcmp(argv[i], "--grant-timeout-ms") == 0)

@@ -71,8 +71,13 @@ std::unique_ptr<ArrivalImages> Arrival::open_images() {
   options.recover_timeout = ours.recover_timeout;
   options.peer_timeout = ours.peer_timeout;
   options.answer_timeout = kServerAnswers;
-  // Once the guest runs here its image is ended properly, and that is bounded by itself.
-  options.cancelled = [this] { return !running_here_ && closing_.load(std::memory_order_acquire); };
+  // Once the guest runs here its image is ended properly, and that is bounded by itself. Not the channel's owner: whoever
+  // lets go of this arrival last may be the channel's thread.
+  options.cancelled = [this, link = std::weak_ptr(link_)] {
+    if (running_here_.load(std::memory_order_acquire)) return false;
+    const auto source = link.lock();
+    return closing_.load(std::memory_order_acquire) || !source || source->ended();
+  };
   return std::make_unique<ArrivalImages>(config_.offer, config_.session, std::move(options));
 }
 

@@ -93,16 +93,11 @@ Channel::Received StageClient::next(Clock::time_point until) {
 }
 
 Channel::Received StageClient::ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary) {
-  return ask(std::move(request), wanted, std::move(binary), Clock::time_point::max());
-}
-
-Channel::Received StageClient::ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary,
-                                   Clock::time_point until) {
   const std::uint32_t number = next_request_++;
   request["request"] = number;
   if (!channel_->send(request, std::move(binary)))
     throw Failure("PEER_LOST", "VMD server " + name_ + " cannot be asked any more");
-  until = std::min(until, Clock::now() + answer_timeout_);
+  const Clock::time_point until = Clock::now() + answer_timeout_;
   for (;;) {
     Channel::Received heard = next(until);
     Fields fields(heard.message, "");

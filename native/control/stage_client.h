@@ -48,9 +48,6 @@ class StageClient {
 
   // The answer of type `wanted`. Throws Failure: the server's own refusal, PEER_LOST, PROTOCOL_ERROR.
   Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary = nullptr);
-  // No later than that, and than the answer may take.
-  Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary,
-                        std::chrono::steady_clock::time_point until);
 
  private:
   [[nodiscard]] Channel::Received next(std::chrono::steady_clock::time_point until);

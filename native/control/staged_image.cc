@@ -19,8 +19,10 @@ constexpr unsigned kAttempts = 64;
 constexpr std::uint64_t kLastSession = 0xfeff;
 constexpr std::size_t kMostDigests = 64;
 constexpr std::size_t kAtATime = 16;
-// Of a request, redialling included.
+// Of what must be heard by a server that was cut off.
 constexpr std::chrono::milliseconds kPatience{10000};
+// Nobody waits for long for pages that nobody needs: a server that is away keeps them for its operator.
+constexpr std::chrono::milliseconds kLittlePatience{1000};
 constexpr std::chrono::milliseconds kAskAgain{100};
 
 std::vector<wire::Token> stage_tokens(const Key& session, const wire::MigrationId& image,
@@ -133,11 +135,12 @@ void StagedImage::reopen(Member& member, Json claim) const {
 }
 
 Channel::Received StagedImage::ask(Member& member, const Json& request, const char* wanted,
-                                   Clock::time_point until) const {
+                                   std::chrono::milliseconds patience) const {
+  const Clock::time_point until = Clock::now() + patience;
   for (;;) {
     try {
       if (!member.client) reopen(member);
-      return member.client->ask(request, wanted, nullptr, until);
+      return member.client->ask(request, wanted);
     } catch (const Failure& failure) {
       // A connection that is still there was answered over, or its server says nothing.
       const bool answered = member.client && member.client->alive();
@@ -182,11 +185,10 @@ void StagedImage::at_all(std::size_t first, const std::function<void(Member&, st
 }
 
 void StagedImage::commit(std::size_t first) {
-  const Clock::time_point until = Clock::now() + kPatience;
-  at_all(first, [&](Member& member, std::size_t) {
+  at_all(first, [this](Member& member, std::size_t) {
     if (!member.opened) return;
     try {
-      (void)ask(member, about("commit"), "committed", until);
+      (void)ask(member, about("commit"), "committed", kPatience);
     } catch (const std::exception&) {
       member.client.reset();
     }
@@ -214,9 +216,7 @@ bool StagedImage::dissolve(std::uint32_t epoch) {
     try {
       Json dissolve = about("dissolve");
       dissolve["epoch"] = epoch;
-      // Nobody waits for long for pages that nobody needs.
-      if (!member.client) reopen(member);
-      (void)member.client->ask(std::move(dissolve), "dissolved", nullptr, Clock::now() + kPatience);
+      (void)ask(member, dissolve, "dissolved", kLittlePatience);
     } catch (const Failure& failure) {
       if (ordinal == 0 && failure.code() == "VMD_REFUSED") kept = true;
       member.client.reset();

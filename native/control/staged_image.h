@@ -60,9 +60,9 @@ class StagedImage {
   [[nodiscard]] Json opening(const StageClient& client, const char* access, Json claim = nullptr) const;
   void open_one(Member& member, std::size_t ordinal) const;
   void reopen(Member& member, Json claim = nullptr) const;
-  // Again over new connections, until `until`; what the server itself refuses is thrown at once.
+  // Again over new connections as long as that; what the server itself refuses is thrown at once.
   Channel::Received ask(Member& member, const Json& request, const char* wanted,
-                        std::chrono::steady_clock::time_point until) const;
+                        std::chrono::milliseconds patience) const;
   // A few at a time; `act` throws nothing.
   void at_all(std::size_t first, const std::function<void(Member&, std::size_t)>& act);
 

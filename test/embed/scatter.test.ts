@@ -34,8 +34,7 @@ afterEach(async () => {
 
 const MB = 1e6;
 /** A destination that takes little from the source, and from the servers in its own time. */
-const slow = { bandwidth: 2 * MB, 'gather-limit': 4 * MB };
-const modes = ['scatter', 'scatter-pre-copy', 'scatter-hybrid'] as const;
+const slow = { bandwidth: MB, 'gather-limit': 4 * MB, 'rest-us': 20_000 };
 
 const throughServers = ({ intermediaries }: Pick<Report, 'intermediaries'>) =>
   intermediaries.reduce((sum, { pages }) => sum + pages, 0);
@@ -52,43 +51,49 @@ async function expectHandedOver(a: Host, c: CDestination): Promise<void> {
   for (const [, last] of intervals) expect(last).toBeLessThan(first);
 }
 
-describe.each(modes)('%s', (mode) => {
-  test.each([1, 2])('every byte is right, and the servers let go; %i replicas', async (replicas) => {
-    const [a] = await hosts('a');
-    const stages = await startStages('i', 'j');
-    const c = await CDestination.start(
-      mode === 'scatter' ? slow : { ...slow, bandwidth: 4 * slow.bandwidth },
-    );
-    await startGuest(a, [...regionsOf('allocate'), ...regionsOf('shared')]);
-    const compress = replicas === 1 ? 'off' : 'lz4';
-    await migrate(a, c.port, { mode, maxRounds: 3, compress, replicas, ...via(...stages) });
-    const figures = await report(a);
-    expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
-    expect(figures.intermediaries.map(({ failed }) => failed)).toEqual([null, null]);
-    if (replicas === 1) expect(throughServers(figures)).toBeGreaterThan(mode === 'scatter' ? PAGES / 2 : 0);
-    const account = await c.until('complete');
-    expect(account).toMatchObject({ verified: true });
-    expect(account['pagesGathered']).toBeGreaterThan(0);
-    await c.until('ended');
-    await expectStands(a);
-    await expectIntact(a);
-    await expectHandedOver(a, c);
-    await c.expectSameAs(a, 2);
-    for (const stage of stages) await expectEmpty(stage);
-    expect(c.names.filter((name) => !['stands', 'dumped'].includes(name))).toEqual([
-      'listening',
-      'accept',
-      'prepare',
-      'prepared',
-      'resume',
-      'complete',
-      'ended',
-    ]);
-  });
+test.each([
+  ['scatter', 1],
+  ['scatter', 2],
+  ['scatter-pre-copy', 1],
+  ['scatter-hybrid', 2],
+] as const)('%s: every byte is right, and the servers let go; %i replicas', async (mode, replicas) => {
+  const [a] = await hosts('a');
+  const stages = await startStages('i', 'j');
+  const c = await CDestination.start(mode === 'scatter' ? slow : { ...slow, bandwidth: 8 * MB });
+  await startGuest(a, [...regionsOf('allocate'), ...regionsOf('shared')]);
+  const compress = replicas === 1 ? 'off' : 'lz4';
+  await migrate(a, c.port, { mode, maxRounds: 3, compress, replicas, ...via(...stages) });
+  const figures = await report(a);
+  expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
+  expect(figures.intermediaries.map(({ failed }) => failed)).toEqual([null, null]);
+  if (replicas === 1) expect(throughServers(figures)).toBeGreaterThan(mode === 'scatter' ? PAGES / 2 : 0);
+  const account = await c.until('complete');
+  expect(account).toMatchObject({ verified: true });
+  expect(account['pagesGathered']).toBeGreaterThan(0);
+  await c.until('ended');
+  await expectStands(a);
+  await expectIntact(a);
+  await expectHandedOver(a, c);
+  await c.expectSameAs(a, 2);
+  for (const stage of stages) await expectEmpty(stage);
+  expect(c.names.filter((name) => !['stands', 'dumped'].includes(name))).toEqual([
+    'listening',
+    'accept',
+    'prepare',
+    'prepared',
+    'resume',
+    'complete',
+    'ended',
+  ]);
 });
 
-describe.each(['scatter', 'scatter-hybrid'])('%s: the source is killed once it is evicted', (mode) => {
-  test.each([1, 2])('and every byte comes from the servers; %i replicas', async (replicas) => {
+test.each([
+  ['scatter', 1],
+  ['scatter', 2],
+  ['scatter-hybrid', 1],
+] as const)(
+  '%s: the source is killed once it is evicted, and every byte comes from the servers; %i replicas',
+  async (mode, replicas) => {
     const [a] = await hosts('a');
     const stages = await startStages('i', 'j');
     const c = await CDestination.start({ ...slow, 'recover-timeout-ms': 1500 });
@@ -108,8 +113,8 @@ describe.each(['scatter', 'scatter-hybrid'])('%s: the source is killed once it i
     for (const stage of stages) await expectEmpty(stage);
     await c.until('ended');
     expect(c.names).not.toContain('lost');
-  });
-});
+  },
+);
 
 describe('a server is lost', () => {
   async function scattered(replicas: number, recoverMs = 1500) {
@@ -117,8 +122,9 @@ describe('a server is lost', () => {
     const stages = await startStages('i', 'j');
     const proxies = await Promise.all(stages.map(({ port }) => TcpProxy.start(port)));
     const c = await CDestination.start({
-      bandwidth: 2 * MB,
-      'gather-limit': 1 * MB,
+      ...slow,
+      bandwidth: MB / 2,
+      'gather-limit': 2 * MB,
       'recover-timeout-ms': recoverMs,
       'peer-timeout-ms': 2000,
     });
@@ -129,15 +135,14 @@ describe('a server is lost', () => {
     return { a, c, stages, proxies };
   }
 
-  test.each(['killed', 'restarted', 'stopped'])(
+  test.each(['killed', 'restarted'])(
     'the only one, %s, with the source gone: named, every other page is right, what is lost fails',
     async (disaster) => {
       const { a, c, stages } = await scattered(1);
       const [i, j] = stages as [Stage, Stage];
       const saved = await c.saveOf(a, 1);
       await a.kill();
-      if (disaster === 'stopped') j.host.signal('SIGSTOP');
-      else await j.host.kill();
+      await j.host.kill();
       if (disaster === 'restarted') await startStage('j', { port: j.port });
       const { pages, why } = await c.until('lost');
       expect(pages).toBeGreaterThan(0);
@@ -147,7 +152,6 @@ describe('a server is lost', () => {
       expect(c.names).not.toContain('complete');
       await expectEmpty(i, 20_000);
       await c.expectSavedBut(saved);
-      if (disaster === 'stopped') j.host.signal('SIGCONT');
       await c.until('ended');
     },
   );
@@ -177,26 +181,22 @@ describe('a server is lost', () => {
 });
 
 describe('before the commit', () => {
-  test.each(['killed', 'restarted'])(
-    'a server is %s before the destination has opened the image: declined, and the guest runs on',
-    async (disaster) => {
-      const [a] = await hosts('a');
-      const [i, j] = await startStages('i', 'j');
-      const proxy = await TcpProxy.start(j.port);
-      const c = await CDestination.start({ 'connect-timeout-ms': 1000, 'peer-timeout-ms': 2000 });
-      await startGuest(a, regionsOf('allocate'));
-      const point = proxy.at({ on: 'control', direction: 'up', name: 'open' }, 'hold');
-      await migrate(a, c.port, { mode: 'scatter', recoverTimeoutMs: 1000, ...via(i, proxy) });
-      await point.reached;
-      await j.host.kill();
-      if (disaster === 'restarted') await startStage('j', { port: j.port });
-      const error = await failure(a);
-      expect(error.message).toContain('j');
-      await expectRuns(a);
-      await expectEmpty(i);
-      expect(c.names).toEqual(['listening']);
-    },
-  );
+  test('a server is killed before the destination has opened the image: declined, and the guest runs on', async () => {
+    const [a] = await hosts('a');
+    const [i, j] = await startStages('i', 'j');
+    const proxy = await TcpProxy.start(j.port);
+    const c = await CDestination.start({ 'connect-timeout-ms': 1000, 'peer-timeout-ms': 2000 });
+    await startGuest(a, regionsOf('allocate'));
+    const point = proxy.at({ on: 'control', direction: 'up', name: 'open' }, 'hold');
+    await migrate(a, c.port, { mode: 'scatter', recoverTimeoutMs: 1000, ...via(i, proxy) });
+    await point.reached;
+    await j.host.kill();
+    const error = await failure(a);
+    expect(error.message).toContain('j');
+    await expectRuns(a);
+    await expectEmpty(i);
+    expect(c.names).toEqual(['listening']);
+  });
 
   test('the destination is closed while it asks a server that says nothing: bounded', async () => {
     const [a] = await hosts('a');
