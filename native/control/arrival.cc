@@ -187,7 +187,7 @@ void Arrival::detached() {
   // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
   if (!has_resumed() || !(every_page_ || at_rest_)) return;
   linger_until_ = Clock::now() + config_.options.recover_timeout;
-  if (every_page_ && !settled_ && images_) verify_alone();
+  if (every_page_ && !settled_ && images_) images_->ask_digests();
 }
 
 Arrival::Clock::time_point Arrival::next_deadline() const {

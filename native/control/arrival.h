@@ -121,7 +121,6 @@ class Arrival {
   void every_page();
   void tell_complete();
   void grow(std::uint32_t region, std::uint64_t length_bytes);
-  void verify_alone();
   void nothing_more_comes();
   void summarise();
   [[nodiscard]] std::vector<std::uint32_t> mismatched(const std::optional<std::vector<std::string>>& digests);

@@ -1,4 +1,5 @@
 // An offer becomes an arrival, or is declined.
+#include <new>
 #include <utility>
 
 #include "control/arrival.h"
@@ -78,7 +79,14 @@ std::unique_ptr<ArrivalImages> Arrival::open_images() {
     const auto source = link.lock();
     return closing_.load(std::memory_order_acquire) || !source || source->ended();
   };
-  return std::make_unique<ArrivalImages>(config_.offer, config_.session, std::move(options));
+  return std::make_unique<ArrivalImages>(
+      config_.offer, config_.session, std::move(options), [this](ArrivalImages::Digests digests) {
+        try {
+          post({.kind = Event::Kind::kDigests, .digests = std::move(digests)});
+        } catch (const std::bad_alloc&) {
+          // Then it ends unverified, when the source has been away for long enough.
+        }
+      });
 }
 
 void Arrival::make_receiver() {

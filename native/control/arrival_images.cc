@@ -1,11 +1,14 @@
 #include "control/arrival_images.h"
 
+#include <new>
 #include <utility>
 
 namespace memferry::control {
 
-ArrivalImages::ArrivalImages(const Offer& offer, const Key& session, VmdOptions options)
-    : image_(offer.id, unseal(session, offer.migration, offer.scatter.value().sealed_secret, "memferry seal"),
+ArrivalImages::ArrivalImages(const Offer& offer, const Key& session, VmdOptions options,
+                             std::function<void(Digests)> heard)
+    : heard_(std::move(heard)),
+      image_(offer.id, unseal(session, offer.migration, offer.scatter.value().sealed_secret, "memferry seal"),
              std::move(options)) {
   // What only one that is away has would be lost before the guest has run at all.
   image_.open(offer.scatter.value().servers, StagedImage::Required::kAll);
@@ -16,43 +19,41 @@ ArrivalImages::~ArrivalImages() { close(); }
 
 void ArrivalImages::close() { thread_.stop(); }
 
-void ArrivalImages::enqueue(std::function<void()> task) {
+void ArrivalImages::want(bool Wanted::*what) noexcept {
   {
     const std::lock_guard lock(mutex_);
-    tasks_.push_back(std::move(task));
+    wanted_.*what = true;
   }
   thread_.wake();
 }
 
+void ArrivalImages::commit() noexcept { want(&Wanted::commit); }
+
+void ArrivalImages::ask_digests() noexcept { want(&Wanted::digests); }
+
+void ArrivalImages::dissolve() noexcept { want(&Wanted::dissolve); }
+
 void ArrivalImages::run(WorkerThread& self) {
-  for (;;) {
-    // Before the look at what there is: what was asked for before close() is done.
-    const bool last = self.stopping();
-    std::deque<std::function<void()>> tasks;
+  bool dissolved = false;
+  for (bool last = false; !last;) {
+    (void)self.wait(-1);
+    // Before the look at what is wanted: what was asked for before close() is done.
+    last = self.stopping();
+    Wanted now;
     {
       const std::lock_guard lock(mutex_);
-      tasks.swap(tasks_);
+      now = std::exchange(wanted_, {});
     }
-    for (const auto& task : tasks) task();
-    if (last) return;
-    if (tasks.empty()) (void)self.wait(-1);
+    if (dissolved) continue;
+    dissolved = now.dissolve;
+    try {
+      if (now.commit) image_.commit(0);
+      if (now.digests) heard_(image_.digests());
+      if (now.dissolve) (void)image_.dissolve(0);
+    } catch (const std::bad_alloc&) {
+      // As if no server could be asked.
+    }
   }
-}
-
-void ArrivalImages::commit() {
-  enqueue([this] { image_.commit(0); });
-}
-
-void ArrivalImages::ask_digests(std::function<void(Digests)> heard) {
-  enqueue([this, heard = std::move(heard)] { heard(image_.digests()); });
-}
-
-void ArrivalImages::dissolve() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (std::exchange(dissolving_, true)) return;
-  }
-  enqueue([this] { (void)image_.dissolve(0); });
 }
 
 }  // namespace memferry::control

@@ -5,9 +5,7 @@
 // may be called from any.
 #pragma once
 
-#include <deque>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -23,29 +21,35 @@ class ArrivalImages {
   using Digests = std::optional<std::vector<std::string>>;
 
   // `offer` with a scatter. Opens the image at every server of it; throws Failure: one cannot be reached, ...
-  ArrivalImages(const Offer& offer, const Key& session, VmdOptions options);
+  // `heard`: from mf-images, what ask_digests() asked for; none where nobody knows. Throws nothing.
+  ArrivalImages(const Offer& offer, const Key& session, VmdOptions options,
+                std::function<void(Digests)> heard);
   ~ArrivalImages();  // close()
   ArrivalImages(const ArrivalImages&) = delete;
   ArrivalImages& operator=(const ArrivalImages&) = delete;
 
   [[nodiscard]] std::vector<StageServer> servers() const { return image_.servers(); }
+  // Those return at once and cannot fail.
   // The guest runs here: no lease ends the image any more.
-  void commit();
-  // `heard`: from mf-images, once.
-  void ask_digests(std::function<void(Digests)> heard);
+  void commit() noexcept;
+  void ask_digests() noexcept;
   // Nobody needs it any more. Twice is fine.
-  void dissolve();
+  void dissolve() noexcept;
   // What was asked for is done first, in bounded time.
   void close();
 
  private:
-  void enqueue(std::function<void()> task);
+  struct Wanted {
+    bool commit = false;
+    bool digests = false;
+    bool dissolve = false;
+  };
+  void want(bool Wanted::*what) noexcept;
   void run(WorkerThread& self);
 
-  std::mutex mutex_;  // guards the two below
-  std::deque<std::function<void()>>
-      tasks_;  // a commit, a dissolve, and a question each time the source is cut off
-  bool dissolving_ = false;
+  const std::function<void(Digests)> heard_;
+  std::mutex mutex_;  // guards wanted_
+  Wanted wanted_;
 
   StagedImage image_;  // the thread's, once it runs
   WorkerThread thread_;

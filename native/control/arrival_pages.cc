@@ -34,16 +34,10 @@ void Arrival::tell_complete() {
     finish();
   } else if (!link_) {
     linger_until_ = Clock::now() + config_.options.recover_timeout;
-    if (!evicted_ && images_) verify_alone();
+    // The source cannot be asked for its digests: the servers have them, where it got so far.
+    if (!evicted_ && images_) images_->ask_digests();
   }
   if (evicted_) summarise();
-}
-
-// Every page is here and the source cannot be asked for its digests: the servers have them, where it got so far.
-void Arrival::verify_alone() {
-  images_->ask_digests([this](ArrivalImages::Digests digests) {
-    post({.kind = Event::Kind::kDigests, .digests = std::move(digests)});
-  });
 }
 
 // After a loss. The servers' memory is wanted by others, and nothing is left to be said once the source is gone.
