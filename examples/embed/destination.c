@@ -3,7 +3,8 @@
  * the guest. It says on standard output what happens, one JSON object a line, and takes commands on standard input:
  *
  *   stand           the guest stops writing
- *   dump DIRECTORY  stand, and every region into a file there, as the guest left its source
+ *   dump DIRECTORY  stand, and every region into a file there, as the guest left its source; "(lost)" for pages that
+ *                   cannot be read
  *   close           the destination is closed
  *   end             and the program ends
  *
@@ -16,11 +17,14 @@
 #define _GNU_SOURCE
 #include <memferry.h>
 #include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -31,12 +35,14 @@ struct guest {
   size_t region_count;
   uint64_t* writes[MOST_REGIONS]; /* how often each page was written here */
   pthread_t thread;
+  int ours; /* it was resumed here */
   int running;
   atomic_int stop;
   uint64_t first_ns, last_ns;
 };
 
 static const char* prepare_behaviour = "touch";
+static unsigned rest_us = 1000; /* of the guest, after each eight pages */
 static int stay;
 static memferry_destination* destination;
 static struct guest* guest; /* the newest */
@@ -65,7 +71,31 @@ static uint64_t* counter(struct guest* of, size_t region, uint64_t page) {
   return (uint64_t*)(start + memferry_page_size() - sizeof(uint64_t));
 }
 
-/* The guest: it writes pages in a pseudo-random order, and waits for those that are still on their way. */
+/* Touching a page that is lost is SIGBUS; the guest's thread gets over it, others do not expect it. */
+static _Thread_local sigjmp_buf* on_lost_page;
+
+static void bus_error(int signal_number) {
+  if (on_lost_page) siglongjmp(*on_lost_page, 1);
+  signal(signal_number, SIG_DFL);
+  raise(signal_number);
+}
+
+/* 0: the page is lost. */
+static int write_page(struct guest* of, size_t region, uint64_t page) {
+  sigjmp_buf here;
+  if (sigsetjmp(here, 1) != 0) {
+    on_lost_page = NULL;
+    return 0;
+  }
+  on_lost_page = &here;
+  *counter(of, region, page) += 1;
+  on_lost_page = NULL;
+  of->writes[region][page]++;
+  return 1;
+}
+
+/* The guest: it writes pages in a pseudo-random order, and waits for those that are still on their way. Where one is lost
+   it ends. */
 static void* run(void* argument) {
   struct guest* self = argument;
   uint64_t random = 88172645463325252u;
@@ -78,11 +108,10 @@ static void* run(void* argument) {
       const size_t region = random % self->region_count;
       const uint64_t page =
           (random >> 8) % (memferry_region_bytes(self->regions[region]) / memferry_page_size());
-      *counter(self, region, page) += 1;
-      self->writes[region][page]++;
+      if (!write_page(self, region, page)) return NULL;
     }
     self->last_ns = now_ns();
-    usleep(1000);
+    usleep(rest_us);
   }
   return NULL;
 }
@@ -152,6 +181,7 @@ static void resume_guest(void* of, memferry_arrival* arrival) {
   (void)arrival;
   struct guest* self = of;
   say("{\"event\":\"resume\"}");
+  self->ours = 1;
   self->running = pthread_create(&self->thread, NULL, run, self) == 0;
 }
 
@@ -164,12 +194,10 @@ static void abandon_guest(void* of, memferry_arrival* arrival, const struct memf
 static void lost_pages(void* of, memferry_arrival* arrival, const struct memferry_run* runs, size_t count,
                        const struct memferry_error* why) {
   (void)arrival;
-  (void)why;
   uint64_t pages = 0;
   for (size_t i = 0; i < count; i++) pages += runs[i].count;
-  say("{\"event\":\"lost\",\"pages\":%llu}", (unsigned long long)pages);
-  /* Pages that this guest would touch are gone: it ends here, before they are poisoned. (A thread that waits for one
-     cannot be waited for.) */
+  say("{\"event\":\"lost\",\"pages\":%llu,\"why\":\"%s\"}", (unsigned long long)pages, why->text);
+  /* Pages that this guest would touch are gone: it ends here. */
   atomic_store(&((struct guest*)of)->stop, 1);
 }
 
@@ -178,9 +206,10 @@ static void complete_guest(void* of, memferry_arrival* arrival,
   (void)of;
   (void)arrival;
   say("{\"event\":\"complete\",\"verified\":%s,\"remoteFaults\":%llu,\"pagesReceived\":%llu,\"pagesZero\":%"
-      "llu}",
+      "llu,\"pagesGathered\":%llu}",
       report->verified ? "true" : "false", (unsigned long long)report->stats.remote_faults,
-      (unsigned long long)report->stats.pages_received, (unsigned long long)report->stats.pages_zero);
+      (unsigned long long)report->stats.pages_received, (unsigned long long)report->stats.pages_zero,
+      (unsigned long long)report->stats.pages_gathered);
 }
 
 static void failed_guest(void* of, memferry_arrival* arrival, const struct memferry_error* why) {
@@ -194,28 +223,47 @@ static void ended_guest(void* of, memferry_arrival* arrival) {
   struct guest* self = of;
   say("{\"event\":\"ended\"}");
   /* A guest that runs here stays; one that does not leaves nothing behind. */
-  if (self->running) return;
+  if (self->ours) return;
   if (guest == self) guest = NULL;
   release(self);
 }
 
-static int dump(struct guest* of, const char* directory) {
+/* The page as the guest left its source, read by the kernel: what is lost is EFAULT then, not SIGBUS. */
+static int read_page(struct guest* of, size_t region, uint64_t page, char* into) {
+  const struct iovec here = {.iov_base = into, .iov_len = memferry_page_size()};
+  const struct iovec there = {.iov_base = memferry_region_page(of->regions[region], page),
+                              .iov_len = memferry_page_size()};
+  if (process_vm_readv(getpid(), &here, 1, &there, 1, 0) != (ssize_t)memferry_page_size()) return 0;
+  *(uint64_t*)(into + memferry_page_size() - sizeof(uint64_t)) -= of->writes[region][page];
+  return 1;
+}
+
+static int dump(struct guest* of, const char* directory, unsigned* unreadable) {
   stand(of);
   if (!of) return 1;
+  char* bytes = malloc(memferry_page_size());
+  if (!bytes) return 1;
+  int wrong = 0;
   for (size_t region = 0; region < of->region_count; region++) {
     char path[4096];
     snprintf(path, sizeof path, "%s/%zu", directory, region);
     FILE* file = fopen(path, "w");
-    if (!file) return 1;
+    if (!file) {
+      wrong = 1;
+      break;
+    }
     const uint64_t pages = memferry_region_bytes(of->regions[region]) / memferry_page_size();
     for (uint64_t page = 0; page < pages; page++) {
-      *counter(of, region, page) -= of->writes[region][page];
-      of->writes[region][page] = 0;
-      fwrite(memferry_region_page(of->regions[region], page), memferry_page_size(), 1, file);
+      if (!read_page(of, region, page, bytes)) {
+        ++*unreadable;
+        for (size_t at = 0; at < memferry_page_size(); at++) bytes[at] = "(lost)"[at % 6];
+      }
+      wrong |= fwrite(bytes, memferry_page_size(), 1, file) != 1;
     }
-    if (fclose(file) != 0) return 1;
+    wrong |= fclose(file) != 0;
   }
-  return 0;
+  free(bytes);
+  return wrong;
 }
 
 int main(int argc, char** argv) {
@@ -241,6 +289,8 @@ int main(int argc, char** argv) {
       stay = strcmp(argv[i + 1], "yes") == 0;
     else if (strcmp(argv[i], "--prepare") == 0)
       prepare_behaviour = argv[i + 1];
+    else if (strcmp(argv[i], "--rest-us") == 0)
+      rest_us = number;
     else if (strcmp(argv[i], "--prepare-timeout-ms") == 0)
       options.prepare_timeout_ms = number;
     else if (strcmp(argv[i], "--grant-timeout-ms") == 0)
@@ -251,6 +301,12 @@ int main(int argc, char** argv) {
       options.peer_timeout_ms = number;
     else if (strcmp(argv[i], "--max-bytes") == 0)
       options.max_bytes = number;
+    else if (strcmp(argv[i], "--bandwidth") == 0)
+      options.bandwidth = number;
+    else if (strcmp(argv[i], "--gather-limit") == 0)
+      options.gather_limit = number;
+    else if (strcmp(argv[i], "--connect-timeout-ms") == 0)
+      options.connect_timeout_ms = number;
     else {
       fprintf(stderr, "destination: no option %s\n", argv[i]);
       return 2;
@@ -261,6 +317,7 @@ int main(int argc, char** argv) {
     options.secret = secret;
     options.secret_bytes = strlen(secret);
   }
+  signal(SIGBUS, bus_error);
   if (memferry_destination_create(&options, &destination, &error) != MEMFERRY_OK) {
     fprintf(stderr, "destination: %s: %s\n", memferry_code_name(error.code), error.text);
     return 1;
@@ -273,7 +330,9 @@ int main(int argc, char** argv) {
     if (strcmp(line, "stand") == 0) {
       stand(guest);
     } else if (strncmp(line, "dump ", 5) == 0) {
-      say("{\"event\":\"dumped\",\"ok\":%s}", dump(guest, line + 5) == 0 ? "true" : "false");
+      unsigned unreadable = 0;
+      const int ok = dump(guest, line + 5, &unreadable) == 0;
+      say("{\"event\":\"dumped\",\"ok\":%s,\"unreadable\":%u}", ok ? "true" : "false", unreadable);
     } else if (strcmp(line, "close") == 0) {
       memferry_destination_close(destination, &error);
       destination = NULL;

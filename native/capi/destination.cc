@@ -194,6 +194,9 @@ DestinationOptions options_of(const memferry_destination_options& given, const s
     options.max_state_bytes = std::min<std::uint64_t>(given.max_state_bytes, UINT32_MAX);
   if (given.max_migrations != 0) options.max_migrations = given.max_migrations;
   options.bandwidth = given.bandwidth;
+  options.gather_limit = given.gather_limit;
+  options.plaintext = given.plaintext != 0;
+  options.connect_timeout = milliseconds_or(given.connect_timeout_ms, 5000);
   options.prepare_timeout = milliseconds_or(given.prepare_timeout_ms, 10000);
   options.grant_timeout = milliseconds_or(given.grant_timeout_ms, 20000);
   options.recover_timeout = milliseconds_or(given.recover_timeout_ms, 60000);

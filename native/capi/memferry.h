@@ -375,7 +375,8 @@ struct memferry_offered_region {
 struct memferry_offer {
   size_t size;
   const char* migration; /* 32 hexadecimal digits */
-  const char* mode;      /* "stop-and-copy", "pre-copy", "post-copy", "hybrid" */
+  /* "stop-and-copy", "pre-copy", "post-copy", "hybrid", "scatter", "scatter-pre-copy", "scatter-hybrid" */
+  const char* mode;
   const char* guest;
   const char* module;        /* what code the guest wants to be run by, or NULL */
   const char* module_sha256; /* of it, 64 hexadecimal digits, or NULL */
@@ -434,7 +435,10 @@ struct memferry_destination_callbacks {
   void (*resume)(void* guest, memferry_arrival* arrival);
   /* It has not run here and never will. */
   void (*abandon)(void* guest, memferry_arrival* arrival, const struct memferry_error* why);
-  /* Pages that cannot be had any more: touching one fails from the return of this on. */
+  /*
+   * Pages that cannot be had any more: touching one fails from the return of this on. Of a scatter it may come more than
+   * once, why->text names the VMD servers that had them, and every other page still comes.
+   */
   void (*lost)(void* guest, memferry_arrival* arrival, const struct memferry_run* runs, size_t count,
                const struct memferry_error* why);
   /* Every page is here. */
@@ -465,6 +469,12 @@ struct memferry_destination_options {
   uint32_t peer_timeout_ms;    /* a source that says nothing; 0: 10000 */
   const struct memferry_destination_callbacks* callbacks; /* copied */
   void* context;                                          /* of accept */
+  /* Of a scatter, whose offer names the VMD servers: they are dialled with the same secret, and with `plaintext` alone
+     where they are beyond loopback. A guest whose servers are not all there is declined. */
+  uint64_t
+      gather_limit; /* of each, taken in from the servers ahead of the guest; what it waits for is not held back */
+  uint32_t connect_timeout_ms; /* of a VMD server; 0: 5000 */
+  uint32_t reserved_2;
 };
 
 MEMFERRY_API int memferry_destination_create(const struct memferry_destination_options* options,
@@ -473,7 +483,7 @@ MEMFERRY_API int memferry_destination_create(const struct memferry_destination_o
 MEMFERRY_API uint16_t memferry_destination_port(const memferry_destination* destination);
 /*
  * Guests that have not resumed run on at their sources; pages that others still lack are lost. Returns when every callback
- * has returned, a `prepare` that hangs included.
+ * has returned, a `prepare` that hangs included, and VMD servers have let go of what is complete, or did not answer.
  */
 MEMFERRY_API int memferry_destination_close(memferry_destination* destination, struct memferry_error* error);
 

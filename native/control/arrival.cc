@@ -3,29 +3,11 @@
 #include <algorithm>
 #include <utility>
 
-#include "control/text.h"
-
 namespace memferry::control {
 
 namespace {
 
 using Type = SourceSays::Type;
-
-constexpr std::size_t kMaxLostRuns = 4096;  // named in one report of a loss; the rest is counted only
-constexpr std::chrono::milliseconds kLossGrace{250};
-
-double ms_since(Arrival::Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Arrival::Clock::now() - start).count();
-}
-
-Json run_names(const std::vector<RegionRun>& runs) {
-  Json names = Json::array();
-  for (const RegionRun& run : runs) {
-    if (names.size() == kMaxLostRuns) break;
-    names.push_back({{"region", run.region}, {"first", run.run.first.value}, {"count", run.run.count}});
-  }
-  return names;
-}
 
 }  // namespace
 
@@ -55,7 +37,10 @@ void Arrival::attach(std::shared_ptr<Channel> link) {
   post({.kind = Event::Kind::kAttach, .link = std::move(link)});
 }
 
-void Arrival::close() { post({.kind = Event::Kind::kClose}); }
+void Arrival::close() {
+  closing_.store(true, std::memory_order_release);
+  post({.kind = Event::Kind::kClose});
+}
 
 ReceiverStats Arrival::stats() const {
   std::shared_ptr<Receiver> receiver;
@@ -91,7 +76,9 @@ void Arrival::run() {
         events.swap(events_);
       }
       try {
-        for (Event& event : events) handle(event);
+        for (Event& event : events) {
+          if (!over_) handle(event);
+        }
         read_link();
         look_at_clock();
       } catch (...) {
@@ -100,73 +87,8 @@ void Arrival::run() {
     }
   }
   prepare_.stop();
+  if (images_) images_->close();
   if (config_.ended) config_.ended();
-}
-
-// False: the offer was declined, and the source knows why.
-bool Arrival::accepted() {
-  Json answer;
-  try {
-    guest_ = config_.accept(config_.offer);
-    const auto& offered = config_.offer.guest.regions;
-    if (!guest_ || guest_->regions().size() != offered.size())
-      throw Failure("PREPARE_FAILED", "the destination has another number of regions for the guest");
-    for (std::size_t i = 0; i < offered.size(); ++i) {
-      const Region& region = *guest_->regions()[i];
-      if (region.bytes() < offered[i].length_bytes)
-        throw Failure("NO_MEMORY", "region '" + offered[i].name + "' is too short here");
-      if (region.page_size() != offered[i].page_size)
-        throw Failure("LIMIT_EXCEEDED", "pages of " + std::to_string(offered[i].page_size) +
-                                            " bytes; here they have " + std::to_string(region.page_size()));
-    }
-    if (link_->ended()) throw Failure("PEER_LOST", "the source is gone");
-    make_receiver();
-    answer = {{"type", "accepted"},
-              {"encodings", encoding_names(config_.offer.encodings)},
-              {"basePages", nullptr},
-              {"tellsMissing", true},
-              {"references", nullptr}};
-    config_.listener->add(receiver_);
-  } catch (...) {
-    Cause cause;
-    try {
-      cause = told(cause_of_current("PREPARE_FAILED"));
-      link_->send(
-          {{"type", "declined"}, {"code", cause.code}, {"message", cause.message}, {"names", Json::array()}});
-    } catch (...) {
-      // No memory to say why: the end of the connection says enough.
-    }
-    std::exchange(link_, nullptr)->close();
-    if (receiver_) receiver_->close();
-    if (guest_) {
-      guest_->abandon(cause);
-      guest_->ended();
-    }
-    return false;
-  }
-  tell(answer);
-  return true;
-}
-
-void Arrival::make_receiver() {
-  const Offer& offer = config_.offer;
-  ReceiverConfig config;
-  config.regions = guest_->regions();
-  config.migration = offer.migration;
-  config.channels = offer.channels;
-  config.tokens = data_tokens(config_.session, offer.migration, offer.channels);
-  config.may_page = offer.may_page;
-  config.keep_page_hashes = offer.verify;
-  config.recover_timeout = config_.options.recover_timeout;
-  config.loss_grace = kLossGrace;
-  config.bandwidth = config_.options.bandwidth;
-  config.encodings = offer.encodings;
-  config.on_event = [this](const EngineEvent& event) {
-    post({.kind = Event::Kind::kEngine, .engine = event});
-  };
-  std::shared_ptr<Receiver> receiver = Receiver::create(std::move(config));
-  const std::lock_guard lock(mutex_);
-  receiver_ = std::move(receiver);
 }
 
 void Arrival::handle(Event& event) {
@@ -174,14 +96,9 @@ void Arrival::handle(Event& event) {
     case Event::Kind::kEngine:
       return on_engine(event.engine);
     case Event::Kind::kPrepareEnded:
-      if (preparing_ != Preparing::kRuns) return;
-      preparing_ = Preparing::kEnded;
-      prepare_until_.reset();
-      if (abandoning_) return abandon_guest();
-      if (event.cause) return fail(*event.cause);
-      prepare_ms_ = ms_since(prepare_began_);
-      dispatch(DestinationEvent::of(DestinationEvent::Type::kPrepared));
-      return tell({{"type", "prepared"}, {"prepareMs", prepare_ms_}});
+      return prepare_ended(event.cause);
+    case Event::Kind::kDigests:
+      return conclude(mismatched(event.digests));
     case Event::Kind::kAttach:
       // What the former connection brought is heard first, as far as it has come.
       read_link();
@@ -205,8 +122,13 @@ void Arrival::on_engine(const EngineEvent& event) {
       switched_ = true;
       if (preparing_ == Preparing::kAwaitsSwitch) run_prepare();
       return;
+    case EngineEventKind::kFilled:
+      if (preparing_ == Preparing::kAwaitsPages) run_prepare();
+      return;
     case EngineEventKind::kLost:
       return lost(event);
+    case EngineEventKind::kRestHere:
+      return nothing_more_comes();
     case EngineEventKind::kFailed:
       return fail(engine_cause(event.code, event.message));
     default:
@@ -263,7 +185,9 @@ void Arrival::detached() {
   link_.reset();
   dispatch(DestinationEvent::of(DestinationEvent::Type::kConnectionLost));
   // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
-  if (has_resumed() && every_page_) linger_until_ = Clock::now() + config_.options.recover_timeout;
+  if (!has_resumed() || !(every_page_ || at_rest_)) return;
+  linger_until_ = Clock::now() + config_.options.recover_timeout;
+  if (every_page_ && !settled_ && images_) images_->ask_digests();
 }
 
 Arrival::Clock::time_point Arrival::next_deadline() const {
@@ -282,137 +206,14 @@ void Arrival::look_at_clock() {
     return true;
   };
   if (passed(prepare_until_)) {
-    const bool waits = preparing_ == Preparing::kAwaitsSwitch;
-    if (waits) preparing_ = Preparing::kEnded;
-    fail({"PREPARE_TIMEOUT",
-          waits ? "the switch to post-copy did not come in time" : "prepare did not end in time"});
+    const Preparing was = preparing_;
+    if (was != Preparing::kRuns) preparing_ = Preparing::kEnded;
+    fail({"PREPARE_TIMEOUT", was == Preparing::kAwaitsSwitch  ? "the switch to post-copy did not come in time"
+                             : was == Preparing::kAwaitsPages ? "the guest was not gathered in time"
+                                                              : "prepare did not end in time"});
   }
   if (passed(grant_until_)) dispatch(DestinationEvent::of(DestinationEvent::Type::kGrantTimer));
   if (passed(linger_until_)) end();
-}
-
-// One event after the other, also where carrying out one leads to the next.
-void Arrival::dispatch(DestinationEvent event) {
-  turns_.push_back(std::move(event));
-  if (in_turn_) return;
-  // Also where a step throws: what fails then is carried out like anything else.
-  struct Turn {
-    explicit Turn(bool& taken) : mark(taken) { mark = true; }
-    ~Turn() { mark = false; }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    bool& mark;
-  };
-  const Turn turn(in_turn_);
-  while (!turns_.empty()) {
-    const DestinationStep step = step_destination(commit_, turns_.front());
-    turns_.pop_front();
-    const bool decided = step.state.final() && !commit_.final();
-    commit_ = step.state;
-    if (decided && config_.decided) config_.decided(commit_);
-    for (const DestinationAction& action : step.actions) carry_out(action);
-  }
-}
-
-void Arrival::carry_out(const DestinationAction& action) {
-  switch (action.type) {
-    case DestinationAction::Type::kPrepare:
-      return begin_prepare();
-    case DestinationAction::Type::kResume:
-      return resume();
-    case DestinationAction::Type::kAbandon:
-      return abandon();
-    case DestinationAction::Type::kSend:
-      return tell(to_json(action.answer));
-    case DestinationAction::Type::kStartGrantTimer:
-      grant_until_ = Clock::now() + config_.options.grant_timeout;
-      return;
-    case DestinationAction::Type::kStopGrantTimer:
-      grant_until_.reset();
-      return;
-    case DestinationAction::Type::kSettleResumed:
-      return;
-    case DestinationAction::Type::kSettleAbandoned:
-      if (!error_) error_ = from_peer(action.cause.code, action.cause.message);
-      return;
-  }
-}
-
-void Arrival::begin_prepare() {
-  if (!state_) return fail({"PROTOCOL_ERROR", "PREPARE without a state"});
-  prepare_until_ = Clock::now() + config_.options.prepare_timeout;
-  if (awaits_switch_ && !switched_) {
-    preparing_ = Preparing::kAwaitsSwitch;
-    return;
-  }
-  run_prepare();
-}
-
-void Arrival::run_prepare() {
-  if (!receiver_->seal()) {
-    preparing_ = Preparing::kEnded;
-    prepare_until_.reset();
-    return fail({"PROTOCOL_ERROR", "PREPARE although pages are missing that no pager could fetch"});
-  }
-  prepare_began_ = Clock::now();
-  prepare_until_ = prepare_began_ + config_.options.prepare_timeout;
-  prepare_.start("mf-prepare", [this](WorkerThread&) {
-    Event ended{.kind = Event::Kind::kPrepareEnded};
-    try {
-      guest_->prepare(*state_);
-    } catch (...) {
-      ended.cause = cause_of_current("PREPARE_FAILED");
-    }
-    post(std::move(ended));
-  });
-  // Its end is heard by this thread, so not before.
-  preparing_ = Preparing::kRuns;
-}
-
-void Arrival::resume() {
-  // First: the outcome is remembered, and nothing that can fail may come in between.
-  guest_->resume();
-  resumed_at_ = Clock::now();
-  const bool paging = receiver_->paging() || receiver_->stats().pages_missing > 0;
-  if (!paging) every_page_ = true;
-  // What follows from every page being here comes after RESUMED has been said.
-  EngineEvent complete{};
-  complete.kind = EngineEventKind::kComplete;
-  if (every_page_) post({.kind = Event::Kind::kEngine, .engine = complete});
-}
-
-void Arrival::every_page() {
-  every_page_ = true;
-  if (!has_resumed() || told_complete_) return;
-  told_complete_ = true;
-  gather_ms_ = ms_since(resumed_at_);
-  tell_complete();
-}
-
-void Arrival::tell_complete() {
-  tell({{"type", "complete"}});
-  if (!config_.offer.verify) {
-    finish();
-  } else if (!link_) {
-    linger_until_ = Clock::now() + config_.options.recover_timeout;
-  }
-  if (evicted_) summarise();
-}
-
-// The guest is its source's. What waits for a page is woken first: a prepare() that does must not outlive the migration.
-void Arrival::abandon() {
-  cancelled_.store(true, std::memory_order_release);
-  abandoning_ = true;
-  prepare_until_.reset();
-  config_.listener->remove(config_.offer.migration);
-  receiver_->close();
-  if (preparing_ != Preparing::kRuns) abandon_guest();
-}
-
-void Arrival::abandon_guest() {
-  if (over_) return;
-  guest_->abandon(error_ ? *error_ : commit_.cause);
-  end();
 }
 
 void Arrival::grow(std::uint32_t index, std::uint64_t length_bytes) {
@@ -434,72 +235,6 @@ void Arrival::grow(std::uint32_t index, std::uint64_t length_bytes) {
   tell({{"type", "grown"}, {"region", index}});
 }
 
-void Arrival::summarise() {
-  const std::vector<std::uint32_t> regions = mismatched(digests_);
-  const ReceiverStats stats = receiver_->stats();
-  tell({{"type", "summary"},
-        {"remoteFaults",
-         {{"count", stats.faults.count},
-          {"p50Us", stats.faults.p50_us},
-          {"p99Us", stats.faults.p99_us},
-          {"maxUs", stats.faults.max_us}}},
-        {"extraMemoryBytes", stats.extra_memory_bytes},
-        {"mismatched", regions}});
-  conclude(regions);
-}
-
-// The regions whose content is not what left the source.
-std::vector<std::uint32_t> Arrival::mismatched(const std::optional<std::vector<std::string>>& digests) {
-  std::vector<std::uint32_t> regions;
-  if (!digests || !config_.offer.verify) return regions;
-  const std::size_t count = guest_->regions().size();
-  for (std::uint32_t i = 0; i < digests->size() && i < count; ++i) {
-    const Hash128 digest = receiver_->digest(i);
-    Bytes bytes(16);
-    for (unsigned at = 0; at < 8; ++at) {
-      bytes[at] = static_cast<std::uint8_t>(digest.high >> (56 - 8 * at));
-      bytes[8 + at] = static_cast<std::uint8_t>(digest.low >> (56 - 8 * at));
-    }
-    if (to_hex(bytes) != (*digests)[i]) regions.push_back(i);
-  }
-  verified_ = digests->size() == count && regions.empty();
-  return regions;
-}
-
-void Arrival::conclude(const std::vector<std::uint32_t>& regions) {
-  if (regions.empty()) return finish();
-  std::string names;
-  for (const std::uint32_t index : regions) names += " '" + config_.offer.guest.regions[index].name + "'";
-  reject({"VERIFICATION_FAILED", "the digests differ of" + names});
-}
-
-void Arrival::finish() {
-  if (settled_) return;
-  settled_ = true;
-  ArrivalReport report;
-  report.migration = config_.offer.id;
-  report.guest = config_.offer.guest.name;
-  for (const auto& region : guest_->regions()) report.heap_bytes += region->bytes();
-  report.verified = verified_;
-  report.prepare_ms = prepare_ms_;
-  report.gather_ms = gather_ms_;
-  report.stats = receiver_->stats();
-  guest_->complete(report);
-}
-
-void Arrival::lost(const EngineEvent& event) {
-  std::uint64_t pages = 0;
-  for (const RegionRun& run : event.lost) pages += run.run.count;
-  const Cause cause{"PAGES_LOST", event.message + "; " + std::to_string(pages) + " pages of '" +
-                                      config_.offer.guest.name + "' are lost, and reading one fails"};
-  // Before the commit the guest is still the source's; closing the engine poisons what is missing.
-  if (!has_resumed()) return fail(cause);
-  reject(cause);
-  tell({{"type", "lost"}, {"runs", run_names(event.lost)}});
-  guest_->lost(event.lost, event.message);
-  receiver_->acknowledge_loss();
-}
-
 // Anything that goes wrong here. Before the commit it ends the migration; after it only pages can be lost.
 void Arrival::fail(const Cause& cause) {
   if (has_resumed()) {
@@ -508,12 +243,6 @@ void Arrival::fail(const Cause& cause) {
   }
   if (!error_) error_ = cause;
   dispatch(DestinationEvent::failed(cause));
-}
-
-void Arrival::reject(const Cause& cause) {
-  if (settled_) return;
-  settled_ = true;
-  guest_->failed(cause);
 }
 
 void Arrival::end() {

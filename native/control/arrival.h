@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "control/arrival_images.h"
 #include "control/channel.h"
 #include "control/commit_destination.h"
 #include "control/guest.h"
@@ -33,6 +34,10 @@ struct DestinationOptions {
   std::uint64_t max_state_bytes = 64ULL << 20U;
   unsigned max_migrations = 16;
   std::uint64_t bandwidth = 0;  // bytes/s taken in by each, 0: no limit
+  std::uint64_t gather_limit =
+      0;                   // bytes/s that each fetches from VMD servers ahead of the guest, 0: no limit
+  bool plaintext = false;  // VMD servers beyond loopback
+  std::chrono::milliseconds connect_timeout{5000};  // of each VMD server
   std::chrono::milliseconds prepare_timeout{10000};
   std::chrono::milliseconds grant_timeout{20000};
   std::chrono::milliseconds recover_timeout{60000};
@@ -73,21 +78,28 @@ class Arrival {
   void join() { thread_.stop(); }
   // For a prepare() that takes long: nobody waits for it any more.
   [[nodiscard]] bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
+  // It has an outcome and takes no connection any more, though VMD servers may still be told to let go.
+  [[nodiscard]] bool over() const { return over_.load(std::memory_order_acquire); }
   [[nodiscard]] ReceiverStats stats() const;
   void set_bandwidth(std::uint64_t bytes_per_second);
 
  private:
   struct Event {
-    enum class Kind : std::uint8_t { kEngine, kPrepareEnded, kAttach, kClose };
+    enum class Kind : std::uint8_t { kEngine, kPrepareEnded, kDigests, kAttach, kClose };
     Kind kind = Kind::kClose;
     EngineEvent engine{};
     std::optional<Cause> cause{};
     std::shared_ptr<Channel> link{};
+    ArrivalImages::Digests digests{};
   };
-  enum class Preparing : std::uint8_t { kNot, kAwaitsSwitch, kRuns, kEnded };
+  enum class Preparing : std::uint8_t { kNot, kAwaitsSwitch, kAwaitsPages, kRuns, kEnded };
+  [[nodiscard]] static double ms_since(Clock::time_point start) {
+    return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  }
 
   void run();
   [[nodiscard]] bool accepted();
+  [[nodiscard]] std::unique_ptr<ArrivalImages> open_images();
   void make_receiver();
   void post(Event event);
   void handle(Event& event);
@@ -102,12 +114,14 @@ class Arrival {
   void carry_out(const DestinationAction& action);
   void begin_prepare();
   void run_prepare();
+  void prepare_ended(const std::optional<Cause>& cause);
   void resume();
   void abandon();
   void abandon_guest();
   void every_page();
   void tell_complete();
   void grow(std::uint32_t region, std::uint64_t length_bytes);
+  void nothing_more_comes();
   void summarise();
   [[nodiscard]] std::vector<std::uint32_t> mismatched(const std::optional<std::vector<std::string>>& digests);
   void conclude(const std::vector<std::uint32_t>& regions);
@@ -121,6 +135,9 @@ class Arrival {
 
   Config config_;
   std::atomic<bool> cancelled_{false};
+  std::atomic<bool> closing_{false};       // close() was called
+  std::atomic<bool> running_here_{false};  // written by the thread, as the next
+  std::atomic<bool> over_{false};
 
   mutable std::mutex mutex_;  // guards the four below
   std::condition_variable changed_;
@@ -148,13 +165,14 @@ class Arrival {
   bool abandoning_ = false;
   bool every_page_ = false;
   bool told_complete_ = false;
+  bool at_rest_ = false;  // what is here is all that ever comes
   bool evicted_ = false;
   std::optional<std::vector<std::string>> digests_;
   bool verified_ = false;
   bool settled_ = false;  // complete() or failed() was called
   std::optional<Cause> error_;
-  bool over_ = false;
 
+  std::unique_ptr<ArrivalImages> images_;  // scatter modes
   WorkerThread prepare_;
   WorkerThread thread_;
 };

@@ -273,6 +273,7 @@ void Channel::on_bye(ByteSpan payload) {
 }
 
 void Channel::deliver(Json message, std::optional<Bytes> binary) {
+  if (options_.unheard && options_.unheard(message)) return;
   {
     const std::lock_guard lock(mutex_);
     // After our own goodbye nobody asks any more; reading on only lets the peer's goodbye through.

@@ -37,6 +37,8 @@ class Channel {
     std::chrono::milliseconds stall_timeout{30000};
     // Throws Failure for a message that is not allowed; with its binary part's length, where one was announced.
     std::function<void(const Json&, std::optional<std::uint64_t> binary_bytes)> check;
+    // True: the message is not kept for take(). From the channel's thread. May be empty.
+    std::function<bool(const Json&)> unheard;
     // Something to take, the handshake is over, or the end. From the channel's thread, with no lock held; must not
     // block.
     std::function<void()> changed;

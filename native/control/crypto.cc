@@ -146,6 +146,15 @@ std::string to_hex(ByteSpan bytes) {
   return text;
 }
 
+std::string to_hex(const Hash128& digest) {
+  Bytes bytes(16);
+  for (unsigned at = 0; at < 8; ++at) {
+    bytes[at] = static_cast<std::uint8_t>(digest.high >> (56 - 8 * at));
+    bytes[8 + at] = static_cast<std::uint8_t>(digest.low >> (56 - 8 * at));
+  }
+  return to_hex(bytes);
+}
+
 bool is_hex(std::string_view text, std::size_t bytes) {
   return text.size() == 2 * bytes &&
          std::ranges::all_of(text, [](char digit) { return kDigits.find(digit) != std::string_view::npos; });

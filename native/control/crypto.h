@@ -12,6 +12,7 @@
 #include <string_view>
 #include <vector>
 
+#include "page/hash.h"
 #include "wire/frame.h"
 
 namespace memferry::control {
@@ -42,6 +43,8 @@ inline constexpr unsigned kMaxEpochs = 256;
 [[nodiscard]] Key unseal(const Key& session, ByteSpan id, ByteSpan sealed, std::string_view what);
 
 [[nodiscard]] std::string to_hex(ByteSpan bytes);
+// A region's digest as messages have it.
+[[nodiscard]] std::string to_hex(const Hash128& digest);
 // Of lower-case digits; throws Failure (PROTOCOL_ERROR).
 [[nodiscard]] Bytes from_hex(std::string_view text);
 [[nodiscard]] bool is_hex(std::string_view text, std::size_t bytes);

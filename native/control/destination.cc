@@ -235,10 +235,6 @@ void Destination::admit_locked(const Offer& offer) const {
   if (arrivals_.size() >= options_.max_migrations)
     throw Failure("LIMIT_EXCEEDED",
                   "no more than " + std::to_string(options_.max_migrations) + " migrations at a time");
-  if (offer.scatter)
-    throw Failure("LIMIT_EXCEEDED", "mode " + offer.mode +
-                                        " needs VMD servers, which this destination does not gather "
-                                        "from: use stop-and-copy, pre-copy, post-copy or hybrid");
   std::uint64_t used = 0;
   for (const auto& [id, entry] : arrivals_) used += entry->bytes;
   std::uint64_t bytes = 0;
@@ -261,7 +257,8 @@ void Destination::on_resume(const std::shared_ptr<Connection>& connection, const
   {
     const std::lock_guard lock(mutex_);
     const auto found = arrivals_.find(says.migration);
-    if (found != arrivals_.end() && !found->second->ended) arrival = found->second->arrival;
+    if (found != arrivals_.end() && !found->second->ended && !found->second->arrival->over())
+      arrival = found->second->arrival;
   }
   if (arrival) {
     const Key expected =

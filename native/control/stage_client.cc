@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "control/schema.h"
@@ -13,7 +14,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::milliseconds kAnswerWithin{30000};
+constexpr std::chrono::milliseconds kLookAgain{100};
 
 UniqueFd connected(const std::string& host, std::uint16_t port, const VmdOptions& options) {
   const wire::SocketAddress address = wire::SocketAddress::parse(host, port);
@@ -38,7 +39,11 @@ void check(const Json& message, std::optional<std::uint64_t>) {
 }  // namespace
 
 StageClient::StageClient(std::string host, std::uint16_t port, const VmdOptions& options)
-    : host_(std::move(host)), port_(port), name_(host_ + ":" + std::to_string(port)) {
+    : host_(std::move(host)),
+      port_(port),
+      name_(host_ + ":" + std::to_string(port)),
+      answer_timeout_(options.answer_timeout),
+      cancelled_(options.cancelled) {
   UniqueFd fd = connected(host_, port_, options);
   Channel::Options of;
   of.role = Role::kDialler;
@@ -46,6 +51,10 @@ StageClient::StageClient(std::string host, std::uint16_t port, const VmdOptions&
   of.max_binary_bytes = options.max_state_bytes;
   of.peer_timeout = options.peer_timeout;
   of.check = check;
+  // It announces itself each second; who asks nothing for a while would be full of that.
+  of.unheard = [ear = ear_](const Json& message) {
+    return message.at("type") == "announce" && std::exchange(ear->introduced, true);
+  };
   of.changed = [ear = ear_] {
     {
       const std::lock_guard lock(ear->mutex);
@@ -74,8 +83,10 @@ Channel::Received StageClient::next(Clock::time_point until) {
           ended->code.empty() ? Cause{"PEER_LOST", "the server ended the connection"} : *ended;
       throw Failure(cause.code, "VMD server " + name_ + ": " + cause.message);
     }
+    if (cancelled_ && cancelled_()) throw Failure("CANCELLED", "nobody waits for the VMD servers any more");
+    const Clock::time_point look = cancelled_ ? std::min(until, Clock::now() + kLookAgain) : until;
     std::unique_lock lock(ear_->mutex);
-    if (!ear_->changed.wait_until(lock, until, [this] { return ear_->rang; }))
+    if (!ear_->changed.wait_until(lock, look, [this] { return ear_->rang; }) && Clock::now() >= until)
       throw Failure("PEER_LOST", "VMD server " + name_ + " does not answer");
     ear_->rang = false;
   }
@@ -86,7 +97,7 @@ Channel::Received StageClient::ask(Json request, const char* wanted, std::shared
   request["request"] = number;
   if (!channel_->send(request, std::move(binary)))
     throw Failure("PEER_LOST", "VMD server " + name_ + " cannot be asked any more");
-  const Clock::time_point until = Clock::now() + kAnswerWithin;
+  const Clock::time_point until = Clock::now() + answer_timeout_;
   for (;;) {
     Channel::Received heard = next(until);
     Fields fields(heard.message, "");

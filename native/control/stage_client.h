@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,6 +26,9 @@ struct VmdOptions {
   std::chrono::milliseconds recover_timeout{60000};
   std::chrono::milliseconds in_doubt_timeout{30000};
   std::chrono::milliseconds peer_timeout{10000};
+  std::chrono::milliseconds answer_timeout{30000};
+  // Looked at while an answer is waited for: true ends it (CANCELLED). May be empty; from the caller's threads.
+  std::function<bool()> cancelled;
 };
 
 class StageClient {
@@ -39,6 +43,9 @@ class StageClient {
   [[nodiscard]] const std::string& name() const { return name_; }
   [[nodiscard]] const Key& session() const { return session_; }
 
+  // The connection is there, as far as is known.
+  [[nodiscard]] bool alive() const { return !channel_->ended(); }
+
   // The answer of type `wanted`. Throws Failure: the server's own refusal, PEER_LOST, PROTOCOL_ERROR.
   Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary = nullptr);
 
@@ -50,10 +57,13 @@ class StageClient {
   std::string name_;
   Key session_{};
   std::uint32_t next_request_ = 1;
+  const std::chrono::milliseconds answer_timeout_;
+  const std::function<bool()> cancelled_;
   struct Ear {
     std::mutex mutex;  // guards rang
     std::condition_variable changed;
     bool rang = false;
+    bool introduced = false;  // the channel's thread's: the server has said its name
   };
   std::shared_ptr<Ear> ear_ = std::make_shared<Ear>();
   std::unique_ptr<Channel> channel_;

@@ -6,7 +6,6 @@
 #include <thread>
 
 #include "control/schema.h"
-#include "os/mapping.h"
 
 namespace memferry::control {
 
@@ -14,20 +13,23 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr unsigned kAttempts = 64;
-constexpr std::size_t kMostServers = 250;
 constexpr std::chrono::milliseconds kAskAgain{250};
 
-std::vector<wire::Token> stage_tokens(const Key& session, const wire::MigrationId& image,
-                                      std::uint16_t number) {
-  Bytes context(image.begin(), image.end());
-  context.push_back(static_cast<std::uint8_t>(number));
-  context.push_back(static_cast<std::uint8_t>(number >> 8U));
-  return token_stream(session, "memferry stage", context, std::size_t{kAttempts} * wire::kStageRoles);
-}
-
-std::string proof_of(const Key& secret, const Key& session) {
-  return to_hex(hmac_sha256(secret, {bytes_of("memferry open"), session}));
+// Of an image that home has told of. Home is where it was found, whatever its maker called it.
+std::vector<OfferedServer> servers_of(const Json& info, const VmdAddress& home) {
+  Fields fields(info, "info");
+  if (fields.count("ordinal", 0, StagedImage::kMostServers - 1) != 0)
+    throw Failure("VMD_REFUSED", "the ticket names a server that is not the image's home");
+  std::vector<OfferedServer> servers;
+  for (const Json& entry : fields.array("servers", 1, StagedImage::kMostServers)) {
+    Fields server(entry, "info.servers");
+    const std::string host = server.text("host", 1, 255);
+    const auto port = static_cast<std::uint16_t>(server.count("port", 1, 65535));
+    servers.push_back({host + ":" + std::to_string(port), host, port});
+  }
+  servers.front().host = home.host;
+  servers.front().port = home.port;
+  return servers;
 }
 
 }  // namespace
@@ -48,93 +50,49 @@ VmdAddress parse_address(const std::string& text) {
 }
 
 ParkedImage::ParkedImage(const std::string& ticket, VmdOptions options) : options_(std::move(options)) {
-  VmdAddress home_address;
+  VmdAddress home;
+  std::string image;
+  Key secret{};
   try {
     const Json json = parse_json(ticket);
     Fields fields(json, "ticket");
-    image_ = fields.hex("image", id_.size());
-    const Bytes id = from_hex(image_);
+    image = fields.hex("image", id_.size());
+    const Bytes id = from_hex(image);
     std::ranges::copy(id, id_.begin());
-    const Bytes secret = from_hex(fields.hex("secret", secret_.size()));
-    std::ranges::copy(secret, secret_.begin());
-    home_address = parse_address(fields.text("home", 1, 300));
+    const Bytes bytes = from_hex(fields.hex("secret", secret.size()));
+    std::ranges::copy(bytes, secret.begin());
+    home = parse_address(fields.text("home", 1, 300));
   } catch (const Failure&) {
     throw std::invalid_argument("this is no ticket of a parked guest");
   }
-  // The home server knows the others.
-  Json info;
-  {
-    StageClient first(home_address.host, home_address.port, options_);
-    Json open = about("open");
-    open.update({{"proof", proof_of(secret_, first.session())}, {"access", "control"}, {"claim", nullptr}});
-    info = first.ask(std::move(open), "opened").message.at("info");
-  }
-  members_.resize(1);
-  members_.front().address = home_address;
-  open_all(info);
+  image_ = std::make_unique<StagedImage>(image, secret, options_);
+  // The home server knows the others. Pages that only one has that cannot be reached are lost; the receiver finds out.
+  const Json info = image_->look(home.host, home.port);
+  digests_ = digests_of(info);
+  image_->open(servers_of(info, home), StagedImage::Required::kHome);
 
   Bytes claimant(16);
   fill_random(claimant);
   claimant_ = to_hex(claimant);
-  Json claim = about("claim");
-  claim.update({{"claimant", claimant_}, {"rollback", nullptr}});
-  Channel::Received claimed = home().ask(std::move(claim), "claimed");
+  Channel::Received claimed =
+      image_->ask_home({{"type", "claim"}, {"claimant", claimant_}, {"rollback", nullptr}}, "claimed");
   Fields fields(claimed.message, "");
-  epoch_ = fields.count("epoch", 0, kMaxEpoch);
+  epoch_ = static_cast<std::uint32_t>(fields.count("epoch", 0, kMaxEpoch));
   claimed_ = true;
   guest_ = offered_guest(fields.any("guest"));
   if (!claimed.binary) throw Failure("PROTOCOL_ERROR", "a claim without an execution state");
   state_ = std::move(*claimed.binary);
 }
 
-void ParkedImage::open_all(const Json& info) {
-  Fields fields(info, "info");
-  if (fields.count("ordinal", 0, kMostServers - 1) != 0)
-    throw Failure("VMD_REFUSED", "the ticket names a server that is not the image's home");
-  for (const Json& entry : fields.array("servers", 1, kMostServers)) {
-    Fields server(entry, "info.servers");
-    const VmdAddress address{server.text("host", 1, 255),
-                             static_cast<std::uint16_t>(server.count("port", 1, 65535))};
-    // Home is where it was found, whatever its maker called it.
-    if (&entry != &fields.array("servers", 1, kMostServers).front())
-      members_.push_back({address, nullptr, {}});
-  }
-  if (const Json& digests = fields.any("digests"); digests.is_array()) {
-    for (const Json& digest : digests)
-      digests_.push_back(digest.is_string() ? digest.get<std::string>() : "");
-  }
-  for (Member& member : members_) {
-    const bool is_home = &member == &members_.front();
-    member.server.host = member.address.host;
-    member.server.port = member.address.port;
-    member.server.tokens.resize(std::size_t{kAttempts} * wire::kStageRoles);
-    try {
-      member.client = std::make_unique<StageClient>(member.address.host, member.address.port, options_);
-      member.server.name = member.client->name();
-      Json open = about("open");
-      open.update(
-          {{"proof", proof_of(secret_, member.client->session())}, {"access", "read"}, {"claim", nullptr}});
-      Channel::Received opened = member.client->ask(std::move(open), "opened");
-      Fields answer(opened.message, "");
-      member.server.session = static_cast<std::uint16_t>(answer.count("session", 1, 0xfeff));
-      member.server.tokens = stage_tokens(member.client->session(), id_, member.server.session);
-    } catch (const Failure&) {
-      // Pages that only it has are lost; the receiver finds out.
-      member.client.reset();
-      if (is_home) throw;
-    }
-  }
-}
-
-Json ParkedImage::about(const char* type) const { return {{"type", type}, {"image", image_}}; }
+Json ParkedImage::claim_json() const { return {{"claimant", claimant_}, {"epoch", epoch_}}; }
 
 ParkedImage::~ParkedImage() {
   if (receiver_) receiver_->close();
-  if (!claimed_ || granted_ || !members_.front().client) return;
+  if (!claimed_ || granted_ || !image_->has_home()) return;
   try {
-    Json release = about("release-claim");
-    release.update({{"claimant", claimant_}, {"epoch", epoch_}});
-    (void)home().ask(std::move(release), "released");
+    Json release = claim_json();
+    release["type"] = "release-claim";
+    (void)image_->ask_home(release, "released");
   } catch (const std::exception&) {
     // It goes back by itself once the connection has ended.
   }
@@ -158,7 +116,7 @@ void ParkedImage::serve(const std::vector<std::shared_ptr<Region>>& regions, Eng
   config.may_page = true;
   config.keep_page_hashes = true;
   config.recover_timeout = options_.recover_timeout;
-  for (const Member& member : members_) config.servers.push_back(member.server);
+  config.servers = image_->servers();
   config.sourceless = true;
   config.encodings = wire::kCompressions;
   config.on_event = std::move(on_event);
@@ -170,32 +128,21 @@ Receiver& ParkedImage::receiver() const {
   return *receiver_;
 }
 
-// A claim of before the connection was cut is still there for a moment.
-void ParkedImage::reopen_home() {
-  Member& member = members_.front();
-  member.client.reset();
-  member.client = std::make_unique<StageClient>(member.address.host, member.address.port, options_);
-  Json open = about("open");
-  open.update({{"proof", proof_of(secret_, member.client->session())},
-               {"access", "control"},
-               {"claim", {{"claimant", claimant_}, {"epoch", epoch_}}}});
-  (void)member.client->ask(std::move(open), "opened");
-}
-
 // Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant.
 void ParkedImage::grant() {
   if (granted_) return;
   const Clock::time_point until = Clock::now() + options_.in_doubt_timeout;
   for (;;) {
     try {
-      if (!members_.front().client) reopen_home();
-      Json grant = about("grant-claim");
-      grant.update({{"claimant", claimant_}, {"epoch", epoch_}});
-      (void)home().ask(std::move(grant), "granted");
+      // A claim of before the connection was cut is still there for a moment.
+      if (!image_->has_home()) image_->reopen_home(claim_json());
+      Json grant = claim_json();
+      grant["type"] = "grant-claim";
+      (void)image_->ask_home(grant, "granted");
       break;
     } catch (const Failure& failure) {
       if (failure.code() == "VMD_REFUSED" || failure.code() == "VMD_LOST") throw;
-      members_.front().client.reset();
+      image_->forget_home();
       if (Clock::now() > until)
         throw Failure(
             "MIGRATION_IN_DOUBT",
@@ -205,38 +152,15 @@ void ParkedImage::grant() {
   }
   granted_ = true;
   // No time to live at the others either, now that somebody has resumed from them.
-  for (std::size_t i = 1; i < members_.size(); ++i) {
-    try {
-      if (members_[i].client) (void)members_[i].client->ask(about("commit"), "committed");
-    } catch (const Failure&) {
-      members_[i].client.reset();
-    }
-  }
+  image_->commit(1);
 }
 
 void ParkedImage::verify_and_dissolve() {
-  for (std::uint32_t i = 0; i < digests_.size() && i < guest_.regions.size(); ++i) {
-    const Hash128 digest = receiver().digest(i);
-    Bytes bytes(16);
-    for (unsigned at = 0; at < 8; ++at) {
-      bytes[at] = static_cast<std::uint8_t>(digest.high >> (56 - 8 * at));
-      bytes[8 + at] = static_cast<std::uint8_t>(digest.low >> (56 - 8 * at));
-    }
-    if (to_hex(bytes) != digests_[i])
+  for (std::uint32_t i = 0; digests_ && i < digests_->size() && i < guest_.regions.size(); ++i) {
+    if (to_hex(receiver().digest(i)) != (*digests_)[i])
       throw Failure("VERIFICATION_FAILED", "the digest of '" + guest_.regions[i].name + "' differs");
   }
-  for (Member& member : members_) {
-    // A server that cannot be reached keeps its part until its operator drops it.
-    try {
-      Json dissolve = about("dissolve");
-      dissolve["epoch"] = epoch_;
-      if (member.client) (void)member.client->ask(std::move(dissolve), "dissolved");
-    } catch (const Failure& failure) {
-      // What home does not let go of is no more ours to take away at the others.
-      if (&member == &members_.front() && failure.code() == "VMD_REFUSED") return;
-      member.client.reset();
-    }
-  }
+  (void)image_->dissolve(epoch_);
 }
 
 }  // namespace memferry::control

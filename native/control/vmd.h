@@ -5,12 +5,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "control/messages.h"
 #include "control/stage_client.h"
+#include "control/staged_image.h"
 #include "page/region.h"
 #include "transfer/receiver.h"
 
@@ -43,26 +44,16 @@ class ParkedImage {
   void verify_and_dissolve();
 
  private:
-  struct Member {
-    VmdAddress address;
-    std::unique_ptr<StageClient> client;  // null: it cannot be reached
-    StageServer server;
-  };
-  void open_all(const Json& info);
-  [[nodiscard]] StageClient& home() { return *members_.front().client; }
-  [[nodiscard]] Json about(const char* type) const;
-  void reopen_home();
+  [[nodiscard]] Json claim_json() const;
 
   const VmdOptions options_;
-  std::string image_;
-  Key secret_{};
   wire::MigrationId id_{};
-  std::vector<Member> members_;
+  std::unique_ptr<StagedImage> image_;
   std::string claimant_;
-  std::uint64_t epoch_ = 0;
+  std::uint32_t epoch_ = 0;
   bool claimed_ = false;
   bool granted_ = false;
-  std::vector<std::string> digests_;
+  std::optional<std::vector<std::string>> digests_;
   OfferedGuest guest_;
   Bytes state_;
   std::shared_ptr<Receiver> receiver_;

@@ -83,20 +83,6 @@ describe.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'])('%s', (mode)
 });
 
 describe('what it does not take', () => {
-  test('a scatter: declined by name, and the guest runs on', async () => {
-    const { startStages, via } = await import('../support/scenario.js');
-    const [a] = await hosts('a');
-    const [stage] = await startStages('v');
-    const c = await CDestination.start();
-    await startGuest(a, regionsOf('allocate'));
-    await migrate(a, c.port, { mode: 'scatter', ...via(stage) });
-    const error = await failure(a);
-    expect(error).toMatchObject({ code: 'LIMIT_EXCEEDED' });
-    expect(error.message).toMatch(/VMD servers/);
-    await expectRuns(a);
-    expect(c.names).toEqual(['listening']);
-  });
-
   test('a guest that is larger than its limit', async () => {
     const [a] = await hosts('a');
     const c = await CDestination.start({ 'max-bytes': 2 ** 20 });

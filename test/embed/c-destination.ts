@@ -17,6 +17,33 @@ export interface CEvent {
 }
 
 const all = new Set<CDestination>();
+const directories = new Set<string>();
+
+/** What a guest's regions were at its source. */
+interface Saved {
+  directory: string;
+  paths: string[];
+}
+
+/** What `dump` writes for a page that cannot be read. */
+const unreadable = Buffer.alloc(4096, '(lost)');
+
+/** How many pages were not readable. */
+function comparePages(directory: string, paths: readonly string[], mayLack: boolean): number {
+  let lacking = 0;
+  for (const [index, path] of paths.entries()) {
+    const left = readFileSync(path);
+    const arrived = readFileSync(join(directory, String(index)));
+    expect(arrived.length).toBe(left.length);
+    for (let at = 0; at < left.length; at += 4096) {
+      if (left.compare(arrived, at, at + 4096, at, at + 4096) === 0) continue;
+      if (!mayLack || unreadable.compare(arrived, at, at + 4096) !== 0)
+        throw new Error(`page ${at / 4096} of region ${index} is not what left the source`);
+      lacking++;
+    }
+  }
+  return lacking;
+}
 
 export class CDestination {
   readonly events: CEvent[] = [];
@@ -103,26 +130,36 @@ export class CDestination {
     return [BigInt(first as string), BigInt(last as string)];
   }
 
+  /** The regions of a guest that stands at its source, for when the source is gone. */
+  async saveOf(source: Host, regions: number, guest = 'g'): Promise<Saved> {
+    const directory = await mkdtemp(join(tmpdir(), 'memferry-embed-'));
+    directories.add(directory);
+    const paths = Array.from({ length: regions }, (_, index) => join(directory, `source-${index}`));
+    await source.call('saveRegions', { guest, paths });
+    return { directory, paths };
+  }
+
+  async expectSaved({ directory, paths }: Saved): Promise<void> {
+    this.say(`dump ${directory}`);
+    expect(await this.until('dumped')).toMatchObject({ ok: true, unreadable: 0 });
+    comparePages(directory, paths, false);
+  }
+
+  /** The same of every page that can be read; what was lost, and nothing else, cannot. */
+  async expectSavedBut({ directory, paths }: Saved): Promise<void> {
+    this.say(`dump ${directory}`);
+    const lost = this.events.reduce(
+      (sum, { event, pages }) => sum + (event === 'lost' ? Number(pages) : 0),
+      0,
+    );
+    expect(lost).toBeGreaterThan(0);
+    expect(await this.until('dumped')).toMatchObject({ ok: true, unreadable: lost });
+    expect(comparePages(directory, paths, true)).toBe(lost);
+  }
+
   /** Without what the guest wrote here every byte is what it was when the guest left its source. */
   async expectSameAs(source: Host, regions: number, guest = 'g'): Promise<void> {
-    const directory = await mkdtemp(join(tmpdir(), 'memferry-embed-'));
-    try {
-      const paths = Array.from({ length: regions }, (_, index) => join(directory, `source-${index}`));
-      await source.call('saveRegions', { guest, paths });
-      this.say(`dump ${directory}`);
-      expect(await this.until('dumped')).toMatchObject({ ok: true });
-      for (const [index, path] of paths.entries()) {
-        const left = readFileSync(path);
-        const arrived = readFileSync(join(directory, String(index)));
-        expect(arrived.length).toBe(left.length);
-        for (let at = 0; at < left.length; at += 4096) {
-          if (left.compare(arrived, at, at + 4096, at, at + 4096) !== 0)
-            throw new Error(`page ${at / 4096} of region ${index} is not what left the source`);
-        }
-      }
-    } finally {
-      await rm(directory, { recursive: true, force: true });
-    }
+    await this.expectSaved(await this.saveOf(source, regions, guest));
   }
 
   #wake(): void {
@@ -133,4 +170,6 @@ export class CDestination {
 /** For afterEach. */
 export async function endDestinations(): Promise<void> {
   await Promise.all([...all].map((destination) => destination.kill()));
+  for (const directory of directories) await rm(directory, { recursive: true, force: true });
+  directories.clear();
 }

@@ -3,9 +3,12 @@
  * time, is told what was wrong where it can be, and afterwards a good guest gets through with every byte right.
  */
 import { randomBytes } from 'node:crypto';
+import { once } from 'node:events';
+import { type AddressInfo, createServer } from 'node:net';
 import { afterEach, beforeEach, expect, test } from 'vitest';
+import { sealSecret } from '../../src/staging/image-secret.js';
 import { endHosts } from '../support/host.js';
-import { hosts, migrate, regionsOf, report, startGuest } from '../support/scenario.js';
+import { hosts, migrate, regionsOf, report, startGuest, startStages } from '../support/scenario.js';
 import { closeStrangers, controlHello, Insider, offer, Stranger } from '../support/stranger.js';
 import { CDestination, endDestinations } from './c-destination.js';
 
@@ -86,11 +89,56 @@ const wrong: [string, (insider: Insider) => Insider, string][] = [
     'MODULE_REFUSED',
   ],
 ];
+/** An offer whose guest lies at VMD servers: `at` are theirs. */
+function scattered(insider: Insider, at: { host: string; port: number }[], sealed?: string): Insider {
+  const migration = id();
+  const servers = at.map((address) => ({ name: 'v', ...address }));
+  const image = Buffer.from(migration, 'hex');
+  const sealedSecret = sealed ?? sealSecret(insider.sessionKey, image, randomBytes(32));
+  const scatter = { servers, sealedSecret, gatherTimeoutMs: 1000 };
+  return insider.say(offer(migration, {}, { mode: 'scatter', scatter }));
+}
+const nobody = { host: '127.0.0.1', port: 9 };
+wrong.push(
+  ['a secret that is sealed for another', (i) => scattered(i, [nobody], '00'.repeat(60)), 'AUTH_FAILED'],
+  ['a secret of no length', (i) => scattered(i, [nobody], '00'.repeat(59)), 'AUTH_FAILED'],
+  ['a VMD server that is not there', (i) => scattered(i, [nobody]), 'CONNECT_FAILED'],
+  ['a VMD server by name', (i) => scattered(i, [{ host: 'localhost', port: 9 }]), 'CONNECT_FAILED'],
+  ['a VMD server far away', (i) => scattered(i, [{ host: '192.0.2.1', port: 9 }]), 'PLAINTEXT_REQUIRED'],
+  [
+    '251 VMD servers',
+    (i) =>
+      scattered(
+        i,
+        Array.from({ length: 251 }, () => nobody),
+      ),
+    'scatter.servers',
+  ],
+  ['no VMD servers', (i) => scattered(i, []), 'scatter.servers'],
+);
+
 test.each(wrong)('%s', async (_, act, word) => {
   const insider = act(await Insider.connect(c.port));
-  await insider.hears(word);
+  await insider.hears(word, LIMIT_MS);
   await insider.untilEnded(LIMIT_MS);
   expect(c.names).not.toContain('prepare');
+});
+
+test('VMD servers that have no such image, or say nothing: it is over in bounded time', async () => {
+  const [stage] = await startStages('v');
+  const insider = scattered(await Insider.connect(c.port), [{ host: '127.0.0.1', port: stage.port }]);
+  await insider.hears('VMD_LOST');
+  const silent = createServer(() => {}).listen(0, '127.0.0.1');
+  await once(silent, 'listening');
+  const { port } = silent.address() as AddressInfo;
+  // Nor does the source say anything more; so it is taken for gone.
+  for (const at of [port, c.port]) {
+    const other = scattered(await Insider.connect(c.port), [{ host: '127.0.0.1', port: at }]);
+    await other.untilEnded(LIMIT_MS);
+  }
+  silent.close();
+  expect(c.names).toEqual(['listening']);
+  await goodOneGetsThrough();
 });
 
 test('a message in the wrong place ends the migration, not the destination', async () => {
