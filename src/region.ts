@@ -80,7 +80,10 @@ export class Region {
     checkLength(lengthBytes, hugePages ? HUGE_PAGE_BYTES : pageSize);
     if (hugePages) {
       if (shared) {
-        throw memferryError('INVALID_ARGUMENT', 'huge pages with `shared`: other threads have them by Region.open');
+        throw memferryError(
+          'INVALID_ARGUMENT',
+          'huge pages with `shared`: other threads have them by Region.open',
+        );
       }
       const handle = native(() => loadAddon().allocate(lengthBytes, true));
       return new Region(handle, { ...own(handle), lengthBytes: () => lengthBytes });

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 
@@ -25,11 +28,34 @@ constexpr std::uint64_t kFeatures = UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATUR
                     EOPNOTSUPP);
 }
 
+// Whether any of it is of huge pages, whatever file is behind them.
+bool any_huge(const Region& region) {
+  std::ifstream smaps("/proc/self/smaps");
+  if (!smaps) throw SystemError("open(/proc/self/smaps)", errno);
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    std::uint64_t low = 0;
+    std::uint64_t high = 0;
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &low, &high) == 2) {
+      const std::vector<Extent> extents = region.extents();
+      inside = std::any_of(extents.begin(), extents.end(), [&](const Extent& extent) {
+        return low < extent.start.value + extent.bytes && extent.start.value < high;
+      });
+    } else if (inside && line.starts_with("VmFlags:") && (line + " ").find(" ht ") != std::string::npos) {
+      return true;
+    }
+  }
+  if (smaps.bad()) throw SystemError("read(/proc/self/smaps)", ENOMEM);
+  return false;
+}
+
 // The size of its huge pages, 0 for none.
 std::uint64_t huge_page_bytes(const Region& region, const std::vector<MemoryPart>& parts) {
   std::uint64_t bytes = 0;
   for (const MemoryPart& part : parts) {
     if (part.kind == MemoryPart::Kind::kHugetlb) bytes = part.page_bytes;
+    if (part.kind == MemoryPart::Kind::kOther && !part.file && any_huge(region))
+      refuse("and the file behind them cannot be reached (CAP_CHECKPOINT_RESTORE, or a descriptor of it)");
   }
   if (bytes == 0) return 0;
   for (const MemoryPart& part : parts) {
@@ -37,7 +63,6 @@ std::uint64_t huge_page_bytes(const Region& region, const std::vector<MemoryPart
       refuse("and of other pages beside them");
     if (!part.shared)
       refuse("privately mapped: only shared ones (a memfd, a file in hugetlbfs) can be paged into");
-    if (!part.file) refuse("and the file behind them cannot be reached (CAP_CHECKPOINT_RESTORE)");
   }
   if (bytes > HugeMemory::kLargestBytes)
     refuse("of " + std::to_string(bytes >> 20U) + " MiB: those that are paged into have 2 MiB at most");

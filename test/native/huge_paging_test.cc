@@ -1,8 +1,12 @@
 // Paging into reserved huge pages: what is touched comes as a whole, nothing is seen half, nothing reads as zeros that
 // was not, and what cannot be had fails.
 #include <gtest/gtest.h>
+#include <linux/capability.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <fstream>
@@ -353,6 +357,43 @@ TEST_F(HugePaging, WhatCannotBePagedIsRefusedBeforeAnythingBegins) {
   EXPECT_EQ(shared[5], std::byte{0});
   ::munmap(own, 2 * kHuge);
   ::munmap(shared, 2 * kHuge);
+}
+
+// Takes the right to see the files behind mappings from this thread, and gives it back.
+class WithoutMapFiles {
+ public:
+  WithoutMapFiles() {
+    if (::syscall(SYS_capget, &header_, former_.data()) != 0) throw_errno("capget");
+    auto less = former_;
+    less[0].effective &= ~(1U << CAP_SYS_ADMIN);
+    less[1].effective &= ~(1U << (CAP_CHECKPOINT_RESTORE - 32U));
+    if (::syscall(SYS_capset, &header_, less.data()) != 0) throw_errno("capset");
+  }
+  ~WithoutMapFiles() { (void)::syscall(SYS_capset, &header_, former_.data()); }
+  WithoutMapFiles(const WithoutMapFiles&) = delete;
+  WithoutMapFiles& operator=(const WithoutMapFiles&) = delete;
+
+ private:
+  __user_cap_header_struct header_{_LINUX_CAPABILITY_VERSION_3, 0};
+  std::array<__user_cap_data_struct, 2> former_{};
+};
+
+TEST_F(HugePaging, AFileOutOfReachIsRefusedUnlessSomeDescriptorIsOfIt) {
+  void* const at = ::mmap(nullptr, kHuge, PROT_READ | PROT_WRITE,
+                          MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT), -1, 0);
+  ASSERT_NE(at, MAP_FAILED);
+  const auto foreign = Region::adopt({{Address::of(at), kHuge}}, kHuge);
+  const auto own = Region::allocate_huge(kHuge);
+  const WithoutMapFiles less;
+  try {
+    HugeMemory::check(*foreign);
+    ADD_FAILURE() << "nothing to write it by";
+  } catch (const SystemError& error) {
+    EXPECT_EQ(error.error(), EOPNOTSUPP);
+    EXPECT_NE(std::string(error.what()).find("cannot be reached"), std::string::npos) << error.what();
+  }
+  EXPECT_NO_THROW(HugeMemory::check(*own));
+  ::munmap(at, kHuge);
 }
 
 TEST_F(HugePaging, OwnMemoryIsTrackedWithoutAWord) {
