@@ -140,8 +140,7 @@ void Discarder::one(Address start, std::uint64_t bytes) const {
     status = ::madvise(start.pointer(), static_cast<std::size_t>(bytes), advice);
     if (status != 0 && errno != EAGAIN) break;
   }
-  if (status != 0)
-    throw_errno(backing_.shared ? "madvise(MADV_REMOVE)" : "madvise(MADV_DONTNEED)");
+  if (status != 0) throw_errno(backing_.shared ? "madvise(MADV_REMOVE)" : "madvise(MADV_DONTNEED)");
 }
 
 }  // namespace memferry

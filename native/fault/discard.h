@@ -17,7 +17,7 @@ namespace memferry {
 
 struct Backing {
   static const Backing kPrivate;  // private anonymous: MADV_DONTNEED leaves a hole that reads as zeros
-  static const Backing kShared;   // DONTNEED would only unmap it, the content must be punched out (MADV_REMOVE)
+  static const Backing kShared;   // DONTNEED would only unmap it: the content is punched out (MADV_REMOVE)
 
   bool shared = false;
   // Of reserved huge pages: so large. A part of one cannot be dropped (kernels differ in whether it says so): zeros are

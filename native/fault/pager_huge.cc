@@ -86,8 +86,7 @@ void Pager::send_huge(const Request& request) {
     elsewhere = elsewhere || route == Route::kSent;
     nobody = nobody || route == Route::kNobody;
     if (route != Route::kSource) continue;
-    wire::FrameHeader header =
-        wire::make_header(wire::FrameType::kFaultRequest, request.region, *lacking);
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, *lacking);
     wire::seal(header);
     // What a cut swallows is asked for again by set_online().
     if (!writer_.send(header)) break;
