@@ -24,6 +24,8 @@ import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 const reservedFile = '/proc/sys/vm/nr_hugepages';
 const UNIT = 512;
 const PAGES = 4 * UNIT;
+/** Views keep their memory until they are collected, in hosts that serve one test after the other. */
+const RESERVED = 80;
 const reserved = () => Number(readFileSync(reservedFile, 'utf8'));
 
 let former: number | null = null;
@@ -31,10 +33,10 @@ let why: string | null = null;
 
 beforeAll(() => {
   former = reserved();
-  const wanted = former + 48;
+  const wanted = former + RESERVED;
   try {
     writeFileSync(reservedFile, String(wanted));
-    if (reserved() < wanted) why = `no ${2 * 48} MiB of huge pages to be had`;
+    if (reserved() < wanted) why = `no ${2 * RESERVED} MiB of huge pages to be had`;
   } catch (error) {
     why = `huge pages cannot be reserved here (${(error as Error).message})`;
   }
@@ -47,18 +49,18 @@ beforeEach((context) => {
   if (why) context.skip(why);
 });
 
-const used: Host[] = [];
+const doomed: Host[] = [];
 
-async function fresh<const Names extends string[]>(...names: Names) {
+/** Hosts that end with the test, and give back what they have not collected. */
+async function doomedHosts<const Names extends string[]>(...names: Names) {
   const made = await hosts(...names);
-  used.push(...(made as Host[]));
+  doomed.push(...(made as Host[]));
   return made;
 }
 
 afterEach(async () => {
   await closeProxies();
-  // A view keeps its memory until it is collected, and others want the huge pages.
-  for (const host of used.splice(0)) if (host.alive) await host.kill();
+  for (const host of doomed.splice(0)) if (host.alive) await host.kill();
   await endHosts();
 });
 
@@ -70,7 +72,7 @@ describe.each([
   ['huge', 'allocate', ['pre-copy', 'hybrid', 'scatter']],
 ] as const)('%s to %s', (from, to, modes) => {
   test.each(modes)('%s', async (mode) => {
-    const [a, b] = await fresh('a', 'b');
+    const [a, b] = await hosts('a', 'b');
     const servers = mode.startsWith('scatter') ? await startStages('x', 'y') : [];
     const port = await listen(b, { kind: to satisfies Kind, rate: { batch: 64, restMs: 1 } });
     await startGuest(a, regionsOf(from, PAGES), { rate: { batch: 64, restMs: 1 } });
@@ -88,7 +90,7 @@ test('hops onward, tracked by write protection', async (context) => {
   if (!trackers().some(({ name, available }) => name === tracker && available)) {
     context.skip(`no ${tracker} here`);
   }
-  const [a, b, c] = await fresh('a', 'b', 'c');
+  const [a, b, c] = await doomedHosts('a', 'b', 'c');
   const [toB, toC] = await Promise.all([listen(b), listen(c)]);
   await startGuest(a, regionsOf('huge', PAGES), { rate: { batch: 32, restMs: 1 } });
   await migrate(a, toB, { mode: 'hybrid', hybridRounds: 1, tracker });
@@ -104,7 +106,7 @@ test('hops onward, tracked by write protection', async (context) => {
 });
 
 test('the tracker by write protection is chosen without a word, for nobody else has the file', async () => {
-  const [a, b] = await fresh('a', 'b');
+  const [a, b] = await doomedHosts('a', 'b');
   const port = await listen(b);
   await startGuest(a, regionsOf('huge', PAGES));
   await migrate(a, port, { mode: 'pre-copy' });
@@ -119,7 +121,7 @@ describe('pages on their way', () => {
   const PUSHED: Point = { on: 'data', direction: 'up', name: 'pages' };
 
   async function resumed(recoverTimeoutMs: number) {
-    const [a, b] = await fresh('a', 'b');
+    const [a, b] = await doomedHosts('a', 'b');
     const port = await listen(b, {
       kind: 'huge',
       options: { peerTimeoutMs: 3000, recoverTimeoutMs },
