@@ -615,8 +615,8 @@ export interface NativeFdListener {
 
 export interface NativeAddon {
   pageSize: number;
-  /** Our own mapping. */
-  allocate(lengthBytes: number): NativeRegion;
+  /** Our own mapping; with `hugePages` of reserved ones of 2 MiB, shared with nobody. */
+  allocate(lengthBytes: number, hugePages?: boolean): NativeRegion;
   /**
    * Pins `views` (page-aligned starts and lengths, else an error with code UNALIGNED) for as long as the
    * region has a handle here; this environment's end retires the region. `capacityBytes` is how long all of

@@ -11,6 +11,9 @@ import { type MemferryError, memferryError, native, nativeAsync } from './errors
 import { deferred } from './protocol/deferred.js';
 import type { NativeRegion } from './native.js';
 
+/** The huge pages that `allocate` makes memory of. */
+export const HUGE_PAGE_BYTES = 2 ** 21;
+
 /** The longest view that every supported Node can make. */
 export const MAX_VIEW_BYTES = 2 ** 32;
 
@@ -19,6 +22,12 @@ export interface AllocateOptions {
   lengthBytes: number;
   /** Memory that workers can share (its views lie over SharedArrayBuffers); else one thread owns it. Default false. */
   shared?: boolean;
+  /**
+   * Of reserved huge pages of 2 MiB (`vm.nr_hugepages`): `lengthBytes` is a multiple of that. The region still counts in
+   * pages of the system's size, so that it moves to and from memory of any kind; `Region.open` gives it views in other
+   * threads, so it takes no `shared`. Default false.
+   */
+  hugePages?: boolean;
 }
 
 /** A WebAssembly.Memory, as far as a region cares; spelt out because its type is part of no Node typings. */
@@ -62,12 +71,23 @@ export class Region {
 
   /**
    * New memory, zeros, page-aligned, not touched yet.
-   * @throws INVALID_ARGUMENT when `lengthBytes` is not a positive multiple of the page size; NO_MEMORY
+   * @throws INVALID_ARGUMENT when `lengthBytes` is not a positive multiple of the page size; NO_MEMORY, also when not
+   * so many huge pages are free
    */
   static allocate(options: AllocateOptions): Region {
-    const { lengthBytes, shared = false } = options;
+    const { lengthBytes, shared = false, hugePages = false } = options;
     const { pageSize } = loadAddon();
-    checkLength(lengthBytes, pageSize);
+    checkLength(lengthBytes, hugePages ? HUGE_PAGE_BYTES : pageSize);
+    if (hugePages) {
+      if (shared) {
+        throw memferryError(
+          'INVALID_ARGUMENT',
+          'huge pages with `shared`: other threads have them by Region.open',
+        );
+      }
+      const handle = native(() => loadAddon().allocate(lengthBytes, true));
+      return new Region(handle, { ...own(handle), lengthBytes: () => lengthBytes });
+    }
     if (!shared) {
       const handle = native(() => loadAddon().allocate(lengthBytes));
       return new Region(handle, { ...own(handle), lengthBytes: () => lengthBytes });

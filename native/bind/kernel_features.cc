@@ -124,7 +124,9 @@ constexpr std::array kUserfaultfdFeatures = {
     UserfaultfdFeature{"uffd-missing-shmem", UFFD_FEATURE_MISSING_SHMEM, "Linux 4.11", "paging shared memory",
                        "shared memory moves by pre-copy only"},
     UserfaultfdFeature{"uffd-missing-hugetlbfs", UFFD_FEATURE_MISSING_HUGETLBFS, "Linux 4.11",
-                       "paging huge pages", "huge pages move by pre-copy only"},
+                       "paging into huge pages", "modes without paging move into huge pages"},
+    UserfaultfdFeature{"uffd-minor-hugetlbfs", UFFD_FEATURE_MINOR_HUGETLBFS, "Linux 5.13",
+                       "paging into huge pages", "modes without paging move into huge pages"},
     UserfaultfdFeature{"uffd-minor-shmem", UFFD_FEATURE_MINOR_SHMEM, "Linux 5.14", "paging from a page cache",
                        "nothing needs it"},
 };

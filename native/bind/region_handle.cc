@@ -111,7 +111,9 @@ const RegionHold& RegionHandle::hold() const {
 Napi::Value RegionHandle::allocate(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return guarded(env, [&] {
-    auto shared = SharedRegion::publish(Region::allocate(count_of(info[0], "lengthBytes")), true);
+    const std::uint64_t bytes = count_of(info[0], "lengthBytes");
+    const bool huge = info[1].ToBoolean().Value();
+    auto shared = SharedRegion::publish(huge ? Region::allocate_huge(bytes) : Region::allocate(bytes), true);
     return Napi::Value(wrap(env, {std::move(shared), nullptr}));
   });
 }

@@ -331,7 +331,8 @@ typedef struct memferry_pager memferry_pager;
 
 /*
  * `first` is waited for, and the pages behind it are welcome. From the pager's thread (mf-pager); must not block: answer by
- * install() from any thread, now or later. Told once for each fault; what still waits is told again by ask_again().
+ * install() from any thread, now or later. Told once for each fault; what still waits is told again by ask_again(). In
+ * reserved huge pages a fault waits for all of one: what is missing of it is told in several runs, and by and by again.
  */
 typedef void memferry_on_fault(void* context, uint32_t region, uint64_t first, uint64_t count);
 

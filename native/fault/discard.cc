@@ -4,14 +4,17 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <stdexcept>
 #include <string>
 
 #include "os/sys_error.h"
+#include "track/memory_part.h"
 
 namespace memferry {
 namespace {
@@ -52,7 +55,10 @@ Backing backing_of(const Region& region) {
       if (permissions[3] == 's') {
         shared = true;
       } else if (inode != 0) {
-        throw std::invalid_argument("a private mapping of a file cannot receive pages");
+        throw std::invalid_argument(line.ends_with("/anon_hugepage (deleted)")
+                                        ? "huge pages that are mapped privately cannot receive pages: map "
+                                          "them shared (memfd_create with MFD_HUGETLB)"
+                                        : "a private mapping of a file cannot receive pages");
       } else {
         privately = true;
       }
@@ -62,12 +68,18 @@ Backing backing_of(const Region& region) {
   if (maps.bad()) throw SystemError("read(/proc/self/maps)", ENOMEM);
   if (covered != region.bytes()) throw std::invalid_argument("part of the region is not mapped");
   if (shared && privately) throw std::invalid_argument("a region is either shared or private, not both");
-  return shared ? Backing::kShared : Backing::kPrivate;
+  if (!shared) return Backing::kPrivate;
+  Backing backing = Backing::kShared;
+  for (const MemoryPart& part : memory_parts(region)) {
+    if (part.kind == MemoryPart::Kind::kHugetlb)
+      backing.huge_bytes = std::max(backing.huge_bytes, part.page_bytes);
+  }
+  return backing;
 }
 
 Discarder::Discarder(Backing backing) : backing_(backing) {
   ranges_.reserve(kRangesAtOnce);
-  if (backing_ == Backing::kShared) return;
+  if (backing_.shared) return;
   // An empty list says whether the kernel knows the descriptor and the advice for this process.
   iovec none{nullptr, 0};
   if (process_madvise(kPidfdSelf, &none, 1, MADV_DONTNEED) == 0) {
@@ -108,15 +120,27 @@ void Discarder::flush() {
   ranges_.clear();
 }
 
+// Writing puts memory behind huge pages that had none; they are reserved.
+void Discarder::huge(Address start, std::uint64_t bytes) const {
+  const std::uint64_t unit = backing_.huge_bytes;
+  const std::uint64_t end = start.value + bytes;
+  const std::uint64_t low = std::min(end, (start.value + unit - 1) / unit * unit);
+  const std::uint64_t high = std::max(low, end / unit * unit);
+  std::memset(start.pointer(), 0, static_cast<std::size_t>(low - start.value));
+  if (high > low && ::madvise(Address{low}.pointer(), static_cast<std::size_t>(high - low), MADV_REMOVE) != 0)
+    throw_errno("madvise(MADV_REMOVE)");
+  std::memset(Address{high}.pointer(), 0, static_cast<std::size_t>(end - high));
+}
+
 void Discarder::one(Address start, std::uint64_t bytes) const {
-  const int advice = backing_ == Backing::kShared ? MADV_REMOVE : MADV_DONTNEED;
+  if (backing_.huge_bytes != 0) return huge(start, bytes);
+  const int advice = backing_.shared ? MADV_REMOVE : MADV_DONTNEED;
   int status = -1;
   for (int tries = 0; status != 0 && tries < kBusyTries; ++tries) {
     status = ::madvise(start.pointer(), static_cast<std::size_t>(bytes), advice);
     if (status != 0 && errno != EAGAIN) break;
   }
-  if (status != 0)
-    throw_errno(backing_ == Backing::kShared ? "madvise(MADV_REMOVE)" : "madvise(MADV_DONTNEED)");
+  if (status != 0) throw_errno(backing_.shared ? "madvise(MADV_REMOVE)" : "madvise(MADV_DONTNEED)");
 }
 
 }  // namespace memferry

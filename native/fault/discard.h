@@ -15,10 +15,19 @@
 
 namespace memferry {
 
-enum class Backing {
-  kPrivate,  // private anonymous: MADV_DONTNEED leaves a hole that reads as zeros
-  kShared,   // a shared mapping: DONTNEED would only unmap it, the content must be punched out (MADV_REMOVE)
+struct Backing {
+  static const Backing kPrivate;  // private anonymous: MADV_DONTNEED leaves a hole that reads as zeros
+  static const Backing kShared;   // DONTNEED would only unmap it: the content is punched out (MADV_REMOVE)
+
+  bool shared = false;
+  // Of reserved huge pages: so large. A part of one cannot be dropped (kernels differ in whether it says so): zeros are
+  // written there.
+  std::uint64_t huge_bytes = 0;
+  bool operator==(const Backing&) const = default;
 };
+inline constexpr Backing Backing::kPrivate{};
+inline constexpr Backing Backing::kShared{.shared = true};
+
 // How the memory of a region is mapped. Throws std::invalid_argument for private mappings of files, which
 // have no way to become zeros, and for ranges that are not mapped.
 [[nodiscard]] Backing backing_of(const Region& region);
@@ -35,6 +44,7 @@ class Discarder {
 
  private:
   void one(Address start, std::uint64_t bytes) const;
+  void huge(Address start, std::uint64_t bytes) const;
 
   Backing backing_;
   UniqueFd self_;  // a pidfd, where the kernel has no name for "this process"

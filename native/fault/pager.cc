@@ -21,6 +21,7 @@ constexpr int kSpinningTries = 64;
 constexpr int kTries = 4096;
 constexpr std::chrono::microseconds kBetweenTries{500};
 constexpr std::uint64_t kUnderLayout = 64;
+constexpr std::size_t kMostElsewhere = 1024;  // what is left out is asked for again by and by
 
 // Of the pages right before `page`, as many as have come: what a walk may skip of what was brought ahead of it.
 std::uint64_t here_before(const ArrivalMap& map, PageNumber page) {
@@ -40,19 +41,25 @@ std::uint64_t here_before(const ArrivalMap& map, PageNumber page) {
   return count;
 }
 
-std::uint64_t wanted_features() {
+std::uint64_t wanted_features(bool huge) {
   // Without it a mapping that fails is put over pages that are lost.
   const Userfaultfd::Offer offer = Userfaultfd::probe();
-  return offer.features & abi::kUffdFeaturePoison;
+  return (offer.features & abi::kUffdFeaturePoison) |
+         (huge ? UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS : 0);
 }
 
 }  // namespace
 
 Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std::string)> broken)
     : maps_(std::move(maps)), broken_(std::move(broken)), attached_(maps_.size()), children_(maps_.size()) {
+  bool huge = false;
+  for (ArrivalMap* const map : maps_) {
+    huge_.push_back(HugeMemory::of(*map));
+    huge = huge || huge_.back();
+  }
   const auto ours = [](const ArrivalMap* map) { return !map->region().owner(); };
   // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
-  if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(), false);
+  if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(huge), false);
   if (own_ && (own_->features() & abi::kUffdFeaturePoison) == 0) failing_.emplace();
   take_attached();
   thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
@@ -72,11 +79,14 @@ void Pager::set_router(Router router) {
 }
 
 void Pager::serve() {
-  for (const ArrivalMap* map : maps_) {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap* const map = maps_[region];
     if (map->region().owner()) continue;
+    const RegisterMode mode = huge_[region] ? RegisterMode::kMissingAndMinor : RegisterMode::kMissing;
     map->for_each_run({PageNumber{0}, map->pages()}, [&](PageRun part) {
-      own_->register_missing(map->region().owner_address(part.first), part.count * map->page_size());
+      own_->register_range(map->region().owner_address(part.first), part.count * map->page_size(), mode);
     });
+    if (huge_[region]) huge_[region]->open();
   }
   serve_attached();
 }
@@ -106,7 +116,13 @@ void Pager::ask_again(bool routed) {
 void Pager::ask_elsewhere(std::uint32_t region, PageNumber page) {
   {
     const std::lock_guard lock(mutex_);
-    waiting_.defer(region, page);
+    const PageRun unit = fails_with(region, page);
+    if (!huge_[region]) {
+      waiting_.defer(region, page);
+    } else if (waiting_.contains(region, unit.first) && elsewhere_.size() < kMostElsewhere) {
+      // Not all of the huge page again: the rest is on its way.
+      elsewhere_.push_back({region, {page, std::min(unit.end().value - page.value, kMostAtOnce)}});
+    }
   }
   thread_.wake();
 }
@@ -126,10 +142,13 @@ void Pager::run(WorkerThread& self) {
     waiting.push_back({uffd_of(region).fd(), POLLIN, 0});
     from.push_back(region);
   }
-  bool expecting = false;
+  std::optional<Clock::time_point> due;
   while (!self.stopping()) {
-    const timespec soon{0, std::chrono::nanoseconds(kExpectedWithin).count()};
-    ::ppoll(waiting.data(), waiting.size(), expecting ? &soon : nullptr, nullptr);
+    const auto left = due ? std::max<Clock::duration>(*due - Clock::now(), Clock::duration::zero())
+                          : Clock::duration::zero();
+    const auto seconds = std::chrono::floor<std::chrono::seconds>(left);
+    const timespec soon{seconds.count(), std::chrono::nanoseconds(left - seconds).count()};
+    ::ppoll(waiting.data(), waiting.size(), due ? &soon : nullptr, nullptr);
     if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();
     requests.clear();
     try {
@@ -140,11 +159,15 @@ void Pager::run(WorkerThread& self) {
       const std::lock_guard lock(mutex_);
       if (online_ || router_) {
         waiting_.request_due(now, [&](const WaitingFault& fault) {
-          requests.push_back({fault.region, {fault.page, fault.window}});
+          requests.push_back({.region = fault.region,
+                              .run = {fault.page, fault.window},
+                              .huge = huge_[fault.region] != nullptr});
           if (!router_) waiting_.set_at_source(fault.region, fault.page, true);
         });
+        requests.insert(requests.end(), elsewhere_.begin(), elsewhere_.end());
+        elsewhere_.clear();
       }
-      expecting = (online_ || router_) && waiting_.any_expected();
+      due = online_ || router_ ? waiting_.next_due() : std::nullopt;
     } catch (const std::exception& error) {
       break_off("SYSTEM", error.what());
       self.wait(kAfterErrorMs);  // until stop(): the owner has been told
@@ -228,6 +251,10 @@ bool Pager::send(const std::vector<Request>& requests) {
     last_request_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   }
   for (const Request& request : requests) {
+    if (request.huge) {
+      send_huge(request);
+      continue;
+    }
     if (router_) {
       bool online = false;
       std::uint64_t asked = 0;
@@ -272,6 +299,7 @@ bool Pager::send(const std::vector<Request>& requests) {
 // or installed and then discarded by the guest (its waiter needs zeros).
 void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
                      std::vector<Request>& requests) {
+  if (huge_[region]) return on_huge_fault(region, page, now, requests);
   // It came before the switch, and waits here.
   if (attached_[region].room && attached_[region].room->clear(page)) {
     if (deliver_run(region, {page, 1}, Patience::kOwnThread) == Copied::kAgain) {
@@ -323,7 +351,7 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
           fault.state = WaitingFault::State::kRequested;
           fault.remote = true;
           fault.at_source = !router_;
-          requests.push_back({region, {page, fault.window}, advice.walks});
+          requests.push_back({.region = region, .run = {page, fault.window}, .walk = advice.walks});
         }
       }
       waiting_.add(fault);
@@ -366,6 +394,7 @@ void Pager::serve_zero(std::uint32_t region, PageNumber page, Patience patience)
 }
 
 Pager::Installed Pager::install(std::uint32_t region, PageRun run, const std::byte* bytes) {
+  if (huge_[region]) return install_huge(region, run, bytes);
   ArrivalMap& map = *maps_[region];
   Installed result;
   std::uint64_t page = run.first.value;
@@ -455,6 +484,7 @@ Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byt
 
 // Zeros are installed only where somebody waits: untouched memory costs nothing.
 Pager::Installed Pager::install_zeros(std::uint32_t region, PageRun run) {
+  if (huge_[region]) return install_huge(region, run, nullptr);
   ArrivalMap& map = *maps_[region];
   Installed result;
   std::vector<PageNumber> waited_for;

@@ -12,6 +12,9 @@
 // page had arrived, as the guest asked; a page that had not arrived yet still comes from the source, as if
 // the discard had come before the move. Unmapping a part of a region is only legal after close().
 //
+// Memory of reserved huge pages (fault/pager_huge.cc) is installed by whole ones: a fault asks for all of a huge page that
+// is missing, and what cannot be had takes the whole one with it.
+//
 // Memory of another process (fault/pager_attached.cc) is paged by the userfaultfd that came with it, from the pager's
 // construction on: whoever touches it there waits until serve(). What its owner discards reads as zeros from then on,
 // arrived or not, as far as the userfaultfd tells (EVENT_REMOVE; of a shared file that says the same of MADV_DONTNEED,
@@ -36,6 +39,7 @@
 #include "fault/arrival_map.h"
 #include "fault/demand_writer.h"
 #include "fault/forked_copies.h"
+#include "fault/huge_memory.h"
 #include "fault/latency_histogram.h"
 #include "fault/sequential_detector.h"
 #include "fault/waiting_faults.h"
@@ -92,6 +96,14 @@ class Pager {
   // These will never come: claims those that nobody has claimed and gives them. They fail to be read after
   // poison_lost(); until then whoever touches one waits.
   [[nodiscard]] std::vector<PageRun> give_up(std::uint32_t region, PageRun run);
+  // The pages that fail to be read when this one does: of huge memory a whole one's.
+  [[nodiscard]] PageRun fails_with(std::uint32_t region, PageNumber page) const {
+    return huge_[region] ? huge_[region]->unit(page) : PageRun{page, 1};
+  }
+  // They are to come again, and nobody runs in the memory yet: before they are dropped.
+  void forget(std::uint32_t region, PageRun run) {
+    if (huge_[region]) huge_[region]->forget(run);
+  }
   void poison_lost();
   // Everything has arrived: the memory is ordinary again.
   void finish();
@@ -114,7 +126,10 @@ class Pager {
     std::uint32_t region;
     PageRun run;
     bool walk = false;  // part of a walk, and asked for the first time
+    bool huge = false;  // what is missing of a huge page
   };
+  // Of a huge page, in one piece.
+  static constexpr std::uint64_t kMostAtOnce = 64;
 
   void run(WorkerThread& self);
   void on_fault(std::uint32_t region, PageNumber page, Clock::time_point now, std::vector<Request>& requests);
@@ -148,6 +163,17 @@ class Pager {
   [[nodiscard]] Userfaultfd& uffd_of(std::uint32_t region);
   void read_faults(std::uint32_t from, std::vector<Request>& requests);
 
+  // Of huge pages.
+  void on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
+                     std::vector<Request>& requests);
+  void send_huge(const Request& request);
+  Installed install_huge(std::uint32_t region, PageRun run, const std::byte* bytes);  // nullptr: zeros
+  bool install_in_unit(std::uint32_t region, PageRun run, const std::byte* bytes, Installed& result);
+  bool settle_huge(std::uint32_t region, PageRun unit);
+  bool map_huge(std::uint32_t region, PageRun unit);
+  void poison_huge(std::uint32_t region, PageRun run);
+  bool poison_unit(std::uint32_t region, PageRun unit);
+
   // Memory of others.
   struct Attached {
     std::unique_ptr<AtomicBitmap> room;  // received, and still in the waiting room; nullptr: there is none
@@ -170,6 +196,7 @@ class Pager {
                                                                              OwnerAddress at) const;
 
   std::vector<ArrivalMap*> maps_;
+  std::vector<std::unique_ptr<HugeMemory>> huge_;  // one a map, nullptr: of ordinary pages
   std::function<void(std::string, std::string)> broken_;
   std::atomic<bool> broken_once_{false};
   std::optional<Userfaultfd> own_;        // of this process's memory; none where all is of others
@@ -200,6 +227,7 @@ class Pager {
   bool poisoning_ = false;
   std::uint64_t asked_again_ = 0;
   std::uint64_t rerouted_ = 0;
+  std::vector<Request> elsewhere_;  // parts of huge pages that the source has not got any more
 
   WorkerThread thread_;
 };

@@ -75,6 +75,7 @@ void Pager::poison_lost() {
 }
 
 void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
+  if (huge_[region]) return poison_huge(region, run);
   ArrivalMap& map = *maps_[region];
   bool again = false;
   map.for_each_run(run, [&](PageRun part) {

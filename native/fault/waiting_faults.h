@@ -7,9 +7,11 @@
 // Threads: none of its own; the caller serialises.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "page/range.h"
@@ -19,7 +21,7 @@ namespace memferry {
 struct WaitingFault {
   enum class State {
     kDeferred,   // cannot be sent now
-    kExpected,   // inside a window that was asked for: sent only if it has not come by `due`
+    kExpected,   // asked for, or inside a window that was: sent (again) only if it has not come by `due`
     kRequested,  // sent
     kArriving,   // another thread is installing this page
   };
@@ -31,6 +33,8 @@ struct WaitingFault {
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
   bool at_source = false;  // was sent to the source, and not elsewhere since
+  // Asked for again and again, each time after twice as long, because one answer may not bring all of it; 0: once.
+  std::chrono::milliseconds again{0};
 };
 
 class WaitingFaults {
@@ -97,6 +101,8 @@ class WaitingFaults {
     return false;
   }
 
+  static constexpr std::chrono::milliseconds kLongestAgain{1000};
+
   // Marks as requested what must be sent now, calling due(fault) for each.
   template <typename Due>
   void request_due(Clock::time_point now, Due due) {
@@ -105,15 +111,22 @@ class WaitingFaults {
       if (fault.state != WaitingFault::State::kDeferred && !overdue) continue;
       fault.state = WaitingFault::State::kRequested;
       fault.remote = true;
+      if (fault.again.count() > 0) {
+        fault.state = WaitingFault::State::kExpected;
+        fault.due = now + fault.again;
+        fault.again = std::min(2 * fault.again, kLongestAgain);
+      }
       due(fault);
     }
   }
 
-  [[nodiscard]] bool any_expected() const {
+  // When the first of those that are expected is due; nothing when none is.
+  [[nodiscard]] std::optional<Clock::time_point> next_due() const {
+    std::optional<Clock::time_point> first;
     for (const WaitingFault& fault : faults_) {
-      if (fault.state == WaitingFault::State::kExpected) return true;
+      if (fault.state == WaitingFault::State::kExpected && (!first || fault.due < *first)) first = fault.due;
     }
-    return false;
+    return first;
   }
   // When the longest waiting fault of those that were sent to the source was seen; `now` when none waits.
   [[nodiscard]] Clock::time_point oldest_at_source(Clock::time_point now) const {

@@ -89,6 +89,12 @@ void BackingFile::data(std::uint64_t offset, std::uint64_t bytes,
   }
 }
 
+UniqueFd BackingFile::open_for_writing() const {
+  UniqueFd fd(::open(("/proc/self/fd/" + std::to_string(fd_.get())).c_str(), O_RDWR | O_CLOEXEC));
+  if (!fd) throw_errno("open() of the file behind shared memory, to write it");
+  return fd;
+}
+
 BackingFile::Stamp BackingFile::stamp() const {
   constexpr std::int64_t kSettledMs = 50;  // several ticks at the slowest usual rate, 100 Hz
   struct stat status {};

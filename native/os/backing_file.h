@@ -29,6 +29,9 @@ class BackingFile {
   void data(std::uint64_t offset, std::uint64_t bytes,
             const std::function<void(std::uint64_t start, std::uint64_t end)>& visit) const;
 
+  // For a shared mapping of one's own. Throws SystemError: sealed against it, or not this process's to write.
+  [[nodiscard]] UniqueFd open_for_writing() const;
+
   // When something was last cut out of it, or written by a system call; stores through mappings do not count. Punching
   // the same file twice within a tick of the kernel's clock gives the same stamp: one that is not settled yet counts as
   // changed the next time.

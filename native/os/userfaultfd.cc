@@ -205,6 +205,23 @@ PageResult Userfaultfd::zeropage(OwnerAddress start, std::uint64_t bytes, bool w
   });
 }
 
+PageResult Userfaultfd::map_present(OwnerAddress start, std::uint64_t bytes, bool wake) {
+  bool nothing = false;
+  PageResult result =
+      install(bytes, "UFFDIO_CONTINUE", [&](std::uint64_t done, std::uint64_t rest) -> Answer {
+        uffdio_continue request{};
+        request.range = {start.value + done, rest};
+        request.mode = wake ? 0 : UFFDIO_CONTINUE_MODE_DONTWAKE;
+        const int status = ::ioctl(fd_.get(), UFFDIO_CONTINUE, &request);
+        const int error = status != 0 && request.mapped < 0 ? static_cast<int>(-request.mapped) : errno;
+        nothing = status != 0 && request.mapped <= 0 && error == EFAULT;
+        if (nothing) return {status, EAGAIN, 0};
+        return {status, error, request.mapped};
+      });
+  if (nothing) result.error = EFAULT;
+  return result;
+}
+
 PageResult Userfaultfd::move(OwnerAddress to, OwnerAddress from, std::uint64_t bytes, bool wake) {
   return install(bytes, "UFFDIO_MOVE", [&](std::uint64_t done, std::uint64_t rest) -> Answer {
     abi::UffdioMove request{};

@@ -28,6 +28,8 @@ enum class RegisterMode : std::uint64_t {
   kMissing = UFFDIO_REGISTER_MODE_MISSING,
   kWriteProtect = UFFDIO_REGISTER_MODE_WP,
   kMissingAndWriteProtect = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
+  // Of a file's pages: also those that the file has, and the mapping not yet.
+  kMissingAndMinor = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
 };
 
 enum class PageOutcome {
@@ -97,6 +99,8 @@ class Userfaultfd {
   PageResult copy(OwnerAddress to, const std::byte* from, std::uint64_t bytes, bool wake,
                   bool write_protect = false);
   PageResult zeropage(OwnerAddress start, std::uint64_t bytes, bool wake);
+  // Maps what the file has at this place. kAgain with EFAULT: it has nothing there. Needs kMissingAndMinor.
+  PageResult map_present(OwnerAddress start, std::uint64_t bytes, bool wake);
   // The pages become ours for good: `from` is left empty. Needs UFFD_FEATURE_MOVE.
   PageResult move(OwnerAddress to, OwnerAddress from, std::uint64_t bytes, bool wake);
   // Touching these pages raises SIGBUS from now on. Needs UFFD_FEATURE_POISON.

@@ -54,6 +54,12 @@ class Region : public std::enable_shared_from_this<Region> {
   // the page size (else std::invalid_argument). Throws SystemError (mmap).
   static std::shared_ptr<Region> allocate(std::uint64_t bytes);
 
+  // The same of reserved huge pages, shared so that it can be paged into (fault/huge_memory.h); nobody else has its file.
+  // `bytes` is a multiple of kHugePageBytes (else std::invalid_argument). Throws SystemError: ENOMEM when not so many are
+  // free.
+  static constexpr std::uint64_t kHugePageBytes = 2UL << 20;
+  static std::shared_ptr<Region> allocate_huge(std::uint64_t bytes);
+
   // Memory owned by somebody else. `extents` must be page-aligned, not empty, and must not overlap (else
   // std::invalid_argument). `capacity_bytes` is how far the LAST extent may grow in place, counted from its
   // own start (>= its bytes): a WebAssembly memory. `page_size`: 0 for the system's, else a multiple of it that is a power
@@ -90,6 +96,8 @@ class Region : public std::enable_shared_from_this<Region> {
   // Of attached memory, nullptr where it has none.
   [[nodiscard]] const Userfaultfd* uffd() const { return uffd_ ? &*uffd_ : nullptr; }
   [[nodiscard]] Userfaultfd* uffd() { return uffd_ ? &*uffd_ : nullptr; }
+  // Shared memory that is written by this region's addresses alone: its file is the region's own.
+  [[nodiscard]] bool sole_mapping() const { return owned_ && memory_; }
   // Attached, and without a file that could be mapped here.
   [[nodiscard]] bool remote() const { return owner_ && !memory_; }
   // Gives remote memory a waiting room as its view, zeros; twice is fine. Throws SystemError.
@@ -199,7 +207,7 @@ class Region : public std::enable_shared_from_this<Region> {
   // Of memory of another process.
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
-  UniqueFd memory_;
+  UniqueFd memory_;                     // also of huge pages of our own
   bool may_shrink_ = false;
   bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_

@@ -35,15 +35,19 @@ std::optional<std::string> refusal_of(const Region& region, const std::vector<Me
   return refusal_to_protect(parts, writers);
 }
 
+Writers writers_of(const Region& region, const TrackerOptions& options) {
+  return region.sole_mapping() ? Writers::kTrackedMapping : options.writers;
+}
+
 }  // namespace
 
 std::optional<std::string> UffdWpTracker::refusal(const Region& region, const TrackerOptions& options) {
-  return refusal_of(region, memory_parts(region), options.writers);
+  return refusal_of(region, memory_parts(region), writers_of(region, options));
 }
 
 UffdWpTracker::UffdWpTracker(std::shared_ptr<Region> region, const TrackerOptions& options,
                              ProtectEmpty protect_empty)
-    : region_(std::move(region)), writers_(options.writers), protect_empty_(protect_empty) {}
+    : region_(std::move(region)), writers_(writers_of(*region_, options)), protect_empty_(protect_empty) {}
 
 void UffdWpTracker::arm() {
   const RegionUse use(region_, "arm");

@@ -26,7 +26,7 @@ std::optional<std::string> refusal_of(const Region& region, const std::vector<Me
 
 // What is attached is written by its owner, by these addresses: whoever attaches it has said so.
 Writers writers_of(const Region& region, const TrackerOptions& options) {
-  return region.owner() ? Writers::kTrackedMapping : options.writers;
+  return region.owner() || region.sole_mapping() ? Writers::kTrackedMapping : options.writers;
 }
 
 }  // namespace

@@ -8,26 +8,9 @@
 #include "os/mapping.h"
 #include "os/pagemap.h"
 #include "os/sys_error.h"
-#include "track/memory_part.h"
 #include "transfer/receiver_impl.h"
 
 namespace memferry {
-
-namespace {
-
-// They are installed by 2 MiB and have no page of zeros, so a fault would wait for 512 pages. Said before anything has
-// begun, not at the first fault.
-void refuse_reserved_huge_pages(const Region& region) {
-  for (const MemoryPart& part : memory_parts(region)) {
-    if (part.kind == MemoryPart::Kind::kHugetlb)
-      throw SystemError(
-          "receive: the region's memory is made of reserved huge pages, which are not paged; use a mode "
-          "without paging (stop-and-copy, or pre-copy that does not fall back to post-copy)",
-          EOPNOTSUPP);
-  }
-}
-
-}  // namespace
 
 Receiver::Impl::Impl(ReceiverConfig config_in)
     : domain(std::move(config_in.known)), config(std::move(config_in)), page_size(system_page_size()) {
@@ -53,7 +36,8 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
       throw std::invalid_argument(
           "a region that moves has pages of the system's size; larger ones are split by it");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
-    if (may_page) refuse_reserved_huge_pages(*region);
+    // Said before anything is dropped.
+    if (may_page) HugeMemory::check(*region);
     arrivals.push_back(std::make_unique<RegionArrival>(region));
     if (region->remote()) take_remote(*region, maps.size());
     backings.push_back(backing_of(*region));
@@ -284,6 +268,23 @@ std::vector<RegionRun> Receiver::Impl::missing_runs(std::size_t max_runs) const 
   return runs;
 }
 
+// And what fails to be read with them. `runs` are in order.
+std::vector<RegionRun> Receiver::Impl::with_huge_pages(const std::vector<RegionRun>& runs) const {
+  std::vector<RegionRun> all;
+  for (const RegionRun& each : runs) {
+    const PageNumber first = pager->fails_with(each.region, each.run.first).first;
+    const PageNumber last{each.run.end().value - 1};
+    const PageNumber end = pager->fails_with(each.region, last).end();
+    if (!all.empty() && all.back().region == each.region && first <= all.back().run.end()) {
+      PageRun& former = all.back().run;
+      former.count = std::max(former.end(), end).value - former.first.value;
+    } else {
+      all.push_back({each.region, {first, end.value - first.value}});
+    }
+  }
+  return all;
+}
+
 bool Receiver::Impl::filled() const {
   return filling_frames == 0 && suspects() == 0 && missing_runs(1).empty();
 }
@@ -355,7 +356,7 @@ void Receiver::Impl::supervise() {
       event.message = lost_message;
       // Channels may still be installing what they have received: those pages are reported, and then not
       // poisoned, which errs on the safe side.
-      event.lost = missing_runs(kMostLostRuns);
+      event.lost = with_huge_pages(missing_runs(kMostLostRuns));
       push(std::move(event));
       continue;
     }

@@ -281,6 +281,7 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
     const wire::WireRun run = run_at(i);
     const PageRun pages{PageNumber{run.first_page}, run.page_count};
     if (gather) gather->forget(header.region, pages);
+    if (state == State::kPaging) pager->forget(header.region, pages);
     dropped += filler.discard(header.region, map, pages);
   }
   filler.sweep();

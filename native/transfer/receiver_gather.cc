@@ -252,7 +252,7 @@ void Receiver::Impl::settle_lost_locked(std::unique_lock<std::mutex>& lock,
   event.kind = EngineEventKind::kLost;
   event.code = "PAGES_LOST";
   event.message = who.empty() ? "neither the source nor a server has them" : "they were with " + who;
-  event.lost = std::move(lost);
+  event.lost = with_huge_pages(lost);
   push(std::move(event));
   poison_at = std::min(poison_at, Clock::now() + config.loss_grace);
   lock.unlock();

@@ -132,6 +132,7 @@ struct Receiver::Impl {
   void lose_locked(std::string code, std::string message);
   void check_complete();
   [[nodiscard]] std::vector<RegionRun> missing_runs(std::size_t max_runs) const;
+  [[nodiscard]] std::vector<RegionRun> with_huge_pages(const std::vector<RegionRun>& runs) const;
   [[nodiscard]] std::uint64_t suspects() const;
   [[nodiscard]] bool filled() const;  // nothing in flight, nothing suspect, nothing missing
 

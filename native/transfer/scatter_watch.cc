@@ -149,6 +149,8 @@ void Scatter::release_settled() {
       // Once a region: finding out how it is mapped reads the maps of the whole process.
       if (!own) own = std::make_unique<Discarder>(backing_of(*region));
       Discarder& discarder = *own;
+      // Zeros would be written, and nothing given back: of huge pages only whole ones can be.
+      if (discarder.backing().huge_bytes != 0) continue;
       for (PageRun part = each.run; part.count > 0;) {
         const auto bytes = region->contiguous(part);
         discarder.add(Address::of(bytes.data()), bytes.size());

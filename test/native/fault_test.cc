@@ -138,7 +138,7 @@ TEST(WaitingFaults, WhatWasSentIsSentAgainAfterACut) {
   const auto collect = [&](const WaitingFault& fault) { sent.push_back(fault.page.value); };
   faults.request_due(now, collect);
   EXPECT_EQ(sent, (std::vector<std::uint64_t>{1}));
-  EXPECT_TRUE(faults.any_expected());
+  EXPECT_TRUE(faults.next_due().has_value());
   faults.request_due(now + std::chrono::hours(2), collect);
   EXPECT_EQ(sent, (std::vector<std::uint64_t>{1, 2}));
   sent.clear();

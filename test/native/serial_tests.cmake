@@ -1,7 +1,7 @@
 # Read by ctest: tests that want the machine to themselves, for they count bounds in real time under the most load, or
 # change what there is one of (huge pages, swap).
 foreach(test IN LISTS memferry_native_tests)
-  if(test MATCHES "ScatterSchedules|HugePages|SwappedMemory|LargePages|SnapshotPager")
+  if(test MATCHES "ScatterSchedules|HugePages|HugePaging|SwappedMemory|LargePages|SnapshotPager")
     set_tests_properties("${test}" PROPERTIES RUN_SERIAL ON)
   endif()
 endforeach()

@@ -39,7 +39,7 @@ function make(spec) {
     const unit = 65536 / pageSize;
     entry.memory = new WebAssembly.Memory({ initial: pages / unit, maximum: maxPages / unit });
     entry.region = Region.adopt(entry.memory);
-  } else if (kind === 'allocate') {
+  } else if (kind === 'allocate' || kind === 'huge') {
     entry.region = Region.open(id);
     const [view] = entry.region.views;
     entry.words = new Uint32Array(view.buffer, view.byteOffset, view.byteLength / 4);

@@ -174,7 +174,7 @@ const operations = {
 
   /**
    * `bases`: paths of image files, one a region; with `inPlace` they are in the regions before the offer is accepted.
-   * `staleCopies`: a directory; `fromGuest`: the memory of a guest that has left this host.
+   * `kind`: the memory that guests get here, whatever they had. `staleCopies`: a directory; `fromGuest`: the memory of a guest that has left this host.
    */
   async listen({
     key = 'main',
@@ -189,6 +189,7 @@ const operations = {
     fromGuest = null,
     replay = null,
     workerBase = null,
+    kind = null,
   }) {
     const rates = { batch: 8, restMs: 1, ...rate };
     const accept = async (offer) => {
@@ -197,7 +198,7 @@ const operations = {
       if (behaviour.accept === 'throw') throw new Error('this host does not like the guest');
       const log = (step) => tell('guest', { guest: offer.name, step, arrived: true });
       const former = fromGuest === null ? null : find(guests, fromGuest, 'guest');
-      const guest = await TestGuest.accept(offer, rates, { ...behaviour }, log);
+      const guest = await TestGuest.accept(offer, rates, { ...behaviour }, log, kind);
       keep(offer.name, guest);
       const arriving = guest.arriving();
       if (bases) arriving.bases = bases.map((path) => path && { path });

@@ -24,7 +24,7 @@ export interface ErrorFacts {
 export type Settled<T> = { ok: true; value: T } | { ok: false; error: ErrorFacts };
 
 export interface RegionSpec {
-  kind: 'allocate' | 'shared' | 'wasm' | 'wasm-shared';
+  kind: 'allocate' | 'huge' | 'shared' | 'wasm' | 'wasm-shared';
   pages: number;
   maxPages?: number;
 }

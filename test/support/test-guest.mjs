@@ -52,12 +52,13 @@ export class TestGuest {
     return guest;
   }
 
-  /** The destination's side of an offer. */
-  static async accept(offer, rate, behaviour, log) {
+  /** The destination's side of an offer; `kind`: of memory, other than the source's. */
+  static async accept(offer, rate, behaviour, log, kind = null) {
     const guest = new TestGuest(offer.name, rate, behaviour, log);
     const specs = offer.regions.map(({ lengthBytes, pageSize }, index) => ({
       ...offer.description.regions[index],
       pages: lengthBytes / pageSize,
+      ...(kind ? { kind } : {}),
     }));
     try {
       await guest.#make(specs);
@@ -74,8 +75,8 @@ export class TestGuest {
     for (const { kind, pages, maxPages = pages } of specs) {
       const spec = { kind, pages, maxPages, initialPages: pages, pageSize: TestGuest.pageSize() };
       let region = null;
-      if (kind === 'allocate') {
-        region = Region.allocate({ lengthBytes: pages * spec.pageSize });
+      if (kind === 'allocate' || kind === 'huge') {
+        region = Region.allocate({ lengthBytes: pages * spec.pageSize, hugePages: kind === 'huge' });
         spec.region = region.id;
       } else if (kind === 'shared') {
         region = Region.allocate({ lengthBytes: pages * spec.pageSize, shared: true });

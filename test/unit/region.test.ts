@@ -71,6 +71,14 @@ describe('Region.allocate', () => {
   it('says that there is no memory', () => {
     expect(codeOf(() => Region.allocate({ lengthBytes: 2 ** 50 }))).toBe('NO_MEMORY');
   });
+
+  it('takes whole huge pages only, as many as are free, and not as shared', () => {
+    const huge = (lengthBytes: number, shared = false) =>
+      codeOf(() => Region.allocate({ lengthBytes, hugePages: true, shared }));
+    expect(huge(2 ** 20)).toBe('INVALID_ARGUMENT');
+    expect(huge(2 ** 21, true)).toBe('INVALID_ARGUMENT');
+    expect(huge(2 ** 40)).toBe('NO_MEMORY');
+  });
 });
 
 describe('Region.adopt', () => {

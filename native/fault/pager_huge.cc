@@ -1,0 +1,247 @@
+// Paging into reserved huge pages: see fault/huge_memory.h for how one is put together. The faults that wait for one are
+// kept under its first page.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <string>
+
+#include "fault/pager.h"
+#include "os/sys_error.h"
+
+namespace memferry {
+namespace {
+
+// Until a huge page that has not come in full is asked for once more, what is missing of it then. A source answers with
+// what is in one piece and not under way already, so that little comes twice; a server with all that it is asked for.
+constexpr std::chrono::milliseconds kAgainAtSource{20};
+constexpr std::chrono::milliseconds kAgainElsewhere{100};
+
+}  // namespace
+
+// Missing or not yet mapped is the same here: it is either whole, or waited for.
+void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
+                          std::vector<Request>& requests) {
+  const ArrivalMap& map = *maps_[region];
+  const HugeMemory& huge = *huge_[region];
+  const PageRun unit = huge.unit(page);
+  bool whole = false;
+  bool poisoned = false;
+  {
+    // Under this lock settle_huge() looks who waits: either it sees this entry, or we see that it is whole.
+    const std::lock_guard lock(mutex_);
+    whole = huge.whole(page);
+    const bool lost = map.lost.count(unit) > 0;
+    const bool arriving = !lost && map.received.count(unit) == unit.count;
+    // Reported first, poisoned then: until that whoever touches it waits.
+    poisoned = !whole && !arriving && (poisoning_ || map.poisoned.count(unit) > 0);
+    if (!whole && !poisoned && !waiting_.contains(region, unit.first)) {
+      WaitingFault fault;
+      fault.region = region;
+      fault.page = unit.first;
+      fault.window = unit.count;
+      fault.seen = now;
+      if (lost || arriving) {
+        fault.state = WaitingFault::State::kArriving;
+      } else {
+        fault.again = router_ ? kAgainElsewhere : kAgainAtSource;
+        if (online_ || router_) {
+          fault.state = WaitingFault::State::kExpected;
+          fault.due = now + fault.again;
+          fault.remote = true;
+          fault.at_source = !router_;
+          requests.push_back({.region = region, .run = unit, .huge = true});
+        }
+      }
+      waiting_.add(fault);
+    }
+  }
+  if (whole) (void)map_huge(region, unit);
+  if (poisoned) poison_huge(region, unit);
+}
+
+// What is missing of a huge page, in as many requests as that takes.
+void Pager::send_huge(const Request& request) {
+  const ArrivalMap& map = *maps_[request.region];
+  bool online = false;
+  std::uint64_t asked = 0;
+  std::uint64_t rerouted = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    online = online_;
+    asked = asked_again_;
+    rerouted = rerouted_;
+    // Before it can be answered, and taken back where it turns out otherwise.
+    if (online) waiting_.set_at_source(request.region, request.run.first, true);
+  }
+  bool at_source = false;
+  bool elsewhere = false;
+  bool nobody = false;
+  for (PageNumber from = request.run.first;;) {
+    const auto lacking = map.received.next_clear(from, request.run.end(), kMostAtOnce);
+    if (!lacking) break;
+    from = lacking->end();
+    const Route route = router_ ? router_(request.region, *lacking, online) : Route::kSource;
+    at_source = at_source || route == Route::kSource;
+    elsewhere = elsewhere || route == Route::kSent;
+    nobody = nobody || route == Route::kNobody;
+    if (route != Route::kSource) continue;
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, *lacking);
+    wire::seal(header);
+    // What a cut swallows is asked for again by set_online().
+    if (!writer_.send(header)) break;
+  }
+  if (!router_) return;
+  const std::lock_guard lock(mutex_);
+  if (!at_source) waiting_.set_at_source(request.region, request.run.first, false);
+  // What has changed while the router was asked may be what this request needs.
+  const bool changed = (nobody && asked != asked_again_) || (elsewhere && rerouted != rerouted_);
+  // Else it is asked for again in a moment, if only because that is due.
+  if (!changed && !(nobody && !at_source && !elsewhere)) return;
+  waiting_.defer(request.region, request.run.first);
+  if (changed) thread_.wake();
+}
+
+Pager::Installed Pager::install_huge(std::uint32_t region, PageRun run, const std::byte* bytes) {
+  const HugeMemory& huge = *huge_[region];
+  Installed result;
+  for (PageRun left = run; left.count > 0 && result.intact;) {
+    const PageRun part{left.first,
+                       std::min(left.count, huge.unit(left.first).end().value - left.first.value)};
+    result.intact = install_in_unit(region, part, bytes, result);
+    if (bytes != nullptr) bytes += part.count * maps_[region]->page_size();
+    left = {part.end(), left.count - part.count};
+  }
+  return result;
+}
+
+bool Pager::install_in_unit(std::uint32_t region, PageRun run, const std::byte* bytes, Installed& result) {
+  ArrivalMap& map = *maps_[region];
+  HugeMemory& huge = *huge_[region];
+  bool whole = false;
+  for (std::uint64_t page = run.first.value; page < run.end().value;) {
+    if (map.received.set(PageNumber{page})) {
+      ++page;
+      continue;
+    }
+    const std::uint64_t first = page++;
+    bool more = true;
+    while (page < run.end().value && (more = !map.received.set(PageNumber{page}))) ++page;
+    const PageRun claimed{PageNumber{first}, page - first};
+    bool written = false;
+    if (bytes != nullptr) {
+      written = huge.write(claimed, bytes + (first - run.first.value) * map.page_size());
+    } else {
+      map.zero.set_run(claimed);
+      written = huge.write_zeros(claimed);
+    }
+    if (!written) {
+      map.zero.clear_run(claimed);
+      map.received.clear_run(claimed);
+      break_off("SYSTEM", "no memory for a huge page");
+      return false;
+    }
+    result.pages += claimed.count;
+    whole = huge.land(claimed);
+    if (!more) ++page;
+  }
+  return !whole || settle_huge(region, huge.unit(run.first));
+}
+
+// It is whole. Zeros that nobody waits for need no memory, as elsewhere: they are mapped when they are touched, or are
+// ordinary memory by then.
+bool Pager::settle_huge(std::uint32_t region, PageRun unit) {
+  const Clock::time_point now = Clock::now();
+  bool waited_for = false;
+  {
+    const std::lock_guard lock(mutex_);
+    waiting_.take(region, {unit.first, 1}, [&](const WaitingFault& fault) {
+      if (fault.remote) latencies_.record(now - fault.seen);
+      waited_for = true;
+    });
+  }
+  return (!waited_for && !huge_[region]->has_content(unit.first)) || map_huge(region, unit);
+}
+
+// Gives a whole one to the region's mapping, and wakes its waiters.
+bool Pager::map_huge(std::uint32_t region, PageRun unit) {
+  ArrivalMap& map = *maps_[region];
+  HugeMemory& huge = *huge_[region];
+  const OwnerAddress address = map.region().owner_address(unit.first);
+  std::string why = "a huge page cannot be mapped";
+  const char* code = "SYSTEM";
+  const std::lock_guard mapping(huge.mapping());
+  if (!huge.whole(unit.first)) return true;  // taken back
+  bool nothing_there = false;
+  for (int tries = 0;;) {
+    if (!huge.populate(unit.first, nothing_there)) {
+      why = "no memory for a huge page";
+      break;
+    }
+    PageResult result;
+    try {
+      result = own_->map_present(address, huge.unit_bytes(), true);
+      if (result.outcome == PageOutcome::kExists) own_->wake(address, huge.unit_bytes());
+    } catch (const SystemError& error) {
+      why = error.what();
+      break;
+    }
+    if (result.outcome == PageOutcome::kOk || result.outcome == PageOutcome::kExists) {
+      if (!huge.failed(unit.first)) map.present.set_run(unit);
+      return true;
+    }
+    if (result.outcome == PageOutcome::kGone) {
+      if (letting_go_.load()) return true;
+      code = "REGION_GONE";
+      why = "the memory of region " + std::to_string(region) + " is not there any more";
+      break;
+    }
+    // The guest has cut it out of the file.
+    nothing_there = result.error == EFAULT;
+    if (!wait_again(tries)) break;
+  }
+  // Missing again, so that it is poisoned and waited for no more.
+  map.received.clear_run(unit);
+  break_off(code, why);
+  return false;
+}
+
+// Of what is lost the rest of the huge page is lost with it; a whole one is the guest's.
+void Pager::poison_huge(std::uint32_t region, PageRun run) {
+  HugeMemory& huge = *huge_[region];
+  for (PageNumber at = run.first; at < run.end();) {
+    const PageRun unit = huge.unit(at);
+    at = unit.end();
+    const bool lost = maps_[region]->received.count(unit) < unit.count || maps_[region]->lost.count(unit) > 0;
+    if (!lost && huge.whole(unit.first)) continue;
+    if (huge.set_failed(unit.first)) {
+      own_->wake(maps_[region]->region().owner_address(unit.first), huge.unit_bytes());
+    } else if (!poison_unit(region, unit)) {
+      make_failing(region, unit);
+    }
+    const std::lock_guard lock(mutex_);
+    waiting_.take(region, {unit.first, 1}, [](const WaitingFault&) {});
+  }
+}
+
+// False when the kernel cannot do it (before Linux 6.6), or does not.
+bool Pager::poison_unit(std::uint32_t region, PageRun unit) {
+  if ((own_->features() & abi::kUffdFeaturePoison) == 0) return false;
+  const HugeMemory& huge = *huge_[region];
+  const OwnerAddress address = maps_[region]->region().owner_address(unit.first);
+  for (int tries = 0;;) {
+    try {
+      const PageResult result = own_->poison(address, huge.unit_bytes(), true);
+      if (result.outcome == PageOutcome::kOk) return true;
+      if (result.outcome == PageOutcome::kGone)
+        return letting_go_.load() || result.error == ESRCH || !mapped_alike(region, unit).there;
+      // Mapped by whoever broke the rules.
+      if (result.outcome == PageOutcome::kExists) huge.unmap(unit);
+    } catch (const SystemError&) {
+      return false;
+    }
+    if (!wait_again(tries)) return false;
+  }
+}
+
+}  // namespace memferry
