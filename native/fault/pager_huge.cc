@@ -81,7 +81,7 @@ void Pager::send_huge(const Request& request) {
     const auto lacking = map.received.next_clear(from, request.run.end(), kMostAtOnce);
     if (!lacking) break;
     from = lacking->end();
-    const Route route = router_ ? router_(request.region, *lacking, online) : Route::kSource;
+    const Route route = router_ ? router_(request.region, *lacking, online, false) : Route::kSource;
     at_source = at_source || route == Route::kSource;
     elsewhere = elsewhere || route == Route::kSent;
     nobody = nobody || route == Route::kNobody;
