@@ -31,10 +31,20 @@ const LACKING = ['uffd-wp-async', 'uffd-wp-unpopulated', 'uffd-poison', 'uffd-mo
 const HAVING = ['userfaultfd', 'uffd-wp', 'hash-diff', 'soft-dirty'];
 /** Of the native tests. */
 const NATIVE = [
-  ...['FailingMemory*', 'UserfaultfdTest*', 'Pagemap*', 'ProcessMaps*', 'Region*', 'Discarder*'],
-  ...['*TrackerTest*', 'TrackerNames*', 'Uffd*', 'HashDiff*', 'SoftDirty*'],
+  ...[
+    'FailingMemory*',
+    'UserfaultfdTest*',
+    'Pagemap*',
+    'ProcessMaps*',
+    'Region*',
+    'Discarder*',
+    '*ThreadFreezer*',
+  ],
+  ...['*TrackerTest*', 'TrackerNames*', 'HashDiff*', '*/SharedMemory*', '*/HugePages*', '*/LargePages*'],
+  ...['AttachProcess*', '*AttachTracker*', '*AttachWriters*', '*AttachKinds*', '*AttachPager*'],
   ...['PagerPoison*', 'ReceiverPaging*', 'ReceiverRecovery*'],
   ...['*/EngineTest*/softdirty*', '*/EngineTest*/uffdwp2*', '*/EngineTest*/hashdiff2Channels'],
+  '-Kvm/*:*/uffdwpasync*', // what the machine has not
 ].join(':');
 /** Of the TypeScript suite: what an older kernel can fail; the tests of these files by their whole names. */
 const UNIT = {
