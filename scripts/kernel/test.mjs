@@ -102,11 +102,14 @@ process.stdout.write(`==> Linux ${kernel.release} (${accelerator})\n`);
 const results = mkdtempSync(join(KERNEL_DIRECTORY, 'results-'));
 process.once('exit', () => rmSync(results, { recursive: true, force: true }));
 const node = quote(process.execPath);
+// Programs are read beforehand: a wait for the host, which may be busy, is no part of a test.
 const scripts = {
   native: `
+    cat build-native/test/native/memferry_tests >/dev/null
     run ${node} lib/cli/main.js doctor --json
     run build-native/test/native/memferry_tests --gtest_filter=${quote(NATIVE)}`,
   typescript: `
+    cat ${node} build/Release/memferry.node >/dev/null
     run ${node} node_modules/vitest/vitest.mjs run --config scripts/kernel/vitest.config.mjs \\
       --configLoader native --maxWorkers=1 --reporter=verbose \\
       --reporter=json --outputFile.json=${RESULTS}/vitest.json \\
