@@ -142,7 +142,7 @@ const PROFILES = {
     'ip',
     ...GUESTS,
   ],
-  'test:kernel': [...BUILD, 'cmake', 'ninja', 'gcc', 'libcrypto', 'gtest', 'qemu', 'xz', 'libc.a'],
+  'test:kernel': [...BUILD, 'cmake', 'ninja', 'gcc', 'libcrypto', 'gtest', 'json', 'qemu', 'xz', 'libc.a'],
   bench: [...BUILD, 'gcc', 'libcrypto', 'ip', ...GUESTS],
   'bench:paper': [...BUILD, 'gcc', 'libcrypto', 'ip', 'mkswap', 'redis', ...GUESTS],
 };

@@ -570,6 +570,7 @@ void Pager::stop() {
   }
   serving_.store(false, std::memory_order_release);
   if (own_) own_->close();
+  failing_.reset();  // what was put over lost pages stays; a stopped pager may be kept for long
   let_go_attached();
 }
 

@@ -36,9 +36,18 @@ export function debianKernel(say = () => {}) {
   mkdirSync(KERNEL_DIRECTORY, { recursive: true });
   const scratch = mkdtempSync(join(KERNEL_DIRECTORY, 'fetch-'));
   try {
-    const name = packageName();
+    let name = packageName();
     say(`fetching ${name}`);
-    run('apt-get', ['download', '-qq', name], { cwd: scratch, timeout: FETCH_TIMEOUT_MS });
+    const download = () =>
+      run('apt-get', ['download', '-qq', name], { cwd: scratch, timeout: FETCH_TIMEOUT_MS });
+    try {
+      download();
+    } catch {
+      // Old package lists name a kernel that the archive has replaced.
+      updateLists();
+      name = packageName();
+      download();
+    }
     const deb = readdirSync(scratch).find((file) => file.endsWith('.deb'));
     if (!deb) throw new Error(`apt-get download ${name} brought no package`);
     const release = name.replace(/^linux-image-/, '');
@@ -86,7 +95,7 @@ function packageName() {
   const known = ask();
   if (known) return known;
   // Without package lists (a fresh container): only root may fetch them.
-  spawnSync('apt-get', ['update', '-qq'], { stdio: ['ignore', 2, 2], timeout: FETCH_TIMEOUT_MS });
+  updateLists();
   const found = ask();
   if (!found) {
     throw new Error(
@@ -94,6 +103,10 @@ function packageName() {
     );
   }
   return found;
+}
+
+function updateLists() {
+  spawnSync('apt-get', ['update', '-qq'], { stdio: ['ignore', 2, 2], timeout: FETCH_TIMEOUT_MS });
 }
 
 /** The kernel's own loader decompresses this payload; its place is in the boot protocol's header. */

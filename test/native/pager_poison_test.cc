@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -68,6 +69,17 @@ std::uint64_t areas_of_this_process() {
       std::count(std::istreambuf_iterator<char>(maps), std::istreambuf_iterator<char>(), '\n'));
 }
 
+// Of userfaultfds, and of the file that is put over lost pages.
+std::uint64_t descriptors_for_paging() {
+  std::uint64_t count = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code gone;
+    const std::string target = std::filesystem::read_symlink(entry, gone).string();
+    if (target == "anon_inode:[userfaultfd]" || target.starts_with("/memfd:memferry-failing")) ++count;
+  }
+  return count;
+}
+
 TEST_F(PagerPoison, MissingPagesFailWhenItLetsGoAndTheOthersStay) {
   start(Region::allocate(64 * kPage));
   ASSERT_TRUE(install(8, 8).intact);
@@ -83,6 +95,18 @@ TEST_F(PagerPoison, MissingPagesFailWhenItLetsGoAndTheOthersStay) {
       expect_fails(number);
     }
   }
+}
+
+// A closed receiver may be kept for as long as a garbage collector likes, and a process has only so many descriptors.
+TEST_F(PagerPoison, AStoppedPagerHoldsNothingToPageWith) {
+  start(Region::allocate(8 * kPage));
+  EXPECT_GT(descriptors_for_paging(), 0U);
+  ASSERT_TRUE(install(3).intact);
+  pager_->poison_missing();
+  pager_->stop();
+  EXPECT_EQ(descriptors_for_paging(), 0U);
+  expect_right(3);
+  expect_fails(4);
 }
 
 // The kernel does nothing at all where a range reaches over the border of two mappings.

@@ -15,6 +15,8 @@ let random = workerData.seed;
 let running = null; // the interval under way: { first, last } in ns, first null before the first write
 let order = 0;
 let written = 0;
+/** Requests that the next write answers. */
+const awaitingWrite = [];
 
 function next() {
   random ^= random << 13;
@@ -75,9 +77,13 @@ function write() {
 
 function slice(mine) {
   if (!running || mine !== order) return;
+  const before = written;
   running.first ??= process.hrtime.bigint();
   for (let i = 0; i < batch; i++) write();
   running.last = process.hrtime.bigint();
+  if (written > before) {
+    for (const id of awaitingWrite.splice(0)) parentPort.postMessage({ id, value: written });
+  }
   if (restMs > 0) setTimeout(slice, restMs, mine);
   else setImmediate(slice, mine);
 }
@@ -154,6 +160,10 @@ const operations = {
 };
 
 parentPort.on('message', ({ id, op, ...args }) => {
+  if (op === 'untilWrites') {
+    awaitingWrite.push(id);
+    return;
+  }
   let answer;
   try {
     answer = { id, value: operations[op](args) };

@@ -147,6 +147,7 @@ const operations = {
   start: ({ guest }) => find(guests, guest, 'guest').start(),
   behave: ({ guest, behaviour }) => Object.assign(find(guests, guest, 'guest').behaviour, behaviour),
   check: ({ guest, except }) => find(guests, guest, 'guest').compare(except),
+  untilWrites: ({ guest }) => find(guests, guest, 'guest').ask('untilWrites'),
   status: ({ guest }) => find(guests, guest, 'guest').status(),
   lost: ({ guest }) => find(guests, guest, 'guest').lostRuns,
   touch: ({ guest, index, page }) => find(guests, guest, 'guest').ask('touch', { index, page }),
