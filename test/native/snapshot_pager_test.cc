@@ -427,7 +427,8 @@ TEST_F(SnapshotPagerTest, TheOwnersDeathIsNoticedAtOnce) {
                            }}));
   serve(config());
   ::kill(child_, SIGKILL);
-  pollfd ended{pidfd_.get(), POLLIN, 0};  // not counted: under a sanitizer a process has much memory to give back
+  // Not counted: under a sanitizer a process has much memory to give back.
+  pollfd ended{pidfd_.get(), POLLIN, 0};
   ASSERT_EQ(::poll(&ended, 1, 10'000), 1);
   const auto before = std::chrono::steady_clock::now();
   EXPECT_TRUE(told(RestoreEvent::Kind::kOwnerGone));
