@@ -263,8 +263,10 @@ void Arrival::detached() {
   link_.reset();
   dispatch(DestinationEvent::of(DestinationEvent::Type::kConnectionLost));
   // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
-  if (has_resumed() && every_page_) linger_until_ = Clock::now() + config_.options.recover_timeout;
+  if (has_resumed() && (every_page_ || settled_)) linger();
 }
+
+void Arrival::linger() { linger_until_ = Clock::now() + config_.options.recover_timeout; }
 
 Arrival::Clock::time_point Arrival::next_deadline() const {
   Clock::time_point until = Clock::time_point::max();
@@ -391,11 +393,8 @@ void Arrival::every_page() {
 
 void Arrival::tell_complete() {
   tell({{"type", "complete"}});
-  if (!config_.offer.verify) {
-    finish();
-  } else if (!link_) {
-    linger_until_ = Clock::now() + config_.options.recover_timeout;
-  }
+  if (!config_.offer.verify) finish();
+  if (!link_) linger();
   if (evicted_) summarise();
 }
 
@@ -513,6 +512,7 @@ void Arrival::fail(const Cause& cause) {
 void Arrival::reject(const Cause& cause) {
   if (settled_) return;
   settled_ = true;
+  if (has_resumed() && !link_) linger();
   guest_->failed(cause);
 }
 
