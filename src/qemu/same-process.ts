@@ -4,7 +4,7 @@
  */
 import { randomUUID } from 'node:crypto';
 import { memferryError } from '../errors.js';
-import { FdConnection, FdListener } from '../fd-channel.js';
+import { FdListener } from '../fd-channel.js';
 import { untilAborted, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { withSocket } from './device-state.js';
@@ -28,11 +28,10 @@ export async function connectTo(
   { pid, uid }: QemuProcess,
   options: { signal?: AbortSignal | undefined } = {},
 ): Promise<Qmp> {
-  const listens = await listenerOf(path);
   const qmp = await Qmp.connect(path, options);
   try {
-    // Its management may listen for it and hand the socket over, as libvirt does; then QEMU itself has to show it.
-    const speaks = listens === pid ? pid : await callerOf(qmp, uid, options.signal);
+    // Its management may have made the socket and handed it over, as libvirt does; then QEMU itself has to show it.
+    const speaks = qmp.peerPid === pid ? pid : await callerOf(qmp, uid, options.signal);
     if (speaks === pid) return qmp;
     throw memferryError(
       'INVALID_ARGUMENT',
@@ -42,16 +41,6 @@ export async function connectTo(
   } catch (error) {
     await qmp.close();
     throw error;
-  }
-}
-
-/** 0: nobody listens there, or not visibly; to connect in earnest says more. */
-async function listenerOf(path: string): Promise<number> {
-  try {
-    using connection = await FdConnection.connect(path, answerMs);
-    return connection.peer.pid;
-  } catch {
-    return 0;
   }
 }
 
