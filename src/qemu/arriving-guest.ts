@@ -204,7 +204,9 @@ class ArrivingQemuGuest implements ArrivingGuest {
     owner.end();
     for (const until = performance.now() + killTimeoutMs; owner.alive(); await sleep(10)) {
       if (performance.now() < until) continue;
-      this.#warn(memferryError('SYSTEM', `QEMU (process ${owner.pid}) does not end; its guest must never run`));
+      this.#warn(
+        memferryError('SYSTEM', `QEMU (process ${owner.pid}) does not end; its guest must never run`),
+      );
       break;
     }
     await this.attachment.close();

@@ -24,7 +24,10 @@ export async function requireMappedByNoOther(backends: readonly BackendFile[], o
     const pid = Number(name);
     if (!Number.isInteger(pid) || pid === owner || pid === process.pid) continue;
     const maps = await readFile(`/proc/${name}/maps`, 'latin1').catch(() => ''); // ended, or not ours to see
-    const id = sharedMappings(maps).reduce<string | undefined>((found, at) => found ?? places.get(at), undefined);
+    const id = sharedMappings(maps).reduce<string | undefined>(
+      (found, at) => found ?? places.get(at),
+      undefined,
+    );
     if (id === undefined) continue;
     throw memferryError(
       'PREPARE_FAILED',
