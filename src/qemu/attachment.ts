@@ -8,7 +8,7 @@ import type { GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
 import { type Backend, inspect, type Machine } from './inspect.js';
 import { matchMemory } from './match-memory.js';
-import { requireMappedByNoOther } from './memory-users.js';
+import { type FilledFiles, filledFiles, requireMappedByNoOther } from './memory-users.js';
 import type { Qmp } from './qmp.js';
 import { connectTo } from './same-process.js';
 import { Shim } from './shim.js';
@@ -45,11 +45,20 @@ export class QemuAttachment {
     const qmp = await connectTo(sockets.qmp, { pid, uid }, { signal });
     try {
       const machine = await inspect(qmp, { signal });
-      using shim = await Shim.connect(sockets.shim);
-      if (shim.pid !== pid) throw memferryError('OWNER_GONE', `QEMU (process ${pid}) ended meanwhile`);
-      const owner = native(() => loadAddon().holdProcess(shim.pidfd));
-      const regions = await attachMemory(shim, machine.backends, options);
-      return new QemuAttachment(qmp, machine, regions, owner, uid);
+      const { owner, regions, filled } = await takeHold(
+        sockets.shim,
+        pid,
+        machine.backends,
+        options.features,
+      );
+      const attachment = new QemuAttachment(qmp, machine, regions, owner, uid);
+      if (options.discards) {
+        await requireMappedByNoOther(filled, pid).catch(async (error) => {
+          await attachment.close();
+          throw error;
+        });
+      }
+      return attachment;
     } catch (error) {
       await qmp.close();
       throw error;
@@ -77,11 +86,30 @@ export class QemuAttachment {
   }
 }
 
+interface Memory {
+  regions: GuestRegion[];
+  /** Of its files those in which something is. */
+  filled: FilledFiles;
+}
+
+/** The shim does not wait for long: nothing is done here that takes its time. */
+async function takeHold(
+  path: string,
+  pid: number,
+  backends: readonly Backend[],
+  features: readonly bigint[],
+) {
+  using shim = await Shim.connect(path);
+  if (shim.pid !== pid) throw memferryError('OWNER_GONE', `QEMU (process ${pid}) ended meanwhile`);
+  const owner = native(() => loadAddon().holdProcess(shim.pidfd));
+  return { owner, ...(await attachMemory(shim, backends, features)) };
+}
+
 async function attachMemory(
   shim: Shim,
   backends: readonly Backend[],
-  { features, discards = false }: AttachOptions,
-): Promise<GuestRegion[]> {
+  features: readonly bigint[],
+): Promise<Memory> {
   const { mappings, files } = await shim.memory();
   const descriptors = [...files];
   const made: GuestRegion[] = [];
@@ -92,12 +120,6 @@ async function attachMemory(
       if (file !== null) paths.set(id, file);
     }
     const found = matchMemory(backends, mappings, ({ id }) => paths.get(id) ?? null);
-    if (discards) {
-      await requireMappedByNoOther(
-        found.map(({ id, file }) => ({ id, descriptor: files[file] as number })),
-        shim.pid,
-      );
-    }
     const uffd = await firstUserfaultfd(shim, features);
     descriptors.push(uffd);
     for (const { id, pieces, file } of found) {
@@ -109,7 +131,8 @@ async function attachMemory(
       });
       made.push({ name: id, region });
     }
-    return made;
+    const filled = filledFiles(found.map(({ id, file }) => ({ id, descriptor: files[file] as number })));
+    return { regions: made, filled };
   } catch (error) {
     for (const { region } of made) region.close();
     throw error;

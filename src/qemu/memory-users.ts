@@ -6,29 +6,27 @@ import { fstatSync } from 'node:fs';
 import { readdir, readFile } from 'node:fs/promises';
 import { memferryError } from '../errors.js';
 
-export interface BackendFile {
-  id: string;
-  descriptor: number;
+/** Where the memory is, as `sharedMappings` names it, with the backend's id. One in which nothing is has no guest in it. */
+export type FilledFiles = ReadonlyMap<string, string>;
+
+export function filledFiles(backends: readonly { id: string; descriptor: number }[]): FilledFiles {
+  const filled = backends.filter(({ descriptor }) => fstatSync(descriptor).blocks > 0);
+  return new Map(filled.map(({ id, descriptor }) => [placeOf(descriptor), id]));
 }
 
 /**
  * @param owner the QEMU whose memory it is
  * @throws PREPARE_FAILED with the process; nothing where /proc does not let one look
  */
-export async function requireMappedByNoOther(backends: readonly BackendFile[], owner: number): Promise<void> {
-  // One in which nothing is has no guest in it.
-  const filled = backends.filter(({ descriptor }) => fstatSync(descriptor).blocks > 0);
-  if (filled.length === 0) return;
-  const places = new Map(filled.map(({ id, descriptor }) => [placeOf(descriptor), id]));
+export async function requireMappedByNoOther(files: FilledFiles, owner: number): Promise<void> {
+  if (files.size === 0) return;
   for (const name of await readdir('/proc')) {
     const pid = Number(name);
     if (!Number.isInteger(pid) || pid === owner || pid === process.pid) continue;
     const maps = await readFile(`/proc/${name}/maps`, 'latin1').catch(() => ''); // ended, or not ours to see
-    const id = sharedMappings(maps).reduce<string | undefined>(
-      (found, at) => found ?? places.get(at),
-      undefined,
-    );
-    if (id === undefined) continue;
+    const place = sharedMappings(maps).find((at) => files.has(at));
+    if (place === undefined) continue;
+    const id = files.get(place);
     throw memferryError(
       'PREPARE_FAILED',
       `memory backend '${id}' is in a file that process ${pid} has mapped too, and its content would be discarded: ` +
