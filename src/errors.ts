@@ -49,6 +49,8 @@ const MEANING = {
   PREPARE_FAILED: 'guest',
   /** `prepare` did not settle in time; the guest runs on at the source. */
   PREPARE_TIMEOUT: 'guest',
+  /** The guest was granted to this side, and whoever runs it does not let it run: it stands here, and nowhere else. */
+  RESUME_FAILED: 'guest',
   /** QEMU answered a QMP command with an error; `facts` has the command and the error's class. */
   QEMU_REFUSED: 'guest',
   /** The destination is not willing to run the module: not on its list, or another SHA-256. */

@@ -100,6 +100,8 @@ export class FdConnection implements Disposable {
   readonly peer: FdPeer;
   readonly #native: NativeFdConnection;
   #receiving: { resolve(piece: FdPiece): void; reject(error: unknown): void } | null = null;
+  /** While somebody waits: the native thread that does is none that Node waits for, and would end instead. */
+  #keepAlive: NodeJS.Timeout | undefined;
   #sending: Promise<unknown> = Promise.resolve();
   #closed = false;
 
@@ -110,6 +112,7 @@ export class FdConnection implements Disposable {
     connection.onReceived((error, outcome, bytes, descriptors) => {
       const waiting = this.#receiving;
       this.#receiving = null;
+      clearInterval(this.#keepAlive);
       if (error || outcome === null || bytes === null || descriptors === null)
         waiting?.reject(fromNative(error));
       else if (outcome !== 'ok') waiting?.reject(outcomeError(outcome));
@@ -134,6 +137,7 @@ export class FdConnection implements Disposable {
       if (this.#receiving) throw memferryError('INVALID_ARGUMENT', 'one receive at a time');
       native(() => this.#native.receive(bounds.mostBytes, bounds.mostDescriptors, bounds.timeoutMs));
       this.#receiving = { resolve, reject };
+      this.#keepAlive = setInterval(() => {}, 2 ** 30);
     });
   }
 
@@ -197,6 +201,7 @@ export class FdConnection implements Disposable {
     this.#native.close();
     this.#receiving?.reject(memferryError('CANCELLED', 'the connection was closed'));
     this.#receiving = null;
+    clearInterval(this.#keepAlive);
   }
 
   [Symbol.dispose](): void {

@@ -117,6 +117,16 @@ export interface ArrivingGuest {
   prepare(state: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
   /** Nothing that can fail. The guest runs from here on. */
   resume(): void;
+  /**
+   * For a guest that is run by somebody else: settles after `resume`, within a bound. Rejects when it does not run; it
+   * is this side's all the same, its memory is served, and the report says so.
+   */
+  readonly running?: Promise<void> | undefined;
+  /**
+   * For a guest that somebody else can spoil: resolves, with the reason, when it must not be resumed here any more. The
+   * migration fails then, if it is not granted yet.
+   */
+  readonly broken?: Promise<Error> | undefined;
   /** The migration failed before the commit: let everything go. Never called after `resume`. */
   abandon(): Promise<void> | void;
   /** Pages that cannot be had any more, reported before they are poisoned. */

@@ -732,6 +732,8 @@ export interface NativeAddon {
     onConnection: (error: unknown, connection: NativeFdConnection | null) => void,
   ): NativeFdListener;
   /** On a thread of the pool. */
+  /** The process at the other end of a unix socket; 0 where it is not visible. */
+  peerPid(fd: number): number;
   connectFdChannel(path: string, timeoutMs: number): Promise<NativeFdConnection>;
 
   /**

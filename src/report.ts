@@ -190,6 +190,8 @@ export interface ArrivalReport {
   migrationId: string;
   guest: string;
   heapBytes: number;
+  /** Why the guest does not run, although it is this side's and nobody else's; null: it does. */
+  notRunning: string | null;
   verified: boolean | null;
   prepareMs: number;
   bytesReceived: number;

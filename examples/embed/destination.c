@@ -328,7 +328,9 @@ int main(int argc, char** argv) {
     if (strcmp(line, "stand") == 0) {
       stand(atomic_load(&guest));
     } else if (strncmp(line, "dump ", 5) == 0) {
-      say("{\"event\":\"dumped\",\"ok\":%s}", dump(atomic_load(&guest), line + 5) == 0 ? "true" : "false");
+      unsigned unreadable = 0;
+      const int ok = dump(atomic_load(&guest), line + 5, &unreadable) == 0;
+      say("{\"event\":\"dumped\",\"ok\":%s,\"unreadable\":%u}", ok ? "true" : "false", unreadable);
     } else if (strcmp(line, "close") == 0) {
       memferry_destination_close(destination, &error);
       destination = NULL;

@@ -106,6 +106,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   exports.Set("createSpreader", Napi::Function::New<SpreaderHandle::create>(env, "createSpreader"));
   exports.Set("createRestore", Napi::Function::New<RestoreHandle::create>(env, "createRestore"));
   exports.Set("createFdListener", Napi::Function::New<FdListenerHandle::create>(env, "createFdListener"));
+  exports.Set("peerPid", Napi::Function::New<FdConnectionHandle::peer_of_descriptor>(env, "peerPid"));
   exports.Set("connectFdChannel", Napi::Function::New<FdConnectionHandle::connect>(env, "connectFdChannel"));
   exports.Set("openShare", Napi::Function::New<ShareHandle::open>(env, "openShare"));
   exports.Set("closeEngines", Napi::Function::New<close_engines>(env, "closeEngines"));

@@ -76,6 +76,13 @@ Napi::Value FdConnectionHandle::connect(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value FdConnectionHandle::peer_of_descriptor(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    return Napi::Number::New(env, peer_pid(static_cast<int>(count_of(info[0], "fd"))));
+  });
+}
+
 FdConnectionHandle::FdConnectionHandle(const Napi::CallbackInfo& info)
     : Napi::ObjectWrap<FdConnectionHandle>(info) {
   guarded(info.Env(), [&] {

@@ -34,6 +34,7 @@ class FdConnectionHandle : public Napi::ObjectWrap<FdConnectionHandle>, public E
 
   static void define(Napi::Env env);
   static Napi::Value connect(const Napi::CallbackInfo& info);
+  static Napi::Value peer_of_descriptor(const Napi::CallbackInfo& info);
   static Napi::Object make(Napi::Env env, const std::shared_ptr<Core>& core);
   explicit FdConnectionHandle(const Napi::CallbackInfo& info);
   ~FdConnectionHandle() override;

@@ -186,9 +186,11 @@ void Arrival::detached() {
   dispatch(DestinationEvent::of(DestinationEvent::Type::kConnectionLost));
   // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
   if (!has_resumed() || !(every_page_ || at_rest_)) return;
-  linger_until_ = Clock::now() + config_.options.recover_timeout;
+  linger();
   if (every_page_ && !settled_ && images_) images_->ask_digests();
 }
+
+void Arrival::linger() { linger_until_ = Clock::now() + config_.options.recover_timeout; }
 
 Arrival::Clock::time_point Arrival::next_deadline() const {
   Clock::time_point until = Clock::time_point::max();

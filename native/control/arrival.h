@@ -107,6 +107,8 @@ class Arrival {
   void read_link();
   void on_message(const Json& message, std::optional<Bytes> binary);
   void detached();
+  // The source is away and nothing more comes: kept for a while, in case that it comes back.
+  void linger();
   void look_at_clock();
   [[nodiscard]] Clock::time_point next_deadline() const;
 

@@ -30,12 +30,11 @@ void Arrival::every_page() {
 
 void Arrival::tell_complete() {
   tell({{"type", "complete"}});
-  if (!config_.offer.verify) {
-    finish();
-  } else if (!link_) {
-    linger_until_ = Clock::now() + config_.options.recover_timeout;
+  if (!config_.offer.verify) finish();
+  if (!link_) {
+    linger();
     // The source cannot be asked for its digests: the servers have them, where it got so far.
-    if (!evicted_ && images_) images_->ask_digests();
+    if (!settled_ && !evicted_ && images_) images_->ask_digests();
   }
   if (evicted_) summarise();
 }
@@ -44,7 +43,7 @@ void Arrival::tell_complete() {
 void Arrival::nothing_more_comes() {
   at_rest_ = true;
   if (images_) images_->dissolve();
-  if (!link_ && has_resumed()) linger_until_ = Clock::now() + config_.options.recover_timeout;
+  if (!link_ && has_resumed()) linger();
 }
 
 void Arrival::summarise() {

@@ -17,6 +17,7 @@
 
 #include "os/kernel_abi.h"
 #include "os/process_start.h"
+#include "os/socket_file.h"
 #include "os/sys_error.h"
 
 namespace memferry {
@@ -50,13 +51,6 @@ UniqueFd stream_socket() {
 
 int connect_to(int fd, const sockaddr_un& address) {
   return ::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 ? 0 : errno;
-}
-
-// True when a socket's file is there that nobody listens on any more.
-bool is_stale(const sockaddr_un& address) {
-  struct stat info {};
-  if (::lstat(address.sun_path, &info) != 0 || !S_ISSOCK(info.st_mode)) return false;
-  return connect_to(stream_socket().get(), address) == ECONNREFUSED;
 }
 
 // Linux 6.5 gives the pidfd with the socket. Before that the pid is opened, which may be another process's by then: one
@@ -109,6 +103,13 @@ const char* fd_outcome_name(FdOutcome outcome) {
       return "peer-gone";
   }
   return "cancelled";
+}
+
+pid_t peer_pid(int fd) {
+  ucred peer{};
+  socklen_t bytes = sizeof peer;
+  if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0) throw_errno("getsockopt(SO_PEERCRED)");
+  return peer.pid;
 }
 
 FdConnection::FdConnection(UniqueFd connected)
@@ -242,24 +243,12 @@ FdListener::FdListener(const std::string& path, mode_t mode) : path_(path), fd_(
   const sockaddr_un address = address_of(path);
   // Before bind(): the file is never there with more than these.
   if (::fchmod(fd_.get(), mode & 0777) != 0) throw_errno("fchmod(socket)");
-  const auto bind_it = [&] {
-    return ::bind(fd_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 ? 0 : errno;
-  };
-  int error = bind_it();
-  if (error == EADDRINUSE && is_stale(address)) {
-    if (::unlink(address.sun_path) != 0 && errno != ENOENT) throw_errno("unlink(stale socket)");
-    error = bind_it();
-  }
+  const int error = listen_at(fd_.get(), address, kBacklog);
   if (error != 0) throw SystemError("bind(" + path + ")", error);
   struct stat info {};
   if (::lstat(address.sun_path, &info) == 0) {
     device_ = info.st_dev;
     inode_ = info.st_ino;
-  }
-  if (::listen(fd_.get(), kBacklog) != 0) {
-    const int why = errno;
-    close();
-    throw SystemError("listen", why);
   }
 }
 

@@ -33,6 +33,9 @@ struct SocketPeer {
   UniqueFd pidfd;
 };
 
+// Of a connection that is somebody else's: the process that listens, or that connected. Throws SystemError.
+[[nodiscard]] pid_t peer_pid(int fd);
+
 enum class FdOutcome {
   kOk,
   kTimedOut,

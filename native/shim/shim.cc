@@ -38,6 +38,7 @@
 #include <ctime>
 
 #include "os/kernel_abi.h"
+#include "os/socket_file.h"
 #include "os/unique_fd.h"
 
 namespace {
@@ -366,15 +367,6 @@ bool is_meant_for_this_program() {
   return std::strncmp(name, wanted, std::strlen(wanted)) == 0;
 }
 
-// A socket that nobody listens on any more is what a QEMU that was killed left behind.
-void remove_abandoned(const sockaddr_un& address) {
-  struct stat status {};
-  if (::lstat(address.sun_path, &status) != 0 || !S_ISSOCK(status.st_mode)) return;
-  const UniqueFd probe(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return;
-  if (errno == ECONNREFUSED) ::unlink(address.sun_path);
-}
-
 void close_in_child() { ::close(g_listener); }
 
 [[gnu::constructor]] void start() {
@@ -389,14 +381,16 @@ void close_in_child() { ::close(g_listener); }
   }
   std::memcpy(address.sun_path, path, length);  // it ends in zeros
   ::unsetenv("MEMFERRY_SHIM_SOCKET");           // `path` is not to be read any more
-  remove_abandoned(address);
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!listener) refuse_to_start("socket", address.sun_path);
   // The program has no other thread yet.
   const mode_t before = ::umask(0177);
-  const int bound = ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
+  const int listening = memferry::listen_at(listener.get(), address, 4);
   ::umask(before);
-  if (bound != 0 || ::listen(listener.get(), 4) != 0) refuse_to_start("listen on", address.sun_path);
+  if (listening != 0) {
+    errno = listening;
+    refuse_to_start("listen on", address.sun_path);
+  }
   g_listener = listener.release();
   g_started_as = ::geteuid();
   ::pthread_atfork(nullptr, nullptr, close_in_child);

@@ -148,7 +148,7 @@ async function fromVmd(
   const stopped = interrupted(signal);
   stopped.catch(() => {});
   // Then the memory is Firecracker's alone.
-  reportArrival(await Promise.race([unparked.complete, stopped]), output);
+  requireRunning(reportArrival(await Promise.race([unparked.complete, stopped]), output));
 }
 
 async function fromMigration(
@@ -174,9 +174,12 @@ async function fromMigration(
   });
   output.say(`waiting for a microVM on ${listening.host}:${listening.port}`);
   output.line({ type: 'listening', host: listening.host, port: listening.port });
+  const stopped = interrupted(signal);
+  stopped.catch(() => {});
   for await (const arrival of listening) {
+    let report: ArrivalReport;
     try {
-      reportArrival(await arrival.complete, output);
+      report = reportArrival(await arrival.complete, output);
     } catch (error) {
       process.stderr.write(`memferry: ${(error as { code?: string }).code}: ${(error as Error).message}\n`);
       if (flags.once) throw error;
@@ -184,17 +187,24 @@ async function fromMigration(
     }
     if (!flags.once) continue;
     // What has arrived here has still to be brought over.
-    await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), interrupted(signal)]);
+    await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), stopped]);
+    requireRunning(report);
     return;
   }
 }
 
-function reportArrival(report: ArrivalReport, output: Output): void {
+function reportArrival(report: ArrivalReport, output: Output): ArrivalReport {
   output.result(
     `microVM ${report.guest} is complete: gathered in ${figure(report.gatherMs)} ms, ` +
       `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults`,
     { type: 'report', ...report },
   );
+  return report;
+}
+
+/** Complete, and ours: whether it runs too is what the exit code says. */
+function requireRunning({ notRunning }: ArrivalReport): void {
+  if (notRunning !== null) throw memferryError('RESUME_FAILED', notRunning);
 }
 
 /** Without Firecracker's socket its operator does what it would be told to. */

@@ -52,6 +52,7 @@ const codesWithTheirOwnExit: Record<string, number> = {
   USERFAULTFD_UNAVAILABLE: exitCodes.unsupported,
   MIGRATION_IN_DOUBT: exitCodes.inDoubt,
   GUEST_LOST: exitCodes.inDoubt,
+  RESUME_FAILED: exitCodes.inDoubt,
   PAGES_LOST: exitCodes.inDoubt,
   CANCELLED: exitCodes.interrupted,
 };

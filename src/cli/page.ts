@@ -4,7 +4,8 @@
  */
 import { type Command, InvalidArgumentError } from 'commander';
 import type { AttachedMapping } from '../attach.js';
-import { MemferryError } from '../errors.js';
+import { loadAddon } from '../addon.js';
+import { MemferryError, native } from '../errors.js';
 import { Region } from '../region.js';
 import { servePages } from '../serve-pages.js';
 import { wholeNumber } from './parse-values.js';
@@ -50,6 +51,12 @@ export function mapping(text: string): AttachedMapping {
 }
 
 async function page(flags: PageFlags): Promise<void> {
+  // Nobody reads any more: the supervisor has ended, and no pager follows this one. It goes on; were it to end, what is
+  // missing would read as zeros.
+  let orphaned = false;
+  process.stdout.on('error', () => {
+    orphaned = true;
+  });
   const say = (line: object) => process.stdout.write(`${JSON.stringify(line)}\n`);
   try {
     const region = Region.attach({
@@ -78,6 +85,7 @@ async function page(flags: PageFlags): Promise<void> {
     const { code, message } =
       error instanceof MemferryError ? error : { code: 'SYSTEM', message: String(error) };
     say({ type: 'failed', code, message });
+    if (orphaned) native(() => loadAddon().holdProcess(flags.pidfd)).end();
     throw error;
   }
 }

@@ -75,6 +75,7 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
   stopped.catch(() => {});
   for await (const arrival of listening) {
     await Promise.race([account(arrival, output), stopped]);
+    await waiting.running; // complete, and ours: whether it runs too is what the exit code says
     return;
   }
   throw memferryError('CANCELLED', 'interrupted');

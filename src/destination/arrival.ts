@@ -99,6 +99,11 @@ export class Arrival extends EventEmitter {
   #gatherMs = 0;
   #verified: boolean | null = null;
   #error: MemferryError | null = null;
+  #notRunning: string | null | Promise<string | null> = null;
+  /** Complete, as far as the migration goes; who runs the guest may still have to say that it does. */
+  #finished = false;
+  #resting = false;
+  #allHere = false;
   #closed = false;
 
   constructor(private readonly config: ArrivalConfig) {
@@ -142,8 +147,14 @@ export class Arrival extends EventEmitter {
         },
         lost: (runs, why) => this.#lost(runs, why),
         // No more will ever be had, and the servers' memory is wanted by others.
-        restHere: () => void this.#dissolve(),
-        failed: (error) => this.#fail(error),
+        restHere: () => {
+          void this.#dissolve();
+          this.#rests();
+        },
+        failed: (error) => {
+          this.#fail(error);
+          this.#rests();
+        },
       },
     );
     config.listener.add(this.#engine.receiver);
@@ -151,11 +162,18 @@ export class Arrival extends EventEmitter {
       () => this.#everyPage.resolve(),
       () => {},
     );
+    this.#everyPage.promise.then(
+      () => {
+        this.#allHere = true;
+      },
+      () => {},
+    );
     if (config.given.lineage) inherit(guest.regions, config.given.lineage);
     for (const region of guest.regions) {
       markArriving(region, this.#everyPage.promise);
       markReported(region, this.#over.promise);
     }
+    void guest.broken?.then((error) => this.#fail(error));
     this.basePages = bases?.map((kind, index) => (kind === 'none' ? 0 : this.#pagesOf(index))) ?? null;
     this.#filling = bases ? this.#fillBase() : null;
     this.#to('active');
@@ -192,7 +210,7 @@ export class Arrival extends EventEmitter {
   attach(link: ArrivalLink): void {
     this.#timers.stop('linger');
     this.#link = link;
-    if (this.#everyPage.settled) this.#tell({ type: 'complete' });
+    if (this.#allHere) this.#tell({ type: 'complete' });
   }
 
   /** The connection over `channel` has ended. */
@@ -200,10 +218,7 @@ export class Arrival extends EventEmitter {
     if (this.#link?.channel !== channel) return;
     this.#link = null;
     this.#dispatch({ type: 'connection-lost' });
-    // A source that is gone for good never says goodbye; what is kept for it must not stay for ever.
-    if (this.#commit.phase !== 'resumed' || !this.#everyPage.settled) return;
-    this.#timers.start('linger');
-    if (!this.#complete.settled && this.config.images) this.#alone();
+    if (this.#resting) this.#alone();
   }
 
   onMessage(message: SourceMessage, binary: Uint8Array | null): void {
@@ -378,7 +393,7 @@ export class Arrival extends EventEmitter {
 
   #resume(): void {
     const paging = this.#engine.receiver.paging() || this.#engine.receiver.stats().pagesMissing > 0;
-    resumeHere(this.guest, this.offer.name);
+    this.#notRunning = resumeHere(this.guest, this.offer.name);
     this.#to('postcopy-active');
     if (!paging) this.#everyPage.resolve();
     this.#resumed.resolve();
@@ -390,16 +405,29 @@ export class Arrival extends EventEmitter {
         this.#gatherMs = performance.now() - resumedAt;
         this.#tell({ type: 'complete' });
         if (!this.config.offer.verify) this.#finish();
-        else if (!this.#link) this.#alone();
+        this.#rests();
       },
-      () => {},
+      // With servers some of it may still come.
+      () => {
+        if (!this.config.images) this.#rests();
+      },
     );
   }
 
-  /** Every page is here and the source cannot be asked for its digests. */
+  /** No page comes any more, be it that all are here. */
+  #rests(): void {
+    this.#resting = true;
+    if (!this.#link) this.#alone();
+  }
+
+  /**
+   * The source is not there either. It may come back; one that is gone for good never says goodbye, and what is kept for
+   * it must not stay for ever. Its digests cannot be asked for, the servers may have them.
+   */
   #alone(): void {
+    if (this.#closed || this.#commit.phase !== 'resumed') return;
     const { images } = this.config;
-    if (!images) {
+    if (!images || this.#concluded) {
       this.#timers.start('linger');
       return;
     }
@@ -408,7 +436,10 @@ export class Arrival extends EventEmitter {
       .catch(() => null)
       .then((digests) => this.#verify(digests))
       .then((mismatched) => this.#conclude(mismatched))
-      .catch((error) => this.#fail(error));
+      .catch((error) => this.#fail(error))
+      .finally(() => {
+        if (!this.#link && !this.#closed) this.#timers.start('linger');
+      });
   }
 
   async #summarise(digests: string[] | null): Promise<void> {
@@ -447,7 +478,8 @@ export class Arrival extends EventEmitter {
   }
 
   #finish(): void {
-    if (this.#complete.settled) return;
+    if (this.#concluded) return;
+    this.#finished = true;
     const stats = this.#engine.receiver.stats();
     // Nobody needs the image any more. A server that cannot be reached keeps its part until its operator drops it.
     void this.#dissolve();
@@ -460,7 +492,14 @@ export class Arrival extends EventEmitter {
       gatherMs: this.#gatherMs,
       intermediaries: this.config.images?.account(stats.servers) ?? [],
     };
-    this.#complete.resolve(arrivalReport(told, this.regions, stats));
+    const report = arrivalReport({ ...told, notRunning: null }, this.regions, stats);
+    const tell = (notRunning: string | null) => this.#complete.resolve({ ...report, notRunning });
+    if (this.#notRunning instanceof Promise) void this.#notRunning.then(tell);
+    else tell(this.#notRunning);
+  }
+
+  get #concluded(): boolean {
+    return this.#finished || this.#complete.settled;
   }
 
   async #dissolve(): Promise<void> {
@@ -559,7 +598,7 @@ export class Arrival extends EventEmitter {
     this.#over.resolve();
     const link = this.#link;
     this.#link = null;
-    if (!this.#complete.settled || this.#error) await this.config.images?.close();
+    if (!this.#concluded || this.#error) await this.config.images?.close();
     this.config.ended();
     await link?.close();
   }

@@ -2,13 +2,16 @@
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest } from '../guest.js';
 import type { NativeReceiverStats, NativeRun } from '../native.js';
+import { within } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
+
+const runningTimeoutMs = 120_000;
 
 export function arrivalReport(
   told: Pick<
     ArrivalReport,
-    'migrationId' | 'guest' | 'verified' | 'prepareMs' | 'gatherMs' | 'intermediaries'
+    'migrationId' | 'guest' | 'notRunning' | 'verified' | 'prepareMs' | 'gatherMs' | 'intermediaries'
   >,
   regions: readonly Region[],
   stats: NativeReceiverStats,
@@ -27,15 +30,25 @@ export function arrivalReport(
   };
 }
 
-/** resume() must not fail, and there is no way back: the guest belongs to this side. */
-export function resumeHere(guest: ArrivingGuest, name: string): void {
+/**
+ * resume() must not fail, and there is no way back: the guest belongs to this side. Gives why it does not run, or null;
+ * of a guest that is run by somebody else once that is known.
+ */
+export function resumeHere(guest: ArrivingGuest, name: string): string | null | Promise<string | null> {
   try {
     guest.resume();
   } catch (error) {
     process.emitWarning(`guest '${name}' threw in resume(): ${String(error)}`, {
       code: 'MEMFERRY_RESUME_THREW',
     });
+    return String(error);
   }
+  const { running } = guest;
+  if (running === undefined) return null;
+  return within(running, runningTimeoutMs, 'RESUME_FAILED', 'nobody says whether the guest runs').then(
+    () => null,
+    (error) => (error instanceof Error ? error.message : String(error)),
+  );
 }
 
 export function pagesLost(name: string, runs: NativeRun[], why: string): MemferryError {

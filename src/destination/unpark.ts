@@ -73,6 +73,7 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
       'PREPARE_TIMEOUT',
       `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
     );
+    if (arriving.broken) throw arriving.broken;
     await granted(images, resolved.inDoubtTimeoutMs);
     arriving.resume();
     return arriving;
@@ -112,6 +113,9 @@ class GatheringGuest implements Unparked {
   readonly #everyPage = deferred<void>();
   #resumedAt = 0;
   #closed = false;
+  #notRunning: string | null | Promise<string | null> = null;
+  /** Why it must not be resumed here any more. */
+  broken: Error | null = null;
 
   constructor(
     ticket: ParkTicket,
@@ -121,6 +125,9 @@ class GatheringGuest implements Unparked {
     options: ReturnType<typeof resolveUnparkOptions>,
   ) {
     this.#complete.promise.catch(() => {});
+    void guest.broken?.then((error) => {
+      this.broken = error;
+    });
     this.engine = new DestinationEngine(
       {
         regions: guest.regions.map((region) => region.native),
@@ -168,7 +175,7 @@ class GatheringGuest implements Unparked {
 
   resume(): void {
     this.#resumedAt = performance.now();
-    resumeHere(this.guest, this.offer.name);
+    this.#notRunning = resumeHere(this.guest, this.offer.name);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -198,6 +205,7 @@ class GatheringGuest implements Unparked {
     const told = {
       migrationId: this.images.image,
       guest: this.offer.name,
+      notRunning: await this.#notRunning,
       verified: digests ? true : null,
       prepareMs: 0,
       gatherMs,

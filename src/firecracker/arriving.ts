@@ -16,10 +16,11 @@ import { type MemferryError, memferryError } from '../errors.js';
 import { FdListener } from '../fd-channel.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { AcceptContext } from '../options.js';
+import { abortError, untilAborted } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { Region } from '../region.js';
 import { type Greeted, greet } from './greet.js';
-import { asOneRegion } from './mappings.js';
+import { asOneRegion, type GuestMapping } from './mappings.js';
 import { attachMemory, MicroVm } from './micro-vm.js';
 
 /** Who runs Firecracker here. */
@@ -35,7 +36,7 @@ export interface FirecrackerHost {
    * The socket is there by then. Resolves when it is loaded; whoever rejects ends the arrival.
    */
   load(state: Uint8Array, context: { socketPath: string; signal: AbortSignal }): Promise<void>;
-  /** It runs from here on. What it throws is a warning: there is no way back. */
+  /** It runs from here on. What it throws is a warning, and in the report: there is no way back. */
   resume(): Promise<void> | void;
   /** It will never run: whoever started it ends it. */
   abandon?(): Promise<void> | void;
@@ -71,7 +72,14 @@ async function attached(
   state: Uint8Array,
   { signal }: AcceptContext,
 ): Promise<ArrivingGuest> {
-  const { greeted, loading } = await loadInto(host, state, signal);
+  let loaded: Loaded;
+  try {
+    loaded = await loadInto(host, state, signal);
+  } catch (error) {
+    await abandoned(host);
+    throw error;
+  }
+  const { greeted, loading } = loaded;
   const { pageSize } = greeted.handshake.memory;
   let region: Region;
   try {
@@ -88,17 +96,26 @@ async function attached(
     greeted.discard();
   } catch (error) {
     greeted.discard();
-    await host.abandon?.();
+    await abandoned(host);
     throw error;
   }
+  let running: Promise<void> | undefined;
   return {
     regions: [region],
     // Its device state touches guest memory, which the arrival serves by now.
     prepare: () => loading,
-    resume: () => warned(host.resume()),
+    resume: () => {
+      running = resumed(host);
+    },
+    get running() {
+      return running;
+    },
     abandon: async () => {
-      region.close();
-      await host.abandon?.();
+      try {
+        region.close();
+      } finally {
+        await host.abandon?.();
+      }
     },
   };
 }
@@ -107,6 +124,7 @@ async function attached(
 function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest {
   const region = Region.allocate({ lengthBytes });
   let microVm: MicroVm | null = null;
+  let running: Promise<void> | undefined;
   const close = () => {
     microVm?.close();
     if (!region.closed) region.close();
@@ -115,20 +133,22 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
     regions: [region],
     async prepare(state, { signal }) {
       const { greeted, loading } = await loadInto(host, state, signal);
+      let mappings: GuestMapping[];
       try {
-        const mappings = asOneRegion(greeted.handshake.memory, lengthBytes);
-        microVm = new MicroVm(
-          greeted.connection,
-          greeted.handshake,
-          { region },
-          { prePaging: 'all', mappings },
-        );
-        host.onMicroVm?.(microVm);
+        mappings = asOneRegion(greeted.handshake.memory, lengthBytes);
       } catch (error) {
         greeted.discard();
         throw error;
       }
-      await loading;
+      // The descriptors are its own from here on, also when it throws; what fails later ends in `abandon`.
+      microVm = new MicroVm(
+        greeted.connection,
+        greeted.handshake,
+        { region },
+        { prePaging: 'all', mappings },
+      );
+      host.onMicroVm?.(microVm);
+      await untilAborted(loading, signal);
     },
     resume() {
       const served = microVm as MicroVm;
@@ -144,21 +164,40 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
         // Its pages are still compared with the source's.
         .then(() => arrivalOver(region))
         .then(close);
-      warned(host.resume());
+      running = resumed(host);
+    },
+    get running() {
+      return running;
     },
     async abandon() {
-      close();
-      await host.abandon?.();
+      try {
+        close();
+      } finally {
+        await host.abandon?.();
+      }
     },
   };
 }
 
+/** Why the arrival has failed is what matters, not that this fails too. */
+async function abandoned(host: FirecrackerHost): Promise<void> {
+  try {
+    await host.abandon?.();
+  } catch (error) {
+    process.emitWarning(`the microVM was given up, and could not be ended: ${String(error)}`, {
+      code: 'MEMFERRY_ABANDON_THREW',
+    });
+  }
+}
+
+interface Loaded {
+  greeted: Greeted;
+  loading: Promise<void>;
+}
+
 /** Listens, has Firecracker load the state, and waits until it says where its memory is. */
-async function loadInto(
-  host: FirecrackerHost,
-  state: Uint8Array,
-  signal: AbortSignal,
-): Promise<{ greeted: Greeted; loading: Promise<void> }> {
+async function loadInto(host: FirecrackerHost, state: Uint8Array, signal: AbortSignal): Promise<Loaded> {
+  if (signal.aborted) throw abortError(signal);
   const connected = deferred<Greeted>();
   connected.promise.catch(() => {});
   const listener = new FdListener(host.socketPath, {
@@ -211,10 +250,16 @@ async function loadInto(
   }
 }
 
-function warned(resumed: Promise<void> | void): void {
-  Promise.resolve(resumed).catch((error) => {
-    process.emitWarning(`the microVM was granted, and did not resume: ${String(error)}`, {
-      code: 'MEMFERRY_RESUME_THREW',
-    });
-  });
+async function resumed(host: FirecrackerHost): Promise<void> {
+  try {
+    await host.resume();
+  } catch (cause) {
+    const error = memferryError(
+      'RESUME_FAILED',
+      `the microVM was granted, and did not resume: ${(cause as Error).message}. It is here and nowhere else, paused`,
+      { cause },
+    );
+    process.emitWarning(error.message, { code: 'MEMFERRY_RESUME_THREW' });
+    throw error;
+  }
 }

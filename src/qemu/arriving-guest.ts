@@ -1,26 +1,41 @@
 /**
  * A guest of QEMU's at the destination: a QEMU that waits (`-S -incoming defer`), whose RAM memferry fills and whose
  * pager serves it before QEMU loads the state of its devices, since that touches RAM. `cont` comes only with GRANT.
+ *
+ *   coming ── prepared ── GRANT ─▶ granted: `cont`, until it is heard or the bound is reached
+ *      └─ failed, or somebody else's `cont` before GRANT ─▶ over: this QEMU is ended
  */
-import { memferryError } from '../errors.js';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { type MemferryError, memferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import { ignoreSharedRam, loadDeviceState, restoreSettings, type Settings } from './device-state.js';
 import { runState } from './inspect.js';
+import type { Qmp, QmpEvent } from './qmp.js';
 import { decodeState, descriptionSchema, qemuModule } from './state.js';
 
 export interface QemuArrivalOptions extends QemuSockets {
   /** For QEMU to load the state; the listener's `prepareTimeoutMs` bounds it too. Default 10 s. */
   stateTimeoutMs?: number | undefined;
+  /** For QEMU to let the guest run once it is granted; asked again and again until then. Default 30 s. */
+  resumeTimeoutMs?: number | undefined;
   /** The guest runs here. */
   onResumed?: (() => void) | undefined;
-  /** Where no call can tell: QEMU has refused to go on, or ended. */
+  /** Where no call can tell: QEMU does not let the guest run, or has ended. A warning of the process without it. */
   onWarning?: ((error: Error) => void) | undefined;
 }
 
+const contTimeoutMs = 10_000;
+const firstPauseMs = 50;
+const longestPauseMs = 1_000;
+/** To end by itself, and then to be gone after SIGKILL. */
+const quitTimeoutMs = 3_000;
+const killTimeoutMs = 5_000;
+
 /** What QEMU itself discards (a balloon) is told, and reads as zeros from then on. Or none of it. */
-const pagingFeatures = [1n << 3n, 0n];
+const attaching = { features: [1n << 3n, 0n], discards: true };
 
 /** A QEMU that waits for a guest: `listen({ accept: destination.accept })`. It takes one; it is ended when that fails. */
 export class QemuDestination implements AsyncDisposable {
@@ -34,7 +49,7 @@ export class QemuDestination implements AsyncDisposable {
 
   /** Whether QEMU is there and waits, asked before a source is. @throws as `accept` */
   async check({ signal }: { signal?: AbortSignal } = {}): Promise<void> {
-    const attachment = await QemuAttachment.open({ ...this.#options, signal }, pagingFeatures);
+    const attachment = await QemuAttachment.open({ ...this.#options, signal }, attaching);
     try {
       await requireWaiting(attachment);
     } finally {
@@ -62,6 +77,11 @@ export class QemuDestination implements AsyncDisposable {
     }
   };
 
+  /** Null: no guest was granted here yet. Settles when it runs; as `ArrivingGuest.running`. */
+  get running(): Promise<void> | null {
+    return this.#guest?.running ?? null;
+  }
+
   /** Lets go of QEMU, which goes on as it is. Not while a guest is on its way: close the listener first. */
   async close(): Promise<void> {
     await this.#guest?.close();
@@ -86,14 +106,28 @@ async function requireWaiting({ qmp }: QemuAttachment): Promise<void> {
 
 class ArrivingQemuGuest implements ArrivingGuest {
   readonly regions: readonly Region[];
+  readonly #broken = deferred<MemferryError>();
+  readonly #onEvent = ({ name }: QmpEvent) => {
+    if (name === 'RESUME' && this.#phase !== 'granted') this.#break(resumedByOthers());
+  };
   #settings: Settings | null = null;
   #runs = true;
+  #phase: 'coming' | 'granted' | 'over' = 'coming';
+  #running: Promise<void> | null = null;
 
   private constructor(
     private readonly attachment: QemuAttachment,
     private readonly options: QemuArrivalOptions,
   ) {
     this.regions = attachment.regions.map(({ region }) => region);
+  }
+
+  get broken(): Promise<MemferryError> {
+    return this.#broken.promise;
+  }
+
+  get running(): Promise<void> | undefined {
+    return this.#running ?? undefined;
   }
 
   static async accept(offer: GuestOffer, options: QemuArrivalOptions): Promise<ArrivingQemuGuest> {
@@ -106,7 +140,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
     }
     const described = descriptionSchema.safeParse(offer.description);
     if (!described.success) throw memferryError('PROTOCOL_ERROR', "this is no description of a QEMU guest's");
-    const attachment = await QemuAttachment.open(options, pagingFeatures);
+    const attachment = await QemuAttachment.open(options, attaching);
     try {
       const guest = new ArrivingQemuGuest(attachment, options);
       await requireWaiting(attachment);
@@ -127,6 +161,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
         'x-ignore-shared',
         'late-block-activate',
       ]);
+      guest.#watch();
       return guest;
     } catch (error) {
       await attachment.close();
@@ -145,42 +180,114 @@ class ArrivingQemuGuest implements ArrivingGuest {
       uid,
     });
     const now = await runState(qmp, { signal });
-    if (now.running) {
-      throw memferryError('PREPARE_FAILED', 'QEMU runs the guest before it may: start it with -S');
-    }
+    if (now.running) throw this.#break(resumedByOthers());
   }
 
   resume(): void {
-    const { qmp } = this.attachment;
-    if (!this.#runs) {
-      this.options.onResumed?.();
-      void this.#settle();
-      return;
-    }
-    // QEMU has nothing left to do for it but to start the CPUs and to take the disks over.
-    qmp.execute('cont', {}, { timeoutMs: 60_000 }).then(
-      () => {
-        this.options.onResumed?.();
-        void this.#settle();
-      },
-      (error) => this.options.onWarning?.(error),
+    this.#phase = 'granted';
+    const running = this.#letRun();
+    this.#running = running;
+    running.then(
+      () => this.options.onResumed?.(),
+      (error) => this.#warn(error),
     );
   }
 
   /** Its memory is half filled, and what was missing may be poisoned: such a QEMU is of no use, and must never run. */
   async abandon(): Promise<void> {
-    const { qmp } = this.attachment;
-    await qmp.execute('quit').catch(() => {}); // it may have ended by itself
+    this.#phase = 'over';
+    const { qmp, process: owner } = this.attachment;
+    await qmp.execute('quit', {}, { timeoutMs: quitTimeoutMs }).catch(() => {}); // it may have ended by itself
+    for (const until = performance.now() + quitTimeoutMs; owner.alive() && performance.now() < until; ) {
+      await sleep(10);
+    }
+    owner.end();
+    for (const until = performance.now() + killTimeoutMs; owner.alive(); await sleep(10)) {
+      if (performance.now() < until) continue;
+      this.#warn(
+        memferryError('SYSTEM', `QEMU (process ${owner.pid}) does not end; its guest must never run`),
+      );
+      break;
+    }
     await this.attachment.close();
   }
 
   async close(): Promise<void> {
+    await this.#running?.catch(() => {});
     await this.attachment.close();
   }
 
-  async #settle(): Promise<void> {
-    if (this.#settings) await restoreSettings(this.attachment.qmp, this.#settings).catch(() => {});
+  /** From here on it is the source's guest that this QEMU has: until GRANT nobody else's `cont` may reach it. */
+  #watch(): void {
+    const { qmp, process: owner } = this.attachment;
+    qmp.on('event', this.#onEvent);
+    void qmp.closed.then(() => {
+      if (this.#phase !== 'coming') return;
+      const what = owner.alive() ? 'has closed its QMP socket, and was ended' : 'has ended';
+      this.#break(memferryError('OWNER_GONE', `QEMU (process ${owner.pid}) ${what}`));
+    });
   }
+
+  /**
+   * Ends QEMU at once: while it lives its guest could run, and then there would be two of it as soon as the source's
+   * runs on.
+   */
+  #break(reason: MemferryError): MemferryError {
+    this.attachment.process.end();
+    this.#broken.resolve(reason);
+    return reason;
+  }
+
+  /** Not given up at the first refusal: a disk's lock may still be the source's for a moment, QMP another's. */
+  async #letRun(): Promise<void> {
+    const { process: owner } = this.attachment;
+    let { qmp } = this.attachment;
+    let anew: Qmp | null = null;
+    const deadline = performance.now() + (this.options.resumeTimeoutMs ?? 30_000);
+    try {
+      for (let pauseMs = firstPauseMs; this.#runs; pauseMs = Math.min(2 * pauseMs, longestPauseMs)) {
+        try {
+          if (qmp.isClosed) qmp = anew = await this.attachment.reconnect();
+          // It does nothing to a guest that runs, so that it may be said again.
+          await qmp.execute('cont', {}, { timeoutMs: contTimeoutMs });
+          break;
+        } catch (cause) {
+          if (!owner.alive()) {
+            throw memferryError(
+              'GUEST_LOST',
+              `QEMU (process ${owner.pid}) has ended before it let the guest run, which was granted to it`,
+              { cause },
+            );
+          }
+          if (performance.now() >= deadline) {
+            throw memferryError(
+              'RESUME_FAILED',
+              `QEMU (process ${owner.pid}) does not let the guest run: ${(cause as Error).message}. The guest is here ` +
+                "and nowhere else, stopped, its memory served: remove the cause and send 'cont' over QMP",
+              { cause, facts: { pid: owner.pid } },
+            );
+          }
+        }
+        await sleep(pauseMs);
+      }
+      if (this.#settings) await restoreSettings(qmp, this.#settings).catch((error) => this.#warn(error));
+    } finally {
+      await anew?.close();
+    }
+  }
+
+  #warn(error: Error): void {
+    if (this.options.onWarning) this.options.onWarning(error);
+    else process.emitWarning(error.message, { code: 'MEMFERRY_RESUME_FAILED' });
+  }
+}
+
+function resumedByOthers(): MemferryError {
+  return memferryError(
+    'GUEST_BUSY',
+    'somebody else has let the guest run at the destination before it was granted; that QEMU was ended',
+    { facts: { names: ['cont'] } },
+  );
 }
 
 function checkAlike(what: string, there: string | number, here: string | number): void {

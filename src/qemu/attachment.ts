@@ -1,13 +1,16 @@
 /** What both sides have of a QEMU: its QMP connection, what it is made of, and its RAM as regions of this process. */
 import { stat } from 'node:fs/promises';
 import { fstatSync } from 'node:fs';
-import { memferryError } from '../errors.js';
+import { loadAddon } from '../addon.js';
+import { memferryError, native } from '../errors.js';
 import { closeDescriptors } from '../fd-channel.js';
 import type { GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
 import { type Backend, inspect, type Machine } from './inspect.js';
 import { matchMemory } from './match-memory.js';
-import { Qmp } from './qmp.js';
+import { type FilledFiles, filledFiles, requireMappedByNoOther } from './memory-users.js';
+import type { Qmp } from './qmp.js';
+import { connectTo } from './same-process.js';
 import { Shim } from './shim.js';
 
 export interface QemuSockets {
@@ -18,8 +21,12 @@ export interface QemuSockets {
   signal?: AbortSignal | undefined;
 }
 
-/** Asked for in this order, until QEMU's kernel has all of one. */
-type Features = readonly bigint[];
+export interface AttachOptions {
+  /** Of the userfaultfd: asked for in this order, until QEMU's kernel has all of one. */
+  features: readonly bigint[];
+  /** What is in the memory is going to be discarded: no other process may have it. */
+  discards?: boolean;
+}
 
 export class QemuAttachment {
   private constructor(
@@ -27,22 +34,44 @@ export class QemuAttachment {
     readonly machine: Machine,
     /** In the order of the machine's backends, named as these. */
     readonly regions: readonly GuestRegion[],
-    readonly pid: number,
+    readonly process: { readonly pid: number; alive(): boolean; end(): void },
     readonly uid: number,
   ) {}
 
-  static async open(sockets: QemuSockets, features: Features): Promise<QemuAttachment> {
+  static async open(sockets: QemuSockets, options: AttachOptions): Promise<QemuAttachment> {
     const { signal } = sockets;
-    const qmp = await Qmp.connect(sockets.qmp, { signal });
+    // It serves one at a time, and not for long: asked who it is now, and for the memory when that is known to be right.
+    const { pid, uid } = await Shim.identify(sockets.shim);
+    const qmp = await connectTo(sockets.qmp, { pid, uid }, { signal });
     try {
       const machine = await inspect(qmp, { signal });
-      using shim = await Shim.connect(sockets.shim);
-      const regions = await attachMemory(shim, machine.backends, features);
-      return new QemuAttachment(qmp, machine, regions, shim.pid, shim.uid);
+      const { owner, regions, filled } = await takeHold(
+        sockets.shim,
+        pid,
+        machine.backends,
+        options.features,
+      );
+      const attachment = new QemuAttachment(qmp, machine, regions, owner, uid);
+      if (options.discards) {
+        await requireMappedByNoOther(filled, pid).catch(async (error) => {
+          await attachment.close();
+          throw error;
+        });
+      }
+      return attachment;
     } catch (error) {
       await qmp.close();
       throw error;
     }
+  }
+
+  get pid(): number {
+    return this.process.pid;
+  }
+
+  /** Another QMP connection to the same QEMU. */
+  reconnect(): Promise<Qmp> {
+    return connectTo(this.qmp.path, { pid: this.pid, uid: this.uid });
   }
 
   async close(): Promise<void> {
@@ -57,11 +86,30 @@ export class QemuAttachment {
   }
 }
 
+interface Memory {
+  regions: GuestRegion[];
+  /** Of its files those in which something is. */
+  filled: FilledFiles;
+}
+
+/** The shim does not wait for long: nothing is done here that takes its time. */
+async function takeHold(
+  path: string,
+  pid: number,
+  backends: readonly Backend[],
+  features: readonly bigint[],
+) {
+  using shim = await Shim.connect(path);
+  if (shim.pid !== pid) throw memferryError('OWNER_GONE', `QEMU (process ${pid}) ended meanwhile`);
+  const owner = native(() => loadAddon().holdProcess(shim.pidfd));
+  return { owner, ...(await attachMemory(shim, backends, features)) };
+}
+
 async function attachMemory(
   shim: Shim,
   backends: readonly Backend[],
-  features: Features,
-): Promise<GuestRegion[]> {
+  features: readonly bigint[],
+): Promise<Memory> {
   const { mappings, files } = await shim.memory();
   const descriptors = [...files];
   const made: GuestRegion[] = [];
@@ -83,7 +131,8 @@ async function attachMemory(
       });
       made.push({ name: id, region });
     }
-    return made;
+    const filled = filledFiles(found.map(({ id, file }) => ({ id, descriptor: files[file] as number })));
+    return { regions: made, filled };
   } catch (error) {
     for (const { region } of made) region.close();
     throw error;
@@ -103,7 +152,7 @@ async function fileOf(path: string, files: readonly number[]): Promise<number | 
   return at < 0 ? null : at;
 }
 
-async function firstUserfaultfd(shim: Shim, features: Features): Promise<number> {
+async function firstUserfaultfd(shim: Shim, features: readonly bigint[]): Promise<number> {
   let reason: unknown = memferryError('USERFAULTFD_UNAVAILABLE', 'no features to ask for');
   for (const wanted of features) {
     try {

@@ -250,7 +250,7 @@ async function receiveOne(
 }
 
 /** A path for a socket, in a directory of its own (mode 0700, QEMU's user's when that is another). */
-async function withSocket<T>(uid: number, use: (path: string) => Promise<T>): Promise<T> {
+export async function withSocket<T>(uid: number, use: (path: string) => Promise<T>): Promise<T> {
   const directory = await mkdtemp(join(tmpdir(), 'memferry-qemu-state-'));
   try {
     if (uid !== process.getuid?.()) await chown(directory, uid, -1);

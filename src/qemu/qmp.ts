@@ -6,6 +6,7 @@
 import { EventEmitter } from 'node:events';
 import { createConnection, type Socket } from 'node:net';
 import { z } from 'zod';
+import { loadAddon } from '../addon.js';
 import { MemferryError, memferryError } from '../errors.js';
 import { abortError } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
@@ -14,6 +15,7 @@ import { type Deferred, deferred } from '../protocol/deferred.js';
 const maxLineBytes = 1 << 20;
 const maxPending = 64;
 const defaultTimeoutMs = 5_000;
+const busyPauseMs = 20;
 
 const greetingSchema = z.object({
   QMP: z.object({
@@ -79,7 +81,24 @@ export class Qmp extends EventEmitter implements AsyncDisposable {
    */
   static async connect(path: string, options: QmpOptions = {}): Promise<Qmp> {
     const { signal, timeoutMs = defaultTimeoutMs } = options;
-    if (signal?.aborted) throw abortError(signal);
+    const deadline = performance.now() + timeoutMs;
+    for (;;) {
+      if (signal?.aborted) throw abortError(signal);
+      try {
+        return await Qmp.#connect(path, { signal, timeoutMs: Math.max(1, deadline - performance.now()) });
+      } catch (error) {
+        // QEMU's queue has room for one, and somebody who has just let go may still be in it.
+        const { cause } = error as { cause?: { code?: unknown } };
+        if (cause?.code !== 'EAGAIN' || performance.now() >= deadline) throw error;
+      }
+      await new Promise((resolve) => setTimeout(resolve, busyPauseMs));
+    }
+  }
+
+  static async #connect(
+    path: string,
+    { signal, timeoutMs }: { signal: AbortSignal | undefined; timeoutMs: number },
+  ): Promise<Qmp> {
     const qmp = new Qmp(path, createConnection({ path }));
     try {
       qmp.version = await qmp.#bounded(
@@ -88,10 +107,10 @@ export class Qmp extends EventEmitter implements AsyncDisposable {
         () =>
           new MemferryError(
             'CONNECT_FAILED',
-            `${path} does not greet as QMP does within ${timeoutMs} ms: another client may hold it, or it is none`,
+            `${path} does not greet as QMP does within ${Math.round(timeoutMs)} ms: another client may hold it, or it is none`,
           ),
       );
-      await qmp.execute('qmp_capabilities', {}, options);
+      await qmp.execute('qmp_capabilities', {}, { signal, timeoutMs });
       return qmp;
     } catch (error) {
       await qmp.close();
@@ -99,6 +118,17 @@ export class Qmp extends EventEmitter implements AsyncDisposable {
         throw memferryError('CONNECT_FAILED', error.message, { cause: error.cause ?? error });
       }
       throw error;
+    }
+  }
+
+  /** Whose socket it is, as the kernel says; 0 where that is not visible. */
+  get peerPid(): number {
+    const fd = (this.#socket as unknown as { _handle?: { fd?: number } | null })._handle?.fd;
+    if (fd === undefined || fd < 0) return 0;
+    try {
+      return loadAddon().peerPid(fd);
+    } catch {
+      return 0;
     }
   }
 

@@ -107,6 +107,13 @@ export class Shim implements Disposable {
     }
   }
 
+  /** Who answers there, and no more. @throws as `connect` */
+  static async identify(path: string): Promise<{ pid: number; uid: number }> {
+    using shim = await Shim.connect(path);
+    const { pid, uid } = shim;
+    return { pid, uid };
+  }
+
   /** The descriptors are the caller's to close. */
   async memory(): Promise<{ mappings: ShimMapping[]; files: number[] }> {
     const { value, descriptors } = await ask(this.#connection, 'memory', memorySchema, maxFiles);

@@ -18,7 +18,7 @@ import {
   stopMigrating,
 } from './device-state.js';
 import { inspect, requireTrackableDisks, runState } from './inspect.js';
-import { Qmp, type QmpEvent } from './qmp.js';
+import type { Qmp, QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
 
 export interface QemuGuestOptions extends QemuSockets {
@@ -68,7 +68,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
    * @throws GUEST_UNMOVABLE with what is in the way by name, GUEST_BUSY, CONNECT_FAILED, USERFAULTFD_UNAVAILABLE
    */
   static async attach(options: QemuGuestOptions): Promise<QemuGuest> {
-    const attachment = await QemuAttachment.open(options, trackingFeatures);
+    const attachment = await QemuAttachment.open(options, { features: trackingFeatures });
     try {
       const { status } = await runState(attachment.qmp);
       if (status === 'postmigrate') {
@@ -183,7 +183,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     let anew: Qmp | null = null;
     try {
       // An attachment that has lost its QEMU's ear: another connection may still have it.
-      if (qmp.isClosed) qmp = anew = await Qmp.connect(qmp.path);
+      if (qmp.isClosed) qmp = anew = await this.#attachment.reconnect();
       await stopMigrating(qmp).catch((error) => this.emit('warning', error));
       if (this.#ranBefore || this.#resumedByOthers) await letRun(qmp);
     } finally {

@@ -1,14 +1,16 @@
 /**
- * Files and threads of the host that a guest opened through Node: they stay behind, so each of them refuses a pause,
- * by name. Node's own list of what is open knows neither a descriptor from `openSync` nor a worker that was unref'd.
+ * Files, directories and threads of the host that a guest opened through Node: they stay behind, so each of them refuses
+ * a pause, by name. Node's own list of what is open knows neither a descriptor from `openSync`, nor what `node:wasi` has
+ * open for a guest, nor a worker that was unref'd.
  * Installed before the guest's module is loaded; lives in the worker.
  */
 import type { EventEmitter } from 'node:events';
 import fs, { type PathLike } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
-import { syncBuiltinESMExports } from 'node:module';
+import { createRequire, syncBuiltinESMExports } from 'node:module';
 import { fileURLToPath } from 'node:url';
 import threads from 'node:worker_threads';
+import { interceptUnref } from './host-unref.js';
 
 export interface HostHandles {
   /** E.g. `host file /var/log/x`, in the order of their opening. */
@@ -73,6 +75,8 @@ export function interceptHostHandles(): HostHandles {
       return worker;
     },
   });
+  const wasi = interceptWasi();
+  const unrefd = interceptUnref();
   syncBuiltinESMExports();
 
   return {
@@ -80,8 +84,63 @@ export function interceptHostHandles(): HostHandles {
       ...[...files.values()].map((name) => `host file ${name}`),
       ...[...handles].map(({ name }) => `host file ${name}`),
       ...[...workers.values()].map((name) => `a thread of its own (${name})`),
+      ...wasi(),
+      ...unrefd.names(),
     ],
   };
+}
+
+interface WasiOptions {
+  preopens?: Record<string, string>;
+  stdin?: number;
+  stdout?: number;
+  stderr?: number;
+}
+
+/**
+ * A WASI with directories has them open in native code, and whatever its program opens below them; nothing tells which.
+ * So it refuses for as long as it lives. Gives their names.
+ */
+function interceptWasi(): () => string[] {
+  let made: { wasi: WeakRef<object>; names: string[] }[] = [];
+  const living = () => {
+    made = made.filter(({ wasi }) => wasi.deref() !== undefined);
+    return made;
+  };
+  const module = quietly(() => createRequire(import.meta.url)('node:wasi') as { WASI: new () => object });
+  if (module === null) return () => [];
+  const { WASI } = module;
+  module.WASI = new Proxy(WASI, {
+    construct(target, args: unknown[], newTarget): object {
+      const wasi = Reflect.construct(target, args, newTarget === module.WASI ? target : newTarget) as {
+        wasiImport: object;
+      };
+      const { preopens = {}, stdin = 0, stdout = 1, stderr = 2 } = Object(args[0]) as WasiOptions;
+      const names = [
+        ...Object.values(preopens).map((path) => `host directory ${fileName(path)} of node:wasi`),
+        ...[stdin, stdout, stderr]
+          .filter((fd) => fd > 2)
+          .map((fd) => `host file of descriptor ${fd}, of node:wasi`),
+      ];
+      // What WebAssembly was given keeps the files open, whether or not the object around it is kept.
+      if (names.length > 0) living().push({ wasi: new WeakRef(wasi.wasiImport), names });
+      return wasi;
+    },
+  });
+  return () => living().flatMap(({ names }) => names);
+}
+
+/** It warns as it is loaded, which a guest that does not use it should not cause. Null: this Node has none. */
+function quietly<T>(load: () => T): T | null {
+  const { emitWarning } = process;
+  process.emitWarning = () => {};
+  try {
+    return load();
+  } catch {
+    return null;
+  } finally {
+    process.emitWarning = emitWarning;
+  }
 }
 
 function fileName(path: unknown): string {

@@ -2,7 +2,9 @@
  * Guests whose memory belongs to other processes, at both ends: every mode, every byte compared with what the source's
  * owner had when it was paused; owners that die, exec or let go of memory; pagers that are killed.
  */
-import { writeFileSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, writeFileSync } from 'node:fs';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -292,6 +294,37 @@ test('a guest that nobody pages any more is ended, and never reads zeros', async
   });
   await expect(supervision.done).rejects.toMatchObject({ code: 'GUEST_LOST' });
   expect(await owner.ask('read 100')).toBeNull();
+});
+
+test('a pager whose supervisor is killed brings the rest by itself, and ends', async () => {
+  const owner = await MemoryOwner.start({ pages, shared: true, features: features.missingShmem });
+  const snapshot = join(folder, 'snapshot-orphan');
+  const content = Buffer.alloc(pages * 4096, 0x3c);
+  writeFileSync(snapshot, content);
+  const { pidfd, uffd, mappings, memory } = owner.attachment();
+  const library = new URL('../../lib/index.js', import.meta.url);
+  const places = mappings.map(
+    (each) => `{ ...${JSON.stringify({ ...each, address: 0 })}, address: ${each.address}n }`,
+  );
+  const program = `
+    import { superviseGuest } from '${library}';
+    superviseGuest({
+      attachment: { pidfd: 3, uffd: 4, memory: 5, mappings: [${places}] },
+      snapshot: '${snapshot}', prepage: false, onPager: ({ pid }) => console.log(pid),
+    });`;
+  const supervisor = spawn(process.execPath, ['--input-type=module', '-e', program], {
+    stdio: ['ignore', 'pipe', 'inherit', pidfd, uffd as number, memory as number],
+  });
+  const [said] = (await once(supervisor.stdout as NodeJS.ReadableStream, 'data')) as [Buffer];
+  const pager = Number(said.toString());
+  supervisor.kill('SIGKILL');
+  await once(supervisor, 'exit');
+  // It tries to say something twice a second.
+  await new Promise((resolve) => setTimeout(resolve, 1500));
+  const alive = () => existsSync(`/proc/${pager}/fd/0`);
+  expect(alive()).toBe(true);
+  expect(Buffer.compare(await owner.content(), content)).toBe(0);
+  await expect.poll(alive, { timeout: 10_000 }).toBe(false);
 });
 
 test('a supervised guest whose pages are all there is on its own', async () => {

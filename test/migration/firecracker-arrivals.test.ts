@@ -109,11 +109,14 @@ describe('a microVM', () => {
     const { ticket } = await parked();
     const fake = await firecracker('a');
     fake.refuseLoad = true;
-    await expect(unpark(ticket, { secret, accept: microVmArrivals(hostOf(fake)) })).rejects.toMatchObject({
+    let abandoned = 0;
+    const refusing = { ...hostOf(fake), abandon: () => void abandoned++ };
+    await expect(unpark(ticket, { secret, accept: microVmArrivals(refusing) })).rejects.toMatchObject({
       code: 'PREPARE_FAILED',
       message: expect.stringContaining('the state is not what it should be'),
     });
-    expect(fake.running).toBe(false);
+    // Whoever started it is told to end it.
+    expect([fake.running, abandoned]).toEqual([false, 1]);
     // Memory of another size, though it loads.
     const small: FakeFirecracker = await firecracker('c');
     const host = hostOf(small);
@@ -181,6 +184,49 @@ describe('a microVM', () => {
       await right(fake);
     },
   );
+
+  it('whose host fails once it is served is given up, and the source keeps it', async () => {
+    const fake = await firecracker('a');
+    const calls: string[] = [];
+    const listening = await listen({
+      ...{ host: '127.0.0.1', port: 0, secret },
+      accept: microVmArrivals({
+        ...hostOf(fake),
+        onMicroVm: () => {
+          throw new Error('the host wants no more');
+        },
+        abandon: () => void calls.push('abandon'),
+      }),
+    });
+    open.push(() => listening.close());
+    using guest = await snapshotGuest('box', files);
+    const migration = migrate(guest, { to: `127.0.0.1:${listening.port}`, mode: 'stop-and-copy', secret });
+    await expect(migration.done).rejects.toMatchObject({
+      code: 'PREPARE_FAILED',
+      message: expect.stringContaining('the host wants no more'),
+    });
+    await expect.poll(() => calls).toEqual(['abandon']);
+    expect(fake.running).toBe(false);
+  });
+
+  it('that does not resume after GRANT is reported so', async () => {
+    const fake = await firecracker('a');
+    const listening = await listen({
+      ...{ host: '127.0.0.1', port: 0, secret },
+      accept: microVmArrivals({
+        ...hostOf(fake),
+        resume: async () => {
+          throw new Error('no resources');
+        },
+      }),
+    });
+    open.push(() => listening.close());
+    using guest = await snapshotGuest('box', files);
+    const migration = migrate(guest, { to: `127.0.0.1:${listening.port}`, mode: 'stop-and-copy', secret });
+    const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+    expect(await arrival.complete).toMatchObject({ notRunning: expect.stringContaining('no resources') });
+    await migration.done;
+  });
 
   it.each([[['--fork']], [['--fork', '--memfd']]])('of a fork leaves while it runs: %s', async (flags) => {
     const socketPath = join(folder, 'first.uffd');

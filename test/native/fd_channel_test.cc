@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -13,10 +14,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <thread>
+#include <vector>
 
 #include "os/kernel_abi.h"
 #include "os/process_start.h"
@@ -247,6 +253,53 @@ TEST_F(FdChannelTest, OnlyADeadListenersFileIsReplaced) {
   EXPECT_THROW(FdListener(std::string(200, 'x'), 0600), std::invalid_argument);
   EXPECT_THROW(FdListener("", 0600), std::invalid_argument);
   EXPECT_THROW(FdListener(std::string("a\0b", 3), 0600), std::invalid_argument);
+}
+
+// Several that find the same dead socket: one of them has the path in the end, and whoever has it can be reached.
+TEST_F(FdChannelTest, OfManyAtOnceOneHasThePath) {
+  constexpr int kComing = 4;
+  const std::string path = folder_ + "/contested";
+  for (int turn = 0; turn < 100; ++turn) {
+    {
+      // What a process that was killed leaves.
+      sockaddr_un address{};
+      address.sun_family = AF_UNIX;
+      std::memcpy(address.sun_path, path.c_str(), path.size());
+      const UniqueFd dead(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+      ASSERT_EQ(::bind(dead.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    }
+    std::array<std::unique_ptr<FdListener>, kComing> listeners;
+    std::atomic<int> waiting{kComing};
+    {
+      std::vector<std::jthread> threads;
+      for (auto& listener : listeners) {
+        threads.emplace_back([&] {
+          --waiting;
+          while (waiting > 0) std::this_thread::yield();
+          try {
+            listener = std::make_unique<FdListener>(path, 0600);
+          } catch (const SystemError& error) {
+            EXPECT_EQ(error.error(), EADDRINUSE);
+          }
+        });
+      }
+    }
+    const auto has = std::count_if(listeners.begin(), listeners.end(),
+                                   [](const auto& listener) { return listener != nullptr; });
+    ASSERT_EQ(has, 1) << "in turn " << turn;
+    EXPECT_NO_THROW((void)FdConnection::connect(path, kSoon));
+  }
+}
+
+// Whoever may read the directory may lock it: that keeps nobody from a path that is free, or dead.
+TEST_F(FdChannelTest, ALockedDirectoryIsNotWaitedForLong) {
+  const UniqueFd directory(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  ASSERT_EQ(::flock(directory.get(), LOCK_EX), 0);
+  const std::string path = folder_ + "/locked";
+  const auto began = std::chrono::steady_clock::now();
+  const FdListener listener(path, 0600);
+  EXPECT_NO_THROW((void)FdConnection::connect(path, kSoon));
+  EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(30));
 }
 
 TEST_F(FdChannelTest, NobodyListens) {

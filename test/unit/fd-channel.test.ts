@@ -1,3 +1,4 @@
+import { spawn } from 'node:child_process';
 import {
   closeSync,
   mkdtempSync,
@@ -49,6 +50,35 @@ describe('a socket that carries descriptors', () => {
     for (const connection of accepted) connection.close();
     listener.close();
     rmSync(folder, { recursive: true });
+  });
+
+  it('keeps a process that waits for an answer alive', async () => {
+    const library = new URL('../../lib/fd-channel.js', import.meta.url);
+    const program = `
+      import { FdConnection } from '${library}';
+      const connection = await FdConnection.connect('${path}');
+      const { bytes } = await connection.receive(${JSON.stringify(bounds)});
+      console.log(bytes.toString());
+      connection.close();`;
+    const child = spawn(process.execPath, ['--input-type=module', '-e', program], {
+      stdio: ['ignore', 'pipe', 'inherit'],
+    });
+    let said = '';
+    child.stdout.on('data', (text) => {
+      said += text;
+    });
+    const count = accepted.length;
+    await expect.poll(() => accepted.length, { timeout: 10_000 }).toBeGreaterThan(count);
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    await accepted
+      .at(-1)
+      ?.send(Buffer.from('an answer'))
+      .catch(() => {});
+    // 13: Node found nothing left to wait for.
+    expect([await new Promise((resolve) => child.once('close', resolve)), said.trim()]).toEqual([
+      0,
+      'an answer',
+    ]);
   });
 
   it('hands over open files, and knows the peer', async () => {

@@ -2,6 +2,7 @@
 import { execFileSync } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
+import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
@@ -86,6 +87,40 @@ describe('pause', () => {
     expect(await guest.request({ op: 'echo', value: 1 })).toBe(1);
     await guest.request({ op: 'close' });
     await guest.pause();
+  });
+
+  it.each([
+    ['unref-server', /^server at port \d+ that was unref'd$/],
+    ['unref-socket', /^socket to 127\.0\.0\.1:\d+ that was unref'd$/],
+    ['unref-child', /^child process \d+ that was unref'd$/],
+    ['unref-watcher', /^file watcher .*memferry-.* that was unref'd$/],
+  ])('refuses for what keeps no thread alive too (%s), before the migration', async (op, name) => {
+    const server = createServer();
+    const path = mkdtempSync(join(tmpdir(), 'memferry-'));
+    await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+    try {
+      const guest = await start('busy');
+      await guest.request({ op, path, port: (server.address() as AddressInfo).port });
+      const refusal = { code: 'GUEST_BUSY', names: [expect.stringMatching(name)] };
+      await expect(guest.check()).rejects.toMatchObject(refusal);
+      await expect(guest.pause()).rejects.toMatchObject(refusal);
+      await guest.request({ op: 'close' });
+      await guest.check();
+      await guest.pause();
+    } finally {
+      server.close();
+      rmSync(path, { recursive: true });
+    }
+  });
+
+  it('refuses for directories of the host that node:wasi has open, and not for a WASI without any', async () => {
+    const guest = await start('busy');
+    await guest.request({ op: 'wasi' });
+    await guest.check();
+    await guest.request({ op: 'wasi', path: tmpdir() });
+    const refusal = { code: 'GUEST_BUSY', names: [`host directory ${tmpdir()} of node:wasi`] };
+    await expect(guest.check()).rejects.toMatchObject(refusal);
+    await expect(guest.pause()).rejects.toMatchObject(refusal);
   });
 
   it('refuses while a file is read, and by the names that the guest itself gives', async () => {

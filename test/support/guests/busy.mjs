@@ -1,6 +1,8 @@
 /** A guest without memory that opens what a test asks for, and closes it again. */
-import { readFile } from 'node:fs';
-import { createServer } from 'node:net';
+import { spawn } from 'node:child_process';
+import { readFile, watch } from 'node:fs';
+import { connect, createServer } from 'node:net';
+import { WASI } from 'node:wasi';
 import { MessageChannel } from 'node:worker_threads';
 import { defineGuest } from 'memferry/worker';
 
@@ -29,6 +31,39 @@ export default defineGuest({
           app.open.push(() => new Promise((closed) => server.close(closed)));
           server.listen(0, '127.0.0.1', () => resolve(null));
         });
+      case 'unref-server':
+        return new Promise((resolve) => {
+          const server = createServer();
+          app.open.push(() => new Promise((closed) => server.close(closed)));
+          server.listen(0, '127.0.0.1', () => {
+            server.unref();
+            resolve(server.address().port);
+          });
+        });
+      case 'unref-socket':
+        return new Promise((resolve) => {
+          const socket = connect(request.port, '127.0.0.1', () => {
+            socket.unref();
+            resolve(null);
+          });
+          app.open.push(() => socket.destroy());
+        });
+      case 'unref-child': {
+        const child = spawn('sleep', ['60'], { stdio: 'ignore' });
+        child.unref();
+        app.open.push(() => new Promise((closed) => child.once('exit', closed).kill()));
+        return child.pid;
+      }
+      case 'unref-watcher': {
+        const watcher = watch(request.path, { persistent: false });
+        app.open.push(() => watcher.close());
+        return null;
+      }
+      case 'wasi': {
+        const preopens = request.path ? { '/sandbox': request.path } : {};
+        app.wasi = new WASI({ version: 'preview1', preopens });
+        return null;
+      }
       case 'port': {
         const { port1 } = new MessageChannel();
         port1.on('message', () => {});

@@ -1,0 +1,75 @@
+/** An arrival whose source never says goodbye comes to an end, however it came to be alone: nothing is held of it. */
+import { afterEach, describe, expect, test } from 'vitest';
+import { arrivalOver } from '../../lib/arrivals.js';
+import { type Arrival, listen, migrate, Region, stage } from '../../lib/index.js';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
+
+const secret = 'a secret that only this test knows';
+const lengthBytes = 4 * 2 ** 20;
+const recoverTimeoutMs = 1000;
+
+describe('a source that is cut off for good', () => {
+  const open: (() => unknown)[] = [];
+  afterEach(async () => {
+    for (const close of open.splice(0).reverse()) await close();
+    await closeProxies();
+  });
+
+  async function start(
+    options: { mode: 'post-copy' | 'scatter'; verify: boolean; bandwidth?: number; gatherLimit?: number },
+    via: string[] = [],
+  ): Promise<{ arrival: Arrival; proxy: TcpProxy; migration: ReturnType<typeof migrate> }> {
+    const { mode, verify, bandwidth = 0, gatherLimit = 0 } = options;
+    const listening = await listen({ port: 0, secret, recoverTimeoutMs, bandwidth, gatherLimit });
+    open.push(() => listening.close());
+    const proxy = await TcpProxy.start(listening.port);
+    const region = Region.allocate({ lengthBytes });
+    for (const view of region.views) view.fill(7);
+    const guest = {
+      name: 'still',
+      module: null,
+      regions: [{ name: 'memory', region }],
+      pause: async () => Buffer.from('state'),
+      unpause: () => {},
+    };
+    const to = `127.0.0.1:${proxy.port}`;
+    const migration = migrate(guest, {
+      ...{ to, mode, verify, secret, recoverTimeoutMs, inDoubtTimeoutMs: 2000 },
+      ...(via.length > 0 ? { via } : {}),
+    });
+    migration.done.catch(() => {});
+    migration.evicted.catch(() => {});
+    open.push(() => migration[Symbol.asyncDispose]());
+    const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+    arrival.complete.catch(() => {});
+    return { arrival, proxy, migration };
+  }
+
+  const over = (arrival: Arrival) =>
+    Promise.race([
+      arrivalOver(arrival.regions[0] as Region).then(() => 'over'),
+      new Promise((resolve) => setTimeout(resolve, 20 * recoverTimeoutMs, 'held for ever')),
+    ]);
+
+  test('its pages are lost, and the rest is let go of', async () => {
+    const { arrival, proxy } = await start({ mode: 'post-copy', verify: true, bandwidth: 1e6 });
+    await arrival.resumed;
+    proxy.cut();
+    await expect(arrival.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+    expect(await over(arrival)).toBe('over');
+  });
+
+  test.each([true, false])('every page comes from servers (verify: %s)', async (verify) => {
+    const server = await stage({ secret, memoryBytes: 4 * lengthBytes, name: 'I1' });
+    open.push(() => server.close());
+    // The little that the direct way takes comes before the cut.
+    const { arrival, proxy, migration } = await start(
+      { mode: 'scatter', verify, bandwidth: 1e6, gatherLimit: 2e6 },
+      [`127.0.0.1:${server.port}`],
+    );
+    await migration.evicted;
+    proxy.cut();
+    expect(await arrival.complete).toMatchObject({ verified: verify ? true : null, notRunning: null });
+    expect(await over(arrival)).toBe('over');
+  });
+});

@@ -1,0 +1,229 @@
+/**
+ * What can go wrong between memferry and the QEMUs themselves, with machines that have no guest but their firmware:
+ * sockets of two QEMUs mixed up, memory that another one has too, a `cont` that comes too early or is refused.
+ */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { createConnection, createServer, type Socket } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, describe, expect, test } from 'vitest';
+import {
+  type ArrivalReport,
+  listen,
+  migrate,
+  type QemuArrivalOptions,
+  QemuDestination,
+  QemuGuest,
+} from '../../lib/index.js';
+import { Qmp } from '../../lib/qemu/qmp.js';
+import { Qemu, qemuObstacle } from '../support/qemu/rig.mjs';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
+
+const obstacle = qemuObstacle();
+if (obstacle) console.warn(`skipped: QEMU's sockets: ${obstacle}`);
+
+type AQemu = InstanceType<typeof Qemu>;
+const secret = 'a secret that only this test knows';
+
+describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
+  const open: (() => unknown)[] = [];
+  afterEach(async () => {
+    for (const close of open.splice(0).reverse()) await close();
+    await closeProxies();
+  });
+
+  function folder(under = tmpdir()): string {
+    const made = mkdtempSync(join(under, 'memferry-sockets-'));
+    open.push(() => rmSync(made, { recursive: true }));
+    return made;
+  }
+
+  async function machine({
+    incoming = false,
+    memPath = '/dev/shm',
+  } = {}): Promise<AQemu & { other: string }> {
+    const other = join(folder(), 'other');
+    const args = [
+      ...['-accel', 'tcg', '-m', '64M', '-nodefaults', '-display', 'none'],
+      ...['-object', `memory-backend-file,id=ram0,size=64M,share=on,mem-path=${memPath}`],
+      ...['-machine', 'pc,memory-backend=ram0', '-qmp', `unix:${other},server=on,wait=off`],
+    ];
+    const qemu = await Qemu.start({ args, incoming });
+    open.push(() => qemu.stop());
+    return Object.assign(qemu, { other });
+  }
+
+  /** By the QMP socket that memferry does not have. */
+  async function ask(qemu: { other: string }, command: string): Promise<unknown> {
+    await using qmp = await Qmp.connect(qemu.other);
+    return await qmp.execute(command);
+  }
+  const statusOf = async (qemu: { other: string }) =>
+    ((await ask(qemu, 'query-status')) as { status: string }).status;
+
+  /** In front of a QMP socket; `meet` sees each command first, and answers it itself where it gives true. */
+  async function qmpProxy(
+    path: string,
+    meet: (command: string, id: number, client: Socket) => boolean = () => false,
+  ): Promise<string> {
+    const at = join(folder(), 'qmp');
+    const server = createServer((client) => {
+      const qemu = createConnection(path);
+      for (const [one, other] of [
+        [client, qemu],
+        [qemu, client],
+      ] as const) {
+        one.on('error', () => {});
+        one.on('close', () => other.destroy());
+      }
+      qemu.pipe(client);
+      client.on('data', (line) => {
+        const { execute, id } = JSON.parse(line.toString()) as { execute: string; id: number };
+        if (!meet(execute, id, client)) qemu.write(line);
+      });
+    });
+    await new Promise<void>((resolve) => server.listen(at, resolve));
+    open.push(() => server.close());
+    return at;
+  }
+
+  describe('the sockets of two QEMUs', () => {
+    const refusal = { code: 'INVALID_ARGUMENT', message: expect.stringContaining('they are two QEMUs') };
+
+    test('mixed up are refused at the source, and neither guest is touched', async () => {
+      const [one, two] = await Promise.all([machine(), machine()]);
+      await expect(QemuGuest.attach({ qmp: one.qmp, shim: two.shim })).rejects.toMatchObject(refusal);
+      // Nor does it help when somebody else answers for it.
+      const proxy = await qmpProxy(one.qmp);
+      await expect(QemuGuest.attach({ qmp: proxy, shim: two.shim })).rejects.toMatchObject(refusal);
+      expect([await statusOf(one), await statusOf(two)]).toEqual(['running', 'running']);
+      // It is who speaks that counts, not who listens: a management may have made the socket.
+      await using guest = await QemuGuest.attach({ qmp: proxy, shim: one.shim });
+      expect(guest.pid).toBe(one.pid);
+    });
+
+    test('mixed up are refused at the destination', async () => {
+      const [one, two] = await Promise.all([machine({ incoming: true }), machine({ incoming: true })]);
+      await expect(new QemuDestination({ qmp: one.qmp, shim: two.shim }).check()).rejects.toMatchObject(
+        refusal,
+      );
+      await new QemuDestination({ qmp: two.qmp, shim: two.shim }).check();
+      expect([await statusOf(one), await statusOf(two)]).toEqual(['inmigrate', 'inmigrate']);
+    });
+  });
+
+  test('memory that another QEMU runs in is no place to arrive in', async () => {
+    const memPath = join(folder('/dev/shm'), 'ram');
+    const source = await machine({ memPath });
+    const there = await machine({ memPath, incoming: true });
+    const destination = new QemuDestination({ qmp: there.qmp, shim: there.shim });
+    await expect(destination.check()).rejects.toMatchObject({
+      code: 'PREPARE_FAILED',
+      facts: { names: ['ram0'], pid: source.pid },
+    });
+    // What a QEMU that has ended has left there is nobody's.
+    await source.stop();
+    await destination.check();
+  });
+
+  /** A migration from one machine to another, by a network that a test may stop. */
+  async function journey(
+    options: Partial<QemuArrivalOptions> = {},
+    inFront = async (qmp: string): Promise<string> => qmp,
+  ) {
+    const [here, there] = await Promise.all([machine(), machine({ incoming: true })]);
+    const destination = new QemuDestination({
+      qmp: await inFront(there.qmp),
+      shim: there.shim,
+      ...options,
+    });
+    const listening = await listen({ port: 0, secret, accept: destination.accept });
+    open.push(
+      () => destination.close(),
+      () => listening.close(),
+    );
+    const proxy = await TcpProxy.start(listening.port);
+    const guest = await QemuGuest.attach({ qmp: here.qmp, shim: here.shim });
+    open.push(() => guest.close());
+    const go = async (): Promise<{ report: Promise<ArrivalReport>; done: Promise<unknown> }> => {
+      const migration = migrate(guest, { to: `127.0.0.1:${proxy.port}`, mode: 'stop-and-copy', secret });
+      open.push(() => migration[Symbol.asyncDispose]());
+      migration.done.catch(() => {});
+      const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+      arrival.complete.catch(() => {});
+      return { report: arrival.complete, done: migration.done };
+    };
+    return { here, there, destination, proxy, go };
+  }
+
+  test("somebody else's cont before GRANT: that QEMU is ended, and the guest runs on here", async () => {
+    const { here, there, proxy, go } = await journey();
+    const ready = proxy.at({ on: 'control', direction: 'down', name: 'ready' }, 'hold');
+    const { report, done } = await go();
+    await ready.reached;
+    expect(await statusOf(there)).toBe('paused');
+    await ask(there, 'cont').catch(() => {}); // it may be gone before it has answered
+    await there.ended;
+    ready.release();
+    const busy = { code: 'GUEST_BUSY', message: expect.stringContaining('before it was granted') };
+    await expect(report).rejects.toMatchObject(busy);
+    await expect(done).rejects.toMatchObject(busy);
+    await expect.poll(() => statusOf(here)).toBe('running');
+  });
+
+  describe('GRANT, and QEMU does not let it run', () => {
+    /** `turn`: of the `cont`s that have come. */
+    async function withCont(
+      meet: (turn: number, id: number, client: Socket) => boolean,
+      options: Partial<QemuArrivalOptions> = {},
+    ) {
+      let turns = 0;
+      const warnings: string[] = [];
+      const all = await journey({ onWarning: (error) => warnings.push(error.message), ...options }, (qmp) =>
+        qmpProxy(qmp, (command, id, client) => (command === 'cont' ? meet(++turns, id, client) : false)),
+      );
+      return { ...all, warnings, turns: () => turns };
+    }
+    const refuse = (id: number, client: Socket) => {
+      client.write(
+        `${JSON.stringify({ id, error: { class: 'GenericError', desc: 'the disk is locked' } })}\n`,
+      );
+      return true;
+    };
+
+    test('at first: it is asked again', async () => {
+      const { there, go, turns, warnings } = await withCont((turn, id, client) =>
+        turn <= 2 ? refuse(id, client) : false,
+      );
+      const { report, done } = await go();
+      expect(await report).toMatchObject({ notRunning: null });
+      await done;
+      expect([turns(), await statusOf(there), warnings]).toEqual([3, 'running', []]);
+    });
+
+    test('because the connection is gone: it is asked over another one', async () => {
+      const { there, go } = await withCont((turn, _, client) => {
+        if (turn === 1) client.destroy();
+        return turn === 1;
+      });
+      const { report, done } = await go();
+      expect(await report).toMatchObject({ notRunning: null });
+      await done;
+      expect(await statusOf(there)).toBe('running');
+    });
+
+    test('at all: it is told in every way, and the guest stands there, whole, until the cause is gone', async () => {
+      const { there, destination, go, warnings } = await withCont((_, id, client) => refuse(id, client), {
+        resumeTimeoutMs: 300,
+      });
+      const { report, done } = await go();
+      expect(await report).toMatchObject({ notRunning: expect.stringContaining('the disk is locked') });
+      await done;
+      await expect(destination.running).rejects.toMatchObject({ code: 'RESUME_FAILED' });
+      expect(warnings).toEqual([expect.stringContaining("send 'cont' over QMP")]);
+      expect(await statusOf(there)).toBe('paused');
+      await ask(there, 'cont');
+      expect(await statusOf(there)).toBe('running');
+    });
+  });
+});
