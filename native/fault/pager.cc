@@ -172,7 +172,11 @@ void Pager::run(WorkerThread& self) {
       break_off("SYSTEM", error.what());
       self.wait(kAfterErrorMs);  // until stop(): the owner has been told
     }
-    expecting = send(requests) || expecting;
+    // It is not among what was waiting when that was asked.
+    if (send(requests)) {
+      const Clock::time_point expected = Clock::now() + kExpectedWithin;
+      due = due ? std::min(*due, expected) : expected;
+    }
   }
 }
 
