@@ -23,8 +23,32 @@
 #include "os/sys_error.h"
 #include "os/unique_fd.h"
 
-// The helper shares the caller's thread-local storage: it may not even set errno, nor be instrumented.
+// The helper shares the caller's thread-local storage: it may not even set errno, nor be instrumented. (clang's
+// no_sanitize("thread") leaves the atomics to the sanitizer, whose locks a stopped thread may hold.)
+#ifdef __has_attribute
+#if __has_attribute(disable_sanitizer_instrumentation)
+#define MEMFERRY_BARE __attribute__((disable_sanitizer_instrumentation, noinline))
+#endif
+#endif
+#ifndef MEMFERRY_BARE
 #define MEMFERRY_BARE __attribute__((no_sanitize("address", "thread", "undefined"), noinline))
+#endif
+
+// To ThreadSanitizer's clone() every child is a fork's: it would begin anew what this one shares with us.
+#if defined(__SANITIZE_THREAD__)
+#define MEMFERRY_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define MEMFERRY_TSAN 1
+#endif
+#endif
+#if defined(MEMFERRY_TSAN)
+// NOLINTNEXTLINE(bugprone-reserved-identifier): the C library's own name for it
+extern "C" int __clone(int (*body)(void*), void* stack, int flags, void* argument, ...) noexcept;
+#define MEMFERRY_CLONE ::__clone
+#else
+#define MEMFERRY_CLONE ::clone
+#endif
 
 namespace memferry {
 
@@ -329,7 +353,7 @@ int alone_once(Freeze& freeze, void (*body)(void*), void* argument) {
   freeze.process = ::getpid();
   // No signal at its end, so that nobody who waits for children of this process meets it.
   const int helper =
-      ::clone(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED, &freeze);
+      MEMFERRY_CLONE(&trace, stack.end(), CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_UNTRACED, &freeze);
   if (helper < 0) return errno;
   if (restricted) ::prctl(PR_SET_PTRACER, helper, 0, 0, 0);
   store_and_wake(&freeze.go, 1);

@@ -16,6 +16,16 @@
 #else
 #define MEMFERRY_TEST_ADDRESSES_CHECKED false
 #endif
+// For a function that runs while other threads are stopped: a sanitizer's runtime has locks of its own, which one of those
+// may hold. (clang's no_sanitize("thread") leaves the atomics to the sanitizer.)
+#ifdef __has_attribute
+#if __has_attribute(disable_sanitizer_instrumentation)
+#define MEMFERRY_TEST_BARE __attribute__((disable_sanitizer_instrumentation))
+#endif
+#endif
+#ifndef MEMFERRY_TEST_BARE
+#define MEMFERRY_TEST_BARE __attribute__((no_sanitize("address", "thread", "undefined")))
+#endif
 
 namespace memferry::test {
 

@@ -15,6 +15,7 @@
 #include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstddef>
 #include <ctime>
 #include <thread>
 #include <vector>
@@ -23,6 +24,7 @@
 #include "os/process.h"
 #include "os/sys_error.h"
 #include "os/userfaultfd.h"
+#include "sanitized.h"
 
 namespace memferry {
 namespace {
@@ -58,14 +60,17 @@ struct Look {
   int runs = 0;
   long nap_ns = 2'000'000;
 };
-void look(void* argument) {
+MEMFERRY_TEST_BARE void look(void* argument) {
   Look& look = *static_cast<Look*>(argument);
+  const auto* const counts = reinterpret_cast<const std::uint64_t*>(look.counters);
+  static_assert(std::atomic<std::uint64_t>::is_always_lock_free && offsetof(Counters, count) == 0);
   ++look.runs;
   std::uint64_t before[kCounters];
-  for (std::size_t i = 0; i < kCounters; ++i) before[i] = look.counters->count[i].load();
+  for (std::size_t i = 0; i < kCounters; ++i) before[i] = __atomic_load_n(counts + i, __ATOMIC_SEQ_CST);
   const timespec nap{0, look.nap_ns};
-  ::nanosleep(&nap, nullptr);
-  for (std::size_t i = 0; i < kCounters; ++i) look.moved += look.counters->count[i].load() - before[i];
+  ::syscall(SYS_nanosleep, &nap, nullptr);
+  for (std::size_t i = 0; i < kCounters; ++i)
+    look.moved += __atomic_load_n(counts + i, __ATOMIC_SEQ_CST) - before[i];
 }
 
 // In user mode, in system calls that return at once, asleep, creating threads: nobody moves.
