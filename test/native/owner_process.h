@@ -130,6 +130,7 @@ class OwnerProcess {
 
   [[noreturn]] void live() const {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    (void)::signal(SIGBUS, SIG_DFL);  // a sanitizer's handler would make an exit of it
     const std::uint64_t bytes = options_.pages * page_;
     const int flags = options_.shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
     auto* const memory = static_cast<std::byte*>(
