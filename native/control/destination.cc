@@ -54,6 +54,8 @@ Destination::Destination(const std::string& host, std::uint16_t port, Destinatio
   config.host = host;
   config.port = port;
   config.on_control = [this](UniqueFd fd, const std::string&) { on_control(std::move(fd)); };
+  // Whoever connects is heard of only inside of it: with a listener to give to its arrival.
+  const std::lock_guard lock(mutex_);
   listener_ = std::make_unique<Listener>(std::move(config));
 }
 

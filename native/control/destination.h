@@ -63,7 +63,7 @@ class Destination {
   std::map<std::string, std::shared_ptr<Entry>> arrivals_;
   bool closing_ = false;
 
-  std::unique_ptr<Listener> listener_;
+  std::unique_ptr<Listener> listener_;  // there before the first connection is
   WorkerThread thread_;
 };
 
