@@ -31,6 +31,7 @@ struct guest {
   size_t region_count;
   uint64_t* writes[MOST_REGIONS]; /* how often each page was written here */
   pthread_t thread;
+  int resumed; /* the arrival's thread's; running is the main thread's from then on */
   int running;
   atomic_int stop;
   uint64_t first_ns, last_ns;
@@ -39,7 +40,7 @@ struct guest {
 static const char* prepare_behaviour = "touch";
 static int stay;
 static memferry_destination* destination;
-static struct guest* guest; /* the newest */
+static _Atomic(struct guest*) guest; /* the newest that has run here: it stays */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
 
 static void say(const char* format, ...) {
@@ -121,7 +122,6 @@ static int accept_guest(void* context, memferry_arrival* arrival, const struct m
       return code != MEMFERRY_OK ? code : MEMFERRY_NO_MEMORY;
     }
   }
-  guest = made;
   answer->guest = made;
   answer->regions = made->regions;
   answer->region_count = made->region_count;
@@ -151,8 +151,10 @@ static int prepare_guest(void* of, memferry_arrival* arrival, const void* state,
 static void resume_guest(void* of, memferry_arrival* arrival) {
   (void)arrival;
   struct guest* self = of;
-  say("{\"event\":\"resume\"}");
+  self->resumed = 1;
   self->running = pthread_create(&self->thread, NULL, run, self) == 0;
+  atomic_store(&guest, self);
+  say("{\"event\":\"resume\"}");
 }
 
 static void abandon_guest(void* of, memferry_arrival* arrival, const struct memferry_error* why) {
@@ -193,10 +195,8 @@ static void ended_guest(void* of, memferry_arrival* arrival) {
   (void)arrival;
   struct guest* self = of;
   say("{\"event\":\"ended\"}");
-  /* A guest that runs here stays; one that does not leaves nothing behind. */
-  if (self->running) return;
-  if (guest == self) guest = NULL;
-  release(self);
+  /* A guest that has run here stays; one that has not leaves nothing behind. */
+  if (!self->resumed) release(self);
 }
 
 static int dump(struct guest* of, const char* directory) {
@@ -271,9 +271,9 @@ int main(int argc, char** argv) {
   while (fgets(line, sizeof line, stdin)) {
     line[strcspn(line, "\n")] = '\0';
     if (strcmp(line, "stand") == 0) {
-      stand(guest);
+      stand(atomic_load(&guest));
     } else if (strncmp(line, "dump ", 5) == 0) {
-      say("{\"event\":\"dumped\",\"ok\":%s}", dump(guest, line + 5) == 0 ? "true" : "false");
+      say("{\"event\":\"dumped\",\"ok\":%s}", dump(atomic_load(&guest), line + 5) == 0 ? "true" : "false");
     } else if (strcmp(line, "close") == 0) {
       memferry_destination_close(destination, &error);
       destination = NULL;
