@@ -29,8 +29,5 @@ cmake --build "$build" -j "$jobs"
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_string_checks=1}"
 export UBSAN_OPTIONS="${UBSAN_OPTIONS:-print_stacktrace=1}"
 export TSAN_OPTIONS="${TSAN_OPTIONS:-halt_on_error=1:second_deadlock_stack=1}"
-# Not looked at under sanitizers yet: memory of other processes, the trackers and pagers that came with it.
-not_yet='Attach|ProcessStart|ReadEvents|SourcePager|SnapshotPager|GuestLayout|ReadAhead|FdChannel|ThreadFreezer|FailingMemory|PagerPoison|Poisoning|KvmLog|WriteMarks|^Kvm/|SharedMemory|HugePages|LargePages|SwappedMemory|SoftDirty|softdirty|uffdwp$|uffdwp[^a]|uffdwpbefore'
 cd "$build"
-[ -n "$sanitize" ] && set -- "$@" -E "$not_yet"
 exec ctest --output-on-failure -j "$jobs" "$@"
