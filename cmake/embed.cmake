@@ -37,7 +37,7 @@ target_compile_features(memferry_static INTERFACE cxx_std_20)
 
 # A sanitizer's runtime is the program's to have: no library of that kind is made unless it is asked for.
 if(MEMFERRY_SANITIZE)
-  set_target_properties(memferry_embed memferry_shared memferry_static PROPERTIES EXCLUDE_FROM_ALL TRUE)
+  set_target_properties(memferry_shared memferry_static PROPERTIES EXCLUDE_FROM_ALL TRUE)
 endif()
 
 set(MEMFERRY_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/memferry)

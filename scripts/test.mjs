@@ -21,12 +21,15 @@ const OF_THE_ENGINE = [
     (name) => `test/migration/${name}.test.ts`,
   ),
 ];
+/** What runs the programs in C, and not how they are built. */
+const WATCHED = ['c-destination', 'hostile', 'unpark'];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
   typescript: () => runVitest(['--project=unit', '--project=migration']),
   'typescript-engine': () => runVitest(OF_THE_ENGINE),
   ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
   embed: runEmbedded,
+  'embed-tsan': runEmbeddedWatched,
   fuzz: runFuzzers,
 };
 
@@ -171,6 +174,18 @@ async function runEmbedded() {
   } finally {
     rmSync(directory, { recursive: true, force: true });
   }
+}
+
+/** The destination in C once more, of the build for ThreadSanitizer: its protocol, its threads, strangers. */
+async function runEmbeddedWatched() {
+  await built.get('tsan');
+  const { code } = await run('bash', ['scripts/test-native.sh', 'tsan'], { BUILD_ONLY: '1' });
+  if (code !== 0) return { passed: 0, failed: 1, skipped: 0 };
+  return runVitest(['--project=embed', ...WATCHED.map((name) => `test/embed/${name}.test.ts`)], {
+    MEMFERRY_EMBED_PROGRAMS: join(root, 'build-native-tsan/test/embed'),
+    MEMFERRY_EMBED_WATCHED: '1',
+    TSAN_OPTIONS: 'halt_on_error=1:second_deadlock_stack=1',
+  });
 }
 
 /** Each target counts as one; it says so itself where clang's libFuzzer is not there. */

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "capi/memferry.h"
+#include "sanitized.h"
 
 namespace {
 
@@ -245,6 +246,16 @@ void arguments() {
 
 }  // namespace
 
+// A sanitizer has its own, statically: there the linker puts ours before it (--wrap, in CMakeLists.txt).
+#if MEMFERRY_TEST_THREADS_CHECKED || MEMFERRY_TEST_ADDRESSES_CHECKED
+// NOLINTBEGIN(bugprone-reserved-identifier): the linker's names
+extern "C" void* __real__Znwm(std::size_t bytes);
+extern "C" void* __wrap__Znwm(std::size_t bytes) {
+  if (fails()) throw std::bad_alloc();
+  return __real__Znwm(bytes);
+}
+// NOLINTEND(bugprone-reserved-identifier)
+#else
 void* operator new(std::size_t bytes) {
   void* const memory = fails() ? nullptr : std::malloc(bytes == 0 ? 1 : bytes);
   if (!memory) throw std::bad_alloc();
@@ -252,6 +263,7 @@ void* operator new(std::size_t bytes) {
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+#endif
 
 int main() {
   arguments();

@@ -113,7 +113,7 @@ TEST(WaitingFaults, WhatIsOnItsWayIsAskedForAloneAndLater) {
   faults.add({0, PageNumber{2}, 32, State::kArriving, false, now, {}});
   for (const std::uint64_t page : {1U, 2U, 3U})
     faults.expect(0, PageNumber{page}, now + std::chrono::hours(1));
-  EXPECT_TRUE(faults.any_expected());
+  EXPECT_EQ(faults.next_due(), now + std::chrono::hours(1));
   const auto none = [](const WaitingFault& fault) { FAIL() << fault.page.value; };
   faults.request_due(now, none);
   std::size_t sent = 0;
