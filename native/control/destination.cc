@@ -54,6 +54,8 @@ Destination::Destination(const std::string& host, std::uint16_t port, Destinatio
   config.host = host;
   config.port = port;
   config.on_control = [this](UniqueFd fd, const std::string&) { on_control(std::move(fd)); };
+  // Held, so that nobody who connects at once finds no listener behind it.
+  const std::lock_guard lock(mutex_);
   listener_ = std::make_unique<Listener>(std::move(config));
 }
 
