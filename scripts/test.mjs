@@ -22,7 +22,7 @@ const OF_THE_ENGINE = [
   ),
 ];
 /** What runs the programs in C, and not how they are built. */
-const WATCHED = ['c-destination', 'hostile', 'unpark'];
+const WATCHED = ['hostile', 'unpark'];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
   typescript: () => runVitest(['--project=unit', '--project=migration']),

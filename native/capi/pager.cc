@@ -44,7 +44,7 @@ struct memferry_pager {
       memferry::capi::write_error(&why, memferry::control::engine_cause(code, message));
       options.on_broken(options.context, &why);
     });
-    pager->set_router([options](std::uint32_t region, PageRun run, bool) {
+    pager->set_router([options](std::uint32_t region, PageRun run, bool, bool) {
       const memferry::capi::InCallback here(Callback::kEngine);
       options.on_fault(options.context, region, run.first.value, run.count);
       return Pager::Route::kSent;

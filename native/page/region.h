@@ -207,7 +207,7 @@ class Region : public std::enable_shared_from_this<Region> {
   // Of memory of another process.
   std::shared_ptr<Process> owner_;
   std::optional<Userfaultfd> uffd_;
-  UniqueFd memory_;                     // also of huge pages of our own
+  UniqueFd memory_;  // also of huge pages of our own
   bool may_shrink_ = false;
   bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
