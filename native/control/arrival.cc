@@ -98,6 +98,8 @@ void Arrival::handle(Event& event) {
     case Event::Kind::kPrepareEnded:
       return prepare_ended(event.cause);
     case Event::Kind::kDigests:
+      // The servers have none, and the source is back: it says them itself, or goes again.
+      if (!event.digests && link_) return;
       return conclude(mismatched(event.digests));
     case Event::Kind::kAttach:
       // What the former connection brought is heard first, as far as it has come.
@@ -130,7 +132,10 @@ void Arrival::on_engine(const EngineEvent& event) {
     case EngineEventKind::kRestHere:
       return nothing_more_comes();
     case EngineEventKind::kFailed:
-      return fail(engine_cause(event.code, event.message));
+      fail(engine_cause(event.code, event.message));
+      at_rest_ = true;  // after the commit; before it there is nothing left
+      if (!link_ && has_resumed()) linger();
+      return;
     default:
       return;
   }

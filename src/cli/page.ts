@@ -84,8 +84,9 @@ async function page(flags: PageFlags): Promise<void> {
   } catch (error) {
     const { code, message } =
       error instanceof MemferryError ? error : { code: 'SYSTEM', message: String(error) };
-    say({ type: 'failed', code, message });
-    if (orphaned) native(() => loadAddon().holdProcess(flags.pidfd)).end();
+    const line = `${JSON.stringify({ type: 'failed', code, message })}\n`;
+    const told = await new Promise<boolean>((done) => process.stdout.write(line, (failed) => done(!failed)));
+    if (orphaned || !told) native(() => loadAddon().holdProcess(flags.pidfd)).end();
     throw error;
   }
 }

@@ -103,6 +103,8 @@ export class Arrival extends EventEmitter {
   /** Complete, as far as the migration goes; who runs the guest may still have to say that it does. */
   #finished = false;
   #resting = false;
+  /** The image is let go of: at its servers, then the connections to them. */
+  #dissolving: Promise<void> | null = null;
   #allHere = false;
   #closed = false;
 
@@ -407,9 +409,13 @@ export class Arrival extends EventEmitter {
         if (!this.config.offer.verify) this.#finish();
         this.#rests();
       },
-      // With servers some of it may still come.
       () => {
-        if (!this.config.images) this.#rests();
+        if (!this.config.images) return this.#rests();
+        // With servers some of it may still come. What else keeps it from coming says so itself.
+        this.#engine.complete.then(
+          () => this.#rests(),
+          () => {},
+        );
       },
     );
   }
@@ -434,8 +440,10 @@ export class Arrival extends EventEmitter {
     images
       .digests()
       .catch(() => null)
-      .then((digests) => this.#verify(digests))
-      .then((mismatched) => this.#conclude(mismatched))
+      .then(async (digests) => {
+        if (digests === null && this.#link) return; // the source is back, and says them itself
+        this.#conclude(await this.#verify(digests));
+      })
       .catch((error) => this.#fail(error))
       .finally(() => {
         if (!this.#link && !this.#closed) this.#timers.start('linger');
@@ -502,10 +510,13 @@ export class Arrival extends EventEmitter {
     return this.#finished || this.#complete.settled;
   }
 
-  async #dissolve(): Promise<void> {
+  #dissolve(): Promise<void> {
     const { images } = this.config;
-    await images?.dissolve().catch(() => {});
-    await images?.close();
+    this.#dissolving ??= (async () => {
+      await images?.dissolve().catch(() => {});
+      await images?.close();
+    })();
+    return this.#dissolving;
   }
 
   async #grow(index: number, lengthBytes: number): Promise<void> {
@@ -598,7 +609,7 @@ export class Arrival extends EventEmitter {
     this.#over.resolve();
     const link = this.#link;
     this.#link = null;
-    if (!this.#concluded || this.#error) await this.config.images?.close();
+    if (!this.#dissolving) await this.config.images?.close();
     this.config.ended();
     await link?.close();
   }

@@ -40,7 +40,8 @@ export function interceptUnref(): { names(): string[] } {
   const watch = (prototype: Unrefable, describe: (object: never) => Held) => {
     const { unref, ref } = prototype;
     prototype.unref = function (this: object, ...args) {
-      if (!calledByNode()) hold(this, describe(this as never));
+      // Node does so to sockets in a pool, and to a server that was told so before it listened.
+      if (this instanceof net.Server || !calledByNode()) hold(this, describe(this as never));
       return Reflect.apply(unref, this, args);
     };
     prototype.ref = function (this: object, ...args) {
