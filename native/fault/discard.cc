@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "os/kernel_abi.h"
 #include "os/sys_error.h"
 #include "track/memory_part.h"
 
@@ -120,16 +121,23 @@ void Discarder::flush() {
   ranges_.clear();
 }
 
-// Writing puts memory behind huge pages that had none; they are reserved.
+// Writing puts memory behind huge pages that had none. Where none is reserved and none is free this says so, and a write
+// would be killed.
 void Discarder::huge(Address start, std::uint64_t bytes) const {
   const std::uint64_t unit = backing_.huge_bytes;
   const std::uint64_t end = start.value + bytes;
   const std::uint64_t low = std::min(end, (start.value + unit - 1) / unit * unit);
   const std::uint64_t high = std::max(low, end / unit * unit);
-  std::memset(start.pointer(), 0, static_cast<std::size_t>(low - start.value));
+  const auto zero = [unit](std::uint64_t from, std::uint64_t to) {
+    if (from == to) return;
+    if (::madvise(Address{from / unit * unit}.pointer(), unit, abi::kMadvPopulateWrite) != 0)
+      throw_errno("madvise(MADV_POPULATE_WRITE) of huge pages");
+    std::memset(Address{from}.pointer(), 0, static_cast<std::size_t>(to - from));
+  };
+  zero(start.value, low);
   if (high > low && ::madvise(Address{low}.pointer(), static_cast<std::size_t>(high - low), MADV_REMOVE) != 0)
     throw_errno("madvise(MADV_REMOVE)");
-  std::memset(Address{high}.pointer(), 0, static_cast<std::size_t>(end - high));
+  zero(high, end);
 }
 
 void Discarder::one(Address start, std::uint64_t bytes) const {

@@ -17,6 +17,15 @@ constexpr std::size_t kMostKept = 256;
 
 }  // namespace
 
+// A private copy that waits would read zeros if it were let go of: it waits for as long as this process lives.
+ForkedCopies::~ForkedCopies() {
+  thread_.stop();
+  if (shared_) return;
+  for (const auto& each : kept_) {
+    if (each->waits && !each->dead) (void)new std::shared_ptr<Kept>(each);
+  }
+}
+
 void ForkedCopies::add(UniqueFd child) {
   auto kept = std::make_shared<Kept>();
   try {
@@ -54,8 +63,11 @@ void ForkedCopies::prune() {
   std::optional<OwnerAddress> any;
   missing_([&](OwnerAddress start, std::uint64_t) { any = start; });
   const std::lock_guard lock(mutex_);
-  // Once nothing is missing whoever is let go of has ordinary memory.
-  std::erase_if(kept_, [&](const auto& each) { return !any || each->dead || each->copy->ended(*any); });
+  // Once nothing is missing of a file whoever is let go of has ordinary memory. A private copy that waits never gets
+  // what it lacks.
+  std::erase_if(kept_, [&](const auto& each) {
+    return each->dead || (any ? each->copy->ended(*any) : shared_ || !each->waits);
+  });
 }
 
 void ForkedCopies::run(WorkerThread& self) {

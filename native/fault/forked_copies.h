@@ -9,6 +9,7 @@
 // Threads: add() from one; one of its own, which calls `missing` too.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -25,7 +26,7 @@ class ForkedCopies {
   // `missing` visits what is missing now. `shared`: some of it is of a file.
   ForkedCopies(std::function<void(const Visit&)> missing, bool shared)
       : missing_(std::move(missing)), shared_(shared) {}
-  ~ForkedCopies() { thread_.stop(); }
+  ~ForkedCopies();
   ForkedCopies(const ForkedCopies&) = delete;
   ForkedCopies& operator=(const ForkedCopies&) = delete;
 
@@ -36,7 +37,7 @@ class ForkedCopies {
   struct Kept {
     std::unique_ptr<ForkedCopy> copy;
     bool waits = false;  // not all of it could be made to fail
-    bool dead = false;
+    std::atomic<bool> dead = false;
   };
   void run(WorkerThread& self);
   void look(Kept& kept);

@@ -66,9 +66,11 @@ std::uint64_t huge_page_bytes(const Region& region, const std::vector<MemoryPart
   }
   if (bytes > HugeMemory::kLargestBytes)
     refuse("of " + std::to_string(bytes >> 20U) + " MiB: those that are paged into have 2 MiB at most");
-  for (const Extent& extent : region.capacity_extents()) {
-    if (extent.start.value % bytes != 0 || extent.bytes % bytes != 0)
-      refuse("and does not begin and end at one");
+  for (const auto& extents : {region.extents(), region.capacity_extents()}) {
+    for (const Extent& extent : extents) {
+      if (extent.start.value % bytes != 0 || extent.bytes % bytes != 0)
+        refuse("and does not begin and end at one");
+    }
   }
   if ((Userfaultfd::probe().features & kFeatures) != kFeatures)
     refuse("which this kernel does not page (Linux 5.18 does)");
@@ -95,7 +97,6 @@ HugeMemory::HugeMemory(ArrivalMap& map, std::uint64_t unit_bytes)
       landed_(map.region().capacity_pages()),
       stale_(map.region().capacity_pages() / unit_pages_),
       content_(map.region().capacity_pages() / unit_pages_),
-      ready_(map.region().capacity_pages() / unit_pages_),
       failed_(map.region().capacity_pages() / unit_pages_) {}
 
 void HugeMemory::open() {
@@ -145,17 +146,14 @@ std::byte* HugeMemory::alias(PageNumber page) const {
   throw std::out_of_range("page outside the region's huge pages");
 }
 
-// A write that finds none is killed; this says so.
-bool HugeMemory::populate(PageNumber page, bool again) {
-  if (!again && ready_.test(index(page))) return true;
+// A write that finds none is killed; this says so. Asked anew each time: the guest may have discarded it since.
+bool HugeMemory::populate(PageNumber page) {
   std::byte* const at = alias(unit(page).first);
   int status = -1;
   do {
     status = ::madvise(at, static_cast<std::size_t>(unit_bytes()), abi::kMadvPopulateWrite);
   } while (status != 0 && (errno == EAGAIN || errno == EINTR));
-  if (status != 0) return false;
-  ready_.set(index(page));
-  return true;
+  return status == 0;
 }
 
 bool HugeMemory::write(PageRun run, const std::byte* bytes) {

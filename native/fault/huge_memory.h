@@ -55,7 +55,7 @@ class HugeMemory {
   // Something else than zeros nobody has asked for lies behind it.
   [[nodiscard]] bool has_content(PageNumber page) const { return content_.test(index(page)); }
   // Puts memory behind the huge page in the file. False when there is none.
-  [[nodiscard]] bool populate(PageNumber page, bool again = false);
+  [[nodiscard]] bool populate(PageNumber page);
   // To come again: the huge page is taken out of the region's mapping.
   void forget(PageRun run);
   // Takes it out of the region's mapping. Throws SystemError.
@@ -85,7 +85,6 @@ class HugeMemory {
   // One bit a huge page:
   AtomicBitmap stale_;
   AtomicBitmap content_;
-  AtomicBitmap ready_;  // memory is behind it in the file, by our hand
   AtomicBitmap failed_;
   std::mutex mapping_;
 };

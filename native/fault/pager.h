@@ -178,7 +178,7 @@ class Pager {
   struct Attached {
     std::unique_ptr<AtomicBitmap> room;  // received, and still in the waiting room; nullptr: there is none
     std::unique_ptr<AtomicBitmap>
-        removed;          // discarded by the owner before it was here; nullptr: it never says so
+        removed;  // discarded by the owner before it was here; nullptr: it tells neither that nor forks
     bool events = false;  // they are this pager's to read
   };
   void take_attached();

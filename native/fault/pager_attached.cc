@@ -20,7 +20,8 @@ constexpr std::uint64_t kDeliverPages = 64;
 
 constexpr int kLetGoFirst = 1000;
 
-constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE;
+// While one of these is read nothing is installed: what a child lacks is what is missing when its fork's event is.
+constexpr std::uint64_t kLayoutEvents = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_FORK;
 
 // What the kernel shows of the owner's mappings says whose the userfaultfd is: one of a third process would register that
 // one's memory, at the same addresses.

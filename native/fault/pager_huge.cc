@@ -44,6 +44,7 @@ void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_poi
       if (lost || arriving) {
         fault.state = WaitingFault::State::kArriving;
       } else {
+        note_kind({}, now);
         fault.again = router_ ? kAgainElsewhere : kAgainAtSource;
         if (online_ || router_) {
           fault.state = WaitingFault::State::kExpected;
@@ -172,9 +173,8 @@ bool Pager::map_huge(std::uint32_t region, PageRun unit) {
   const char* code = "SYSTEM";
   const std::lock_guard mapping(huge.mapping());
   if (!huge.whole(unit.first)) return true;  // taken back
-  bool nothing_there = false;
   for (int tries = 0;;) {
-    if (!huge.populate(unit.first, nothing_there)) {
+    if (!huge.populate(unit.first)) {
       why = "no memory for a huge page";
       break;
     }
@@ -196,8 +196,7 @@ bool Pager::map_huge(std::uint32_t region, PageRun unit) {
       why = "the memory of region " + std::to_string(region) + " is not there any more";
       break;
     }
-    // The guest has cut it out of the file.
-    nothing_there = result.error == EFAULT;
+    // EFAULT: the guest has cut it out of the file.
     if (!wait_again(tries)) break;
   }
   // Missing again, so that it is poisoned and waited for no more.

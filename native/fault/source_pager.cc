@@ -38,7 +38,8 @@ void between_tries(int tries) {
 
 std::uint64_t PageLedger::bytes_for(std::uint64_t pages) {
   const std::uint64_t page = system_page_size();
-  return std::max(page, ((pages + 63) / 64 * sizeof(std::uint64_t) + page - 1) / page * page);
+  const std::uint64_t words = (pages + 63) / 64 + 1;  // the last: it has begun
+  return std::max(page, (words * sizeof(std::uint64_t) + page - 1) / page * page);
 }
 
 PageLedger::PageLedger(std::uint64_t pages)
@@ -120,7 +121,7 @@ void SourcePager::leave() {
     prepage_thread_.stop();
     faults_thread_.stop();
     if (!over_.exchange(true)) memory_.end_events();
-    // What children have is ordinary memory as well, then.
+    // What children have of a file is ordinary memory as well, then.
     if (settled_ >= pages_) children_.reset();
   }
 }

@@ -16,6 +16,18 @@ namespace {
 using Op = OwnerProcess::Op;
 const std::uint64_t kPage = system_page_size();
 
+TEST(PageLedger, HasRoomForItsMarkWhateverItsLength) {
+  for (const std::uint64_t pages : {1U, 64U, 511U * 64, 512U * 64, 512U * 64 + 1, 8U * 512 * 64}) {
+    EXPECT_GE(PageLedger::bytes_for(pages), ((pages + 63) / 64 + 1) * sizeof(std::uint64_t)) << pages;
+    const UniqueFd file(::memfd_create("ledger", MFD_CLOEXEC));
+    PageLedger ledger(pages, file.get());
+    EXPECT_EQ(ledger.set({PageNumber{0}, pages}), pages);
+    EXPECT_FALSE(ledger.begun()) << pages;
+    ledger.begin();
+    EXPECT_TRUE(PageLedger(pages, file.get()).begun()) << pages;
+  }
+}
+
 class AttachSourcePager : public testing::TestWithParam<bool> {
  protected:
   static constexpr std::uint64_t kPages = 4096;
