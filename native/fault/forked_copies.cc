@@ -22,7 +22,7 @@ ForkedCopies::~ForkedCopies() {
   thread_.stop();
   if (shared_) return;
   for (const auto& each : kept_) {
-    if (each->waits && !each->dead) (void)new std::shared_ptr<Kept>(each);
+    if (each->waits && !each->dead) (void)each->copy.release();
   }
 }
 
