@@ -93,8 +93,11 @@ struct memferry_pager {
       ended = true;
     }
     if (missing() == 0 && !any_lost) {
-      pager->finish();
-      return;
+      try {
+        return pager->finish();
+      } catch (const memferry::SystemError&) {
+        // What stays registered is let go of by stop(): nothing is missing.
+      }
     }
     pager->poison_missing();
     pager->stop();
