@@ -74,6 +74,7 @@ void ForkedCopies::run(WorkerThread& self) {
   while (!self.stopping()) {
     std::vector<pollfd> waiting{pollfd{self.wake_fd(), POLLIN, 0}};
     std::vector<std::shared_ptr<Kept>> watched;
+    std::vector<std::shared_ptr<Kept>> fresh;
     {
       const std::lock_guard lock(mutex_);
       for (const auto& each : kept_) {
@@ -81,8 +82,12 @@ void ForkedCopies::run(WorkerThread& self) {
         if (each->waits || each->dead) continue;
         waiting.push_back({each->copy->fd(), POLLIN, 0});
         watched.push_back(each);
+        // Of what was read while it was made to fail no event will tell.
+        if (std::exchange(each->fresh, false)) fresh.push_back(each);
       }
     }
+    for (const auto& each : fresh) look(*each);
+    if (!fresh.empty()) continue;
     const int ready = ::poll(waiting.data(), waiting.size(), kPruneMs);
     if (self.stopping()) return;
     if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();

@@ -37,6 +37,7 @@ class ForkedCopies {
   struct Kept {
     std::unique_ptr<ForkedCopy> copy;
     bool waits = false;  // not all of it could be made to fail
+    bool fresh = true;   // not looked at since it was kept
     std::atomic<bool> dead = false;
   };
   void run(WorkerThread& self);

@@ -74,18 +74,21 @@ bool ForkedCopy::poison(OwnerAddress start, std::uint64_t bytes) {
 }
 
 std::vector<UniqueFd> ForkedCopy::serve(const std::function<bool(OwnerAddress)>& is_missing) {
-  while (read_some()) {
-  }
   const std::uint64_t page = system_page_size();
-  for (const OwnerAddress at : std::exchange(faults_, {})) {
-    const OwnerAddress start{at.value / page * page};
-    if (is_missing(start)) {
-      (void)poison(start, page);
-      continue;
+  do {
+    while (read_some()) {
     }
-    // kAgain: the fault is raised again, behind the event that is in the way.
-    if (uffd_.zeropage(start, page, true).outcome != PageOutcome::kOk) uffd_.wake(start, page);
-  }
+    for (const OwnerAddress at : std::exchange(faults_, {})) {
+      const OwnerAddress start{at.value / page * page};
+      if (is_missing(start)) {
+        (void)poison(start, page);
+        continue;
+      }
+      // kAgain: the fault is raised again, behind the event that is in the way.
+      if (uffd_.zeropage(start, page, true).outcome != PageOutcome::kOk) uffd_.wake(start, page);
+    }
+    // Poisoning reads what is in its way.
+  } while (!faults_.empty());
   return std::exchange(children_, {});
 }
 
