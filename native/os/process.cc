@@ -1,5 +1,6 @@
 #include "os/process.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -23,6 +24,13 @@ bool has_users(int pagemap) {
   do got = ::pread(pagemap, &entry, sizeof entry, 0);
   while (got < 0 && errno == EINTR);
   return got == static_cast<ssize_t>(sizeof entry);
+}
+
+// Its pages, of any kind, as the first number of a statm file: none where it has let go of its address space.
+bool has_pages(const std::string& task) {
+  std::ifstream statm(task + "/statm");
+  std::uint64_t pages = 0;
+  return static_cast<bool>(statm >> pages) && pages > 0;
 }
 
 }  // namespace
@@ -74,10 +82,12 @@ std::shared_ptr<Process> Process::open(int pidfd) {
 }
 
 UniqueFd Process::open_file(const char* name, int flags) const {
-  const std::string path = "/proc/" + std::to_string(pid_) + "/" + name;
+  const std::optional<std::string> task = with_memory();
+  if (!task) throw gone(std::string("open(/proc/PID/") + name + ")");
+  const std::string path = *task + "/" + name;
   UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC));
   const int error = errno;
-  if (ended()) throw gone("open(" + path + ")");
+  if (ended() || (!file && !with_memory())) throw gone("open(" + path + ")");
   if (!file) throw SystemError("open(" + path + ")", error);
   return file;
 }
@@ -90,9 +100,22 @@ bool Process::ended() const {
   return status > 0;
 }
 
+// The threads of an ending process let go of its memory one by one, the first often before others, and all of them
+// before the pidfd says so; the memory itself stays while anybody reads it.
+std::optional<std::string> Process::with_memory() const {
+  const std::string first = "/proc/" + std::to_string(pid_);
+  if (has_pages(first)) return first;
+  const std::unique_ptr<DIR, int (*)(DIR*)> tasks(::opendir((first + "/task").c_str()), &::closedir);
+  while (const dirent* const entry = tasks ? ::readdir(tasks.get()) : nullptr) {
+    const std::string task = first + "/task/" + entry->d_name;
+    if (entry->d_name[0] != '.' && has_pages(task)) return task;
+  }
+  return std::nullopt;
+}
+
 Process::Life Process::life() const {
   if (ended()) return Life::kEnded;
-  if (has_users(pagemap_.get())) return Life::kAlive;
+  if (has_users(pagemap_.get())) return with_memory() ? Life::kAlive : Life::kEnded;
   // An ending process has let go of its memory before its pidfd says so; another program has memory of its own.
   const UniqueFd now(::open(("/proc/" + std::to_string(pid_) + "/pagemap").c_str(), O_RDONLY | O_CLOEXEC));
   return now && has_users(now.get()) && !ended() ? Life::kReplaced : Life::kEnded;
@@ -118,7 +141,7 @@ std::size_t Process::read_some(OwnerAddress from, std::span<std::byte> into) con
       const iovec remote{reinterpret_cast<void*>(static_cast<std::uintptr_t>(from.value + done)), most};
       got = ::process_vm_readv(pid_, &local, 1, &remote, 1, 0);
       // Whose memory that was is known only afterwards.
-      if (!alive()) throw gone("process_vm_readv");
+      if (ended() || !has_users(pagemap_.get())) throw gone("process_vm_readv");
       // Its first thread has ended while others run, or a seccomp profile forbids it: the slower way.
       if (got < 0 && (errno == ESRCH || errno == EPERM || errno == ENOSYS)) {
         by_pid = false;

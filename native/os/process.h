@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -43,7 +44,7 @@ class Process {
   // For the operation that found no process: OwnerGone if it is so.
   [[nodiscard]] OwnerGone gone(const std::string& operation) const;
 
-  // A file of /proc/PID. Throws SystemError, OwnerGone.
+  // A file of /proc/PID, of a thread of it that has its memory still. Throws SystemError, OwnerGone.
   [[nodiscard]] UniqueFd open_file(const char* name, int flags) const;
   // /proc/PID/pagemap of this address space and no other.
   [[nodiscard]] int pagemap() const { return pagemap_.get(); }
@@ -59,6 +60,8 @@ class Process {
  private:
   Process(UniqueFd pidfd, pid_t pid) : pidfd_(std::move(pidfd)), pid_(pid) {}
   [[nodiscard]] bool ended() const;
+  // Where /proc shows a thread of it that has not let go of the memory; nothing when there is none.
+  [[nodiscard]] std::optional<std::string> with_memory() const;
 
   UniqueFd pidfd_;
   pid_t pid_;

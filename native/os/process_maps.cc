@@ -67,69 +67,63 @@ std::uint64_t extent_where(OwnerAddress start, std::uint64_t limit_bytes, const 
   return reached - start.value;
 }
 
-}  // namespace
-
-namespace {
-
-void visit_areas(const UniqueFd& fd, const std::function<bool(const MappedArea&)>& visit) {
+// Calls visit for every line until it gives false. False when there was none.
+bool visit_lines(const UniqueFd& fd, const std::function<bool(std::string_view)>& visit) {
   std::string text;  // what has been read and not yet visited
   char chunk[16384];
+  bool any = false;
   for (;;) {
     const ssize_t got = ::read(fd.get(), chunk, sizeof chunk);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw_errno("read(/proc/PID/maps)");
-    if (got == 0) return;
+    if (got == 0) return any;
+    any = true;
     text.append(chunk, static_cast<std::size_t>(got));
     std::size_t from = 0;
     for (std::size_t end = text.find('\n'); end != std::string::npos; end = text.find('\n', from)) {
-      const std::optional<MappedArea> area = parse(std::string_view(text).substr(from, end - from));
-      if (!area) throw SystemError("/proc/PID/maps has a line of an unknown form", EIO);
-      if (!visit(*area)) return;
+      if (!visit(std::string_view(text).substr(from, end - from))) return true;
       from = end + 1;
     }
     text.erase(0, from);
   }
 }
 
+// A thread that ended meanwhile shows nothing: another one is looked at, while any has the memory.
+void visit_lines_of(const char* name, const Process* owner,
+                    const std::function<bool(std::string_view)>& visit) {
+  if (owner == nullptr) {
+    const UniqueFd fd(::open((std::string("/proc/self/") + name).c_str(), O_RDONLY | O_CLOEXEC));
+    if (!fd) throw_errno("open(/proc/self/maps)");
+    visit_lines(fd, visit);
+    return;
+  }
+  while (!visit_lines(owner->open_file(name, O_RDONLY), visit)) continue;
+  owner->require("read(/proc/PID/maps)");
+}
+
 }  // namespace
 
 void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit, const Process* owner) {
-  const UniqueFd fd = owner != nullptr ? owner->open_file("maps", O_RDONLY)
-                                       : UniqueFd(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
-  if (!fd) throw_errno("open(/proc/self/maps)");
-  visit_areas(fd, visit);
-  if (owner != nullptr) owner->require("read(/proc/PID/maps)");
+  visit_lines_of("maps", owner, [&](std::string_view line) {
+    const std::optional<MappedArea> area = parse(line);
+    if (!area) throw SystemError("/proc/PID/maps has a line of an unknown form", EIO);
+    return visit(*area);
+  });
 }
 
 // In smaps every area's line, of the same form as in maps, is followed by lines "Key: value".
 void for_each_paged_area(const std::function<void(OwnerAddress, OwnerAddress)>& visit, const Process* owner) {
-  const UniqueFd fd = owner != nullptr ? owner->open_file("smaps", O_RDONLY)
-                                       : UniqueFd(::open("/proc/self/smaps", O_RDONLY | O_CLOEXEC));
-  if (!fd) throw_errno("open(/proc/self/smaps)");
-  std::string text;
-  char chunk[16384];
   OwnerAddress start;
   OwnerAddress end;
-  for (;;) {
-    const ssize_t got = ::read(fd.get(), chunk, sizeof chunk);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw_errno("read(/proc/PID/smaps)");
-    if (got == 0) break;
-    text.append(chunk, static_cast<std::size_t>(got));
-    std::size_t from = 0;
-    for (std::size_t stop = text.find('\n'); stop != std::string::npos; stop = text.find('\n', from)) {
-      const std::string line = text.substr(from, stop - from);
-      from = stop + 1;
-      if (line.starts_with("VmFlags:")) {
-        if ((line + " ").find(" um ") != std::string::npos) visit(start, end);
-      } else if (const std::optional<MappedArea> area = parse(line)) {
-        start = area->start;
-        end = area->end;
-      }
+  visit_lines_of("smaps", owner, [&](std::string_view line) {
+    if (line.starts_with("VmFlags:")) {
+      if ((std::string(line) + " ").find(" um ") != std::string::npos) visit(start, end);
+    } else if (const std::optional<MappedArea> area = parse(line)) {
+      start = area->start;
+      end = area->end;
     }
-    text.erase(0, from);
-  }
-  if (owner != nullptr) owner->require("read(/proc/PID/smaps)");
+    return true;
+  });
 }
 
 std::uint64_t writable_extent(OwnerAddress start, std::uint64_t limit_bytes) {

@@ -1,13 +1,19 @@
 // Another process by pidfd, its memory and its userfaultfd: what is refused, what ends with it, what is read of it.
 #include <gtest/gtest.h>
 
+#include <sched.h>
 #include <sys/eventfd.h>
+#include <sys/ptrace.h>
 
+#include <array>
 #include <chrono>
 #include <cstring>
+#include <fstream>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "os/process_maps.h"
 #include "owner_process.h"
 #include "page/contents.h"
 #include "page/owner_watch.h"
@@ -144,6 +150,88 @@ TEST(AttachProcess, OneThatRunsAnotherProgram) {
   } catch (const OwnerGone& error) {
     EXPECT_NE(std::string(error.what()).find("another program"), std::string::npos) << error.what();
   }
+}
+
+std::string first_word(const std::string& path) {
+  std::ifstream file(path);
+  std::string word;
+  file >> word;
+  return word;
+}
+
+// The leader of a process whose memory is gone from /proc: it ended, whatever its other threads do.
+bool await_no_memory(pid_t pid) {
+  for (int i = 0; i < 10'000; ++i) {
+    if (first_word("/proc/" + std::to_string(pid) + "/statm") == "0") return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return false;
+}
+
+// Between letting go of its memory and the word of its pidfd a process can take long, and the memory may be held by
+// others all the while: by whoever reads it just then. Here a reader waits for a page that is missing; and the process
+// is the first of a pid namespace, which ends only when all others there were waited for.
+TEST(AttachProcess, OneThatIsEndingWhileItsMemoryIsHeld) {
+  const UniqueFd own_ids(::open("/proc/self/ns/pid_for_children", O_RDONLY | O_CLOEXEC));
+  if (::unshare(CLONE_NEWPID) != 0) GTEST_SKIP() << "no pid namespaces here";
+  OwnerProcess owner({.pages = 1});
+  ASSERT_EQ(::setns(own_ids.get(), CLONE_NEWPID), 0);
+  owner.ask(Op::kIdleChild);
+  const std::string pid = std::to_string(owner.pid());
+  const pid_t child = std::stoi(first_word("/proc/" + pid + "/task/" + pid + "/children"));
+  // It stays, ended, until it was waited for here.
+  ASSERT_EQ(::ptrace(PTRACE_SEIZE, child, nullptr, nullptr), 0);
+  const auto process = Process::open(owner.pidfd());
+  Userfaultfd uffd = Userfaultfd::adopt(owner.uffd(), 0);
+  uffd.register_missing(owner.address(), owner.bytes());
+  std::thread reader([&] {
+    std::array<std::byte, 1> byte{};
+    EXPECT_THROW(process->read(owner.address(), byte), OwnerGone);
+  });
+  pollfd faulted{owner.uffd(), POLLIN, 0};
+  EXPECT_EQ(::poll(&faulted, 1, 10'000), 1);
+  EXPECT_TRUE(process->alive());
+  EXPECT_EQ(::kill(owner.pid(), SIGKILL), 0);
+  EXPECT_TRUE(await_no_memory(owner.pid()));
+  pollfd ended{owner.pidfd(), POLLIN, 0};
+  EXPECT_EQ(::poll(&ended, 1, 0), 0);
+
+  EXPECT_EQ(process->life(), Process::Life::kEnded);
+  EXPECT_THROW((void)process->open_file("maps", O_RDONLY), OwnerGone);
+  EXPECT_THROW(for_each_mapped_area([](const MappedArea&) { return true; }, process.get()), OwnerGone);
+  EXPECT_THROW(process->require("test"), OwnerGone);
+  EXPECT_THROW((void)Process::open(owner.pidfd()), OwnerGone);
+
+  uffd.zeropage(owner.address(), owner.bytes(), true);
+  reader.join();
+  EXPECT_EQ(::waitpid(child, nullptr, __WALL), child);
+}
+
+TEST(AttachProcess, OneWhoseFirstThreadHasEndedLives) {
+  static std::array<std::byte, 64> told;
+  told.fill(std::byte{42});
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    told.fill(std::byte{43});
+    std::thread([] {
+      for (;;) ::pause();
+    }).detach();
+    (void)::syscall(SYS_exit, 0);
+  }
+  const UniqueFd pidfd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0U)));
+  EXPECT_TRUE(await_no_memory(pid));
+  const auto process = Process::open(pidfd.get());
+  EXPECT_EQ(process->life(), Process::Life::kAlive);
+  const OwnerAddress at{reinterpret_cast<std::uintptr_t>(told.data())};
+  EXPECT_EQ(mapped_extent(at, told.size(), process.get()), told.size());
+  std::array<std::byte, 64> bytes{};
+  process->read(at, bytes);
+  EXPECT_EQ(bytes[0], std::byte{43});
+  EXPECT_EQ(bytes[63], std::byte{43});
+  ::kill(pid, SIGKILL);
+  ::waitpid(pid, nullptr, 0);
+  EXPECT_EQ(process->life(), Process::Life::kEnded);
 }
 
 class AttachKinds : public testing::TestWithParam<bool> {};

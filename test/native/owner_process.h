@@ -48,7 +48,8 @@ class OwnerProcess {
     kExec,
     kFork,
     kPopulate,
-    kGrandchild
+    kGrandchild,
+    kIdleChild
   };
   struct Command {
     Op op;
@@ -223,6 +224,12 @@ class OwnerProcess {
         result = WIFSIGNALED(status)         ? 0xdead0
                  : WEXITSTATUS(status) == 99 ? 0xdead
                                              : static_cast<std::uint64_t>(WEXITSTATUS(status));
+        break;
+      }
+      case Op::kIdleChild: {
+        const pid_t child = ::fork();
+        while (child == 0) ::pause();
+        result = static_cast<std::uint64_t>(child);
         break;
       }
       case Op::kPopulate:
