@@ -2,7 +2,7 @@
 import { parseArgs } from 'node:util';
 
 export interface PaperOptions {
-  /** Names as the paper numbers them: '1', '9', '10', '11', 'table-1', '12', '15'; 'qemu' besides. */
+  /** Names as the paper numbers them: '1', '9', '10', '11', 'table-1', '12', '13', '14', '15'; 'qemu' besides. */
   figures: string[];
   json: boolean;
   /** Writes docs/paper.md and docs/paper/. */
@@ -19,12 +19,12 @@ export interface PaperOptions {
 }
 
 export const usage = `usage: npm run bench:paper [-- FIGURE…] [options]
-  FIGURE            1, 9, 10, 11, table-1, 12, 15 or qemu; all without
-  --size BYTES      the guest's, as 1GiB or 64MiB (1GiB); figure 11 moves guests of a quarter of it
+  FIGURE            1, 9, 10, 11, table-1, 12, 13, 14, 15 or qemu; all without
+  --size BYTES      the guest's, as 1GiB or 64MiB (1GiB); figures 11, 13, 14 move guests of a quarter of it
   --trials N        the median of so many (3)
   --link RATE       of every host, as tc writes it (1gbit)
   --steps LIST      figures 1, 9, 10: which of the pressure's five steps (1,2,3,4,5)
-  --counts LIST     figures 11, 15: which numbers of guests or intermediaries (all)
+  --counts LIST     figures 11, 13, 14, 15: which numbers of guests or intermediaries (all)
   --json            one JSON object a figure instead of tables
   --write           docs/paper.md and docs/paper/: what was measured, with charts
 `;

@@ -7,9 +7,11 @@
 
 namespace memferry {
 
-ChunkGatherer::ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
-                             std::unique_ptr<PageEncoder> encoder, std::unique_ptr<PageReferrer> referrer)
+ChunkGatherer::ChunkGatherer(SendQueue& queue, Towards towards, const wire::Pacer& pacer,
+                             std::uint64_t page_size, std::unique_ptr<PageEncoder> encoder,
+                             std::unique_ptr<PageReferrer> referrer)
     : queue_(queue),
+      towards_(towards),
       pacer_(pacer),
       page_size_(page_size),
       frames_(page_size, std::move(encoder), std::move(referrer)) {}
@@ -19,7 +21,7 @@ bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
   const std::uint64_t largest = wire::max_payload(page_size_);
   const std::uint64_t limit = std::max<std::uint64_t>(1, pacer_.chunk_bytes(largest) / page_size_);
   for (std::uint64_t pages = 0; pages < limit && frames_.room() > 0;) {
-    const auto chunk = queue_.take(std::min(limit - pages, frames_.room()));
+    const auto chunk = queue_.take(std::min(limit - pages, frames_.room()), towards_);
     if (!chunk) return false;
     const PageFrames::OnHash& on_hash = sinks[chunk->region];
     if (chunk->untouched) {

@@ -18,7 +18,7 @@ namespace memferry {
 
 class ChunkGatherer {
  public:
-  ChunkGatherer(SendQueue& queue, const wire::Pacer& pacer, std::uint64_t page_size,
+  ChunkGatherer(SendQueue& queue, Towards towards, const wire::Pacer& pacer, std::uint64_t page_size,
                 std::unique_ptr<PageEncoder> encoder, std::unique_ptr<PageReferrer> referrer = nullptr);
 
   [[nodiscard]] PageFrames& frames() { return frames_; }
@@ -32,6 +32,7 @@ class ChunkGatherer {
   void gather_untouched(const SendQueue::Chunk& chunk, const PageFrames::OnHash& on_hash);
 
   SendQueue& queue_;
+  const Towards towards_;
   const wire::Pacer& pacer_;
   const std::uint64_t page_size_;
   PageFrames frames_;

@@ -49,7 +49,7 @@ std::uint64_t Scatter::Dedup::unsent_pages() const {
 bool Scatter::Dedup::next_page() {
   const SendQueue& queue = scatter_.shared_.queue;
   const auto regions = static_cast<std::uint32_t>(regions_.size());
-  const auto [cursor_region, cursor_page] = queue.cursor();
+  const auto [cursor_region, cursor_page] = queue.server_cursor();
   const std::uint64_t ahead =
       std::max(kLeastAhead, measured_.link_bytes_per_second
                                 ? static_cast<std::uint64_t>(*measured_.link_bytes_per_second *

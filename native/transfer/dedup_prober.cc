@@ -142,7 +142,7 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
   }
   if (placed_in_ != round) {
     placed_in_ = round;
-    at_region_ = scatter_.shared_.queue.cursor().first;
+    at_region_ = scatter_.shared_.queue.server_cursor().first;
     at_page_ = PageNumber{0};
   }
   pick(most);

@@ -16,6 +16,9 @@ struct RegionRun {
   PageRun run;
 };
 
+// Whom a page is sent to.
+enum class Towards { kDestination, kServer };
+
 enum class EngineEventKind {
   // source
   kConnected,  // every channel is up

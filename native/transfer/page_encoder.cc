@@ -14,8 +14,8 @@ namespace {
 // A page of which more than that has changed goes like any other.
 constexpr std::size_t kMostOfPage = 2;
 
-std::uint16_t allowed_for(const Encoding& encoding, PageEncoder::Towards towards) {
-  return towards == PageEncoder::Towards::kDestination ? encoding.destination : encoding.servers;
+std::uint16_t allowed_for(const Encoding& encoding, Towards towards) {
+  return towards == Towards::kDestination ? encoding.destination : encoding.servers;
 }
 
 }  // namespace

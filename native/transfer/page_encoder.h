@@ -15,6 +15,7 @@
 
 #include "page/range.h"
 #include "transfer/delta_cache.h"
+#include "transfer/events.h"
 #include "wire/frame.h"
 #include "wire/run_compressor.h"
 
@@ -32,7 +33,6 @@ struct Encoding {
 
 class PageEncoder {
  public:
-  enum class Towards { kDestination, kServer };
   // nullptr when nothing is ever to be encoded there.
   static std::unique_ptr<PageEncoder> create(const Encoding& encoding, Towards towards,
                                              std::uint64_t page_size);

@@ -109,8 +109,8 @@ std::shared_ptr<Scatter::Way> Scatter::open_direct(unsigned index, std::shared_p
   way->stream = std::move(stream);
   if (index == 0) way->listener = static_cast<int>(where_.destination());
   way->chunks = std::make_unique<ChunkGatherer>(
-      shared_.queue, shared_.pacer, page_size_,
-      PageEncoder::create(config_.encoding, PageEncoder::Towards::kDestination, page_size_));
+      shared_.queue, Towards::kDestination, shared_.pacer, page_size_,
+      PageEncoder::create(config_.encoding, Towards::kDestination, page_size_));
   // What was told on a connection that was cut may not have arrived.
   if (index == 0) where_.tell_again(where_.destination());
   const std::lock_guard lock(mutex_);

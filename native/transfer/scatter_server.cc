@@ -49,8 +49,8 @@ void Scatter::serve_until_failed(Server& server) {
       way->listener = server.ordinal;  // the others are told of the copies that they may drop
       way->stream = stream;
       way->chunks = std::make_unique<ChunkGatherer>(
-          shared_.queue, link_pacer_, page_size_,
-          PageEncoder::create(config_.encoding, PageEncoder::Towards::kServer, page_size_));
+          shared_.queue, Towards::kServer, link_pacer_, page_size_,
+          PageEncoder::create(config_.encoding, Towards::kServer, page_size_));
       {
         const std::lock_guard lock(mutex_);
         if (closing_ || !server.failed.empty()) return;

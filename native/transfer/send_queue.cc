@@ -53,13 +53,15 @@ std::optional<SendQueue::Chunk> SendQueue::take_between(std::uint32_t region, Pa
   return std::nullopt;
 }
 
-std::pair<std::uint32_t, PageNumber> SendQueue::cursor() const {
-  const std::uint64_t seen = cursor_.load(std::memory_order_relaxed);
+std::pair<std::uint32_t, PageNumber> SendQueue::server_cursor() const {
+  const std::uint64_t seen = server_cursor_.load(std::memory_order_relaxed);
   return {static_cast<std::uint32_t>(seen >> kRegionShift), PageNumber{seen & ((1ULL << kRegionShift) - 1)}};
 }
 
-std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages) {
-  const std::uint64_t seen = cursor_.load(std::memory_order_relaxed);
+std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards towards) {
+  std::atomic<std::uint64_t>& cursor =
+      towards == Towards::kDestination ? destination_cursor_ : server_cursor_;
+  const std::uint64_t seen = cursor.load(std::memory_order_relaxed);
   const auto start_region = static_cast<std::uint32_t>(seen >> kRegionShift);
   const PageNumber start_page{seen & ((1ULL << kRegionShift) - 1)};
   const auto count = static_cast<std::uint32_t>(entries_.size());
@@ -71,9 +73,9 @@ std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages) {
     if (auto chunk = take_between(region, from, end, max_pages)) {
       // Fails when somebody has moved the cursor meanwhile, a fault perhaps: theirs is the better place.
       std::uint64_t expected = seen;
-      cursor_.compare_exchange_strong(expected,
-                                      (std::uint64_t{region} << kRegionShift) | chunk->run.end().value,
-                                      std::memory_order_relaxed);
+      cursor.compare_exchange_strong(expected,
+                                     (std::uint64_t{region} << kRegionShift) | chunk->run.end().value,
+                                     std::memory_order_relaxed);
       return chunk;
     }
   }
@@ -94,7 +96,8 @@ SendQueue::FaultTake SendQueue::take_for_fault(std::uint32_t region, PageNumber 
   const std::uint64_t known = entry.known_pages.load(std::memory_order_acquire);
   const PageNumber end{std::min(known, page.value + 1 + std::min(max_following, known))};
   while (run.end() < end && entry.pending.clear(run.end())) ++run.count;
-  cursor_.store((std::uint64_t{region} << kRegionShift) | run.end().value, std::memory_order_relaxed);
+  destination_cursor_.store((std::uint64_t{region} << kRegionShift) | run.end().value,
+                            std::memory_order_relaxed);
   return {run, pending};
 }
 

@@ -1,6 +1,8 @@
-// What the source has still to send: a `pending` bitmap for each region and one cursor that all channels
-// share. Which page next is decided here and nowhere else: the next pending one at the cursor, which a fault
-// moves behind the page that it asked for, so that the push goes on where the guest is working.
+// What the source has still to send: a `pending` bitmap for each region and two cursors that all channels
+// share. Which page next is decided here and nowhere else: the next pending one at the cursor. What goes to the
+// destination is taken at one that a fault moves behind the page that it asked for, so that the push goes on where the
+// guest is working. What goes to servers is of no use to the guest sooner than the rest, and is taken at one that goes
+// straight on: whoever looks ahead of it (deduplication) looks at what is sent next.
 //
 // Threads: take(), take_for_fault() and the counters from any thread, without a lock (the demand server must
 // never wait for a push thread of lower priority). Everything that marks pages, only while nobody takes.
@@ -41,12 +43,12 @@ class SendQueue {
     bool tracked = false;
   };
   // Takes the next pending run: at most `max_pages`, any length when untouched. nullopt: nothing is pending.
-  [[nodiscard]] std::optional<Chunk> take(std::uint64_t max_pages);
+  [[nodiscard]] std::optional<Chunk> take(std::uint64_t max_pages, Towards towards);
   // Pending again, by whoever took it; with `untouched` false what was taken as untouched goes with content.
   void put_back(const Chunk& chunk);
 
   // A fault takes its page whether it is pending or not, and up to `max_following` pending pages directly
-  // behind it; the cursor moves behind them. Gives the run from `page` on; its first page is always there, though
+  // behind it; the destination's cursor moves behind them. Gives the run from `page` on; its first page is always there, though
   // a channel may have taken it before (`first_was_pending` false).
   struct FaultTake {
     PageRun run;
@@ -74,8 +76,8 @@ class SendQueue {
   void mark_growth(std::uint32_t region);
   // Pending, and untouched no more.
   void mark_written(std::uint32_t region, const AtomicBitmap& written);
-  // Where the next one is taken, if nobody moves it.
-  [[nodiscard]] std::pair<std::uint32_t, PageNumber> cursor() const;
+  // Where the next one for a server is taken.
+  [[nodiscard]] std::pair<std::uint32_t, PageNumber> server_cursor() const;
   // Of 64 pages those that are pending and have content to look at.
   [[nodiscard]] std::uint64_t content_word(std::uint32_t region, std::uint64_t index) const {
     return entries_[region]->pending.word(index) & ~entries_[region]->untouched.word(index);
@@ -103,13 +105,14 @@ class SendQueue {
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};
   };
-  // The cursor in one word, so that it is read and moved without a lock: region in the upper 16 bits.
+  // A cursor in one word, so that it is read and moved without a lock: region in the upper 16 bits.
   static constexpr unsigned kRegionShift = 48;
   std::optional<Chunk> take_between(std::uint32_t region, PageNumber from, PageNumber end,
                                     std::uint64_t max_pages);
 
   std::vector<std::unique_ptr<Entry>> entries_;
-  std::atomic<std::uint64_t> cursor_{0};
+  std::atomic<std::uint64_t> destination_cursor_{0};
+  std::atomic<std::uint64_t> server_cursor_{0};
 };
 
 }  // namespace memferry

@@ -20,11 +20,11 @@ const contents = { '80 % alike': 800, 'nothing alike': 0 } as const;
 type Content = keyof typeof contents;
 const variants = ['without', 'with'] as const;
 const busyBytesPerSecond = 10e6;
-const slow = { bandwidth: 2e6, gatherLimit: 8e6 };
+const slow = { bandwidth: 2e6, gatherLimit: 32e6 };
 /** What a destination takes over is whole, so it gathers as fast as it can; directly it takes in as little. */
 const slowDirectly = { bandwidth: slow.bandwidth };
-/** Modes in rounds to the end. Where direct modes take `dedup`, 'pre-copy' belongs here too. */
-const preCopyModes: readonly MigrationMode[] = ['scatter-pre-copy'];
+/** Modes in rounds to the end. */
+const preCopyModes: readonly MigrationMode[] = ['pre-copy', 'scatter-pre-copy'];
 const measuredModes: readonly MigrationMode[] = ['scatter', ...preCopyModes];
 const series = (mode: MigrationMode, content: Content, variant: (typeof variants)[number]): string =>
   `${mode} ${variant} deduplication, ${content}`;
