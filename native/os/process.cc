@@ -82,12 +82,12 @@ std::shared_ptr<Process> Process::open(int pidfd) {
 }
 
 UniqueFd Process::open_file(const char* name, int flags) const {
-  const std::optional<std::string> task = with_memory();
+  const std::optional<std::string> task = task_with_memory();
   if (!task) throw gone(std::string("open(/proc/PID/") + name + ")");
   const std::string path = *task + "/" + name;
   UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC));
   const int error = errno;
-  if (ended() || (!file && !with_memory())) throw gone("open(" + path + ")");
+  if (ended() || (!file && !task_with_memory())) throw gone("open(" + path + ")");
   if (!file) throw SystemError("open(" + path + ")", error);
   return file;
 }
@@ -102,7 +102,7 @@ bool Process::ended() const {
 
 // The threads of an ending process let go of its memory one by one, the first often before others, and all of them
 // before the pidfd says so; the memory itself stays while anybody reads it.
-std::optional<std::string> Process::with_memory() const {
+std::optional<std::string> Process::task_with_memory() const {
   const std::string first = "/proc/" + std::to_string(pid_);
   if (has_pages(first)) return first;
   const std::unique_ptr<DIR, int (*)(DIR*)> tasks(::opendir((first + "/task").c_str()), &::closedir);
@@ -113,9 +113,10 @@ std::optional<std::string> Process::with_memory() const {
   return std::nullopt;
 }
 
+bool Process::has_memory() const { return !ended() && has_users(pagemap_.get()); }
+
 Process::Life Process::life() const {
-  if (ended()) return Life::kEnded;
-  if (has_users(pagemap_.get())) return with_memory() ? Life::kAlive : Life::kEnded;
+  if (has_memory()) return task_with_memory() ? Life::kAlive : Life::kEnded;
   // An ending process has let go of its memory before its pidfd says so; another program has memory of its own.
   const UniqueFd now(::open(("/proc/" + std::to_string(pid_) + "/pagemap").c_str(), O_RDONLY | O_CLOEXEC));
   return now && has_users(now.get()) && !ended() ? Life::kReplaced : Life::kEnded;
@@ -127,7 +128,7 @@ OwnerGone Process::gone(const std::string& operation) const {
 }
 
 void Process::require(const std::string& operation) const {
-  if (!alive()) throw gone(operation);
+  if (!has_memory()) throw gone(operation);
 }
 
 std::size_t Process::read_some(OwnerAddress from, std::span<std::byte> into) const {
@@ -141,7 +142,7 @@ std::size_t Process::read_some(OwnerAddress from, std::span<std::byte> into) con
       const iovec remote{reinterpret_cast<void*>(static_cast<std::uintptr_t>(from.value + done)), most};
       got = ::process_vm_readv(pid_, &local, 1, &remote, 1, 0);
       // Whose memory that was is known only afterwards.
-      if (ended() || !has_users(pagemap_.get())) throw gone("process_vm_readv");
+      if (!has_memory()) throw gone("process_vm_readv");
       // Its first thread has ended while others run, or a seccomp profile forbids it: the slower way.
       if (got < 0 && (errno == ESRCH || errno == EPERM || errno == ENOSYS)) {
         by_pid = false;

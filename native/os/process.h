@@ -39,7 +39,8 @@ class Process {
   enum class Life { kAlive, kEnded, kReplaced };
   [[nodiscard]] Life life() const;
   [[nodiscard]] bool alive() const { return life() == Life::kAlive; }
-  // Throws OwnerGone, unless what was done before it was done to the process that is meant.
+  // Throws OwnerGone, unless what was done before it was done to the memory of the process that is meant, which may have
+  // begun to end since.
   void require(const std::string& operation) const;
   // For the operation that found no process: OwnerGone if it is so.
   [[nodiscard]] OwnerGone gone(const std::string& operation) const;
@@ -60,8 +61,10 @@ class Process {
  private:
   Process(UniqueFd pidfd, pid_t pid) : pidfd_(std::move(pidfd)), pid_(pid) {}
   [[nodiscard]] bool ended() const;
+  // Nothing else is at its address: the memory has users, be it only whoever reads it.
+  [[nodiscard]] bool has_memory() const;
   // Where /proc shows a thread of it that has not let go of the memory; nothing when there is none.
-  [[nodiscard]] std::optional<std::string> with_memory() const;
+  [[nodiscard]] std::optional<std::string> task_with_memory() const;
 
   UniqueFd pidfd_;
   pid_t pid_;

@@ -71,6 +71,27 @@ inline constexpr std::chrono::milliseconds kLongestTwinWait{40};
                   std::min(quarter_of(twin_bytes), microseconds(kLongestTwinWait)));
 }
 
+// How many pages to look at in one go. Those that are found need no sending, so of them more are looked at than may wait
+// to be sent plainly; and each time costs two or three answers of servers, which a full link or a busy CPU holds up, so
+// that the longer the last time took the more it is now.
+inline constexpr std::uint64_t kLeastLookPages = 512;  // a few milliseconds of hashing
+inline constexpr std::uint64_t kMostLookPages = 4096;
+inline constexpr std::chrono::milliseconds kLookEvery{10};  // what that many can be looked at in
+inline constexpr double kLeastNotFound = 0.125;
+[[nodiscard]] inline std::uint64_t dedup_look_pages(const DedupMeasured& measured, std::uint64_t lead_pages,
+                                                    std::uint64_t unsent_pages,
+                                                    std::chrono::nanoseconds since_last) {
+  const double times = std::chrono::duration<double>(since_last) / std::chrono::duration<double>(kLookEvery);
+  const auto most = static_cast<std::uint64_t>(
+      std::clamp(times * kLeastLookPages, double{kLeastLookPages}, double{kMostLookPages}));
+  const double found = measured.examined_pages == 0 ? 0
+                                                    : static_cast<double>(measured.hits) /
+                                                          static_cast<double>(measured.examined_pages);
+  const std::uint64_t room = lead_pages - std::min(lead_pages, unsent_pages);
+  return std::min(
+      most, static_cast<std::uint64_t>(static_cast<double>(room) / std::max(1 - found, kLeastNotFound)));
+}
+
 // A round that is over sooner than anything could be found and asked for.
 inline constexpr std::chrono::milliseconds kShortRound{100};
 [[nodiscard]] inline bool dedup_round_is_long(std::uint64_t content_bytes,

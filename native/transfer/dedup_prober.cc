@@ -8,8 +8,9 @@
 namespace memferry {
 namespace {
 
-// Looked at and asked for together: a few milliseconds of hashing.
-constexpr std::uint64_t kBatchPages = 512;
+// Asked for once more together.
+constexpr std::uint64_t kAskedAgainAtOnce = 512;
+static_assert(kMostLookPages <= wire::kMostNames);
 // Fewer are not worth a question, unless they are the last.
 constexpr std::uint64_t kLeastBatch = 64;
 // When it does not pay, how often a few pages are looked at to see whether it does by now.
@@ -132,7 +133,7 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
   }
   const std::uint64_t lead = dedup_lead_pages(measured_.link_bytes_per_second, scatter_.page_size_);
   const std::uint64_t unsent = unsent_pages();
-  std::uint64_t most = std::min(kBatchPages, lead - std::min(lead, unsent));
+  std::uint64_t most = dedup_look_pages(measured_, lead, unsent, now - looked_at_);
   if (!dedup_pays(measured_)) {
     if (now < next_sample_) return false;
     next_sample_ = now + kSampleEvery;
@@ -147,6 +148,7 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
   }
   pick(most);
   if (batch_.empty()) return false;
+  looked_at_ = now;
 
   for (std::size_t at = 0; at < batch_.size();) {
     const std::lock_guard lock(scatter_.mutex_);
@@ -348,7 +350,7 @@ void Scatter::Dedup::look_again_locked(Clock::time_point now, bool dry, std::map
     return take_off_locked();  // a fault's answer was faster
   if (!each.twin) {
     const bool due = each.next <= now || (dry && each.next <= now + kRetryWhenDry);
-    if (!due || asking_.size() >= kBatchPages) return again();
+    if (!due || asking_.size() >= kAskedAgainAtOnce) return again();
     ask_locked(each, true);
     return take_off_locked();
   }
@@ -356,7 +358,7 @@ void Scatter::Dedup::look_again_locked(Clock::time_point now, bool dry, std::map
   if (twin == Twin::kReferred) return take_off_locked();
   const bool slow = dry && !scatter_.where_.safe(each.twin->first, each.twin->second);
   if (twin == Twin::kWaits && (!slow || each.second_twin)) return again();
-  if (each.second_twin || (twin == Twin::kNoUse && asking_.size() >= kBatchPages)) {
+  if (each.second_twin || (twin == Twin::kNoUse && asking_.size() >= kAskedAgainAtOnce)) {
     give_up_locked(each.page, true);
     return take_off_locked();
   }

@@ -234,6 +234,7 @@ class Scatter::Dedup {
   std::uint64_t busy_bytes_ = 0;
   std::uint64_t measured_wire_bytes_ = 0;
   std::uint64_t busy_wire_bytes_ = 0;
+  Clock::time_point looked_at_ = Clock::now();
   Clock::time_point next_sample_{};
   Clock::time_point next_retry_{};
 

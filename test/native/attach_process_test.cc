@@ -199,7 +199,6 @@ TEST(AttachProcess, OneThatIsEndingWhileItsMemoryIsHeld) {
   EXPECT_EQ(process->life(), Process::Life::kEnded);
   EXPECT_THROW((void)process->open_file("maps", O_RDONLY), OwnerGone);
   EXPECT_THROW(for_each_mapped_area([](const MappedArea&) { return true; }, process.get()), OwnerGone);
-  EXPECT_THROW(process->require("test"), OwnerGone);
   EXPECT_THROW((void)Process::open(owner.pidfd()), OwnerGone);
 
   uffd.zeropage(owner.address(), owner.bytes(), true);

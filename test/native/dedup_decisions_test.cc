@@ -119,6 +119,26 @@ TEST(DedupLead, IsAQuarterOfASecondWithinBounds) {
   EXPECT_EQ(dedup_lead_pages(std::nullopt, 4096), kFirstLookPages);
 }
 
+TEST(DedupLook, IsMoreWhereEachTimeTakesLongAndWhereMostIsFound) {
+  using std::chrono::milliseconds;
+  const auto found = [](std::uint64_t hits) {
+    DedupMeasured measured;
+    measured.examined_pages = 1000;
+    measured.hits = hits;
+    return measured;
+  };
+  EXPECT_EQ(dedup_look_pages({}, 10'000, 0, milliseconds(1)), kLeastLookPages);
+  EXPECT_EQ(dedup_look_pages({}, 10'000, 0, milliseconds(20)), 2 * kLeastLookPages);
+  EXPECT_EQ(dedup_look_pages({}, 10'000, 0, milliseconds(1'000'000)), kMostLookPages);
+  // Never more than may wait to be sent plainly, as far as is known.
+  EXPECT_EQ(dedup_look_pages({}, 1000, 900, milliseconds(100)), 100u);
+  EXPECT_EQ(dedup_look_pages({}, 1000, 1000, milliseconds(100)), 0u);
+  EXPECT_EQ(dedup_look_pages({}, 1000, 5000, milliseconds(100)), 0u);
+  EXPECT_EQ(dedup_look_pages(found(750), 1000, 900, milliseconds(100)), 400u);
+  EXPECT_EQ(dedup_look_pages(found(1000), 1000, 900, milliseconds(100)), 800u);
+  EXPECT_EQ(dedup_look_pages(found(1000), 1000, 0, milliseconds(1'000'000)), kMostLookPages);
+}
+
 TEST(DedupWait, IsPaidForByWhatWasSaved) {
   using std::chrono::microseconds;
   const auto tenth = static_cast<std::uint64_t>(kGigabit / 10);

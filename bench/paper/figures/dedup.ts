@@ -20,6 +20,7 @@ const contents = { '80 % alike': 800, 'nothing alike': 0 } as const;
 type Content = keyof typeof contents;
 const variants = ['without', 'with'] as const;
 const busyBytesPerSecond = 10e6;
+/** Of each guest's direct way; and of all gathers together. */
 const slow = { bandwidth: 2e6, gatherLimit: 32e6 };
 /** What a destination takes over is whole, so it gathers as fast as it can; directly it takes in as little. */
 const slowDirectly = { bandwidth: slow.bandwidth };
@@ -63,7 +64,11 @@ async function measure(
             ...(variant === 'with' ? { dedup: { domain: 'figure 13' } } : {}),
             ...(paging ? {} : boundedRounds),
           };
-          const listen = paging ? slow : mode === 'scatter-pre-copy' ? slowDirectly : {};
+          const listen = paging
+            ? { ...slow, gatherLimit: slow.gatherLimit / count }
+            : mode === 'scatter-pre-copy'
+              ? slowDirectly
+              : {};
           const outcome = await runMigration(rig, {
             mode,
             guest,
