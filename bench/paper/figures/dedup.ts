@@ -65,7 +65,7 @@ async function measure(
             ...(paging ? {} : boundedRounds),
           };
           const listen = paging
-            ? { ...slow, gatherLimit: slow.gatherLimit / count }
+            ? { ...slow, gatherLimit: Math.floor(slow.gatherLimit / count) }
             : mode === 'scatter-pre-copy'
               ? slowDirectly
               : {};
