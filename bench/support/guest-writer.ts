@@ -19,6 +19,9 @@ interface WriterData {
   stoppedAtNs: BigInt64Array;
 }
 
+/** Whose worker runs: of their memory nobody else may know before the worker has opened it. */
+const running = new Set<WritingGuest>();
+
 export class WritingGuest implements Guest {
   readonly name = 'writer';
   readonly module = null;
@@ -39,6 +42,8 @@ export class WritingGuest implements Guest {
     this.#worker.once('error', (error) => {
       throw error;
     });
+    running.add(this);
+    this.#worker.once('exit', () => running.delete(this));
   }
 
   /** Resolves when the worker writes. */

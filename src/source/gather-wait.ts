@@ -2,7 +2,8 @@
  * Before a destination takes over in `scatter-pre-copy` it has to have every page, and pages that went as references it
  * gathers from servers at its own pace. So after a round of such pages the source waits, while the guest runs, until
  * they are there: otherwise the guest would stand still for it. As long as it asks, the destination knows that the link
- * is the gather's. JavaScript thread.
+ * is the gather's. A few references are no reason to: they are hardly more to gather than there is without, and waiting
+ * lengthens the eviction. JavaScript thread.
  */
 import { untilAborted } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
@@ -12,6 +13,14 @@ const askEveryMs = 20;
 const answerMs = 5_000;
 /** Without progress: what is missing is not to be had, since a server has failed, and goes again in the next round. */
 const standstillMs = 2_000;
+
+/** References that are fewer than this part of the pages sent are not waited for. */
+const leastShare = 1 / 8;
+
+/** Whether so many pages that went as references are waited for, of those that went so far. Pure. */
+export function worthWaitingFor(pagesReferred: number, pagesSent: number): boolean {
+  return pagesReferred > 0 && pagesReferred >= pagesSent * leastShare;
+}
 
 export interface GatherProgress {
   missingPages: number;

@@ -12,6 +12,7 @@ import type { Region } from '../region.js';
 import type { DirtyTracker } from '../trackers.js';
 import { applyNonConvergence, decideRound, type RoundSample } from './convergence.js';
 import type { SourceEngine } from './engine.js';
+import { worthWaitingFor } from './gather-wait.js';
 import type { Measurements } from './measurements.js';
 
 export interface PreCopyContext {
@@ -61,7 +62,7 @@ export async function preCopy(context: PreCopyContext): Promise<'pre-copy' | 'po
     const after = engine.stats();
     const pagesDeduplicated = (after.dedup?.pages ?? 0) - (before.dedup?.pages ?? 0);
     // The guest would stand still for it otherwise.
-    if (pagesDeduplicated > 0) await context.gathered(suspectPages);
+    if (worthWaitingFor(after.dedup?.pages ?? 0, after.pagesSent)) await context.gathered(suspectPages);
     const durationMs = performance.now() - started;
     const dirtyPagesAfter = await untilAborted(engine.queueDirty(), signal);
     const asked = context.switchoverAsked.settled;

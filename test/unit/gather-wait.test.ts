@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
 import type { SourceMessage } from '../../src/protocol/messages.js';
-import { GatherWait, stillGathering } from '../../src/source/gather-wait.js';
+import { GatherWait, stillGathering, worthWaitingFor } from '../../src/source/gather-wait.js';
 
 function questionOf(message: SourceMessage): number {
   if (message.type !== 'ask-missing') throw new Error(`a message '${message.type}'`);
@@ -20,6 +20,14 @@ function asking(answers: number[], signal = new AbortController().signal) {
 }
 
 describe('waiting for what a destination gathers', () => {
+  it('is not for a few references', () => {
+    expect(worthWaitingFor(0, 0)).toBe(false);
+    expect(worthWaitingFor(0, 1000)).toBe(false);
+    expect(worthWaitingFor(124, 1000)).toBe(false);
+    expect(worthWaitingFor(125, 1000)).toBe(true);
+    expect(worthWaitingFor(1, 0)).toBe(true);
+  });
+
   it('ends when all is there, or when no more of it comes', () => {
     const progress = { missingPages: 5, suspectPages: 0, leastPages: 10, sinceProgressMs: 10_000 };
     expect(stillGathering(progress)).toBe(true);
