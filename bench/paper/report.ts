@@ -70,13 +70,14 @@ function paperLine({ what, value, unit, where, how }: PaperNumber): string {
 export function terminalTable(result: FigureResult): string {
   // One line a point: on a terminal the grid would be too wide.
   const [head, ...rows] = grid(result);
+  const width = Math.max(...(head ?? []).map((name) => name.length)) + 1;
   const lines = rows.flatMap((row) =>
     row
       .slice(1)
       .flatMap((text, i) =>
         text === ''
           ? []
-          : [`  ${`${head?.[0]} ${row[0]}`.padEnd(22)}${(head?.[i + 1] ?? '').padEnd(34)}${text}`],
+          : [`  ${`${head?.[0]} ${row[0]}`.padEnd(22)}${(head?.[i + 1] ?? '').padEnd(width)}${text}`],
       ),
   );
   return [
