@@ -9,7 +9,7 @@ import type { Check, FigureResult, PaperNumber, Point } from './result.js';
 const directory = join(repositoryRoot, 'docs', 'paper');
 const page = join(repositoryRoot, 'docs', 'paper.md');
 /** In the paper's order. */
-const order = ['1', '9', '10', '11', 'table-1', '12', '15'];
+const order = ['1', '9', '10', '11', 'table-1', '12', '13', '14', '15', 'qemu'];
 
 function figure(value: number): string {
   const size = Math.abs(value);
