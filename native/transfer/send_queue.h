@@ -48,8 +48,8 @@ class SendQueue {
   void put_back(const Chunk& chunk);
 
   // A fault takes its page whether it is pending or not, and up to `max_following` pending pages directly
-  // behind it; the destination's cursor moves behind them. Gives the run from `page` on; its first page is always there, though
-  // a channel may have taken it before (`first_was_pending` false).
+  // behind it; the destination's cursor moves behind them. Gives the run from `page` on; its first page is
+  // always there, though a channel may have taken it before (`first_was_pending` false).
   struct FaultTake {
     PageRun run;
     bool first_was_pending = false;
