@@ -69,10 +69,11 @@ export class KvmGuest implements Guest {
   migrate(options: MigrateOptions): Migration {
     this.vm.logWrites(true);
     const migration = migrate(this, options);
-    migration.done.then(
-      () => this.close(),
-      () => this.#closed || this.vm.logWrites(false),
-    );
+    const ended = () => {
+      if (this.#released) this.close();
+      else if (!this.#closed) this.vm.logWrites(false);
+    };
+    migration.done.then(ended, ended);
     return migration;
   }
 
@@ -87,8 +88,14 @@ export class KvmGuest implements Guest {
     this.vm.run();
   }
 
-  /** The memory is the migration's until it has ended; then `migrate` above closes it. */
+  #released = false;
+
+  /**
+   * The guest is the destination's. The memory is the migration's until it has ended, well or not: then `migrate`
+   * above closes it.
+   */
   release(): void {
+    this.#released = true;
     this.vm.close();
   }
 

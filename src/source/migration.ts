@@ -642,6 +642,9 @@ export class SourceMigration extends EventEmitter {
   async #lost(cause: unknown): Promise<void> {
     const pending = this.#evicted.settled ? null : (this.#engine?.stats().pagesPending ?? 0);
     const error = afterCommit(cause, pending);
+    this.#engine?.close(false, error);
+    // Whoever hears of it may let go of the guest at once.
+    this.#freeMemory();
     this.#to('failed');
     this.#evicted.reject(error);
     this.#done.reject(error);
@@ -653,8 +656,13 @@ export class SourceMigration extends EventEmitter {
     // What was staged for a guest that stays here is nobody's; a destination dissolves its own image.
     if (!this.#commit.committed) await this.#images?.dissolve().catch(() => {});
     await this.#images?.close();
-    for (const tracker of this.#trackers) tracker?.close();
     await this.#session?.close(goodbye);
+    this.#freeMemory();
+  }
+
+  /** Of an engine that is closed. Twice is fine. */
+  #freeMemory(): void {
+    for (const tracker of this.#trackers) tracker?.close();
     this.#releaseRegions();
   }
 

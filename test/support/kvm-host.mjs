@@ -104,6 +104,8 @@ const operations = {
     migration.on('state', (state) => tell('state', { state }));
     settled(migration.done).then(({ ok, value, error }) => tell('done', { ok, value, error }));
   },
+  /** Everything that it had to tell when it was asked comes before the answer. */
+  flush() {},
   switchover: () => migration.switchover(),
   cancel: () => migration.cancel('the test says so'),
 };

@@ -98,6 +98,8 @@ export class KvmHost {
 
 /** For afterEach. Throws failures that nobody waited for. */
 export async function endKvmHosts(): Promise<void> {
+  // What a host is about to tell is heard too. One that dies instead has told nothing more.
+  await Promise.all([...running].map((host) => host.call('flush').catch(() => {})));
   const failures = [...running].flatMap(({ name, told }) =>
     told.filter(({ event }) => event === 'failure').map((one) => `${name}: ${JSON.stringify(one)}`),
   );
