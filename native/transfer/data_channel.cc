@@ -7,6 +7,12 @@
 #include "transfer/sender_impl.h"
 
 namespace memferry {
+namespace {
+
+// In one answer timeout, by a destination that is slow and no more: a frame or so.
+constexpr std::uint64_t kLeastTaken = wire::kRunBytes;
+
+}  // namespace
 
 // What one sending thread needs to send chunks. Lives as long as its thread.
 class Sender::Impl::Push {
@@ -261,6 +267,17 @@ std::string Sender::Impl::note_unresolved_locked(DataChannel& channel, const wir
   return {};
 }
 
+// Everything has been sent, and the answer is behind what the sockets hold. Who works that off gets more time for it, and
+// who claims more than there is does not: so this ends, whatever the peer says.
+std::string Sender::Impl::note_taken_locked(DataChannel& channel, std::uint64_t bytes) {
+  if (!answer_deadline) return {};
+  if (bytes > bytes_on_wire) return "more bytes taken than were sent";
+  if (bytes < channel.taken + kLeastTaken) return {};
+  channel.taken = bytes;
+  answer_deadline = Clock::now() + config.answer_timeout;
+  return {};
+}
+
 std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const wire::FrameHeader& header,
                                         std::span<const std::byte> payload) {
   const std::lock_guard lock(mutex);
@@ -284,6 +301,8 @@ std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const w
       if (answer_deadline) answer_deadline = Clock::now() + config.answer_timeout;
       finish_if_acknowledged_locked(of);
       return {};
+    case wire::FrameType::kTaken:
+      return note_taken_locked(channel, header.tag);
     case wire::FrameType::kUnresolved:
       return note_unresolved_locked(channel, header, payload);
     case wire::FrameType::kTree:

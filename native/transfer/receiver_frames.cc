@@ -13,6 +13,8 @@ namespace {
 
 // Answers of the demand channel, a page and its header, are taken in one system call.
 constexpr std::size_t kDemandBufferBytes = 16 * 1024;
+// Far less than a source waits for an answer, and still nothing beside the pages.
+constexpr std::chrono::seconds kTellTaken{1};
 
 template <typename T>
 std::span<std::byte> bytes_of(T& value) {
@@ -22,6 +24,7 @@ std::span<std::byte> bytes_of(T& value) {
 }  // namespace
 
 wire::IoResult FrameReader::read(std::span<std::byte> into) {
+  bytes_ += into.size();
   while (!into.empty()) {
     if (begin_ == end_ && into.size() >= buffer_.size()) {
       const wire::IoResult io = stream_.recv_exact(into);
@@ -71,7 +74,7 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
       channel, stream, FrameReader(stream, channel.demand ? kDemandBufferBytes : 0, bytes_received), {}};
   begin_telling(with);
   for (;;) {
-    if (!tell_known(with)) return with.end;
+    if (!tell_taken(with) || !tell_known(with)) return with.end;
     // On one host the push and the faults compete for CPUs: who waits for a page goes first.
     if (shares_cpus) courtesy.follow(state == State::kPaging && pager->faulted_lately());
     wire::FrameHeader header;
@@ -126,6 +129,17 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
     }
     if (!going_on) return with.end;
   }
+}
+
+// The answer to a barrier is behind all that the sockets hold, which under memory pressure takes a while.
+bool Receiver::Impl::tell_taken(Conversation& with) {
+  const auto now = Clock::now();
+  if (with.channel.demand || now - with.told_taken_at < kTellTaken) return true;
+  with.told_taken_at = now;
+  wire::FrameHeader taken = wire::make_header(wire::FrameType::kTaken, 0, {}, with.reader.bytes());
+  wire::seal(taken);
+  const wire::IoResult io = with.stream.send_all(std::as_bytes(std::span(&taken, 1)));
+  return io.done() || with.lost(io);
 }
 
 bool Receiver::Impl::on_pages(Conversation& with, const wire::FrameHeader& header) {

@@ -49,9 +49,11 @@ class FrameReader {
   FrameReader(wire::Stream& stream, std::size_t buffer_bytes, std::atomic<std::uint64_t>& received)
       : stream_(stream), buffer_(buffer_bytes), received_(received) {}
   wire::IoResult read(std::span<std::byte> into);
+  [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
 
  private:
   wire::Stream& stream_;
+  std::uint64_t bytes_ = 0;  // that have been read
   std::vector<std::byte> buffer_;
   std::size_t begin_ = 0;
   std::size_t end_ = 0;
@@ -172,6 +174,7 @@ struct Receiver::Impl {
   bool on_discard(Conversation& with, const wire::FrameHeader& header);
   bool on_switch(Conversation& with, const wire::FrameHeader& header);
   bool on_barrier(Conversation& with, const wire::FrameHeader& header);
+  bool tell_taken(Conversation& with);
   void forget_locations(std::uint32_t region, PageRun run);
   bool on_map(Conversation& with, const wire::FrameHeader& header);
   bool on_elsewhere(Conversation& with, const wire::FrameHeader& header);
@@ -283,6 +286,7 @@ struct Receiver::Impl::Conversation {
   FrameReader reader;
   ChannelEnd end;
   std::vector<wire::KnownName> names{};  // taken, and not told yet
+  Clock::time_point told_taken_at = Clock::now();
 
   bool bad(const char* message, const char* code = "PROTOCOL") {
     end = {ChannelEnd::Kind::kBadFrame, code, message};

@@ -83,6 +83,7 @@ struct Sender::Impl {
     bool barrier_sent = false;          // guarded by mutex, as the next
     bool acknowledged = false;
     std::uint64_t suspects_named = 0;  // in this round
+    std::uint64_t taken = 0;           // bytes, when the destination last got more time for them
   };
   // One set of connections. Made and destroyed by the supervisor; others reach it under `mutex`, or from its
   // own threads.
@@ -173,6 +174,7 @@ struct Sender::Impl {
   }
   std::string note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                    std::span<const std::byte> payload);
+  std::string note_taken_locked(DataChannel& channel, std::uint64_t bytes);
   std::string note_unresolved_locked(DataChannel& channel, const wire::FrameHeader& header,
                                      std::span<const std::byte> names);
   void count_sent(const PageFrames::Sent& sent);

@@ -130,6 +130,8 @@ enum class FrameType : std::uint16_t {
   kKnownReference = 33,  // source to destination: page_count ContentHashes: these pages are such content
   kUnresolved = 34,      // destination to source, before the kBarrierAck: these references came to nothing;
                          // payload: the KnownName of each
+  kTaken = 35,  // destination to source: tag: bytes of this connection that it has worked off so far. Once a second
+                // while frames come, so that one that is slow is not taken for one that has died.
 
   // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps

@@ -38,6 +38,34 @@ TEST(ReceiverFill, TwoChannelsFillEveryByte) {
   EXPECT_EQ(bench.log.count(EngineEventKind::kFailed), 0U);
 }
 
+// The answer to a barrier is far behind what a slow receiver has before it.
+TEST(ReceiverFill, SaysOnceASecondHowFarItIs) {
+  Bench bench(64);
+  bench.start();
+  bench.connect();
+  const auto content = random_bytes(bench.page_size, 5);
+  std::uint64_t sent = 0;
+  std::vector<std::uint64_t> told;
+  const auto begun = std::chrono::steady_clock::now();
+  while (told.size() < 2) {
+    EXPECT_TRUE(bench.data(0).pages(0, sent % 64, content, bench.page_size));
+    ++sent;
+    EXPECT_TRUE(bench.data(0).frame(wire::FrameType::kBarrier, 0, {}, sent));
+    for (;;) {
+      const auto answer = bench.data(0).receive_any();
+      ASSERT_TRUE(answer);
+      if (answer->header.type != static_cast<std::uint16_t>(wire::FrameType::kTaken)) break;
+      // Before the answer just now: everything up to the frame before that.
+      EXPECT_LE(answer->header.tag, sent * (2 * sizeof(wire::FrameHeader) + bench.page_size));
+      EXPECT_GT(answer->header.tag, told.empty() ? 0 : told.back());
+      told.push_back(answer->header.tag);
+    }
+    std::this_thread::sleep_for(20ms);
+  }
+  EXPECT_GE(std::chrono::steady_clock::now() - begun, 2s);
+  EXPECT_GE(told.back(), (sent - 1) * (2 * sizeof(wire::FrameHeader) + bench.page_size));
+}
+
 // Long enough for memory to be touched ahead of what arrives, and ending before the region does.
 TEST(ReceiverFill, TouchingAheadLeavesZerosBehindTheLastArrival) {
   const std::uint64_t pages = 64 * 256;

@@ -869,6 +869,56 @@ TEST_F(SenderTest, APeerThatNeverAnswersABarrier) {
   EXPECT_EQ(events.expect(kFailed).code, "CHANNEL_LOST");
 }
 
+// What the sockets hold takes it longer than the timeout: it is not dead.
+TEST_F(SenderTest, ADestinationThatIsSlowGetsMoreTime) {
+  make({1000});
+  peer->answer_barriers = false;
+  SenderConfig with = config();
+  with.answer_timeout = 400ms;
+  connect(std::move(with));
+  sender->queue_populated();
+  sender->start_round(1);
+  peer->wait_for([&] {
+    return std::count_if(peer->seen.begin(), peer->seen.end(),
+                         [](const SeenFrame& f) { return f.type() == FrameType::kBarrier; }) == 2;
+  });
+  const std::uint64_t step = wire::kRunBytes;
+  for (std::uint64_t turn = 1; turn <= 5; ++turn) {
+    std::this_thread::sleep_for(250ms);
+    for (unsigned channel = 0; channel < 2; ++channel) {
+      peer->send(channel, wire::make_header(FrameType::kTaken, 0, {}, turn * step));
+    }
+    EXPECT_TRUE(events.empty());
+  }
+  // It repeats itself: that is no progress.
+  const auto since = std::chrono::steady_clock::now();
+  std::atomic<bool> over{false};
+  std::thread repeating([&] {
+    while (!over) {
+      peer->send(0, wire::make_header(FrameType::kTaken, 0, {}, 5 * step + 1));
+      std::this_thread::sleep_for(50ms);
+    }
+  });
+  EXPECT_EQ(events.expect(kFailed).code, "CHANNEL_LOST");
+  EXPECT_GE(std::chrono::steady_clock::now() - since, 300ms);
+  over = true;
+  repeating.join();
+}
+
+TEST_F(SenderTest, ADestinationHasNotTakenMoreThanWasSent) {
+  make({10});
+  peer->answer_barriers = false;
+  connect();
+  sender->queue_populated();
+  sender->start_round(1);
+  peer->wait_for([&] {
+    return std::count_if(peer->seen.begin(), peer->seen.end(),
+                         [](const SeenFrame& f) { return f.type() == FrameType::kBarrier; }) == 2;
+  });
+  peer->send(0, wire::make_header(FrameType::kTaken, 0, {}, 1 << 20));
+  EXPECT_EQ(events.expect(kFailed).code, "PROTOCOL");
+}
+
 TEST_F(SenderTest, WrongConfigurationsAreRefused) {
   make({10});
   const auto refused = [&](auto change) {

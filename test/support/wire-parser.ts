@@ -52,6 +52,7 @@ const FRAME_NAMES: Record<number, string> = {
   32: 'known',
   33: 'reference',
   34: 'unresolved',
+  35: 'taken',
 };
 const CONTROL_KINDS: Record<number, string> = { 2: 'chunk', 3: 'ping', 4: 'bye' };
 
