@@ -58,7 +58,7 @@ export interface Guest {
   unpause(): Promise<void> | void;
   /** The guest belongs to the destination now. Its memory here stays until `evicted`; then `release` is called. */
   departed?(): Promise<void> | void;
-  /** Nothing of the guest is needed here any more. */
+  /** Nothing of the guest is needed here any more; its regions can be closed once the migration's `done` has settled. */
   release?(): Promise<void> | void;
 }
 

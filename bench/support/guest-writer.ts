@@ -4,6 +4,7 @@
  */
 import { isMainThread, Worker, workerData } from 'node:worker_threads';
 import { type Guest, Region } from 'memferry';
+import { fillRandom } from './memory.js';
 
 /** Cells of the control words: what is wanted, how often the worker has stopped, and whether it has begun. */
 const wanted = 0;
@@ -78,6 +79,9 @@ function write({ regionId, bytesPerSecond, control, stoppedAtNs }: WriterData): 
   const viewPages = (views[0] as Uint8Array).length / pageSize;
   const pagesPerMs = bytesPerSecond / pageSize / 1000;
   let state = 0x2545f491;
+  // What no link packs: from anywhere in it, so that no two pages are alike but by chance.
+  const noise = new Uint8Array(2 ** 20);
+  fillRandom(noise.buffer, 7);
   let startMs = performance.now();
   let written = 0;
   for (;;) {
@@ -89,7 +93,8 @@ function write({ regionId, bytesPerSecond, control, stoppedAtNs }: WriterData): 
       const page = (state >>> 0) % pages;
       const view = views[Math.floor(page / viewPages)] as Uint8Array;
       const at = (page % viewPages) * pageSize;
-      view.fill(state & 0xff, at, at + pageSize);
+      const from = (state >>> 8) % (noise.length - pageSize);
+      view.set(noise.subarray(from, from + pageSize), at);
       written++;
     }
     if (written > 0) Atomics.store(control, begun, 1);

@@ -69,11 +69,12 @@ export class KvmGuest implements Guest {
   migrate(options: MigrateOptions): Migration {
     this.vm.logWrites(true);
     const migration = migrate(this, options);
-    const ended = () => {
+    // In doubt it has failed as well, and may go on: then the guest is neither released nor here.
+    migration.on('state', (state) => {
+      if (!['completed', 'failed', 'cancelled'].includes(state)) return;
       if (this.#released) this.close();
       else if (!this.#closed) this.vm.logWrites(false);
-    };
-    migration.done.then(ended, ended);
+    });
     return migration;
   }
 
@@ -133,8 +134,8 @@ export class KvmGuest implements Guest {
 
   close(): void {
     if (this.#closed) return;
-    this.#closed = true;
     this.vm.close();
     this.#region.close();
+    this.#closed = true;
   }
 }

@@ -64,9 +64,10 @@ void StageConnection::run() {
     stream_->shutdown();
     stream_.reset();
   }
+  // First: who sees that there are fewer must find room for one more.
+  ended_ = true;
   if (place_.member) place_.common->member_connections.fetch_sub(1);
   place_.common->connections.fetch_sub(1);
-  ended_ = true;
 }
 
 void StageConnection::interrupt() {

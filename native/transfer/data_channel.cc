@@ -9,8 +9,9 @@
 namespace memferry {
 namespace {
 
-// In one answer timeout, by a destination that is slow and no more: a frame or so.
-constexpr std::uint64_t kLeastTaken = wire::kRunBytes;
+// Answer timeouts that a destination is waited for in all, once everything has been sent and while it says that it gets
+// on: what sockets hold at a few hundred kilobytes a second.
+constexpr int kMostTimeouts = 20;
 
 }  // namespace
 
@@ -97,10 +98,7 @@ bool Sender::Impl::send_barrier(Epoch& of, DataChannel& channel, const Task& min
     // The clock runs once nothing is being sent any more: a slow link or a low limit is no silence.
     const bool all =
         std::all_of(of.data.begin(), of.data.end(), [](const auto& c) { return c->barrier_sent; });
-    if (all || mine.kind == TaskKind::kDiscard || mine.kind == TaskKind::kCompare) {
-      answer_deadline = Clock::now() + config.answer_timeout;
-      supervisor_changed.notify_all();
-    }
+    if (all || mine.kind == TaskKind::kDiscard || mine.kind == TaskKind::kCompare) await_answer_locked();
   }
   wire::FrameHeader header = wire::make_header(wire::FrameType::kBarrier, 0, {}, mine.tag);
   wire::seal(header);
@@ -163,8 +161,7 @@ void Sender::Impl::send_loop(Epoch& of, DataChannel& channel) {
           if (channel.index == 0) {
             {
               const std::lock_guard lock(mutex);
-              answer_deadline = Clock::now() + config.answer_timeout;
-              supervisor_changed.notify_all();
+              await_answer_locked();
             }
             say(*mine.frames);
           }
@@ -267,14 +264,21 @@ std::string Sender::Impl::note_unresolved_locked(DataChannel& channel, const wir
   return {};
 }
 
-// Everything has been sent, and the answer is behind what the sockets hold. Who works that off gets more time for it, and
-// who claims more than there is does not: so this ends, whatever the peer says.
-std::string Sender::Impl::note_taken_locked(DataChannel& channel, std::uint64_t bytes) {
-  if (!answer_deadline) return {};
-  if (bytes > bytes_on_wire) return "more bytes taken than were sent";
-  if (bytes < channel.taken + kLeastTaken) return {};
-  channel.taken = bytes;
+void Sender::Impl::await_answer_locked() {
   answer_deadline = Clock::now() + config.answer_timeout;
+  answer_limit = Clock::now() + kMostTimeouts * config.answer_timeout;
+  supervisor_changed.notify_all();
+}
+
+// Everything has been sent, and the answer is behind what the sockets hold. Who works that off is given time for it, but
+// not for ever: it may say what it likes.
+std::string Sender::Impl::note_taken_locked(DataChannel& channel, std::uint64_t bytes) {
+  const std::uint64_t before = std::exchange(channel.taken, bytes);
+  if (bytes < before) return "fewer bytes taken than before";
+  if (!answer_deadline || channel.acknowledged || bytes == before) return {};
+  // Of what is being sent right now some is not counted yet.
+  if (bytes > bytes_on_wire) return "more bytes taken than were sent";
+  answer_deadline = std::min(Clock::now() + config.answer_timeout, answer_limit);
   return {};
 }
 
@@ -298,7 +302,7 @@ std::string Sender::Impl::handle_answer(Epoch& of, DataChannel& channel, const w
       if (header.page_count != channel.suspects_named)
         return "more or fewer suspect pages counted than named";
       channel.acknowledged = true;
-      if (answer_deadline) answer_deadline = Clock::now() + config.answer_timeout;
+      if (answer_deadline) await_answer_locked();
       finish_if_acknowledged_locked(of);
       return {};
     case wire::FrameType::kTaken:

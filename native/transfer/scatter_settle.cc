@@ -178,7 +178,11 @@ bool Scatter::drained_locked() const {
     if (config_.direct && !told(where_.destination())) return false;
   }
   for (const auto& server : servers_) {
-    if (!server->failed.empty()) continue;
+    if (!server->failed.empty()) {
+      // Pages that its thread has in hand are in no list; when that ends they are pending again.
+      if (kind_ == Kind::kRound && server->way && !server->way->idle()) return false;
+      continue;
+    }
     const bool index = server->ordinal < where_.index_servers();
     // In a push only what has to be told is waited for: every page is safe already.
     if (index && (!told(server->ordinal) || !server->way || !server->way->idle())) return false;

@@ -48,6 +48,7 @@ void Scatter::watch(WorkerThread& self) {
 
 void Scatter::watch_until_stopped(WorkerThread& self) {
   Clock::time_point looked_at = Clock::now();
+  Clock::time_point awake_since = looked_at;
   while (!self.stopping()) {
     self.wait(static_cast<int>(kWatchInterval.count()));
     bool due = false;
@@ -72,13 +73,14 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
           std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
             return !server->failed.empty() || (server->way && server->way->full && server->way->idle());
           });
-      // After a stop of this process its peers' answers are read before anyone is judged.
+      // After a stop of this process its peers have as long as ever to answer.
       const bool awake = now - looked_at < kWatchGap;
+      if (!awake) awake_since = now;
       looked_at = now;
       // Of all of them before anything is put back: then the queue is not dry any more.
       std::vector<const Way*> late;
       for (const Way* way : ways) {
-        if (somebody_idle && tail_is_late(*way, now)) late.push_back(way);
+        if (awake && somebody_idle && tail_is_late(*way, now)) late.push_back(way);
       }
       if (dedup_ && begun_) {
         dedup_->give_back_late_locked(now, dry_ ? kLastReferencePatience : kReferencePatience);
@@ -87,8 +89,8 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       }
       for (Way* way : ways) {
         const auto since = waits_since(*way);
-        if (!since || !awake) continue;
-        const auto age = now - *since;
+        if (!since) continue;
+        const auto age = now - std::max(*since, awake_since);
         if (age > config_.stall_timeout && way->server != Way::kNobody) {
           Server& server = *servers_[static_cast<std::size_t>(way->server)];
           fail_server_locked(server, way->name + " does not acknowledge what it is sent");

@@ -50,7 +50,8 @@ struct SenderConfig {
   std::uint64_t bandwidth = 0;  // bytes/s over all channels; 0: none. Faults debit it but never wait.
   std::chrono::milliseconds connect_timeout{5000};
   std::chrono::milliseconds recover_timeout{60000};
-  std::chrono::milliseconds answer_timeout{30000};  // for the answer to a barrier or to kSwitch
+  std::chrono::milliseconds answer_timeout{
+      30000};  // for the answer to a barrier or to kSwitch, without a sign of progress
   // For the data senders to finish their chunk and say goodbye; whoever is stuck longer is cut off.
   std::chrono::milliseconds goodbye_timeout{500};
   // A scatter: what the destination does not take in time goes to these, which `replicas` of them hold.

@@ -83,7 +83,7 @@ struct Sender::Impl {
     bool barrier_sent = false;          // guarded by mutex, as the next
     bool acknowledged = false;
     std::uint64_t suspects_named = 0;  // in this round
-    std::uint64_t taken = 0;           // bytes, when the destination last got more time for them
+    std::uint64_t taken = 0;           // bytes, by the destination as it says
   };
   // One set of connections. Made and destroyed by the supervisor; others reach it under `mutex`, or from its
   // own threads.
@@ -174,6 +174,7 @@ struct Sender::Impl {
   }
   std::string note_suspects_locked(DataChannel& channel, const wire::FrameHeader& header,
                                    std::span<const std::byte> payload);
+  void await_answer_locked();
   std::string note_taken_locked(DataChannel& channel, std::uint64_t bytes);
   std::string note_unresolved_locked(DataChannel& channel, const wire::FrameHeader& header,
                                      std::span<const std::byte> names);
@@ -232,6 +233,7 @@ struct Sender::Impl {
   };
   std::optional<Failure> fatal;
   std::optional<Clock::time_point> answer_deadline;  // a barrier or kSwitch waits for its answer
+  Clock::time_point answer_limit{};                  // however much it gets on
   std::deque<EngineEvent> events;
 
   const UniqueFd cancel;  // readable once everything is to end; never drained

@@ -167,7 +167,7 @@ bool Sender::Impl::try_barrier_on_demand(std::unique_lock<std::mutex>& lock) {
   const std::lock_guard writing(current->demand_write, std::adopt_lock);
   demand_barrier_due = false;
   current->demand_barrier_sent = true;
-  answer_deadline = Clock::now() + config.answer_timeout;
+  await_answer_locked();
   wire::FrameHeader header = wire::make_header(wire::FrameType::kBarrier, 0, {}, task.tag);
   wire::seal(header);
   lock.unlock();

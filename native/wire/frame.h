@@ -130,8 +130,9 @@ enum class FrameType : std::uint16_t {
   kKnownReference = 33,  // source to destination: page_count ContentHashes: these pages are such content
   kUnresolved = 34,      // destination to source, before the kBarrierAck: these references came to nothing;
                          // payload: the KnownName of each
-  kTaken = 35,  // destination to source: tag: bytes of this connection that it has worked off so far. Once a second
-                // while frames come, so that one that is slow is not taken for one that has died.
+  kTaken =
+      35,  // destination to source: tag: bytes of this connection that it has worked off so far. Once a second
+           // while frames come, so that one that is slow is not taken for one that has died.
 
   // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps
@@ -233,7 +234,7 @@ struct FrameHeader {
   std::uint32_t payload_bytes;  // <= max_payload(page size)
   std::uint64_t first_page;
   std::uint64_t page_count;
-  std::uint64_t tag;       // round or barrier number; 0 elsewhere
+  std::uint64_t tag;       // round or barrier number, or as the type says; else 0
   std::uint64_t checksum;  // XXH3_64 over the 40 bytes before it, then: kPages the page hashes (one u64 a
                            // page, XXH3_64 of the page, decoded), other types the payload itself
 };

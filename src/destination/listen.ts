@@ -268,7 +268,12 @@ class DestinationListener implements Listening {
         parked?.close();
         entry.bytes = bytes;
       };
-      arrival.baseFilled.then(filled, filled);
+      arrival.baseFilled.then(filled, filled).catch((error) => {
+        // So it counts for as long as the arrival does.
+        process.emitWarning(`what was read of the parked base is still held: ${String(error)}`, {
+          code: 'MEMFERRY_CLOSE_FAILED',
+        });
+      });
     } catch (error) {
       if (replays) this.#replayBytes = 0;
       parked?.close();

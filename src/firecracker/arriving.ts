@@ -163,7 +163,12 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
         .catch(() => served.closed)
         // Its pages are still compared with the source's.
         .then(() => arrivalOver(region))
-        .then(close);
+        .then(close)
+        .catch((error) => {
+          process.emitWarning(`the memory that the microVM was served from is still held: ${String(error)}`, {
+            code: 'MEMFERRY_CLOSE_FAILED',
+          });
+        });
       running = resumed(host);
     },
     get running() {

@@ -188,7 +188,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
     const running = this.#letRun();
     this.#running = running;
     running.then(
-      () => this.options.onResumed?.(),
+      () => this.#tellResumed(),
       (error) => this.#warn(error),
     );
   }
@@ -276,9 +276,26 @@ class ArrivingQemuGuest implements ArrivingGuest {
     }
   }
 
+  /** The guest runs, whatever its owner makes of that. */
+  #tellResumed(): void {
+    try {
+      this.options.onResumed?.();
+    } catch (error) {
+      process.emitWarning(`the guest runs, and onResumed threw: ${String(error)}`, {
+        code: 'MEMFERRY_RESUME_THREW',
+      });
+    }
+  }
+
   #warn(error: Error): void {
-    if (this.options.onWarning) this.options.onWarning(error);
-    else process.emitWarning(error.message, { code: 'MEMFERRY_RESUME_FAILED' });
+    let unheard = this.options.onWarning === undefined;
+    try {
+      this.options.onWarning?.(error);
+    } catch (thrown) {
+      process.emitWarning(`onWarning threw: ${String(thrown)}`, { code: 'MEMFERRY_RESUME_FAILED' });
+      unheard = true;
+    }
+    if (unheard) process.emitWarning(error.message, { code: 'MEMFERRY_RESUME_FAILED' });
   }
 }
 

@@ -642,13 +642,16 @@ export class SourceMigration extends EventEmitter {
   async #lost(cause: unknown): Promise<void> {
     const pending = this.#evicted.settled ? null : (this.#engine?.stats().pagesPending ?? 0);
     const error = afterCommit(cause, pending);
-    this.#engine?.close(false, error);
-    // Whoever hears of it may let go of the guest at once.
-    this.#freeMemory();
-    this.#to('failed');
-    this.#evicted.reject(error);
-    this.#done.reject(error);
-    await this.#letGo(false, error);
+    try {
+      // Whoever hears of it may let go of the guest at once.
+      this.#engine?.close(false, error);
+      this.#freeMemory();
+    } finally {
+      this.#to('failed');
+      this.#evicted.reject(error);
+      this.#done.reject(error);
+      await this.#letGo(false, error);
+    }
   }
 
   async #letGo(goodbye: boolean, reason: MemferryError): Promise<void> {

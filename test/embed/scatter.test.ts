@@ -96,7 +96,7 @@ test.each([
   async (mode, replicas) => {
     const [a] = await hosts('a');
     const stages = await startStages('i', 'j');
-    const c = await CDestination.start({ ...slow, 'recover-timeout-ms': 1500 });
+    const c = await CDestination.start({ ...slow, 'gather-limit': MB, 'recover-timeout-ms': 1500 });
     await startGuest(a, regionsOf('allocate', 2 * PAGES));
     await migrate(a, c.port, { mode, hybridRounds: 1, replicas, ...via(...stages) });
     await evicted(a);

@@ -126,6 +126,11 @@ async function move(from: Source, to: Destination, options: Partial<MigrateOptio
   return migration;
 }
 
+/** It runs there; or why it does not. */
+function resumed(to: Destination, migration: Awaited<ReturnType<typeof move>>): Promise<unknown> {
+  return Promise.race([to.resumed, migration.done.then(() => to.resumed)]);
+}
+
 async function expectSame(from: Source, to: Destination) {
   const here = await to.owner.content();
   expect(here.length).toBe(pages * 4096);
@@ -158,7 +163,7 @@ describe.each([
       }
     }
     const migration = await move(from, to, { mode, via, maxRounds: 4 });
-    await to.resumed;
+    await resumed(to, migration);
     // Touches everything at once, from wherever it comes.
     await expectSame(from, to);
     const report = await migration.done;
@@ -173,7 +178,7 @@ describe.each([
     const from = await source({ shared });
     const to = await destination({ shared });
     const migration = await move(from, to, { mode: 'pre-copy', tracker, maxRounds: 5 });
-    await to.resumed;
+    await resumed(to, migration);
     await expectSame(from, to);
     expect(await migration.done).toMatchObject({ tracker, verified: true });
   });
@@ -190,7 +195,7 @@ describe.each([
       dedup: true,
       maxRounds: 3,
     });
-    await to.resumed;
+    await resumed(to, migration);
     await expectSame(from, to);
     expect((await migration.done).verified).toBe(true);
   });
@@ -230,7 +235,7 @@ describe.each([
     const began = performance.now();
     from.owner.kill();
     await expect(migration.done).rejects.toMatchObject({ code: 'OWNER_GONE' });
-    expect(performance.now() - began).toBeLessThan(3000);
+    expect(performance.now() - began).toBeLessThan(10_000);
     await expect(from.region.ownerGone).resolves.toMatchObject({ code: 'OWNER_GONE' });
     await to.abandoned;
   });
@@ -353,7 +358,7 @@ test('pages that the snapshot does not have are reported, and fail to be read', 
   expect(await owner.ask('read 50')).toBe(String(0x0101010101010101n));
   expect(await owner.ask('read 500')).toBeNull();
   expect(owner.exitSignal ?? 'SIGBUS').toBe('SIGBUS');
-  await vi.waitFor(() => expect(lost).toContain(500));
+  await vi.waitFor(() => expect(lost).toContain(500), { timeout: 5000 });
   await expect(service.done).rejects.toMatchObject({ code: 'OWNER_GONE' });
   region.close();
 });

@@ -36,7 +36,10 @@ interface Run {
   proxy: TcpProxy;
 }
 
-/** A migration held at the moment when the destination has resumed and the source does not know yet. */
+/**
+ * A migration held at the moment when the destination has resumed and the source does not know yet. Not for long: half a
+ * second after GRANT the source asks by itself. What is to happen in the push is set up before anything is waited for.
+ */
 async function resumedUnknown(
   mode: string,
   recoverTimeoutMs: number,
@@ -116,8 +119,8 @@ describe('a cut again while it recovers', () => {
 
 test('whoever reads a missing page during a cut waits, and gets the right bytes', async () => {
   const { a, b, proxy, go } = await resumedUnknown('post-copy', 30_000, idle);
-  const expected = await a.call<number>('touch', { guest: 'g', index: 0, page: 42 });
   const point = proxy.at(PUSHED, 'cut');
+  const expected = await a.call<number>('touch', { guest: 'g', index: 0, page: 42 });
   go();
   await point.reached;
   await b.untilState('arrival', 'main/g', 'postcopy-paused');
@@ -196,8 +199,8 @@ describe('past the bound', () => {
 
 test('the destination is killed while its pages come: the source says that the guest is lost, and never runs it', async () => {
   const { a, b, proxy, go } = await resumedUnknown('post-copy', 2000);
-  const before = await inventory(a);
   const point = proxy.at({ ...PUSHED, nth: 3 }, () => b.killNow());
+  const before = await inventory(a);
   go();
   await point.reached;
   const since = performance.now();

@@ -29,8 +29,10 @@ function call(host: Host, name: string, args: number[], guest = 'w'): Promise<Se
   return host.call('request', { guest, request: { op: 'call', name, args } });
 }
 
-async function begin(recoverTimeoutMs: number) {
+/** `before`: what the destination is to have by then; the source asks by itself soon after GRANT, whatever is held. */
+async function begin(recoverTimeoutMs: number, before: (b: Host) => Promise<void> = async () => {}) {
   const [a, b] = await hosts('a', 'b');
+  await before(b);
   const port = await listen(b, { modules: { program: url }, options: { recoverTimeoutMs } });
   const proxy = await TcpProxy.start(port);
   await a.call('startWorker', { guest: 'w', module: 'program', url, options: { data } });
@@ -59,9 +61,10 @@ test('moves while it is asked, and every value is right', async () => {
 });
 
 test('a lost page is a RuntimeError in WebAssembly, ends that guest, and only that one', async () => {
-  const { a, b, proxy, held } = await begin(1500);
-  await b.call('startWorker', { guest: 'neighbour', module: 'program', url, options: { data } });
-  expect(await call(b, 'store', [4096, 99], 'neighbour')).toMatchObject({ ok: true });
+  const { a, b, proxy, held } = await begin(1500, async (there) => {
+    await there.call('startWorker', { guest: 'neighbour', module: 'program', url, options: { data } });
+    expect(await call(there, 'store', [4096, 99], 'neighbour')).toMatchObject({ ok: true });
+  });
   const cut = proxy.at({ on: 'data', direction: 'up', name: 'pages' }, 'cut');
   held.release();
   await cut.reached;

@@ -153,7 +153,7 @@ test('every mode in turn, there and back', async () => {
 }, 150_000);
 
 test('a host that dies ends it with one line', async () => {
-  const run = demo('--mode', 'hybrid', '--heap-mb', '24');
+  const run = demo('--mode', 'hybrid', '--heap-mb', '256');
   await run.line(({ text }) => String(text).startsWith('filling'));
   // In the order in which they were forked: host A, host B, the client.
   const children = readFileSync(`/proc/${run.child.pid}/task/${run.child.pid}/children`, 'utf8').split(' ');

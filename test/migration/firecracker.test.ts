@@ -167,7 +167,7 @@ describe('a page-fault handler for Firecracker', () => {
     const before = performance.now();
     fake.kill();
     expect(await microVms[0]?.ended).toMatchObject({ end: 'owner-gone' });
-    expect(performance.now() - before).toBeLessThan(500);
+    expect(performance.now() - before).toBeLessThan(5000);
   });
 
   it('lets a microVM fail rather than read zeros when it is closed', async () => {
@@ -256,7 +256,7 @@ describe('a page-fault handler for Firecracker', () => {
     // The snapshot is shorter than the memory.
     truncateSync(snapshot, bytes - 4096);
     const short = start();
-    await expect.poll(() => refused.length).toBe(1);
+    await expect.poll(() => refused.length, { timeout: 5000 }).toBe(1);
     expect(refused.pop()).toMatchObject({ code: 'INVALID_ARGUMENT' });
     short.kill();
     await short.exit;
@@ -274,7 +274,7 @@ describe('a page-fault handler for Firecracker', () => {
     expect(refused.pop()).toMatchObject({ code: 'LIMIT_EXCEEDED' });
     flood.destroy();
     silent.destroy();
-    await expect.poll(openDescriptors).toBeLessThanOrEqual(before);
+    await expect.poll(openDescriptors, { timeout: 5000 }).toBeLessThanOrEqual(before);
     const fake = await loaded();
     expect(await fake.obey('verify')).toMatchObject({ wrong: 0 });
   });

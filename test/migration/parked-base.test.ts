@@ -184,11 +184,7 @@ test('without room for its memory a second time there is no base', async () => {
 
 describe('what cannot be read costs the base, not the migration', () => {
   const broken = async (ticket: ParkTicket, problem: RegExp): Promise<void> => {
-    const to = await listening({
-      base: { parked: ticket, anySource: true },
-      recoverTimeoutMs: 500,
-      connectTimeoutMs: 500,
-    });
+    const to = await listening({ base: { parked: ticket, anySource: true }, recoverTimeoutMs: 500 });
     const { report } = await moves(new PlainGuest(), to);
     expect(report.base).toMatchObject({ used: false, pagesSame: 0 });
     expect(report.base?.problem).toMatch(problem);
@@ -227,10 +223,14 @@ describe('what cannot be read costs the base, not the migration', () => {
   test('one that goes in the middle of it', async () => {
     const all = await servers(2);
     const ticket = await parked(all);
-    const options = { recoverTimeoutMs: 500, connectTimeoutMs: 500, gatherLimit: 4 * MIB };
+    const options = { recoverTimeoutMs: 500, gatherLimit: 2 * MIB };
     const to = await listening({ base: { parked: ticket, anySource: true }, ...options });
+    const part = () => all[1]?.status().held[0] ?? { pagesHeld: 0, bytesOut: 0 };
+    const { pagesHeld, bytesOut } = part();
+    expect(pagesHeld).toBeGreaterThan(0);
     const moving = moves(new PlainGuest(), to);
-    await new Promise((resolve) => setTimeout(resolve, 400));
+    const aQuarter = (pagesHeld * 4096) / 4;
+    await expect.poll(() => part().bytesOut, { timeout: 10_000 }).toBeGreaterThan(bytesOut + aQuarter);
     await all[1]?.close();
     expect((await moving).report.base).toMatchObject({ used: false, pagesSame: 0 });
   });

@@ -88,9 +88,9 @@ function scatter(
   { a, nodes, proxy }: Run,
   options: { replicas?: number; [more: string]: unknown } = {},
 ): Promise<void> {
-  // A server says within 1.5 s that its replica is gone; the source must not give that server up before.
-  const stallTimeoutMs = options.replicas === 2 ? 2000 : 500;
-  const stops = { stallTimeoutMs, recoverTimeoutMs: 3000, connectTimeoutMs: 1500, peerTimeoutMs: 3000 };
+  // Whoever is merely slow for a while is not taken for one that is gone. And a server takes up to 1.9 s to say that its
+  // replica is: the source must not give that server up before.
+  const stops = { stallTimeoutMs: 3000, recoverTimeoutMs: 3000, connectTimeoutMs: 1500, peerTimeoutMs: 3000 };
   const ways = via(...nodes.map((node) => node.proxy));
   // Pages as they are: what strikes when is told by how much the servers have got.
   return migrate(a, proxy.port, { mode: 'scatter', compress: 'off', ...stops, ...ways, ...options });
@@ -102,7 +102,7 @@ const evicted = async ({ a }: Run): Promise<Report> => {
 };
 
 /** It moved as if nothing had happened, and within the bound. */
-async function expectWhole({ a, b }: Run, sinceMs: number, boundMs = 9000): Promise<Report> {
+async function expectWhole({ a, b }: Run, sinceMs: number, boundMs = 10_000): Promise<Report> {
   const figures = await report(a);
   expect(performance.now() - sinceMs).toBeLessThan(boundMs);
   expect(figures).toMatchObject({ state: 'completed', verified: true });
@@ -111,6 +111,9 @@ async function expectWhole({ a, b }: Run, sinceMs: number, boundMs = 9000): Prom
   await expectOneOwner([a, b]);
   return figures;
 }
+
+/** For a test that has to wait until a server is given up; with replicas it takes what it takes. */
+const givenUpSoon = (replicas = 1) => (replicas === 1 ? { stallTimeoutMs: 1000 } : {});
 
 const SENT: Point = { on: 'stage', channel: 0, direction: 'up', name: 'pages', nth: 3 };
 
@@ -153,7 +156,7 @@ describe.each([1, 2])('%i replicas, before the source is evicted nothing is lost
   const early = replicas === 1 ? disasters : (['killed', 'stopped'] as const);
   test.each(early)('a server is %s before the switchover', async (disaster) => {
     const run = await start(['i', 'j', 'k']);
-    await scatter(run, { replicas, holdSwitchover: true });
+    await scatter(run, { replicas, holdSwitchover: true, ...givenUpSoon(replicas) });
     await run.a.untilState('migration', 'main', 'pre-switchover');
     await strike(run.nodes[1] as Node, disaster);
     await run.a.call('switchover');
@@ -168,7 +171,7 @@ describe.each([1, 2])('%i replicas, before the source is evicted nothing is lost
     const run = await start(['i', 'j', 'k']);
     const j = run.nodes[1] as Node;
     const point = j.proxy.at(SENT, 'hold');
-    await scatter(run, { replicas });
+    await scatter(run, { replicas, ...givenUpSoon(replicas) });
     await point.reached;
     await strike(j, disaster);
     point.release();
@@ -184,7 +187,7 @@ test.each(['scatter-pre-copy', 'scatter-hybrid'])(
     const run = await start(['i', 'j'], { options: { bandwidth: 8 * MB } });
     const j = run.nodes[1] as Node;
     const point = j.proxy.at(SENT, 'hold');
-    await scatter(run, { mode, maxRounds: 3 });
+    await scatter(run, { mode, maxRounds: 3, ...givenUpSoon() });
     await point.reached;
     expect(run.a.steps('g')).toEqual([]);
     await strike(j, 'killed');
@@ -219,7 +222,7 @@ test('servers that fill up refuse the rest, and it goes to those that have room'
     await migrate(
       run.a,
       run.proxy.port,
-      { mode: 'scatter', stallTimeoutMs: 500, ...via(...nodes.map((n) => n.proxy)) },
+      { mode: 'scatter', ...via(...nodes.map((n) => n.proxy)) },
       { key: guest, guest },
     );
   }
@@ -238,9 +241,13 @@ test('servers that fill up refuse the rest, and it goes to those that have room'
 
 describe('after the source is evicted', () => {
   /** Evicted, and next to nothing is gathered yet. */
-  async function evictedRun(names: string[], options: { replicas?: number; rate?: object } = {}) {
-    const { replicas = 1, rate = calm } = options;
-    const run = await start(names, { options: { bandwidth: 0.5 * MB, gatherLimit: 0.1 * MB }, rate });
+  async function evictedRun(
+    names: string[],
+    options: { replicas?: number; rate?: object; listening?: object } = {},
+  ) {
+    const { replicas = 1, rate = calm, listening } = options;
+    const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.1 * MB, ...listening };
+    const run = await start(names, { options: slow, rate });
     await scatter(run, { replicas });
     const figures = await evicted(run);
     const hurry = () => run.b.call('limit', { limits: { gatherLimit: 0 } });
@@ -291,7 +298,7 @@ describe('after the source is evicted', () => {
   );
 
   test('1 replica, a server is cut off for a moment: nothing is lost', async () => {
-    const run = await evictedRun(['i', 'j'], { listening: { options: { recoverTimeoutMs: 10_000 } } });
+    const run = await evictedRun(['i', 'j'], { listening: { recoverTimeoutMs: 10_000 } });
     const j = run.nodes[1] as Node;
     j.proxy.cut();
     const again = j.proxy.nextDial();

@@ -27,8 +27,10 @@ import {
   startStages,
   via,
 } from '../support/scenario.js';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 afterEach(async () => {
+  await closeProxies();
   await endHosts();
 });
 
@@ -38,6 +40,8 @@ const modes = ['scatter', 'scatter-pre-copy', 'scatter-hybrid'] as const;
 
 /** A destination that takes little from the source, and from the servers in its own time. */
 const slow = { bandwidth: 2 * MB, gatherLimit: 4 * MB };
+/** Straight from the source next to nothing, however long the servers take to get theirs; until that is lifted. */
+const trickle = 0.2 * MB;
 /** It writes all the time, but not so often that faults alone would fetch its memory. */
 const calm = { batch: 2, restMs: 5 };
 
@@ -60,15 +64,17 @@ describe.each(modes)('%s', (mode) => {
     const [a, b] = await hosts('a', 'b');
     const stages = await startStages('i', 'j');
     const before = await Promise.all([a, b].map(inventory));
-    const port = await listen(b, {
-      options: mode === 'scatter' ? slow : { ...slow, bandwidth: 4 * slow.bandwidth },
-      rate: calm,
-    });
+    const port = await listen(b, { options: slow, rate: calm });
+    // In a round what is on its way straight to the destination is waited for.
+    const bandwidth = mode === 'scatter' ? trickle : 8 * MB;
     for (const kind of kinds) {
       await startGuest(a, regionsOf(kind), { guest: kind });
       // As they are: packed, the direct link would take more of them than this test leaves to it.
       const options = { mode, maxRounds: 3, compress: 'off', ...via(...stages) };
+      await b.call('limit', { limits: { bandwidth } });
       await migrate(a, port, options, { key: kind, guest: kind });
+      await evicted(a, kind);
+      await b.call('limit', { limits: { bandwidth: 0 } });
       const figures = await report(a, kind);
       expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
       expect(figures.switchedToPostCopy).toBe(mode !== 'scatter-pre-copy');
@@ -102,7 +108,10 @@ describe.each(['scatter', 'scatter-hybrid'])(
     test.each([1, 2])('and may be killed then; %i replicas', async (replicas) => {
       const [a, b] = await hosts('a', 'b');
       const [i, j] = await startStages('i', 'j');
-      const port = await listen(b, { options: slow, rate: calm });
+      // The destination takes many seconds for what the servers have, more than anything below. In a round what is on
+      // its way straight there is waited for.
+      const bandwidth = mode === 'scatter' ? trickle : slow.bandwidth;
+      const port = await listen(b, { options: { bandwidth, gatherLimit: 0.1 * MB }, rate: calm });
       await startGuest(a, regionsOf('allocate', 2 * PAGES));
       await migrate(a, port, { mode, hybridRounds: 1, replicas, ...via(i, j) });
       expect(await evicted(a)).toMatchObject({ ok: true });
@@ -116,6 +125,7 @@ describe.each(['scatter', 'scatter-hybrid'])(
       }
       // A page at two servers counts for the one that it was sent to.
       expect(value.pagesDirect + throughServers(value)).toBe(2 * PAGES);
+      await b.call('limit', { limits: { bandwidth: 0, gatherLimit: 0 } });
       await expectRuns(b);
       const { value: account } = await b.call<{ value: object }>('arrival', {
         key: 'main/g',
@@ -147,21 +157,28 @@ test('eviction does not wait for a destination that gathers at a crawl', async (
 
 test('releaseAsEvicted: the source gives its memory back while the rest still goes out', async () => {
   const [a, b] = await hosts('a', 'b');
-  const stages = await startStages('i', 'j');
+  const [i, j] = await startStages('i', 'j');
+  const proxy = await TcpProxy.start(j.port);
   const port = await listen(b, { options: slow, rate: calm });
   await startGuest(a, regionsOf('allocate', 8 * PAGES));
   const quarter = 8 * PAGES * 4096 * 0.25;
-  await migrate(a, port, { mode: 'scatter', releaseAsEvicted: true, bandwidth: 16 * MB, ...via(...stages) });
-  await a.untilState('migration', 'main', 'postcopy-active');
-  const before = await a.call<number>('residentBytes');
-  let now = before;
-  for (const end = performance.now() + 10_000; before - now < quarter && performance.now() < end; ) {
+  let most = await a.call<number>('residentBytes');
+  // As long as this is not acknowledged the source is not evicted.
+  const held = proxy.at({ on: 'stage', channel: 0, direction: 'up', name: 'pages' }, 'hold');
+  const options = { mode: 'scatter', releaseAsEvicted: true, bandwidth: 16 * MB, stallTimeoutMs: 30_000 };
+  await migrate(a, port, { ...options, ...via(i, proxy) });
+  await held.reached;
+  let now = most;
+  for (const end = performance.now() + 10_000; most - now < quarter && performance.now() < end; ) {
     now = await a.call<number>('residentBytes');
+    most = Math.max(most, now);
     // Asking costs memory too.
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
-  expect(before - now).toBeGreaterThan(quarter);
+  expect(most - now).toBeGreaterThan(quarter);
   expect(a.events.some(({ event }) => event === 'evicted')).toBe(false);
+  held.release();
+  await b.call('limit', { limits: { bandwidth: 0, gatherLimit: 0 } });
   expect(await report(a)).toMatchObject({ verified: true });
   await expectRuns(b);
   await expectOneOwner([a, b]);
@@ -235,9 +252,11 @@ describe('a server that is no use', () => {
       startStage('useful'),
     ]);
     if (how === 'not there') await useless.host.kill();
-    const port = await listen(b, { options: slow, rate: calm });
+    const port = await listen(b, { options: { ...slow, bandwidth: trickle }, rate: calm });
     await startGuest(a, regionsOf('allocate'));
     await migrate(a, port, { mode: 'scatter', ...via(useless, stage) });
+    await evicted(a);
+    await b.call('limit', { limits: { bandwidth: 0 } });
     const figures = await report(a);
     expect(figures).toMatchObject({
       verified: true,
@@ -255,8 +274,8 @@ test('two guests at once through the same servers are kept apart', async () => {
   const [a, b, c] = await hosts('a', 'b', 'c');
   const stages = await startStages('i', 'j');
   const [toB, toC] = [
-    await listen(b, { options: slow, rate: calm }),
-    await listen(c, { options: slow, rate: calm }),
+    await listen(b, { options: { ...slow, bandwidth: trickle }, rate: calm }),
+    await listen(c, { options: { ...slow, bandwidth: trickle }, rate: calm }),
   ];
   // Of one shape, so that what is one's page is a page of the other's as well.
   await startGuest(a, regionsOf('allocate'), { guest: 'one', rate: { seed: 0x1111 } });
@@ -265,6 +284,8 @@ test('two guests at once through the same servers are kept apart', async () => {
     migrate(a, toB, { mode: 'scatter', ...via(...stages) }, { key: 'one', guest: 'one' }),
     migrate(a, toC, { mode: 'scatter', replicas: 2, ...via(...stages) }, { key: 'two', guest: 'two' }),
   ]);
+  await Promise.all([evicted(a, 'one'), evicted(a, 'two')]);
+  await Promise.all([b, c].map((host) => host.call('limit', { limits: { bandwidth: 0 } })));
   const reports = await Promise.all([report(a, 'one'), report(a, 'two')]);
   for (const figures of reports) {
     expect(figures.verified).toBe(true);

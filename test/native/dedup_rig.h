@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "sanitized.h"
@@ -82,8 +84,7 @@ class DedupRig : public testing::Test {
   std::unique_ptr<Move> prepare(std::uint64_t pages, const Contents& content_of, const Plan& plan) {
     auto move = std::make_unique<Move>();
     move->pages = pages;
-    move->image.fill(0x42);
-    move->image[1] = static_cast<std::uint8_t>(++guests_);
+    move->image = own_image_id(static_cast<std::uint8_t>(++guests_));
     move->source = Region::allocate(pages * page_size());
     move->target = Region::allocate(pages * page_size());
     for (std::uint64_t page = 0; page < pages; ++page) {
@@ -159,8 +160,25 @@ class DedupRig : public testing::Test {
     move.departures.await(EngineEventKind::kSwitched);
     move.arrivals.await(EngineEventKind::kSwitched);
   }
+  // With a link that leaves time to look, until something has been found.
+  template <typename Found, typename Start>
+  static void slowly_until(Move& move, Found found, Start start) {
+    move.sender->set_bandwidth(1 << 20);
+    start();
+    for (int i = 0; i < 20'000 && !found(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    EXPECT_TRUE(found());
+    move.sender->set_bandwidth(kLink);
+  }
   static void evict(Move& move) {
     move.sender->start_push();
+    await_evicted(move);
+  }
+  template <typename Found>
+  static void evict_slowly_until(Move& move, Found found) {
+    slowly_until(move, found, [&] { move.sender->start_push(); });
+    await_evicted(move);
+  }
+  static void await_evicted(Move& move) {
     move.departures.await(EngineEventKind::kEvicted);
     // The source's memory is gone from here on.
     move.sender->close(true);

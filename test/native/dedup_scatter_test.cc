@@ -142,13 +142,11 @@ TEST_F(DedupScatter, WhatTheDirectorySaysWronglyGoesPlainly) {
   auto keeper = guest(16, [](std::uint64_t) { return 0; });
   vmd[0].stage->drop(first->image);
   auto second = guest(1024, [](std::uint64_t page) { return page + 1; });
-  evict(*second);
-  EXPECT_GT(dedup(*second).refused, 0u);
+  evict_slowly_until(*second, [&] { return dedup(*second).refused > 0; });
   expect_arrived(*second);
   // And is put right by it.
   auto third = guest(1024, [](std::uint64_t page) { return page + 1; });
-  evict(*third);
-  EXPECT_GT(dedup(*third).pages, 0u);
+  evict_slowly_until(*third, [&] { return dedup(*third).pages > 0; });
   expect_arrived(*third);
   evict(*keeper);
 }
@@ -159,8 +157,7 @@ TEST_F(DedupScatter, ADirectoryWhoseAnswerTricklesInHoldsNobodyUp) {
   network = std::make_unique<SlowDirectory>(vmd[0].listener->port());
   // Among the first that are looked at there are equal ones, which wait for each other.
   auto move = guest(2048, [](std::uint64_t page) { return 1 + page % 4; });
-  evict(*move);
-  EXPECT_GT(network->asked(), 0u);
+  evict_slowly_until(*move, [&] { return network->asked() > 0; });
   EXPECT_EQ(dedup(*move).refused, 0u);
   expect_arrived(*move);
 }

@@ -36,6 +36,7 @@ struct Pair {
   void connect() {
     bench.start();
     config.port = bench.listener->port();
+    config.goodbye_timeout = 5s;
     sender = std::make_unique<Sender>(config);
     sender->connect();
     if (log.wait(EngineEventKind::kConnected).kind != EngineEventKind::kConnected) FAIL();

@@ -50,6 +50,7 @@ class FakeStage {
     {
       const std::lock_guard lock(mutex);
       stalled = false;
+      stall_at = ~std::size_t{0};
       changed.notify_all();
     }
     for (auto& thread : threads_) thread.join();
@@ -77,6 +78,13 @@ class FakeStage {
     const std::lock_guard lock(mutex);
     for (auto& stream : streams_) stream->shutdown();
   }
+  // What no server says.
+  void say_garbage() {
+    std::array<std::byte, sizeof(wire::FrameHeader)> garbage;
+    garbage.fill(std::byte{0x5a});
+    const std::lock_guard lock(mutex);
+    for (auto& stream : streams_) (void)stream->send_all(std::span<const std::byte>(garbage));
+  }
   void stall(bool now) {
     const std::lock_guard lock(mutex);
     stalled = now;
@@ -100,6 +108,10 @@ class FakeStage {
   std::map<Key, Record> records;
   unsigned hellos = 0;
   unsigned deltas = 0;  // frames
+  // With so many pages, at once: a test's thread may be late.
+  std::size_t stall_at = ~std::size_t{0};
+  std::size_t cut_at = ~std::size_t{0};  // once
+  bool lost_when_cut = false;
 
  private:
   void accept() {
@@ -224,6 +236,12 @@ class FakeStage {
           break;
         default:
           ADD_FAILURE() << "frame type " << h.type << " to a server";
+      }
+      if (pages.size() >= stall_at) stalled = true;
+      if (pages.size() >= cut_at) {
+        cut_at = ~std::size_t{0};
+        if (lost_when_cut) lost = true;
+        for (auto& each : streams_) each->shutdown();
       }
       changed.notify_all();
     }

@@ -239,6 +239,7 @@ class EngineTest : public testing::TestWithParam<Case> {
     from.channels = GetParam().channels;
     from.tokens = tokens;
     from.recover_timeout = 20s;
+    from.goodbye_timeout = 5s;
     from.compress = GetParam().compress;
     from.destination_encodings = encodings();
     from.delta_cache_bytes = GetParam().delta_cache;

@@ -42,11 +42,11 @@ TEST(ReceiverFill, TwoChannelsFillEveryByte) {
 TEST(ReceiverFill, SaysOnceASecondHowFarItIs) {
   Bench bench(64);
   bench.start();
+  const auto begun = std::chrono::steady_clock::now();
   bench.connect();
   const auto content = random_bytes(bench.page_size, 5);
   std::uint64_t sent = 0;
   std::vector<std::uint64_t> told;
-  const auto begun = std::chrono::steady_clock::now();
   while (told.size() < 2) {
     EXPECT_TRUE(bench.data(0).pages(0, sent % 64, content, bench.page_size));
     ++sent;

@@ -105,6 +105,7 @@ std::vector<Attack> attacks() {
       {"a switch that was not agreed on",
        [](Bench& bench) { bench.data(0).frame(wire::FrameType::kSwitch); }},
       {"an answer", [](Bench& bench) { bench.data(0).frame(wire::FrameType::kBarrierAck, 0, {}, 1); }},
+      {"how far it is", [](Bench& bench) { bench.data(0).frame(wire::FrameType::kTaken, 0, {}, 1); }},
       {"a fault request",
        [](Bench& bench) {
          bench.demand().frame(wire::FrameType::kFaultRequest, 0, {PageNumber{0}, 1});

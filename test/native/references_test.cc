@@ -77,9 +77,10 @@ class ReferencesTest : public testing::Test {
     for (std::uint64_t i = first; i < first + count; ++i) names.push_back(name(i));
     peer->send(1, wire::make_header(FrameType::kKnown, 0, run_of(0, count)), std::as_bytes(std::span(names)));
     // The first names take memory: then they have been read.
-    for (int i = 0; i < 2000 && sender->stats().extra_memory_bytes < before_tell + 8; ++i) {
+    for (int i = 0; i < 20'000 && sender->stats().extra_memory_bytes < before_tell + 8; ++i) {
       std::this_thread::sleep_for(1ms);
     }
+    ASSERT_GE(sender->stats().extra_memory_bytes, before_tell + 8);
   }
   void refuse(const SeenFrame& frame) {
     std::vector<wire::KnownName> names;

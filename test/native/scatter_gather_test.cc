@@ -34,7 +34,6 @@ class ScatterGatherTest : public testing::Test {
       const std::uint64_t word = i / page_size() % 32 == 5 ? 0 : random();
       std::memcpy(bytes.data() + i, &word, 8);
     }
-    image.fill(0x42);
     for (unsigned i = 0; i < servers; ++i) vmd.push_back(Vmd::start(256ULL << 20));
     for (unsigned i = 0; i < servers; ++i) {
       ASSERT_TRUE(give_image(*vmd[i].stage, image, {pages}, static_cast<std::uint8_t>(i), ports()));
@@ -117,7 +116,7 @@ class ScatterGatherTest : public testing::Test {
 
   std::uint64_t pages_ = 0;
   unsigned replicas_ = 1;
-  ImageId image{};
+  const ImageId image = own_image_id(0x42);
   std::shared_ptr<Region> source;
   std::shared_ptr<Region> target;
   std::vector<Vmd> vmd;
@@ -210,9 +209,14 @@ TEST_F(ScatterGatherTest, AServerThatEndsInTheMiddleOfTheScatterLosesNothing) {
     receive(4 << 20, 0);
     send();
     into_postcopy();
+    // Slowly, so that it is in the middle whenever this thread gets to end it.
+    sender->set_bandwidth(16 << 20);
     sender->start_push();
-    for (int i = 0; i < 2000 && sender->stats().servers[1].pages < 200; ++i) std::this_thread::sleep_for(1ms);
+    for (int i = 0; i < 20'000 && sender->stats().servers[1].pages < 200; ++i)
+      std::this_thread::sleep_for(1ms);
+    ASSERT_GE(sender->stats().servers[1].pages, 200u);
     vmd[1].end();
+    sender->set_bandwidth(0);
     departures.await(kEvicted);
     sender->close(true);
     arrivals.await(kComplete);
@@ -231,7 +235,7 @@ TEST_F(ScatterGatherTest, AServerThatEndsInTheMiddleOfTheScatterLosesNothing) {
 
 TEST_F(ScatterGatherTest, ALostServerWithoutReplicasLosesItsPagesAndNoOthers) {
   make(4096, 2);
-  receive(1 << 20, 1 << 20, 400ms);
+  receive(1 << 20, 1 << 20, 3s);
   send();
   into_postcopy();
   evict();
@@ -411,7 +415,7 @@ TEST_F(ScatterGatherTest, ClosingTheDestinationInTheMiddleIsPrompt) {
   evict();
   const auto start = std::chrono::steady_clock::now();
   receiver->close();
-  EXPECT_LT(std::chrono::steady_clock::now() - start, 2s);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
 }
 
 }  // namespace

@@ -148,7 +148,7 @@ class ScheduleRun : public ScheduleVerdict {
     config.bandwidth = of.plan.send_limit;
     config.servers = of.source_servers;
     config.replicas = schedule_.replicas;
-    config.connect_timeout = ms(1000 * kSlow);
+    config.connect_timeout = ms(4000 * kSlow);
     config.recover_timeout = kSourceRecover;
     config.answer_timeout = ms(5000 * kSlow);
     config.goodbye_timeout = ms(200 * kSlow);

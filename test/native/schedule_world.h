@@ -148,15 +148,13 @@ class ScheduleWorld {
           plan(schedule.guests[index_in]),
           guest(plan, schedule.seed * 3 + index_in,
                 schedule.way == Way::kScatterHybrid || schedule.way == Way::kScatterPreCopy) {
-      image.fill(0x42);
-      image[1] = static_cast<std::uint8_t>(index);
       source_servers = server_addresses(image, kSourceSession, ports, FaultyServer::kAttempts, identities);
       destination_servers = server_addresses(image, kDestinationSession, ports, FaultyServer::kAttempts);
     }
     const unsigned index;
     const Schedule::Guest& plan;
     ScatterGuest guest;
-    ImageId image{};
+    const ImageId image = own_image_id(static_cast<std::uint8_t>(index));
     std::vector<StageServer> source_servers;
     std::vector<StageServer> destination_servers;
     EventBox departures;
@@ -208,14 +206,14 @@ class ScheduleWorld {
     unsigned gone = 0;
     unsigned short_of_copies = 0;
     for (const auto& server : servers_) {
+      const bool given_up = server->ordinal < of.given_up.size() && !of.given_up[server->ordinal].empty();
       bool lost = server->gone;
       // The source has seen it in time, and still had everything: its pages went elsewhere.
-      if (lost && !server->silent && !of.plan.release_as_evicted && of.settled_at &&
+      if (lost && given_up && !server->silent && !of.plan.release_as_evicted && of.settled_at &&
           *of.settled_at - server->gone_at > kNoticed) {
         lost = false;
       }
       lost = lost || server->spoiled[of.index].count(page) > 0;
-      const bool given_up = server->ordinal < of.given_up.size() && !of.given_up[server->ordinal].empty();
       gone += lost ? 1 : 0;
       short_of_copies += lost || server->disturbed || given_up ? 1 : 0;
     }

@@ -381,20 +381,26 @@ TEST_F(SnapshotPagerTest, AnOwnerThatDoesNotTellOfItsDiscardsGetsZeros) {
 
 // Closed in the middle: what is missing fails to be read, what is there stays, what was removed is zeros.
 TEST_F(SnapshotPagerTest, ClosingPoisonsWhatIsMissing) {
-  ASSERT_TRUE(start_owner({.bytes = 64 * kPage, .body = [](auto* memory) {
+  void* const shared = ::mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(shared, MAP_FAILED);
+  auto* stage = static_cast<std::atomic<int>*>(shared);
+  ASSERT_TRUE(start_owner({.bytes = 64 * kPage, .body = [stage](auto* memory) {
                              if (!page_is(memory, 0, false)) return 1;
                              ::madvise(const_cast<std::uint8_t*>(memory) + 5 * kPage, kPage, MADV_DONTNEED);
-                             ::usleep(400'000);
+                             stage->store(1);
+                             while (stage->load() < 2) ::usleep(100);
                              if (!page_is(memory, 0, false)) return 2;
                              if (!page_is(memory, 5, true)) return 3;
-                             ::usleep(1000);
                              return static_cast<int>(memory[9 * kPage]);  // SIGBUS
                            }}));
   serve(config(PrePaging::kNone));
-  std::this_thread::sleep_for(milliseconds(150));
+  for (int i = 0; i < 10'000 && stage->load() < 1; ++i) ::usleep(1000);
+  ASSERT_EQ(stage->load(), 1);
   pager_->close();
   pager_->close();
+  stage->store(2);
   EXPECT_EQ(wait_for_owner(), 128 + SIGBUS);
+  ::munmap(shared, kPage);
 }
 
 TEST_F(SnapshotPagerTest, ClosingWakesWhoWaits) {
@@ -432,7 +438,8 @@ TEST_F(SnapshotPagerTest, TheOwnersDeathIsNoticedAtOnce) {
   ASSERT_EQ(::poll(&ended, 1, 10'000), 1);
   const auto before = std::chrono::steady_clock::now();
   EXPECT_TRUE(told(RestoreEvent::Kind::kOwnerGone));
-  EXPECT_LT(std::chrono::steady_clock::now() - before, milliseconds(200));
+  // Without its pidfd this would be looked at every half a second.
+  EXPECT_LT(std::chrono::steady_clock::now() - before, milliseconds(400));
 }
 
 TEST_F(SnapshotPagerTest, AnOwnerThatRunsAnotherProgram) {
@@ -448,20 +455,25 @@ TEST_F(SnapshotPagerTest, AnOwnerThatRunsAnotherProgram) {
 TEST_F(SnapshotPagerTest, WritesAreTrackedThroughTheSameDescriptor) {
   const Userfaultfd::Offer offer = Userfaultfd::probe();
   if ((offer.features & abi::kUffdFeatureWpAsync) == 0) GTEST_SKIP() << "no WP_ASYNC (Linux 6.7)";
+  void* const shared = ::mmap(nullptr, kPage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(shared, MAP_FAILED);
+  auto* written = static_cast<std::atomic<int>*>(shared);
   ASSERT_TRUE(start_owner({.bytes = 64 * kPage,
                            .features = UFFD_FEATURE_EVENT_REMOVE | abi::kUffdFeatureWpAsync,
                            .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
-                           .body = [](auto* memory) {
+                           .body = [written](auto* memory) {
                              if (!page_is(memory, 1, false)) return 1;
                              memory[7 * kPage] = 9;
                              memory[1 * kPage] = oracle(kPage);
                              if (!page_is(memory, 2, false)) return 2;
+                             written->store(1);
                              ::pause();
                              return 0;
                            }}));
   serve(config(PrePaging::kNone));
   EXPECT_TRUE(pager_->write_protects());
-  std::this_thread::sleep_for(milliseconds(200));
+  for (int i = 0; i < 10'000 && written->load() == 0; ++i) std::this_thread::sleep_for(milliseconds(1));
+  ASSERT_EQ(written->load(), 1);
   const UniqueFd pagemap(
       ::open(("/proc/" + std::to_string(child_) + "/pagemap").c_str(), O_RDONLY | O_CLOEXEC));
   std::array<abi::PageRegion, 8> found{};
@@ -476,6 +488,7 @@ TEST_F(SnapshotPagerTest, WritesAreTrackedThroughTheSameDescriptor) {
   ASSERT_EQ(::ioctl(pagemap.get(), abi::kPagemapScan, &scan), 2);
   EXPECT_EQ(found[0].start, at_.value + kPage);
   EXPECT_EQ(found[1].start, at_.value + 7 * kPage);
+  ::munmap(shared, kPage);
 }
 
 TEST_F(SnapshotPagerTest, WhatMakesNoSenseIsRefused) {

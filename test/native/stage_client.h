@@ -3,8 +3,10 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -27,6 +29,16 @@ inline ImageId image_id(std::uint8_t number) {
   ImageId id{};
   id.fill(number);
   id[0] = 0x1a;
+  return id;
+}
+
+// Nobody else's, in this process or another: a port may be somebody else's a moment later, and who dials it still must
+// not get in. The second byte is for telling guests apart.
+inline ImageId own_image_id(std::uint8_t number) {
+  static std::atomic<std::uint32_t> given{0};
+  ImageId id = image_id(number);
+  const std::array<std::uint32_t, 2> own{static_cast<std::uint32_t>(::getpid()), ++given};
+  std::memcpy(&id[2], own.data(), sizeof own);
   return id;
 }
 

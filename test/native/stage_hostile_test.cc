@@ -50,7 +50,7 @@ std::vector<Bad> forms() {
        {FrameType::kDiscard, FrameType::kSwitch, FrameType::kSwitchAck, FrameType::kBarrierAck,
         FrameType::kSuspects, FrameType::kFaultRequest, FrameType::kBitmap, FrameType::kBitmapEnd,
         FrameType::kMapEnd, FrameType::kAbsent, FrameType::kRefused, FrameType::kChainBroken,
-        FrameType::kElsewhere}) {
+        FrameType::kElsewhere, FrameType::kTaken}) {
     const bool lists =
         type == FrameType::kDiscard || type == FrameType::kSuspects || type == FrameType::kBitmap;
     add("somebody else's type " + std::to_string(static_cast<int>(type)), header_of(type, 0, 0, 1),

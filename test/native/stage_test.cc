@@ -517,11 +517,13 @@ TEST(Stage, TheBandwidthCapHoldsInBothDirections) {
   EXPECT_LT(Clock::now() - begun, 5s);
   // An answer that somebody waits for does not wait, but its bytes count.
   begun = Clock::now();
-  for (std::uint64_t at = 0; at < pages; at += run) demand->read(0, at, run, at);
+  for (int times = 0; times < 6; ++times) {
+    for (std::uint64_t at = 0; at < pages; at += run) demand->read(0, at, run, at);
+  }
   const auto unlimited = Clock::now() - begun;
   gather->read(0, 0, 1, 1);
-  EXPECT_GE(Clock::now() - begun, 400ms);
-  EXPECT_LT(unlimited, 400ms) << "4 MiB over loopback";
+  EXPECT_GE(Clock::now() - begun, 2500ms);
+  EXPECT_LT(unlimited, 2500ms) << "24 MiB over loopback";
   // Whoever waits for its turn is not waited for.
   ASSERT_TRUE(gather->ask(0, 0, run, 2));
   begun = Clock::now();

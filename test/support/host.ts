@@ -120,7 +120,8 @@ export class Host {
     const id = this.#nextId++;
     const answer = new Promise<T>((resolve, reject) => {
       this.#answers.set(id, { resolve: resolve as (value: never) => void, reject });
-      this.#child.send({ id, op, ...args });
+      // One that is ending hears nothing any more; its exit is the answer.
+      this.#child.send({ id, op, ...args }, () => {});
     });
     return bounded(answer, boundMs, () => `${this.name}: ${op} was not answered; ${this.#story()}`);
   }

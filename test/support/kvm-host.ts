@@ -66,7 +66,8 @@ export class KvmHost {
         if (error) reject(Object.assign(new Error(error.message), error));
         else resolve(value as T);
       });
-      this.#child.send({ id, op, ...args });
+      // One that is ending hears nothing any more; its exit is the answer.
+      this.#child.send({ id, op, ...args }, () => {});
     });
     return bounded(answer, BOUND_MS, () => `${this.name}: ${op} was not answered ${this.#story()}`);
   }

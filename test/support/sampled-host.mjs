@@ -34,7 +34,11 @@ async function main({ guests, sample }) {
   }
   const timer = setInterval(() => {
     const { user, system } = process.cpuUsage();
-    process.send?.({ stats: samplings.map((each) => each.stats()), processCpuMs: (user + system) / 1e3 });
+    process.send?.({
+      stats: samplings.map((each) => each.stats()),
+      processCpuMs: (user + system) / 1e3,
+      atMs: performance.now(),
+    });
   }, 100);
   process.once('disconnect', async () => {
     clearInterval(timer);

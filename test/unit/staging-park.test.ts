@@ -30,10 +30,12 @@ interface Parking {
 async function parking(
   {
     whole = true,
+    timeoutsMs = {},
     sending = async () => true,
     hearing = () => true,
   }: {
     whole?: boolean;
+    timeoutsMs?: { retry?: number; doubt?: number };
     /** False: the message is lost. */
     sending?: (message: SourceMessage, parking: Parking) => Promise<boolean>;
     hearing?: (message: DestinationMessage, parking: Parking) => boolean;
@@ -64,7 +66,7 @@ async function parking(
     onLost: (error) => driver.connectionLost(error),
   });
   const driver: CommitDriver = new CommitDriver(guest, {
-    timeoutsMs: { pause: 5000, ready: 5000, doubt: 5000, retry: 100 },
+    timeoutsMs: { pause: 5000, ready: 5000, doubt: 5000, retry: 100, ...timeoutsMs },
     send: (message) =>
       void sending(message, made).then((goes) => {
         try {
@@ -102,6 +104,8 @@ describe('parking', () => {
   it('survives a cut before GRANT arrives', async () => {
     let cuts = 0;
     const { driver, server, runs } = await parking({
+      // The first redial goes out at once. A retry that is due before the answer is there would be a third GRANT.
+      timeoutsMs: { retry: 5000, doubt: 15_000 },
       async sending({ type }, { server }) {
         if (type !== 'grant' || cuts++ > 0) return true;
         await server.cut();

@@ -5,7 +5,7 @@ import { writeFile } from 'node:fs/promises';
 import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 
 import { WorkerGuest, type WorkerGuestOptions } from '../../lib/worker/index.js';
 import { guestModule } from '../support/guests/by-hand.js';
@@ -176,7 +176,8 @@ describe('pause', () => {
       expect(await request).toMatch(/slow|spun/);
       expect(await next).toBe('next');
     }
-    await guest.pause();
+    // A machine that is busy may need longer for it; the guest is as it was then, too.
+    await vi.waitFor(() => guest.pause(), { timeout: 10_000 });
   });
 
   it('can be cancelled', async () => {
