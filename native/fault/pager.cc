@@ -385,7 +385,7 @@ void Pager::serve_zero(std::uint32_t region, PageNumber page, Patience patience)
         uffd.wake(address, map.page_size());
         return;
       case PageOutcome::kGone:
-        return;  // completed or unmapped since; whoever let go has woken the waiters
+        return;  // completed or unmapped since; unregister() wakes the waiters
       default:
         if (result.outcome == PageOutcome::kAgain && patience == Patience::kOwnThread)
           return raise_again(region, page);

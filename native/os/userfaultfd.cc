@@ -174,7 +174,12 @@ std::uint64_t Userfaultfd::register_range(OwnerAddress start, std::uint64_t byte
 
 bool Userfaultfd::unregister(OwnerAddress start, std::uint64_t bytes) {
   uffdio_range range{start.value, bytes};
-  if (::ioctl(fd_.get(), UFFDIO_UNREGISTER, &range) == 0) return true;
+  if (::ioctl(fd_.get(), UFFDIO_UNREGISTER, &range) == 0) {
+    // The kernel wakes them before it lets go of the mapping. Where a fault takes that mapping's own lock (Linux 6.4),
+    // one that has begun may be queued in between, and would sleep for as long as the descriptor is open.
+    wake(start, bytes);
+    return true;
+  }
   // EINVAL and ENOMEM: nothing is mapped there. ESRCH: the process is ending.
   if (errno == EINVAL || errno == ENOMEM || errno == ESRCH) return false;
   throw_errno("UFFDIO_UNREGISTER");

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <csetjmp>
 #include <csignal>
 #include <cstring>
@@ -249,6 +250,46 @@ TEST_F(UserfaultfdTest, FeaturesThatNoKernelHasAreRefused) {
   } catch (const SystemError& error) {
     EXPECT_EQ(error.error(), EINVAL);
   }
+}
+
+// While the descriptor stays open, as an owner's does that somebody else pages. Without a wake afterwards one in twenty
+// of these sleeps for good on Linux 6.18.
+TEST_F(UserfaultfdTest, AFaultThatBeginsAsItsMemoryIsLetGoOfIsWoken) {
+  auto uffd = Userfaultfd::open(0);
+  const Mapping memory = Mapping::anonymous(64 * kPage);
+  std::atomic<int> round{0};
+  std::atomic<int> done{0};
+  constexpr int kRounds = 1000;
+  std::thread toucher([&] {
+    for (int mine = 1; mine <= kRounds; ++mine) {
+      while (round.load() < mine) {
+      }
+      (void)read(memory.start().plus(static_cast<std::uint64_t>(mine % 64) * kPage));
+      done = mine;
+    }
+  });
+  int slept = 0;
+  for (int mine = 1; mine <= kRounds; ++mine) {
+    ASSERT_EQ(::madvise(memory.data(), memory.size(), MADV_DONTNEED), 0);
+    uffd.register_missing(memory.start(), memory.size());
+    round = mine;
+    for (std::atomic<int> spin{0}; spin < mine % 400;) ++spin;
+    EXPECT_TRUE(uffd.unregister(memory.start(), memory.size()));
+    for (auto since = std::chrono::steady_clock::now(); done.load() < mine;) {
+      std::this_thread::yield();
+      // A thread that gets no CPU sleeps less than that.
+      if (std::chrono::steady_clock::now() - since < std::chrono::seconds(5)) continue;
+      since = std::chrono::steady_clock::now();
+      ++slept;
+      uffd.wake(memory.start(), memory.size());
+    }
+    if (slept > 0) {
+      round = kRounds;  // the rest of them faults in nothing
+      break;
+    }
+  }
+  toucher.join();
+  EXPECT_EQ(slept, 0) << "a fault that nobody would have woken";
 }
 
 }  // namespace
