@@ -91,6 +91,16 @@ class SenderTest : public testing::Test {
   }
   void connect() { connect(config()); }
 
+  // Whose barriers nobody answers.
+  void unanswered_round(std::uint64_t pages, std::chrono::milliseconds answer_timeout) {
+    make({pages});
+    peer->answer_barriers = false;
+    SenderConfig with = config();
+    with.answer_timeout = answer_timeout;
+    connect(std::move(with));
+    sender->queue_populated();
+    sender->start_round(1);
+  }
   // Of both data channels: everything of the round has been sent.
   void wait_for_barriers() {
     peer->wait_for([&] {
@@ -865,25 +875,13 @@ TEST_F(SenderTest, APeerThatNeverAnswersTheHello) {
 }
 
 TEST_F(SenderTest, APeerThatNeverAnswersABarrier) {
-  make({10});
-  peer->answer_barriers = false;
-  SenderConfig with = config();
-  with.answer_timeout = 100ms;
-  connect(std::move(with));
-  sender->queue_populated();
-  sender->start_round(1);
+  unanswered_round(10, 100ms);
   EXPECT_EQ(events.expect(kFailed).code, "CHANNEL_LOST");
 }
 
 // What the sockets hold takes it longer than the timeout: it is not dead.
 TEST_F(SenderTest, ADestinationThatIsSlowGetsMoreTime) {
-  make({1000});
-  peer->answer_barriers = false;
-  SenderConfig with = config();
-  with.answer_timeout = 4s;
-  connect(std::move(with));
-  sender->queue_populated();
-  sender->start_round(1);
+  unanswered_round(1000, 4s);
   wait_for_barriers();
   std::chrono::steady_clock::time_point since;
   for (std::uint64_t turn = 1; turn <= 4; ++turn) {
@@ -908,13 +906,7 @@ TEST_F(SenderTest, ADestinationThatIsSlowGetsMoreTime) {
 }
 
 TEST_F(SenderTest, ADestinationThatOnlySaysThatItGetsOnIsNotWaitedForForEver) {
-  make({1000});
-  peer->answer_barriers = false;
-  SenderConfig with = config();
-  with.answer_timeout = 100ms;
-  connect(std::move(with));
-  sender->queue_populated();
-  sender->start_round(1);
+  unanswered_round(1000, 100ms);
   wait_for_barriers();
   std::atomic<bool> over{false};
   std::thread claiming([&] {
@@ -929,11 +921,7 @@ TEST_F(SenderTest, ADestinationThatOnlySaysThatItGetsOnIsNotWaitedForForEver) {
 }
 
 TEST_F(SenderTest, ADestinationHasNotTakenMoreThanWasSent) {
-  make({10});
-  peer->answer_barriers = false;
-  connect();
-  sender->queue_populated();
-  sender->start_round(1);
+  unanswered_round(10, 30s);
   wait_for_barriers();
   peer->send(0, wire::make_header(FrameType::kTaken, 0, {}, 1 << 20));
   EXPECT_EQ(events.expect(kFailed).code, "PROTOCOL");
