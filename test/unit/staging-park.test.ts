@@ -66,6 +66,7 @@ async function parking(
     onLost: (error) => driver.connectionLost(error),
   });
   const driver: CommitDriver = new CommitDriver(guest, {
+    // `retry`: when the source asks the server anew.
     timeoutsMs: { pause: 5000, ready: 5000, doubt: 5000, retry: 100, ...timeoutsMs },
     send: (message) =>
       void sending(message, made).then((goes) => {

@@ -5,7 +5,7 @@ import { writeFile } from 'node:fs/promises';
 import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, describe, expect, it, vi } from 'vitest';
+import { afterEach, describe, expect, it } from 'vitest';
 
 import { WorkerGuest, type WorkerGuestOptions } from '../../lib/worker/index.js';
 import { guestModule } from '../support/guests/by-hand.js';
@@ -161,7 +161,7 @@ describe('pause', () => {
   });
 
   it('gives up on a request that does not end, by name, and leaves the guest as it was', async () => {
-    const guest = await start('busy', { pauseTimeoutMs: 50 });
+    const guest = await start('busy', { pauseTimeoutMs: 1000 });
     for (const op of ['slow', 'spin']) {
       const shut = gate();
       const begun = message(guest);
@@ -176,8 +176,7 @@ describe('pause', () => {
       expect(await request).toMatch(/slow|spun/);
       expect(await next).toBe('next');
     }
-    // A machine that is busy may need longer for it; the guest is as it was then, too.
-    await vi.waitFor(() => guest.pause(), { timeout: 10_000 });
+    await guest.pause();
   });
 
   it('can be cancelled', async () => {
