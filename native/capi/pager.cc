@@ -46,9 +46,9 @@ struct memferry_pager {
       memferry::capi::write_error(&why, memferry::control::engine_cause(code, message));
       options.on_broken(options.context, &why);
     });
-    pager->set_router([options](std::uint32_t region, PageRun run, bool, bool) {
+    pager->set_router([options](const Pager::Asked& asked) {
       const memferry::capi::InCallback here(Callback::kEngine);
-      options.on_fault(options.context, region, run.first.value, run.count);
+      options.on_fault(options.context, asked.region, asked.run.first.value, asked.run.count);
       return Pager::Route::kSent;
     });
     pager->serve();

@@ -4,11 +4,14 @@
 // Threads: any.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 
 #include "wire/frame.h"
+#include "wire/link_meter.h"
 #include "wire/stream.h"
 
 namespace memferry {
@@ -27,6 +30,12 @@ class DemandWriter {
   bool send(const wire::FrameHeader& header) {
     const std::lock_guard lock(mutex_);
     return stream_ && stream_->send_all(std::as_bytes(std::span(&header, 1))).done();
+  }
+
+  // Of the stream as it is without load; none without a stream.
+  [[nodiscard]] std::optional<std::chrono::microseconds> round_trip() {
+    const std::lock_guard lock(mutex_);
+    return stream_ ? wire::shortest_round_trip(stream_->fd()) : std::nullopt;
   }
 
  private:

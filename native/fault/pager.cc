@@ -41,6 +41,9 @@ std::uint64_t here_before(const ArrivalMap& map, PageNumber page) {
   return count;
 }
 
+// So late after it was to wake the thread has not been let run: what it waits for may have come long ago.
+constexpr std::chrono::milliseconds kOverslept{5};
+
 std::uint64_t wanted_features(bool huge) {
   // Without it a mapping that fails is put over pages that are lost.
   const Userfaultfd::Offer offer = Userfaultfd::probe();
@@ -157,10 +160,12 @@ void Pager::run(WorkerThread& self) {
       }
       const Clock::time_point now = Clock::now();
       const std::lock_guard lock(mutex_);
+      if (due && now > *due + kOverslept) waiting_.put_off_tried(now, now + kOverslept);
       if (online_ || router_) {
         waiting_.request_due(now, [&](const WaitingFault& fault) {
           requests.push_back({.region = fault.region,
                               .run = {fault.page, fault.window},
+                              .tried = fault.tried,
                               .huge = huge_[fault.region] != nullptr});
           if (!router_) waiting_.set_at_source(fault.region, fault.page, true);
         });
@@ -173,10 +178,7 @@ void Pager::run(WorkerThread& self) {
       self.wait(kAfterErrorMs);  // until stop(): the owner has been told
     }
     // It is not among what was waiting when that was asked.
-    if (send(requests)) {
-      const Clock::time_point expected = Clock::now() + kExpectedWithin;
-      due = due ? std::min(*due, expected) : expected;
-    }
+    if (const auto sent = send(requests)) due = due ? std::min(*due, *sent) : sent;
   }
 }
 
@@ -249,8 +251,13 @@ void Pager::note_kind(const SequentialDetector::Advice& advice, Clock::time_poin
   last_stray_.store(strays_.front(), std::memory_order_relaxed);
 }
 
-bool Pager::send(const std::vector<Request>& requests) {
-  bool coming = false;
+std::optional<Pager::Clock::time_point> Pager::send(const std::vector<Request>& requests) {
+  std::optional<Clock::time_point> first_due;
+  const auto due_within = [&first_due](Clock::duration time) {
+    const Clock::time_point due = Clock::now() + time;
+    first_due = first_due ? std::min(*first_due, due) : due;
+    return due;
+  };
   if (!requests.empty()) {
     last_request_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   }
@@ -271,18 +278,24 @@ bool Pager::send(const std::vector<Request>& requests) {
         // Before it can be answered, and taken back where it turns out otherwise.
         if (online) waiting_.set_at_source(request.region, request.run.first, true);
       }
-      const Route route = router_(request.region, request.run, online, request.walk);
+      const Route route = router_({.region = request.region,
+                                   .run = request.run,
+                                   .source_online = online,
+                                   .walk = request.walk,
+                                   .tried = request.tried});
       if (route == Route::kComing) {
         const std::lock_guard lock(mutex_);
         waiting_.set_at_source(request.region, request.run.first, false);
-        waiting_.expect(request.region, request.run.first, Clock::now() + kExpectedWithin);
-        coming = true;
+        waiting_.expect(request.region, request.run.first, due_within(kExpectedWithin));
         continue;
       }
       if (route != Route::kSource) {
         const std::lock_guard lock(mutex_);
         waiting_.set_at_source(request.region, request.run.first, false);
         if (route == Route::kNobody) waiting_.defer(request.region, request.run.first);
+        if (route == Route::kTried) {
+          waiting_.try_until(request.region, request.run.first, due_within(kTriedWithin));
+        }
         // What has changed while the router was asked may be what this request needs.
         if (route == Route::kNobody ? asked != asked_again_ : rerouted != rerouted_) {
           waiting_.defer(request.region, request.run.first);
@@ -294,9 +307,9 @@ bool Pager::send(const std::vector<Request>& requests) {
     wire::FrameHeader header = wire::make_header(wire::FrameType::kFaultRequest, request.region, request.run);
     wire::seal(header);
     // What a cut swallows is asked for again by set_online().
-    if (!writer_.send(header)) return coming;
+    if (!writer_.send(header)) break;
   }
-  return coming;
+  return first_due;
 }
 
 // The event may be late: since it was raised the page may have been installed (its waiter is awake already),

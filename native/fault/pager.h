@@ -66,11 +66,23 @@ class Pager {
   Pager(const Pager&) = delete;
   Pager& operator=(const Pager&) = delete;
 
+  // How long somebody else than a source that is there may take to answer before the source is asked.
+  static constexpr std::chrono::milliseconds kTriedWithin{20};
+
+  struct Asked {
+    std::uint32_t region = 0;
+    PageRun run;
+    bool source_online = false;
+    bool walk = false;   // part of a walk, and asked for the first time
+    bool tried = false;  // kTried was the answer before, and it has not come
+    bool huge = false;   // a part of a huge page
+  };
   // Where a request goes. Without a router everything goes to the source, while that is online. kSent: somebody else
-  // was asked; kNobody: nobody can be now, ask_again() when that changes; kComing, for a `walk` alone: it was asked for
-  // ahead of time, and is given kExpectedWithin. From the pager's thread; must not block.
-  enum class Route { kSource, kSent, kNobody, kComing };
-  using Router = std::function<Route(std::uint32_t region, PageRun run, bool source_online, bool walk)>;
+  // was asked; kTried: the same, while the source is there and is to be asked where that takes long; kNobody: nobody can
+  // be now, ask_again() when that changes; kComing, for a `walk` alone: it was asked for ahead of time, and is given
+  // kExpectedWithin. From the pager's thread; must not block.
+  enum class Route { kSource, kSent, kTried, kNobody, kComing };
+  using Router = std::function<Route(const Asked& asked)>;
   void set_router(Router router);  // before serve()
   // What waits and was not sent is sent now; with `routed` what was sent elsewhere than to the source as well.
   void ask_again(bool routed);
@@ -125,15 +137,16 @@ class Pager {
   struct Request {
     std::uint32_t region;
     PageRun run;
-    bool walk = false;  // part of a walk, and asked for the first time
-    bool huge = false;  // what is missing of a huge page
+    bool walk = false;   // part of a walk, and asked for the first time
+    bool tried = false;  // was sent elsewhere already
+    bool huge = false;   // what is missing of a huge page
   };
   // Of a huge page, in one piece.
   static constexpr std::uint64_t kMostAtOnce = 64;
 
   void run(WorkerThread& self);
   void on_fault(std::uint32_t region, PageNumber page, Clock::time_point now, std::vector<Request>& requests);
-  bool send(const std::vector<Request>& requests);  // whether one of them is coming anyway
+  std::optional<Clock::time_point> send(const std::vector<Request>& requests);  // when one of them is due
   [[nodiscard]] static bool lately(const std::atomic<Clock::rep>& last);
   void note_kind(const SequentialDetector::Advice& advice, Clock::time_point now);
   // The pager's own thread must not wait for the layout to settle: it may do so only once that thread has read an event.

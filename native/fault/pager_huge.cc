@@ -82,7 +82,10 @@ void Pager::send_huge(const Request& request) {
     const auto lacking = map.received.next_clear(from, request.run.end(), kMostAtOnce);
     if (!lacking) break;
     from = lacking->end();
-    const Route route = router_ ? router_(request.region, *lacking, online, false) : Route::kSource;
+    // Of a huge page much may be elsewhere and much not: it is asked for in one place.
+    const Route route =
+        router_ ? router_({.region = request.region, .run = *lacking, .source_online = online, .huge = true})
+                : Route::kSource;
     at_source = at_source || route == Route::kSource;
     elsewhere = elsewhere || route == Route::kSent;
     nobody = nobody || route == Route::kNobody;

@@ -33,6 +33,8 @@ struct WaitingFault {
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
   bool at_source = false;  // was sent to the source, and not elsewhere since
+  bool tried = false;      // was sent elsewhere although the source is there, which is not done twice
+  bool put_off = false;    // the same, and given more time
   // Asked for again and again, each time after twice as long, because one answer may not bring all of it; 0: once.
   std::chrono::milliseconds again{0};
 };
@@ -82,6 +84,22 @@ class WaitingFaults {
   void set_at_source(std::uint32_t region, PageNumber page, bool at_source) {
     for (WaitingFault& fault : faults_) {
       if (fault.region == region && fault.page == page) fault.at_source = at_source;
+    }
+  }
+  // Was sent elsewhere while the source is there too, which is asked only when it has not come by `due`.
+  void try_until(std::uint32_t region, PageNumber page, Clock::time_point due) {
+    for (WaitingFault& fault : faults_) {
+      if (fault.region == region && fault.page == page) fault.tried = true;
+    }
+    expect(region, page, due);
+  }
+  // This process did not run when they were due: their answers may lie here unread. Once for each.
+  void put_off_tried(Clock::time_point now, Clock::time_point due) {
+    for (WaitingFault& fault : faults_) {
+      if (!fault.tried || fault.put_off || fault.state != WaitingFault::State::kExpected || fault.due > now)
+        continue;
+      fault.put_off = true;
+      fault.due = due;
     }
   }
   // It is on its way already: asked for by itself, and alone, only when it has not come by `due`.

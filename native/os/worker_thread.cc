@@ -1,5 +1,6 @@
 #include "os/worker_thread.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -8,8 +9,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <csignal>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <utility>
 
@@ -117,6 +121,23 @@ bool set_this_thread_idle() {
 bool set_this_thread_normal() {
   const sched_param none{};
   return ::sched_setscheduler(0, SCHED_OTHER, &none) == 0;
+}
+
+double RunDelay::share(Clock::time_point now) {
+  if (begun_ && now - since_ < kWindow) return share_;
+  // "nanoseconds run, nanoseconds waited, times run". Not kept open: a thread rests for long between two windows.
+  const UniqueFd statistics(::open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC));
+  std::array<char, 64> text{};
+  const ssize_t got = statistics ? ::read(statistics.get(), text.data(), text.size() - 1) : -1;
+  char* after = text.data();
+  (void)std::strtoull(text.data(), &after, 10);
+  const std::uint64_t delayed_ns = got > 0 ? std::strtoull(after, nullptr, 10) : delayed_ns_;
+  const double window_ns = std::chrono::duration<double, std::nano>(now - since_).count();
+  share_ = begun_ ? std::clamp(static_cast<double>(delayed_ns - delayed_ns_) / window_ns, 0.0, 1.0) : 0;
+  begun_ = true;
+  since_ = now;
+  delayed_ns_ = delayed_ns;
+  return share_;
 }
 
 CpuCourtesy::CpuCourtesy(std::uint64_t key) {

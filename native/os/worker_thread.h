@@ -60,6 +60,22 @@ bool set_this_thread_slice(std::chrono::nanoseconds slice);
 bool set_this_thread_idle();    // SCHED_IDLE: only when nobody else wants the CPU
 bool set_this_thread_normal();  // back to SCHED_OTHER
 
+// How much of its time the calling thread, always the same one, waits for a CPU: behind others, or beyond the quota of its
+// control group.
+class RunDelay {
+ public:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kWindow{200};
+  // Of the window that ended last, 0 to 1; 0 where the kernel does not tell.
+  [[nodiscard]] double share(Clock::time_point now);
+
+ private:
+  bool begun_ = false;
+  Clock::time_point since_{};
+  std::uint64_t delayed_ns_ = 0;
+  double share_ = 0;
+};
+
 // For the threads of a push on a small host: while `stand_back` they share one CPU and leave the others to whoever
 // waits for a page. The threads at both ends are given the same `key` (of the migration), so they meet on the same
 // CPU, where handing over to each other is cheap as well. On a host of more CPUs than kSmallHost nothing is done:

@@ -12,6 +12,10 @@ using wire::Holders;
 // Pages of one block are asked for at the same one of two holders.
 constexpr std::uint64_t kBlockPages = 256;
 constexpr unsigned kCursorShift = 48;
+// A server whose way is longer than twice the source's by no more than this is as near.
+constexpr std::chrono::microseconds kNear{500};
+// How long a server that answered late is not asked for what the source has.
+constexpr std::chrono::milliseconds kLateFor{1000};
 
 }  // namespace
 
@@ -135,6 +139,23 @@ bool Gather::request(std::uint32_t region, PageRun run) {
     if (usable(each) && servers_[each]->demand->ask(region, {run.first, count})) return true;
   }
   return false;
+}
+
+bool Gather::request_near(std::uint32_t region, PageRun run,
+                          std::optional<std::chrono::microseconds> to_source) {
+  const std::uint8_t to = chosen(run.first, where_[region]->holders(run.first));
+  if (to == Holders::kNobody || !to_source) return false;
+  const Server& server = *servers_[to];
+  if (!server.up || Clock::now().time_since_epoch().count() < server.late_until) return false;
+  const auto there = server.demand->round_trip();
+  return there && *there <= 2 * *to_source + kNear && request(region, run);
+}
+
+void Gather::late(std::uint32_t region, PageNumber page) {
+  const std::uint8_t who = chosen(page, where_[region]->holders(page));
+  if (who != Holders::kNobody) {
+    servers_[who]->late_until = (Clock::now() + kLateFor).time_since_epoch().count();
+  }
 }
 
 bool Gather::coming(std::uint32_t region, PageNumber page) const {

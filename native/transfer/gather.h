@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -86,6 +87,11 @@ class Gather {
 
   // Somebody waits for the run's first page; the rest is welcome. False when no server can be asked now.
   bool request(std::uint32_t region, PageRun run);
+  // The same while the source is there and has it as well: asked for only of a server that is as near as the source and
+  // answers at once. False otherwise.
+  bool request_near(std::uint32_t region, PageRun run, std::optional<std::chrono::microseconds> to_source);
+  // What request_near() asked for did not come in time.
+  void late(std::uint32_t region, PageNumber page);
   // It has been asked for ahead of time, and the answer is on its way.
   [[nodiscard]] bool coming(std::uint32_t region, PageNumber page) const;
   // The source has let go of it: only a server has it.
@@ -129,6 +135,7 @@ class Gather {
     std::atomic<std::uint64_t> pages{0};
     std::atomic<std::uint64_t> bytes{0};
     std::atomic<unsigned> wrong{0};
+    std::atomic<Clock::rep> late_until{0};  // asked for nothing that the source has until then
     // Guarded by mutex_:
     std::array<bool, wire::kStageRoles> connected{};  // by role
     std::string why;

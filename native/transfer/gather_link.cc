@@ -8,6 +8,7 @@
 
 #include "page/hash.h"
 #include "transfer/stage_dial.h"
+#include "wire/link_meter.h"
 #include "wire/socket.h"
 
 namespace memferry {
@@ -74,6 +75,11 @@ bool GatherLink::ask(std::uint32_t region, PageRun run) {
   if (!stream_) return false;
   const wire::FrameHeader header = note_read(region, run);
   return stream_->send_all(std::as_bytes(std::span(&header, 1))).done();
+}
+
+std::optional<std::chrono::microseconds> GatherLink::round_trip() const {
+  const std::lock_guard lock(mutex_);
+  return stream_ ? wire::shortest_round_trip(stream_->fd()) : std::nullopt;
 }
 
 bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
@@ -260,8 +266,11 @@ void GatherLink::choose_ahead() {
     }
     // While the map is under way nothing else is asked: its answer would only lengthen the wait.
     if (map_under_way_ || outstanding >= (asking_.empty() ? kWindowBytes / 2 : kWindowBytes)) return;
-    const bool sparing = lately || gather_.receiver_.source_sends();
-    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) > 0) return;
+    const bool shared = gather_.receiver_.source_sends();
+    const bool sparing = lately || shared;
+    const bool starved = lately && !shared && run_delay_.share(Clock::now()) > kStarved;
+    const unsigned reads = starved ? kStarvedReads : 1;
+    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) >= reads) return;
     if (sparing &&
         Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
       return;
@@ -271,7 +280,7 @@ void GatherLink::choose_ahead() {
       limited_until_ = Clock::now() + delay;
       return;
     }
-    const std::uint64_t bytes = lately ? kSmallRead : wire::kRunBytes;
+    const std::uint64_t bytes = starved ? kStarvedRead : lately ? kSmallRead : wire::kRunBytes;
     std::uint32_t region = 0;
     PageRun run{};
     if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return;

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,11 @@ class GatherLink {
   // While somebody waits for a page here and there: so much at a time, and one read over all servers. Who walks forward
   // waits for what is read ahead, and for as much of it as there can be.
   static constexpr std::uint64_t kSmallRead = 16ULL << 10;
+  // The same where this side is given little CPU, and the source sends nothing any more: then the guest uses all of it
+  // while an answer is waited for, and each answer costs a waking. kStarved: of the time, waiting for a CPU.
+  static constexpr double kStarved = 0.5;
+  static constexpr std::uint64_t kStarvedRead = 128ULL << 10;
+  static constexpr unsigned kStarvedReads = 2;
   static constexpr unsigned kWrongForgiven = 16;
   // While the source sends too, one read at a time; and when the round trip is longer than an idle one by kQueue,
   // both fill the same link: then a pause of kYield times what the read took.
@@ -45,6 +51,8 @@ class GatherLink {
   void start();
   // Demand: false when the connection is not up.
   bool ask(std::uint32_t region, PageRun run);
+  // None while the connection is not up.
+  [[nodiscard]] std::optional<std::chrono::microseconds> round_trip() const;
   // An answer with this page in it is outstanding, or being looked at.
   [[nodiscard]] bool under_way(std::uint32_t region, PageNumber page) const;
   void want_map();
@@ -95,6 +103,7 @@ class GatherLink {
   std::uint32_t at_region_ = 0;
   PageNumber at_page_{0};
   std::uint64_t seen_moves_ = 0;
+  RunDelay run_delay_;
   Clock::time_point limited_until_{};  // nothing is read ahead until then: gatherLimit
   bool map_under_way_ = false;
   Clock::time_point map_asked_{};

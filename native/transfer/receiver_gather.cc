@@ -49,16 +49,23 @@ void Receiver::Impl::make_gather() {
   gather = std::make_unique<Gather>(std::move(ours), std::move(all), std::move(callbacks));
   gather_filler = std::make_unique<Filler>(backings, ahead.get());
   if (pager) {
-    pager->set_router([this](std::uint32_t region, PageRun run, bool online, bool walk) {
-      return route(region, run, online, walk);
-    });
+    pager->set_router([this](const Pager::Asked& asked) { return route(asked); });
   }
 }
 
-// The source is asked while it is there: it has every page that is anywhere else, and is one hop away.
-Pager::Route Receiver::Impl::route(std::uint32_t region, PageRun run, bool source_online, bool walk) {
-  if (source_online && !gather->elsewhere(region, run.first)) return Pager::Route::kSource;
-  if (walk && gather->coming(region, run.first)) return Pager::Route::kComing;
+// The source is asked while it is there, since it has every page. Only what it has sent to a server already would take
+// its link twice: that is asked for there, unless the server is far away or late.
+Pager::Route Receiver::Impl::route(const Pager::Asked& asked) {
+  const auto& [region, run, source_online, walk, tried, huge] = asked;
+  const bool coming = walk && gather->coming(region, run.first);
+  if (source_online && !gather->elsewhere(region, run.first)) {
+    if (tried) gather->late(region, run.first);
+    if (tried || huge) return Pager::Route::kSource;
+    if (coming) return Pager::Route::kComing;
+    return gather->request_near(region, run, pager->writer().round_trip()) ? Pager::Route::kTried
+                                                                           : Pager::Route::kSource;
+  }
+  if (coming) return Pager::Route::kComing;
   return gather->request(region, run) ? Pager::Route::kSent : Pager::Route::kNobody;
 }
 

@@ -140,7 +140,7 @@ struct Receiver::Impl {
 
   // receiver_gather.cc
   void make_gather();
-  Pager::Route route(std::uint32_t region, PageRun run, bool source_online, bool walk);
+  Pager::Route route(const Pager::Asked& asked);
   bool storing(std::unique_lock<std::mutex>& filling);
   void fill_gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
                      std::span<const std::uint64_t> hashes);

@@ -9,6 +9,13 @@
 
 namespace memferry::wire {
 
+std::optional<std::chrono::microseconds> shortest_round_trip(int connected_fd) {
+  tcp_info info{};
+  socklen_t bytes = sizeof info;
+  if (::getsockopt(connected_fd, IPPROTO_TCP, TCP_INFO, &info, &bytes) != 0) return std::nullopt;
+  return std::chrono::microseconds(info.tcpi_min_rtt);
+}
+
 std::optional<LinkMeter::Window> LinkMeter::sent(int fd, std::uint64_t raw_bytes, Clock::time_point now) {
   raw_ += raw_bytes;
   if (running_ && now - began_ < kWindow) return std::nullopt;

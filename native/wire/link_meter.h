@@ -2,7 +2,7 @@
 // host has acknowledged, and whether it was the connection that was waited for. What fits into a socket's buffer says
 // nothing of a link, so bytes count when they are acknowledged.
 //
-// Threads: the sending one.
+// Threads: the sending one; shortest_round_trip() any.
 #pragma once
 
 #include <chrono>
@@ -10,6 +10,10 @@
 #include <optional>
 
 namespace memferry::wire {
+
+// The way there and back of a connected TCP socket as its kernel has measured it, at its shortest: without what stands
+// in a queue. None of another kind of socket, or of one that is cut.
+[[nodiscard]] std::optional<std::chrono::microseconds> shortest_round_trip(int connected_fd);
 
 class LinkMeter {
  public:

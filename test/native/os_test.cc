@@ -12,6 +12,7 @@
 #include <csignal>
 #include <functional>
 #include <semaphore>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -127,6 +128,38 @@ TEST(WorkerThreadTest, SchedulingConcernsTheCallingThreadOnly) {
   thread.stop();
   EXPECT_EQ(::getpriority(PRIO_PROCESS, static_cast<id_t>(::syscall(SYS_gettid))), before);
   EXPECT_NE(::sched_getscheduler(0), SCHED_IDLE);
+}
+
+TEST(WorkerThreadTest, ARunDelayIsTheTimeThatAThreadWaitsForACpu) {
+  if (::access("/proc/thread-self/schedstat", R_OK) != 0) GTEST_SKIP() << "this kernel does not tell";
+  const auto in_a_corner = [] {
+    cpu_set_t one{};
+    CPU_SET(::sched_getcpu(), &one);
+    ASSERT_EQ(::sched_setaffinity(0, sizeof one, &one), 0);
+  };
+  const auto burn_until = [](RunDelay::Clock::time_point end) {
+    while (RunDelay::Clock::now() < end) continue;
+  };
+  WorkerThread asleep("asleep", [&](WorkerThread& self) {
+    RunDelay delay;
+    EXPECT_EQ(delay.share(RunDelay::Clock::now()), 0);
+    self.wait(static_cast<int>(2 * RunDelay::kWindow.count()));
+    EXPECT_LT(delay.share(RunDelay::Clock::now()), 0.4);
+  });
+  asleep.stop();
+  // Four on one CPU: each waits for three quarters of its time.
+  WorkerThread crowd("crowd", [&](WorkerThread&) {
+    in_a_corner();
+    std::vector<std::jthread> others;
+    const auto end = RunDelay::Clock::now() + 4 * RunDelay::kWindow;
+    for (int i = 0; i < 3; ++i) others.emplace_back([&] { burn_until(end); });
+    RunDelay delay;
+    EXPECT_EQ(delay.share(RunDelay::Clock::now()), 0);
+    burn_until(RunDelay::Clock::now() + 2 * RunDelay::kWindow);
+    EXPECT_GT(delay.share(RunDelay::Clock::now()), 0.4);
+    EXPECT_GT(delay.share(RunDelay::Clock::now()), 0.4) << "of the window that ended";
+  });
+  crowd.stop();
 }
 
 TEST(WorkerThreadTest, AShorterSliceChangesNothingElse) {

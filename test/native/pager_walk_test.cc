@@ -21,6 +21,7 @@ class PagerWalk : public testing::Test {
   struct Asked {
     PageRun run;
     bool walk = false;
+    bool tried = false;
     Pager::Clock::time_point at;
   };
 
@@ -31,11 +32,12 @@ class PagerWalk : public testing::Test {
     map_ = std::make_unique<ArrivalMap>(region_, true, false);
     pager_ = std::make_unique<Pager>(std::vector<ArrivalMap*>{map_.get()},
                                      [](const std::string&, const std::string&) {});
-    pager_->set_router([this](std::uint32_t, PageRun run, bool, bool walk) {
+    pager_->set_router([this](const Pager::Asked& asked) {
       const std::lock_guard lock(mutex_);
-      asked_.push_back({run, walk, Pager::Clock::now()});
+      asked_.push_back({asked.run, asked.walk, asked.tried, Pager::Clock::now()});
       changed_.notify_all();
-      return walk && coming_ ? Pager::Route::kComing : Pager::Route::kSent;
+      if (asked.source_online) return asked.tried ? Pager::Route::kSource : Pager::Route::kTried;
+      return asked.walk && coming_ ? Pager::Route::kComing : Pager::Route::kSent;
     });
     pager_->serve();
   }
@@ -152,6 +154,38 @@ TEST_F(PagerWalk, WhatIsOnItsWayAndWillNotComeIsAskedForAtOnce) {
   pager_->ask_again(true);  // its server has gone
   EXPECT_FALSE(asked(before + 1).walk);
   bring({PageNumber{next}, 1});
+}
+
+// The source has it too, and is asked only when who was asked instead takes long.
+TEST_F(PagerWalk, WhatIsTriedElsewhereIsAskedOfTheSourceWhenItDoesNotCome) {
+  pager_->set_online(true);
+  const Asked first = touch(7);
+  EXPECT_FALSE(first.tried);
+  const Asked again = asked(1);
+  EXPECT_TRUE(again.tried);
+  EXPECT_EQ(again.run.first.value, 7U);
+  EXPECT_GE(again.at - first.at, Pager::kTriedWithin);
+  // Of the source it is asked once: it answers, or its connection ends.
+  std::this_thread::sleep_for(3 * Pager::kTriedWithin);
+  EXPECT_EQ(times_asked(), 2U);
+  bring({PageNumber{7}, 1});
+}
+
+TEST_F(PagerWalk, WhatIsTriedElsewhereAndComesIsNotAskedOfTheSource) {
+  pager_->set_online(true);
+  const Asked first = touch(7);
+  bring(first.run);
+  const bool in_time = Pager::Clock::now() - first.at < Pager::kTriedWithin;
+  std::this_thread::sleep_for(3 * Pager::kTriedWithin);
+  EXPECT_LE(times_asked(), in_time ? 1U : 2U);
+}
+
+TEST_F(PagerWalk, WhatIsTriedElsewhereAndWillNotComeIsAskedOfTheSourceAtOnce) {
+  pager_->set_online(true);
+  (void)touch(7);
+  pager_->ask_again(true);  // its server has gone, or has not got it
+  EXPECT_TRUE(asked(1).tried);
+  bring({PageNumber{7}, 1});
 }
 
 }  // namespace

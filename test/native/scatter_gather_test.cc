@@ -174,6 +174,72 @@ TEST_F(ScatterGatherTest, FaultsAreServedBeforeDuringAndAfterTheSource) {
   EXPECT_GT(receiver->stats().faults.count, 0u);
 }
 
+// Everything has left, much of it to servers; the source is still there, and the destination gathers next to nothing.
+class ScatterFaultsTest : public ScatterGatherTest {
+ protected:
+  void evict_and_stay() {
+    receive(2 << 20, 1, 60s);
+    send();
+    into_postcopy();
+    sender->start_push();
+    departures.await(kEvicted);
+    receiver->set_bandwidth(0);  // what says where pages are comes behind pages
+    await_asked(8);              // until that is known
+  }
+  // Until servers were asked for so many pages more. Not in a hurry: one that is late once, as others on this machine may
+  // make it, is left alone for a while, and pages must be left until then.
+  void await_asked(std::uint64_t pages) {
+    const std::uint64_t enough = receiver->stats().pages_gathered + pages;
+    const auto limit = std::chrono::steady_clock::now() + 20s;
+    while (receiver->stats().pages_gathered < enough && std::chrono::steady_clock::now() < limit) {
+      touch(1);
+      std::this_thread::sleep_for(1ms);
+    }
+    ASSERT_GE(receiver->stats().pages_gathered, enough) << "servers were not asked";
+  }
+  void touch(int times) {
+    for (int i = 0; i < times; ++i) {
+      const std::uint64_t page = random_() % pages_;
+      ASSERT_EQ(std::memcmp(at(*source, page), at(*target, page), page_size()), 0) << "page " << page;
+    }
+  }
+  void leave() {
+    sender->close(true);
+    receiver->set_gather_limit(0);
+    arrivals.await(kComplete);
+    expect_equal();
+  }
+
+ private:
+  std::mt19937_64 random_{17};
+};
+
+TEST_F(ScatterFaultsTest, WhatAServerHasIsAskedForThereWhileTheSourceLives) {
+  make(8192, 2);
+  evict_and_stay();
+  await_asked(100);
+  leave();
+}
+
+TEST_F(ScatterFaultsTest, AServerThatIsSilentIsNoneToWaitForWhileTheSourceLives) {
+  make(8192, 2);
+  Forwarder network(vmd[0].listener->port());
+  Forwarder other(vmd[1].listener->port());
+  destination_ports = {network.port(), other.port()};
+  evict_and_stay();
+  const std::uint64_t sent_twice = sender->stats().pages_resent;
+  network.silence(true);
+  other.silence(true);
+  // None of them waits for a server to be given up, which takes a minute here.
+  const auto began = std::chrono::steady_clock::now();
+  touch(200);
+  EXPECT_LT(std::chrono::steady_clock::now() - began, 30s);
+  EXPECT_GT(sender->stats().pages_resent, sent_twice);
+  network.silence(false);
+  other.silence(false);
+  leave();
+}
+
 TEST_F(ScatterGatherTest, ASourceThatIsKilledAfterEvictionLosesNothing) {
   make(4096, 2);
   receive(4 << 20, 8 << 20);
