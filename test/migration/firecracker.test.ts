@@ -8,7 +8,6 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
 import { type MemferryError, type MicroVm, type SnapshotServer, serveSnapshot } from '../../lib/index.js';
-import type { ServeSnapshotOptions } from '../../src/firecracker/serve.js';
 import { buildMicroVm, FakeMicroVm, makeSnapshot } from '../support/micro-vm.js';
 
 const bytes = 32 * 2 ** 20;
@@ -25,11 +24,13 @@ describe('a page-fault handler for Firecracker', () => {
   let microVms: MicroVm[];
   let refused: MemferryError[];
 
-  const serve = async (options: Partial<ServeSnapshotOptions> = {}) => {
+  const serve = async (options: Partial<Parameters<typeof serveSnapshot>[0]> = {}) => {
     server = await serveSnapshot({
       socketPath,
       snapshot,
-      onMicroVm: (microVm) => microVms.push(microVm),
+      onMicroVm: (microVm) => {
+        microVms.push(microVm);
+      },
       onRefused: (error) => refused.push(error),
       ...options,
     });

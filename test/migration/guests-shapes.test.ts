@@ -185,7 +185,9 @@ describe('what cannot move', () => {
       await migrate(a, nobody, { mode: 'hybrid' }, { guest: 'g', key: what });
       const { code: told, facts } = await failure(a, what);
       expect(told, what).toBe(code);
-      expect((facts as { names: string[] }).names, what).toContainEqual(expect.stringMatching(name));
+      expect((facts as unknown as { names: string[] }).names, what).toContainEqual(
+        expect.stringMatching(name),
+      );
       expect(await ask(a, { op: 'alive' }), what).toBe(true);
       await ask(a, letGo);
     }

@@ -4,9 +4,8 @@
  * other page is right, and reading it fails. Nothing waits longer than its bound for a server that says nothing.
  */
 import { afterEach, describe, expect, test } from 'vitest';
-import { endHosts, type Host } from '../support/host.js';
+import { type Check, endHosts, type Host } from '../support/host.js';
 import {
-  type Check,
   expectEmpty,
   expectOneOwner,
   expectRuns,
@@ -291,7 +290,7 @@ describe('after the source is evicted', () => {
       expect(check.wrong).toEqual([]);
       expect(check.pages).toBe(2 * PAGES - lost);
       await expectEmpty(run.nodes[0] as Node);
-      const [{ first }] = runs as [{ first: number }];
+      const first = runs[0]?.first as number;
       await expect(run.b.call('touch', { guest: 'g', index: 0, page: first })).rejects.toThrow();
       expect(await run.b.exited).toMatchObject({ signal: 'SIGBUS' });
     },

@@ -45,15 +45,18 @@ export class FakeFirecracker {
   async #answer(request: IncomingMessage, response: ServerResponse): Promise<void> {
     const parts: Buffer[] = [];
     for await (const part of request) parts.push(part as Buffer);
-    const body = JSON.parse(Buffer.concat(parts).toString()) as Record<string, never>;
+    const body = JSON.parse(Buffer.concat(parts).toString()) as Record<string, string>;
     const what = `${request.method} ${request.url}`;
     this.calls.push(body['state'] ? `${what} ${body['state']}` : what);
     switch (what) {
       case 'PUT /snapshot/load': {
         if (this.refuseLoad) throw new Error('Load snapshot error: the state is not what it should be');
         const backend = body['mem_backend'] as unknown as { backend_type: string; backend_path: string };
-        if (backend.backend_type !== 'Uffd' || body['resume_vm'] !== false) throw new Error('load it paused');
-        const { flags, expect } = JSON.parse(readFileSync(body['snapshot_path'], 'utf8')) as FakeState;
+        if (backend.backend_type !== 'Uffd' || (body['resume_vm'] as unknown) !== false)
+          throw new Error('load it paused');
+        const { flags, expect } = JSON.parse(
+          readFileSync(body['snapshot_path'] as string, 'utf8'),
+        ) as FakeState;
         this.microVm = new FakeMicroVm(['--socket', backend.backend_path, ...flags]);
         if ((await this.microVm.answer()).loaded !== true) throw new Error('what it loaded is wrong');
         for (const line of expect) await this.microVm.obey(line);
@@ -61,11 +64,11 @@ export class FakeFirecracker {
       }
       case 'PATCH /vm':
         if (!this.microVm) throw new Error('there is no microVM');
-        this.running = (body['state'] as string) === 'Resumed';
+        this.running = body['state'] === 'Resumed';
         break;
       case 'PUT /snapshot/create':
         if (this.running) throw new Error('pause it first');
-        writeFileSync(body['snapshot_path'], JSON.stringify(this.state));
+        writeFileSync(body['snapshot_path'] as string, JSON.stringify(this.state));
         break;
       default:
         throw new Error(`no ${what}`);

@@ -35,7 +35,7 @@ const elsewhere: Answer = ({ number }) => ({ number, elsewhere: true });
 
 describe('finding the guest', () => {
   test('at the other host, and going there first from then on', async () => {
-    const asked = [0, 0];
+    const asked: [number, number] = [0, 0];
     const a = await host((request, socket) => {
       asked[0]++;
       return elsewhere(request, socket);

@@ -104,6 +104,8 @@ describe('progress beside the bar', () => {
     expectedDowntimeMs: null,
     remoteFaults: 0,
     bytesSaved: { compression: 0, delta: 0 },
+    pagesFromBase: 0,
+    pagesDeduplicated: 0,
     waitingFor: null,
   };
   test('says what is known', () => {

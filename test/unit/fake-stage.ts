@@ -123,6 +123,7 @@ export class FakeStage implements NativeStage {
     const { bytesIn, bytesOut } = nothing;
     return {
       memoryBytes,
+      slabBytes: memoryBytes,
       freeBytes: memoryBytes - used,
       images: this.images.size,
       connections: 0,

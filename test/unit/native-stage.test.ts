@@ -120,7 +120,7 @@ describe('NativeStage', () => {
     await stage.preallocate();
     expect(process.memoryUsage.rss() - before).toBeGreaterThan(stage.stats().slabBytes / 2);
     expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
-    expect(stage.createImage(image, [16], 0)).toBe(true);
+    expect(stage.createImage(image, [16], 0, null)).toBe(true);
     expect(stage.drop(image)).toBe(true);
     expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
   });

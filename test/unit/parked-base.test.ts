@@ -35,7 +35,8 @@ it('is one arrival at a time', async () => {
         gatherLimit: 0,
       },
     );
-    const filled = base.bases(['heap'])[0]?.fill as (
+    const [heap] = base.bases(['heap']) as [{ fill: unknown }];
+    const filled = heap.fill as (
       region: Region,
       context: { signal: AbortSignal; progress(fraction: number): void },
     ) => Promise<void>;

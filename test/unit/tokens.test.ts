@@ -13,7 +13,7 @@ function expected(index: number): string {
   const pseudorandom = hmac(Buffer.alloc(32), key);
   const info = Buffer.concat([Buffer.from('memferry data'), migration, Buffer.alloc(4)]);
   info.writeUInt32LE(Math.floor(index / 255), info.length - 4);
-  let token = Buffer.alloc(0);
+  let token: Buffer = Buffer.alloc(0);
   for (let counter = 1; counter <= (index % 255) + 1; counter++) {
     token = hmac(pseudorandom, token, info, Buffer.from([counter]));
   }

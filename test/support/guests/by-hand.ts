@@ -30,7 +30,7 @@ export function offerOf(guest: WorkerGuest): GuestOffer {
 /** Start addresses of the WebAssembly memories of this process: readable pages before gigabytes of guards. */
 export function wasmMemories(): Map<number, number> {
   const found = new Map<number, number>();
-  let before: { start: number; end: number } | null = null;
+  let before = null as { start: number; end: number } | null;
   for (const line of readFileSync('/proc/self/maps', 'utf8').split('\n')) {
     const match = /^([0-9a-f]+)-([0-9a-f]+) (\S{4})/.exec(line);
     if (!match) continue;

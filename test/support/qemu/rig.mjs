@@ -92,9 +92,9 @@ export class Qemu {
   static async start({
     args,
     incoming = false,
-    prefix = [],
+    prefix = /** @type {string[]} */ ([]),
     preload = shimObject,
-    extra = [],
+    extra = /** @type {string[]} */ ([]),
     environment = {},
   }) {
     const directory = mkdtempSync(join(tmpdir(), 'memferry-qemu-'));
