@@ -31,6 +31,7 @@ export interface Progress {
   pagesTotal: number;
   /** What a switchover now would cost, by the last round's figures. Null before there was one. */
   expectedDowntimeMs: number | null;
+  /** That this source has answered; what a VMD server has already is asked for there. */
   remoteFaults: number;
   /** Bytes that did not have to go over the wire so far. */
   bytesSaved: { compression: number; delta: number };

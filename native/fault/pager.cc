@@ -162,10 +162,11 @@ void Pager::run(WorkerThread& self) {
       const std::lock_guard lock(mutex_);
       if (due && now > *due + kOverslept) waiting_.put_off_tried(now, now + kOverslept);
       if (online_ || router_) {
-        waiting_.request_due(now, [&](const WaitingFault& fault) {
+        waiting_.request_due(now, [&](const WaitingFault& fault, bool overdue) {
           requests.push_back({.region = fault.region,
                               .run = {fault.page, fault.window},
                               .tried = fault.tried,
+                              .late = fault.tried && overdue,
                               .huge = huge_[fault.region] != nullptr});
           if (!router_) waiting_.set_at_source(fault.region, fault.page, true);
         });
@@ -282,7 +283,8 @@ std::optional<Pager::Clock::time_point> Pager::send(const std::vector<Request>& 
                                    .run = request.run,
                                    .source_online = online,
                                    .walk = request.walk,
-                                   .tried = request.tried});
+                                   .tried = request.tried,
+                                   .late = request.late});
       if (route == Route::kComing) {
         const std::lock_guard lock(mutex_);
         waiting_.set_at_source(request.region, request.run.first, false);
@@ -368,6 +370,7 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
           fault.state = WaitingFault::State::kRequested;
           fault.remote = true;
           fault.at_source = !router_;
+          fault.asked = now;
           requests.push_back({.region = region, .run = {page, fault.window}, .walk = advice.walks});
         }
       }

@@ -74,7 +74,8 @@ class Pager {
     PageRun run;
     bool source_online = false;
     bool walk = false;   // part of a walk, and asked for the first time
-    bool tried = false;  // kTried was the answer before, and it has not come
+    bool tried = false;  // kTried was the answer before
+    bool late = false;   // and who was asked then has not answered in time
     bool huge = false;   // a part of a huge page
   };
   // Where a request goes. Without a router everything goes to the source, while that is online. kSent: somebody else
@@ -139,6 +140,7 @@ class Pager {
     PageRun run;
     bool walk = false;   // part of a walk, and asked for the first time
     bool tried = false;  // was sent elsewhere already
+    bool late = false;   // and has not come
     bool huge = false;   // what is missing of a huge page
   };
   // Of a huge page, in one piece.

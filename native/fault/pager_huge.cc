@@ -51,6 +51,7 @@ void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_poi
           fault.due = now + fault.again;
           fault.remote = true;
           fault.at_source = !router_;
+          fault.asked = now;
           requests.push_back({.region = region, .run = unit, .huge = true});
         }
       }

@@ -32,9 +32,10 @@ struct WaitingFault {
   bool remote = false;                         // was asked for over the demand channel at least once
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
-  bool at_source = false;  // was sent to the source, and not elsewhere since
-  bool tried = false;      // was sent elsewhere although the source is there, which is not done twice
-  bool put_off = false;    // the same, and given more time
+  std::chrono::steady_clock::time_point asked;  // where at_source: when that began
+  bool at_source = false;                       // was sent to the source, and not elsewhere since
+  bool tried = false;    // was sent elsewhere although the source is there, which is not done twice
+  bool put_off = false;  // the same, and given more time
   // Asked for again and again, each time after twice as long, because one answer may not bring all of it; 0: once.
   std::chrono::milliseconds again{0};
 };
@@ -83,7 +84,9 @@ class WaitingFaults {
   }
   void set_at_source(std::uint32_t region, PageNumber page, bool at_source) {
     for (WaitingFault& fault : faults_) {
-      if (fault.region == region && fault.page == page) fault.at_source = at_source;
+      if (fault.region != region || fault.page != page) continue;
+      if (at_source && !fault.at_source) fault.asked = Clock::now();
+      fault.at_source = at_source;
     }
   }
   // Was sent elsewhere while the source is there too, which is asked only when it has not come by `due`.
@@ -121,7 +124,7 @@ class WaitingFaults {
 
   static constexpr std::chrono::milliseconds kLongestAgain{1000};
 
-  // Marks as requested what must be sent now, calling due(fault) for each.
+  // Marks as requested what must be sent now, calling due(fault, overdue) for each: it was expected, and has not come.
   template <typename Due>
   void request_due(Clock::time_point now, Due due) {
     for (WaitingFault& fault : faults_) {
@@ -134,7 +137,7 @@ class WaitingFaults {
         fault.due = now + fault.again;
         fault.again = std::min(2 * fault.again, kLongestAgain);
       }
-      due(fault);
+      due(fault, overdue);
     }
   }
 
@@ -146,10 +149,10 @@ class WaitingFaults {
     }
     return first;
   }
-  // When the longest waiting fault of those that were sent to the source was seen; `now` when none waits.
+  // When the source was asked for what it was asked for first; `now` when it owes no answer.
   [[nodiscard]] Clock::time_point oldest_at_source(Clock::time_point now) const {
     for (const WaitingFault& fault : faults_) {
-      if (fault.at_source && fault.seen < now) now = fault.seen;
+      if (fault.at_source && fault.asked < now) now = fault.asked;
     }
     return now;
   }

@@ -14,6 +14,8 @@ constexpr std::uint64_t kBlockPages = 256;
 constexpr unsigned kCursorShift = 48;
 // A server whose way is longer than twice the source's by no more than this is as near.
 constexpr std::chrono::microseconds kNear{500};
+// One that takes so long on average, without being late for any one page, is as good as late.
+constexpr std::chrono::milliseconds kSlow{5};
 // How long a server that answered late is not asked for what the source has.
 constexpr std::chrono::milliseconds kLateFor{1000};
 
@@ -141,21 +143,31 @@ bool Gather::request(std::uint32_t region, PageRun run) {
   return false;
 }
 
-bool Gather::request_near(std::uint32_t region, PageRun run,
-                          std::optional<std::chrono::microseconds> to_source) {
+bool Gather::request_near(std::uint32_t region, PageRun run, DemandWriter& to_source) {
   const std::uint8_t to = chosen(run.first, where_[region]->holders(run.first));
-  if (to == Holders::kNobody || !to_source) return false;
+  if (to == Holders::kNobody) return false;
   const Server& server = *servers_[to];
   if (!server.up || Clock::now().time_since_epoch().count() < server.late_until) return false;
   const auto there = server.demand->round_trip();
-  return there && *there <= 2 * *to_source + kNear && request(region, run);
+  const auto to_it = to_source.round_trip();
+  return there && to_it && *there <= 2 * *to_it + kNear && request(region, run);
+}
+
+void Gather::spare(Server& server) const {
+  server.late_until = (Clock::now() + kLateFor).time_since_epoch().count();
 }
 
 void Gather::late(std::uint32_t region, PageNumber page) {
-  const std::uint8_t who = chosen(page, where_[region]->holders(page));
-  if (who != Holders::kNobody) {
-    servers_[who]->late_until = (Clock::now() + kLateFor).time_since_epoch().count();
+  for (const auto& server : servers_) {
+    if (server->demand->under_way(region, page)) spare(*server);
   }
+}
+
+void Gather::answered_demand(Server& server, Clock::duration took) const {
+  server.answers_within += (took - server.answers_within) / 8;
+  if (server.answers_within < kSlow) return;
+  spare(server);
+  server.answers_within = {};
 }
 
 bool Gather::coming(std::uint32_t region, PageNumber page) const {

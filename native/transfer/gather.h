@@ -18,12 +18,12 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "fault/arrival_map.h"
+#include "fault/demand_writer.h"
 #include "fault/location_map.h"
 #include "transfer/events.h"
 #include "transfer/stage_server_address.h"
@@ -89,8 +89,9 @@ class Gather {
   bool request(std::uint32_t region, PageRun run);
   // The same while the source is there and has it as well: asked for only of a server that is as near as the source and
   // answers at once. False otherwise.
-  bool request_near(std::uint32_t region, PageRun run, std::optional<std::chrono::microseconds> to_source);
-  // What request_near() asked for did not come in time.
+  bool request_near(std::uint32_t region, PageRun run, DemandWriter& to_source);
+  // What request_near() asked for did not come in time: whoever still owes it is asked for nothing of the kind for a
+  // while.
   void late(std::uint32_t region, PageNumber page);
   // It has been asked for ahead of time, and the answer is on its way.
   [[nodiscard]] bool coming(std::uint32_t region, PageNumber page) const;
@@ -136,6 +137,7 @@ class Gather {
     std::atomic<std::uint64_t> bytes{0};
     std::atomic<unsigned> wrong{0};
     std::atomic<Clock::rep> late_until{0};  // asked for nothing that the source has until then
+    Clock::duration answers_within{};       // on average, to whoever waits; the demand link's
     // Guarded by mutex_:
     std::array<bool, wire::kStageRoles> connected{};  // by role
     std::string why;
@@ -150,7 +152,9 @@ class Gather {
   void rebalance();
   bool not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
                 std::span<const std::uint64_t> expected);
+  void spare(Server& server) const;
   // For links.
+  void answered_demand(Server& server, Clock::duration took) const;
   void link_up(Server& server, wire::StageRole role);
   void link_down(Server& server, wire::StageRole role);
   bool link_failed(Server& server, const std::string& why, bool for_good);  // true: given up

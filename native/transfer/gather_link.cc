@@ -383,7 +383,10 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
     took = Clock::now() - read.asked;
     reads_.pop_front();
   }
-  if (!ahead_) return {};
+  if (!ahead_) {
+    gather_.answered_demand(server_, took);
+    return {};
+  }
   yield_to_source(stream, took);
   if (gather_.reading_ahead_.fetch_sub(1, std::memory_order_relaxed) == 1 &&
       gather_.receiver_.source_sends()) {

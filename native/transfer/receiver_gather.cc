@@ -56,14 +56,13 @@ void Receiver::Impl::make_gather() {
 // The source is asked while it is there, since it has every page. Only what it has sent to a server already would take
 // its link twice: that is asked for there, unless the server is far away or late.
 Pager::Route Receiver::Impl::route(const Pager::Asked& asked) {
-  const auto& [region, run, source_online, walk, tried, huge] = asked;
+  const auto& [region, run, source_online, walk, tried, late, huge] = asked;
   const bool coming = walk && gather->coming(region, run.first);
   if (source_online && !gather->elsewhere(region, run.first)) {
-    if (tried) gather->late(region, run.first);
+    if (late) gather->late(region, run.first);
     if (tried || huge) return Pager::Route::kSource;
     if (coming) return Pager::Route::kComing;
-    return gather->request_near(region, run, pager->writer().round_trip()) ? Pager::Route::kTried
-                                                                           : Pager::Route::kSource;
+    return gather->request_near(region, run, pager->writer()) ? Pager::Route::kTried : Pager::Route::kSource;
   }
   if (coming) return Pager::Route::kComing;
   return gather->request(region, run) ? Pager::Route::kSent : Pager::Route::kNobody;

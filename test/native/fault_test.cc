@@ -114,11 +114,12 @@ TEST(WaitingFaults, WhatIsOnItsWayIsAskedForAloneAndLater) {
   for (const std::uint64_t page : {1U, 2U, 3U})
     faults.expect(0, PageNumber{page}, now + std::chrono::hours(1));
   EXPECT_EQ(faults.next_due(), now + std::chrono::hours(1));
-  const auto none = [](const WaitingFault& fault) { FAIL() << fault.page.value; };
+  const auto none = [](const WaitingFault& fault, bool) { FAIL() << fault.page.value; };
   faults.request_due(now, none);
   std::size_t sent = 0;
-  faults.request_due(now + std::chrono::hours(2), [&](const WaitingFault& fault) {
+  faults.request_due(now + std::chrono::hours(2), [&](const WaitingFault& fault, bool overdue) {
     ++sent;
+    EXPECT_TRUE(overdue);
     EXPECT_EQ(fault.page.value, 1U);
     EXPECT_EQ(fault.window, 1U);
   });
@@ -135,7 +136,7 @@ TEST(WaitingFaults, WhatWasSentIsSentAgainAfterACut) {
         {0, PageNumber{page++}, 1, state, state == State::kRequested, now, now + std::chrono::hours(1)});
   }
   std::vector<std::uint64_t> sent;
-  const auto collect = [&](const WaitingFault& fault) { sent.push_back(fault.page.value); };
+  const auto collect = [&](const WaitingFault& fault, bool) { sent.push_back(fault.page.value); };
   faults.request_due(now, collect);
   EXPECT_EQ(sent, (std::vector<std::uint64_t>{1}));
   EXPECT_TRUE(faults.next_due().has_value());
@@ -151,6 +152,48 @@ TEST(WaitingFaults, WhatWasSentIsSentAgainAfterACut) {
   EXPECT_EQ(taken, 3U);
   EXPECT_TRUE(faults.contains(0, PageNumber{0}));
   EXPECT_FALSE(faults.contains(1, PageNumber{0}));
+}
+
+TEST(WaitingFaults, WhatWasTriedIsPutOffOnceForAThreadThatDidNotRun) {
+  using State = WaitingFault::State;
+  WaitingFaults faults;
+  const auto now = WaitingFaults::Clock::now();
+  const auto later = [&](int ms) { return now + std::chrono::milliseconds(ms); };
+  for (const std::uint64_t page : {1U, 2U}) {
+    faults.add({0, PageNumber{page}, 1, State::kRequested, true, now, {}});
+  }
+  faults.try_until(0, PageNumber{1}, later(20));
+  faults.expect(0, PageNumber{2}, later(20));  // not tried: asked for at once
+  faults.put_off_tried(later(10), later(15));  // not due
+  EXPECT_EQ(faults.next_due(), later(20));
+  faults.put_off_tried(later(50), later(55));
+  std::vector<std::uint64_t> sent;
+  const auto collect = [&](const WaitingFault& fault, bool) { sent.push_back(fault.page.value); };
+  faults.request_due(later(50), collect);
+  EXPECT_EQ(sent, (std::vector<std::uint64_t>{2}));
+  EXPECT_EQ(faults.next_due(), later(55));
+  faults.put_off_tried(later(90), later(95));
+  faults.request_due(later(90), collect);
+  EXPECT_EQ(sent, (std::vector<std::uint64_t>{2, 1}));
+}
+
+// What it is waited for since is no matter: it may have been cut off for long, or somebody else was asked first.
+TEST(WaitingFaults, TheSourceOwesAnAnswerFromWhenItIsAsked) {
+  using State = WaitingFault::State;
+  WaitingFaults faults;
+  const auto seen = WaitingFaults::Clock::now() - std::chrono::hours(1);
+  faults.add({0, PageNumber{1}, 1, State::kDeferred, false, seen, {}});
+  const auto before = WaitingFaults::Clock::now();
+  faults.set_at_source(0, PageNumber{1}, true);
+  const auto after = WaitingFaults::Clock::now();
+  const auto far = after + std::chrono::hours(1);
+  EXPECT_GE(faults.oldest_at_source(far), before);
+  EXPECT_LE(faults.oldest_at_source(far), after);
+  const auto asked = faults.oldest_at_source(far);
+  faults.set_at_source(0, PageNumber{1}, true);
+  EXPECT_EQ(faults.oldest_at_source(far), asked) << "asked once";
+  faults.set_at_source(0, PageNumber{1}, false);
+  EXPECT_EQ(faults.oldest_at_source(far), far);
 }
 
 TEST(Discarder, DropsExactlyWhatWasNamed) {

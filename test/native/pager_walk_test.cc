@@ -22,6 +22,7 @@ class PagerWalk : public testing::Test {
     PageRun run;
     bool walk = false;
     bool tried = false;
+    bool late = false;
     Pager::Clock::time_point at;
   };
 
@@ -34,7 +35,7 @@ class PagerWalk : public testing::Test {
                                      [](const std::string&, const std::string&) {});
     pager_->set_router([this](const Pager::Asked& asked) {
       const std::lock_guard lock(mutex_);
-      asked_.push_back({asked.run, asked.walk, asked.tried, Pager::Clock::now()});
+      asked_.push_back({asked.run, asked.walk, asked.tried, asked.late, Pager::Clock::now()});
       changed_.notify_all();
       if (asked.source_online) return asked.tried ? Pager::Route::kSource : Pager::Route::kTried;
       return asked.walk && coming_ ? Pager::Route::kComing : Pager::Route::kSent;
@@ -162,7 +163,7 @@ TEST_F(PagerWalk, WhatIsTriedElsewhereIsAskedOfTheSourceWhenItDoesNotCome) {
   const Asked first = touch(7);
   EXPECT_FALSE(first.tried);
   const Asked again = asked(1);
-  EXPECT_TRUE(again.tried);
+  EXPECT_TRUE(again.tried && again.late);
   EXPECT_EQ(again.run.first.value, 7U);
   EXPECT_GE(again.at - first.at, Pager::kTriedWithin);
   // Of the source it is asked once: it answers, or its connection ends.
@@ -182,10 +183,19 @@ TEST_F(PagerWalk, WhatIsTriedElsewhereAndComesIsNotAskedOfTheSource) {
 
 TEST_F(PagerWalk, WhatIsTriedElsewhereAndWillNotComeIsAskedOfTheSourceAtOnce) {
   pager_->set_online(true);
-  (void)touch(7);
-  pager_->ask_again(true);  // its server has gone, or has not got it
-  EXPECT_TRUE(asked(1).tried);
-  bring({PageNumber{7}, 1});
+  // Any of them may be held up on a busy machine, not all.
+  bool at_once = false;
+  for (std::uint64_t page = 0; page < 2000 && !at_once; page += 100) {
+    const std::size_t before = times_asked();
+    const Asked first = touch(page);
+    pager_->ask_again(true);  // its server has gone, or has not got it
+    const Asked again = asked(before + 1);
+    EXPECT_TRUE(again.tried);
+    EXPECT_FALSE(again.late && again.at - first.at < Pager::kTriedWithin) << "nobody was late";
+    at_once = again.at - first.at < Pager::kTriedWithin;
+    bring({PageNumber{page}, 1});
+  }
+  EXPECT_TRUE(at_once);
 }
 
 }  // namespace

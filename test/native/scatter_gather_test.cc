@@ -8,6 +8,7 @@
 #include <set>
 #include <thread>
 
+#include "fault/pager.h"
 #include "forwarder.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
@@ -184,13 +185,14 @@ class ScatterFaultsTest : public ScatterGatherTest {
     sender->start_push();
     departures.await(kEvicted);
     receiver->set_bandwidth(0);  // what says where pages are comes behind pages
-    await_asked(8);              // until that is known
+    // Until that is known, and beyond what reading ahead is given without a limit at first.
+    await_asked(200);
   }
   // Until servers were asked for so many pages more. Not in a hurry: one that is late once, as others on this machine may
   // make it, is left alone for a while, and pages must be left until then.
   void await_asked(std::uint64_t pages) {
     const std::uint64_t enough = receiver->stats().pages_gathered + pages;
-    const auto limit = std::chrono::steady_clock::now() + 20s;
+    const auto limit = std::chrono::steady_clock::now() + 60s;
     while (receiver->stats().pages_gathered < enough && std::chrono::steady_clock::now() < limit) {
       touch(1);
       std::this_thread::sleep_for(1ms);
@@ -230,10 +232,18 @@ TEST_F(ScatterFaultsTest, AServerThatIsSilentIsNoneToWaitForWhileTheSourceLives)
   const std::uint64_t sent_twice = sender->stats().pages_resent;
   network.silence(true);
   other.silence(true);
-  // None of them waits for a server to be given up, which takes a minute here.
-  const auto began = std::chrono::steady_clock::now();
-  touch(200);
-  EXPECT_LT(std::chrono::steady_clock::now() - began, 30s);
+  // Nobody waits until the silence is noticed, which takes two seconds, and few until a server is late.
+  unsigned late = 0;
+  std::chrono::steady_clock::duration longest{};
+  for (int i = 0; i < 300; ++i) {
+    const auto began = std::chrono::steady_clock::now();
+    touch(1);
+    const auto took = std::chrono::steady_clock::now() - began;
+    longest = std::max(longest, took);
+    if (took >= Pager::kTriedWithin) ++late;
+  }
+  EXPECT_LT(longest, 1500ms);
+  EXPECT_LT(late, 50U);
   EXPECT_GT(sender->stats().pages_resent, sent_twice);
   network.silence(false);
   other.silence(false);
