@@ -9,6 +9,13 @@ namespace {
 
 using wire::Holders;
 
+void raise(std::atomic<Gather::Clock::rep>& latest, Gather::Clock::time_point to) {
+  Gather::Clock::rep seen = latest.load();
+  while (seen < to.time_since_epoch().count() &&
+         !latest.compare_exchange_weak(seen, to.time_since_epoch().count())) {
+  }
+}
+
 // Pages of one block are asked for at the same one of two holders.
 constexpr std::uint64_t kBlockPages = 256;
 constexpr unsigned kCursorShift = 48;
@@ -107,14 +114,78 @@ bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zer
     const std::lock_guard lock(records_);
     // Where the source sent it since, a server may be the only one to know.
     const Holders told = where_[region]->holders(page);
-    if (!by_source && (usable(told.first) || usable(told.second))) continue;
-    where_[region]->put(page, holders, hashes[static_cast<std::size_t>(i)]);
-    if (holders.second != Holders::kNobody) replicas_.store(true, std::memory_order_relaxed);
+    const std::uint64_t hash = hashes[static_cast<std::size_t>(i)];
+    const Holders now = by_source ? holders : told_by_server(region, page, told, holders, hash);
+    if (!by_source && now == told) continue;
+    where_[region]->put(page, now, hash);
+    if (now.second != Holders::kNobody) replicas_.store(true, std::memory_order_relaxed);
     assign(region, page);
   }
   wake_ahead();
   receiver_.changed();
   return true;
+}
+
+// With records_ held: the page's holders, now that a server's map has these.
+Holders Gather::told_by_server(std::uint32_t region, PageNumber page, Holders told, Holders holders,
+                               std::uint64_t hash) {
+  const auto believed = [&](std::uint8_t each) {
+    return each < servers_.size() && !denied(*servers_[each], region, page);
+  };
+  const bool known = usable(told.first) || usable(told.second);
+  if (known && where_[region]->hash(page) != hash) return told;
+  Holders now = known ? told : Holders{};
+  for (const std::uint8_t each : {holders.first, holders.second}) {
+    if (!believed(each) || now.has(each)) continue;
+    if (now.first == Holders::kNobody) {
+      now.first = each;
+    } else if (now.second == Holders::kNobody || !usable(now.second)) {
+      now.second = each;
+    } else if (!usable(now.first)) {
+      now.first = each;
+    }
+  }
+  return now;
+}
+
+// With records_ held.
+void Gather::deny(Server& server, std::uint32_t region, PageNumber page) {
+  if (server.denied.empty()) {
+    for (const ArrivalMap* map : maps_)
+      server.denied.push_back(std::make_unique<AtomicBitmap>(map->received.capacity()));
+  }
+  server.denied[region]->set(page);
+  denials_ = true;
+}
+
+bool Gather::denied(const Server& server, std::uint32_t region, PageNumber page) const {
+  return !server.denied.empty() && server.denied[region]->test(page);
+}
+
+Gather::Doubt Gather::doubted(std::uint32_t region, PageNumber page) {
+  if (!denials_) return Doubt::kNone;
+  const std::lock_guard lock(records_);
+  if (!asked_twice_.empty() && asked_twice_[region]->test(page)) return Doubt::kAskedTwice;
+  const auto has_denied = [&](const auto& server) { return denied(*server, region, page); };
+  return std::any_of(servers_.begin(), servers_.end(), has_denied) ? Doubt::kAskOnce : Doubt::kNone;
+}
+
+// Nobody else is known to have them: whoever denied it may be told of again, once.
+void Gather::ask_twice(const std::vector<RegionRun>& pages) {
+  const std::lock_guard lock(records_);
+  if (asked_twice_.empty()) {
+    for (const ArrivalMap* map : maps_)
+      asked_twice_.push_back(std::make_unique<AtomicBitmap>(map->received.capacity()));
+  }
+  for (const auto& [region, run] : pages) {
+    for (PageNumber page = run.first; page < run.end(); ++page.value) {
+      asked_twice_[region]->set(page);
+      for (const auto& server : servers_) {
+        if (!server->denied.empty()) server->denied[region]->clear(page);
+      }
+    }
+  }
+  raise(displaced_at_, Clock::now());
 }
 
 void Gather::forget(std::uint32_t region, PageRun run) {
@@ -215,17 +286,35 @@ bool Gather::covers_missing() const {
   return true;
 }
 
-std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_since,
-                                        std::vector<std::string>& names, std::size_t max_runs) const {
-  bool maps_are_new = true;
-  {
-    const std::lock_guard lock(mutex_);
-    for (std::size_t i = 0; i < servers_.size() && i < kIndexServers; ++i) {
-      // Of each: a source that died may have told one of them what the others do not know.
-      maps_are_new = maps_are_new && (servers_[i]->failed || servers_[i]->map_at > map_since);
-    }
+// Of each index server: a source that died may have told one of them what the others do not know.
+bool Gather::maps_since(Clock::time_point since) const {
+  const std::lock_guard lock(mutex_);
+  for (std::size_t i = 0; i < servers_.size() && i < kIndexServers; ++i) {
+    if (!servers_[i]->failed && servers_[i]->map_at <= since) return false;
   }
+  return true;
+}
+
+std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_since,
+                                        std::vector<std::string>& names, std::size_t max_runs) {
+  const Clock::rep failed_at = failed_at_;
+  const Clock::rep displaced_at = displaced_at_;
+  const auto since = [&](Clock::rep at) {
+    return std::max(map_since, Clock::time_point(Clock::duration(at)));
+  };
+  const bool maps_are_new = maps_since(since(failed_at));
+  const bool newer = maps_since(since(std::max(failed_at, displaced_at)));
+  // Of those that nobody has denied, and of the others; and those that are asked for once more.
   std::vector<RegionRun> runs;
+  std::vector<RegionRun> doubtful;
+  std::vector<RegionRun> twice;
+  const auto add = [max_runs](std::vector<RegionRun>& to, std::uint32_t region, PageNumber page) {
+    if (!to.empty() && to.back().region == region && to.back().run.end() == page) {
+      ++to.back().run.count;
+    } else if (to.size() < max_runs) {
+      to.push_back({region, {page, 1}});
+    }
+  };
   std::vector<bool> named(servers_.size());
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     const ArrivalMap& map = *maps_[region];
@@ -237,17 +326,25 @@ std::vector<RegionRun> Gather::hopeless(bool no_source, Clock::time_point map_si
         if (usable(holders.first) || usable(holders.second)) continue;
         if (!no_source && !elsewhere_[region]->test(page)) continue;
         if (!maps_are_new) continue;
+        const Doubt doubt = doubted(region, page);
+        if (doubt != Doubt::kNone && !newer) continue;
+        if (doubt == Doubt::kAskOnce) {
+          add(twice, region, page);
+          continue;
+        }
         for (const std::uint8_t each : {holders.first, holders.second}) {
           if (each < servers_.size()) named[each] = true;
         }
-        if (!runs.empty() && runs.back().region == region && runs.back().run.end() == page) {
-          ++runs.back().run.count;
-        } else if (runs.size() < max_runs) {
-          runs.push_back({region, {page, 1}});
-        }
+        add(doubt == Doubt::kNone ? runs : doubtful, region, page);
       }
       from = run->end();
     }
+  }
+  // What was found while that changed may have been found too early.
+  if (failed_at_ != failed_at) return {};
+  if (displaced_at_ == displaced_at) {
+    if (!twice.empty()) ask_twice(twice);
+    runs.insert(runs.end(), doubtful.begin(), doubtful.end());
   }
   const std::lock_guard lock(mutex_);
   for (std::size_t i = 0; i < servers_.size(); ++i) {
@@ -304,7 +401,13 @@ bool Gather::not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
       const PageNumber page{run.first.value + i};
       if (maps_[region]->received.test(page)) continue;
       if (where_[region]->hash(page) == expected[static_cast<std::size_t>(i)]) {
-        any = any || where_[region]->holders(page).has(ordinal);
+        const Holders told = where_[region]->holders(page);
+        any = any || told.has(ordinal);
+        // Before that it may have had another version.
+        if (receiver_.frozen()) deny(*servers_[ordinal], region, page);
+        // First: who sees that nobody has it sees as well that the maps are too old to say so.
+        if (told.has(ordinal) && !usable(told.first == ordinal ? told.second : told.first))
+          raise(displaced_at_, Clock::now());
         where_[region]->drop_holder(page, ordinal);
       }
       assign(region, page);
@@ -385,6 +488,7 @@ void Gather::fail(Server& server, const std::string& why) {
   {
     const std::lock_guard lock(mutex_);
     if (server.failed) return;
+    raise(failed_at_, Clock::now());  // first, see hopeless()
     server.failed = true;
     server.up = false;
     server.why = why;

@@ -75,7 +75,8 @@ class Gather {
   // A kMap frame, checked for its form and its region's pages. False: holders that cannot be. `by_source` false: a
   // server's word. It changes nothing about pages that the source has told of, and counts only where it is final: of
   // what was told before the guest left, the source has told this side as well, and what it has taken back since no
-  // server knows.
+  // server knows. Servers may differ: one that the source had given up tells of where a page was before. Both places
+  // are kept, and nobody's word makes a holder of a server that has denied having the page.
   bool record(std::uint32_t region, PageRun run, wire::Holders holders, bool zero,
               std::span<const std::uint64_t> hashes, bool by_source);
   // Newer content will come, or has come, by another way.
@@ -107,9 +108,10 @@ class Gather {
   [[nodiscard]] bool covers_missing() const;
   // Missing pages that no server will give: those whose holders have failed, and, when `no_source`, those without
   // a location as well once a map was fetched since `map_since` or nobody is left to fetch it from. `names` gets the
-  // servers that had them.
+  // servers that had them. A map that is older than a server's failure, or a page's denial, is none for that page; and
+  // who has denied a page is asked once more before it is given up. From one thread at a time.
   [[nodiscard]] std::vector<RegionRun> hopeless(bool no_source, Clock::time_point map_since,
-                                                std::vector<std::string>& names, std::size_t max_runs) const;
+                                                std::vector<std::string>& names, std::size_t max_runs);
 
   struct ServerStats {
     std::uint64_t pages = 0;
@@ -131,7 +133,9 @@ class Gather {
     std::unique_ptr<GatherLink> ahead;
     std::unique_ptr<GatherLink> demand;
     std::vector<std::unique_ptr<AtomicBitmap>> todo;  // located here, to be fetched ahead; one a region
-    std::atomic<bool> up{false};                      // both of its connections are there
+    std::vector<std::unique_ptr<AtomicBitmap>>
+        denied;                   // asked for, and not here; one a region; guarded by records_
+    std::atomic<bool> up{false};  // both of its connections are there
     std::atomic<bool> failed{false};
     std::atomic<std::uint64_t> pages{0};
     std::atomic<std::uint64_t> bytes{0};
@@ -148,6 +152,14 @@ class Gather {
   // Who is to be asked for it ahead of time; kNobody when all its holders have failed.
   [[nodiscard]] std::uint8_t chosen(PageNumber page, wire::Holders holders) const;
   void assign(std::uint32_t region, PageNumber page);
+  [[nodiscard]] wire::Holders told_by_server(std::uint32_t region, PageNumber page, wire::Holders told,
+                                             wire::Holders holders, std::uint64_t hash);
+  void deny(Server& server, std::uint32_t region, PageNumber page);
+  [[nodiscard]] bool denied(const Server& server, std::uint32_t region, PageNumber page) const;
+  enum class Doubt { kNone, kAskOnce, kAskedTwice };  // whether somebody has denied having it
+  [[nodiscard]] Doubt doubted(std::uint32_t region, PageNumber page);
+  void ask_twice(const std::vector<RegionRun>& pages);
+  [[nodiscard]] bool maps_since(Clock::time_point since) const;
   void reassign_all(Server& from);
   void rebalance();
   bool not_held(std::uint8_t ordinal, std::uint32_t region, PageRun run,
@@ -173,13 +185,18 @@ class Gather {
   wire::BandwidthCap limit_;
   std::atomic<std::uint64_t> cursor_{0};  // region << 48 | page: behind the last fault
   std::atomic<std::uint64_t> cursor_moves_{0};
-  std::atomic<bool> replicas_{false};       // there are pages of two holders
-  std::atomic<bool> rebalance_{false};      // a server came up since they were given out
-  std::atomic<Clock::rep> yield_until_{0};  // nothing is fetched ahead until then: the link is the source's
-  std::atomic<unsigned> reading_ahead_{0};  // requests outstanding over all servers
+  std::atomic<bool> replicas_{false};        // there are pages of two holders
+  std::atomic<bool> rebalance_{false};       // a server came up since they were given out
+  std::atomic<Clock::rep> yield_until_{0};   // nothing is fetched ahead until then: the link is the source's
+  std::atomic<unsigned> reading_ahead_{0};   // requests outstanding over all servers
+  std::atomic<Clock::rep> failed_at_{0};     // when a server failed last
+  std::atomic<Clock::rep> displaced_at_{0};  // when a page's last holder denied having it, the last time
   std::mutex filling_;
-  std::mutex records_;        // one writer of a location at a time
-  mutable std::mutex mutex_;  // guards what is marked so
+  std::mutex records_;  // one writer of a location at a time
+  // Guarded by records_: pages that were denied, and are asked for once more; one a region, made at the first.
+  std::vector<std::unique_ptr<AtomicBitmap>> asked_twice_;
+  std::atomic<bool> denials_{false};  // there are such
+  mutable std::mutex mutex_;          // guards what is marked so
   std::atomic<bool> closing_{false};
 };
 

@@ -355,6 +355,92 @@ TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
   expect_equal();
 }
 
+// A server that its source gave up knows where pages were until then, and may be there when a destination asks. What it
+// tells first is no reason to think that nobody has them.
+class StaleMapTest : public ScatterGatherTest {
+ protected:
+  void park(unsigned servers) {
+    make(4096, servers);
+    send(false);
+    sender->queue_populated();
+    sender->start_round(1);
+    departures.await(kRoundDone);
+    sender->close(true);
+  }
+  // As its source: it tells of the image's pages, all but zeros, what `tell` says to it.
+  template <typename Tell>
+  void at_server(unsigned ordinal, const Tell& tell) {
+    StageClient client(dial_loopback(vmd[ordinal].listener->port()));
+    const wire::Hello hello = stage_hello(image, kObserverSession, wire::StageRole::kScatter, 0);
+    wire::HelloReply reply{};
+    ASSERT_TRUE(client.wire().raw(&hello, sizeof hello) && client.wire().read(&reply, sizeof reply));
+    ASSERT_EQ(reply.status, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted));
+    const wire::Holders it{static_cast<std::uint8_t>(ordinal), wire::Holders::kNobody};
+    for (std::uint64_t page = 0; page < pages_; ++page) {
+      if (page % 32 == 5) continue;
+      ASSERT_TRUE(tell(client, page, source->contiguous({PageNumber{page}, 1}), it));
+    }
+    ASSERT_TRUE(client.barrier(1).acknowledged);
+  }
+  // It tells that it has everything, and has what it had.
+  void claims(unsigned ordinal) {
+    at_server(ordinal, [&](StageClient& client, std::uint64_t page, auto bytes, wire::Holders it) {
+      std::uint64_t hash = 0;
+      hash_pages(bytes, page_size(), &hash);
+      return client.map(0, page, std::span(&hash, 1), it);
+    });
+  }
+  // And has it.
+  void holds(unsigned ordinal) {
+    at_server(ordinal, [](StageClient& client, std::uint64_t page, auto bytes, wire::Holders it) {
+      return client.pages(0, page, bytes, it);
+    });
+  }
+  // The last server's map comes after the others' ones.
+  void gather_all(std::chrono::milliseconds recover) {
+    Forwarder network(vmd.back().listener->port());
+    network.silence(true);
+    destination_ports = ports();
+    destination_ports.back() = network.port();
+    receive(0, 1, recover, true);
+    arrivals.await(kSwitched);
+    const auto limit = EventBox::Clock::now() + 20s;
+    while (receiver->stats().pages_zero < pages_ / 32 && EventBox::Clock::now() < limit)
+      std::this_thread::sleep_for(1ms);
+    std::this_thread::sleep_for(200ms);
+    network.silence(false);
+    std::this_thread::sleep_for(300ms);
+    receiver->set_gather_limit(0);
+    const auto end = arrivals.take({kComplete, kLost, kFailed}, EventBox::Clock::now() + 30s);
+    ASSERT_TRUE(end);
+    ASSERT_EQ(end->kind, kComplete) << end->message;
+    EXPECT_GT(receiver->stats().servers.back().pages, 0U);
+    expect_equal();
+    receiver->close();
+  }
+};
+
+TEST_F(StaleMapTest, HidesNothingFromOneThatDeniesWhatItTells) {
+  park(2);
+  claims(0);
+  gather_all(5s);
+}
+
+// More of them than places are kept for a page.
+TEST_F(StaleMapTest, HidesNothingWhereSeveralAreWrong) {
+  park(4);
+  holds(3);
+  for (const unsigned ordinal : {0U, 1U, 2U}) claims(ordinal);
+  gather_all(5s);
+}
+
+TEST_F(StaleMapTest, HidesNothingWhereItTellsOfOneThatIsGone) {
+  park(3);
+  holds(2);
+  vmd[1].end();
+  gather_all(1500ms);
+}
+
 // One that walks through it all, one that touches here and there, and servers that go away meanwhile: what was on its way
 // from them, and waited for, comes from elsewhere.
 TEST_F(ScatterGatherTest, AWalkGoesOnWhenWhatWasOnItsWayDoesNotCome) {
