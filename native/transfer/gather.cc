@@ -136,14 +136,9 @@ Holders Gather::told_by_server(std::uint32_t region, PageNumber page, Holders to
   if (known && where_[region]->hash(page) != hash) return told;
   Holders now = known ? told : Holders{};
   for (const std::uint8_t each : {holders.first, holders.second}) {
-    if (!believed(each) || now.has(each)) continue;
-    if (now.first == Holders::kNobody) {
-      now.first = each;
-    } else if (now.second == Holders::kNobody || !usable(now.second)) {
-      now.second = each;
-    } else if (!usable(now.first)) {
-      now.first = each;
-    }
+    if (!believed(each) || now.has(each) || (usable(now.first) && usable(now.second))) continue;
+    // A place that is free, or that of one that has failed.
+    (now.first == Holders::kNobody || usable(now.second) ? now.first : now.second) = each;
   }
   return now;
 }
