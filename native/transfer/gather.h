@@ -159,6 +159,7 @@ class Gather {
   enum class Doubt { kNone, kAskOnce, kAskedTwice };  // whether somebody has denied having it
   [[nodiscard]] Doubt doubted(std::uint32_t region, PageNumber page);
   void ask_twice(const std::vector<RegionRun>& pages);
+  static void raise(std::atomic<Clock::rep>& latest, Clock::time_point to);
   [[nodiscard]] bool maps_since(Clock::time_point since) const;
   void reassign_all(Server& from);
   void rebalance();
@@ -192,7 +193,7 @@ class Gather {
   std::atomic<Clock::rep> failed_at_{0};     // when a server failed last
   std::atomic<Clock::rep> displaced_at_{0};  // when a page's last holder denied having it, the last time
   std::mutex filling_;
-  std::mutex records_;  // one writer of a location at a time
+  mutable std::mutex records_;  // one writer of a location at a time
   // Guarded by records_: pages that were denied, and are asked for once more; one a region, made at the first.
   std::vector<std::unique_ptr<AtomicBitmap>> asked_twice_;
   std::atomic<bool> denials_{false};  // there are such
