@@ -136,6 +136,27 @@ function buildAhead(variants) {
   return ends;
 }
 
+/** What the test of this number said of its failure, in one line: the assertion, or what the sanitizer found. */
+function whyOf(number, output) {
+  const lines = output.split('\n');
+  const from = lines.findIndex((text) => new RegExp(`^ *\\d+/\\d+ Test +#${number}: .*\\*\\*\\*`).test(text));
+  const length = lines
+    .slice(from + 1)
+    .findIndex((text) => /^ *(\d+\/\d+ Test +#\d+:|Start +\d+:)/.test(text));
+  if (from < 0 || length < 0) return '';
+  const said = lines.slice(from + 1, from + 1 + length);
+  const first = said.findIndex((text) => /: Failure$|Sanitizer:|^unknown file/.test(text));
+  const summary = said.filter((text) => text.startsWith('SUMMARY:'));
+  // Of a stack, our own frames.
+  const ours = said.slice(first).filter((text) => !/^\s*#\d/.test(text) || /\/native\//.test(text));
+  const told = first < 0 ? said.slice(-8) : [...ours.slice(0, 12), ...summary];
+  return `: ${told
+    .map((text) => text.trim().slice(0, 240))
+    .filter(Boolean)
+    .join(' | ')
+    .slice(0, 1500)}`;
+}
+
 async function runCtest(variant) {
   await built.get(variant);
   const { code, output } = await run('bash', ['scripts/test-native.sh', variant]);
@@ -144,7 +165,9 @@ async function runCtest(variant) {
   const failed = Number(summary[1]);
   const skipped = (output.match(/\*\*\*Skipped/g) ?? []).length;
   const list = /The following tests FAILED:\n((?:\s+\d+ - .*\n)*)/.exec(output)?.[1] ?? '';
-  for (const [, test] of list.matchAll(/\d+ - (.*)/g)) failures.push(`${variant}: ${test}`);
+  for (const [, number, test] of list.matchAll(/(\d+) - (.*)/g)) {
+    failures.push(`${variant}: ${test}${whyOf(number, output)}`);
+  }
   return {
     passed: Number(summary[2]) - failed - skipped,
     failed: code !== 0 && failed === 0 ? 1 : failed,

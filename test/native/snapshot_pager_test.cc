@@ -423,6 +423,7 @@ TEST_F(SnapshotPagerTest, ASnapshotThatShrankIsALossAndNeverZeros) {
   serve(std::move(made));
   EXPECT_EQ(wait_for_owner(), 128 + SIGBUS);
   ASSERT_TRUE(told(RestoreEvent::Kind::kLost));
+  const std::lock_guard lock(mutex_);  // more is told: the owner has ended
   EXPECT_EQ(events_.front().lost, (std::vector<PageRun>{{PageNumber{40}, 1}}));
 }
 
