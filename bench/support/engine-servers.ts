@@ -40,7 +40,12 @@ export class EngineServers {
     this.#servers = servers;
   }
 
-  static async start(places: readonly ServerPlace[], memoryBytes: number): Promise<EngineServers> {
+  /** With `preallocate` there is memory behind all that they may hold before the first page comes. */
+  static async start(
+    places: readonly ServerPlace[],
+    memoryBytes: number,
+    { preallocate }: { preallocate: boolean } = { preallocate: false },
+  ): Promise<EngineServers> {
     const servers = new EngineServers(
       places.map((place) => ({
         place,
@@ -50,7 +55,11 @@ export class EngineServers {
     );
     try {
       for (const server of servers.#servers) {
-        server.port = await server.peer.call<number>('listen', { host: server.place.host, memoryBytes });
+        server.port = await server.peer.call<number>('listen', {
+          host: server.place.host,
+          memoryBytes,
+          preallocate,
+        });
       }
       return servers;
     } catch (error) {

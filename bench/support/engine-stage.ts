@@ -14,6 +14,12 @@ function must<T>(value: T | null): T {
   return value;
 }
 
+export interface ListenParameters {
+  host: string;
+  memoryBytes: number;
+  preallocate: boolean;
+}
+
 export interface StageSession {
   session: number;
   /** Bit n for the role of connections that the protocol numbers n. */
@@ -38,8 +44,9 @@ export interface StageFigures {
 
 answerCalls(
   {
-    listen: ({ host, memoryBytes }: { host: string; memoryBytes: number }) => {
+    listen: async ({ host, memoryBytes, preallocate }: ListenParameters) => {
       stage = addon.createStage({ memoryBytes, bandwidth: 0 });
+      if (preallocate) await stage.preallocate();
       listener = addon.createListener(host, 0, () => {});
       listener.serveStage(stage);
       return listener.port;

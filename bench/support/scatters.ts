@@ -21,8 +21,9 @@ async function withServers<T>(
   places: readonly ServerPlace[],
   lengthBytes: number,
   measure: (servers: EngineServers) => Promise<T>,
+  options: { preallocate: boolean } = { preallocate: false },
 ): Promise<T> {
-  const servers = await EngineServers.start(places, memoryFor(lengthBytes));
+  const servers = await EngineServers.start(places, memoryFor(lengthBytes), options);
   try {
     return await measure(servers);
   } finally {
@@ -30,46 +31,33 @@ async function withServers<T>(
   }
 }
 
-export interface RoundFigures {
-  /** From the start of the round until everything is acknowledged. */
-  milliseconds: number;
-  /** Memory that the servers touched for the first time in it. */
-  freshBytes: number;
-}
-
-/**
- * All to the servers, without a destination, as a guest is parked, and then all once more: the first time they
- * receive into memory that nobody has touched, the second time into what that has set free.
- */
-export function scatterTwice(
+/** Milliseconds until all is acknowledged by the servers, without a destination, as a guest is parked. */
+export function scatterAll(
   lengthBytes: number,
   places: readonly ServerPlace[],
-): Promise<{ fresh: RoundFigures; touched: RoundFigures }> {
-  return withServers(places, lengthBytes, async (servers) => {
-    const source = Peer.start('support/engine-source');
-    try {
-      await source.call('allocate', { lengthBytes, seed: 1 });
-      const credentials = makeCredentials(1);
-      const lists = await servers.makeImage(credentials.migration, await source.call<number>('pages'));
-      const nowhere = { host: '127.0.0.1', port: 0, direct: false };
-      const sending: SendParameters = { ...credentials, ...nowhere, servers: lists.source };
-      await runFloor('back_memory', ['--bytes', memoryFor(lengthBytes)]);
-      await source.call('connect', sending);
-      const round = async (): Promise<RoundFigures> => {
-        const before = await residentBytes(servers);
+  preallocate: boolean,
+): Promise<number> {
+  return withServers(
+    places,
+    lengthBytes,
+    async (servers) => {
+      const source = Peer.start('support/engine-source');
+      try {
+        await source.call('allocate', { lengthBytes, seed: 1 });
+        const credentials = makeCredentials(1);
+        const lists = await servers.makeImage(credentials.migration, await source.call<number>('pages'));
+        const nowhere = { host: '127.0.0.1', port: 0, direct: false };
+        const sending: SendParameters = { ...credentials, ...nowhere, servers: lists.source };
+        await runFloor('back_memory', ['--bytes', memoryFor(lengthBytes)]);
+        await source.call('connect', sending);
         const { startMs, endMs } = await source.call<{ startMs: number; endMs: number }>('copy');
-        return { milliseconds: endMs - startMs, freshBytes: (await residentBytes(servers)) - before };
-      };
-      const fresh = await round();
-      return { fresh, touched: await round() };
-    } finally {
-      await source.stop();
-    }
-  });
-}
-
-async function residentBytes(servers: EngineServers): Promise<number> {
-  return (await servers.figures()).reduce((sum, each) => sum + each.residentBytes, 0);
+        return endMs - startMs;
+      } finally {
+        await source.stop();
+      }
+    },
+    { preallocate },
+  );
 }
 
 export interface IdleFaults {

@@ -4,6 +4,7 @@
  * index takes. Between network namespaces at 1 Gb/s: faults during a full scatter, against the floor on the idle
  * link, and what eviction makes of the link meanwhile.
  */
+import { readFileSync } from 'node:fs';
 import { type Host, Lab, labObstacle } from '../lab/namespaces.js';
 import { loadAddon } from '../support/addon.js';
 import { serversOnLoopback } from '../support/engine-servers.js';
@@ -17,8 +18,7 @@ import {
   evictTouched,
   faultsBeforeAndAfter,
   type IdleFaults,
-  type RoundFigures,
-  scatterTwice,
+  scatterAll,
 } from '../support/scatters.js';
 import { paired, type Trial, takeTurns } from '../support/trial.js';
 
@@ -31,7 +31,8 @@ const thinkingMs = 0.25;
 /** A destination that would take as long for the guest as half a minute: most of it goes to the servers. */
 const slow = { bandwidth: 16e6, gatherLimit: 16e6 };
 
-const gigabytes = ({ milliseconds }: RoundFigures): number => roundBytes / 1e6 / milliseconds;
+const systemCongestionControl = (): string =>
+  readFileSync('/proc/sys/net/ipv4/tcp_congestion_control', 'utf8').trim();
 const p50s = (all: readonly FaultFloor[]): number[] => all.map(({ p50Us }) => p50Us);
 const p99s = (all: readonly FaultFloor[]): number[] => all.map(({ p99Us }) => p99Us);
 const at = (all: readonly { latenciesUs: Float64Array }[], q: number): number[] =>
@@ -58,28 +59,28 @@ async function measureRate(trial: Trial): Promise<void> {
     const args = ['--bytes', roundBytes, '--channels', servers, '--receivers', servers, ...more];
     return (await runFloor<{ gbPerSecond: number }>('bulk_floor', args)).gbPerSecond;
   };
-  const fresh: number[] = [];
-  const freshMiB: number[] = [];
-  const ours = async (): Promise<number> => {
-    const both = await scatterTwice(roundBytes, serversOnLoopback(servers));
-    fresh.push(gigabytes(both.fresh));
-    freshMiB.push(Math.round(both.touched.freshBytes / 2 ** 20));
-    return gigabytes(both.touched);
+  const ours = async (memory: 'fresh' | 'preallocated'): Promise<number> => {
+    const milliseconds = await scatterAll(roundBytes, serversOnLoopback(servers), memory === 'preallocated');
+    return roundBytes / 1e6 / milliseconds;
   };
-  const [freshFloors, touched, bare, hashed] = (await takeTurns(trial.samples(5), [
+  const [freshFloors, fresh, bare, touched, unpaced, hashed] = (await takeTurns(trial.samples(5), [
     () => floor('--memory', 'fresh'),
-    ours,
+    () => ours('fresh'),
     () => floor('--memory', 'touched'),
-    () => floor('--memory', 'touched', '--hash'),
-  ])) as [number[], number[], number[], number[]];
+    () => ours('preallocated'),
+    () => floor('--memory', 'touched', '--cc', 'reno'),
+    () => floor('--memory', 'touched', '--cc', 'reno', '--hash'),
+  ])) as [number[], number[], number[], number[], number[], number[]];
+  // The system's congestion control, as a program gets it that asks for none; and the one that we ask for here.
   trial.report(
     'touched-bare-floor',
     'GB/s',
     paired(touched, bare),
     atLeastTimesFloor(0.8, 'bare raw sockets'),
-    `MiB fresh all the same: ${freshMiB.join(', ')}`,
+    `congestion control of the floor: ${systemCongestionControl()}`,
   );
-  trial.report('touched-hashed-floor', 'GB/s', paired(touched, hashed), null);
+  trial.report('touched-reno-floor', 'GB/s', paired(touched, unpaced), null);
+  trial.report('touched-reno-hashed-floor', 'GB/s', paired(touched, hashed), null);
   trial.report('fresh-bare-floor', 'GB/s', paired(fresh, freshFloors), null);
 }
 

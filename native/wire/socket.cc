@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <string_view>
 
 #include "os/sys_error.h"
 
@@ -19,6 +20,8 @@ namespace memferry::wire {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr std::string_view kUnpaced = "reno";
 
 const sockaddr_in& as_v4(const SocketAddress& address) {
   return *reinterpret_cast<const sockaddr_in*>(address.get());
@@ -153,6 +156,10 @@ void configure_connection(int fd) {
   set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 5, "setsockopt(TCP_KEEPIDLE)");
   set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 3, "setsockopt(TCP_KEEPINTVL)");
   set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3, "setsockopt(TCP_KEEPCNT)");
+  if (is_same_host(fd)) {
+    // Every kernel has it, for everybody. Without it, it is only slower.
+    (void)::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, kUnpaced.data(), kUnpaced.size());
+  }
 }
 
 DialResult dial(const SocketAddress& address, std::chrono::milliseconds timeout, int cancel_fd) {

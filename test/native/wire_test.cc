@@ -1,10 +1,13 @@
 // Frames, addresses, dialling and streams over real loopback sockets.
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
@@ -136,6 +139,10 @@ Pair connected_pair() {
   DialResult result = dial(SocketAddress::local(listening.get()), 5s, -1);
   EXPECT_EQ(result.kind, DialResult::Kind::kConnected);
   EXPECT_TRUE(is_same_host(result.fd.get()));
+  std::array<char, 16> control{};
+  socklen_t bytes = control.size();
+  EXPECT_EQ(::getsockopt(result.fd.get(), IPPROTO_TCP, TCP_CONGESTION, control.data(), &bytes), 0);
+  EXPECT_STREQ(control.data(), "reno");  // not the system's, which may pace
   return {std::make_unique<PlainStream>(std::move(result.fd)),
           std::make_unique<PlainStream>(accept_one(listening.get()))};
 }
