@@ -58,7 +58,7 @@ export async function run(trial: Trial): Promise<void> {
   const words = new Uint32Array(own.buffers()[0] as ArrayBuffer);
   const wordsPerPage = own.pageSize / words.BYTES_PER_ELEMENT;
   const writeOwn = (count: number, seed: number): void => {
-    const step = count === pages ? 1 : (Math.imul(seed, 0x9e3779b1) >>> 0) | 1;
+    const step = count === pages ? 1 : (Math.imul(seed, 0x9e3779b1) | 1) >>> 0;
     for (let i = 0; i < count; i++) {
       const at = ((seed + i * step) % pages) * wordsPerPage;
       words[at] = (words[at] as number) + 1;

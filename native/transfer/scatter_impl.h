@@ -28,6 +28,9 @@ class Scatter::Way {
   bool stalled = false;  // does not acknowledge: gets nothing until it does
   bool full = false;     // a server that has no room
   bool in_hand = false;  // its thread has taken something that is not in the lane yet
+  // The watcher's own: since when it was seen to give no sign, and how much of that time this process ran.
+  std::optional<Clock::time_point> silent_since;
+  Clock::duration silent_for{};
   [[nodiscard]] bool idle() const { return !in_hand && lane.idle(); }
 };
 

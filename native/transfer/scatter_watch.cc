@@ -13,7 +13,8 @@ constexpr std::chrono::milliseconds kWatchInterval{20};
 // What is to go by a way as a reference waits no longer for it: somebody else sends it.
 constexpr std::chrono::milliseconds kReferencePatience{1000};
 constexpr std::chrono::milliseconds kLastReferencePatience{160};
-// A longer pause of the watcher's own says nothing about its peers.
+// A longer pause of the watcher's own says nothing about its peers: it counts as one interval. What came before it
+// does count: a process that is stopped again and again, or starved, must not wait for ever for one that is silent.
 constexpr std::chrono::milliseconds kWatchGap{500};
 
 }  // namespace
@@ -48,7 +49,6 @@ void Scatter::watch(WorkerThread& self) {
 
 void Scatter::watch_until_stopped(WorkerThread& self) {
   Clock::time_point looked_at = Clock::now();
-  Clock::time_point awake_since = looked_at;
   while (!self.stopping()) {
     self.wait(static_cast<int>(kWatchInterval.count()));
     bool due = false;
@@ -73,9 +73,8 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
           std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
             return !server->failed.empty() || (server->way && server->way->full && server->way->idle());
           });
-      // After a stop of this process its peers have as long as ever to answer.
       const bool awake = now - looked_at < kWatchGap;
-      if (!awake) awake_since = now;
+      const Clock::duration ran = awake ? now - looked_at : kWatchInterval;
       looked_at = now;
       // Of all of them before anything is put back: then the queue is not dry any more.
       std::vector<const Way*> late;
@@ -89,8 +88,10 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       }
       for (Way* way : ways) {
         const auto since = waits_since(*way);
+        if (since != std::exchange(way->silent_since, since)) way->silent_for = {};
         if (!since) continue;
-        const auto age = now - std::max(*since, awake_since);
+        way->silent_for += std::min(ran, now - *since);
+        const Clock::duration age = way->silent_for;
         if (age > config_.stall_timeout && way->server != Way::kNobody) {
           Server& server = *servers_[static_cast<std::size_t>(way->server)];
           fail_server_locked(server, way->name + " does not acknowledge what it is sent");

@@ -3,6 +3,7 @@
  * every page. After that a page is lost when all its holders are: then it is named together with its server, every
  * other page is right, and reading it fails. Nothing waits longer than its bound for a server that says nothing.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, describe, expect, test } from 'vitest';
 import { type Check, endHosts, type Host } from '../support/host.js';
 import {
@@ -205,6 +206,31 @@ test('two servers at once in the middle of the scatter: the rest of the guest ta
   point.release();
   const figures = await expectWhole(run, performance.now());
   expect(figures.intermediaries.map(({ failed }) => failed !== null)).toEqual([true, true, false]);
+});
+
+test('a source that is stopped again and again does not wait for ever for a server that is', async () => {
+  const run = await start(['i', 'j']);
+  const j = run.nodes[1] as Node;
+  const point = j.proxy.at(SENT, 'hold');
+  await scatter(run, givenUpSoon());
+  await point.reached;
+  await strike(j, 'stopped');
+  point.release();
+  const since = performance.now();
+  let over = false;
+  const whole = expectWhole(run, since, 25_000).finally(() => {
+    over = true;
+  });
+  void whole.catch(() => undefined); // awaited below
+  // Never as long at a stretch as it gives a server.
+  while (!over) {
+    run.a.signal('SIGSTOP');
+    await sleep(700);
+    run.a.signal('SIGCONT');
+    await sleep(300);
+  }
+  const figures = await whole;
+  expect(figures.intermediaries.map(({ failed }) => failed === null)).toEqual([true, false]);
 });
 
 test('servers that fill up refuse the rest, and it goes to those that have room', async () => {

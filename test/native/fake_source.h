@@ -113,8 +113,15 @@ class Wire {
     }
     return true;
   }
+  // A process that was stopped and goes on finds its call interrupted, whatever it waits for.
   bool read(void* data, std::size_t bytes) {
-    return bytes == 0 || ::recv(fd_.get(), data, bytes, MSG_WAITALL) == static_cast<ssize_t>(bytes);
+    for (std::size_t done = 0; done < bytes;) {
+      const ssize_t got = ::recv(fd_.get(), static_cast<std::byte*>(data) + done, bytes - done, MSG_WAITALL);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0) return false;
+      done += static_cast<std::size_t>(got);
+    }
+    return true;
   }
   // True when the peer ends this connection (and sends nothing more that counts) before patience ends.
   bool ended() {
@@ -122,6 +129,7 @@ class Wire {
     for (;;) {
       const ssize_t got = ::recv(fd_.get(), sink, sizeof sink, 0);
       if (got == 0) return true;
+      if (got < 0 && errno == EINTR) continue;
       if (got < 0) return errno == ECONNRESET || errno == EPIPE;
     }
   }
