@@ -9,7 +9,7 @@ import { addDemo } from './demo.js';
 import { addDoctor } from './doctor.js';
 import { addDrop } from './drop.js';
 import { addFirecracker, addFirecrackerPark } from './firecracker.js';
-import { describeUsageError, reportError } from './output.js';
+import { describeUsageError, outliveReaders, reportError } from './output.js';
 import { addPage } from './page.js';
 import { addPark } from './park.js';
 import { addQemu } from './qemu.js';
@@ -48,6 +48,7 @@ function build(): Command {
   return program;
 }
 
+outliveReaders();
 const program = build();
 try {
   await program.parseAsync();

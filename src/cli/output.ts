@@ -33,6 +33,11 @@ export function makeOutput(json: boolean | undefined, stdout: NodeJS.WriteStream
   };
 }
 
+/** A reader that ends (`| head -1`) must not end the guests in this process with it: what is said then is lost. */
+export function outliveReaders(): void {
+  for (const stream of [process.stdout, process.stderr]) stream.on('error', () => {});
+}
+
 /** What the shell gets. */
 export const exitCodes = {
   failed: 1,

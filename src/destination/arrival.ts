@@ -27,6 +27,7 @@ import { NamedTimers } from '../protocol/timers.js';
 import type { Region } from '../region.js';
 import type { ImageSet } from '../staging/image-set.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
+import { tellListeners } from '../tell-listeners.js';
 import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { BaseFilling, basesOf } from './base.js';
 import { DestinationEngine } from './engine.js';
@@ -626,6 +627,6 @@ export class Arrival extends EventEmitter {
     if (state === this.#state) return;
     const previous = this.#state;
     this.#state = state;
-    this.emit('state', state, previous);
+    tellListeners(this, 'state', state, previous);
   }
 }

@@ -9,6 +9,7 @@ import { EventEmitter } from 'node:events';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
 import { within } from '../protocol/bounded.js';
+import { tellListeners } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
   ignoreSharedRam,
@@ -165,7 +166,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       };
     } catch (error) {
       // The first reason is the one to tell.
-      await this.unpause().catch((cause) => this.emit('warning', cause));
+      await this.unpause().catch((cause) => tellListeners(this, 'warning', cause));
       throw error;
     }
   }
@@ -184,11 +185,12 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     try {
       // An attachment that has lost its QEMU's ear: another connection may still have it.
       if (qmp.isClosed) qmp = anew = await this.#attachment.reconnect();
-      await stopMigrating(qmp).catch((error) => this.emit('warning', error));
+      await stopMigrating(qmp).catch((error) => tellListeners(this, 'warning', error));
       if (this.#ranBefore || this.#resumedByOthers) await letRun(qmp);
     } finally {
       // Of less weight than that it runs.
-      if (settings) await restoreSettings(qmp, settings).catch((error) => this.emit('warning', error));
+      if (settings)
+        await restoreSettings(qmp, settings).catch((error) => tellListeners(this, 'warning', error));
       await anew?.close();
     }
   }
@@ -211,7 +213,8 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     const { qmp } = this.#attachment;
     await qmp.execute('quit').catch(() => {}); // it may be gone before it has answered, or for long
     await within(qmp.closed, quitTimeoutMs, 'SYSTEM', 'QEMU does not end').catch(() =>
-      this.emit(
+      tellListeners(
+        this,
         'warning',
         memferryError(
           'SYSTEM',
@@ -238,7 +241,8 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     const { qmp } = this.#attachment;
     this.#resumedByOthers ||= this.#state !== 'departed';
     qmp.execute('stop').catch(() => {});
-    this.emit(
+    tellListeners(
+      this,
       'warning',
       memferryError(
         'GUEST_BUSY',

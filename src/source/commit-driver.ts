@@ -19,8 +19,32 @@ import { type Deferred, deferred } from '../protocol/deferred.js';
 import { InTurn } from '../protocol/in-turn.js';
 import { fromPeer } from '../protocol/peer-error.js';
 import { NamedTimers } from '../protocol/timers.js';
+import type { Region } from '../region.js';
+import { warn } from '../tell-listeners.js';
 
 const unpauseTimeoutMs = 15_000;
+
+/**
+ * A pause that was given up may succeed late, when it is not its migration's any more to let the guest run: another one
+ * stands on a pause of its own, or has taken the guest away since.
+ */
+interface Standing {
+  /** Who asked last for a pause, until it is known that the guest runs on here. */
+  holder: CommitDriver | null;
+  /** A pause of somebody else's has succeeded meanwhile: if the holder gives the guest up, it has to be let run. */
+  owed: boolean;
+  /** Never rejects. */
+  unpausing: Promise<void> | null;
+}
+/** By the guest's memory: each call may bring another object for the same guest. */
+const standings = new WeakMap<Region | Guest, Standing>();
+
+function standingOf(guest: Guest): Standing {
+  const key = guest.regions[0]?.region ?? guest;
+  const known = standings.get(key) ?? { holder: null, owed: false, unpausing: null };
+  standings.set(key, known);
+  return known;
+}
 
 export type Settlement =
   | { outcome: 'departed' }
@@ -41,7 +65,9 @@ export class CommitDriver {
     this.#state = state;
     for (const action of actions) this.#carryOut(action);
   });
+  readonly #standing: Standing;
   #settled = deferred<Settlement>();
+  #late: Settlement | null = null;
   #paused: Deferred<PausedGuest> = deferred();
   #pauseAbort = new AbortController();
   /** The error behind a cause, so that the caller gets the original with its facts. */
@@ -54,6 +80,7 @@ export class CommitDriver {
     private readonly guest: Guest,
     private readonly config: CommitDriverConfig,
   ) {
+    this.#standing = standingOf(guest);
     this.#timers = new NamedTimers(config.timeoutsMs, (timer) => this.#dispatch({ type: 'timer', timer }));
   }
 
@@ -102,6 +129,11 @@ export class CommitDriver {
   /** In doubt or lost: by the caller's proof, or by asking the destination once more. */
   resolve(how: 'fence' | 'ask-again'): Promise<Settlement> {
     const { phase } = this.#state;
+    if (this.#late) {
+      const late = Promise.resolve(this.#late);
+      this.#late = null;
+      return late;
+    }
     if (phase !== 'in-doubt' && phase !== 'lost') {
       return Promise.reject(
         new MemferryError('INVALID_ARGUMENT', 'there is nothing to resolve: the migration is not in doubt'),
@@ -126,13 +158,15 @@ export class CommitDriver {
   #carryOut(action: SourceAction): void {
     switch (action.type) {
       case 'pause':
+        this.#standing.holder = this;
         void this.#pause();
         break;
       case 'abort-pause':
         this.#pauseAbort.abort(new MemferryError('CANCELLED', 'the migration is over'));
         break;
       case 'run-here':
-        this.#unpausing = this.#unpause();
+        if ((this.#standing.holder ?? this) === this) this.#letRun();
+        else this.#standing.owed = true;
         break;
       case 'send':
         try {
@@ -154,7 +188,11 @@ export class CommitDriver {
         this.#timers.stop(action.timer);
         break;
       case 'settle':
-        if (action.outcome === 'departed') this.#settled.resolve({ outcome: 'departed' });
+        if (action.outcome === 'reclaimed' && this.#standing.holder === this) {
+          this.#standing.holder = null;
+          if (this.#standing.owed) this.#letRun();
+        }
+        if (action.outcome === 'departed') this.#conclude({ outcome: 'departed' });
         else this.#settle(action.outcome, action.cause);
         break;
     }
@@ -168,12 +206,30 @@ export class CommitDriver {
         : cause.code === 'PEER_LOST' && known
           ? new MemferryError('PEER_LOST', cause.message, { cause: known })
           : fromPeer(cause.code, cause.message);
-    this.#settled.resolve({ outcome, error });
+    this.#conclude({ outcome, error });
     this.#paused.reject(error);
+  }
+
+  /** An answer that comes when nobody asks any more (it is in doubt) is what `resolve` finds. */
+  #conclude(settlement: Settlement): void {
+    if (this.#settled.settled) this.#late = settlement;
+    else this.#settled.resolve(settlement);
+  }
+
+  #letRun(): void {
+    this.#unpausing = this.#unpause();
+    this.#standing.owed = false;
+    this.#standing.unpausing = this.#unpausing;
   }
 
   async #pause(): Promise<void> {
     try {
+      // Of a migration before this one.
+      const { unpausing } = this.#standing;
+      if (unpausing) {
+        await within(unpausing, unpauseTimeoutMs, 'SYSTEM', 'unpause() takes its time').catch(() => {});
+        this.#pauseAbort.signal.throwIfAborted();
+      }
       const result = await this.guest.pause({ signal: this.#pauseAbort.signal });
       const paused = result instanceof Uint8Array ? bareState(this.guest, result) : result;
       if (!(paused?.state instanceof Uint8Array)) {
@@ -209,12 +265,18 @@ export class CommitDriver {
       await this.guest.unpause();
     } catch (error) {
       // The guest is this side's, but does not run: that must not pass unseen.
-      process.emitWarning(
-        `guest '${this.guest.name}' could not be unpaused after its migration failed: ` +
-          `${error instanceof Error ? error.message : String(error)}`,
-        { code: 'MEMFERRY_UNPAUSE_FAILED' },
-      );
+      const what = `guest '${this.guest.name}' could not be unpaused after its migration failed`;
+      warn(what, error, 'MEMFERRY_UNPAUSE_FAILED');
     }
+  }
+}
+
+/** The destination has it, whatever the guest's own hook makes of that. */
+export async function tellDeparted(guest: Guest): Promise<void> {
+  try {
+    await guest.departed?.();
+  } catch (error) {
+    warn(`departed() of guest '${guest.name}' failed`, error, 'MEMFERRY_DEPARTED_FAILED');
   }
 }
 

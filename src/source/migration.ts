@@ -25,10 +25,11 @@ import { fromPeer } from '../protocol/peer-error.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
 import type { ImageSet } from '../staging/image-set.js';
+import { tellListeners } from '../tell-listeners.js';
 import type { DirtyTracker } from '../trackers.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
-import { CommitDriver, type Settlement } from './commit-driver.js';
+import { CommitDriver, type Settlement, tellDeparted } from './commit-driver.js';
 import { OfferedReferences } from '../protocol/references.js';
 import { SourceEngine } from './engine.js';
 import { engineConfig } from './engine-config.js';
@@ -267,7 +268,7 @@ export class SourceMigration extends EventEmitter {
       this.#waitingFor = 'the last pages of the migration that brought the guest here';
       // This still runs inside of migrate(): its caller can listen only after it has returned.
       await Promise.resolve();
-      this.emit('waiting', this.#waitingFor);
+      tellListeners(this, 'waiting', this.#waitingFor);
       await untilAborted(Promise.all(waiting), this.#abort.signal);
       this.#waitingFor = null;
     }
@@ -423,7 +424,7 @@ export class SourceMigration extends EventEmitter {
 
   async #afterResumed(): Promise<void> {
     const engine = this.#requireEngine();
-    await this.guest.departed?.();
+    await tellDeparted(this.guest);
     // From here on no lease may end the image. The push need not wait for it; eviction does.
     const committed = this.#images?.commit();
     committed?.catch(() => {});
@@ -678,7 +679,7 @@ export class SourceMigration extends EventEmitter {
     if (state === this.#state || this.#done.settled) return;
     const previous = this.#state;
     this.#state = state;
-    this.emit('state', state, previous);
+    tellListeners(this, 'state', state, previous);
     this.#sample();
   }
 

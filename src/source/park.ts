@@ -19,7 +19,7 @@ import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
-import { CommitDriver } from './commit-driver.js';
+import { CommitDriver, tellDeparted } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { describeGuest, stageImage } from './stage-image.js';
@@ -201,15 +201,18 @@ class Parking {
     const settlement = await driver.settled;
     await flow;
     if (settlement.outcome !== 'departed') {
-      if (settlement.outcome === 'reclaimed') await images.dissolve().catch(() => {});
-      else this.#parked = true; // perhaps
+      if (settlement.outcome === 'reclaimed') {
+        await images.dissolve().catch(() => {});
+        // Whoever hears of it may let go of the guest at once, or move it again.
+        await driver.unpaused();
+      } else this.#parked = true; // perhaps
       throw settlement.error;
     }
     this.#parked = true;
     const stats = engine.stats();
     const now = performance.now();
     const heapBytes = regions.reduce((sum, region) => sum + region.lengthBytes, 0);
-    await guest.departed?.();
+    await tellDeparted(guest);
     engine.close(true, new MemferryError('CANCELLED', 'the guest is parked'));
     await guest.release?.();
     return {

@@ -9,6 +9,7 @@ import type { ResourceLimits } from 'node:worker_threads';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestModule, GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
+import { tellListeners } from '../tell-listeners.js';
 import { checkWorker } from './check-worker.js';
 import { describeGuest } from './description.js';
 import { GuestMovedError } from './errors.js';
@@ -149,7 +150,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   static fromParts(parts: GuestParts, wiring: GuestWiring): WorkerGuest {
     const guest = new WorkerGuest(parts);
     wiring.connect({
-      message: (worker, value) => guest.emit('message', value, worker),
+      message: (worker, value) => tellListeners(guest, 'message', value, worker),
       shape: () => guest.#renewRegions(),
       trapped: (error) => guest.#trapped(error.message),
       ended: (error) => guest.#ended(error),
@@ -275,7 +276,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     if (this.#status === 'departed') return;
     this.#status = 'departed';
     for (const link of this.#links) link.departed();
-    this.emit('departed');
+    tellListeners(this, 'departed');
   }
 
   release(): Promise<void> {
@@ -285,7 +286,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   /** Pages of an arrived guest are lost for good: it ends at the first touch. */
   pagesLost(pages: { region: number; first: number; count: number }[]): void {
     this.#lostPages += pages.reduce((sum, run) => sum + run.count, 0);
-    this.emit('pages-lost', pages);
+    tellListeners(this, 'pages-lost', pages);
   }
 
   /** Ends the guest here. Everything pending rejects. Twice is fine. */
@@ -347,7 +348,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     this.#status = 'lost';
     // Whoever terminates the guest later gets the same promise, and hears of a failure.
     this.#end(error).catch(() => undefined);
-    this.emit('ended', error);
+    tellListeners(this, 'ended', error);
   }
 
   #renewRegions(): void {
