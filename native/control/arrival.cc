@@ -176,7 +176,12 @@ void Arrival::on_message(const Json& message, std::optional<Bytes> binary) {
     case Type::kEvicted:
       evicted_ = true;
       digests_ = std::move(says.digests);
-      if (told_complete_) summarise();
+      if (told_complete_) {
+        summarise();
+      } else if (settled_) {
+        // What was told of it before may have been lost with its connection.
+        tell({{"type", "lost"}, {"runs", lost_}});
+      }
       return;
     case Type::kGoodbye:
       if (has_resumed()) end();

@@ -169,6 +169,7 @@ class Arrival {
   bool told_complete_ = false;
   bool at_rest_ = false;  // what is here is all that ever comes
   bool evicted_ = false;
+  Json lost_ = Json::array();  // as they were told
   std::optional<std::vector<std::string>> digests_;
   bool verified_ = false;
   bool settled_ = false;  // complete() or failed() was called

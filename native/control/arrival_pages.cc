@@ -103,7 +103,8 @@ void Arrival::lost(const EngineEvent& event) {
   // Before the commit the guest is still the source's; closing the engine poisons what is missing.
   if (!has_resumed()) return fail(cause);
   reject(cause);
-  tell({{"type", "lost"}, {"runs", run_names(event.lost)}});
+  lost_ = run_names(event.lost);
+  tell({{"type", "lost"}, {"runs", lost_}});
   guest_->lost(event.lost, event.message);
   receiver_->acknowledge_loss();
   // Where there are servers the rest still comes, and its end is told.

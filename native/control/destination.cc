@@ -282,6 +282,7 @@ void Destination::on_resume(const std::shared_ptr<Connection>& connection, const
 void Destination::answer_for_the_dead(Connection& connection) {
   while (const auto received = connection.channel->take()) {
     const SourceSays says = source_message(received->message);
+    if (says.type == Type::kEvicted) connection.channel->send({{"type", "over"}});
     if (says.type != Type::kCommit) continue;
     if (const auto answer = tombstones_.answer(connection.of_ended, says.commit))
       connection.channel->send(to_json(*answer));

@@ -11,6 +11,8 @@ namespace {
 constexpr int kHighestPriority = -20;
 // No more faults for so long: what was answered may as well be acknowledged.
 constexpr std::chrono::milliseconds kAnswersSettle{5};
+// Nor are they to wait for the end of faults that do not end.
+constexpr std::chrono::milliseconds kAnswersLongest{40};
 
 }  // namespace
 
@@ -90,9 +92,17 @@ wire::IoResult Sender::Impl::send_answers_barrier(Epoch& of) {
 
 // False when the connection is over.
 bool Sender::Impl::settle_answers(Epoch& of) {
-  if (!scatter || !scatter->answers_open(*of.demand_way)) return true;
-  const auto ready = wire::wait_readable(of.demand->fd(), Clock::now() + kAnswersSettle, -1);
-  if (ready != wire::DialResult::Kind::kTimedOut) return true;  // receiving says whatever there is to say
+  if (!scatter || !scatter->answers_open(*of.demand_way)) {
+    of.answers_since.reset();
+    return true;
+  }
+  const auto now = Clock::now();
+  if (!of.answers_since) of.answers_since = now;
+  if (now - *of.answers_since < kAnswersLongest) {
+    const auto ready = wire::wait_readable(of.demand->fd(), now + kAnswersSettle, -1);
+    if (ready != wire::DialResult::Kind::kTimedOut) return true;  // receiving says whatever there is to say
+  }
+  of.answers_since.reset();
   const wire::IoResult result = send_answers_barrier(of);
   if (!result.done()) report_cut(of, "demand channel: " + result.describe());
   return result.done();

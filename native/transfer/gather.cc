@@ -146,7 +146,7 @@ void Gather::came(Server& server, std::uint32_t region, PageRun run, std::span<c
   enum class Kind { kRight, kStale, kWrong };
   const auto page_size = static_cast<std::size_t>(config_.page_size);
   const auto kind_of = [&](std::size_t i) {
-    if (where_[region]->hash(PageNumber{run.first.value + i}) == hashes[i]) return Kind::kRight;
+    if (is_current(region, PageNumber{run.first.value + i}, hashes[i])) return Kind::kRight;
     // Asked for before the page was written anew: what came is what was asked for.
     return hashes[i] == expected[i] ? Kind::kStale : Kind::kWrong;
   };

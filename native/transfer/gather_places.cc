@@ -76,7 +76,9 @@ void Gather::forget(std::uint32_t region, PageRun run) {
 }
 
 bool Gather::is_current(std::uint32_t region, PageNumber page, std::uint64_t hash) const {
-  return where_[region]->hash(page) == hash;
+  // 0 is also what is there of a page that was forgotten.
+  return where_[region]->hash(page) == hash &&
+         (hash != 0 || where_[region]->holders(page).first != Holders::kNobody);
 }
 
 // It does not have them, or has something else: not what was `expected` when it was asked. What the map says since

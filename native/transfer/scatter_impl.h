@@ -45,6 +45,7 @@ struct Scatter::Server {
   bool tried = false;        // the first dial is over, either way
   std::string failed;
   std::uint64_t bytes = 0;
+  std::size_t torn = 0;                      // frames, since nothing writes the pages any more
   std::optional<std::uint8_t> broken_chain;  // said on the connection that is ending
 };
 

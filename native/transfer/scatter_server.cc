@@ -9,6 +9,9 @@ namespace {
 
 constexpr std::chrono::milliseconds kFirstBackoff{10};
 constexpr std::chrono::milliseconds kLongestBackoff{500};
+// Frames of a push that a server could not verify. Nothing writes those pages: it is its memory, or the way there, and
+// pages that only go there again and again never arrive.
+constexpr std::size_t kTornForgiven = 16;
 
 }  // namespace
 
@@ -152,14 +155,18 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
           wrong = "pages refused that it was not sent";
           break;
         }
-        if ((header.flags & wire::kFlagReference) != 0) {
-          if (dedup_)
-            dedup_->refused_locked(header.region, {PageNumber{header.first_page}, header.page_count});
+        if ((header.flags & wire::kFlagReference) != 0 && dedup_) {
+          dedup_->refused_locked(header.region, {PageNumber{header.first_page}, header.page_count});
           break;
         }
-        // It, or the server that it passes replicas on to, takes no more.
-        const auto& refuser = servers_[static_cast<std::size_t>(header.tag)]->way;
-        if ((header.flags & wire::kFlagTorn) == 0 && refuser) refuser->full = true;
+        // It, or the server that it passes replicas on to.
+        Server& refuser = *servers_[static_cast<std::size_t>(header.tag)];
+        if ((header.flags & (wire::kFlagTorn | wire::kFlagReference)) == 0) {
+          if (refuser.way) refuser.way->full = true;  // takes no more
+        } else if (kind_ == Kind::kPush && ++refuser.torn > kTornForgiven) {
+          fail_server_locked(refuser,
+                             "server " + refuser.address.name + " does not get what it is sent intact");
+        }
         break;
       }
       case wire::FrameType::kChainBroken: {

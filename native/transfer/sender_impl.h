@@ -92,7 +92,8 @@ struct Sender::Impl {
     std::vector<std::unique_ptr<DataChannel>> data;
     std::unique_ptr<wire::Stream> demand;
     WorkerThread demand_server;
-    std::shared_ptr<Scatter::Way> demand_way;  // of a scatter
+    std::shared_ptr<Scatter::Way> demand_way;        // of a scatter
+    std::optional<Clock::time_point> answers_since;  // the demand thread's own: a batch of answers is open
     // Guards writing to `demand` AND the time from taking a page out of the queue to its being written: a
     // barrier on the demand channel must not overtake a page that was taken before it.
     std::mutex demand_write;

@@ -346,16 +346,16 @@ void Sender::Impl::supervise_until_closing(std::unique_lock<std::mutex>& lock) {
         connect_first(lock);
         continue;
       }
-      if (demand_barrier_due && epoch) {
-        if (!try_barrier_on_demand(lock)) supervisor_changed.wait_for(lock, kDemandBarrierRetry);
-        continue;
-      }
       if (answer_deadline && Clock::now() >= *answer_deadline && epoch) {
         answer_deadline.reset();
         const std::shared_ptr<Epoch> current = epoch;
         lock.unlock();
         report_cut(*current, "the destination does not answer");
         lock.lock();
+        continue;
+      }
+      if (demand_barrier_due && epoch) {
+        if (!try_barrier_on_demand(lock)) supervisor_changed.wait_for(lock, kDemandBarrierRetry);
         continue;
       }
     }

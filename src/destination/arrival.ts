@@ -103,6 +103,7 @@ export class Arrival extends EventEmitter {
   #notRunning: string | null | Promise<string | null> = null;
   /** Complete, as far as the migration goes; who runs the guest may still have to say that it does. */
   #finished = false;
+  #lostRuns: NativeRun[] = [];
   #resting = false;
   /** The image is let go of: at its servers, then the connections to them. */
   #dissolving: Promise<void> | null = null;
@@ -452,7 +453,13 @@ export class Arrival extends EventEmitter {
   }
 
   async #summarise(digests: string[] | null): Promise<void> {
-    await this.#everyPage.promise;
+    try {
+      await this.#everyPage.promise;
+    } catch (error) {
+      // What was told of it before may have been lost with its connection.
+      this.#tell({ type: 'lost', runs: this.#lostRuns });
+      throw error;
+    }
     const mismatched = await this.#verify(digests);
     const { faults, extraMemoryBytes } = this.#engine.receiver.stats();
     this.#tell({ type: 'summary', remoteFaults: faults, extraMemoryBytes, mismatched });
@@ -547,7 +554,8 @@ export class Arrival extends EventEmitter {
       return;
     }
     this.#reject(error, 'failed');
-    this.#tell({ type: 'lost', runs: runs.slice(0, maxLostRuns) });
+    this.#lostRuns = runs.slice(0, maxLostRuns);
+    this.#tell({ type: 'lost', runs: this.#lostRuns });
     try {
       this.guest.lost?.(runs);
     } finally {

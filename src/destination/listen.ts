@@ -412,6 +412,7 @@ class DestinationListener implements Listening {
       return;
     }
     for await (const { message: asked } of channel) {
+      if (asked.type === 'evicted') void channel.send({ type: 'over' });
       if (asked.type !== 'grant' && asked.type !== 'query') continue;
       const answer = this.#tombstones.answer(id, asked);
       if (answer) void channel.send(answer);

@@ -161,8 +161,10 @@ export const destinationMessage = z.discriminatedUnion('type', [
     extraMemoryBytes: count,
     mismatched: z.array(regionIndex).max(64),
   }),
-  /** Pages that the destination lacks for good. */
+  /** Pages that the destination lacks for good; none are named where it can take in nothing more at all. */
   z.strictObject({ type: z.literal('lost'), runs }),
+  /** The answer to `evicted` where there is nothing of the migration (any more): no account of it will come. */
+  z.strictObject({ type: z.literal('over') }),
   ...fromDestinationCommit,
 ]);
 export type DestinationMessage = z.infer<typeof destinationMessage>;

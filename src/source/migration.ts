@@ -16,7 +16,7 @@ import { MemferryError } from '../errors.js';
 import type { Guest, PausedGuest } from '../guest.js';
 import type { Mode, ResolvedMigrateOptions } from '../options.js';
 import { ProgressStream } from '../progress.js';
-import { abortError, untilAborted } from '../protocol/bounded.js';
+import { abortError, untilAborted, within } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import { agreedEncodings, wantedEncodings } from '../protocol/encodings.js';
 import type { DestinationMessage } from '../protocol/messages.js';
@@ -543,6 +543,14 @@ export class SourceMigration extends EventEmitter {
           }),
         );
         break;
+      case 'over':
+        this.#summary.reject(
+          new MemferryError(
+            'PEER_LOST',
+            'every page arrived, but the destination was restarted since, or has let go of the guest: how it fares is not known',
+          ),
+        );
+        break;
       case 'session-resumed':
         break;
       default:
@@ -599,7 +607,9 @@ export class SourceMigration extends EventEmitter {
       await this.#images?.grow(index, lengthBytes / region.pageSize);
       this.#grown = deferred();
       this.#session?.send({ type: 'grow', region: index, lengthBytes });
-      await untilAborted(this.#grown.promise, this.#abort.signal);
+      const grown = untilAborted(this.#grown.promise, this.#abort.signal);
+      // While the guest stands.
+      await within(grown, this.options.prepareTimeoutMs, 'PREPARE_TIMEOUT', 'the memory did not grow with the guest');
       region.native.grow(lengthBytes / region.pageSize);
     }
   }

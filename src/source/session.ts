@@ -27,6 +27,8 @@ type Channel = ControlChannel<DestinationMessage, SourceMessage>;
 
 /** Between two attempts to be heard again. */
 const retryMs = 250;
+/** A connection that lasted longer was one. */
+const stayedMs = 2000;
 
 export class SourceSession {
   /** Of the first connection: the data tokens derive from it. */
@@ -96,11 +98,13 @@ export class SourceSession {
     while (!over) {
       const channel = this.#channel;
       if (channel && !channel.reason) {
-        deadline = null;
+        const since = performance.now();
         void channel.send(message);
         // Until its last message has been read, not only until it is closed: the answer and the goodbye may come in
         // one piece, and dialling anew would drop what nobody has looked at.
         await Promise.race([this.#reading, settled.catch(() => {})]);
+        // A peer that takes connections only to drop them is no nearer to answering.
+        if (performance.now() - since > stayedMs) deadline = null;
         continue;
       }
       deadline ??= performance.now() + boundMs;

@@ -333,6 +333,16 @@ describe('after the source is evicted', () => {
     await expectWhole(run, performance.now());
   });
 
+  test('the destination is started anew: the source is told that no account will come', async () => {
+    const run = await evictedRun(['i']);
+    await run.b.kill();
+    const [c] = await hosts('c');
+    await listen(c as Host, { options: { port: run.port } });
+    const error = await failure(run.a, 'main', 8000);
+    expect(error.code).toBe('PEER_LOST');
+    expect(error.message).toContain('the destination was restarted');
+  });
+
   test('2 replicas on three servers, two are killed at once: what both had is lost, and named with both', async () => {
     const run = await evictedRun(['i', 'j', 'k'], { replicas: 2, rate: idle });
     const [i, j] = run.nodes as [Node, Node];

@@ -100,6 +100,7 @@ class FakeStage {
   std::atomic<bool> refuse{false};         // closes at once
   std::atomic<std::uint64_t> room{~0ULL};  // pages
   std::atomic<bool> forget_acks{false};    // reads everything and answers no barrier
+  std::atomic<bool> tears{false};          // finds nothing intact
 
   std::mutex mutex;  // guards the rest
   std::condition_variable changed;
@@ -199,7 +200,7 @@ class FakeStage {
           if (content) {
             hash_pages(payload, page_size_, hashes.data());
             // Torn: the guest writes.
-            if (wire::pages_checksum(h, hashes) != h.checksum) {
+            if (tears || wire::pages_checksum(h, hashes) != h.checksum) {
               answers.push_back(wire::make_header(wire::FrameType::kRefused, h.region,
                                                   {PageNumber{h.first_page}, h.page_count}, ordinal_));
               answers.back().flags |= wire::kFlagTorn;

@@ -287,6 +287,18 @@ TEST_F(ScatterTest, AFullServerIsLeftAloneAndTheOthersTakeTheRest) {
   EXPECT_LE(stages[0]->pages.size(), 300u);
 }
 
+// It would get the same pages again and again, and answer each time.
+TEST_F(ScatterTest, AServerThatFindsNothingIntactIsGivenUp) {
+  make({3000}, 2);
+  block_direct();
+  stages[0]->tears = true;
+  into_postcopy(config());
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted({0});
+  EXPECT_NE(sender->stats().servers[0].failed.find("intact"), std::string::npos);
+}
+
 TEST_F(ScatterTest, WithAllServersDeadTheDestinationGetsTheRest) {
   make({4000}, 2);
   block_direct();
