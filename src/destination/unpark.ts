@@ -9,14 +9,20 @@ import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { inherit } from '../lineage.js';
-import { parseAddress, resolveUnparkOptions, type UnparkOptions } from '../options.js';
-import { within } from '../protocol/bounded.js';
+import {
+  parseAddress,
+  type ResolvedUnparkOptions,
+  resolveUnparkOptions,
+  type UnparkOptions,
+} from '../options.js';
+import { abortError, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
-import { ImageSet } from '../staging/image-set.js';
+import type { Claim } from '../staging/client.js';
+import { ImageSet, type ServerAddress } from '../staging/image-set.js';
 import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
@@ -43,25 +49,12 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
   const home = parseAddress(ticket.home);
   checkAddressPolicy(home.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(home.host) });
-  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = resolved;
-  const images = await ImageSet.openParked(
-    home,
-    {
-      secret,
-      plaintext,
-      connectTimeoutMs,
-      peerTimeoutMs,
-      maxStateBytes,
-      ...(resolved.signal ? { signal: resolved.signal } : {}),
-    },
-    { image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
-  );
+  const signal = resolved.signal ?? new AbortController().signal;
+  const { images, claim } = await claimImage(ticket, home, secret, resolved, signal);
   let guest: ArrivingGuest | null = null;
   let engine: DestinationEngine | null = null;
   try {
-    const claim = await images.claim({ rollback: resolved.rollback });
     const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
-    const signal = resolved.signal ?? new AbortController().signal;
     guest = resolved.accept
       ? await resolved.accept(offer, { signal, state: claim.state })
       : allocateGuest(offer);
@@ -74,6 +67,8 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
       `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
     );
     if (arriving.broken) throw arriving.broken;
+    // The last moment: whatever comes after the question, its answer has to be waited for.
+    if (signal.aborted) throw abortError(signal);
     await granted(images, resolved.inDoubtTimeoutMs);
     arriving.resume();
     return arriving;
@@ -86,16 +81,48 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
   }
 }
 
+/** The caller's signal ends the opening and the claim, not the connections: they are needed to let the image go. */
+async function claimImage(
+  ticket: ParkTicket,
+  home: ServerAddress,
+  secret: Uint8Array,
+  options: ResolvedUnparkOptions,
+  signal: AbortSignal,
+): Promise<{ images: ImageSet; claim: Claim }> {
+  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = options;
+  const claiming = new AbortController();
+  const stop = () => claiming.abort(signal.reason);
+  if (signal.aborted) throw abortError(signal);
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    const images = await ImageSet.openParked(
+      home,
+      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes, signal: claiming.signal },
+      { image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
+    );
+    try {
+      return { images, claim: await images.claim({ rollback: options.rollback }) };
+    } catch (error) {
+      await images.close();
+      throw error;
+    }
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+}
+
 /** Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant. */
 async function granted(images: ImageSet, timeoutMs: number): Promise<void> {
   const deadline = performance.now() + timeoutMs;
+  // Nothing was asked yet: the claim goes back with its connection.
+  if (images.home.ended) throw images.home.ended;
   for (;;) {
     try {
       return await images.grant();
     } catch (error) {
       const { code } = error as MemferryError;
       if (code === 'VMD_REFUSED' || code === 'VMD_LOST' || code === 'INVALID_ARGUMENT') throw error;
-      if (performance.now() > deadline) {
+      if (images.home.ended || performance.now() > deadline) {
         throw new MemferryError(
           'MIGRATION_IN_DOUBT',
           'the home server did not say whether the claim was granted; the guest does not run here',
@@ -122,7 +149,7 @@ class GatheringGuest implements Unparked {
     readonly offer: GuestOffer,
     readonly guest: ArrivingGuest,
     private readonly images: ImageSet,
-    options: ReturnType<typeof resolveUnparkOptions>,
+    options: ResolvedUnparkOptions,
   ) {
     this.#complete.promise.catch(() => {});
     void guest.broken?.then((error) => {

@@ -1,7 +1,7 @@
 /** Parking: a guest leaves with no destination chosen, and one claimant, and only one, has it later. */
 import { afterEach, expect, test } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
-import type { Guest } from '../../src/guest.js';
+import type { ArrivingGuest, Guest } from '../../src/guest.js';
 import { type Staging, stage, park, Region, unpark, type Unparked } from '../../src/index.js';
 
 const SECRET = 'a secret that only this test knows';
@@ -170,6 +170,57 @@ test('a claim whose prepare fails goes back', async () => {
   };
   await expect(claimed(ticket, { accept })).rejects.toThrow('not today');
   expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});
+
+test('a signal that comes when the guest runs takes nothing from it: it is gathered, and the image goes', async () => {
+  const all = await servers(2);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const controller = new AbortController();
+  const unparked = await claimed(ticket, { gatherLimit: 8e6, signal: controller.signal });
+  controller.abort();
+  expect(await unparked.complete).toMatchObject({ verified: true });
+  expect(Buffer.compare(unparked.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
+  for (const server of all) expect(server.status().held).toEqual([]);
+});
+
+/** Its `prepare` looks at no signal. */
+function acceptAndAbort(abort: () => void): { accept: () => ArrivingGuest; did: string[] } {
+  const did: string[] = [];
+  const accept = () => {
+    const region = Region.allocate({ lengthBytes: 8 * MIB });
+    regions.push(region);
+    return {
+      regions: [region],
+      prepare: async () => abort(),
+      resume: () => void did.push('resume'),
+      abandon: () => void did.push('abandon'),
+    };
+  };
+  return { accept, did };
+}
+
+test('a signal during prepare cancels, and the claim goes back at once', async () => {
+  const all = await servers(1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  const controller = new AbortController();
+  const { accept, did } = acceptAndAbort(() => controller.abort());
+  const options = { secret: SECRET, accept, signal: controller.signal };
+  await expect(unpark(ticket, options)).rejects.toMatchObject({ code: 'CANCELLED' });
+  expect(did).toEqual(['abandon']);
+  expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});
+
+test('a signal while the home server grants comes too late', async () => {
+  const all = await servers(1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  const controller = new AbortController();
+  // The question goes out before the next turn of the loop, and the answer comes after it.
+  const { accept, did } = acceptAndAbort(() => setImmediate(() => controller.abort()));
+  const unparked = await claimed(ticket, { accept, signal: controller.signal });
+  expect(await unparked.complete).toMatchObject({ verified: true });
+  expect(controller.signal.aborted).toBe(true);
+  expect(did).toEqual(['resume']);
 });
 
 test('servers that are too small: VMD_CAPACITY, and the guest runs on', async () => {
