@@ -138,7 +138,11 @@ export class StageClient extends StageLink {
    * `rollback`: the owner (`info.owner`) that the caller knows to be dead.
    */
   async claim(image: string, claimant: string, rollback: number | null = null): Promise<Claim> {
-    const { message, binary } = await this.askAbout('claimed', { type: 'claim', image, claimant, rollback });
+    const { message, binary } = await this.askAbout(
+      'claimed',
+      { type: 'claim', image, claimant, rollback },
+      { answerBytes: this.maxStateBytes },
+    );
     const { epoch, guest } = message;
     const open = this.images.get(image);
     if (open) open.claim = { claimant, epoch };

@@ -27,7 +27,7 @@ export interface StageClientConfig {
   secret: Uint8Array;
   plaintext?: boolean;
   connectTimeoutMs?: number;
-  /** From a request to its answer, redialling included. */
+  /** From a request to its answer, redialling included; for one that moves an execution state, on top of its way. */
   requestTimeoutMs?: number;
   peerTimeoutMs?: number;
   /** How long a cut may last while an image is open, before the server counts as gone. */
@@ -66,6 +66,9 @@ export interface OpenImage {
 
 const firstRetryMs = 100;
 const longestRetryMs = 2000;
+const longestStateBytes = 64 * 2 ** 20;
+/** 1 Mbit/s: what is slower moves no guest. That a server is gone or takes nothing is the channel's to notice. */
+const slowestBytesPerMs = 125;
 
 interface ClientEvents {
   announcement: [Announcement];
@@ -146,9 +149,14 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
   protected askAbout<Type extends Answer['type']>(
     type: Type,
     message: Unnumbered<Request> & { image: string },
-    { binary = null, patient = true }: { binary?: Uint8Array | null; patient?: boolean } = {},
+    options: { binary?: Uint8Array | null; patient?: boolean; answerBytes?: number } = {},
   ): Promise<Received<Type>> {
-    return this.ask(type, () => message, { image: message.image, binary, patient });
+    return this.ask(type, () => message, { patient: true, ...options, image: message.image });
+  }
+
+  /** Of an execution state that comes with an answer. */
+  protected get maxStateBytes(): number {
+    return this.config.maxStateBytes ?? longestStateBytes;
   }
 
   /** Sends and waits for the answer; over a new connection, with `image` opened again, if this one breaks. */
@@ -160,22 +168,32 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
       binary = null,
       repeat = true,
       patient = image !== null,
-    }: { image?: string | null; binary?: Uint8Array | null; repeat?: boolean; patient?: boolean } = {},
+      answerBytes = 0,
+    }: {
+      image?: string | null;
+      binary?: Uint8Array | null;
+      repeat?: boolean;
+      patient?: boolean;
+      /** The most that its binary part may have. */
+      answerBytes?: number;
+    } = {},
   ): Promise<Received<Type>> {
+    const movedBytes = (binary?.length ?? 0) + answerBytes;
     let over = false;
     const attempt = async (): Promise<Received<Type>> => {
       for (let tries = repeat ? 2 : 1; ; tries--) {
         const link = patient ? await this.#connectedPatiently(() => over) : await this.connected();
         try {
           if (image !== null) await this.reopen(link, image);
-          return await this.#exchange(link, type, make(link), binary);
+          return await this.#exchange(link, type, make(link), binary, movedBytes);
         } catch (error) {
           if (tries <= 1 || over || this.#ended || !link.channel.reason) throw error;
         }
       }
     };
     try {
-      return await this.bounded(untilAborted(attempt(), this.#abort.signal), `no answer to '${type}'`);
+      const answered = untilAborted(attempt(), this.#abort.signal);
+      return await this.bounded(answered, `no answer to '${type}'`, movedBytes);
     } catch (error) {
       throw this.named(error);
     } finally {
@@ -188,6 +206,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
     type: Type,
     message: Unnumbered<Request>,
     binary: Uint8Array | null,
+    movedBytes = 0,
   ): Promise<Received<Type>> {
     const request = this.#nextRequest;
     this.#nextRequest = (request % (2 ** 31 - 1)) + 1;
@@ -195,7 +214,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
     link.pending.set(request, answer);
     try {
       link.channel.send({ ...message, request } as Request, binary).catch((error) => answer.reject(error));
-      const got = await this.bounded(answer.promise, `no answer to '${message.type}'`);
+      const got = await this.bounded(answer.promise, `no answer to '${message.type}'`, movedBytes);
       if (got.message.type === 'declined') {
         const { code, message: text, reason } = got.message;
         const told = fromPeer(code, text);
@@ -269,15 +288,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
   }
 
   async #dial(): Promise<Link> {
-    const {
-      host,
-      port,
-      secret,
-      plaintext,
-      connectTimeoutMs = 5000,
-      peerTimeoutMs,
-      maxStateBytes,
-    } = this.config;
+    const { host, port, secret, plaintext, connectTimeoutMs = 5000, peerTimeoutMs } = this.config;
     const session = await dial({
       host: this.#remoteAddress ?? host,
       port,
@@ -289,7 +300,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
     const link: Link = {
       channel: new ControlChannel(session, {
         incoming: stageAnswer,
-        maxBinaryBytes: maxStateBytes ?? 64 * 2 ** 20,
+        maxBinaryBytes: this.maxStateBytes,
         ...(peerTimeoutMs === undefined ? {} : { peerTimeoutMs }),
       }),
       sessionKey: session.sessionKey,
@@ -392,8 +403,9 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
     this.#closed.resolve(error);
   }
 
-  protected bounded<T>(promise: Promise<T>, what: string): Promise<T> {
-    const timeoutMs = this.config.requestTimeoutMs ?? 10_000;
+  protected bounded<T>(promise: Promise<T>, what: string, movedBytes = 0): Promise<T> {
+    const { requestTimeoutMs = 10_000 } = this.config;
+    const timeoutMs = requestTimeoutMs + Math.ceil(movedBytes / slowestBytesPerMs);
     return within(promise, timeoutMs, 'PEER_LOST', `${what} from ${this.name} within ${timeoutMs} ms`);
   }
 

@@ -1,5 +1,6 @@
 /** VMD servers and their clients over real loopback connections, pages being the native part's. */
 import { once } from 'node:events';
+import { connect, type Socket } from 'node:net';
 import { afterEach, describe, expect, it } from 'vitest';
 import { handshakeAsAcceptor } from '../../src/control/handshake.js';
 import { stageRoles } from '../../src/staging/image-secret.js';
@@ -321,7 +322,55 @@ describe('a VMD server', () => {
   });
 });
 
+/** To a server over a network of 2 MB a second. */
+async function slowly(server: FakeServer): Promise<{ host: string; port: number }> {
+  const near = owned(await Loopback.open());
+  const carry = async (from: Socket, to: Socket) => {
+    for await (const bytes of from) {
+      to.write(bytes);
+      await new Promise((resolve) => setTimeout(resolve, bytes.length / 2000));
+    }
+    to.end();
+  };
+  void (async () => {
+    for (;;) {
+      const socket = await near.accepted();
+      const far = connect(server.address);
+      for (const [from, to] of [
+        [socket, far],
+        [far, socket],
+      ] as const) {
+        from.on('error', () => to.destroy());
+        carry(from, to).catch(() => to.destroy());
+      }
+    }
+  })();
+  return { host: '127.0.0.1', port: near.port };
+}
+
 describe('a request', () => {
+  it('that moves an execution state has the time that its bytes need', async () => {
+    const server = await serve();
+    const state = Buffer.alloc(2 * 2 ** 20, 7);
+    const link = connection({ requestTimeoutMs: 400 });
+    const set = owned(await ImageSet.create([await slowly(server)], [], link, newImage({ kind: 'park' })));
+    (server.native.images.get(imageId) as { whole: boolean }).whole = true;
+    await set.putState(parkedGuest, state);
+    const answers: string[] = [];
+    const { send } = set.home.commitLink(imageId, {
+      onMessage: ({ type }) => answers.push(type),
+      onLost() {},
+    });
+    send({ type: 'prepare', epoch: 0 });
+    await until(() => answers.includes('ready'));
+    send({ type: 'grant', epoch: 0 });
+    await until(() => answers.includes('resumed'));
+    await set.close();
+    const opened = { image: imageId, secret: imageSecret, access: 'read' } as const;
+    const claimed = owned(await ImageSet.openParked(await slowly(server), link, opened));
+    expect(Buffer.compare((await claimed.claim()).state, state)).toBe(0);
+  });
+
   it('ends with its client, and with the caller who gives up', async () => {
     const server = await serve();
     const abort = new AbortController();
