@@ -60,6 +60,8 @@ export interface ArrivalConfig {
   images: ImageSet | null;
   /** Whose pages count as known here, where that was agreed on with the source. */
   known: { key: Uint8Array; share: string | null } | null;
+  /** So many bytes more are about to be taken; throws when they may not be. */
+  grows(bytes: number): void;
   /** The commit has an outcome: remember it. */
   decided(state: DestinationState): void;
   /** Nothing is left of the arrival here. */
@@ -161,11 +163,16 @@ export class Arrival extends EventEmitter {
         },
       },
     );
-    config.listener.add(this.#engine.receiver);
     this.#engine.complete.then(
       () => this.#everyPage.resolve(),
       () => {},
     );
+    try {
+      config.listener.add(this.#engine.receiver);
+    } catch (error) {
+      this.#engine.close(new MemferryError('CANCELLED', 'the listener does not take the arrival'));
+      throw error;
+    }
     this.#everyPage.promise.then(
       () => {
         this.#allHere = true;
@@ -540,6 +547,7 @@ export class Arrival extends EventEmitter {
     if (lengthBytes > region.lengthBytes) {
       if (!this.guest.grow)
         throw new MemferryError('LIMIT_EXCEEDED', 'this guest cannot grow at the destination');
+      this.config.grows(lengthBytes - region.lengthBytes);
       await this.guest.grow(index, lengthBytes);
       region.refresh();
     }

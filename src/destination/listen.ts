@@ -71,7 +71,7 @@ export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
   close(): Promise<void>;
 }
 
-/** Arrivals that nobody has taken from the iterator yet; further offers are declined. */
+/** Arrivals that nobody has taken from the iterator yet; where none of them may go, further offers are declined. */
 const maxUntaken = 64;
 /** An authenticated peer that says nothing. */
 const firstMessageMs = 5000;
@@ -223,6 +223,7 @@ class DestinationListener implements Listening {
     let replays = false;
     let parked: ParkedBase | null = null;
     let references: AgreedReferences | null = null;
+    let booked = false;
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
@@ -236,6 +237,7 @@ class DestinationListener implements Listening {
         ...(offer.lineage ? { lineage: unsealLineage(sessionKey, migration, offer.lineage) } : {}),
       };
       this.#accepting.set(offer.migrationId, bytes);
+      booked = true;
       images = await this.#openImages(offer, sessionKey);
       guest = await this.#makeGuest(offer, given);
       this.#closing.signal.throwIfAborted();
@@ -258,6 +260,7 @@ class DestinationListener implements Listening {
         options: this.options,
         images,
         known: references && { key: references.key, share: references.ofDomain ? this.domain.share : null },
+        grows: (more) => this.#admitGrowth(offer.migrationId, more),
         decided: (state) => this.#tombstones.record(offer.migrationId, state),
         ended: () => this.#arrivals.delete(offer.migrationId),
       });
@@ -266,7 +269,8 @@ class DestinationListener implements Listening {
       const filled = () => {
         if (replays) this.#replayBytes = 0;
         parked?.close();
-        entry.bytes = bytes;
+        // What the guest has grown by since stays.
+        if (parked) entry.bytes -= bytes;
       };
       arrival.baseFilled.then(filled, filled).catch((error) => {
         // So it counts for as long as the arrival does.
@@ -284,7 +288,8 @@ class DestinationListener implements Listening {
       await channel.close();
       return;
     } finally {
-      this.#accepting.delete(offer.migrationId);
+      // Of an offer that comes twice, the first one's stays.
+      if (booked) this.#accepting.delete(offer.migrationId);
     }
     const taker = this.#takers.shift();
     if (taker) taker(arrival);
@@ -301,16 +306,25 @@ class DestinationListener implements Listening {
 
   /** Gives the guest's size in bytes. Throws why the offer is declined, before anything is allocated for it. */
   #admit(offer: OfferMessage): number {
-    const { maxBytes, maxMigrations } = this.options;
+    const { maxMigrations } = this.options;
     this.#closing.signal.throwIfAborted();
     const id = offer.migrationId;
     if (this.#arrivals.has(id) || this.#accepting.has(id) || this.#tombstones.has(id)) {
       throw new MemferryError('PROTOCOL_ERROR', 'a migration with this id is known already');
     }
-    if (this.#arrivals.size + this.#accepting.size >= maxMigrations || this.#untaken.length >= maxUntaken) {
+    if (this.#arrivals.size + this.#accepting.size >= maxMigrations) {
       throw new MemferryError('LIMIT_EXCEEDED', `no more than ${maxMigrations} migrations at a time`, {
         facts: { limit: maxMigrations },
       });
+    }
+    if (!this.#mayWait()) {
+      throw new MemferryError(
+        'LIMIT_EXCEEDED',
+        `${maxUntaken} guests here wait to be taken by the listener`,
+        {
+          facts: { limit: maxUntaken },
+        },
+      );
     }
     const { pageSize } = loadAddon();
     let bytes = 0;
@@ -330,17 +344,37 @@ class DestinationListener implements Listening {
       }
       bytes += region.lengthBytes;
     }
-    const used = this.#usedBytes();
-    if (bytes + used > maxBytes) {
-      throw new MemferryError(
-        'NO_MEMORY',
-        `the guest has ${bytes} bytes; ${maxBytes - used} of ${maxBytes} are free`,
-        {
-          facts: { bytes, free: maxBytes - used, limit: maxBytes },
-        },
-      );
-    }
+    this.#mustFit(bytes, `the guest has ${bytes} bytes`);
     return bytes;
+  }
+
+  /** Counts what a guest on its way in grows by; throws when there is no room for it. */
+  #admitGrowth(id: string, bytes: number): void {
+    this.#mustFit(bytes, `the guest grows by ${bytes} bytes`);
+    const entry = this.#arrivals.get(id);
+    if (entry) entry.bytes += bytes;
+  }
+
+  #mustFit(bytes: number, what: string): void {
+    const { maxBytes } = this.options;
+    const free = maxBytes - this.#usedBytes();
+    if (bytes <= free) return;
+    throw new MemferryError('NO_MEMORY', `${what}; ${free} of ${maxBytes} are free`, {
+      facts: { bytes, free, limit: maxBytes },
+    });
+  }
+
+  /**
+   * Room for one more in the iterator's queue. An arrival that is over may go from it, but for a guest that was
+   * accepted by default: it is here, and nothing else leads to its memory.
+   */
+  #mayWait(): boolean {
+    if (this.#untaken.length < maxUntaken) return true;
+    const mayGo = ({ id, state }: ArrivalInProgress) =>
+      !this.#arrivals.has(id) && (this.options.accept !== undefined || state !== 'completed');
+    const at = this.#untaken.findIndex(mayGo);
+    if (at >= 0) this.#untaken.splice(at, 1);
+    return at >= 0;
   }
 
   #usedBytes(): number {
