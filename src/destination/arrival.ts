@@ -35,6 +35,9 @@ import { DestinationEngine } from './engine.js';
 /** Pages named in one report of a loss; the rest is counted only. */
 const maxLostRuns = 4096;
 
+/** How long an arrival that has everything waits, when it is closed, for the source to say that it knows. */
+const farewellMs = 2000;
+
 /** The control connection, as far as an arrival cares. */
 export interface ArrivalLink {
   /** Tells one connection from another. */
@@ -80,6 +83,8 @@ export class Arrival extends EventEmitter {
   /** Nothing here holds the regions any more. */
   readonly #over = deferred<void>();
   readonly #everyPage = deferred<void>();
+  /** The source has its account, or asks for none any more. */
+  readonly #accounted = deferred<void>();
   readonly #engine: DestinationEngine;
   readonly #timers: NamedTimers<'grant' | 'linger'>;
   readonly #prepareAbort = new AbortController();
@@ -111,6 +116,7 @@ export class Arrival extends EventEmitter {
   #dissolving: Promise<void> | null = null;
   #allHere = false;
   #closed = false;
+  #ending: Promise<void> | null = null;
 
   constructor(private readonly config: ArrivalConfig) {
     super();
@@ -228,6 +234,7 @@ export class Arrival extends EventEmitter {
   detached(channel: object): void {
     if (this.#link?.channel !== channel) return;
     this.#link = null;
+    if (this.#closed) this.#accounted.resolve();
     this.#dispatch({ type: 'connection-lost' });
     if (this.#resting) this.#alone();
   }
@@ -264,9 +271,13 @@ export class Arrival extends EventEmitter {
         }
         break;
       case 'evicted':
-        this.#summarise(message.digests).catch((error) => this.#fail(error));
+        this.#summarise(message.digests).then(
+          () => this.#accounted.resolve(),
+          (error) => this.#fail(error),
+        );
         break;
       case 'goodbye':
+        this.#accounted.resolve();
         if (this.#commit.phase === 'resumed') void this.#end();
         break;
       default:
@@ -614,10 +625,20 @@ export class Arrival extends EventEmitter {
     await this.#end();
   }
 
-  async #end(): Promise<void> {
-    if (this.#closed) return;
+  #end(): Promise<void> {
+    this.#ending ??= this.#close();
+    return this.#ending;
+  }
+
+  async #close(): Promise<void> {
     this.#closed = true;
     this.#timers.stopAll();
+    if (this.#commit.phase === 'resumed' && this.#allHere && this.#link) {
+      // One that finds nobody to take its last word ends a migration that went well with an error.
+      await within(this.#accounted.promise, farewellMs, 'PEER_LOST', 'the source says nothing').catch(
+        () => {},
+      );
+    }
     if (this.#commit.phase === 'resumed' && this.#everyPage.settled) this.#finish();
     if (this.#commit.phase !== 'abandoned') {
       this.config.listener.remove(this.#migration);

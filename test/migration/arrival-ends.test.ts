@@ -1,50 +1,58 @@
-/** An arrival whose source never says goodbye comes to an end, however it came to be alone: nothing is held of it. */
+/**
+ * An arrival whose source never says goodbye comes to an end, however it came to be alone: nothing is held of it. One that
+ * is closed with its source still there lets that end well.
+ */
 import { afterEach, describe, expect, test } from 'vitest';
 import { arrivalOver } from '../../lib/arrivals.js';
-import { type Arrival, listen, migrate, Region, stage } from '../../lib/index.js';
+import { type Arrival, type Listening, listen, migrate, Region, stage } from '../../lib/index.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const secret = 'a secret that only this test knows';
 const lengthBytes = 4 * 2 ** 20;
 const recoverTimeoutMs = 1000;
 
-describe('a source that is cut off for good', () => {
-  const open: (() => unknown)[] = [];
-  afterEach(async () => {
-    for (const close of open.splice(0).reverse()) await close();
-    await closeProxies();
+const open: (() => unknown)[] = [];
+afterEach(async () => {
+  for (const close of open.splice(0).reverse()) await close();
+  await closeProxies();
+});
+
+async function start(
+  options: { mode: 'post-copy' | 'scatter'; verify: boolean; bandwidth?: number; gatherLimit?: number },
+  via: string[] = [],
+): Promise<{
+  arrival: Arrival;
+  proxy: TcpProxy;
+  migration: ReturnType<typeof migrate>;
+  listening: Listening;
+}> {
+  const { mode, verify, bandwidth = 0, gatherLimit = 0 } = options;
+  const listening = await listen({ port: 0, secret, recoverTimeoutMs, bandwidth, gatherLimit });
+  open.push(() => listening.close());
+  const proxy = await TcpProxy.start(listening.port);
+  const region = Region.allocate({ lengthBytes });
+  for (const view of region.views) view.fill(7);
+  const guest = {
+    name: 'still',
+    module: null,
+    regions: [{ name: 'memory', region }],
+    pause: async () => Buffer.from('state'),
+    unpause: () => {},
+  };
+  const to = `127.0.0.1:${proxy.port}`;
+  const migration = migrate(guest, {
+    ...{ to, mode, verify, secret, recoverTimeoutMs, inDoubtTimeoutMs: 2000 },
+    ...(via.length > 0 ? { via } : {}),
   });
+  migration.done.catch(() => {});
+  migration.evicted.catch(() => {});
+  open.push(() => migration[Symbol.asyncDispose]());
+  const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+  arrival.complete.catch(() => {});
+  return { arrival, proxy, migration, listening };
+}
 
-  async function start(
-    options: { mode: 'post-copy' | 'scatter'; verify: boolean; bandwidth?: number; gatherLimit?: number },
-    via: string[] = [],
-  ): Promise<{ arrival: Arrival; proxy: TcpProxy; migration: ReturnType<typeof migrate> }> {
-    const { mode, verify, bandwidth = 0, gatherLimit = 0 } = options;
-    const listening = await listen({ port: 0, secret, recoverTimeoutMs, bandwidth, gatherLimit });
-    open.push(() => listening.close());
-    const proxy = await TcpProxy.start(listening.port);
-    const region = Region.allocate({ lengthBytes });
-    for (const view of region.views) view.fill(7);
-    const guest = {
-      name: 'still',
-      module: null,
-      regions: [{ name: 'memory', region }],
-      pause: async () => Buffer.from('state'),
-      unpause: () => {},
-    };
-    const to = `127.0.0.1:${proxy.port}`;
-    const migration = migrate(guest, {
-      ...{ to, mode, verify, secret, recoverTimeoutMs, inDoubtTimeoutMs: 2000 },
-      ...(via.length > 0 ? { via } : {}),
-    });
-    migration.done.catch(() => {});
-    migration.evicted.catch(() => {});
-    open.push(() => migration[Symbol.asyncDispose]());
-    const { value: arrival } = await listening[Symbol.asyncIterator]().next();
-    arrival.complete.catch(() => {});
-    return { arrival, proxy, migration };
-  }
-
+describe('a source that is cut off for good', () => {
   const over = (arrival: Arrival) =>
     Promise.race([
       arrivalOver(arrival.regions[0] as Region).then(() => 'over'),
@@ -71,5 +79,34 @@ describe('a source that is cut off for good', () => {
     proxy.cut();
     expect(await arrival.complete).toMatchObject({ verified: verify ? true : null, notRunning: null });
     expect(await over(arrival)).toBe('over');
+  });
+});
+
+describe('a listener that is closed as soon as every page is here', () => {
+  /** Slow enough to be stopped at a point that is named when it has begun. */
+  const bandwidth = 20e6;
+  const lastWord = { on: 'control', direction: 'up', name: 'evicted' } as const;
+
+  test.each([true, false])('still takes the last word of the source (verify: %s)', async (verify) => {
+    const { arrival, proxy, migration, listening } = await start({ mode: 'post-copy', verify, bandwidth });
+    const evicted = proxy.at(lastWord, 'hold');
+    await evicted.reached;
+    if (!verify) await arrival.complete;
+    const closed = listening.close();
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    evicted.release();
+    await closed;
+    expect(await migration.done).toMatchObject({ state: 'completed' });
+    expect(await arrival.complete).toMatchObject({ verified: verify ? true : null });
+  });
+
+  test('does not wait for a silent one for long', async () => {
+    const { arrival, proxy, listening } = await start({ mode: 'post-copy', verify: false, bandwidth });
+    const evicted = proxy.at(lastWord, 'hold');
+    await evicted.reached;
+    await arrival.complete;
+    const started = performance.now();
+    await listening.close();
+    expect(performance.now() - started).toBeLessThan(6000);
   });
 });
