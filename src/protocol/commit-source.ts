@@ -16,8 +16,17 @@ export type SourceState =
   | { readonly phase: 'transferring' }
   /** PREPARE was sent. */
   | { readonly phase: 'preparing' }
-  /** GRANT was or is about to be sent, unanswered. `epoch` is the newest connection's, `redials` how many were tried. */
-  | { readonly phase: 'granted'; readonly epoch: number; readonly redials: number; readonly link: Link }
+  /**
+   * GRANT was or is about to be sent, unanswered. `epoch` is the newest connection's, `redials` how many were tried,
+   * `waits` how often `retry` is started again before the next redial.
+   */
+  | {
+      readonly phase: 'granted';
+      readonly epoch: number;
+      readonly redials: number;
+      readonly waits: number;
+      readonly link: Link;
+    }
   /** The bound has passed without an answer. Settled, every page kept; the caller can still resolve it. */
   | { readonly phase: 'in-doubt'; readonly epoch: number }
   /** A destination that knows nothing of the migration: it was restarted, with or without having run the guest. */
@@ -36,7 +45,7 @@ export type SourceTimer =
   | 'pause'
   /** From PREPARE to READY. */
   | 'ready'
-  /** How long to wait for an answer, or after a failed redial, before the next redial. */
+  /** How long to wait for an answer (see `ask`), or after a failed redial, before the next redial. */
   | 'retry'
   /** From GRANT until the source says MIGRATION_IN_DOUBT. */
   | 'doubt';
@@ -100,6 +109,9 @@ export function isCommitted(state: SourceState): boolean {
       return false;
   }
 }
+
+/** A wait for an answer is at most this many times `retry`. */
+const longestWait = 16;
 
 const fenced: Cause = {
   code: 'PEER_LOST',
@@ -171,7 +183,7 @@ function stepBeforeGrant(state: BeforeGrant, event: SourceEvent): SourceStep {
         case 'ready':
           if (state.phase !== 'preparing' || event.message.epoch !== 0) return stay(state);
           return go(
-            { phase: 'granted', epoch: 0, redials: 0, link: 'up' },
+            { phase: 'granted', epoch: 0, redials: 0, waits: 0, link: 'up' },
             { type: 'stop-timer', timer: 'ready' },
             // The bound first: were anything to fail between the two, an unanswered GRANT would still end.
             { type: 'start-timer', timer: 'doubt' },
@@ -211,11 +223,7 @@ function stepGranted(state: Granted, event: SourceEvent): SourceStep {
           // The answer to QUERY: GRANT never arrived. An old READY was answered by a GRANT already.
           if (event.message.epoch !== state.epoch || state.epoch === 0 || state.link !== 'up')
             return stay(state);
-          return go(
-            state,
-            { type: 'start-timer', timer: 'retry' },
-            { type: 'send', message: { type: 'grant', epoch: state.epoch } },
-          );
+          return ask(state, 'grant');
         case 'unknown-migration':
           if (event.message.epoch !== state.epoch) return stay(state);
           return go(
@@ -240,19 +248,15 @@ function stepGranted(state: Granted, event: SourceEvent): SourceStep {
       // closes cannot make the source spin.
       return state.redials === 0
         ? redial(state)
-        : go({ ...state, link: 'down' }, { type: 'start-timer', timer: 'retry' });
+        : go({ ...state, waits: 0, link: 'down' }, { type: 'start-timer', timer: 'retry' });
     case 'redialled':
       if (state.link !== 'dialling' || event.epoch !== state.epoch) return stay(state);
-      return go(
-        { ...state, link: 'up' },
-        { type: 'start-timer', timer: 'retry' },
-        { type: 'send', message: { type: 'query', epoch: state.epoch } },
-      );
+      return ask({ ...state, link: 'up' }, 'query');
     case 'redial-failed':
       if (state.link !== 'dialling' || event.epoch !== state.epoch) return stay(state);
       return go({ ...state, link: 'down' }, { type: 'start-timer', timer: 'retry' });
     case 'timer':
-      if (event.timer === 'retry') return state.link === 'dialling' ? stay(state) : redial(state);
+      if (event.timer === 'retry') return state.link === 'dialling' ? stay(state) : retry(state);
       if (event.timer === 'doubt') return doubt(state);
       return stay(state);
     case 'fence':
@@ -278,7 +282,7 @@ function stepUnresolved(state: Unresolved, event: SourceEvent): SourceStep {
       return takeBack(fenced);
     case 'ask-again': {
       if (state.phase === 'lost') return stay(state);
-      const again = redial({ phase: 'granted', epoch: state.epoch, redials: 0, link: 'down' });
+      const again = redial({ phase: 'granted', epoch: state.epoch, redials: 0, waits: 0, link: 'down' });
       return { state: again.state, actions: [{ type: 'start-timer', timer: 'doubt' }, ...again.actions] };
     }
     case 'release':
@@ -347,10 +351,27 @@ function doubt(state: Granted): SourceStep {
   );
 }
 
+/**
+ * Twice as long after each redial: a network whose round trip is longer than the wait would have every connection
+ * dropped before its answer is there. One that is known to be down is dialled without waiting longer.
+ */
+function ask(state: Granted, type: 'grant' | 'query'): SourceStep {
+  return go(
+    { ...state, waits: Math.min(2 ** state.redials, longestWait) - 1 },
+    { type: 'start-timer', timer: 'retry' },
+    { type: 'send', message: { type, epoch: state.epoch } },
+  );
+}
+
+function retry(state: Granted): SourceStep {
+  if (state.waits === 0) return redial(state);
+  return go({ ...state, waits: state.waits - 1 }, { type: 'start-timer', timer: 'retry' });
+}
+
 function redial(state: Granted): SourceStep {
   const epoch = state.epoch + 1;
   return go(
-    { phase: 'granted', epoch, redials: state.redials + 1, link: 'dialling' },
+    { phase: 'granted', epoch, redials: state.redials + 1, waits: 0, link: 'dialling' },
     { type: 'stop-timer', timer: 'retry' },
     { type: 'redial', epoch },
   );

@@ -131,6 +131,36 @@ describe('source', () => {
     expect(again.actions.map(text)).toEqual(['start-timer doubt', 'stop-timer retry', 'redial 3']);
   });
 
+  it('waits twice as long for each answer, so that one from far away comes in time', () => {
+    let { state } = source(...toReady);
+    const waits: number[] = [];
+    for (let epoch = 1; epoch <= 7; epoch++) {
+      let ends = 0;
+      while (state.phase === 'granted' && state.link === 'up') {
+        const { state: next, actions } = stepSource(state, { type: 'timer', timer: 'retry' });
+        state = next;
+        ends++;
+        expect(actions.map(text)).toEqual(
+          next.phase === 'granted' && next.link === 'up'
+            ? ['start-timer retry']
+            : ['stop-timer retry', `redial ${epoch}`],
+        );
+      }
+      waits.push(ends);
+      state = stepSource(state, { type: 'redialled', epoch }).state;
+    }
+    expect(waits).toEqual([1, 2, 4, 8, 16, 16, 16]);
+    // GRANT, when QUERY was answered, has as much time.
+    const granting = stepSource(state, { type: 'message', message: { type: 'ready', epoch: 7 } });
+    expect(granting.state).toMatchObject({ waits: 15 });
+    // A destination that cannot be reached is dialled as often as before.
+    const { state: down } = stepSource(granting.state, { type: 'connection-lost' });
+    const again = stepSource(down, { type: 'timer', timer: 'retry' });
+    expect(again.actions.map(text)).toEqual(['stop-timer retry', 'redial 8']);
+    const { state: failed } = stepSource(again.state, { type: 'redial-failed', epoch: 8 });
+    expect(stepSource(failed, { type: 'timer', timer: 'retry' }).actions.map(text)).toContain('redial 9');
+  });
+
   it('runs the guest when the destination refuses after GRANT, not when it knows nothing', () => {
     const refused = source(...toReady, {
       type: 'message',
