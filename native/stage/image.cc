@@ -107,9 +107,10 @@ bool Image::set(Entry& entry, const Entry& to, Slab::Slot& freed) {
 }
 
 template <typename Change>
-void Image::change(std::uint32_t region, PageRun run, const Change& to_of) {
+void Image::change(std::uint32_t region, PageRun run, bool all, const Change& to_of) {
   std::array<Slab::Slot, kEntriesAtOnce> freed;
   for (std::uint64_t at = 0; at < run.count;) {
+    if (!all && given_up_.load(std::memory_order_relaxed)) return;
     const std::uint64_t until = std::min(run.count, at + kEntriesAtOnce);
     std::size_t freed_count = 0;
     {
@@ -127,7 +128,7 @@ void Image::change(std::uint32_t region, PageRun run, const Change& to_of) {
 void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
                   std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared) {
   std::vector<Slab::Slot> twice;
-  change(region, run, [&](std::uint64_t at, const Entry& before) {
+  change(region, run, true, [&](std::uint64_t at, const Entry& before) {
     Entry to = Entry::of(holders);
     to.shared = shared ? 1 : 0;
     to.slot = slots[static_cast<std::size_t>(at)] + 1;
@@ -140,7 +141,7 @@ void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot>
 }
 
 void Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders) {
-  change(region, run, [&](std::uint64_t, const Entry&) {
+  change(region, run, false, [&](std::uint64_t, const Entry&) {
     Entry to = Entry::of(holders);
     to.slot = Entry::kZeroSlot;
     return to;
@@ -148,13 +149,13 @@ void Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders
 }
 
 void Image::forget(std::uint32_t region, PageRun run) {
-  change(region, run, [](std::uint64_t, const Entry&) { return Entry{}; });
+  change(region, run, true, [](std::uint64_t, const Entry&) { return Entry{}; });
 }
 
 void Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
                       std::span<const std::uint64_t> hashes) {
   const bool ours = holders.has(ordinal_);
-  change(region, run, [&](std::uint64_t at, const Entry& before) {
+  change(region, run, false, [&](std::uint64_t at, const Entry& before) {
     Entry to = Entry::of(holders);
     to.final = final ? 1 : 0;
     if (zero) {

@@ -118,6 +118,8 @@ class Image {
   std::atomic<std::uint64_t> bytes_in{0};
   std::atomic<std::uint64_t> bytes_out{0};
 
+  // It is about to be dropped: a run of zeros or of the map that is being taken in is left as far as it has come.
+  void give_up() { given_up_.store(true, std::memory_order_relaxed); }
   // Gives all memory back to the system, index included. Nobody may use the image any more but for stats().
   void drop();
 
@@ -140,9 +142,9 @@ class Image {
   // Changes the entry and the counts. True when `freed` is a slot that the image has let go of.
   bool set(Entry& entry, const Entry& to, Slab::Slot& freed);
 
-  // to_of(position in the run, entry) gives what each becomes.
+  // to_of(position in the run, entry) gives what each becomes. `all`: even if the image was given up.
   template <typename Change>
-  void change(std::uint32_t region, PageRun run, const Change& to_of);
+  void change(std::uint32_t region, PageRun run, bool all, const Change& to_of);
 
   const ImageId id_;
   const std::uint8_t ordinal_;
@@ -150,6 +152,7 @@ class Image {
   const std::shared_ptr<ContentDomain> domain_;
   const std::uint64_t entries_a_slot_;
   std::atomic<bool> sealed_{false};
+  std::atomic<bool> given_up_{false};
 
   const std::vector<std::uint64_t> region_pages_;
 

@@ -186,6 +186,9 @@ void Stage::Impl::close() {
   for (const auto& [id, each] : gone) {
     connections.insert(connections.end(), each.connections.begin(), each.connections.end());
   }
+  for (const auto& [id, each] : gone) {
+    if (each.image) each.image->give_up();
+  }
   end_all(connections);
   for (const auto& [id, each] : gone) {
     if (each.image) each.image->drop();
@@ -318,6 +321,7 @@ bool Stage::drop(const ImageId& image) {
     if (gone.empty()) gone = impl_->members.extract(image);
   }
   if (gone.empty()) return false;
+  if (gone.mapped().image) gone.mapped().image->give_up();
   end_all(gone.mapped().connections);
   if (gone.mapped().image) gone.mapped().image->drop();
   return true;

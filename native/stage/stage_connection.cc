@@ -120,6 +120,8 @@ bool StageConnection::read_scattered(std::span<iovec> into) { return stream_->re
 bool StageConnection::read_header(wire::FrameHeader& header) {
   if (!read(std::as_writable_bytes(std::span(&header, 1)))) return false;
   count_in(sizeof header);
+  // What a socket holds can be read after its shutdown too.
+  if (thread_.stopping()) return false;
   return wire::malformed(header, page_size_) == nullptr;
 }
 

@@ -348,5 +348,23 @@ TEST_F(HostileStage, NoiseOfAnyKind) {
   each(StageRole::kScatter, {});
 }
 
+// What its socket holds is minutes of work: whoever drops the image waits for none of it.
+TEST(StageQueue, DroppingDoesNotWaitForWhatIsQueued) {
+  constexpr std::uint64_t kMany = 4ULL << 20;
+  const StageBench bench(256ULL << 20);
+  const ImageId id = image_id(1);
+  bench.make(id, {kMany});
+  const auto source = bench.scatter(id);
+  FrameHeader zeros = header_of(FrameType::kZero, 0, 0, kMany, kHere.tag());
+  wire::seal(zeros);
+  const std::vector<FrameHeader> frames(2000, zeros);
+  ASSERT_TRUE(source->wire().raw(frames.data(), frames.size() * sizeof zeros));
+  while (bench.stage->image(id)->pages_zero < kMany)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const auto began = std::chrono::steady_clock::now();
+  EXPECT_TRUE(bench.stage->drop(id));
+  EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(5));
+}
+
 }  // namespace
 }  // namespace memferry::test
