@@ -22,6 +22,10 @@ constexpr std::chrono::milliseconds kShortestDial{100};
 constexpr std::chrono::milliseconds kLook{100};
 constexpr int kDemandThreadNice = -20;
 
+GatherLink::Clock::duration time_for(std::uint64_t bytes) {
+  return std::chrono::microseconds(bytes * 1000000 / GatherLink::kLeastBytesASecond);
+}
+
 }  // namespace
 
 GatherLink::GatherLink(Gather& gather, Gather::Server& server, wire::StageRole role)
@@ -140,9 +144,8 @@ void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& str
     why = std::move(dialled.why);
     for_good = dialled.for_good;
     if (stream) {
-      // In the middle of a frame nobody looks at the clock. Half, since what came before the silence starts it anew.
-      constexpr std::chrono::milliseconds kSilence = kAnswerPatience / 2;
-      constexpr timeval kPatience{kSilence.count() / 1000, kSilence.count() % 1000 * 1000};
+      // In the middle of a frame.
+      constexpr timeval kPatience{kAnswerPatience.count() / 1000, kAnswerPatience.count() % 1000 * 1000};
       ::setsockopt(stream->fd(), SOL_SOCKET, SO_RCVTIMEO, &kPatience, sizeof kPatience);
       {
         const std::lock_guard lock(mutex_);
@@ -154,6 +157,7 @@ void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& str
         gather_.link_up(server_, role_);
         const auto began = Clock::now();
         why = serve(self, *stream);
+        for_good = for_good_;
         // One that breaks at once, again and again, is no sign of life, and each takes a token.
         if (Clock::now() - began > kAnswerPatience) backoff = kFirstBackoff;
       }
@@ -236,6 +240,9 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
       map_wanted_ = false;
       map_under_way_ = true;
       map_asked_ = Clock::now();
+      map_due_ = map_asked_ + kMapPatience;
+      map_pages_left_ = 0;
+      for (const ArrivalMap* map : gather_.maps_) map_pages_left_ += kMostTold * map->pages();
       silent_since_ = map_asked_;
       wire::FrameHeader header = wire::make_header(wire::FrameType::kMapRequest);
       wire::seal(header);
@@ -325,8 +332,8 @@ bool GatherLink::next_run(std::uint64_t max_pages, std::uint32_t& region, PageRu
 
 std::string GatherLink::read_frame(wire::Stream& stream) {
   wire::FrameHeader header{};
-  const wire::IoResult result = stream.recv_exact(std::as_writable_bytes(std::span(&header, 1)));
-  if (!result.done()) return result.describe();
+  frame_due_ = Clock::now() + kAnswerPatience;
+  if (std::string cut = read(stream, std::as_writable_bytes(std::span(&header, 1))); !cut.empty()) return cut;
   if (const char* wrong = wire::malformed(header, gather_.config_.page_size)) return wrong;
   server_.bytes.fetch_add(sizeof header + header.payload_bytes, std::memory_order_relaxed);
   switch (static_cast<wire::FrameType>(header.type)) {
@@ -341,6 +348,20 @@ std::string GatherLink::read_frame(wire::Stream& stream) {
     default:
       return "a frame that a server does not send here";
   }
+}
+
+// A byte now and then is no sign of life.
+std::string GatherLink::read(wire::Stream& stream, std::span<std::byte> into) {
+  frame_due_ += time_for(into.size());
+  for (std::size_t at = 0; at < into.size();) {
+    if (Clock::now() >= frame_due_) return "no answer in time: the rest of a frame";
+    std::size_t got = 0;
+    wire::IoResult result = stream.recv_some(into.subspan(at), got);
+    if (at > 0 && result.kind == wire::IoResult::Kind::kEnd) result = {wire::IoResult::Kind::kCut, 0};
+    if (!result.done()) return result.describe();
+    at += got;
+  }
+  return {};
 }
 
 // Answers come in the order of the reads, and those of a read in the order of its pages.
@@ -361,8 +382,7 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
                      read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered + run.count));
   }
   payload_.resize(header.payload_bytes);
-  const wire::IoResult result = stream.recv_exact(payload_);
-  if (!result.done()) return result.describe();
+  if (std::string cut = read(stream, payload_); !cut.empty()) return cut;
   const auto type = static_cast<wire::FrameType>(header.type);
   if (type == wire::FrameType::kPages) {
     if (std::string wrong = on_pages(header); !wrong.empty()) return wrong;
@@ -427,11 +447,22 @@ void GatherLink::yield_to_source(wire::Stream& stream, Clock::duration took) {
   gather_.yield_until_.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
 }
 
+// While a map is under way the server is asked for nothing, and no page is given up for lost.
+std::string GatherLink::bound_map(const wire::FrameHeader& header) {
+  map_due_ += time_for(sizeof header + header.payload_bytes);
+  if (Clock::now() >= map_due_) return "no answer in time: the rest of a map";
+  if (header.page_count > map_pages_left_) {
+    for_good_ = true;
+    return "server " + server_.address->name + ": a map of more pages than the image has";
+  }
+  map_pages_left_ -= header.page_count;
+  return {};
+}
+
 std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& header) {
   std::vector<std::uint64_t> hashes(header.payload_bytes / sizeof(std::uint64_t));
   const auto payload = std::as_writable_bytes(std::span(hashes));
-  const wire::IoResult result = stream.recv_exact(payload);
-  if (!result.done()) return result.describe();
+  if (std::string cut = read(stream, payload); !cut.empty()) return cut;
   if (wire::payload_checksum(header, payload) != header.checksum) return "a wrong checksum";
   if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapEnd)) {
     map_under_way_ = false;
@@ -442,6 +473,7 @@ std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& he
       !wire::run_inside(header.first_page, header.page_count, gather_.maps_[header.region]->pages())) {
     return "a map of pages that are not there";
   }
+  if (std::string wrong = bound_map(header); !wrong.empty()) return wrong;
   const PageRun run{PageNumber{header.first_page}, header.page_count};
   // A parked guest stood still from its first page on.
   if ((header.flags & wire::kFlagFinal) == 0 && !gather_.config_.sourceless) return {};

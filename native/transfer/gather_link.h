@@ -27,6 +27,11 @@ class GatherLink {
   using Clock = std::chrono::steady_clock;
   // A server that answers nothing for so long is down.
   static constexpr std::chrono::milliseconds kAnswerPatience{2000};
+  // A frame that has begun comes no more slowly than this; nor does a map as a whole, beyond kMapPatience.
+  static constexpr std::uint64_t kLeastBytesASecond = 64ULL << 10;
+  static constexpr std::chrono::milliseconds kMapPatience{30000};
+  // Of a map, for each page of the image: it tells of each once.
+  static constexpr std::uint64_t kMostTold = 2;
   // Filled again when half of it has been answered: a read may be short where zeros lie between, and each costs a call.
   static constexpr std::uint64_t kWindowBytes = 1ULL << 20;
   // While somebody waits for a page here and there: so much at a time, and one read over all servers. Who walks forward
@@ -78,9 +83,12 @@ class GatherLink {
   void choose_ahead();
   wire::FrameHeader note_read(std::uint32_t region, PageRun run);
   std::string read_frame(wire::Stream& stream);
+  // Waits until frame_due_, to which it adds the time for so many bytes.
+  std::string read(wire::Stream& stream, std::span<std::byte> into);
   std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
   std::string on_pages(const wire::FrameHeader& header);
   std::string on_map(wire::Stream& stream, const wire::FrameHeader& header);
+  std::string bound_map(const wire::FrameHeader& header);
   bool next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run);
   [[nodiscard]] std::chrono::milliseconds dial_timeout() const;
   [[nodiscard]] std::chrono::milliseconds longest_backoff() const;
@@ -107,6 +115,10 @@ class GatherLink {
   Clock::time_point limited_until_{};  // nothing is read ahead until then: gatherLimit
   bool map_under_way_ = false;
   Clock::time_point map_asked_{};
+  Clock::time_point map_due_{};       // what was told so far gives it more time
+  std::uint64_t map_pages_left_ = 0;  // that it may still tell of
+  Clock::time_point frame_due_{};
+  bool for_good_ = false;  // why the connection ended is no reason to try again
   Clock::time_point silent_since_;
 
   mutable std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole

@@ -1,0 +1,123 @@
+// A VMD server that answers a map request with what keeps the destination waiting: it is found out, and what it should
+// have had is lost rather than waited for.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include "scatter_rig.h"
+#include "transfer/receiver.h"
+#include "wire/socket.h"
+
+namespace memferry::test {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr std::uint64_t kPages = 64;
+
+class HostileServer {
+ public:
+  // What it does on a connection that asked for the map; returns when that has ended.
+  using Answer = std::function<void(Wire& wire)>;
+
+  explicit HostileServer(Answer answer)
+      : answer_(std::move(answer)),
+        listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
+        acceptor_([this] { accept(); }) {}
+  ~HostileServer() {
+    stopping_ = true;
+    acceptor_.join();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  HostileServer(const HostileServer&) = delete;
+  HostileServer& operator=(const HostileServer&) = delete;
+  [[nodiscard]] std::uint16_t port() const { return wire::SocketAddress::local(listening_.get()).port(); }
+
+ private:
+  void accept() {
+    while (!stopping_) {
+      UniqueFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (fd) {
+        threads_.emplace_back([this, wire = std::make_shared<Wire>(std::move(fd))] { serve(*wire); });
+      } else {
+        std::this_thread::sleep_for(1ms);
+      }
+    }
+  }
+  void serve(Wire& wire) const {
+    wire::Hello hello{};
+    const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
+    if (!wire.read(&hello, sizeof hello) || !wire.raw(&reply, sizeof reply)) return;
+    wire::FrameHeader header{};
+    while (wire.read(&header, sizeof header)) {
+      if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapRequest)) return answer_(wire);
+    }
+  }
+
+  const Answer answer_;
+  const UniqueFd listening_;
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;
+  std::thread acceptor_;
+};
+
+std::shared_ptr<Receiver> gather_from(const HostileServer& server, EventBox& events) {
+  ReceiverConfig config;
+  config.regions = {Region::allocate(kPages * system_page_size())};
+  config.migration = own_image_id(0x43);
+  config.channels = 1;
+  config.tokens = direct_tokens(1);
+  config.may_page = true;
+  config.recover_timeout = 60s;
+  config.loss_grace = 50ms;
+  config.servers =
+      server_addresses(config.migration, kDestinationSession, std::vector<std::uint16_t>{server.port()});
+  config.sourceless = true;
+  config.on_event = events.callback();
+  return Receiver::create(std::move(config));
+}
+
+TEST(GatherHostile, AMapThatNeverEndsIsFoundOut) {
+  const HostileServer server([](Wire& wire) {
+    const std::uint64_t hash = 7;
+    const wire::Holders holders{0, wire::Holders::kNobody};
+    while (wire.frame(wire::FrameType::kMap, 0, {PageNumber{3}, 1}, holders.tag(),
+                      std::as_bytes(std::span(&hash, 1)))) {
+      std::this_thread::sleep_for(1ms);
+    }
+  });
+  EventBox events;
+  const auto receiver = gather_from(server, events);
+  const auto end =
+      events.take({EngineEventKind::kLost, EngineEventKind::kFailed}, EventBox::Clock::now() + 10s);
+  EXPECT_TRUE(end) << "nothing is lost as long as the map lasts";
+  EXPECT_NE(receiver->stats().servers.at(0).failed.find("more pages than the image has"), std::string::npos);
+  receiver->close();
+}
+
+TEST(GatherHostile, AByteNowAndThenIsNoAnswer) {
+  std::atomic<unsigned> ended{0};
+  const HostileServer server([&ended](Wire& wire) {
+    wire::FrameHeader header = wire::make_header(wire::FrameType::kMapEnd);
+    wire::seal(header);
+    for (std::size_t at = 0; at < sizeof header; ++at) {
+      if (!wire.raw(reinterpret_cast<const char*>(&header) + at, 1)) {
+        ++ended;
+        return;
+      }
+      std::this_thread::sleep_for(500ms);
+    }
+  });
+  EventBox events;
+  const auto receiver = gather_from(server, events);
+  const auto limit = EventBox::Clock::now() + 10s;
+  while (ended == 0 && EventBox::Clock::now() < limit) std::this_thread::sleep_for(10ms);
+  EXPECT_GT(ended, 0U);
+  receiver->close();
+}
+
+}  // namespace
+}  // namespace memferry::test
