@@ -12,6 +12,7 @@ void Lane::sent(std::span<const RegionRun> runs, std::uint64_t bytes, wire::Hold
     open_.references = references;
   }
   for (const RegionRun& each : runs) {
+    open_.pages += each.run.count;
     // Not with one that was taken back: what is added to that would never be.
     const bool joins = open_.runs.size() > open_.returned_runs && open_.runs.back().region == each.region &&
                        open_.runs.back().run.end() == each.run.first;
@@ -65,14 +66,22 @@ bool Lane::refused(std::uint32_t region, PageRun run, bool no_room) {
   };
   // Sent twice on this lane it may be either copy: neither counts.
   bool found = false;
+  bool too_many = false;
   const auto note = [&](Batch& batch) {
-    if (!has(batch) || batch.torn.size() + batch.no_room.size() >= kMostRefusals) return;
+    if (!has(batch)) return;
+    // Its run is one of the batch's, so this does not overflow.
+    batch.pages_refused += run.count;
+    if (batch.torn.size() + batch.no_room.size() >= kMostRefusals ||
+        batch.pages_refused > kMostRefusalsAPage * batch.pages) {
+      too_many = true;
+      return;
+    }
     (no_room ? batch.no_room : batch.torn).push_back({region, run});
     found = true;
   };
   for (Batch& batch : batches_) note(batch);
   note(open_);  // its barrier has not been sent yet
-  return found;
+  return found && !too_many;
 }
 
 std::vector<RegionRun> Lane::take_back(bool for_good) {

@@ -39,6 +39,8 @@ class Lane {
 
   // Of one batch. A frame is refused once by its server and once by the replica's, a reference page by page.
   static constexpr std::size_t kMostRefusals = 2048;
+  // And each page by either of them: more of the same would only be work.
+  static constexpr std::uint64_t kMostRefusalsAPage = 2;
   // After so many frames a barrier: compressed, many fit into kBatchBytes.
   static constexpr std::size_t kBatchFrames = kMostRefusals / 4;
   // Not acknowledged, at most, where each is small: the window does not bound those.
@@ -49,6 +51,8 @@ class Lane {
     std::uint64_t bytes = 0;
     std::uint64_t raw_bytes = 0;  // of pages with content, as they lie in memory
     std::size_t frames = 0;
+    std::uint64_t pages = 0;
+    std::uint64_t pages_refused = 0;
     bool references = false;  // all of it, or nothing
     std::vector<RegionRun> runs;
     std::vector<RegionRun> torn;     // the receiver could not verify them
@@ -78,7 +82,8 @@ class Lane {
   std::uint64_t close(Clock::time_point now);
   // nullopt: not the tag of the oldest batch.
   std::optional<Batch> acknowledged(std::uint64_t tag, Clock::time_point now);
-  // The receiver does not hold these pages, which came on this lane and are not acknowledged. False: they did not.
+  // The receiver does not hold these pages, which came on this lane and are not acknowledged. False: they did not, or
+  // more is refused than the batch can be.
   bool refused(std::uint32_t region, PageRun run, bool no_room);
   // Every run that is not acknowledged; `for_good`: the connection is gone and no acknowledgement will come. Otherwise
   // the lane owes them: an acknowledgement that still comes counts, and until then it is to get nothing more.

@@ -807,6 +807,24 @@ TEST(LaneTest, ABatchIsOfOneKindAndOfSoManyFrames) {
   EXPECT_TRUE(lane.has_room_for_small_batch());
 }
 
+TEST(LaneTest, NoPageIsRefusedAgainAndAgain) {
+  Lane lane;
+  const Holders holders{0, 1};
+  const RegionRun huge{0, run_of(0, 1000000)};
+  lane.sent(std::span(&huge, 1), 80, holders);
+  EXPECT_TRUE(lane.refused(0, run_of(0, 1000000), true));
+  EXPECT_TRUE(lane.refused(0, run_of(0, 1000000), false));  // by its replica's server
+  EXPECT_FALSE(lane.refused(0, run_of(7, 1), true));
+  const std::uint64_t tag = lane.close(Lane::Clock::now());
+  const auto batch = lane.acknowledged(tag, Lane::Clock::now());
+  ASSERT_TRUE(batch);
+  EXPECT_EQ(batch->torn.size() + batch->no_room.size(), 2u);
+  // Nor too many of them.
+  lane.sent(std::span(&huge, 1), 80, holders);
+  for (std::uint64_t i = 0; i < Lane::kMostRefusals; ++i) EXPECT_TRUE(lane.refused(0, run_of(i, 1), true));
+  EXPECT_FALSE(lane.refused(0, run_of(Lane::kMostRefusals, 1), true));
+}
+
 TEST(WhereaboutsTest, ALostServerLeavesWhatAnotherOneHolds) {
   const std::array<std::uint64_t, 1> capacities{100};
   Whereabouts where(capacities, 3, 3);
