@@ -228,12 +228,15 @@ std::string Sender::Impl::note_suspects_locked(DataChannel& channel, const wire:
     return "suspects outside a round";
   }
   if (header.region >= queue.regions()) return "suspects in an unknown region";
+  std::uint64_t behind_former = 0;
   for (std::size_t at = 0; at < payload.size(); at += sizeof(wire::WireRun)) {
     wire::WireRun run{};
     std::memcpy(&run, payload.data() + at, sizeof run);
     if (!wire::run_inside(run.first_page, run.page_count, queue.known_pages(header.region))) {
       return "suspects outside their region";
     }
+    if (run.first_page < behind_former) return "suspects out of order";
+    behind_former = run.first_page + run.page_count;
     const PageRun pages{PageNumber{run.first_page}, run.page_count};
     if (scatter) {
       scatter->suspect(header.region, pages);

@@ -79,6 +79,8 @@ ChannelEnd Receiver::Impl::serve_frames(Channel& channel, wire::Stream& stream) 
     if (shares_cpus) courtesy.follow(state == State::kPaging && pager->faulted_lately());
     wire::FrameHeader header;
     if (!with.read(bytes_of(header))) return with.end;
+    // What a socket holds can be read after its shutdown too.
+    if (closing) return with.end;
     if (const char* wrong = wire::malformed(header, page_size)) {
       with.bad(wrong);
       return with.end;
@@ -270,10 +272,13 @@ bool Receiver::Impl::on_discard(Conversation& with, const wire::FrameHeader& hea
     std::memcpy(&run, staging.data() + index * sizeof run, sizeof run);
     return run;
   };
+  std::uint64_t behind_former = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const wire::WireRun run = run_at(i);
     if (!wire::run_inside(run.first_page, run.page_count, map.pages()))
       return with.bad("discards outside the region");
+    if (run.first_page < behind_former) return with.bad("discards out of order");
+    behind_former = run.first_page + run.page_count;
     if (map.arriving.count({PageNumber{run.first_page}, run.page_count}) > 0) {
       return with.bad("discards of pages that another channel is sending");
     }

@@ -93,6 +93,11 @@ std::vector<Attack> attacks() {
       {"discard outside", discards(kPages, 1)},
       {"discard that overflows", discards(huge, 2)},
       {"discard of nothing", discards(3, 0)},
+      {"discards that overlap", discards(0, 2)},
+      {"discards that descend",
+       [](Bench& bench) {
+         bench.data(0).discard(0, {{5, 1}, {3, 1}});
+       }},
       {"discard on another channel",
        [](Bench& bench) {
          bench.data(1).discard(0, {{0, 1}});
@@ -184,6 +189,22 @@ TEST(ReceiverHostile, EveryBadFrameWhilePagingIsACutAndTooManyAreALoss) {
       EXPECT_EQ(try_read(bench.page(40)), std::nullopt);
     }
   }
+}
+
+// What the sockets hold is minutes of work: closing waits for none of it.
+TEST(ReceiverHostile, ClosingDoesNotWaitForWhatIsQueued) {
+  constexpr std::uint64_t kMany = 4ULL << 20;
+  Bench bench(kMany);
+  bench.start();
+  bench.connect();
+  wire::FrameHeader zeros = wire::make_header(wire::FrameType::kZero, 0, {PageNumber{0}, kMany});
+  wire::seal(zeros);
+  const std::vector<wire::FrameHeader> frames(80000, zeros);
+  ASSERT_TRUE(bench.demand().raw(frames.data(), frames.size() * sizeof zeros));
+  while (bench.receiver->stats().pages_zero < kMany) std::this_thread::sleep_for(1ms);
+  const auto began = std::chrono::steady_clock::now();
+  bench.receiver->close();
+  EXPECT_LT(std::chrono::steady_clock::now() - began, 3s);
 }
 
 TEST(ReceiverHostile, TheSamePagesOnTwoChannelsAtOnce) {

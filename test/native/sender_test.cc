@@ -1030,6 +1030,19 @@ INSTANTIATE_TEST_SUITE_P(
         frame_of("FaultOfNothing", 2, wire::make_header(FrameType::kFaultRequest, 0, run_of(5, 0)))),
     [](const auto& hostile) { return hostile.param.name; });
 
+TEST_F(SenderTest, SuspectsThatOverlap) {
+  make({100});
+  peer->suspects = [&](const SeenFrame& barrier) -> std::uint64_t {
+    if (barrier.channel != 0) return 0;
+    send_suspects(*peer, 0, {{10, 5}, {14, 2}});
+    return 7;
+  };
+  connect();
+  sender->queue_populated();
+  sender->start_round(1);
+  EXPECT_EQ(events.expect(kFailed).code, "PROTOCOL");
+}
+
 TEST_F(SenderTest, SuspectsOutsideTheRegion) {
   make({100});
   peer->suspects = [&](const SeenFrame& barrier) -> std::uint64_t {
