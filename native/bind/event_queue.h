@@ -2,7 +2,7 @@
 //
 // The queue has no bound, because a native thread must never wait for a JavaScript thread that may itself be
 // blocked on a missing page; what goes through it is few by nature (a handful of state changes for each
-// migration, and control connections, which the listener bounds).
+// migration, and control connections, of which the listener's handle bounds those that wait).
 //
 // It does not keep the process alive. After close() nothing is delivered, not even what was posted before.
 //

@@ -1,5 +1,8 @@
+#include <atomic>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "bind/engine_handles.h"
 #include "bind/js_error.h"
@@ -7,6 +10,30 @@
 #include "bind/values.h"
 
 namespace memferry::bind {
+namespace {
+
+// Connections that wait for JavaScript, which may be blocked for long: anybody can make them, and each is a descriptor.
+constexpr std::size_t kMostUntaken = 256;
+
+// One of them. The descriptor closes with it when JavaScript is not there to take it.
+class Untaken {
+ public:
+  Untaken(UniqueFd fd, std::shared_ptr<std::atomic<std::size_t>> count)
+      : fd_(std::move(fd)), count_(std::move(count)) {
+    count_->fetch_add(1);
+  }
+  ~Untaken() { count_->fetch_sub(1); }
+  Untaken(const Untaken&) = delete;
+  Untaken& operator=(const Untaken&) = delete;
+  [[nodiscard]] int get() const { return fd_.get(); }
+  void release() { (void)fd_.release(); }
+
+ private:
+  UniqueFd fd_;
+  const std::shared_ptr<std::atomic<std::size_t>> count_;
+};
+
+}  // namespace
 
 void ListenerHandle::define(Napi::Env env) {
   const Napi::Function constructor =
@@ -36,15 +63,17 @@ ListenerHandle::ListenerHandle(const Napi::CallbackInfo& info) : Napi::ObjectWra
     if (port > std::numeric_limits<std::uint16_t>::max()) throw std::invalid_argument("port: not a port");
     config.port = static_cast<std::uint16_t>(port);
     controls_ = EventQueue::create(env, function_of(info[2], "onControl"), "memferry.listener");
-    config.on_control = [controls = controls_](UniqueFd fd, std::string peer) {
-      // Shared, because a std::function is copied; the descriptor closes with the last copy when JavaScript
-      // is not there to take it.
-      auto connection = std::make_shared<UniqueFd>(std::move(fd));
+    auto untaken = std::make_shared<std::atomic<std::size_t>>(0);
+    config.on_control = [controls = controls_, untaken](UniqueFd fd, std::string peer) {
+      // Only this thread adds to them.
+      if (*untaken >= kMostUntaken) return;
+      // Shared, because a std::function is copied.
+      auto connection = std::make_shared<Untaken>(std::move(fd), untaken);
       controls->post([connection, peer = std::move(peer)](Napi::Env js, const Napi::Function& callback) {
         const Napi::Number number = Napi::Number::New(js, connection->get());
         const Napi::String address = Napi::String::New(js, peer);
         // The callee owns it from the call on, even if it throws.
-        (void)connection->release();
+        connection->release();
         callback.Call({number, address});
       });
     };

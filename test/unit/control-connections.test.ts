@@ -1,0 +1,55 @@
+/**
+ * Control connections that nobody takes because JavaScript is blocked: a stranger cannot pile up descriptors.
+ */
+import fs from 'node:fs';
+import { Worker } from 'node:worker_threads';
+import { expect, it } from 'vitest';
+
+import { loadAddon } from '../../src/addon.js';
+
+const MOST_UNTAKEN = 256;
+const DIALLED = 400;
+
+/** Dials, says the preface, and tells when the listener has had time to hear all of them. */
+const stranger = `
+  const net = require('node:net');
+  const { parentPort, workerData } = require('node:worker_threads');
+  const done = new Int32Array(workerData.done);
+  let hungUp = 0;
+  let said = 0;
+  // One after the other: of those that have said nothing yet the listener keeps few.
+  function dial() {
+    const socket = net.connect(workerData.port, '127.0.0.1', () => socket.write('MFERRYC1', heard));
+    socket.on('error', () => {});
+    socket.on('close', () => ++hungUp);
+    socket.resume();
+  }
+  dial();
+  function heard() {
+    if (++said < workerData.dialled) return dial();
+    setTimeout(() => {
+      Atomics.store(done, 0, 1);
+      Atomics.notify(done, 0);
+      parentPort.postMessage(hungUp);
+    }, 1000);
+  }
+`;
+
+it('keeps no more than so many for JavaScript, and all that it takes', async () => {
+  const addon = loadAddon();
+  const taken: number[] = [];
+  const listener = addon.createListener('127.0.0.1', 0, (fd) => taken.push(fd));
+  const done = new SharedArrayBuffer(4);
+  const worker = new Worker(stranger, {
+    eval: true,
+    workerData: { port: listener.port, dialled: DIALLED, done },
+  });
+  const hungUp = new Promise<number>((resolve) => worker.once('message', resolve));
+  await new Promise((resolve) => worker.once('online', resolve));
+  expect(Atomics.wait(new Int32Array(done), 0, 0, 20_000)).toBe('ok');
+  expect(await hungUp).toBe(DIALLED - MOST_UNTAKEN);
+  await expect.poll(() => taken.length).toBe(MOST_UNTAKEN);
+  await worker.terminate();
+  for (const fd of taken) fs.closeSync(fd);
+  listener.close();
+});
