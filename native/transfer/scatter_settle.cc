@@ -1,10 +1,44 @@
 // What an answer settles: which copies are safe, what goes again, and when nothing is left to send.
 #include <algorithm>
+#include <iterator>
 #include <utility>
+#include <vector>
 
 #include "transfer/scatter_dedup.h"
 
 namespace memferry {
+namespace {
+
+// Ascending and disjoint: a batch of one huge run can be refused page by page.
+std::vector<RegionRun> joined(const std::vector<RegionRun>& some, const std::vector<RegionRun>& more) {
+  std::vector<RegionRun> all(some);
+  all.insert(all.end(), more.begin(), more.end());
+  std::sort(all.begin(), all.end(), [](const RegionRun& a, const RegionRun& b) {
+    return a.region != b.region ? a.region < b.region : a.run.first < b.run.first;
+  });
+  std::size_t kept = 0;
+  for (const RegionRun& each : all) {
+    RegionRun* const last = kept > 0 ? &all[kept - 1] : nullptr;
+    if (last != nullptr && last->region == each.region && each.run.first <= last->run.end()) {
+      const std::uint64_t end = std::max(last->run.end().value, each.run.end().value);
+      last->run.count = end - last->run.first.value;
+    } else {
+      all[kept++] = each;
+    }
+  }
+  all.resize(kept);
+  return all;
+}
+
+bool within(const std::vector<RegionRun>& runs, std::uint32_t region, PageNumber page) {
+  const auto behind =
+      std::upper_bound(runs.begin(), runs.end(), page, [region](PageNumber wanted, const RegionRun& each) {
+        return region != each.region ? region < each.region : wanted < each.run.first;
+      });
+  return behind != runs.begin() && std::prev(behind)->region == region && page < std::prev(behind)->run.end();
+}
+
+}  // namespace
 
 void Scatter::note_same(std::uint32_t region, PageRun run, std::span<const std::uint64_t> xxh3) {
   for (std::uint64_t i = 0; i < run.count; ++i) {
@@ -76,14 +110,9 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
   if (holders.second < servers_.size() && !servers_[holders.second]->failed.empty()) {
     holders.second = wire::Holders::kNobody;
   }
-  const auto within = [](const std::vector<RegionRun>& runs, std::uint32_t region, PageNumber page) {
-    return std::any_of(runs.begin(), runs.end(), [&](const RegionRun& each) {
-      return each.region == region && each.run.first <= page && page < each.run.end();
-    });
-  };
+  const std::vector<RegionRun> refused = joined(batch.torn, batch.no_room);
   const auto skipped = [&](std::uint32_t region, PageNumber page) {
-    return where_.safe(region, page) || within(batch.torn, region, page) ||
-           within(batch.no_room, region, page);
+    return where_.safe(region, page) || within(refused, region, page);
   };
   for (const RegionRun& each : batch.runs) {
     PageRun left = each.run;
