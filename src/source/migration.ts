@@ -609,7 +609,12 @@ export class SourceMigration extends EventEmitter {
       this.#session?.send({ type: 'grow', region: index, lengthBytes });
       const grown = untilAborted(this.#grown.promise, this.#abort.signal);
       // While the guest stands.
-      await within(grown, this.options.prepareTimeoutMs, 'PREPARE_TIMEOUT', 'the memory did not grow with the guest');
+      await within(
+        grown,
+        this.options.prepareTimeoutMs,
+        'PREPARE_TIMEOUT',
+        'the memory did not grow with the guest',
+      );
       region.native.grow(lengthBytes / region.pageSize);
     }
   }
