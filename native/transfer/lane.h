@@ -32,10 +32,9 @@ class Lane {
   // Of acknowledgements no older than the one says how fast it is, over no less than the other.
   static constexpr std::chrono::milliseconds kRateTime{240};
   static constexpr std::chrono::milliseconds kLeastRateTime{20};
-  // After so many bytes a barrier: often enough for the window to move smoothly, seldom enough not to count. On a lane
-  // that is faster than any window says (140 MB/s) the answers, and the records that follow each, count.
+  // After so many bytes a barrier: often enough for the window to move smoothly, seldom enough not to count. (2 MiB where
+  // the window is the largest made scatters within one machine no faster.)
   static constexpr std::uint64_t kBatchBytes = 512ULL << 10;
-  static constexpr std::uint64_t kFastBatchBytes = 2ULL << 20;
 
   // Of one batch. A frame is refused once by its server and once by the replica's, a reference page by page.
   static constexpr std::size_t kMostRefusals = 2048;
@@ -74,9 +73,7 @@ class Lane {
   [[nodiscard]] bool anything_open() const { return open_.bytes > 0; }
   // Enough for a barrier of its own; a small window is not to be one batch.
   [[nodiscard]] bool batch_is_full() const {
-    const bool fast = window_ == kLargestWindow;
-    const std::uint64_t most = fast ? kFastBatchBytes : std::min(kBatchBytes, window_ / 2);
-    return open_.bytes >= most || open_.frames >= kBatchFrames;
+    return open_.bytes >= std::min(kBatchBytes, window_ / 2) || open_.frames >= kBatchFrames;
   }
   // The barrier's tag; everything open is behind it.
   std::uint64_t close(Clock::time_point now);
