@@ -125,7 +125,8 @@ async function granted(images: ImageSet, timeoutMs: number): Promise<void> {
       if (images.home.ended || performance.now() > deadline) {
         throw new MemferryError(
           'MIGRATION_IN_DOUBT',
-          'the home server did not say whether the claim was granted; the guest does not run here',
+          'the home server did not say whether the claim was granted; the guest does not run here: ' +
+            (error as Error).message,
           { cause: error },
         );
       }
@@ -138,6 +139,8 @@ class GatheringGuest implements Unparked {
   readonly engine: DestinationEngine;
   readonly #complete = deferred<ArrivalReport>();
   readonly #everyPage = deferred<void>();
+  /** The guest was granted and runs here: from then on its image may go. */
+  readonly #granted = deferred<void>();
   #resumedAt = 0;
   #closed = false;
   #notRunning: string | null | Promise<string | null> = null;
@@ -153,7 +156,7 @@ class GatheringGuest implements Unparked {
   ) {
     this.#complete.promise.catch(() => {});
     void guest.broken?.then((error) => {
-      this.broken = error;
+      this.broken ??= error;
     });
     this.engine = new DestinationEngine(
       {
@@ -180,16 +183,16 @@ class GatheringGuest implements Unparked {
         lost: (runs, why) => this.#lost(runs, why),
         // The image stays: a server that comes back makes it whole, for `rollback` or its operator.
         restHere: () => {},
-        failed: (error) => this.#reject(error),
+        failed: (error) => this.#fail(error),
       },
     );
     if (ticket.guest) inherit(guest.regions, Buffer.from(ticket.guest.lineage, 'hex'));
     for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
     this.#everyPage.promise.catch(() => {});
-    this.engine.complete.then(
-      () => this.#arrived(options.verify).catch((error) => this.#reject(error)),
-      (error) => this.#reject(error),
-    );
+    // A small guest has all of its pages here before the home server has granted it.
+    Promise.all([this.engine.complete, this.#granted.promise])
+      .then(() => this.#arrived(options.verify))
+      .catch((error) => this.#fail(error));
   }
 
   get regions(): readonly Region[] {
@@ -203,6 +206,7 @@ class GatheringGuest implements Unparked {
   resume(): void {
     this.#resumedAt = performance.now();
     this.#notRunning = resumeHere(this.guest, this.offer.name);
+    this.#granted.resolve();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -242,7 +246,7 @@ class GatheringGuest implements Unparked {
   }
 
   #lost(runs: { region: number; first: number; count: number }[], why: string): void {
-    this.#reject(pagesLost(this.offer.name, runs, why));
+    this.#fail(pagesLost(this.offer.name, runs, why));
     try {
       this.guest.lost?.(runs);
     } finally {
@@ -250,6 +254,12 @@ class GatheringGuest implements Unparked {
         if (!this.#closed) this.engine.receiver.acknowledgeLoss();
       });
     }
+  }
+
+  /** Before the guest is granted there is nothing to go on with: `unpark` rejects, and the guest stays parked. */
+  #fail(error: MemferryError): void {
+    this.broken ??= error;
+    this.#reject(error);
   }
 
   #reject(error: MemferryError): void {

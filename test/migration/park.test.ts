@@ -223,6 +223,61 @@ test('a signal while the home server grants comes too late', async () => {
   expect(did).toEqual(['resume']);
 });
 
+/** Its `prepare` ends when `until` does. */
+function acceptAndWait(until: (region: Region) => Promise<unknown>): {
+  accept: () => ArrivingGuest;
+  did: string[];
+} {
+  const did: string[] = [];
+  const accept = () => {
+    const region = Region.allocate({ lengthBytes: 8 * MIB });
+    regions.push(region);
+    return {
+      regions: [region],
+      prepare: async () => void (await until(region)),
+      resume: () => void did.push('resume'),
+      abandon: () => void did.push('abandon'),
+    };
+  };
+  return { accept, did };
+}
+
+test('every page is here before the guest is granted: it runs all the same, and then the image goes', async () => {
+  const all = await servers(2);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const { accept, did } = acceptAndWait(async (region) => {
+    await region.native.digest(); // touches every page
+    // Long enough for an image that is let go too early to be gone.
+    await new Promise((resolve) => setTimeout(resolve, 200));
+    for (const server of all) expect(server.status().held).toHaveLength(1);
+  });
+  const unparked = await claimed(ticket, { accept });
+  expect(did).toEqual(['resume']);
+  expect(await unparked.complete).toMatchObject({ verified: true });
+  expect(Buffer.compare(unparked.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
+  for (const server of all) expect(server.status().held).toEqual([]);
+});
+
+test('pages that are lost before the guest is granted: it is not, and stays parked', async () => {
+  const all = await servers(2);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  let lost = () => {};
+  const told = new Promise<void>((resolve) => {
+    lost = resolve;
+  });
+  const { accept, did } = acceptAndWait(async () => {
+    all[1]?.drop(ticket.image);
+    await told;
+  });
+  const acceptLosing = () => ({ ...accept(), lost: () => lost() });
+  await expect(claimed(ticket, { accept: acceptLosing, gatherLimit: 1e6 })).rejects.toMatchObject({
+    code: 'PAGES_LOST',
+  });
+  expect(did).toEqual(['abandon']);
+  expect(all[0]?.status().held).toMatchObject([{ phase: 'parked' }]);
+});
+
 test('servers that are too small: VMD_CAPACITY, and the guest runs on', async () => {
   const all = await servers(1, 16 * MIB);
   const guest = new PlainGuest(32 * MIB);
