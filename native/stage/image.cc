@@ -106,16 +106,34 @@ bool Image::set(Entry& entry, const Entry& to, Slab::Slot& freed) {
   return frees;
 }
 
+void Image::end_chain(Chain chain) {
+  const std::lock_guard lock(mutex_);
+  std::uint32_t& epoch = ended_chains_.try_emplace(chain.ordinal, chain.epoch).first->second;
+  epoch = std::max(epoch, chain.epoch);
+}
+
+std::vector<Image::Chain> Image::ended_chains() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<Chain> ended;
+  for (const auto& [ordinal, epoch] : ended_chains_) ended.push_back({ordinal, epoch});
+  return ended;
+}
+
 template <typename Change>
-void Image::change(std::uint32_t region, PageRun run, bool all, const Change& to_of) {
+std::uint64_t Image::change(std::uint32_t region, PageRun run, bool all, const std::optional<Chain>& by,
+                            const Change& to_of) {
   std::array<Slab::Slot, kEntriesAtOnce> freed;
   for (std::uint64_t at = 0; at < run.count;) {
-    if (!all && given_up_.load(std::memory_order_relaxed)) return;
+    if (!all && given_up_.load(std::memory_order_relaxed)) return at;
     const std::uint64_t until = std::min(run.count, at + kEntriesAtOnce);
     std::size_t freed_count = 0;
     {
       const std::lock_guard lock(mutex_);
       if (index_.empty()) throw std::logic_error("an image that was dropped is written");
+      if (by) {
+        const auto ended = ended_chains_.find(by->ordinal);
+        if (ended != ended_chains_.end() && by->epoch <= ended->second) return at;
+      }
       for (; at < until; ++at) {
         Entry& changed = entry(region, run.first.value + at);
         if (set(changed, to_of(at, changed), freed[freed_count])) ++freed_count;
@@ -123,12 +141,14 @@ void Image::change(std::uint32_t region, PageRun run, bool all, const Change& to
     }
     slab_->release(std::span(freed).first(freed_count));
   }
+  return run.count;
 }
 
-void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
-                  std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared) {
+bool Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
+                  std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared,
+                  const std::optional<Chain>& by) {
   std::vector<Slab::Slot> twice;
-  change(region, run, true, [&](std::uint64_t at, const Entry& before) {
+  const std::uint64_t stored = change(region, run, true, by, [&](std::uint64_t at, const Entry& before) {
     Entry to = Entry::of(holders);
     to.shared = shared ? 1 : 0;
     to.slot = slots[static_cast<std::size_t>(at)] + 1;
@@ -138,24 +158,28 @@ void Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot>
     return to;
   });
   slab_->release(twice);
+  slab_->release(slots.subspan(static_cast<std::size_t>(stored)));
+  return stored == run.count;
 }
 
-void Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders) {
-  change(region, run, false, [&](std::uint64_t, const Entry&) {
+bool Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders,
+                        const std::optional<Chain>& by) {
+  const std::uint64_t stored = change(region, run, false, by, [&](std::uint64_t, const Entry&) {
     Entry to = Entry::of(holders);
     to.slot = Entry::kZeroSlot;
     return to;
   });
+  return stored == run.count;
 }
 
-void Image::forget(std::uint32_t region, PageRun run) {
-  change(region, run, true, [](std::uint64_t, const Entry&) { return Entry{}; });
+bool Image::forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by) {
+  return change(region, run, true, by, [](std::uint64_t, const Entry&) { return Entry{}; }) == run.count;
 }
 
-void Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
-                      std::span<const std::uint64_t> hashes) {
+bool Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
+                      std::span<const std::uint64_t> hashes, const std::optional<Chain>& by) {
   const bool ours = holders.has(ordinal_);
-  change(region, run, false, [&](std::uint64_t at, const Entry& before) {
+  const std::uint64_t applied = change(region, run, false, by, [&](std::uint64_t at, const Entry& before) {
     Entry to = Entry::of(holders);
     to.final = final ? 1 : 0;
     if (zero) {
@@ -170,6 +194,7 @@ void Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, 
     }
     return to;
   });
+  return applied == run.count;
 }
 
 void Image::read(std::uint32_t region, PageRun run, Reading& into) {

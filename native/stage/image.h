@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -83,18 +84,33 @@ class Image {
   [[nodiscard]] ContentDomain* domain() const { return domain_.get(); }
   [[nodiscard]] bool inside(std::uint32_t region, std::uint64_t first_page, std::uint64_t page_count) const;
 
-  // All of these replace what was known of the pages; a run must lie inside its region.
-  // Takes over one count of each slot.
+  // The way of what a source sends: the server that is sent it, which may be another one that passes it on, and the
+  // epoch of the source's connection to that.
+  struct Chain {
+    std::uint8_t ordinal = 0;
+    std::uint32_t epoch = 0;
+    bool operator==(const Chain&) const = default;
+  };
+  // From its return on nothing that comes by it, or by an earlier one of that server, changes anything here.
+  void end_chain(Chain chain);
+  // One a server.
+  [[nodiscard]] std::vector<Chain> ended_chains() const;
+
+  // All of these replace what was known of the pages; a run must lie inside its region. False when `by` has
+  // ended: then only a part was changed, or nothing.
+  // Takes over one count of each slot, whatever it gives.
   // `shared`: they came by a reference.
-  void store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
-             std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared = false);
-  void store_zeros(std::uint32_t region, PageRun run, wire::Holders holders);
+  bool store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
+             std::span<const std::uint64_t> hashes, wire::Holders holders, bool shared = false,
+             const std::optional<Chain>& by = {});
+  bool store_zeros(std::uint32_t region, PageRun run, wire::Holders holders,
+                   const std::optional<Chain>& by = {});
   // What was known is out of date, and what is newer is not here.
-  void forget(std::uint32_t region, PageRun run);
+  bool forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by = {});
   // What the source says. Content stays only where this server is among the holders and it is the content meant.
   // `final`: it is what the guest left its source with; nothing will be said of these pages that is newer.
-  void apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
-                 std::span<const std::uint64_t> hashes);
+  bool apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,
+                 std::span<const std::uint64_t> hashes, const std::optional<Chain>& by = {});
 
   void read(std::uint32_t region, PageRun run, Reading& into);
   // Pages of the run that have content here, by position in it, and where that lies now.
@@ -142,9 +158,11 @@ class Image {
   // Changes the entry and the counts. True when `freed` is a slot that the image has let go of.
   bool set(Entry& entry, const Entry& to, Slab::Slot& freed);
 
-  // to_of(position in the run, entry) gives what each becomes. `all`: even if the image was given up.
+  // to_of(position in the run, entry) gives what each becomes. `all`: even if the image was given up. Gives how many
+  // were changed: fewer only when the image was given up, or `by` has ended.
   template <typename Change>
-  void change(std::uint32_t region, PageRun run, bool all, const Change& to_of);
+  std::uint64_t change(std::uint32_t region, PageRun run, bool all, const std::optional<Chain>& by,
+                       const Change& to_of);
 
   const ImageId id_;
   const std::uint8_t ordinal_;
@@ -163,6 +181,7 @@ class Image {
   std::uint64_t zero_ = 0;
   std::uint64_t known_ = 0;
   std::shared_ptr<const State> state_;
+  std::map<std::uint8_t, std::uint32_t> ended_chains_;  // by ordinal, the epoch
 };
 
 }  // namespace memferry

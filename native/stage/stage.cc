@@ -164,7 +164,8 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   if (former) former->interrupt();
   try {
     StageConnection::Place place{common,        found->image,   found->chains,
-                                 found->member, session_number, static_cast<wire::StageRole>(hello.channel)};
+                                 found->member, session_number, static_cast<wire::StageRole>(hello.channel),
+                                 hello.epoch};
     auto connection = StageConnection::start(std::move(place), std::move(fd), std::move(former));
     role->connection = connection;
     found->connections.push_back(std::move(connection));

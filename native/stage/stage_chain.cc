@@ -8,6 +8,15 @@
 #include "wire/hello.h"
 
 namespace memferry {
+namespace {
+
+wire::FrameHeader over_frame(Image::Chain chain) {
+  wire::FrameHeader header = wire::make_header(wire::FrameType::kChainOver, chain.ordinal, {}, chain.epoch);
+  wire::seal(header);
+  return header;
+}
+
+}  // namespace
 
 void ChainTargets::set(std::uint8_t ordinal, const std::string& host, std::uint16_t port,
                        std::vector<wire::Token> tokens) {
@@ -85,9 +94,11 @@ void ScatterAnswers::chain_broken(std::uint8_t ordinal) {
   over_ = true;
 }
 
-ReplicaChains::ReplicaChains(std::shared_ptr<Image> image, std::shared_ptr<ChainTargets> targets,
-                             ScatterAnswers& answers, WorkerThread& self, std::function<void()> on_broken)
+ReplicaChains::ReplicaChains(std::shared_ptr<Image> image, std::uint32_t epoch,
+                             std::shared_ptr<ChainTargets> targets, ScatterAnswers& answers,
+                             WorkerThread& self, std::function<void()> on_broken)
     : image_(std::move(image)),
+      epoch_(epoch),
       targets_(std::move(targets)),
       answers_(answers),
       self_(self),
@@ -104,6 +115,14 @@ bool ReplicaChains::broken(std::uint8_t ordinal) {
 bool ReplicaChains::forward(std::uint8_t ordinal, std::span<iovec> buffers) {
   Link* to = link(ordinal);
   return (to != nullptr && to->stream->send_all(buffers).done()) || broken(ordinal);
+}
+
+bool ReplicaChains::over(Image::Chain chain) {
+  const wire::FrameHeader header = over_frame(chain);
+  for (const auto& [ordinal, link] : links_) {
+    if (!link->stream->send_all(std::as_bytes(std::span(&header, 1))).done()) return broken(ordinal);
+  }
+  return true;
 }
 
 bool ReplicaChains::barrier(const wire::FrameHeader& header) {
@@ -142,7 +161,7 @@ ReplicaChains::Link* ReplicaChains::link(std::uint8_t ordinal) {
   if (const auto found = links_.find(ordinal); found != links_.end()) return found->second.get();
   if (links_.size() >= kMostChains || self_.stopping()) return nullptr;
   std::unique_ptr<wire::Stream> stream = dial(ordinal);
-  if (!stream) return nullptr;
+  if (!stream || !introduce(*stream)) return nullptr;
   Link* made = nullptr;
   {
     const std::lock_guard lock(mutex_);
@@ -153,6 +172,14 @@ ReplicaChains::Link* ReplicaChains::link(std::uint8_t ordinal) {
   made->answers.start("mf-stage-chain",
                       [this, ordinal, made](WorkerThread&) { read_answers(ordinal, *made->stream); });
   return made;
+}
+
+// Whose pages come, and whose must not count any more: before the first of them.
+bool ReplicaChains::introduce(wire::Stream& stream) {
+  std::vector<wire::FrameHeader> said(1, wire::make_header(wire::FrameType::kChainOf, 0, {}, epoch_));
+  wire::seal(said[0]);
+  for (const Image::Chain chain : image_->ended_chains()) said.push_back(over_frame(chain));
+  return stream.send_all(std::as_bytes(std::span(said))).done();
 }
 
 std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {

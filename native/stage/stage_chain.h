@@ -3,7 +3,9 @@
 //
 // A scatter connection has one connection of its own to each server that holds replicas of its pages, dialled when
 // the first such page comes. Frames and barriers go down it in order. Answers (ScatterAnswers) go up to the source
-// whole and in order: a barrier's when all the connections that were there at the time have answered it.
+// whole and in order: a barrier's when all the connections that were there at the time have answered it. A connection's
+// first words say whose pages it brings, so that what is still on its way when its source has gone another way can be
+// told from what is newer (Image::end_chain).
 #pragma once
 
 #include <array>
@@ -97,15 +99,19 @@ class ReplicaChains {
   static constexpr std::chrono::milliseconds kDialTimeout{1000};
   static constexpr std::chrono::milliseconds kChainPatience{1500};
 
-  // `self`: the serving thread, whose stop cancels a dial. `on_broken` ends the scatter connection, from any thread.
-  ReplicaChains(std::shared_ptr<Image> image, std::shared_ptr<ChainTargets> targets, ScatterAnswers& answers,
-                WorkerThread& self, std::function<void()> on_broken);
+  // `epoch`: of the scatter connection. `self`: the serving thread, whose stop cancels a dial. `on_broken` ends the
+  // scatter connection, from any thread.
+  ReplicaChains(std::shared_ptr<Image> image, std::uint32_t epoch, std::shared_ptr<ChainTargets> targets,
+                ScatterAnswers& answers, WorkerThread& self, std::function<void()> on_broken);
   ~ReplicaChains() { close(); }
   ReplicaChains(const ReplicaChains&) = delete;
   ReplicaChains& operator=(const ReplicaChains&) = delete;
 
   // False when the chain is broken: the source has been told. Dials when there is no connection yet.
   bool forward(std::uint8_t ordinal, std::span<iovec> buffers);
+  // To every server that has been sent anything, before whatever comes after it; those that are dialled later hear
+  // of it first of all. False when one of them is broken.
+  bool over(Image::Chain chain);
   // Asks every server that has been sent anything, and answers once they all have.
   bool barrier(const wire::FrameHeader& header);
   void goodbye();
@@ -120,12 +126,14 @@ class ReplicaChains {
     WorkerThread answers;
   };
   Link* link(std::uint8_t ordinal);
+  bool introduce(wire::Stream& stream);
   std::unique_ptr<wire::Stream> dial(std::uint8_t ordinal);
   void read_answers(std::uint8_t ordinal, wire::Stream& stream);
   bool answered(std::uint8_t ordinal, const wire::FrameHeader& header);
   bool broken(std::uint8_t ordinal);
 
   const std::shared_ptr<Image> image_;
+  const std::uint32_t epoch_;
   const std::shared_ptr<ChainTargets> targets_;
   ScatterAnswers& answers_;
   WorkerThread& self_;

@@ -50,6 +50,8 @@ class WritingConnection final : public StageConnection {
   bool on_zeros(const wire::FrameHeader& header);
   bool on_map(const wire::FrameHeader& header);
   bool on_barrier(const wire::FrameHeader& header);
+  bool on_chain_of(const wire::FrameHeader& header);
+  bool on_chain_over(const wire::FrameHeader& header);
   bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
   void take_slots(std::uint32_t region, PageRun run);
@@ -67,6 +69,7 @@ class WritingConnection final : public StageConnection {
   [[nodiscard]] bool meant_for_us(wire::Holders holders, std::uint64_t tag) const;
 
   const bool source_;  // kScatter
+  Image::Chain by_;    // the way of what comes here
   ScatterAnswers answers_;
   ReplicaChains chains_;
   // The thread's own:

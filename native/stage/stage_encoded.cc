@@ -19,8 +19,8 @@ bool WritingConnection::on_encoded(const wire::FrameHeader& header) {
   if (!receive_packed(header, room)) return false;
   count_in(header.payload_bytes);
   if (!room) {
-    place_.image->forget(header.region, run_of(header));
-    return answers_.refused(header.region, run_of(header), place_.image->ordinal(), 0);
+    return place_.image->forget(header.region, run_of(header), by_) &&
+           answers_.refused(header.region, run_of(header), place_.image->ordinal(), 0);
   }
   if (!unpack(header, packed)) return refuse_torn(header);
   if (!store(header)) return false;
@@ -54,7 +54,7 @@ bool WritingConnection::receive_packed(const wire::FrameHeader& header, bool& ro
   room = slab.take_all(wanted, packed_slots_);
   if (!room && wire::encoding_of(header) != wire::kFlagDelta) {
     // As for pages that come as they are. A delta is against what would be forgotten.
-    place_.image->forget(header.region, run_of(header));
+    place_.image->forget(header.region, run_of(header), by_);
     room = slab.take_all(wanted, packed_slots_);
   }
   if (room) {

@@ -34,14 +34,17 @@ bool WritingConnection::on_reference(const wire::FrameHeader& header) {
       image.slab()->pin(slot);
     }
     held[at] = true;
-    image.store(header.region, page, std::span(&slot, 1), std::span(&xxh3, 1), holders, shared);
+    if (!image.store(header.region, page, std::span(&slot, 1), std::span(&xxh3, 1), holders, shared, by_))
+      return false;
   }
   for (std::size_t from = 0, at = 0; from < contents.size(); from = at) {
     while (at < contents.size() && held[at] == held[from]) ++at;
     const PageRun run{PageNumber{header.first_page + from}, at - from};
     if (!held[from]) {
-      image.forget(header.region, run);
-      if (!answers_.refused(header.region, run, image.ordinal(), wire::kFlagReference)) return false;
+      if (!image.forget(header.region, run, by_) ||
+          !answers_.refused(header.region, run, image.ordinal(), wire::kFlagReference)) {
+        return false;
+      }
       continue;
     }
     if (!source_ || holders.second == wire::Holders::kNobody) continue;

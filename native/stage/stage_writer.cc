@@ -15,16 +15,22 @@ constexpr std::uint64_t kPieceBytes = 64 * 1024;
 // A longer list of hashes is rare: its memory is not kept.
 constexpr std::size_t kHashesKept = 4096;
 
+std::uint8_t chain_ordinal(std::uint16_t session) {
+  return static_cast<std::uint8_t>(session - wire::kFirstChainSession);
+}
+
 }  // namespace
 
 WritingConnection::WritingConnection(Place place, UniqueFd fd)
     : StageConnection(std::move(place), std::move(fd)),
       source_(place_.role == wire::StageRole::kScatter),
+      by_(source_ ? Image::Chain{place_.image->ordinal(), place_.epoch}
+                  : Image::Chain{chain_ordinal(place_.session), 0}),
       answers_([this](wire::FrameHeader header) {
         iovec buffer{&header, sizeof header};
         return send(std::span(&buffer, 1));
       }),
-      chains_(place_.image, place_.chains, answers_, thread_, [this] { interrupt(); }),
+      chains_(place_.image, place_.epoch, place_.chains, answers_, thread_, [this] { interrupt(); }),
       base_(place_.common->slab) {
   slots_.reserve(static_cast<std::size_t>(wire::max_run_pages(page_size_)));
 }
@@ -57,6 +63,10 @@ bool WritingConnection::serve_frame(const wire::FrameHeader& header, bool& goodb
       return on_barrier(header);
     case wire::FrameType::kReference:
       return on_reference(header);
+    case wire::FrameType::kChainOf:
+      return on_chain_of(header);
+    case wire::FrameType::kChainOver:
+      return on_chain_over(header);
     case wire::FrameType::kGoodbye:
       goodbye = bare_checksum_fits(header);
       return goodbye;
@@ -97,13 +107,13 @@ void WritingConnection::take_slots(std::uint32_t region, PageRun run) {
   const std::uint64_t here = slab.take(run.count, slots_);
   if (here == run.count) return;
   // What these pages were before is out of date anyway, and may be the room that is missing.
-  place_.image->forget(region, {PageNumber{run.first.value + here}, run.count - here});
+  place_.image->forget(region, {PageNumber{run.first.value + here}, run.count - here}, by_);
   slab.take(run.count - here, slots_);
 }
 
 bool WritingConnection::refuse_torn(const wire::FrameHeader& header) {
-  place_.image->forget(header.region, run_of(header));
-  return answers_.refused(header.region, run_of(header), place_.image->ordinal(), wire::kFlagTorn);
+  return place_.image->forget(header.region, run_of(header), by_) &&
+         answers_.refused(header.region, run_of(header), place_.image->ordinal(), wire::kFlagTorn);
 }
 
 // What is in slots_ and hashes_ is the image's from now on; the rest of the run has been forgotten, and is refused.
@@ -116,8 +126,11 @@ bool WritingConnection::store(const wire::FrameHeader& header) {
     // One count is the image's from now on, the other ours: a page may be replaced while it is passed on.
     for (const Slab::Slot slot : slots_) slab.pin(slot);
     if (image.domain() != nullptr) slab.settle(slots_, image.domain()->number());
-    image.store(header.region, {run.first, here}, slots_,
-                std::span(hashes_).first(static_cast<std::size_t>(here)), wire::Holders::of(header.tag));
+    const auto hashes = std::span(hashes_).first(static_cast<std::size_t>(here));
+    if (!image.store(header.region, {run.first, here}, slots_, hashes, wire::Holders::of(header.tag), false,
+                     by_)) {
+      return false;
+    }
   }
   if (here == run.count) return true;
   const PageRun rest{PageNumber{run.first.value + here}, run.count - here};
@@ -169,7 +182,7 @@ bool WritingConnection::pass_on(const wire::FrameHeader& header) {
 bool WritingConnection::on_zeros(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   if (!inside(header) || !meant_for_us(holders, header.tag) || !bare_checksum_fits(header)) return false;
-  place_.image->store_zeros(header.region, {PageNumber{header.first_page}, header.page_count}, holders);
+  if (!place_.image->store_zeros(header.region, run_of(header), holders, by_)) return false;
   if (!source_ || holders.second == wire::Holders::kNobody) return true;
   wire::FrameHeader onward = header;
   iovec buffer{&onward, sizeof onward};
@@ -192,11 +205,27 @@ bool WritingConnection::on_map(const wire::FrameHeader& header) {
   if (!read(payload)) return false;
   count_in(payload.size());
   if (wire::payload_checksum(header, payload) != header.checksum) return false;
-  place_.image->apply_map(header.region, {PageNumber{header.first_page}, header.page_count}, holders,
-                          (header.flags & wire::kFlagZero) != 0, (header.flags & wire::kFlagFinal) != 0,
-                          hashes_);
+  const bool applied =
+      place_.image->apply_map(header.region, run_of(header), holders, (header.flags & wire::kFlagZero) != 0,
+                              (header.flags & wire::kFlagFinal) != 0, hashes_, by_);
   if (hashes_.capacity() > kHashesKept) hashes_ = {};
+  return applied;
+}
+
+bool WritingConnection::on_chain_of(const wire::FrameHeader& header) {
+  if (source_ || by_.epoch != 0 || !bare_checksum_fits(header) || header.tag > UINT32_MAX) return false;
+  by_.epoch = static_cast<std::uint32_t>(header.tag);
   return true;
+}
+
+// In its place among the pages, here and at whoever they are passed on to: what comes behind it may be newer than what
+// that chain still carries.
+bool WritingConnection::on_chain_over(const wire::FrameHeader& header) {
+  if (header.region >= wire::Holders::kMostServers || !bare_checksum_fits(header) || header.tag > UINT32_MAX)
+    return false;
+  const Image::Chain chain{static_cast<std::uint8_t>(header.region), static_cast<std::uint32_t>(header.tag)};
+  place_.image->end_chain(chain);
+  return chains_.over(chain);
 }
 
 bool WritingConnection::on_barrier(const wire::FrameHeader& header) {

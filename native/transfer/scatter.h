@@ -20,6 +20,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -161,6 +162,7 @@ class Scatter {
   bool send_records(Way& way, std::vector<std::byte>& buffer, std::string& cut);
   bool send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut);
   bool send_barrier(Way& way, bool now, std::string& cut);
+  bool send_chains_over(Way& way, std::string& cut);
   [[nodiscard]] bool may_refer(const Way& way) const;  // scatter_refer.cc
   bool send_references(Way& way, std::string& cut);
   void settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& again);
@@ -179,6 +181,7 @@ class Scatter {
   std::string read_answers(Server& server, const std::shared_ptr<Way>& way);
   void attach_pacer_locked();
   void fail_server_locked(Server& server, std::string why);
+  [[nodiscard]] std::vector<RegionRun> take_back_locked(Way& way);
 
   const ScatterConfig config_;
   const Shared shared_;
@@ -208,6 +211,9 @@ class Scatter {
   std::vector<std::shared_ptr<Way>> direct_;  // data ways; open
   std::shared_ptr<Way> demand_;
   std::vector<std::unique_ptr<Server>> servers_;
+  // Of a server's connections that have ended, the last one's epoch: what it had not acknowledged may still be passed on
+  // to a replica, and others are told to take nothing of it (kChainOver) before they are sent what may be newer.
+  std::map<std::uint8_t, std::uint32_t> chains_over_;
   std::vector<RegionRun> to_release_;
   WorkerThread watcher_;
   std::unique_ptr<Dedup> dedup_;  // or nullptr, for good

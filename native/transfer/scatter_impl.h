@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bitset>
+#include <map>
 #include <optional>
 
 #include "transfer/scatter.h"
@@ -13,9 +14,10 @@ class Scatter::Way {
  public:
   static constexpr int kNobody = -1;
 
-  std::string name;        // for errors
-  int server = kNobody;    // ordinal, or a way to the destination
-  int listener = kNobody;  // whom it tells where pages are
+  std::string name;         // for errors
+  int server = kNobody;     // ordinal, or a way to the destination
+  int listener = kNobody;   // whom it tells where pages are
+  std::uint32_t epoch = 0;  // to a server: of its hello
   bool demand = false;
   std::shared_ptr<wire::Stream> stream;
   std::atomic<Clock::rep> sending_since{0};  // 0: not in the socket
@@ -24,6 +26,7 @@ class Scatter::Way {
   // Guarded by Scatter::mutex_:
   Lane lane;
   std::bitset<256> replicas;  // by ordinal: servers that it was ever to pass something on to
+  std::map<std::uint8_t, std::uint32_t> told_over;  // of Scatter::chains_over_, what went out on it
   bool open = true;
   bool stalled = false;  // does not acknowledge: gets nothing until it does
   bool full = false;     // a server that has no room

@@ -72,6 +72,7 @@ bool Scatter::send_references(Way& way, std::string& cut) {
     buffer.insert(buffer.end(), head, head + sizeof header);
     buffer.insert(buffer.end(), payload.begin(), payload.end());
   }
+  if (!send_chains_over(way, cut)) return false;
   dedup_->count_overhead(buffer.size());
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const wire::IoResult result = way.stream->send_all(std::span<const std::byte>(buffer));

@@ -30,7 +30,7 @@ void Scatter::serve(Server& server) {
     if (const std::shared_ptr<Way> way = std::move(server.way)) {
       in_hand = way->in_hand;
       way->open = false;
-      put_back_locked(way->lane.take_back(true));
+      put_back_locked(take_back_locked(*way));
       attach_pacer_locked();
     }
     fail_server_locked(server, why);
@@ -50,6 +50,7 @@ void Scatter::serve_until_failed(Server& server) {
       way->name = "server " + server.address.name;
       way->server = server.ordinal;
       way->listener = server.ordinal;  // the others are told of the copies that they may drop
+      way->epoch = std::uint32_t{server.address.session} << 16U | (server.attempt - 1);
       way->stream = stream;
       way->chunks = std::make_unique<ChunkGatherer>(
           shared_.queue, Towards::kServer, link_pacer_, page_size_,
@@ -79,7 +80,7 @@ void Scatter::serve_until_failed(Server& server) {
         server.way.reset();
         attach_pacer_locked();
         if (closing_ || shared_.gate.closed()) return;
-        put_back_locked(way->lane.take_back(true));
+        put_back_locked(take_back_locked(*way));
         if (dedup_) dedup_->give_back_locked(server.ordinal);
         if (server.failed.empty() && server.broken_chain) {
           Server& replica = *servers_[*server.broken_chain];
@@ -187,6 +188,12 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
   return wrong;
 }
 
+// The connection has ended: whatever it had not acknowledged.
+std::vector<RegionRun> Scatter::take_back_locked(Way& way) {
+  if (config_.replicas > 1) chains_over_[static_cast<std::uint8_t>(way.server)] = way.epoch;
+  return way.lane.take_back(true);
+}
+
 // For this migration, and for good.
 void Scatter::fail_server_locked(Server& server, std::string why) {
   if (!server.failed.empty()) return;
@@ -197,7 +204,7 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
   if (server.way) {
     server.way->open = false;
     server.way->stream->shutdown();
-    const auto unacknowledged = server.way->lane.take_back(true);
+    const auto unacknowledged = take_back_locked(*server.way);
     again.insert(again.end(), unacknowledged.begin(), unacknowledged.end());
   }
   std::vector<RegionRun> lost;

@@ -153,6 +153,7 @@ bool Scatter::send_records(Way& way, std::vector<std::byte>& buffer, std::string
     if (way.server != Way::kNobody) servers_[static_cast<std::size_t>(way.server)]->bytes += buffer.size();
   }
   if (buffer.empty()) return true;
+  if (!send_chains_over(way, cut)) return false;
   shared_.count_bytes(buffer.size());
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const wire::IoResult result = way.stream->send_all(std::span<const std::byte>(buffer));
@@ -205,6 +206,7 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
     if (server) servers_[static_cast<std::size_t>(way.server)]->bytes += chunks.frames().bytes();
     if (!more) changed_.notify_all();
   }
+  if (!send_chains_over(way, cut)) return false;
   way.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const PageFrames::Sent sent = chunks.frames().send(*way.stream);
   way.sending_since.store(0, std::memory_order_relaxed);
@@ -229,6 +231,27 @@ void Scatter::looked_locked(bool more, bool gave_back, std::uint64_t returns_bef
     if (!dry_) dry_since_ = Clock::now();
     dry_ = true;
   }
+}
+
+// Before whatever was taken to be sent: among that may be what had to go again.
+bool Scatter::send_chains_over(Way& way, std::string& cut) {
+  std::vector<wire::FrameHeader> frames;
+  if (way.server != Way::kNobody) {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [ordinal, epoch] : chains_over_) {
+      const auto [told, first] = way.told_over.try_emplace(ordinal, epoch);
+      if (!first && told->second == epoch) continue;
+      told->second = epoch;
+      frames.push_back(wire::make_header(wire::FrameType::kChainOver, ordinal, {}, epoch));
+    }
+  }
+  if (frames.empty()) return true;
+  for (wire::FrameHeader& each : frames) wire::seal(each);
+  const auto bytes = std::as_bytes(std::span(frames));
+  shared_.count_bytes(bytes.size());
+  const wire::IoResult result = way.stream->send_all(bytes);
+  if (!result.done()) cut = way.name + ": " + result.describe();
+  return result.done();
 }
 
 // Behind what is enough for one, or behind everything when there is nothing more to send right now.

@@ -106,6 +106,8 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     case FrameType::kMapRequest:
     case FrameType::kMapEnd:
     case FrameType::kChainBroken:
+    case FrameType::kChainOf:
+    case FrameType::kChainOver:
     case FrameType::kNamed:
     case FrameType::kTaken:
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";

@@ -100,6 +100,13 @@ enum class FrameType : std::uint16_t {
   kChainBroken =
       19,  // server to source: the replica's server (ordinal in tag) cannot be written; the connection
            // ends, and what was not acknowledged on it is not held twice
+  kChainOf =
+      47,  // server to server, first on a chain: tag: the epoch of the source's connection whose pages it
+           // passes on
+  kChainOver =
+      48,  // source to server, server to server: what comes by the server whose ordinal is in `region`, of
+           // source connections to it up to the epoch in tag, counts no more: what was not acknowledged on
+           // those has gone, or goes, another way, and may be newer
   kElsewhere =
       20,  // source to destination, demand channel: it has let go of this page; a kMap says where it is
 

@@ -28,6 +28,7 @@ class FakeStage {
   struct Page {
     std::vector<std::byte> content;  // empty: zeros
     std::uint64_t hash = 0;
+    std::map<std::uint32_t, std::uint64_t> chains_over;  // as they were when it came last
   };
   struct Record {
     wire::Holders holders;
@@ -107,6 +108,7 @@ class FakeStage {
   bool stalled = false;  // reads nothing
   std::map<Key, Page> pages;
   std::map<Key, Record> records;
+  std::map<std::uint32_t, std::uint64_t> chains_over;  // by ordinal, the epoch
   unsigned hellos = 0;
   unsigned deltas = 0;  // frames
   // With so many pages, at once: a test's thread may be late.
@@ -215,6 +217,7 @@ class FakeStage {
           for (std::uint64_t i = 0; i < h.page_count; ++i) {
             Page& page = pages[{h.region, h.first_page + i}];
             page.content.clear();
+            page.chains_over = chains_over;
             page.hash = content ? hashes[i] : 0;
             if (content) {
               const auto bytes = payload.subspan(i * page_size_, page_size_);
@@ -231,6 +234,10 @@ class FakeStage {
             record.zero = (h.flags & wire::kFlagZero) != 0;
             if (!payload.empty()) std::memcpy(&record.hash, payload.data() + i * 8, 8);
           }
+          break;
+        case wire::FrameType::kChainOver:
+          EXPECT_EQ(wire::payload_checksum(h, {}), h.checksum);
+          chains_over[h.region] = h.tag;
           break;
         case wire::FrameType::kBarrier:
           if (!forget_acks) answers.push_back(wire::make_header(wire::FrameType::kBarrierAck, 0, {}, h.tag));

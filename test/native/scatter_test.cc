@@ -422,6 +422,44 @@ TEST_F(ScatterTest, WithoutADestinationARoundPutsEverythingAtTheServers) {
   EXPECT_EQ(pages_at_servers(), all_pages());
 }
 
+// What a server had not acknowledged may still be on its way from there to a replica.
+TEST_F(ScatterTest, WhatIsTakenBackFromAServerGoesBehindTheEndOfItsChain) {
+  for (const bool cut : {true, false}) {
+    SCOPED_TRACE(cut ? "cut" : "stands still");
+    make({8000}, 2);
+    SenderConfig with = config();
+    with.direct = false;
+    with.replicas = 2;
+    // Received, and not acknowledged.
+    stages[1]->forget_acks = true;
+    (cut ? stages[1]->cut_at : stages[1]->stall_at) = 100;
+    sender = std::make_unique<Sender>(std::move(with));
+    sender->connect();
+    events.expect(kConnected);
+    sender->queue_populated();
+    sender->start_round(5);
+    EXPECT_EQ(events.expect(kRoundDone).tag, 5u);
+    {
+      const std::scoped_lock lock(stages[0]->mutex, stages[1]->mutex);
+      std::size_t both = 0;
+      for (const auto& [key, page] : stages[1]->pages) {
+        const auto here = stages[0]->pages.find(key);
+        if (here == stages[0]->pages.end()) continue;
+        ++both;
+        const auto over = here->second.chains_over.find(1);
+        ASSERT_NE(over, here->second.chains_over.end()) << "page " << key.second;
+        EXPECT_GE(over->second, 7U << 16U);
+      }
+      EXPECT_GT(both, 0U);
+      EXPECT_EQ(stages[0]->chains_over.count(0), 0U);
+    }
+    sender.reset();
+    stages.clear();
+    regions.clear();
+    oracle.clear();
+  }
+}
+
 // Holds up one thread of the sender while that lays out the first page that it is to send.
 class HoldUp final : public DirtyTracker {
  public:

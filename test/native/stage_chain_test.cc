@@ -84,7 +84,7 @@ TEST(ReplicaChainsTest, OfAServerThatEndsBlameNobody) {
   unsigned said = 0;
   ScatterAnswers answers([&](const wire::FrameHeader&) { return ++said > 0; });
   WorkerThread ending;
-  ReplicaChains chains(nullptr, std::make_shared<ChainTargets>(), answers, ending, [] {});
+  ReplicaChains chains(nullptr, 0, std::make_shared<ChainTargets>(), answers, ending, [] {});
   ending.request_stop();
   EXPECT_FALSE(chains.forward(1, {}));
   EXPECT_EQ(said, 0U);
@@ -98,7 +98,7 @@ TEST(ReplicaChainsTest, OfAServerThatServesSayWhoIsMissing) {
     return true;
   });
   WorkerThread serving;
-  ReplicaChains chains(nullptr, std::make_shared<ChainTargets>(), answers, serving, [] {});
+  ReplicaChains chains(nullptr, 0, std::make_shared<ChainTargets>(), answers, serving, [] {});
   EXPECT_FALSE(chains.forward(1, {}));
   ASSERT_EQ(said.size(), 1U);
   EXPECT_EQ(said[0].type, static_cast<std::uint8_t>(FrameType::kChainBroken));
@@ -118,6 +118,8 @@ class ChainTest : public ::testing::Test {
     replica = bare.accept();
     ASSERT_TRUE(replica);
     ASSERT_TRUE(BareReplica::answer(*replica));
+    const auto whose = replica->receive();
+    ASSERT_TRUE(whose && whose->is(FrameType::kChainOf));
     const auto frame = replica->receive();
     ASSERT_TRUE(frame && frame->is(FrameType::kPages));
     ASSERT_EQ(frame->payload, page);
@@ -173,6 +175,137 @@ TEST(StageChain, BothServersHoldWhatWasAcknowledged) {
   ASSERT_TRUE(again->goodbye());
   EXPECT_TRUE(again->ended());
   while (pair.replica.stage->stats().connections > 0) std::this_thread::yield();
+}
+
+constexpr std::uint32_t epoch_of(std::uint32_t attempt) {
+  return std::uint32_t{StageBench::kSource} << 16U | attempt;
+}
+wire::FrameHeader chain_of(std::uint32_t epoch) {
+  return wire::make_header(FrameType::kChainOf, 0, {}, epoch);
+}
+wire::FrameHeader chain_over(std::uint8_t ordinal, std::uint32_t epoch) {
+  return wire::make_header(FrameType::kChainOver, ordinal, {}, epoch);
+}
+
+// The first server stands still with pages in hand, the source gives it up and sends newer ones another way; then the
+// first server goes on.
+TEST(StageChain, WhatAServerThatWasGivenUpPassesOnCountsNoMore) {
+  StageBench replica;
+  const ImageId id = image_id(1);
+  replica.make(id, {kPages}, 1);
+  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+  ASSERT_TRUE(
+      replica.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+  ImageOracle oracle({kPages});
+  const auto older = random_pages(4, 1);
+  const auto newer = random_pages(4, 2);
+  std::uint32_t attempt = 0;
+  const auto chain = [&](std::optional<std::uint32_t> epoch) {
+    auto made = replica.connect(id, session, StageRole::kChain, attempt++);
+    EXPECT_TRUE(!epoch || made->frame(chain_of(*epoch)));
+    return made;
+  };
+  const auto source = replica.scatter(id);
+  const auto late = chain(epoch_of(0));
+  ASSERT_TRUE(late->pages(0, 0, older, kTwice));
+  ASSERT_TRUE(late->zeros(0, 20, 4, kTwice));
+  ASSERT_TRUE(late->barrier(1).acknowledged);
+  oracle.content(0, 0, older);
+  oracle.zeros(0, 20, 4);
+  // Not of this server's.
+  ASSERT_TRUE(source->frame(chain_over(2, epoch_of(7))));
+  ASSERT_TRUE(source->barrier(1).acknowledged);
+  ASSERT_TRUE(late->pages(0, 8, older, kTwice));
+  ASSERT_TRUE(late->barrier(2).acknowledged);
+  oracle.content(0, 8, older);
+
+  ASSERT_TRUE(source->frame(chain_over(0, epoch_of(0))));
+  ASSERT_TRUE(source->pages(0, 0, newer, {1, Holders::kNobody}));
+  ASSERT_TRUE(source->pages(0, 20, newer, {1, Holders::kNobody}));
+  ASSERT_TRUE(source->barrier(2).acknowledged);
+  oracle.content(0, 0, newer);
+  oracle.content(0, 20, newer);
+  ASSERT_TRUE(late->pages(0, 0, older, kTwice));
+  EXPECT_FALSE(late->barrier(3).acknowledged);
+  EXPECT_TRUE(late->ended());
+  // Zeros, pages without room for them, what is torn, a chain that does not say whose: the same.
+  for (const std::optional<std::uint32_t> epoch :
+       {std::optional(epoch_of(0)), std::optional<std::uint32_t>()}) {
+    const auto zeros = chain(epoch);
+    ASSERT_TRUE(zeros->zeros(0, 20, 4, kTwice));
+    EXPECT_TRUE(zeros->ended());
+    const auto torn = chain(epoch);
+    wire::FrameHeader header = StageClient::pages_header(0, 0, older, kTwice);
+    ++header.checksum;
+    ASSERT_TRUE(torn->wire().raw(&header, sizeof header) && torn->wire().raw(older.data(), older.size()));
+    EXPECT_TRUE(torn->ended());
+  }
+  oracle.check(*replica.gather(id));
+  // The next one of the same server, behind the source's next connection to it.
+  const auto next = chain(epoch_of(1));
+  ASSERT_TRUE(next->pages(0, 0, older, kTwice));
+  ASSERT_TRUE(next->barrier(4).acknowledged);
+  oracle.content(0, 0, older);
+  oracle.check(*replica.gather(id, 1));
+  // That which is over stays so, whatever is said of it later.
+  ASSERT_TRUE(source->frame(chain_over(0, epoch_of(1))));
+  ASSERT_TRUE(source->frame(chain_over(0, epoch_of(0))));
+  ASSERT_TRUE(source->barrier(5).acknowledged);
+  ASSERT_TRUE(next->zeros(0, 0, 1, kTwice));
+  EXPECT_TRUE(next->ended());
+  oracle.check(*replica.gather(id, 2));
+  EXPECT_EQ(replica.stage->image(id)->pages_held, oracle.held());
+}
+
+// The same of what its source sends a server itself: the end of that connection may come by another server first.
+TEST(StageChain, WhatASourceSentBeforeItCameAgainCountsNoMoreOnceAnotherServerSaysSo) {
+  StageBench replica;
+  const ImageId id = image_id(1);
+  replica.make(id, {kPages}, 1);
+  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+  ASSERT_TRUE(
+      replica.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+  const auto older = random_pages(4, 1);
+  const auto newer = random_pages(4, 2);
+  const auto late = replica.scatter(id);
+  ASSERT_TRUE(late->pages(0, 0, older, {1, Holders::kNobody}));
+  ASSERT_TRUE(late->barrier(1).acknowledged);
+  const auto chain = replica.connect(id, session, StageRole::kChain);
+  ASSERT_TRUE(chain->frame(chain_of(epoch_of(0))) && chain->frame(chain_over(1, epoch_of(0))));
+  ASSERT_TRUE(chain->pages(0, 0, newer, kTwice));
+  ASSERT_TRUE(chain->barrier(1).acknowledged);
+  (void)late->pages(0, 0, older, {1, Holders::kNobody});
+  (void)late->map(0, 0, hashes_of(older), {1, Holders::kNobody});
+  EXPECT_FALSE(late->barrier(2).acknowledged);
+  ImageOracle oracle({kPages});
+  oracle.content(0, 0, newer);
+  oracle.check(*replica.gather(id));
+}
+
+TEST_F(ChainTest, WhatIsOverIsPassedOnBeforeWhatComesAfterIt) {
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(source->frame(chain_over(3, epoch_of(9))));
+  ASSERT_TRUE(source->pages(0, 1, page, kTwice));
+  const auto over = replica->receive();
+  ASSERT_TRUE(over && over->is(FrameType::kChainOver));
+  EXPECT_EQ(over->header.region, 3U);
+  EXPECT_EQ(over->header.tag, epoch_of(9));
+  const auto frame = replica->receive();
+  ASSERT_TRUE(frame && frame->is(FrameType::kPages));
+
+  // A chain that is dialled later hears of it before its first page.
+  source = bench.scatter(id, 1);
+  ASSERT_TRUE(source->pages(0, 1, page, kTwice));
+  const auto next = bare.accept();
+  ASSERT_TRUE(next && BareReplica::answer(*next));
+  const auto whose = next->receive();
+  ASSERT_TRUE(whose && whose->is(FrameType::kChainOf));
+  EXPECT_EQ(whose->header.tag, epoch_of(1));
+  const auto again = next->receive();
+  ASSERT_TRUE(again && again->is(FrameType::kChainOver));
+  EXPECT_EQ(again->header.tag, epoch_of(9));
+  const auto last = next->receive();
+  ASSERT_TRUE(last && last->is(FrameType::kPages));
 }
 
 TEST(StageChain, WhatTheReplicaHasNoRoomForIsRefused) {

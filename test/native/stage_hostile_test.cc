@@ -120,9 +120,14 @@ std::vector<Bad> writes(Holders mine) {
   add("encoded zeros", encoded_zeros);
   add("zeros with a payload", header_of(FrameType::kZero, 0, 0, 1, mine.tag()), 8);
   add("barrier with a payload", header_of(FrameType::kBarrier), 8);
+  add("end of nobody's chain", header_of(FrameType::kChainOver, Holders::kMostServers, 0, 0, 1));
+  add("end of a chain beyond measure", header_of(FrameType::kChainOver, 2, 0, 0, 1ULL << 32U));
+  add("end of a chain with a payload", header_of(FrameType::kChainOver, 2, 0, 0, 1), 8);
+  add("chain beyond measure", header_of(FrameType::kChainOf, 0, 0, 0, 1ULL << 32U));
   add("read from a writer", header_of(FrameType::kRead, 0, 0, 1));
   add("map request from a writer", header_of(FrameType::kMapRequest));
-  for (const FrameType type : {FrameType::kZero, FrameType::kBarrier}) {
+  for (const FrameType type :
+       {FrameType::kZero, FrameType::kBarrier, FrameType::kChainOf, FrameType::kChainOver}) {
     Bad& unsealed = add("checksum of type " + std::to_string(static_cast<int>(type)),
                         header_of(type, 0, 0, 1, mine.tag()));
     unsealed.sealed = false;
