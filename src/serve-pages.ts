@@ -3,11 +3,14 @@
  * by another one, in another process, which goes on where it stopped; see `superviseGuest`.
  */
 import { closeSync, openSync } from 'node:fs';
-
+import { setTimeout } from 'node:timers/promises';
 import { loadAddon } from './addon.js';
 import { type MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import type { Region } from './region.js';
+
+/** From the end of an owner's memory to the end of its process, at most. */
+const ownerEndsMs = 250;
 
 export interface ServePagesOptions {
   /** Attached, with the owner's userfaultfd; its missing pages are served. */
@@ -37,7 +40,10 @@ export interface PagerStats {
 }
 
 export interface PageService {
-  /** Every page is there, and the memory is ordinary. Rejects when paging cannot go on: OWNER_GONE, REGION_GONE, SYSTEM. */
+  /**
+   * Every page is there, and the memory is ordinary. Rejects when paging cannot go on (OWNER_GONE, REGION_GONE, SYSTEM),
+   * and with CANCELLED when it was stopped before.
+   */
   readonly done: Promise<void>;
   stats(): PagerStats;
   /** Stops. Whoever touches a missing page waits for a successor. */
@@ -56,6 +62,7 @@ export function servePages(options: ServePagesOptions): PageService {
     throw memferryError('INVALID_ARGUMENT', 'servePages: offsetBytes is no offset');
   if (!region.native.claim()) throw memferryError('REGION_BUSY', 'the region is moving, or paged already');
   const done = deferred<void>();
+  done.promise.catch(() => {}); // nobody may be waiting
   let file = -1;
   try {
     file = native(() => openSync(snapshot, 'r'));
@@ -67,10 +74,13 @@ export function servePages(options: ServePagesOptions): PageService {
         ledger,
         prepage,
         onEvent: ({ kind, code, message, first, count }) => {
-          if (kind === 'done') finish();
+          if (kind === 'done') {
+            done.resolve();
+            stop('leave');
+          }
           if (kind === 'lost')
             onLost?.({ first, count }, memferryError('PAGES_LOST', message, { facts: { first, count } }));
-          if (kind === 'failed') finish(memferryError(code === 'REGION_GONE' ? code : 'SYSTEM', message));
+          if (kind === 'failed') void fail(code === 'REGION_GONE' ? code : 'SYSTEM', message);
         },
       }),
     );
@@ -82,17 +92,18 @@ export function servePages(options: ServePagesOptions): PageService {
       native(() => pager[how]());
       last = native(() => pager.stats());
       region.native.release();
+      // Its last word may be on its way still.
+      if (last.pagesSettled === last.pages) done.resolve();
+      else done.reject(memferryError('CANCELLED', 'the pager was stopped before every page was there'));
     };
-    const finish = (error?: MemferryError) => {
-      if (error) done.reject(error);
-      else {
-        stop('leave');
-        done.resolve();
-      }
+    // The kernel ends a process's memory before it says that the process has ended.
+    const fail = async (code: 'REGION_GONE' | 'SYSTEM', message: string) => {
+      if (code === 'SYSTEM') await Promise.race([region.ownerGone, setTimeout(ownerEndsMs)]);
+      done.reject(memferryError(code, message));
     };
     void region.ownerGone?.then((error) => {
-      stop('leave');
       done.reject(error);
+      stop('leave');
     });
     return {
       done: done.promise,

@@ -141,11 +141,16 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
     }
     own.on('close', died);
   };
+  let lookedAt = performance.now();
   const look = setInterval(() => {
+    const now = performance.now();
+    // While this process did not run it heard nothing, whatever the pager said.
+    heard = Math.min(now, heard + Math.max(0, now - lookedAt - lookEveryMs));
+    lookedAt = now;
     if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
-    else if (performance.now() - heard > stallMs) {
+    else if (now - heard > stallMs) {
       why = `a pager stood still for ${stallMs} ms`;
-      heard = performance.now();
+      heard = now;
       child?.kill('SIGKILL');
     }
   }, lookEveryMs);

@@ -116,6 +116,7 @@ export class Arrival extends EventEmitter {
   #dissolving: Promise<void> | null = null;
   #allHere = false;
   #closed = false;
+  #abandoning: Promise<void> | null = null;
   #ending: Promise<void> | null = null;
 
   constructor(private readonly config: ArrivalConfig) {
@@ -288,7 +289,7 @@ export class Arrival extends EventEmitter {
   /** Before the commit: the migration fails and the guest runs on at the source. After it: missing pages are lost. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.#fail(new MemferryError('CANCELLED', 'the destination closed the arrival'));
-    await this.#end();
+    await (this.#abandoning ?? this.#end());
   }
 
   /** Nothing writes a base or applies a log any more. */
@@ -342,7 +343,7 @@ export class Arrival extends EventEmitter {
         this.#resume();
         break;
       case 'abandon':
-        void this.#abandon();
+        this.#abandoning = this.#abandon();
         break;
       case 'send':
         this.#tell(action.message);
@@ -616,7 +617,9 @@ export class Arrival extends EventEmitter {
     );
     await this.#stopFilling();
     try {
-      await this.guest.abandon();
+      const { prepareTimeoutMs } = this.config.options;
+      const abandoned = Promise.resolve(this.guest.abandon());
+      await within(abandoned, prepareTimeoutMs, 'PREPARE_TIMEOUT', `no end within ${prepareTimeoutMs} ms`);
     } catch (error) {
       process.emitWarning(`guest '${this.offer.name}' threw in abandon(): ${String(error)}`, {
         code: 'MEMFERRY_ABANDON_THREW',
@@ -647,9 +650,8 @@ export class Arrival extends EventEmitter {
     this.#over.resolve();
     const link = this.#link;
     this.#link = null;
-    if (!this.#dissolving) await this.config.images?.close();
+    await Promise.all([link?.close(), this.#dissolving ?? this.config.images?.close()]);
     this.config.ended();
-    await link?.close();
   }
 
   #tell(message: DestinationMessage): void {

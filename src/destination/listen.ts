@@ -19,8 +19,9 @@ import {
   type ResolvedListenOptions,
   resolveListenOptions,
 } from '../options.js';
-import { within } from '../protocol/bounded.js';
+import { whileOpening, within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
+import { deferred } from '../protocol/deferred.js';
 import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
 import {
   type DestinationMessage,
@@ -34,7 +35,7 @@ import { provesResume } from '../protocol/resume-proof.js';
 import { sharePath } from '../share/share-path.js';
 import { dedupDomainKey } from '../source/dedup-domain.js';
 import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
-import { ImageSet } from '../staging/image-set.js';
+import { ImageSet, imageConnection } from '../staging/image-set.js';
 import type { Region } from '../region.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
@@ -106,6 +107,7 @@ class DestinationListener implements Listening {
   >();
   /** Offers being accepted: they count, but have no arrival yet. */
   readonly #accepting = new Map<string, number>();
+  readonly #making = new Set<Promise<void>>();
   /** Of the replay under way; one at a time. */
   #replayBytes = 0;
   readonly #channels = new Set<Channel>();
@@ -167,6 +169,10 @@ class DestinationListener implements Listening {
       this.#gate.close();
       for (const taker of this.#takers.splice(0)) taker(null);
     }
+    const { prepareTimeoutMs } = this.options;
+    // Guests that were being made are abandoned.
+    const made = Promise.all([...this.#making]);
+    await within(made, prepareTimeoutMs, 'PREPARE_TIMEOUT', 'accept() goes on').catch(() => {});
     await Promise.all([...this.#arrivals.values()].map(({ arrival }) => arrival[Symbol.asyncDispose]()));
     await Promise.all([...this.#channels].map((channel) => channel.close()));
     this.#native.close();
@@ -224,6 +230,8 @@ class DestinationListener implements Listening {
     let parked: ParkedBase | null = null;
     let references: AgreedReferences | null = null;
     let booked = false;
+    const made = deferred<void>();
+    this.#making.add(made.promise);
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
@@ -288,6 +296,8 @@ class DestinationListener implements Listening {
       await channel.close();
       return;
     } finally {
+      made.resolve();
+      this.#making.delete(made.promise);
       // Of an offer that comes twice, the first one's stays.
       if (booked) this.#accepting.delete(offer.migrationId);
     }
@@ -398,24 +408,24 @@ class DestinationListener implements Listening {
     if (!base || !known || basesOf(guest) || this.#usedBytes() + bytes > maxBytes) return null;
     const stored = { ...known, lineage: Buffer.from(known.lineage, 'hex') };
     if (!mayBeBase(stored, given, base)) return null;
-    const { plaintext, connectTimeoutMs, peerTimeoutMs } = this.options;
-    const connection = { secret: this.secret, plaintext, connectTimeoutMs, peerTimeoutMs };
+    const connection = imageConnection(this.secret, this.options);
     return new ParkedBase(base.parked, { connection, maxBytes: bytes, recoverTimeoutMs, gatherLimit });
   }
 
   /** The servers that hold what the source does not send here itself. Rejects when one cannot be reached. */
   async #openImages(offer: OfferMessage, sessionKey: Uint8Array): Promise<ImageSet | null> {
     if (!offer.scatter) return null;
-    const { plaintext, connectTimeoutMs, peerTimeoutMs } = this.options;
     const secret = unsealSecret(
       sessionKey,
       Buffer.from(offer.migrationId, 'hex'),
       offer.scatter.sealedSecret,
     );
-    return ImageSet.open(
-      offer.scatter.servers,
-      { secret: this.secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: this.#closing.signal },
-      { image: offer.migrationId, secret, access: 'read', required: 'all' },
+    const { servers } = offer.scatter;
+    // An arrival that is complete when the listener closes has an image to let go of.
+    return whileOpening(this.#closing.signal, (opening) =>
+      ImageSet.open(servers, imageConnection(this.secret, this.options, opening), {
+        ...{ image: offer.migrationId, secret, access: 'read', required: 'all' },
+      }),
     );
   }
 

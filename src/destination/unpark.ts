@@ -15,14 +15,14 @@ import {
   resolveUnparkOptions,
   type UnparkOptions,
 } from '../options.js';
-import { abortError, within } from '../protocol/bounded.js';
+import { abortError, untilAborted, whileOpening, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
 import type { Claim } from '../staging/client.js';
-import { ImageSet, type ServerAddress } from '../staging/image-set.js';
+import { ImageSet, imageConnection, type ServerAddress } from '../staging/image-set.js';
 import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
@@ -52,28 +52,27 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
   const signal = resolved.signal ?? new AbortController().signal;
   const { images, claim } = await claimImage(ticket, home, secret, resolved, signal);
   let guest: ArrivingGuest | null = null;
-  let engine: DestinationEngine | null = null;
+  let arriving: GatheringGuest | null = null;
   try {
     const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
     guest = resolved.accept
       ? await resolved.accept(offer, { signal, state: claim.state })
       : allocateGuest(offer);
-    const arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
-    engine = arriving.engine;
+    arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
+    const cancelled = AbortSignal.any([signal, arriving.broken]);
     await within(
-      Promise.resolve(guest.prepare(claim.state, { signal })),
+      untilAborted(Promise.resolve(guest.prepare(claim.state, { signal: cancelled })), cancelled),
       resolved.prepareTimeoutMs,
       'PREPARE_TIMEOUT',
       `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
     );
-    if (arriving.broken) throw arriving.broken;
     // The last moment: whatever comes after the question, its answer has to be waited for.
-    if (signal.aborted) throw abortError(signal);
+    if (cancelled.aborted) throw abortError(cancelled);
     await granted(images, resolved.inDoubtTimeoutMs);
     arriving.resume();
     return arriving;
   } catch (error) {
-    engine?.close(new MemferryError('CANCELLED', 'the guest was not granted'));
+    arriving?.abandon(error);
     await Promise.resolve(guest?.abandon()).catch(() => {});
     await images.release().catch(() => {});
     await images.close();
@@ -81,7 +80,6 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
   }
 }
 
-/** The caller's signal ends the opening and the claim, not the connections: they are needed to let the image go. */
 async function claimImage(
   ticket: ParkTicket,
   home: ServerAddress,
@@ -89,26 +87,17 @@ async function claimImage(
   options: ResolvedUnparkOptions,
   signal: AbortSignal,
 ): Promise<{ images: ImageSet; claim: Claim }> {
-  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = options;
-  const claiming = new AbortController();
-  const stop = () => claiming.abort(signal.reason);
-  if (signal.aborted) throw abortError(signal);
-  signal.addEventListener('abort', stop, { once: true });
-  try {
-    const images = await ImageSet.openParked(
-      home,
-      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes, signal: claiming.signal },
-      { image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
-    );
+  return whileOpening(signal, async (claiming) => {
+    const images = await ImageSet.openParked(home, imageConnection(secret, options, claiming), {
+      ...{ image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
+    });
     try {
       return { images, claim: await images.claim({ rollback: options.rollback }) };
     } catch (error) {
       await images.close();
       throw error;
     }
-  } finally {
-    signal.removeEventListener('abort', stop);
-  }
+  });
 }
 
 /** Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant. */
@@ -144,8 +133,8 @@ class GatheringGuest implements Unparked {
   #resumedAt = 0;
   #closed = false;
   #notRunning: string | null | Promise<string | null> = null;
-  /** Why it must not be resumed here any more. */
-  broken: Error | null = null;
+  readonly #broken = new AbortController();
+  #arrival: Promise<void> | null = null;
 
   constructor(
     ticket: ParkTicket,
@@ -155,9 +144,7 @@ class GatheringGuest implements Unparked {
     options: ResolvedUnparkOptions,
   ) {
     this.#complete.promise.catch(() => {});
-    void guest.broken?.then((error) => {
-      this.broken ??= error;
-    });
+    void guest.broken?.then((error) => this.#broken.abort(asPrepareError(error)));
     this.engine = new DestinationEngine(
       {
         regions: guest.regions.map((region) => region.native),
@@ -191,12 +178,26 @@ class GatheringGuest implements Unparked {
     this.#everyPage.promise.catch(() => {});
     // A small guest has all of its pages here before the home server has granted it.
     Promise.all([this.engine.complete, this.#granted.promise])
-      .then(() => this.#arrived(options.verify))
+      .then(() => {
+        this.#arrival = this.#arrived(options.verify);
+        return this.#arrival;
+      })
       .catch((error) => this.#fail(error));
   }
 
   get regions(): readonly Region[] {
     return this.guest.regions;
+  }
+
+  /** It must not be resumed here any more; the reason is a MemferryError. */
+  get broken(): AbortSignal {
+    return this.#broken.signal;
+  }
+
+  /** It was not granted. A prepare that goes on is told. */
+  abandon(why: unknown): void {
+    this.#broken.abort(asPrepareError(why));
+    this.engine.close(new MemferryError('CANCELLED', 'the guest was not granted'));
   }
 
   get complete(): Promise<ArrivalReport> {
@@ -213,8 +214,13 @@ class GatheringGuest implements Unparked {
     if (this.#closed) return;
     this.#closed = true;
     const error = new MemferryError('CANCELLED', 'the guest was closed before every page was here');
+    if (this.#arrival) {
+      // Its image is being let go of.
+      await this.#arrival.catch(() => {});
+    } else {
+      this.#reject(error);
+    }
     this.engine.close(error);
-    this.#reject(error);
     await this.images.close();
   }
 
@@ -258,7 +264,7 @@ class GatheringGuest implements Unparked {
 
   /** Before the guest is granted there is nothing to go on with: `unpark` rejects, and the guest stays parked. */
   #fail(error: MemferryError): void {
-    this.broken ??= error;
+    this.#broken.abort(error);
     this.#reject(error);
   }
 
@@ -266,4 +272,11 @@ class GatheringGuest implements Unparked {
     this.#everyPage.reject(error);
     this.#complete.reject(error);
   }
+}
+
+function asPrepareError(error: unknown): MemferryError {
+  if (error instanceof MemferryError) return error;
+  return new MemferryError('PREPARE_FAILED', error instanceof Error ? error.message : String(error), {
+    cause: error,
+  });
 }

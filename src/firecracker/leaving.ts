@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
 import { memferryError, nativeAsync } from '../errors.js';
 import type { Guest } from '../guest.js';
+import { untilAborted } from '../protocol/bounded.js';
 import { Region } from '../region.js';
 import type { FirecrackerApi } from './api.js';
 
@@ -39,28 +40,36 @@ export function firecrackerControl(
   api: FirecrackerApi,
   options: { directory?: string; release?: () => Promise<void> | void } = {},
 ): MicroVmControl {
-  return {
-    async pause({ signal }) {
-      // Before it stands: what fails here costs nothing.
-      const folder = await mkdtemp(join(options.directory ?? tmpdir(), 'memferry-microvm-'));
-      try {
-        const path = join(folder, 'state');
-        // It may stand although the answer was lost or nobody waited for it.
-        await api.pause(signal);
-        await api.createSnapshot(path, null, signal);
-        return await readFile(path);
-      } catch (error) {
-        await resumed(api).catch((cause) => {
-          process.emitWarning(`the microVM may stand: it could not be resumed: ${String(cause)}`, {
-            code: 'MEMFERRY_RESUME_THREW',
-          });
+  // One that was cancelled lets the microVM run again: it must not do so under the next one's feet.
+  let before: Promise<unknown> = Promise.resolve();
+  const after = <T>(turn: Promise<T>): Promise<T> => {
+    before = Promise.allSettled([before, turn]);
+    return turn;
+  };
+  const pause = async (last: Promise<unknown>, signal: AbortSignal) => {
+    await untilAborted(last, signal);
+    // Before it stands: what fails here costs nothing.
+    const folder = await mkdtemp(join(options.directory ?? tmpdir(), 'memferry-microvm-'));
+    try {
+      const path = join(folder, 'state');
+      // It may stand although the answer was lost or nobody waited for it.
+      await api.pause(signal);
+      await api.createSnapshot(path, null, signal);
+      return await readFile(path);
+    } catch (error) {
+      await resumed(api).catch((cause) => {
+        process.emitWarning(`the microVM may stand: it could not be resumed: ${String(cause)}`, {
+          code: 'MEMFERRY_RESUME_THREW',
         });
-        throw error;
-      } finally {
-        await rm(folder, { recursive: true, force: true }).catch(() => {});
-      }
-    },
-    unpause: () => resumed(api),
+      });
+      throw error;
+    } finally {
+      await rm(folder, { recursive: true, force: true }).catch(() => {});
+    }
+  };
+  return {
+    pause: ({ signal }) => after(pause(before, signal)),
+    unpause: () => after(resumed(api)),
     ...(options.release ? { release: options.release } : {}),
   };
 }

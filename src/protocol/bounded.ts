@@ -1,5 +1,6 @@
 /** Waits with a bound: every promise that depends on a peer or on a guest's code is awaited through these. */
 import { MemferryError, type ErrorCode } from '../errors.js';
+import { Alarm } from './timers.js';
 
 /** Rejects with CANCELLED (or the signal's own MemferryError) when `signal` aborts first. */
 export function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
@@ -28,10 +29,23 @@ export function within<T>(
   message: string,
 ): Promise<T> {
   return new Promise<T>((resolve, reject) => {
-    const timer = setTimeout(
-      () => reject(new MemferryError(code, message)),
-      Math.min(timeoutMs, 2 ** 31 - 1),
-    );
-    promise.then(resolve, reject).finally(() => clearTimeout(timer));
+    const alarm = new Alarm(timeoutMs, () => reject(new MemferryError(code, message)));
+    promise.then(resolve, reject).finally(() => alarm.stop());
   });
+}
+
+/** `signal` ends what `open` does, and nothing of what it has made: connections may be needed to let go of that. */
+export async function whileOpening<T>(
+  signal: AbortSignal,
+  open: (signal: AbortSignal) => Promise<T>,
+): Promise<T> {
+  if (signal.aborted) throw abortError(signal);
+  const opening = new AbortController();
+  const stop = () => opening.abort(signal.reason);
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    return await open(opening.signal);
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
 }

@@ -8,7 +8,7 @@
 import { EventEmitter } from 'node:events';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
-import { within } from '../protocol/bounded.js';
+import { untilAborted, within } from '../protocol/bounded.js';
 import { tellListeners } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
@@ -133,7 +133,12 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   }
 
   pause(options: { signal: AbortSignal }): Promise<PausedGuest> {
-    const pausing = this.#pause(options);
+    const before = [this.#pausing, this.#unpausing];
+    const pausing = (async () => {
+      // One that was cancelled puts back what it has changed: it must not do so under the next one's feet.
+      await untilAborted(Promise.allSettled(before), options.signal);
+      return this.#pause(options);
+    })();
     this.#pausing = pausing;
     return pausing;
   }

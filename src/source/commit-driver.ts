@@ -171,8 +171,10 @@ export class CommitDriver {
       case 'send':
         try {
           this.config.send(action.message);
-        } catch {
-          // The connection's own end is reported by its reader; a message that could not leave is a lost one.
+        } catch (error) {
+          // The connection's own end is reported by its reader; a message that could not leave is a lost one. But before
+          // the first word of a commit nobody reads for it.
+          if (action.message.type === 'prepare') this.connectionLost(error as MemferryError);
         }
         break;
       case 'redial':
@@ -227,7 +229,9 @@ export class CommitDriver {
       // Of a migration before this one.
       const { unpausing } = this.#standing;
       if (unpausing) {
-        await within(unpausing, unpauseTimeoutMs, 'SYSTEM', 'unpause() takes its time').catch(() => {});
+        // Whatever that one comes to, it is over: from then on this migration alone says who runs.
+        const over = unpausing.catch(() => {});
+        await within(over, unpauseTimeoutMs, 'GUEST_BUSY', 'unpause() of the last migration goes on');
         this.#pauseAbort.signal.throwIfAborted();
       }
       const result = await this.guest.pause({ signal: this.#pauseAbort.signal });

@@ -4,10 +4,10 @@
  */
 import type { Guest } from '../guest.js';
 import type { ResolvedMigrateOptions } from '../options.js';
-import { untilAborted } from '../protocol/bounded.js';
+import { untilAborted, whileOpening } from '../protocol/bounded.js';
 import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
 import { makeImageSecret } from '../staging/image-secret.js';
-import { ImageSet } from '../staging/image-set.js';
+import { ImageSet, imageConnection } from '../staging/image-set.js';
 import { chooseServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
 
@@ -34,37 +34,24 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   };
   const { servers, unanswered } = await untilAborted(chooseServers(options, secret, need, signal), signal);
   if (servers.length === 0) return null;
-  const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
-  // The caller's signal ends the making of the image, not its connections: they are needed to let it go.
   const domainKey = await dedupDomainKey(options.dedup, secret);
-  const making = new AbortController();
-  const stop = () => making.abort(signal.reason);
-  signal.throwIfAborted();
-  signal.addEventListener('abort', stop, { once: true });
-  try {
-    return await ImageSet.create(
-      servers,
-      unanswered,
-      { secret, plaintext, connectTimeoutMs, peerTimeoutMs, signal: making.signal },
-      {
-        image,
-        secret: makeImageSecret(),
-        domainKey,
-        kind,
-        name: guest.name,
-        pageSize,
-        replicas: options.replicas,
-        leaseMs: options.leaseMs,
-        regions: guest.regions.map(({ name, region }, index) => ({
-          name,
-          pages: (lengths[index] as number) / region.pageSize,
-          capacityPages: region.capacityBytes / region.pageSize,
-        })),
-      },
-    );
-  } finally {
-    signal.removeEventListener('abort', stop);
-  }
+  return whileOpening(signal, (making) =>
+    ImageSet.create(servers, unanswered, imageConnection(secret, options, making), {
+      image,
+      secret: makeImageSecret(),
+      domainKey,
+      kind,
+      name: guest.name,
+      pageSize,
+      replicas: options.replicas,
+      leaseMs: options.leaseMs,
+      regions: guest.regions.map(({ name, region }, index) => ({
+        name,
+        pages: (lengths[index] as number) / region.pageSize,
+        capacityPages: region.capacityBytes / region.pageSize,
+      })),
+    }),
+  );
 }
 
 /** `lengths` as they are now: what a destination allocates. */

@@ -27,6 +27,28 @@ export interface ServerAddress {
 /** How the servers are spoken to; the same for all. */
 export type ImageSetConnection = Omit<StageClientConfig, 'host' | 'port' | 'name'>;
 
+/** As the options of either end of a migration say. A server is as long away as the engine looks for it. */
+export function imageConnection(
+  secret: Uint8Array,
+  options: {
+    plaintext: boolean;
+    connectTimeoutMs: number;
+    peerTimeoutMs: number;
+    recoverTimeoutMs: number;
+    inDoubtTimeoutMs?: number;
+    maxStateBytes?: number;
+  },
+  signal?: AbortSignal,
+): ImageSetConnection {
+  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = options;
+  const recoverTimeoutMs = Math.max(options.recoverTimeoutMs, options.inDoubtTimeoutMs ?? 0);
+  return {
+    ...{ secret, plaintext, connectTimeoutMs, peerTimeoutMs, recoverTimeoutMs },
+    ...(maxStateBytes === undefined ? {} : { maxStateBytes }),
+    ...(signal ? { signal } : {}),
+  };
+}
+
 export interface NewImage {
   /** 32 hex digits: the migration's id. */
   image: string;

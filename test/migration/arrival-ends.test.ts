@@ -100,6 +100,21 @@ describe('a listener that is closed as soon as every page is here', () => {
     expect(await arrival.complete).toMatchObject({ verified: verify ? true : null });
   });
 
+  test('lets the servers let go of the image', async () => {
+    const servers = await Promise.all(
+      ['I1', 'I2'].map((name) => stage({ secret, memoryBytes: 4 * lengthBytes, name })),
+    );
+    for (const server of servers) open.push(() => server.close());
+    const { arrival, migration, listening } = await start(
+      { mode: 'scatter', verify: true, bandwidth: 1e6, gatherLimit: 4e6 },
+      servers.map(({ port }) => `127.0.0.1:${port}`),
+    );
+    await migration.evicted;
+    await arrival.complete;
+    await listening.close();
+    for (const server of servers) expect(server.status().held).toEqual([]);
+  });
+
   test('does not wait for a silent one for long', async () => {
     const { arrival, proxy, listening } = await start({ mode: 'post-copy', verify: false, bandwidth });
     const evicted = proxy.at(lastWord, 'hold');
@@ -109,4 +124,39 @@ describe('a listener that is closed as soon as every page is here', () => {
     await listening.close();
     expect(performance.now() - started).toBeLessThan(6000);
   });
+});
+
+test('a listener is closed when the guests that it abandons are', async () => {
+  let abandoned = false;
+  const region = Region.allocate({ lengthBytes });
+  const listening = await listen({
+    ...{ port: 0, secret, recoverTimeoutMs },
+    accept: () => ({
+      regions: [region],
+      prepare: async () => {},
+      resume: () => {},
+      abandon: async () => {
+        await new Promise((resolve) => setTimeout(resolve, 300));
+        abandoned = true;
+      },
+    }),
+  });
+  open.push(() => listening.close());
+  const source = Region.allocate({ lengthBytes });
+  for (const view of source.views) view.fill(7);
+  const guest = {
+    ...{ name: 'still', module: null, regions: [{ name: 'memory', region: source }] },
+    ...{ pause: async () => Buffer.from('state'), unpause: () => {} },
+  };
+  const migration = migrate(guest, {
+    ...{ to: `127.0.0.1:${listening.port}`, secret, recoverTimeoutMs, holdSwitchover: true },
+  });
+  migration.done.catch(() => {});
+  migration.evicted.catch(() => {});
+  open.push(() => migration[Symbol.asyncDispose]());
+  const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+  arrival.complete.catch(() => {});
+  await listening.close();
+  expect(abandoned).toBe(true);
+  await expect(migration.done).rejects.toThrow();
 });

@@ -302,6 +302,33 @@ test('a guest that nobody pages any more is ended, and never reads zeros', async
   expect(await owner.ask('read 100')).toBeNull();
 });
 
+test('a supervisor that stood still itself blames no pager', async () => {
+  const owner = await MemoryOwner.start({ pages, shared: false });
+  const snapshot = join(folder, 'snapshot-stood');
+  const content = Buffer.alloc(pages * 4096, 0xab);
+  writeFileSync(snapshot, content);
+  let pager = 0;
+  let serves = () => {};
+  const serving = new Promise<void>((resolve) => (serves = resolve));
+  const supervision = superviseGuest({
+    ...{ attachment: owner.attachment(), snapshot, prepage: false, onPagerDeath: 'end', stallMs: 1500 },
+    onPager: ({ pid }) => {
+      pager = pid;
+      serves();
+    },
+  });
+  supervision.done.catch(() => {});
+  await serving;
+  for (let times = 0; times < 3; times++) {
+    await new Promise((resolve) => setImmediate(resolve));
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2500);
+  }
+  await new Promise((resolve) => setTimeout(resolve, 300));
+  expect(supervision.pagerPid).toBe(pager);
+  expect(Buffer.compare(await owner.content(), content)).toBe(0);
+  await supervision.done;
+}, 30_000);
+
 test('a pager whose supervisor is killed brings the rest by itself, and ends', async () => {
   const owner = await MemoryOwner.start({ pages, shared: true, features: features.missingShmem });
   const snapshot = join(folder, 'snapshot-orphan');

@@ -223,6 +223,30 @@ test('a signal while the home server grants comes too late', async () => {
   expect(did).toEqual(['resume']);
 });
 
+test('a prepare that takes too long is told so', async () => {
+  const all = await servers(1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  let told = new AbortController().signal;
+  const accept = () => {
+    const region = Region.allocate({ lengthBytes: 8 * MIB });
+    regions.push(region);
+    return {
+      regions: [region],
+      prepare: (_state: Uint8Array, { signal }: { signal: AbortSignal }) => {
+        told = signal;
+        return new Promise<void>(() => {});
+      },
+      resume: () => {},
+      abandon: () => {},
+    };
+  };
+  await expect(claimed(ticket, { accept, prepareTimeoutMs: 100 })).rejects.toMatchObject({
+    code: 'PREPARE_TIMEOUT',
+  });
+  expect(told.aborted).toBe(true);
+  expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});
+
 /** Its `prepare` ends when `until` does. */
 function acceptAndWait(until: (region: Region) => Promise<unknown>): {
   accept: () => ArrivingGuest;

@@ -3,7 +3,8 @@
  * pause that succeeds late never lets a guest run that has gone, or stands for another move, and never leaves one
  * standing that stays.
  */
-import { describe, expect, test } from 'vitest';
+import { describe, expect, test, vi } from 'vitest';
+import { MemferryError } from '../../src/errors.js';
 import type { Guest, PausedGuest } from '../../src/guest.js';
 import type { SourceMessage } from '../../src/protocol/commit.js';
 import { type Deferred, deferred } from '../../src/protocol/deferred.js';
@@ -31,11 +32,18 @@ class TestGuest {
   }
 }
 
-function move(guest: TestGuest, timeouts: { pause?: number; doubt?: number } = {}) {
+function move(
+  guest: TestGuest,
+  { send: cut = false, ...timeouts }: { pause?: number; doubt?: number; send?: boolean } = {},
+) {
   const said: SourceMessage[] = [];
   const driver = new CommitDriver(guest as unknown as Guest, {
     timeoutsMs: { pause: 60_000, ready: 60_000, doubt: 60_000, retry: 60_000, ...timeouts },
-    send: (message) => said.push(message),
+    send: (message) => {
+      // Whose end was told before the commit had anybody to tell it to.
+      if (cut) throw new MemferryError('PEER_LOST', 'the connection is cut');
+      said.push(message);
+    },
     redial: () => new Promise(() => {}),
   });
   return { driver, said };
@@ -139,6 +147,39 @@ test('a pause waits for the unpause of the move before', async () => {
   guest.pauses[1]?.resolve();
   await again;
   expect(guest.runs).toBe(false);
+});
+
+test('a pause that waits for an unpause too long does not happen', async () => {
+  vi.useFakeTimers();
+  try {
+    const guest = new TestGuest();
+    const first = move(guest);
+    const pausing = first.driver.pause();
+    await vi.advanceTimersByTimeAsync(1);
+    guest.pauses[0]?.resolve();
+    await pausing;
+    guest.unpausing = new Promise(() => {});
+    first.driver.fail(new Error('no link'));
+    const again = expect(move(guest).driver.pause()).rejects.toMatchObject({ code: 'GUEST_BUSY' });
+    await vi.advanceTimersByTimeAsync(20_000);
+    await again;
+    expect(guest.pauses).toHaveLength(1);
+  } finally {
+    vi.useRealTimers();
+  }
+});
+
+test('a PREPARE that cannot leave ends the migration', async () => {
+  const guest = new TestGuest();
+  const first = move(guest, { send: true });
+  const pausing = first.driver.pause();
+  await turn();
+  guest.pauses[0]?.resolve();
+  await pausing;
+  first.driver.transferred();
+  expect(await first.driver.settled).toMatchObject({ outcome: 'reclaimed', error: { code: 'PEER_LOST' } });
+  await turn();
+  expect(guest.runs).toBe(true);
 });
 
 test.each([
