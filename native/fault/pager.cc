@@ -341,7 +341,8 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
                       .page = page,
                       .state = WaitingFault::State::kArriving,
                       .seen = now,
-                      .due = {}});
+                      .due = {},
+                      .asked = {}});
       }
     } else if (received && (map.present.test(page) || map.zero.test(page))) {
       zeros = true;

@@ -24,8 +24,6 @@ constexpr int kFaultThreadNice = -20;
 constexpr int kSlowThreads = 4;
 // Between the reading of an event and the owner's waking the kernel still answers EAGAIN.
 constexpr std::chrono::microseconds kAgainAfter{20};
-// How soon an exec of the owner's is noticed, which no descriptor tells of, and the loss of what it holds.
-constexpr std::chrono::milliseconds kLookAfterOwner{500};
 constexpr int kLastLooks = 3;
 constexpr int kLastLookMs = 2;
 constexpr std::uint64_t kLookEveryFaults = 1024;
@@ -89,7 +87,7 @@ void SnapshotPager::run(WorkerThread& self) {
   std::uint64_t counted = 0;
   bool owner_lives = true;
   while (!self.stopping() && !failed_.load(std::memory_order_acquire)) {
-    std::chrono::nanoseconds most = kLookAfterOwner;
+    std::chrono::nanoseconds most = config_.look_after_owner;
     if (!faults.empty())
       most = without_memory_.load(std::memory_order_relaxed) > 0 ? std::chrono::nanoseconds(kMemoryAfter)
                                                                  : std::chrono::nanoseconds(kAgainAfter);
@@ -101,7 +99,7 @@ void SnapshotPager::run(WorkerThread& self) {
     if (ready > 0 && waiting[2].revents != 0) owner_lives = false;
     if (ready > 0 && waiting[1].revents != 0) self.drain_wake();
     const Clock::time_point now = Clock::now();
-    if (now - looked >= kLookAfterOwner) {
+    if (now - looked >= config_.look_after_owner) {
       owner_lives = owner_lives && config_.owner->alive();
       looked = now;
     }

@@ -94,6 +94,8 @@ class SnapshotPager {
     std::uint64_t page_size = 0;
     PrePaging pre_paging = PrePaging::kSequential;
     std::chrono::milliseconds loss_grace{250};
+    // How soon an exec of the owner's is noticed, which no descriptor tells of, and the loss of what it holds.
+    std::chrono::milliseconds look_after_owner{500};
     // From the pager's threads; must not block.
     std::function<void(const RestoreEvent&)> on_event;
     // What the spans' `from` lies in. `read_now` reads a page of it if that needs no waiting; empty: there is no such way.

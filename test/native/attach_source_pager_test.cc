@@ -227,7 +227,7 @@ TEST_P(AttachSourcePager, APageThatAStrangerHasPopulatedIsTheOwnersEnd) {
   owner->tell(Op::kHash, 0, 200);  // in order, so that pages are brought ahead of it
   for (int i = 0; i < 10'000 && process->alive(); ++i) std::this_thread::sleep_for(1ms);
   EXPECT_FALSE(process->alive());
-  for (int i = 0; i < 2000 && failed == 0; ++i) std::this_thread::sleep_for(1ms);
+  for (int i = 0; i < 20'000 && failed == 0; ++i) std::this_thread::sleep_for(1ms);
   EXPECT_EQ(failed, 1);
 }
 

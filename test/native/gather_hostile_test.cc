@@ -71,7 +71,7 @@ std::shared_ptr<Receiver> gather_from(const HostileServer& server, EventBox& eve
   config.channels = 1;
   config.tokens = direct_tokens(1);
   config.may_page = true;
-  config.recover_timeout = 60s;
+  config.recover_timeout = 120s;
   config.loss_grace = 50ms;
   config.servers =
       server_addresses(config.migration, kDestinationSession, std::vector<std::uint16_t>{server.port()});
@@ -92,7 +92,7 @@ TEST(GatherHostile, AMapThatNeverEndsIsFoundOut) {
   EventBox events;
   const auto receiver = gather_from(server, events);
   const auto end =
-      events.take({EngineEventKind::kLost, EngineEventKind::kFailed}, EventBox::Clock::now() + 10s);
+      events.take({EngineEventKind::kLost, EngineEventKind::kFailed}, EventBox::Clock::now() + 60s);
   EXPECT_TRUE(end) << "nothing is lost as long as the map lasts";
   EXPECT_NE(receiver->stats().servers.at(0).failed.find("more pages than the image has"), std::string::npos);
   receiver->close();
@@ -113,7 +113,7 @@ TEST(GatherHostile, AByteNowAndThenIsNoAnswer) {
   });
   EventBox events;
   const auto receiver = gather_from(server, events);
-  const auto limit = EventBox::Clock::now() + 10s;
+  const auto limit = EventBox::Clock::now() + 60s;
   while (ended == 0 && EventBox::Clock::now() < limit) std::this_thread::sleep_for(10ms);
   EXPECT_GT(ended, 0U);
   receiver->close();

@@ -204,7 +204,8 @@ TEST(ReceiverHostile, ClosingDoesNotWaitForWhatIsQueued) {
   while (bench.receiver->stats().pages_zero < kMany) std::this_thread::sleep_for(1ms);
   const auto began = std::chrono::steady_clock::now();
   bench.receiver->close();
-  EXPECT_LT(std::chrono::steady_clock::now() - began, 3s);
+  // 80000 frames would take far longer.
+  EXPECT_LT(std::chrono::steady_clock::now() - began, 30s);
 }
 
 TEST(ReceiverHostile, TheSamePagesOnTwoChannelsAtOnce) {

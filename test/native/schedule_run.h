@@ -162,9 +162,10 @@ class ScheduleRun : public ScheduleVerdict {
     config.delta_cache_bytes = of.plan.delta_cache;
     if (schedule_.dedup) config.dedup = DomainKey{1, 2, 3};
     config.on_event = [&of, keep = of.departures.callback()](const EngineEvent& event) {
-      // At once: what is on its way to the destination now has not been acknowledged.
+      // At once: what is on its way to the destination now has not been acknowledged, and a server that ends now has not
+      // been noticed. An event is given with no lock held, so the sender may be asked.
       const bool done = event.kind == EngineEventKind::kEvicted || event.kind == EngineEventKind::kRoundDone;
-      if (done && of.has_receiver) of.missing = of.receiver->missing(~std::size_t{0});
+      if (done) note_done(of);
       keep(event);
     };
     of.sender = std::make_unique<Sender>(std::move(config));
@@ -235,10 +236,17 @@ class ScheduleRun : public ScheduleVerdict {
     settled(of);
     return suspects == 0;
   }
+  static void note_done(Migration& of) {
+    Migration::Done& done = of.done.emplace();
+    done.at = Clock::now();
+    if (of.has_receiver) of.missing = of.receiver->missing(~std::size_t{0});
+    for (const auto& server : of.sender->stats().servers) done.given_up.push_back(server.failed);
+  }
+  // Now that the event is here, what was noted with it.
   void settled(Migration& of) {
     const std::lock_guard lock(mutex_);
-    of.settled_at = Clock::now();
-    for (const auto& server : of.sender->stats().servers) of.given_up.push_back(server.failed);
+    of.settled_at = of.done->at;
+    of.given_up = of.done->given_up;
     of.evicted = true;
   }
 

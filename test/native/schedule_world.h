@@ -119,7 +119,7 @@ class ScheduleWorld {
   static constexpr ms kSourceRecover{2500 * kSlow};
   // By then a source has seen that a server's connections are gone, and has sent its pages again.
   static constexpr ms kNoticed{150 * kSlow};
-  static constexpr ms kGatherPatience{4000 * kSlow};
+  static constexpr ms kGatherPatience{kSanitized ? 12'000 : 10'000};
 
   struct Server {
     Server(unsigned ordinal_in, bool network) : ordinal(ordinal_in), vmd(ordinal_in, network) {}
@@ -175,7 +175,13 @@ class ScheduleWorld {
     bool committed = false;
     std::optional<Clock::time_point> settled_at;  // the source says that it is not needed any more
     std::vector<RegionRun> missing;               // at the destination, when its source said that it is done
-    std::vector<std::string> given_up;            // servers, by the source: why
+    std::vector<std::string> given_up;            // servers, by the source at settled_at: why
+    // The sender's callback writes it before whoever waits for the event gets it, as `missing`.
+    struct Done {
+      Clock::time_point at;
+      std::vector<std::string> given_up;
+    };
+    std::optional<Done> done;  // when the source said so last
     std::set<PageId> lost;
     Outcome outcome = Outcome::kStayed;
     std::uint64_t gathered = 0;

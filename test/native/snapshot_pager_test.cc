@@ -159,7 +159,7 @@ class SnapshotPagerTest : public ::testing::Test {
   }
   bool told(RestoreEvent::Kind kind) {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, milliseconds(10'000), [&] {
+    return changed_.wait_for(lock, milliseconds(20'000), [&] {
       return std::any_of(events_.begin(), events_.end(),
                          [&](const RestoreEvent& e) { return e.kind == kind; });
     });
@@ -362,7 +362,7 @@ TEST_F(SnapshotPagerTest, RemoveDuringPrePaging) {
   std::this_thread::sleep_for(milliseconds(100));
   EXPECT_EQ(stage->load(), 1) << "the removal was read in the middle of a copy";
   give(5);
-  for (int i = 0; i < 2000 && stage->load() < 2; ++i) ::usleep(1000);
+  for (int i = 0; i < 20'000 && stage->load() < 2; ++i) ::usleep(1000);
   EXPECT_EQ(stage->load(), 2);
   stage->store(3);
   EXPECT_EQ(wait_for_owner(), 0);
@@ -432,15 +432,12 @@ TEST_F(SnapshotPagerTest, TheOwnersDeathIsNoticedAtOnce) {
                              ::pause();
                              return 0;
                            }}));
-  serve(config());
+  SnapshotPager::Config made = config();
+  // Only its pidfd can tell.
+  made.look_after_owner = std::chrono::hours(1);
+  serve(std::move(made));
   ::kill(child_, SIGKILL);
-  // Not counted: under a sanitizer a process has much memory to give back.
-  pollfd ended{pidfd_.get(), POLLIN, 0};
-  ASSERT_EQ(::poll(&ended, 1, 10'000), 1);
-  const auto before = std::chrono::steady_clock::now();
   EXPECT_TRUE(told(RestoreEvent::Kind::kOwnerGone));
-  // Without its pidfd this would be looked at every half a second.
-  EXPECT_LT(std::chrono::steady_clock::now() - before, milliseconds(400));
 }
 
 TEST_F(SnapshotPagerTest, AnOwnerThatRunsAnotherProgram) {

@@ -368,7 +368,8 @@ TEST(StageQueue, DroppingDoesNotWaitForWhatIsQueued) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   const auto began = std::chrono::steady_clock::now();
   EXPECT_TRUE(bench.stage->drop(id));
-  EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(5));
+  // All frames would take far longer.
+  EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(30));
 }
 
 }  // namespace

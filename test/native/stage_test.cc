@@ -2,6 +2,7 @@
 #include "stage/stage.h"
 
 #include <gtest/gtest.h>
+#include <poll.h>
 
 #include <chrono>
 #include <numeric>
@@ -486,7 +487,7 @@ TEST(Stage, AReaderThatDoesNotReadHoldsUpNobody) {
     }
     callers.emplace_back([&] { bench.stage->remove_session(id, StageBench::kDestination); });
     for (auto& caller : callers) caller.join();
-    EXPECT_LT(Clock::now() - begun, 5s);
+    EXPECT_LT(Clock::now() - begun, 30s);
     EXPECT_EQ(bench.stage->stats().connections, 0U);
     EXPECT_EQ(bench.stage->stats().free_bytes, bench.stage->stats().slab_bytes);
     EXPECT_TRUE(writer->ended());
@@ -494,41 +495,40 @@ TEST(Stage, AReaderThatDoesNotReadHoldsUpNobody) {
 }
 
 TEST(Stage, TheBandwidthCapHoldsInBothDirections) {
-  const std::uint64_t rate = 8ULL << 20U;
+  const std::uint64_t rate = 1ULL << 20U;
   StageBench bench(32ULL << 20U, rate);
   const ImageId id = image_id(1);
   const std::uint64_t run = wire::max_run_pages(system_page_size());
-  const std::uint64_t pages = 4 * 1024 * 1024 / system_page_size();
+  const std::uint64_t pages = rate / system_page_size();
   bench.make(id, {pages});
   const auto source = bench.scatter(id);
   const auto bytes = random_pages(pages, 1);
-  // 4 MiB at 8 MiB/s: the last frame is taken on credit, and there is a little to begin with.
+  // A second's worth: the last frame is taken on credit, and there is a little to begin with.
   auto begun = Clock::now();
   ASSERT_TRUE(source->pages(0, 0, bytes, kHere));
   ASSERT_TRUE(source->barrier(1).acknowledged);
-  EXPECT_GE(Clock::now() - begun, 400ms);
-  EXPECT_LT(Clock::now() - begun, 5s);
+  EXPECT_GE(Clock::now() - begun, 600ms);
+  EXPECT_LT(Clock::now() - begun, 30s);
 
   const auto gather = bench.gather(id);
   const auto demand = bench.demand(id);
   begun = Clock::now();
   for (std::uint64_t at = 0; at < pages; at += run) gather->read(0, at, run, at);
-  EXPECT_GE(Clock::now() - begun, 400ms);
-  EXPECT_LT(Clock::now() - begun, 5s);
+  EXPECT_GE(Clock::now() - begun, 600ms);
+  EXPECT_LT(Clock::now() - begun, 30s);
   // An answer that somebody waits for does not wait, but its bytes count.
   begun = Clock::now();
-  for (int times = 0; times < 6; ++times) {
+  for (int times = 0; times < 60; ++times) {
     for (std::uint64_t at = 0; at < pages; at += run) demand->read(0, at, run, at);
   }
-  const auto unlimited = Clock::now() - begun;
-  gather->read(0, 0, 1, 1);
-  EXPECT_GE(Clock::now() - begun, 2500ms);
-  EXPECT_LT(unlimited, 2500ms) << "24 MiB over loopback";
-  // Whoever waits for its turn is not waited for.
+  EXPECT_LT(Clock::now() - begun, 30s) << "a minute's worth";
   ASSERT_TRUE(gather->ask(0, 0, run, 2));
+  pollfd answer{gather->fd(), POLLIN, 0};
+  EXPECT_EQ(::poll(&answer, 1, 300), 0) << "what is left of the minute comes first";
+  // Whoever waits for its turn, half a minute and more, is not waited for.
   begun = Clock::now();
   EXPECT_TRUE(bench.stage->drop(id));
-  EXPECT_LT(Clock::now() - begun, 3s);
+  EXPECT_LT(Clock::now() - begun, 20s);
 }
 
 TEST(Stage, TokensAreGoodForOneConnectionOfTheirRole) {
