@@ -197,13 +197,14 @@ describe('the end', () => {
     }
   });
 
-  it('comes within its bound although the peer takes nothing', { timeout: 10_000 }, async () => {
-    const { channel, socket } = await rawPeer();
+  it('comes within its bound although the peer takes nothing', { timeout: 30_000 }, async () => {
+    // Nothing else ends it in that time.
+    const { channel, socket } = await rawPeer({ peerTimeoutMs: 60_000, stallTimeoutMs: 60_000 });
     socket.pause();
     void channel.send({ type: 'x' }, Buffer.alloc(32 * 2 ** 20));
     const started = performance.now();
     await channel.close();
-    expect(performance.now() - started).toBeLessThan(4000);
+    expect(performance.now() - started).toBeLessThan(20_000);
   });
 });
 

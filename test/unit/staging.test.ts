@@ -1,5 +1,4 @@
 /** VMD servers and their clients over real loopback connections, pages being the native part's. */
-import { once } from 'node:events';
 import { connect, type Socket } from 'node:net';
 import { afterEach, describe, expect, it } from 'vitest';
 import { handshakeAsAcceptor } from '../../src/control/handshake.js';
@@ -34,13 +33,13 @@ const has = (server: FakeServer) => server.native.images.has(imageId);
 const phaseAt = (server: FakeServer) => server.staging.status().held.find(({ id }) => id === imageId)?.phase;
 
 /** A park that was committed, as its source leaves it. */
-async function park(servers: FakeServer[], more = {}): Promise<void> {
-  const set = await make(servers, { kind: 'park', ...more });
-  for (const server of servers) (server.native.images.get(imageId) as { whole: boolean }).whole = true;
+async function park(servers: FakeServer[], image = imageId): Promise<void> {
+  const set = await make(servers, { kind: 'park', image });
+  for (const server of servers) (server.native.images.get(image) as { whole: boolean }).whole = true;
   await set.putState(parkedGuest, Buffer.from('registers'));
   expect(await set.commit()).toEqual([]);
   const answers: string[] = [];
-  const link = set.home.commitLink(imageId, { onMessage: ({ type }) => answers.push(type), onLost() {} });
+  const link = set.home.commitLink(image, { onMessage: ({ type }) => answers.push(type), onLost() {} });
   link.send({ type: 'prepare', epoch: 0 });
   await until(() => answers.includes('ready'));
   link.send({ type: 'grant', epoch: 0 });
@@ -166,7 +165,7 @@ describe('a VMD server', () => {
 
   it('opens the image again after a cut, before its lease is over, and repeats what was not answered', async () => {
     const server = await serve();
-    const set = await make([server], { leaseMs: 900 });
+    const set = await make([server], { leaseMs: 2500 });
     await server.cut();
     expect(await set.seal(['0'.repeat(32)])).toEqual([]);
     expect(server.native.images.get(imageId)?.sealed).toBe(true);
@@ -174,10 +173,10 @@ describe('a VMD server', () => {
     await server.cut();
     // Nobody asks for anything: the client comes back by itself, as the lease runs.
     await until(() => server.accepted > before);
-    // Announcements are a second apart: after two more the lease of before the cut would be over.
-    const [client] = set.clients as [StageClient];
-    await once(client, 'announcement');
-    await once(client, 'announcement');
+    const beside = await make([server], { image: 'ab'.repeat(16), leaseMs: 2500 });
+    await beside.close();
+    // The other's lease, started later and as long, is over: that of before the cut would be.
+    await until(() => !server.native.images.has('ab'.repeat(16)));
     expect(has(server)).toBe(true);
   });
 
@@ -349,10 +348,11 @@ async function slowly(server: FakeServer): Promise<{ host: string; port: number 
 }
 
 describe('a request', () => {
-  it('that moves an execution state has the time that its bytes need', async () => {
+  it('that moves an execution state has the time that its bytes need', { timeout: 60_000 }, async () => {
     const server = await serve();
-    const state = Buffer.alloc(2 * 2 ** 20, 7);
-    const link = connection({ requestTimeoutMs: 400 });
+    // Four seconds each way.
+    const state = Buffer.alloc(8 * 2 ** 20, 7);
+    const link = connection({ requestTimeoutMs: 2000 });
     const set = owned(await ImageSet.create([await slowly(server)], [], link, newImage({ kind: 'park' })));
     (server.native.images.get(imageId) as { whole: boolean }).whole = true;
     await set.putState(parkedGuest, state);
@@ -465,7 +465,7 @@ describe('a parked guest', () => {
   });
 
   it('stays with a claimant whose connection is cut and comes back', async () => {
-    const servers = [await serve({ claimLeaseMs: 1000 })];
+    const servers = [await serve({ claimLeaseMs: 10_000 })];
     await park(servers);
     const first = await claimant(servers);
     await first.claim();
@@ -496,10 +496,12 @@ describe('a parked guest', () => {
   });
 
   it('goes by its time to live only when nobody has it open', async () => {
-    const servers = [await serve({ parkTtlMs: 150 })];
+    const servers = [await serve({ parkTtlMs: 3000 })];
     await park(servers);
     const set = await claimant(servers);
-    await new Promise((resolve) => setTimeout(resolve, 300));
+    await park(servers, 'ab'.repeat(16));
+    // The other's time, started later and as long, is over: this one's would be.
+    await until(() => !servers[0]?.native.images.has('ab'.repeat(16)));
     expect(has(servers[0] as FakeServer)).toBe(true);
     await set.close();
     await until(() => !has(servers[0] as FakeServer));
