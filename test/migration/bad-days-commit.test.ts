@@ -28,12 +28,7 @@ afterEach(async () => {
 
 const GRANT: Point = { on: 'control', direction: 'up', name: 'grant' };
 const RESUMED: Point = { on: 'control', direction: 'down', name: 'resumed' };
-const bounds = {
-  connectTimeoutMs: 1500,
-  peerTimeoutMs: 2000,
-  inDoubtTimeoutMs: 1500,
-  recoverTimeoutMs: 8000,
-};
+const inDoubtTimeoutMs = 1500;
 
 const resolve = (host: Host, proof: object): Promise<Settled<'source' | 'destination'>> =>
   host.call('resolve', { proof });
@@ -44,11 +39,11 @@ async function begin(
 ) {
   const [a, b] = await hosts('a', 'b');
   const port = await listen(b, {
-    options: { peerTimeoutMs: 2000, grantTimeoutMs: 15_000, recoverTimeoutMs: 8000, ...options.listen },
+    options: { grantTimeoutMs: 15_000, ...options.listen },
   });
   const proxy = await TcpProxy.start(options.target ?? port);
   await startGuest(a, regionsOf('allocate'));
-  const start = () => migrate(a, proxy.port, { ...bounds, mode, ...options.migrate });
+  const start = () => migrate(a, proxy.port, { inDoubtTimeoutMs, mode, ...options.migrate });
   return { a, b, port, proxy, start };
 }
 
@@ -104,7 +99,8 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     await point.reached;
     const since = performance.now();
     expect((await failure(a)).code).toBe('MIGRATION_IN_DOUBT');
-    expect(performance.now() - since).toBeLessThan(bounds.inDoubtTimeoutMs + 5000);
+    // Not the bound that it would have by default, nor that of a recovery.
+    expect(performance.now() - since).toBeLessThan(20_000);
     expect(a.states('migration', 'main').at(-1)).toBe('failed');
     await expectStands(a);
     expect(a.steps('g')).not.toContain('unpause');
@@ -156,7 +152,7 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
   });
 
   test('in doubt, then the destination says that it gave up: the guest runs here again', async () => {
-    const { a, b, proxy, start } = await begin(mode, { listen: { grantTimeoutMs: 1000 } });
+    const { a, b, proxy, start } = await begin(mode, { listen: { grantTimeoutMs: 4000 } });
     const beforeB = await inventory(b);
     const point = proxy.at(GRANT, 'cut');
     await start();
@@ -174,7 +170,7 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
 
   test('the destination gave up waiting for GRANT: the redialling source is refused and runs the guest', async () => {
     const { a, b, proxy, start } = await begin(mode, {
-      listen: { grantTimeoutMs: 1000 },
+      listen: { grantTimeoutMs: 4000 },
       migrate: { inDoubtTimeoutMs: 20_000 },
     });
     const point = proxy.at(GRANT, 'cut');

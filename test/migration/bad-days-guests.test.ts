@@ -68,7 +68,7 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     ['returns only when it was given up', { pause: 'late' }, 'PAUSE_TIMEOUT'],
   ])('a pause that %s', async (_, behaviour, code) => {
     await begin({ source: behaviour });
-    await migrate(a, port, { mode, pauseTimeoutMs: 700 });
+    await migrate(a, port, { mode, ...(code === 'PAUSE_TIMEOUT' ? { pauseTimeoutMs: 700 } : {}) });
     expect((await failure(a)).code).toBe(code);
     if (behaviour.pause === 'late') await a.untilStep('g', 'unpause');
     await expectUntouched();
@@ -80,8 +80,8 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     ['throws', 'throw', 'PREPARE_FAILED'],
     ['never returns', 'hang', 'PREPARE_TIMEOUT'],
   ])('a prepare that %s', async (_, prepare, code) => {
-    await begin({ destination: { prepare }, listen: { prepareTimeoutMs: 700 } });
-    await migrate(a, port, { mode, prepareTimeoutMs: 5000 });
+    await begin({ destination: { prepare }, listen: prepare === 'hang' ? { prepareTimeoutMs: 700 } : {} });
+    await migrate(a, port, { mode });
     expect((await failure(a)).code).toBe(code);
     await b.untilStep('g', 'abandon');
     await expectUntouched();

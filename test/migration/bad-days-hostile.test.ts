@@ -4,7 +4,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { connect } from 'node:net';
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { dataTokens } from '../../lib/control/tokens.js';
 import { endHosts, type Host } from '../support/host.js';
 import {
@@ -27,7 +27,8 @@ import { closeStrangers, controlHello, Insider, offer, Stranger } from '../suppo
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
 /** The listener's own bounds for a handshake, a hello and a first message are 5 s. */
-const LIMIT_MS = 8000;
+const LIMIT_MS = 20_000;
+vi.setConfig({ testTimeout: 6 * LIMIT_MS });
 
 let a: Host;
 let b: Host;
@@ -211,7 +212,7 @@ describe('recorded and played again', () => {
 });
 
 /** One bit on the way, or one piece twice: noticed, and never taken for the guest's memory. */
-const pieces: [string, string, Point][] = [
+const pieces: [string, string, Point, { bandwidth?: number }?][] = [
   ['the offer', 'pre-copy', { on: 'control', direction: 'up', name: 'offer' }],
   ['the acceptance', 'pre-copy', { on: 'control', direction: 'down', name: 'accepted' }],
   ['the execution state', 'hybrid', { on: 'control', direction: 'up', name: 'state' }],
@@ -223,10 +224,16 @@ const pieces: [string, string, Point][] = [
   ['a barrier', 'pre-copy', { on: 'data', direction: 'up', name: 'barrier' }],
   ["a barrier's answer", 'pre-copy', { on: 'data', direction: 'down', name: 'barrier-ack' }],
   ['the switch', 'post-copy', { on: 'data', direction: 'up', name: 'switch' }],
-  ['a fault request', 'post-copy', { on: 'demand', direction: 'down', name: 'fault-request' }],
+  [
+    'a fault request',
+    'post-copy',
+    { on: 'demand', direction: 'down', name: 'fault-request' },
+    // It asks before all is pushed.
+    { bandwidth: 1e6 },
+  ],
 ];
 
-describe.each(pieces)('%s', (_, mode, where) => {
+describe.each(pieces)('%s', (_, mode, where, more) => {
   test.each(['corrupt', 'repeat'] as const)('%s', async (deed) => {
     const proxy = await TcpProxy.start(port);
     const point = proxy.at(where, deed);
@@ -236,6 +243,7 @@ describe.each(pieces)('%s', (_, mode, where) => {
       prepareTimeoutMs: 5000,
       inDoubtTimeoutMs: 8000,
       recoverTimeoutMs: 8000,
+      ...more,
     });
     await point.reached;
     const result = await done(a, 'main', 30_000);

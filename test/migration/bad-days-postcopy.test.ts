@@ -46,7 +46,7 @@ async function resumedUnknown(
   rate = {},
 ): Promise<Run & { go(): void }> {
   const [a, b] = await hosts('a', 'b');
-  const port = await listen(b, { options: { peerTimeoutMs: 3000, recoverTimeoutMs }, rate });
+  const port = await listen(b, { options: { recoverTimeoutMs }, rate });
   const proxy = await TcpProxy.start(port);
   await startGuest(a, regionsOf('allocate'));
   const point = proxy.at(RESUMED, 'hold');
@@ -54,8 +54,6 @@ async function resumedUnknown(
     mode,
     hybridRounds: 1,
     channels: 2,
-    connectTimeoutMs: 1500,
-    peerTimeoutMs: 3000,
     inDoubtTimeoutMs: 20_000,
     recoverTimeoutMs,
   });

@@ -141,13 +141,15 @@ function cableOrNull(): Cable | null {
 }
 
 describe.runIf(root)('a cable is pulled', () => {
-  test('in post-copy: both sides notice by themselves, wait, and go on', async (context) => {
+  test('in post-copy: both sides notice by themselves, wait, and go on', {
+    timeout: 180_000,
+  }, async (context) => {
     const cable = cableOrNull();
     if (!cable) return context.skip();
     try {
       const a = await Host.start('a', cable.via(0));
       const b = await Host.start('b', cable.via(1));
-      const options = { host: cable.address, plaintext: true, recoverTimeoutMs: 45_000 };
+      const options = { host: cable.address, plaintext: true, recoverTimeoutMs: 90_000 };
       const port = await listen(b, { options });
       await startGuest(a, regionsOf('allocate', 4096));
       const to = { host: cable.address, port };
@@ -157,16 +159,16 @@ describe.runIf(root)('a cable is pulled', () => {
         plaintext: true,
         bandwidth: 8 * 2 ** 20,
         connectTimeoutMs: 1500,
-        recoverTimeoutMs: 45_000,
+        recoverTimeoutMs: 90_000,
       });
       await a.untilState('migration', 'main', 'postcopy-active');
       cable.pull();
       await Promise.all([
-        a.untilState('migration', 'main', 'postcopy-paused', 30_000),
-        b.untilState('arrival', 'main/g', 'postcopy-paused', 30_000),
+        a.untilState('migration', 'main', 'postcopy-paused', 60_000),
+        b.untilState('arrival', 'main/g', 'postcopy-paused', 60_000),
       ]);
       cable.plug();
-      expect(await report(a, 'main', 30_000)).toMatchObject({ state: 'completed', verified: true });
+      expect(await report(a, 'main', 60_000)).toMatchObject({ state: 'completed', verified: true });
       await expectRuns(b);
       await expectOneOwner([a, b]);
     } finally {

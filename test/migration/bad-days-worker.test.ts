@@ -40,12 +40,7 @@ async function begin(recoverTimeoutMs: number, before: (b: Host) => Promise<void
     expect(await call(a, 'store', [page * 4096, valueAt(page)])).toMatchObject({ ok: true });
   }
   const held = proxy.at({ on: 'control', direction: 'down', name: 'resumed' }, 'hold');
-  await migrate(
-    a,
-    proxy.port,
-    { mode: 'post-copy', recoverTimeoutMs, connectTimeoutMs: 1000 },
-    { guest: 'w' },
-  );
+  await migrate(a, proxy.port, { mode: 'post-copy', recoverTimeoutMs }, { guest: 'w' });
   await held.reached;
   return { a, b, proxy, held };
 }

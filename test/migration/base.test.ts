@@ -377,12 +377,6 @@ describe('bad days during the comparison', () => {
     { step: 'the equal pages', point: { on: 'data', direction: 'up', name: 'same' } },
     { step: 'the end', point: { on: 'data', direction: 'up', name: 'base-end' } },
   ];
-  const bounds = {
-    connectTimeoutMs: 1500,
-    peerTimeoutMs: 2000,
-    prepareTimeoutMs: 4000,
-    recoverTimeoutMs: 2000,
-  };
 
   describe.each(points)('$step', ({ point }) => {
     test.each(['killed', 'cut'])(
@@ -391,12 +385,12 @@ describe('bad days during the comparison', () => {
         const [a, b, fresh] = await hosts('a', 'b', 'fresh');
         const bases = await guestWithImages(a);
         await change(bases[0] as string, 5);
-        const port = await listen(b, { bases, options: { peerTimeoutMs: 2000 } });
+        const port = await listen(b, { bases });
         const proxy = await TcpProxy.start(port);
         const beforeA = await inventory(a);
         const deed = disaster === 'killed' ? () => b.killNow() : 'cut';
         const reached = proxy.at(point, deed);
-        await migrate(a, proxy.port, { ...bounds, base: 'always', mode: 'post-copy' });
+        await migrate(a, proxy.port, { base: 'always', mode: 'post-copy' });
         await reached.reached;
         const { code } = await failure(a);
         expect(['PEER_LOST', 'CHANNEL_LOST', 'CONNECT_FAILED']).toContain(code);
@@ -422,7 +416,12 @@ describe('bad days during the comparison', () => {
     const proxy = await TcpProxy.start(port);
     const point: Point = { on: 'data', direction: 'up', name: 'pages', nth: 2 };
     const reached = proxy.at(point, () => b.killNow());
-    await migrate(a, proxy.port, { ...bounds, inDoubtTimeoutMs: 2000, base: 'always', mode: 'post-copy' });
+    await migrate(a, proxy.port, {
+      inDoubtTimeoutMs: 2000,
+      recoverTimeoutMs: 2000,
+      base: 'always',
+      mode: 'post-copy',
+    });
     await reached.reached;
     const { code } = await failure(a);
     expect(['GUEST_LOST', 'MIGRATION_IN_DOUBT', 'RECOVERY_TIMEOUT']).toContain(code);

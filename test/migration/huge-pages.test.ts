@@ -131,21 +131,11 @@ describe('pages on their way', () => {
 
   async function resumed(recoverTimeoutMs: number) {
     const [a, b] = await doomedHosts('a', 'b');
-    const port = await listen(b, {
-      kind: 'huge',
-      options: { peerTimeoutMs: 3000, recoverTimeoutMs },
-      rate: idle,
-    });
+    const port = await listen(b, { kind: 'huge', options: { recoverTimeoutMs }, rate: idle });
     const proxy = await TcpProxy.start(port);
     await startGuest(a, regionsOf('huge', PAGES));
     const point = proxy.at({ on: 'control', direction: 'down', name: 'resumed' }, 'hold');
-    await migrate(a, proxy.port, {
-      mode: 'post-copy',
-      channels: 2,
-      connectTimeoutMs: 1500,
-      peerTimeoutMs: 3000,
-      recoverTimeoutMs,
-    });
+    await migrate(a, proxy.port, { mode: 'post-copy', channels: 2, recoverTimeoutMs });
     await point.reached;
     return { a, b, proxy, go: () => point.release() };
   }

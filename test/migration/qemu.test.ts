@@ -128,7 +128,7 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
       await stays(async (there) => {
         const destination = destinationOf(there);
         const { port } = await destination.next('listening');
-        const source = sourceOf(here, port, '--mode', 'pre-copy', '--bandwidth', '20M');
+        const source = sourceOf(here, port, '--mode', 'pre-copy', '--bandwidth', '2M');
         await destination.next('arrival');
         destination.child.kill('SIGKILL');
         expect(await source.closed).toBe(1);
@@ -140,7 +140,7 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
       await stays(async (there) => {
         const destination = destinationOf(there);
         const { port } = await destination.next('listening');
-        const source = sourceOf(here, port, '--mode', 'hybrid', '--bandwidth', '20M');
+        const source = sourceOf(here, port, '--mode', 'hybrid', '--bandwidth', '2M');
         await destination.next('arrival');
         there.process.kill('SIGKILL');
         expect(await source.closed).toBe(1);
@@ -152,7 +152,7 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
       await stays(async (there) => {
         const destination = destinationOf(there);
         const { port } = await destination.next('listening');
-        const source = sourceOf(here, port, '--mode', 'hybrid', '--bandwidth', '20M');
+        const source = sourceOf(here, port, '--mode', 'hybrid', '--bandwidth', '2M');
         await destination.next('arrival');
         source.child.kill('SIGKILL');
         expect(await destination.closed).toBe(1);
@@ -166,7 +166,7 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
       await stays(async (there) => {
         const destination = destinationOf(there);
         const { port } = await destination.next('listening');
-        const source = sourceOf(here, port, '--mode', 'pre-copy', '--bandwidth', '20M');
+        const source = sourceOf(here, port, '--mode', 'pre-copy', '--bandwidth', '2M');
         await destination.next('arrival');
         source.child.kill('SIGINT');
         expect(await source.closed).toBe(130);
@@ -209,7 +209,7 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
     const there = await Qemu.start({ args, incoming: true });
     const destination = destinationOf(there);
     const { port } = await destination.next('listening');
-    sourceOf(here, port, '--mode', 'post-copy', '--bandwidth', '10M');
+    sourceOf(here, port, '--mode', 'post-copy', '--bandwidth', '1M');
     await destination.next('resumed');
     await there.until(() => there.counter >= 0, 'a tick there');
     destination.child.kill('SIGKILL');

@@ -113,7 +113,7 @@ describe.each(modes)('%s', (mode) => {
     const [a, b] = await hosts('a', 'b');
     const port = await listen(b, { options: { dedup, share: file }, rate: calm });
     await startGuest(a, regionsOf('allocate', pages), { rate: calm });
-    await migrate(a, port, { mode, dedup, bandwidth, ...pace, ...options });
+    await migrate(a, port, { mode, dedup, bandwidth: bandwidth / 8, ...pace, ...options });
     const figures = await expectArrived(a, b);
     // Written pages are not as they began, and a few went before anything was told.
     expect(figures.dedup?.pagesDeduplicated).toBeGreaterThan(content / 2);

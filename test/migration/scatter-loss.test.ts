@@ -101,9 +101,12 @@ const evicted = async ({ a }: Run): Promise<Report> => {
   return value;
 };
 
+/** The kernel gives up a silent connection after 15 s: that is not what ends the wait for a server. */
+const boundOf = (disaster: Disaster) => (disaster === 'stopped' ? 12_000 : 20_000);
+
 /** It moved as if nothing had happened, and within the bound. */
-async function expectWhole({ a, b }: Run, sinceMs: number, boundMs = 10_000): Promise<Report> {
-  const figures = await report(a);
+async function expectWhole({ a, b }: Run, sinceMs: number, boundMs: number): Promise<Report> {
+  const figures = await report(a, 'main', boundMs);
   expect(performance.now() - sinceMs).toBeLessThan(boundMs);
   expect(figures).toMatchObject({ state: 'completed', verified: true });
   expect(await b.untilArrival('main/g', 'complete')).toMatchObject({ ok: true });
@@ -111,9 +114,6 @@ async function expectWhole({ a, b }: Run, sinceMs: number, boundMs = 10_000): Pr
   await expectOneOwner([a, b]);
   return figures;
 }
-
-/** For a test that has to wait until a server is given up; with replicas it takes what it takes. */
-const givenUpSoon = (replicas = 1) => (replicas === 1 ? { stallTimeoutMs: 1000 } : {});
 
 const SENT: Point = { on: 'stage', channel: 0, direction: 'up', name: 'pages', nth: 3 };
 
@@ -156,11 +156,11 @@ describe.each([1, 2])('%i replicas, before the source is evicted nothing is lost
   const early = replicas === 1 ? disasters : (['killed', 'stopped'] as const);
   test.each(early)('a server is %s before the switchover', async (disaster) => {
     const run = await start(['i', 'j', 'k']);
-    await scatter(run, { replicas, holdSwitchover: true, ...givenUpSoon(replicas) });
+    await scatter(run, { replicas, holdSwitchover: true });
     await run.a.untilState('migration', 'main', 'pre-switchover');
     await strike(run.nodes[1] as Node, disaster);
     await run.a.call('switchover');
-    const figures = await expectWhole(run, performance.now());
+    const figures = await expectWhole(run, performance.now(), boundOf(disaster));
     expect(figures.intermediaries[1]?.failed).toEqual(expect.any(String));
     expect(figures.intermediaries[1]?.pages).toBe(0);
     // The others are not taken for the one that is gone.
@@ -171,11 +171,11 @@ describe.each([1, 2])('%i replicas, before the source is evicted nothing is lost
     const run = await start(['i', 'j', 'k']);
     const j = run.nodes[1] as Node;
     const point = j.proxy.at(SENT, 'hold');
-    await scatter(run, { replicas, ...givenUpSoon(replicas) });
+    await scatter(run, { replicas });
     await point.reached;
     await strike(j, disaster);
     point.release();
-    const figures = await expectWhole(run, performance.now());
+    const figures = await expectWhole(run, performance.now(), boundOf(disaster));
     expect(figures.intermediaries[1]?.failed).toEqual(expect.any(String));
     expect(figures.intermediaries[1]?.pages).toBe(0);
   });
@@ -187,7 +187,7 @@ test.each(['scatter-pre-copy', 'scatter-hybrid'])(
     const run = await start(['i', 'j'], { options: { bandwidth: 8 * MB } });
     const j = run.nodes[1] as Node;
     const point = j.proxy.at(SENT, 'hold');
-    await scatter(run, { mode, maxRounds: 3, ...givenUpSoon() });
+    await scatter(run, { mode, maxRounds: 3 });
     await point.reached;
     expect(run.a.steps('g')).toEqual([]);
     await strike(j, 'killed');
@@ -204,21 +204,23 @@ test('two servers at once in the middle of the scatter: the rest of the guest ta
   await point.reached;
   await Promise.all([strike(i, 'killed'), strike(j, 'stopped')]);
   point.release();
-  const figures = await expectWhole(run, performance.now());
+  const figures = await expectWhole(run, performance.now(), boundOf('stopped'));
   expect(figures.intermediaries.map(({ failed }) => failed !== null)).toEqual([true, true, false]);
 });
 
-test('a source that is stopped again and again does not wait for ever for a server that is', async () => {
+test('a source that is stopped again and again does not wait for ever for a server that is', {
+  timeout: 90_000,
+}, async () => {
   const run = await start(['i', 'j']);
   const j = run.nodes[1] as Node;
   const point = j.proxy.at(SENT, 'hold');
-  await scatter(run, givenUpSoon());
+  await scatter(run);
   await point.reached;
   await strike(j, 'stopped');
   point.release();
   const since = performance.now();
   let over = false;
-  const whole = expectWhole(run, since, 25_000).finally(() => {
+  const whole = expectWhole(run, since, 30_000).finally(() => {
     over = true;
   });
   void whole.catch(() => undefined); // awaited below
@@ -227,7 +229,7 @@ test('a source that is stopped again and again does not wait for ever for a serv
     run.a.signal('SIGSTOP');
     await sleep(700);
     run.a.signal('SIGCONT');
-    await sleep(300);
+    await sleep(700);
   }
   const figures = await whole;
   expect(figures.intermediaries.map(({ failed }) => failed === null)).toEqual([true, false]);
@@ -271,7 +273,8 @@ describe('after the source is evicted', () => {
     options: { replicas?: number; rate?: object; listening?: object } = {},
   ) {
     const { replicas = 1, rate = calm, listening } = options;
-    const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.1 * MB, ...listening };
+    // A server that says nothing is noticed by those that gather from it, not by its control connection.
+    const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.1 * MB, peerTimeoutMs: 60_000, ...listening };
     const run = await start(names, { options: slow, rate });
     await scatter(run, { replicas });
     const figures = await evicted(run);
@@ -284,7 +287,7 @@ describe('after the source is evicted', () => {
     await run.a.kill();
     await strike(run.nodes[1] as Node, disaster);
     await run.hurry();
-    const complete = await run.b.untilArrival('main/g', 'complete', 8000);
+    const complete = await run.b.untilArrival('main/g', 'complete', boundOf(disaster));
     expect(complete).toMatchObject({ ok: true });
     await expectRuns(run.b);
     await expectEmpty(run.nodes[0] as Node);
@@ -298,8 +301,8 @@ describe('after the source is evicted', () => {
       await strike(j, disaster);
       const since = performance.now();
       await run.hurry();
-      const complete = await run.b.untilArrival('main/g', 'complete', 10_000);
-      expect(performance.now() - since).toBeLessThan(8000);
+      const complete = await run.b.untilArrival('main/g', 'complete', 20_000);
+      expect(performance.now() - since).toBeLessThan(boundOf(disaster));
       expect(complete).toMatchObject({ ok: false, error: { code: 'PAGES_LOST' } });
       expect(complete.error?.message).toMatch(/they were with j\b/);
       await run.b.untilStep('g', 'lost');
@@ -330,7 +333,7 @@ describe('after the source is evicted', () => {
     await run.hurry();
     await again;
     j.proxy.heal();
-    await expectWhole(run, performance.now());
+    await expectWhole(run, performance.now(), 20_000);
   });
 
   test('the destination is started anew: the source is told that no account will come', async () => {
@@ -338,7 +341,7 @@ describe('after the source is evicted', () => {
     await run.b.kill();
     const [c] = await hosts('c');
     await listen(c as Host, { options: { port: run.port } });
-    const error = await failure(run.a, 'main', 8000);
+    const error = await failure(run.a, 'main', 20_000);
     expect(error.code).toBe('PEER_LOST');
     expect(error.message).toContain('the destination was restarted');
   });
@@ -348,7 +351,7 @@ describe('after the source is evicted', () => {
     const [i, j] = run.nodes as [Node, Node];
     await Promise.all([strike(i, 'killed'), strike(j, 'killed')]);
     await run.hurry();
-    const complete = await run.b.untilArrival('main/g', 'complete', 10_000);
+    const complete = await run.b.untilArrival('main/g', 'complete', 20_000);
     expect(complete).toMatchObject({ ok: false, error: { code: 'PAGES_LOST' } });
     expect(complete.error?.message).toMatch(/they were with i, j\b/);
     const runs = await run.b.call<{ count: number }[]>('lost', { guest: 'g' });
