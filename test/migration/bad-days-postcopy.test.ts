@@ -148,7 +148,7 @@ describe('past the bound', () => {
     await point.reached;
     const since = performance.now();
     const complete = await b.untilArrival('main/g', 'complete');
-    expect(performance.now() - since).toBeLessThan(10_000);
+    expect(performance.now() - since).toBeLessThan(20_000);
     expect(complete).toMatchObject({ ok: false, error: { code: 'PAGES_LOST' } });
     await b.untilStep('g', 'lost');
     const runs = await lostOf(b);
@@ -203,7 +203,7 @@ test('the destination is killed while its pages come: the source says that the g
   await point.reached;
   const since = performance.now();
   expect(await failure(a)).toMatchObject({ code: 'GUEST_LOST', facts: { pages: expect.any(Number) } });
-  expect(performance.now() - since).toBeLessThan(12_000);
+  expect(performance.now() - since).toBeLessThan(20_000);
   await expectStands(a);
   expect(a.steps('g')).not.toContain('unpause');
   // It ran there and is gone: not even proof that the destination is dead makes our old copy the guest.
