@@ -60,8 +60,11 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
       : allocateGuest(offer);
     arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
     const cancelled = AbortSignal.any([signal, arriving.broken]);
+    const made = guest;
+    // Of a guest that is prepared the signal ends nothing any more.
+    const prepared = whileOpening(cancelled, async (signal) => made.prepare(claim.state, { signal }));
     await within(
-      untilAborted(Promise.resolve(guest.prepare(claim.state, { signal: cancelled })), cancelled),
+      untilAborted(prepared, cancelled),
       resolved.prepareTimeoutMs,
       'PREPARE_TIMEOUT',
       `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
