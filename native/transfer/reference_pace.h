@@ -23,8 +23,10 @@ class ReferencePace {
   static constexpr std::uint64_t kFullInterval = 1ULL
                                                  << 20;  // of raw bytes between two samples on a full link
   static constexpr std::uint64_t kIdleInterval = 64ULL << 20;  // and on one that is faster than the thread
-  static constexpr double kMemoryPages = 4096;  // over so many pages what was found is averaged
-  static constexpr double kSampleMemoryPages = 64;
+  static constexpr std::uint64_t kMemoryPages = 4096;  // over so many pages what was found is averaged
+  static constexpr std::uint64_t kSampleMemoryPages = 64;
+  // Before so many were looked at nothing is said of the others: with a limit the first chunk may be a few pages.
+  static constexpr std::uint64_t kEnoughPages = 256;
   // Of the time that a window without a full link has: with less hashing than that, something else is waited for.
   static constexpr double kHashIsWaitedFor = 0.5;
   static constexpr unsigned kProbeWindows = 2;
@@ -43,10 +45,8 @@ class ReferencePace {
   void looked(std::uint64_t pages, std::uint64_t found, double bytes, double seconds) {
     if (pages == 0) return;
     const double share = static_cast<double>(found) / static_cast<double>(pages);
-    const double weight =
-        std::min(1.0, static_cast<double>(pages) / (on_ ? kMemoryPages : kSampleMemoryPages));
-    found_ = known_ ? found_ + weight * (share - found_) : share;
-    known_ = true;
+    looked_ = std::min(looked_ + pages, on_ ? kMemoryPages : kSampleMemoryPages);
+    found_ += weight(pages) * (share - found_);
     if (seconds > 0) {
       const double rate = bytes / seconds;
       hash_rate_ = hash_rate_ > 0 ? hash_rate_ + 0.1 * (rate - hash_rate_) : rate;
@@ -55,7 +55,7 @@ class ReferencePace {
   }
   // So many of what was found were not there after all.
   void refused(std::uint64_t pages) {
-    found_ = std::max(0.0, found_ - static_cast<double>(pages) / kMemoryPages);
+    if (pages > 0) found_ = std::max(0.0, found_ - weight(pages));
   }
   // So many bytes of pages were handed to the connection, by reference or not.
   void sent(std::uint64_t raw_bytes) { since_sample_ += raw_bytes; }
@@ -87,7 +87,7 @@ class ReferencePace {
  private:
   void measured_on(double raw_rate, bool full) {
     if (full) {
-      if (known_ && with_references() < kStay * plain()) turn(false);
+      if (looked_ >= kEnoughPages && with_references() < kStay * plain()) turn(false);
       return;
     }
     if (raw_rate < kHashIsWaitedFor * hash_rate_)
@@ -107,20 +107,25 @@ class ReferencePace {
   void measured_off(bool full) {
     if (full) {
       probe_ = 0;
-      if (known_ && with_references() >= kTurnOn * plain()) turn(true);
+      if (looked_ > 0 && with_references() >= kTurnOn * plain()) turn(true);
     } else if (probe_ > 0 && --probe_ == 0) {
       link_rate_ = 0;  // faster than was thought
     }
   }
+  // Of so many pages in what is remembered.
+  [[nodiscard]] double weight(std::uint64_t pages) const {
+    return static_cast<double>(pages) / static_cast<double>(std::max(pages, looked_));
+  }
   void turn(bool on) {
     on_ = on;
+    looked_ = std::min(looked_, kSampleMemoryPages);
     bad_ = idle_ = 0;
     since_sample_ = 0;
   }
 
   bool on_ = true;
   bool full_ = false;
-  bool known_ = false;  // anything was looked at
+  std::uint64_t looked_ = 0;  // pages that found_ is of
   double found_ = 0;
   double hash_rate_ = 0;
   double link_rate_ = 0;  // 0: not known

@@ -438,6 +438,34 @@ TEST(ReferencePaceTest, WhatIsRefusedWasNotFound) {
   EXPECT_FALSE(pace.looks()) << "names of what has gone";
 }
 
+// Under a limit a chunk is a few pages, and the first may be all that differ.
+TEST(ReferencePaceTest, TheFirstPagesAreNotTakenForAll) {
+  ReferencePace pace;
+  pace.looked(8, 0, 32e3, 32e3 / 1.5e9);
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  EXPECT_TRUE(pace.looks()) << "eight pages say nothing";
+  for (int i = 0; i < 62; ++i) {
+    pace.looked(8, 7, 32e3, 32e3 / 1.5e9);
+    pace.measured(1.5e6, 1.5e6, true, 1);
+    ASSERT_TRUE(pace.looks()) << i;
+  }
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  EXPECT_TRUE(pace.looks());
+  // And after a sample as well.
+  for (int i = 0; i < 200; ++i) pace.looked(256, 0, 1e6, 1e6 / 1.5e9);
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  ASSERT_FALSE(pace.looks());
+  for (int i = 0; i < 8; ++i) pace.looked(16, 8, 65536, 65536 / 1.5e9);
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  ASSERT_TRUE(pace.looks());
+  for (int i = 0; i < 20; ++i) pace.looked(8, 0, 32e3, 32e3 / 1.5e9);
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  EXPECT_TRUE(pace.looks());
+  pace.looked(4096, 0, 16e6, 16e6 / 1.5e9);
+  pace.measured(1.5e6, 1.5e6, true, 1);
+  EXPECT_FALSE(pace.looks());
+}
+
 TEST(ReferencePaceTest, AHashThatGetsTooLittleOfACpuIsLetGo) {
   ReferencePace pace;
   pace.looked(4096, 3300, 16e6, 16e6 / 100e6);
