@@ -16,10 +16,10 @@ ChunkGatherer::ChunkGatherer(SendQueue& queue, Towards towards, const wire::Pace
       page_size_(page_size),
       frames_(page_size, std::move(encoder), std::move(referrer)) {}
 
-bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks) {
+bool ChunkGatherer::gather(const std::vector<PageFrames::OnHash>& sinks, std::uint64_t most_bytes) {
   gave_back_ = false;
-  const std::uint64_t largest = wire::max_payload(page_size_);
-  const std::uint64_t limit = std::max<std::uint64_t>(1, pacer_.chunk_bytes(largest) / page_size_);
+  const std::uint64_t largest = pacer_.chunk_bytes(wire::max_payload(page_size_));
+  const std::uint64_t limit = std::max<std::uint64_t>(1, std::min(largest, most_bytes) / page_size_);
   for (std::uint64_t pages = 0; pages < limit && frames_.room() > 0;) {
     const auto chunk = queue_.take(std::min(limit - pages, frames_.room()), towards_);
     if (!chunk) return false;

@@ -22,9 +22,9 @@ class ChunkGatherer {
                 std::unique_ptr<PageEncoder> encoder, std::unique_ptr<PageReferrer> referrer = nullptr);
 
   [[nodiscard]] PageFrames& frames() { return frames_; }
-  // A batch of what is pending; several runs when they are short. False when nothing more is pending. `sinks` has
-  // one (perhaps empty) a region: it sees every page and its hash.
-  bool gather(const std::vector<PageFrames::OnHash>& sinks);
+  // A batch of what is pending, of at most `most_bytes`; several runs when they are short. False when nothing more is
+  // pending. `sinks` has one (perhaps empty) a region: it sees every page and its hash.
+  bool gather(const std::vector<PageFrames::OnHash>& sinks, std::uint64_t most_bytes);
   // Whether the last gather() has made pages pending again that it took.
   [[nodiscard]] bool gave_back() const { return gave_back_; }
 

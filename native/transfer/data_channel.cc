@@ -41,7 +41,8 @@ class Sender::Impl::Push {
       // Inside the gate from taking on: what is taken is sent, or the region is gone.
       const TouchGate::Pass pass(impl_.gate);
       if (!pass) return false;
-      const bool more = chunks_.gather(guest_runs_here ? tracker_sinks_ : no_sinks_);
+      const bool more =
+          chunks_.gather(guest_runs_here ? tracker_sinks_ : no_sinks_, wire::max_payload(impl_.page_size));
       if (!chunks_.frames().empty() && !send()) return false;
       if (!more) return true;
     }

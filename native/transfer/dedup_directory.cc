@@ -242,6 +242,7 @@ bool Scatter::Dedup::tell() {
     }
     (void)send(server, bytes, deadline);
   }
+  for (const Settled& each : settled) told_ += each.run.count;
   return true;
 }
 

@@ -26,6 +26,12 @@ std::uint64_t thread_cpu_ns() {
 
 wire::ContentName name_of(const ContentDigest& hash) { return ContentDomain::name_of(hash); }
 
+// Of the 64 pages of a word those from this one on.
+std::uint64_t bits_from(std::uint64_t page, std::uint64_t word) {
+  if (page <= word * 64) return ~0ULL;
+  return page < word * 64 + 64 ? ~0ULL << page % 64 : 0;
+}
+
 constexpr unsigned kRegionShift = 48;
 std::uint64_t twin_entry(std::uint32_t region, PageNumber page) {
   return (std::uint64_t{region} << kRegionShift | page.value) + 1;
@@ -45,7 +51,7 @@ std::uint64_t Scatter::Dedup::unsent_pages() const {
   return pages;
 }
 
-// The next page to look at: ahead of the cursor, and from the beginning again behind the last one.
+// The next page to look at, all around from where the last one was, but for those that the lanes are about to take.
 bool Scatter::Dedup::next_page() {
   const SendQueue& queue = scatter_.shared_.queue;
   const auto regions = static_cast<std::uint32_t>(regions_.size());
@@ -56,21 +62,21 @@ bool Scatter::Dedup::next_page() {
                                                              std::chrono::duration<double>(kAhead).count() /
                                                              static_cast<double>(scatter_.page_size_))
                                 : kLeastAhead);
-  const PageNumber from{cursor_page.value + ahead};
-  if (at_region_ == cursor_region && at_page_ < from) at_page_ = from;
-  // Once around, and what of this region lies before it.
+  // The rest of this region, the others, and what of this one lies before.
   for (std::uint32_t turn = 0; turn <= regions; ++turn) {
     const AtomicBitmap& examined = regions_[at_region_]->examined;
     const std::uint64_t words = (queue.known_pages(at_region_) + 63) / 64;
     for (std::uint64_t i = at_page_.value / 64; i < words; ++i) {
       std::uint64_t bits = queue.content_word(at_region_, i) & ~examined.word(i);
-      if (i == at_page_.value / 64) bits &= ~0ULL << at_page_.value % 64;
+      bits &= bits_from(at_page_.value, i);
+      if (at_region_ == cursor_region)
+        bits &= ~(bits_from(cursor_page.value, i) & ~bits_from(cursor_page.value + ahead, i));
       if (bits == 0) continue;
       at_page_ = PageNumber{i * 64 + static_cast<std::uint64_t>(std::countr_zero(bits))};
       return at_page_.value < queue.known_pages(at_region_);
     }
     at_region_ = (at_region_ + 1) % regions;
-    at_page_ = at_region_ == cursor_region ? from : PageNumber{0};
+    at_page_ = PageNumber{0};
   }
   return false;
 }

@@ -1,6 +1,7 @@
 // The thread that looks at pages ahead of the lanes, and what it makes of the answers.
 #include <algorithm>
 #include <map>
+#include <tuple>
 #include <utility>
 
 #include "transfer/scatter_dedup.h"
@@ -143,8 +144,7 @@ bool Scatter::Dedup::examine(Clock::time_point now) {
   }
   if (placed_in_ != round) {
     placed_in_ = round;
-    at_region_ = scatter_.shared_.queue.server_cursor().first;
-    at_page_ = PageNumber{0};
+    std::tie(at_region_, at_page_) = scatter_.shared_.queue.server_cursor();
   }
   pick(most);
   if (batch_.empty()) return false;
@@ -303,9 +303,10 @@ bool Scatter::Dedup::refer_locked(const Page& page, wire::Holders holders, bool 
   return false;
 }
 
-// It goes plainly.
+// It goes plainly, and before those of which nobody knows yet: they may need no sending.
 void Scatter::Dedup::give_up_locked(const Page& page, bool owned) {
   regions_[page.region]->to_tell.set(page.page);
+  scatter_.shared_.queue.put_first(page.region, page.page);
   const RegionRun run{page.region, {page.page, 1}};
   if (owned) scatter_.put_back_locked({run});
 }

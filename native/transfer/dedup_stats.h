@@ -15,6 +15,7 @@ struct DedupStats {
   std::uint64_t hash_ns = 0;         // of CPU
   // On the wire, while there was something to send: what the connections take. 0: not known yet.
   double link_bytes_per_second = 0;
+  std::uint64_t told = 0;  // pages that servers were told the names of
 };
 
 }  // namespace memferry

@@ -49,6 +49,14 @@ void Scatter::Dedup::begin_locked(Kind kind, bool references) {
             dedup_round_is_long(queue.content_pages() * scatter_.page_size_, link_bytes_per_second_));
   pages_before_ = pages_;
   waiting_ = {};
+  // Guests that leave at once begin in different places: where they are alike they are alike there too, most often, and
+  // one that comes to what another has sent already asks nobody to wait.
+  if (round_ == 1) {
+    std::uint64_t pages = 0;
+    for (std::uint32_t region = 0; region < regions_.size(); ++region) pages += queue.known_pages(region);
+    if (pages > 0)
+      scatter_.shared_.queue.begin_servers_at(wire::shared_key(scatter_.shared_.migration) % pages);
+  }
   for (std::uint32_t region = 0; region < regions_.size(); ++region) {
     const AtomicBitmap& pending = scatter_.shared_.queue.pending(region);
     Region& of = *regions_[region];
@@ -56,6 +64,7 @@ void Scatter::Dedup::begin_locked(Kind kind, bool references) {
     while (const auto run = pending.next_set(at, PageNumber{pending.capacity()}, pending.capacity())) {
       for (AtomicBitmap* each : {&of.examined, &of.named, &of.to_tell, &of.told, &of.referred})
         each->clear_run(*run);
+      scatter_.shared_.queue.forget_first(region, *run);
       at = run->end();
     }
   }
@@ -175,7 +184,7 @@ void Scatter::Dedup::refused_locked(std::uint32_t region, PageRun run) {
 
 DedupStats Scatter::Dedup::stats() const {
   const std::lock_guard lock(scatter_.mutex_);
-  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_, wire_bytes_per_second_};
+  return {pages_, refused_, examined_, probes_, overhead_bytes_, hash_ns_, wire_bytes_per_second_, told_};
 }
 
 std::uint64_t Scatter::Dedup::memory_bytes() const {

@@ -246,6 +246,7 @@ class Scatter::Dedup {
   std::atomic<std::uint64_t> examined_{0};
   std::atomic<std::uint64_t> probes_{0};
   std::atomic<std::uint64_t> hash_ns_{0};
+  std::atomic<std::uint64_t> told_{0};
 };
 
 }  // namespace memferry

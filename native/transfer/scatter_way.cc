@@ -184,7 +184,8 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
   const TouchGate::Pass pass(shared_.gate);
   if (!pass) return false;
   chunks.frames().set_holders(holders);
-  const bool more = chunks.gather(*sinks);
+  // A limit is for all ways together, and the pacer of those to servers knows none.
+  const bool more = chunks.gather(*sinks, shared_.pacer.limited_chunk_bytes(wire::max_payload(page_size_)));
   if (chunks.frames().empty()) {
     {
       const std::lock_guard lock(mutex_);

@@ -10,6 +10,7 @@ SendQueue::Entry::Entry(std::shared_ptr<Region> r)
     : region(std::move(r)),
       pending(region->capacity_pages()),
       untouched(region->capacity_pages()),
+      first(region->capacity_pages()),
       at_destination(region->capacity_pages()),
       ever_sent(region->capacity_pages()) {}
 
@@ -58,9 +59,41 @@ std::pair<std::uint32_t, PageNumber> SendQueue::server_cursor() const {
   return {static_cast<std::uint32_t>(seen >> kRegionShift), PageNumber{seen & ((1ULL << kRegionShift) - 1)}};
 }
 
-std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards towards) {
-  std::atomic<std::uint64_t>& cursor =
-      towards == Towards::kDestination ? destination_cursor_ : server_cursor_;
+void SendQueue::begin_servers_at(std::uint64_t page_of_all) {
+  for (std::uint32_t region = 0; region < regions(); ++region) {
+    const std::uint64_t pages = known_pages(region);
+    if (page_of_all < pages) {
+      server_cursor_.store((std::uint64_t{region} << kRegionShift) | page_of_all, std::memory_order_relaxed);
+      return;
+    }
+    page_of_all -= pages;
+  }
+}
+
+void SendQueue::put_first(std::uint32_t region, PageNumber page) {
+  entries_[region]->first.set(page);
+  any_first_.store(true, std::memory_order_relaxed);
+}
+
+std::optional<SendQueue::Chunk> SendQueue::take_first(std::uint32_t region, PageNumber from, PageNumber end,
+                                                      std::uint64_t max_pages) {
+  Entry& entry = *entries_[region];
+  while (from < end) {
+    const std::optional<PageRun> next = entry.first.take_run(from, end, max_pages);
+    if (!next) return std::nullopt;
+    if (const auto taken = entry.pending.take_run(next->first, next->end(), next->count)) {
+      if (taken->end() < next->end())
+        entry.first.set_run({taken->end(), next->end().value - taken->end().value});
+      return Chunk{region, *taken};
+    }
+    from = next->end();
+  }
+  return std::nullopt;
+}
+
+template <typename TakeBetween>
+std::optional<SendQueue::Chunk> SendQueue::take_from(std::atomic<std::uint64_t>& cursor,
+                                                     TakeBetween take_between) {
   const std::uint64_t seen = cursor.load(std::memory_order_relaxed);
   const auto start_region = static_cast<std::uint32_t>(seen >> kRegionShift);
   const PageNumber start_page{seen & ((1ULL << kRegionShift) - 1)};
@@ -70,7 +103,7 @@ std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards
     const std::uint32_t region = (start_region + step) % count;
     const PageNumber from = step == 0 ? start_page : PageNumber{0};
     const PageNumber end = step == count ? start_page : PageNumber{known_pages(region)};
-    if (auto chunk = take_between(region, from, end, max_pages)) {
+    if (auto chunk = take_between(region, from, end)) {
       // Fails when somebody has moved the cursor meanwhile, a fault perhaps: theirs is the better place.
       std::uint64_t expected = seen;
       cursor.compare_exchange_strong(expected,
@@ -80,6 +113,19 @@ std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards
     }
   }
   return std::nullopt;
+}
+
+std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards towards) {
+  if (towards == Towards::kServer && any_first_.load(std::memory_order_relaxed)) {
+    auto chunk = take_from(server_cursor_, [&](std::uint32_t region, PageNumber from, PageNumber end) {
+      return take_first(region, from, end, max_pages);
+    });
+    if (chunk) return chunk;
+  }
+  return take_from(towards == Towards::kDestination ? destination_cursor_ : server_cursor_,
+                   [&](std::uint32_t region, PageNumber from, PageNumber end) {
+                     return take_between(region, from, end, max_pages);
+                   });
 }
 
 void SendQueue::put_back(const Chunk& chunk) {
@@ -220,7 +266,8 @@ std::uint64_t SendQueue::content_pages() const {
 
 std::uint64_t SendQueue::memory_bytes() const {
   std::uint64_t bytes = 0;
-  for (const auto& entry : entries_) bytes += 4 * entry->pending.words() * sizeof(std::uint64_t);
+  const std::uint64_t bitmaps = any_first_ ? 5 : 4;
+  for (const auto& entry : entries_) bytes += bitmaps * entry->pending.words() * sizeof(std::uint64_t);
   return bytes;
 }
 

@@ -76,6 +76,11 @@ class SendQueue {
   void mark_growth(std::uint32_t region);
   // Pending, and untouched no more.
   void mark_written(std::uint32_t region, const AtomicBitmap& written);
+  // The next one for a server is the first pending one of all pages from this on, counted through the regions.
+  void begin_servers_at(std::uint64_t page_of_all);
+  // Servers are given this one, while it is pending, before any that is not marked so. For pages with content.
+  void put_first(std::uint32_t region, PageNumber page);
+  void forget_first(std::uint32_t region, PageRun run) { entries_[region]->first.clear_run(run); }
   // Where the next one for a server is taken.
   [[nodiscard]] std::pair<std::uint32_t, PageNumber> server_cursor() const;
   // Of 64 pages those that are pending and have content to look at.
@@ -101,6 +106,7 @@ class SendQueue {
     AtomicBitmap pending;
     AtomicBitmap untouched;
     std::atomic<bool> tracked{false};  // a tracker vouches for `untouched`
+    AtomicBitmap first;                // not touched before the first put_first()
     AtomicBitmap at_destination;       // sent and not discarded since
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};
@@ -109,10 +115,16 @@ class SendQueue {
   static constexpr unsigned kRegionShift = 48;
   std::optional<Chunk> take_between(std::uint32_t region, PageNumber from, PageNumber end,
                                     std::uint64_t max_pages);
+  std::optional<Chunk> take_first(std::uint32_t region, PageNumber from, PageNumber end,
+                                  std::uint64_t max_pages);
+  // In order from the cursor on, each region once but for the first, whose beginning comes last.
+  template <typename TakeBetween>
+  std::optional<Chunk> take_from(std::atomic<std::uint64_t>& cursor, TakeBetween take_between);
 
   std::vector<std::unique_ptr<Entry>> entries_;
   std::atomic<std::uint64_t> destination_cursor_{0};
   std::atomic<std::uint64_t> server_cursor_{0};
+  std::atomic<bool> any_first_{false};
 };
 
 }  // namespace memferry

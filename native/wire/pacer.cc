@@ -165,9 +165,13 @@ void Pacer::set_bandwidth(std::uint64_t bytes_per_second) {
   changed_.notify_all();
 }
 
+std::uint64_t Pacer::limited_chunk_bytes(std::uint64_t largest) const {
+  const std::uint64_t bandwidth = bandwidth_;
+  return bandwidth > 0 ? std::min(largest, bandwidth / 100) : largest;
+}
+
 std::uint64_t Pacer::chunk_bytes(std::uint64_t largest) const {
-  // A slow limit in small steps, so that nobody waits long behind one chunk.
-  if (const std::uint64_t bandwidth = bandwidth_; bandwidth > 0) largest = std::min(largest, bandwidth / 100);
+  largest = limited_chunk_bytes(largest);
   if (!faults_recent(std::chrono::steady_clock::now())) return largest;
   return std::min(largest, same_host_ ? kChunkOnHost : chunk_on_link_);
 }

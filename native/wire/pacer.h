@@ -137,6 +137,8 @@ class Pacer {
   [[nodiscard]] bool should_stand_back() const;
   // The largest chunk that may go in one piece now.
   [[nodiscard]] std::uint64_t chunk_bytes(std::uint64_t largest) const;
+  // The same by the limit alone: a slow one goes in small steps, so that nobody waits long behind one chunk.
+  [[nodiscard]] std::uint64_t limited_chunk_bytes(std::uint64_t largest) const;
   // Blocks until the next chunk may go. False once cancelled.
   bool wait_turn();
   void debit(std::uint64_t bytes);

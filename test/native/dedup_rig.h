@@ -160,13 +160,21 @@ class DedupRig : public testing::Test {
     move.departures.await(EngineEventKind::kSwitched);
     move.arrivals.await(EngineEventKind::kSwitched);
   }
+  static std::string told_of(const Move& move) {
+    const SenderStats all = move.sender->stats();
+    const DedupStats stats = *all.dedup;
+    return std::to_string(stats.examined) + " pages looked at, " + std::to_string(stats.probes) +
+           " asked for, " + std::to_string(stats.pages) + " referred to, " + std::to_string(stats.refused) +
+           " refused, " + std::to_string(all.pages_sent) + " sent, " + std::to_string(all.pages_pending) +
+           " pending";
+  }
   // With a link that leaves time to look, until something has been found.
   template <typename Found, typename Start>
   static void slowly_until(Move& move, Found found, Start start) {
     move.sender->set_bandwidth(1 << 20);
     start();
     for (int i = 0; i < 20'000 && !found(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    EXPECT_TRUE(found());
+    EXPECT_TRUE(found()) << told_of(move);
     move.sender->set_bandwidth(kLink);
   }
   static void evict(Move& move) {

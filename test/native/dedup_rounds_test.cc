@@ -25,7 +25,8 @@ class DedupRounds : public DedupRig, public testing::WithParamInterface<TrackerK
   std::unique_ptr<Move> bring(std::uint64_t count, unsigned replicas = 1) {
     auto first = guest(
         count, [](std::uint64_t page) { return page + 1; }, 1, replicas);
-    evict(*first);
+    // Nobody comes to know a page by its name that has gone, and its source with it, before that was said.
+    evict_slowly_until(*first, [&] { return dedup(*first).told > 0; });
     expect_arrived(*first);
     return first;
   }

@@ -38,6 +38,53 @@ TEST(SendQueue, AFaultMovesWhereTheDestinationGoesOnAndNobodyElse) {
   EXPECT_EQ(first_of(queue, 4, Towards::kDestination), 108U);
 }
 
+TEST(SendQueue, ServersBeginWhereTheyAreToldAndComeRoundToWhatLiesBefore) {
+  SendQueue queue = all_pending(2);
+  for (const std::uint32_t region : {0U, 1U}) queue.mark_all(region);
+  queue.begin_servers_at(kPages + 250);
+  EXPECT_EQ(queue.server_cursor(), (std::pair{1U, PageNumber{250}}));
+  std::vector<std::uint64_t> order;
+  while (const auto chunk = queue.take(8, Towards::kServer))
+    order.push_back(chunk->region * kPages + chunk->run.first.value);
+  ASSERT_FALSE(order.empty());
+  EXPECT_EQ(order.front(), kPages + 250);
+  EXPECT_EQ(order[1], 0U) << "the other region, from its beginning";
+  EXPECT_EQ(order.back(), kPages + 248) << "what lies before comes last";
+  queue.begin_servers_at(2 * kPages);  // beyond all: nothing changes
+  EXPECT_EQ(queue.server_cursor(), (std::pair{1U, PageNumber{250}}));
+}
+
+TEST(SendQueue, ServersAreGivenFirstWhatIsPutFirst) {
+  SendQueue queue = all_pending(2);
+  for (const std::uint32_t region : {0U, 1U}) queue.mark_all(region);
+  for (const std::uint64_t page : {30U, 31U, 32U, 90U}) queue.put_first(0, PageNumber{page});
+  queue.put_first(1, PageNumber{7});
+  EXPECT_EQ(first_of(queue, 1, Towards::kDestination), 0U) << "the destination takes what comes next";
+  EXPECT_EQ(queue.take_for_fault(0, PageNumber{31}, 0).run.count, 1U);
+  // What somebody else took is passed over, and what did not fit stays first.
+  std::vector<std::pair<std::uint32_t, PageRun>> first;
+  for (int i = 0; i < 4; ++i) {
+    const auto chunk = queue.take(2, Towards::kServer);
+    ASSERT_TRUE(chunk);
+    first.emplace_back(chunk->region, chunk->run);
+  }
+  const auto one = [](std::uint32_t region, std::uint64_t page) {
+    return std::pair{region, PageRun{PageNumber{page}, 1}};
+  };
+  EXPECT_EQ(first, (std::vector{one(0, 30), one(0, 32), one(0, 90), one(1, 7)}));
+  // Then as ever; and what is put first no more, or is not pending, goes or stays as it would.
+  queue.put_first(0, PageNumber{200});
+  queue.forget_first(0, {PageNumber{0}, kPages});
+  queue.put_first(0, PageNumber{90});
+  const auto next = queue.take(4, Towards::kServer);
+  ASSERT_TRUE(next);
+  EXPECT_EQ(next->region, 1U);
+  EXPECT_EQ(next->run, (PageRun{PageNumber{8}, 4}));
+  std::uint64_t left = 0;
+  while (const auto chunk = queue.take(64, Towards::kServer)) left += chunk->run.count;
+  EXPECT_EQ(left + 4 + 4 + 1 + 1, 2 * kPages);
+}
+
 TEST(SendQueue, EveryPageIsTakenOnceWhoeverTakes) {
   SendQueue queue = all_pending(2);
   for (const std::uint32_t region : {0U, 1U}) queue.mark_all(region);
@@ -47,6 +94,7 @@ TEST(SendQueue, EveryPageIsTakenOnceWhoeverTakes) {
   };
   std::uint64_t turn = 0;
   for (;; ++turn) {
+    if (turn % 4 == 1) queue.put_first(static_cast<std::uint32_t>(turn % 2), PageNumber{turn * 61 % kPages});
     if (turn % 5 == 3) {
       const auto region = static_cast<std::uint32_t>(turn % 2);
       const auto fault = queue.take_for_fault(region, PageNumber{turn * 37 % kPages}, 2);

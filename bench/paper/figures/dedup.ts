@@ -20,10 +20,8 @@ const contents = { '80 % alike': 800, 'nothing alike': 0 } as const;
 type Content = keyof typeof contents;
 const variants = ['without', 'with'] as const;
 const busyBytesPerSecond = 10e6;
-/** Of each guest's direct way; and of all gathers together. */
+/** Of all direct ways together, and of all gathers: one host takes in no more for it that more guests come to it. */
 const slow = { bandwidth: 2e6, gatherLimit: 32e6 };
-/** What a destination takes over is whole, so it gathers as fast as it can; directly it takes in as little. */
-const slowDirectly = { bandwidth: slow.bandwidth };
 /** Modes in rounds to the end. */
 const preCopyModes: readonly MigrationMode[] = ['pre-copy', 'scatter-pre-copy'];
 const measuredModes: readonly MigrationMode[] = ['scatter', ...preCopyModes];
@@ -64,10 +62,11 @@ async function measure(
             ...(variant === 'with' ? { dedup: { domain: 'figure 13' } } : {}),
             ...(paging ? {} : boundedRounds),
           };
+          const bandwidth = Math.floor(slow.bandwidth / count);
           const listen = paging
-            ? { ...slow, gatherLimit: Math.floor(slow.gatherLimit / count) }
+            ? { bandwidth, gatherLimit: Math.floor(slow.gatherLimit / count) }
             : mode === 'scatter-pre-copy'
-              ? slowDirectly
+              ? { bandwidth } // what is taken over is whole, so it is gathered as fast as it can be
               : {};
           const outcome = await runMigration(rig, {
             mode,
