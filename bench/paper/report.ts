@@ -91,13 +91,18 @@ export function terminalTable(result: FigureResult): string {
   ].join('\n');
 }
 
-function markdown(result: FigureResult): string {
+interface Saved extends FigureResult {
+  machine: string;
+  date: string;
+}
+
+function markdown(result: Saved): string {
   const rows = grid(result).map((row) => `| ${row.join(' | ')} |`);
   rows.splice(1, 0, `|${' --- |'.repeat(grid(result)[0]?.length ?? 0)}`);
   return [
     `## ${result.title}`,
     '',
-    `${settingText(result)}. [JSON](paper/${fileName(result.figure)}.json)`,
+    `Measured ${result.date}; ${settingText(result)}. [JSON](paper/${fileName(result.figure)}.json)`,
     '',
     ...result.charts.map((chart) => `![${chart.title}](paper/${chart.name}.svg)\n`),
     ...rows,
@@ -109,24 +114,28 @@ function markdown(result: FigureResult): string {
     '',
     ...result.notes.map((note) => `- ${note}`),
     '',
-    'The paper:',
-    '',
-    ...result.paper.map((one) => `- ${paperLine(one)}`),
-    '',
+    ...(result.paper.length > 0
+      ? ['The paper:', '', ...result.paper.map((one) => `- ${paperLine(one)}`), '']
+      : []),
   ].join('\n');
 }
 
 const fileName = (name: string): string => (name.startsWith('table') ? name : `figure-${name}`);
 
-/** Writes one figure's files, and the page afresh from what all figures have written so far. */
+/** Writes one figure's files, and the page afresh. */
 export function writeDocumentation(result: FigureResult): void {
   mkdirSync(directory, { recursive: true });
-  const saved = { ...result, machine: machine(), date: new Date().toISOString().slice(0, 10) };
+  const saved: Saved = { ...result, machine: machine(), date: new Date().toISOString().slice(0, 10) };
   writeFileSync(join(directory, `${fileName(result.figure)}.json`), `${JSON.stringify(saved, null, 1)}\n`);
   for (const chart of result.charts) writeFileSync(join(directory, `${chart.name}.svg`), renderChart(chart));
+  writePage();
+}
+
+/** From what all figures have written so far. */
+function writePage(): void {
   const results = readdirSync(directory)
     .filter((name) => name.endsWith('.json'))
-    .map((name) => JSON.parse(readFileSync(join(directory, name), 'utf8')) as typeof saved)
+    .map((name) => JSON.parse(readFileSync(join(directory, name), 'utf8')) as Saved)
     .sort((a, b) => order.indexOf(a.figure) - order.indexOf(b.figure));
   writeFileSync(page, [introduction(results), ...results.map(markdown)].join('\n'));
 }
@@ -142,8 +151,8 @@ function machine(): string {
   return `${cpus().length} CPUs (${cpus()[0]?.model ?? 'unknown'}), ${gib} GiB, Linux ${release().split('-')[0]}, Node ${process.versions.node}`;
 }
 
-function introduction(results: { figure: string; machine: string; date: string }[]): string {
-  const where = [...new Set(results.map((result) => `${result.machine}, ${result.date}`))];
+function introduction(results: Saved[]): string {
+  const where = [...new Set(results.map((result) => result.machine))].sort();
   return `# The paper's evaluation, here
 
 What \`npm run bench:paper -- --write\` gave, beside the numbers of Deshpande et al., *Scatter-Gather Live Migration of
@@ -155,6 +164,6 @@ Charts show line times, so that guests of other sizes compare; values are median
 stand in its text, *derived* ones follow from it, and *described* ones are said in words only; what only its pictures
 show is left out.
 
-${where.map((text) => `Measured on: ${text}`).join('\n\n')}
+Measured on: ${where.join('; ')}.
 ${missing(results)}`;
 }

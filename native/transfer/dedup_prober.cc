@@ -254,7 +254,13 @@ void Scatter::Dedup::settle_answer_locked(Deferred& page, wire::KnownHolders kno
     deferred_.pop_back();
     return;
   }
-  const auto holders = known.first == wire::KnownHolders::kNobody ? std::nullopt : usable_locked(known);
+  if (known.first == wire::KnownHolders::kNobody) {
+    give_up_locked(page.page, page.claimed);
+    // Before those that are still asked for, which may need no sending.
+    scatter_.shared_.queue.put_first(page.page.region, page.page.page);
+    return;
+  }
+  const auto holders = usable_locked(known);
   if (!holders || !refer_locked(page.page, *holders, page.claimed)) give_up_locked(page.page, page.claimed);
 }
 
@@ -303,10 +309,9 @@ bool Scatter::Dedup::refer_locked(const Page& page, wire::Holders holders, bool 
   return false;
 }
 
-// It goes plainly, and before those of which nobody knows yet: they may need no sending.
+// It goes plainly.
 void Scatter::Dedup::give_up_locked(const Page& page, bool owned) {
   regions_[page.region]->to_tell.set(page.page);
-  scatter_.shared_.queue.put_first(page.region, page.page);
   const RegionRun run{page.region, {page.page, 1}};
   if (owned) scatter_.put_back_locked({run});
 }

@@ -55,7 +55,8 @@ class ReferencePace {
   }
   // So many of what was found were not there after all.
   void refused(std::uint64_t pages) {
-    if (pages > 0) found_ = std::max(0.0, found_ - weight(pages));
+    const double of = static_cast<double>(on_ ? std::max(looked_, kEnoughPages) : kMemoryPages);
+    found_ = std::max(0.0, found_ - static_cast<double>(pages) / of);
   }
   // So many bytes of pages were handed to the connection, by reference or not.
   void sent(std::uint64_t raw_bytes) { since_sample_ += raw_bytes; }

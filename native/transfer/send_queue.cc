@@ -71,8 +71,13 @@ void SendQueue::begin_servers_at(std::uint64_t page_of_all) {
 }
 
 void SendQueue::put_first(std::uint32_t region, PageNumber page) {
-  entries_[region]->first.set(page);
-  any_first_.store(true, std::memory_order_relaxed);
+  if (!entries_[region]->first.set(page)) first_marks_.fetch_add(1, std::memory_order_relaxed);
+}
+
+void SendQueue::forget_first(std::uint32_t region, PageRun run) {
+  if (first_marks_.load(std::memory_order_relaxed) == 0) return;
+  const std::uint64_t pages = entries_[region]->first.clear_run(run);
+  first_marks_.fetch_sub(static_cast<std::int64_t>(pages), std::memory_order_relaxed);
 }
 
 std::optional<SendQueue::Chunk> SendQueue::take_first(std::uint32_t region, PageNumber from, PageNumber end,
@@ -81,11 +86,12 @@ std::optional<SendQueue::Chunk> SendQueue::take_first(std::uint32_t region, Page
   while (from < end) {
     const std::optional<PageRun> next = entry.first.take_run(from, end, max_pages);
     if (!next) return std::nullopt;
-    if (const auto taken = entry.pending.take_run(next->first, next->end(), next->count)) {
-      if (taken->end() < next->end())
-        entry.first.set_run({taken->end(), next->end().value - taken->end().value});
-      return Chunk{region, *taken};
-    }
+    const auto taken = entry.pending.take_run(next->first, next->end(), next->count);
+    std::uint64_t kept = 0;
+    if (taken && taken->end() < next->end())
+      kept = entry.first.set_run({taken->end(), next->end().value - taken->end().value});
+    first_marks_.fetch_sub(static_cast<std::int64_t>(next->count - kept), std::memory_order_relaxed);
+    if (taken) return Chunk{region, *taken};
     from = next->end();
   }
   return std::nullopt;
@@ -116,7 +122,7 @@ std::optional<SendQueue::Chunk> SendQueue::take_from(std::atomic<std::uint64_t>&
 }
 
 std::optional<SendQueue::Chunk> SendQueue::take(std::uint64_t max_pages, Towards towards) {
-  if (towards == Towards::kServer && any_first_.load(std::memory_order_relaxed)) {
+  if (towards == Towards::kServer && first_marks_.load(std::memory_order_relaxed) > 0) {
     auto chunk = take_from(server_cursor_, [&](std::uint32_t region, PageNumber from, PageNumber end) {
       return take_first(region, from, end, max_pages);
     });
@@ -266,8 +272,7 @@ std::uint64_t SendQueue::content_pages() const {
 
 std::uint64_t SendQueue::memory_bytes() const {
   std::uint64_t bytes = 0;
-  const std::uint64_t bitmaps = any_first_ ? 5 : 4;
-  for (const auto& entry : entries_) bytes += bitmaps * entry->pending.words() * sizeof(std::uint64_t);
+  for (const auto& entry : entries_) bytes += 5 * entry->pending.words() * sizeof(std::uint64_t);
   return bytes;
 }
 

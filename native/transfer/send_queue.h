@@ -2,10 +2,10 @@
 // share. Which page next is decided here and nowhere else: the next pending one at the cursor. What goes to the
 // destination is taken at one that a fault moves behind the page that it asked for, so that the push goes on where the
 // guest is working. What goes to servers is of no use to the guest sooner than the rest, and is taken at one that goes
-// straight on: whoever looks ahead of it (deduplication) looks at what is sent next.
+// straight on: whoever looks ahead of it (deduplication) looks at what is sent next, and puts first what is best sent.
 //
-// Threads: take(), take_for_fault() and the counters from any thread, without a lock (the demand server must
-// never wait for a push thread of lower priority). Everything that marks pages, only while nobody takes.
+// Threads: take(), take_for_fault(), put_first() and the counters from any thread, without a lock (the demand server
+// must never wait for a push thread of lower priority). Everything else that marks pages, only while nobody takes.
 #pragma once
 
 #include <atomic>
@@ -80,7 +80,7 @@ class SendQueue {
   void begin_servers_at(std::uint64_t page_of_all);
   // Servers are given this one, while it is pending, before any that is not marked so. For pages with content.
   void put_first(std::uint32_t region, PageNumber page);
-  void forget_first(std::uint32_t region, PageRun run) { entries_[region]->first.clear_run(run); }
+  void forget_first(std::uint32_t region, PageRun run);
   // Where the next one for a server is taken.
   [[nodiscard]] std::pair<std::uint32_t, PageNumber> server_cursor() const;
   // Of 64 pages those that are pending and have content to look at.
@@ -106,7 +106,7 @@ class SendQueue {
     AtomicBitmap pending;
     AtomicBitmap untouched;
     std::atomic<bool> tracked{false};  // a tracker vouches for `untouched`
-    AtomicBitmap first;                // not touched before the first put_first()
+    AtomicBitmap first;                // put_first()
     AtomicBitmap at_destination;       // sent and not discarded since
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};
@@ -124,7 +124,8 @@ class SendQueue {
   std::vector<std::unique_ptr<Entry>> entries_;
   std::atomic<std::uint64_t> destination_cursor_{0};
   std::atomic<std::uint64_t> server_cursor_{0};
-  std::atomic<bool> any_first_{false};
+  // Marks in all regions, so that nobody looks for what is not there; for moments behind or ahead of them.
+  std::atomic<std::int64_t> first_marks_{0};
 };
 
 }  // namespace memferry
