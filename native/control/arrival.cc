@@ -237,7 +237,10 @@ void Arrival::grow(std::uint32_t index, std::uint64_t length_bytes) {
     return fail({"PROTOCOL_ERROR", "a region that grows beyond its own capacity"});
   Region& region = *regions[index];
   try {
-    if (length_bytes > region.bytes()) guest_->grow(index, length_bytes);
+    if (length_bytes > region.bytes()) {
+      config_.grows(length_bytes - region.bytes());
+      guest_->grow(index, length_bytes);
+    }
     if (length_bytes > region.bytes())
       throw Failure("LIMIT_EXCEEDED", "this guest cannot grow at the destination");
     receiver_->grow(index, length_bytes / region.page_size());

@@ -55,6 +55,8 @@ class Arrival {
     DestinationOptions options;
     // From the arrival's thread. Throws why not, which is what the source is told.
     std::function<std::unique_ptr<ArrivingGuest>(const Offer&)> accept;
+    // From the arrival's thread, before the guest grows by so many bytes. Throws where there is no room for them.
+    std::function<void(std::uint64_t more)> grows;
     // The commit has an outcome: remember it. Before anything comes of it.
     std::function<void(const DestinationState&)> decided;
     // Nothing is left; the thread is about to end.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstring>
 #include <system_error>
 #include <utility>
 
@@ -217,12 +216,11 @@ void Channel::on_frame(FrameKind kind, ByteSpan payload) {
     case FrameKind::kBye:
       return on_bye(payload);
     case FrameKind::kChunk: {
-      if (!assembling_ || payload.size() > assembling_->binary.size() - assembling_->offset)
+      if (!assembling_ || payload.size() > assembling_->total - assembling_->binary.size())
         throw Failure("PROTOCOL_ERROR",
                       assembling_ ? "more bytes than were announced" : "bytes that were not announced");
-      std::memcpy(assembling_->binary.data() + assembling_->offset, payload.data(), payload.size());
-      assembling_->offset += payload.size();
-      if (assembling_->offset < assembling_->binary.size()) return;
+      assembling_->binary.insert(assembling_->binary.end(), payload.begin(), payload.end());
+      if (assembling_->binary.size() < assembling_->total) return;
       Assembling whole = std::move(*assembling_);
       assembling_.reset();
       return deliver(std::move(whole.message), std::move(whole.binary));
@@ -246,7 +244,9 @@ void Channel::on_frame(FrameKind kind, ByteSpan payload) {
   }
   options_.check(message, total);
   if (total == 0) return deliver(std::move(message), Bytes());
-  assembling_ = {std::move(message), Bytes(total), 0};
+  assembling_ = {std::move(message), Bytes(), static_cast<std::size_t>(total)};
+  // No memory is touched for what was only announced.
+  assembling_->binary.reserve(static_cast<std::size_t>(total));
 }
 
 void Channel::on_bye(ByteSpan payload) {

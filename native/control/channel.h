@@ -116,8 +116,8 @@ class Channel {
   std::size_t wire_start_ = 0;
   struct Assembling {
     Json message;
-    Bytes binary;
-    std::size_t offset = 0;
+    Bytes binary;  // what has come of it
+    std::size_t total = 0;
   };
   std::optional<Assembling> assembling_;
   bool said_bye_ = false;

@@ -190,6 +190,11 @@ void Destination::on_offer(const std::shared_ptr<Connection>& connection, Offer 
       }
       return accept_(*own->arrival, offered);
     };
+    config.grows = [this, own](std::uint64_t more) {
+      const std::lock_guard inner(mutex_);
+      must_fit_locked(more, "the guest grows by ");
+      own->bytes += more;
+    };
     config.decided = [this, id](const DestinationState& state) { tombstones_.record(id, state); };
     config.ended = [this, own] {
       {
@@ -237,8 +242,6 @@ void Destination::admit_locked(const Offer& offer) const {
   if (arrivals_.size() >= options_.max_migrations)
     throw Failure("LIMIT_EXCEEDED",
                   "no more than " + std::to_string(options_.max_migrations) + " migrations at a time");
-  std::uint64_t used = 0;
-  for (const auto& [id, entry] : arrivals_) used += entry->bytes;
   std::uint64_t bytes = 0;
   for (const OfferedRegion& region : offer.guest.regions) {
     if (region.length_bytes % region.page_size != 0 || region.length_bytes == 0 ||
@@ -246,10 +249,15 @@ void Destination::admit_locked(const Offer& offer) const {
       throw Failure("PROTOCOL_ERROR", "region '" + region.name + "' has a length that cannot be");
     bytes += region.length_bytes;  // 64 of at most 2^53
   }
-  if (used > options_.max_bytes || bytes > options_.max_bytes - used)
-    throw Failure("NO_MEMORY", "the guest has " + std::to_string(bytes) + " bytes; " +
-                                   std::to_string(options_.max_bytes - std::min(used, options_.max_bytes)) +
-                                   " of " + std::to_string(options_.max_bytes) + " are free");
+  must_fit_locked(bytes, "the guest has ");
+}
+
+void Destination::must_fit_locked(std::uint64_t bytes, const char* what) const {
+  std::uint64_t free = options_.max_bytes;
+  for (const auto& [id, entry] : arrivals_) free -= std::min(free, entry->bytes);
+  if (bytes <= free) return;
+  throw Failure("NO_MEMORY", what + std::to_string(bytes) + " bytes; " + std::to_string(free) + " of " +
+                                 std::to_string(options_.max_bytes) + " are free");
 }
 
 // A source whose connection was cut asks again: for a migration that is under way, over, or unknown here.

@@ -50,6 +50,7 @@ class Destination {
   void answer_for_the_dead(Connection& connection);
   static void hand_over(Connection& connection, const std::shared_ptr<Arrival>& arrival);
   void admit_locked(const Offer& offer) const;  // throws Failure: why the offer is declined
+  void must_fit_locked(std::uint64_t bytes, const char* what) const;  // throws Failure: NO_MEMORY
   void reap();
   void make_room_locked();
 

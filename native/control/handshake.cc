@@ -47,6 +47,7 @@ class Talk {
 
   void read(std::span<std::uint8_t> bytes) {
     while (!bytes.empty()) {
+      check();
       const ssize_t got = ::recv(fd_, bytes.data(), bytes.size(), 0);
       if (got > 0) {
         bytes = bytes.subspan(static_cast<std::size_t>(got));
@@ -60,6 +61,7 @@ class Talk {
 
   void write(ByteSpan bytes) {
     while (!bytes.empty()) {
+      check();
       const ssize_t put = ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
       if (put > 0) {
         bytes = bytes.subspan(static_cast<std::size_t>(put));
@@ -76,7 +78,7 @@ class Talk {
     deadline_ = std::min(deadline_, Clock::now() + kFarewell);
     try {
       std::array<std::uint8_t, 256> rest;
-      for (;;) read(rest);
+      for (;;) read(rest);  // for no longer than that, however much comes
     } catch (const Failure&) {
       // Closed there, or long enough.
     }
@@ -88,10 +90,16 @@ class Talk {
     if (errno != EAGAIN && errno != EWOULDBLOCK)
       throw Failure("PEER_LOST", "the connection failed: " + std::generic_category().message(errno));
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline_ - Clock::now()).count();
-    if (left <= 0) throw Failure("PEER_LOST", "the peer did not finish the handshake in time");
     std::array<pollfd, 2> fds = {{{fd_, events, 0}, {cancel_fd_, POLLIN, 0}}};
-    ::poll(fds.data(), fds.size(), static_cast<int>(left));
-    if ((fds[1].revents & POLLIN) != 0) throw Failure("CANCELLED", "the handshake was given up");
+    ::poll(fds.data(), fds.size(), static_cast<int>(std::max<decltype(left)>(left, 0)));
+  }
+
+  // Before each piece: a peer that never pauses must not keep this side for longer than a silent one.
+  void check() const {
+    if (Clock::now() >= deadline_)
+      throw Failure("PEER_LOST", "the peer did not finish the handshake in time");
+    pollfd cancel{cancel_fd_, POLLIN, 0};
+    if (::poll(&cancel, 1, 0) > 0) throw Failure("CANCELLED", "the handshake was given up");
   }
 
   const int fd_;

@@ -17,6 +17,7 @@ using Type = SourceSays::Type;
 constexpr std::array<std::string_view, 7> kModes = {
     "stop-and-copy", "pre-copy", "post-copy", "hybrid", "scatter", "scatter-pre-copy", "scatter-hybrid"};
 constexpr std::size_t kMostRegions = 64;
+constexpr std::uint64_t kMostReplayBytes = 4ULL << 20U;  // no source sends more
 constexpr std::size_t kMostServers = 250;
 constexpr std::size_t kMostSealedBytes = 256;
 constexpr std::size_t kLineageBytes = 60;
@@ -166,6 +167,9 @@ void check_source_message(const Json& message, std::optional<std::uint64_t> bina
   if (wanted != binary_bytes.has_value())
     throw Failure("PROTOCOL_ERROR",
                   wanted ? "a message without its binary part" : "a binary part that is not allowed");
+  if (says.type == Type::kOffer && binary_bytes.value_or(0) > kMostReplayBytes)
+    throw Failure("LIMIT_EXCEEDED", "a replay log of " + std::to_string(*binary_bytes) + " bytes; " +
+                                        std::to_string(kMostReplayBytes) + " are allowed");
 }
 
 OfferedGuest offered_guest(const Json& json) {

@@ -25,25 +25,55 @@ void SnapshotPager::give_up(PageNumber page, const std::string& why) {
     return;
   }
   if (before || ending_.load(std::memory_order_acquire)) return;
-  emit({.kind = RestoreEvent::Kind::kLost, .code = "PAGES_LOST", .message = why, .lost = {{page, 1}}});
-  Clock::rep none = 0;
-  poison_at_.compare_exchange_strong(none, (Clock::now() + config_.loss_grace).time_since_epoch().count());
+  const std::lock_guard lock(lost_mutex_);
+  why_lost_ = why;
+  if (poison_at_.load(std::memory_order_acquire) == 0) tell_lost_locked();
+}
+
+// One report at a time, however much is lost: what is lost before the pages of the last one are poisoned is in the next.
+void SnapshotPager::tell_lost_locked() {
+  RestoreEvent event{
+      .kind = RestoreEvent::Kind::kLost, .code = "PAGES_LOST", .message = why_lost_, .lost = {}};
+  const auto untold = [this](PageNumber page) { return !told_lost_.test(page) && !removed_.test(page); };
+  for_each_lost(untold, [&](PageRun run) {
+    told_lost_.set_run(run);
+    event.lost.push_back(run);
+  });
+  if (event.lost.empty()) return;
+  emit(event);
+  poison_at_.store((Clock::now() + config_.loss_grace).time_since_epoch().count(), std::memory_order_release);
   reader_.wake();
 }
 
 void SnapshotPager::acknowledge_loss() {
-  if (poison_at_.load(std::memory_order_acquire) == 0) return;
-  poison_at_.store(1, std::memory_order_release);
+  Clock::rep at = poison_at_.load(std::memory_order_acquire);
+  while (at != 0 && !poison_at_.compare_exchange_weak(at, 1, std::memory_order_acq_rel)) {
+  }
   reader_.wake();
 }
 
 void SnapshotPager::poison_lost() {
+  for_each_lost([this](PageNumber page) { return told_lost_.test(page) && !poisoned_.set(page); },
+                [this](PageRun run) { poison(run); });
+  const std::lock_guard lock(lost_mutex_);
   poison_at_.store(0, std::memory_order_release);
-  for (PageNumber from{0}; from.value < layout_.pages();) {
-    const auto run = lost_.next_set(from, PageNumber{layout_.pages()}, layout_.pages());
+  tell_lost_locked();
+}
+
+// Runs of lost pages of which `which` is true.
+template <class Which, class Each>
+void SnapshotPager::for_each_lost(Which which, Each each) const {
+  const PageNumber end{layout_.pages()};
+  for (PageNumber from{0}; from < end;) {
+    const auto run = lost_.next_set(from, end, layout_.pages());
     if (!run) return;
-    for (PageNumber page = run->first; page < run->end(); ++page.value)
-      if (lost_.test(page) && !poisoned_.set(page)) poison({page, 1});
+    for (PageNumber page = run->first; page < run->end(); ++page.value) {
+      if (!which(page)) continue;
+      PageRun part{page, 1};
+      while (part.end() < run->end() && which(part.end())) ++part.count;
+      each(part);
+      page = PageNumber{part.end().value - 1};
+    }
     from = run->end();
   }
 }

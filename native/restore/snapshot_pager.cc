@@ -42,6 +42,7 @@ SnapshotPager::SnapshotPager(Config config)
       installed_(layout_.pages()),
       removed_(layout_.pages()),
       lost_(layout_.pages()),
+      told_lost_(layout_.pages()),
       poisoned_(layout_.pages()),
       source_arrives_(config_.source_arrives),
       page_(config_.read_now && !huge_ ? layout_.page_size() : 0),

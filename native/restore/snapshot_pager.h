@@ -155,6 +155,9 @@ class SnapshotPager {
   Served outcome(const PageResult& result, PageNumber page, const char* what);
   void give_up(PageNumber page, const std::string& why);
   void poison_lost();
+  void tell_lost_locked();
+  template <class Which, class Each>
+  void for_each_lost(Which which, Each each) const;
   void poison(PageRun run);
   void read_events_only();
   void note_memory(Served served);
@@ -179,6 +182,7 @@ class SnapshotPager {
   AtomicBitmap installed_;
   AtomicBitmap removed_;
   AtomicBitmap lost_;
+  AtomicBitmap told_lost_;
   AtomicBitmap poisoned_;
 
   std::mutex gate_;        // see above
@@ -194,6 +198,9 @@ class SnapshotPager {
   std::atomic<int> without_memory_{0};    // tries since something could be installed
   ReadAhead read_ahead_;                  // the reader's
   std::atomic<Clock::rep> poison_at_{0};  // since the clock's epoch; 0: nothing to poison
+
+  std::mutex lost_mutex_;  // guards why_lost_, and telling; held while the report is emitted
+  std::string why_lost_;
 
   std::mutex jobs_mutex_;  // guards the next three
   std::deque<PageRun> ahead_jobs_;

@@ -59,6 +59,30 @@ test('a hundred silent ones in the handshake, and the good one gets through', as
   await goodOneGetsThrough();
 });
 
+test.each([
+  ['versions that nobody speaks', controlHello(9, 9)],
+  ['a wrong proof', Buffer.concat([controlHello(1, 1), randomBytes(32)])],
+])('%s, and never a pause: no connection outlasts its refusal', async (_, refused) => {
+  const strangers = await Promise.all([1, 2, 3].map(() => Stranger.connect(c.port)));
+  for (const stranger of strangers) stranger.send('MFERRYC1', refused).flood();
+  await Promise.all(strangers.map((stranger) => stranger.untilEnded(LIMIT_MS)));
+  await goodOneGetsThrough();
+  const last = await Stranger.connect(c.port);
+  last.send('MFERRYC1', refused).flood();
+  await last.bytes(1);
+  c.say('close');
+  await c.until('closed');
+});
+
+test('growth is bounded as what is offered is', async () => {
+  const insider = (await Insider.connect(c.port)).say(offer(id(), { capacityBytes: 2 ** 50 }));
+  await insider.hears('accepted');
+  insider.say({ type: 'grow', region: 0, lengthBytes: 2 ** 40 });
+  await insider.hears('NO_MEMORY');
+  await insider.untilEnded(LIMIT_MS);
+  await goodOneGetsThrough();
+});
+
 const wrong: [string, (insider: Insider) => Insider, string][] = [
   ['no JSON', (i) => i.text('{"type":'), 'is not JSON'],
   ['a length beyond all bounds', (i) => i.raw(Buffer.from([255, 255, 255, 255, 1])), 'PROTOCOL_ERROR'],

@@ -427,6 +427,37 @@ TEST_F(SnapshotPagerTest, ASnapshotThatShrankIsALossAndNeverZeros) {
   EXPECT_EQ(events_.front().lost, (std::vector<PageRun>{{PageNumber{40}, 1}}));
 }
 
+TEST_F(SnapshotPagerTest, AGreatLossIsToldInAFewReports) {
+  constexpr std::uint64_t kPages = 4096;
+  constexpr std::uint64_t kLeft = 20;
+  ASSERT_TRUE(start_owner({.bytes = kPages * kPage, .body = [](auto* memory) {
+                             if (!page_is(memory, 0, false)) return 1;
+                             ::pause();
+                             return 0;
+                           }}));
+  SnapshotPager::Config made = config(PrePaging::kAll);
+  made.loss_grace = std::chrono::hours(1);
+  ASSERT_EQ(::ftruncate(file_.get(), kLeft * kPage), 0);
+  serve(std::move(made));
+  for (int i = 0; i < 10'000 && pager_->stats().lost < kPages - kLeft; ++i) ::usleep(1000);
+  ASSERT_EQ(pager_->stats().lost, kPages - kLeft);
+  const auto reports = [this] {
+    const std::lock_guard lock(mutex_);
+    return events_;
+  };
+  EXPECT_EQ(reports().size(), 1U);
+  pager_->acknowledge_loss();
+  for (int i = 0; i < 10'000 && reports().size() < 2; ++i) ::usleep(1000);
+  std::vector<int> times(kPages);
+  for (const RestoreEvent& event : reports()) {
+    EXPECT_EQ(event.kind, RestoreEvent::Kind::kLost);
+    for (const PageRun run : event.lost)
+      for (PageNumber page = run.first; page < run.end(); ++page.value) ++times[page.value];
+  }
+  EXPECT_EQ(reports().size(), 2U);
+  for (std::uint64_t page = 0; page < kPages; ++page) ASSERT_EQ(times[page], page < kLeft ? 0 : 1) << page;
+}
+
 TEST_F(SnapshotPagerTest, TheOwnersDeathIsNoticedAtOnce) {
   ASSERT_TRUE(start_owner({.bytes = 64 * kPage, .body = [](auto*) {
                              ::pause();

@@ -52,6 +52,17 @@ export class Stranger {
     return this;
   }
 
+  /** From now on as much as the other side takes, until it ends the connection. */
+  flood(): this {
+    const piece = Buffer.alloc(2 ** 20, 'more');
+    const pour = () => {
+      while (!this.#socket.destroyed && this.#socket.write(piece));
+    };
+    this.#socket.on('drain', pour);
+    pour();
+    return this;
+  }
+
   /** No more from this side; the other may still answer. */
   finish(): this {
     this.#socket.end();
