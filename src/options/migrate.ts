@@ -1,0 +1,160 @@
+/** What `migrate` may be told. */
+import { z } from 'zod';
+import { MemferryError } from '../errors.js';
+import { writersChoices } from '../trackers.js';
+import { parseAddress } from './address.js';
+import { bytes, connectionShape, dedupSchema, milliseconds, parse } from './fields.js';
+
+export const modes = [
+  'stop-and-copy',
+  'pre-copy',
+  'post-copy',
+  'hybrid',
+  'scatter',
+  'scatter-pre-copy',
+  'scatter-hybrid',
+] as const;
+/**
+ * How a guest moves. `stop-and-copy`: pause, copy, resume. `pre-copy`: rounds while it runs, then a short
+ * pause (Clark et al. 2005). `post-copy`: it runs at the destination first, its pages follow (Hines et al.
+ * 2009). `hybrid`: some pre-copy rounds, then post-copy. `scatter`: post-copy through intermediaries, so that the
+ * source is evicted at its own pace and the destination gathers at its own; `scatter-pre-copy` and `scatter-hybrid`:
+ * the rounds of those modes through intermediaries (Deshpande et al., Scatter-Gather, §4 and §4.6).
+ */
+export type Mode = (typeof modes)[number];
+
+export const compressChoices = ['auto', 'lz4', 'zstd', 'off'] as const;
+/**
+ * Compression of pages on the way. `auto`: on each connection by itself, with the codec that gets most through, and only
+ * where the link is what is waited for. `lz4`, `zstd`: always that one. Runs that do not get smaller go as they are.
+ */
+export type CompressChoice = (typeof compressChoices)[number];
+
+export const nonConvergenceChoices = ['switch-over', 'fail', 'post-copy'] as const;
+/** What pre-copy does when rounds stop shrinking: accept a longer downtime, fail, or go post-copy. */
+export type NonConvergence = (typeof nonConvergenceChoices)[number];
+
+export const migrateSchema = z.strictObject({
+  ...connectionShape,
+  /** `host:port`, `[v6]:port`, or the two apart. */
+  to: z.union([
+    z.string().min(1),
+    z.strictObject({ host: z.string().min(1), port: z.number().int().min(1).max(65535) }),
+  ]),
+  mode: z.enum(modes).default('hybrid'),
+  signal: z.instanceof(AbortSignal).optional(),
+  /** Parallel data connections. */
+  channels: z.number().int().min(1).max(16).default(2),
+  /** Bytes a second over all data channels; 0 for no limit. */
+  bandwidth: bytes.default(0),
+  compress: z.enum(compressChoices).default('auto'),
+  /**
+   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again to whom
+   * it was sent before goes as what has changed of it; 0 for none. The kernel gives it as it fills.
+   */
+  deltaCacheBytes: bytes.max(2 ** 40).default(0),
+  /** Pre-copy goes on until the expected downtime is below this, in ms. */
+  downtimeLimitMs: milliseconds.default(300),
+  /** At most this many rounds before the switchover is decided, the first full one counted. */
+  maxRounds: z.number().int().min(1).max(1000).default(30),
+  onNonConvergence: z.enum(nonConvergenceChoices).default('switch-over'),
+  /** Rounds that `hybrid` makes before it switches over, the first full one counted. */
+  hybridRounds: z.number().int().min(1).max(1000).default(3),
+  /** A tracker's name; without one the first that the kernel offers and that may watch the memory. */
+  tracker: z.string().optional(),
+  /**
+   * Where writes to shared memory come from: `tracked-mapping` is the caller's word that all of them go through the
+   * region's own addresses. Without it shared memory is compared by content. Says nothing of memory that is not shared.
+   */
+  writers: z.enum(writersChoices).default('anywhere'),
+  /** Compare a digest of every region from both sides at the end. */
+  verify: z.boolean().default(true),
+  /**
+   * A base that the destination has: compare with it where measured rates say that it pays (`auto`), in any case
+   * (`always`: waits for it up to `baseTimeoutMs`), or not at all (`off`).
+   */
+  base: z.enum(['auto', 'always', 'off']).default('auto'),
+  baseTimeoutMs: milliseconds.default(60_000),
+  /** Operations since the base, for the destination's `replay`; at most 4 MiB. */
+  replayLog: z.instanceof(Uint8Array).optional(),
+  /** When the guest has left: write its regions there as a base for its return, if they have no more bytes than that. */
+  keepStaleCopy: z.strictObject({ directory: z.string().min(1), maxBytes: bytes }).optional(),
+  /** Scatter modes: VMD servers (`memferry stage`), `host:port` each, in addition to those that are discovered. */
+  via: z.array(z.string().min(1)).max(250).default([]),
+  /** Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). */
+  discover: z.union([z.boolean(), z.string().min(1)]).default(false),
+  /** Scatter modes: on how many servers a scattered page is kept. */
+  replicas: z.union([z.literal(1), z.literal(2)]).default(1),
+  /** Scatter modes, when the servers cannot hold the guest: fail with VMD_CAPACITY, or go on with what there is. */
+  onCapacity: z.enum(['fail', 'direct']).default('fail'),
+  /** Scatter modes: where this side and the destination stand; servers near the destination are preferred. */
+  rack: z.string().max(64).nullable().default(null),
+  destinationRack: z.string().max(64).nullable().default(null),
+  /** Scatter modes: the source's own link in bytes/s, which the servers together are to fill; null: not known. */
+  linkBytesPerSecond: z.number().positive().nullable().default(null),
+  /** Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms; with replicas ≥ 2000. */
+  stallTimeoutMs: milliseconds.default(3_000),
+  /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
+  leaseMs: milliseconds.default(60_000),
+  /**
+   * In direct modes pages that the destination has already (`ListenOptions.dedup`, `share`) go as references; in scatter
+   * modes and `park`, in rounds and after the switchover, those that the VMD servers hold. True: pages of this guest alone
+   * (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by timing what
+   * others of it hold, see docs/security.md.
+   */
+  dedup: z.union([z.boolean(), dedupSchema]).default(false),
+  /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
+  releaseAsEvicted: z.boolean().default(false),
+  /** `scatter-pre-copy`: how long the paused guest may wait for the destination to gather the rest, in ms. */
+  gatherTimeoutMs: milliseconds.default(600_000),
+  /** Wait in `pre-switchover` until `switchover()` is called. */
+  holdSwitchover: z.boolean().default(false),
+  pauseTimeoutMs: milliseconds.default(10_000),
+  prepareTimeoutMs: milliseconds.default(10_000),
+  connectTimeoutMs: milliseconds.default(5_000),
+  /** After GRANT without an answer: how long to redial before MIGRATION_IN_DOUBT, in ms. */
+  inDoubtTimeoutMs: milliseconds.default(30_000),
+  /** How often `progress` gets a sample, in ms. */
+  progressIntervalMs: milliseconds.default(100),
+});
+
+export type MigrateOptions = z.input<typeof migrateSchema>;
+export type ResolvedMigrateOptions = Omit<z.output<typeof migrateSchema>, 'to'> & {
+  to: { host: string; port: number };
+};
+
+/** A server that passes replicas on takes up to 1.5 s to say that the next one does not answer (kChainPatience). */
+const leastChainStallMs = 2000;
+
+export function checkStall(
+  { replicas, stallTimeoutMs }: { replicas: number; stallTimeoutMs: number },
+  what: string,
+): void {
+  if (replicas < 2 || stallTimeoutMs >= leastChainStallMs) return;
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    `${what}.stallTimeoutMs: at least ${leastChainStallMs} with replicas, or the messenger is taken for the one that stalls`,
+  );
+}
+
+/** It comes with the offer, which has to be there whole within seconds. */
+const mostReplayBytes = 4 * 2 ** 20;
+
+function checkBase({ replayLog, keepStaleCopy, releaseAsEvicted }: z.output<typeof migrateSchema>): void {
+  if ((replayLog?.length ?? 0) > mostReplayBytes) {
+    throw new MemferryError('INVALID_ARGUMENT', `migrate.replayLog: more than ${mostReplayBytes} bytes`);
+  }
+  if (keepStaleCopy && releaseAsEvicted) {
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      'migrate.keepStaleCopy: nothing is left to keep with releaseAsEvicted',
+    );
+  }
+}
+
+export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
+  const parsed = parse(migrateSchema, options, 'migrate');
+  checkStall(parsed, 'migrate');
+  checkBase(parsed);
+  return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
+}

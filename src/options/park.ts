@@ -1,0 +1,61 @@
+/** What `park` may be told: a migration's options, but for those that say where to. */
+import type { z } from 'zod';
+import { MemferryError } from '../errors.js';
+import type { ParkTicket } from '../source/park.js';
+import { parse } from './fields.js';
+import { checkStall, migrateSchema, type ResolvedMigrateOptions } from './migrate.js';
+
+/** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
+export type ParkOptions = Omit<
+  z.input<typeof migrateSchema>,
+  | 'to'
+  | 'mode'
+  | 'channels'
+  | 'downtimeLimitMs'
+  | 'maxRounds'
+  | 'onNonConvergence'
+  | 'hybridRounds'
+  | 'tracker'
+  | 'writers'
+  | 'verify'
+  | 'base'
+  | 'baseTimeoutMs'
+  | 'replayLog'
+  | 'keepStaleCopy'
+  | 'holdSwitchover'
+  | 'destinationRack'
+  | 'onCapacity'
+  | 'releaseAsEvicted'
+  | 'gatherTimeoutMs'
+  | 'progressIntervalMs'
+  | 'deltaCacheBytes'
+> & {
+  /**
+   * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
+   * becomes of this process. Rejecting ends the park, and the guest runs on here.
+   */
+  onTicket?: (ticket: ParkTicket) => Promise<void> | void;
+};
+
+export type ResolvedParkOptions = ResolvedMigrateOptions & Pick<ParkOptions, 'onTicket'>;
+
+export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
+  const { onTicket, ...options } = given ?? {};
+  if (onTicket !== undefined && typeof onTicket !== 'function') {
+    throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
+  }
+  // Where it goes is not said, so nothing may be said of where.
+  for (const name of ['to', 'mode', 'channels', 'tracker', 'writers'] as const) {
+    if (name in options) {
+      throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
+    }
+  }
+  const to = { host: '127.0.0.1', port: 1 };
+  const parsed = parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park');
+  checkStall(parsed, 'park');
+  return {
+    ...parsed,
+    to,
+    ...(onTicket ? { onTicket } : {}),
+  };
+}
