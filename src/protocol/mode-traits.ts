@@ -25,3 +25,8 @@ const traits: Record<Mode, ModeTraits> = {
 export function traitsOf(mode: Mode): ModeTraits {
   return traits[mode];
 }
+
+/** The destination has every page before it prepares, though not all of them come from the source. */
+export function gathersFirst({ scatter, paging }: ModeTraits): boolean {
+  return scatter && !paging;
+}

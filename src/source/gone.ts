@@ -1,6 +1,12 @@
-/** From what failed to what is said of it: whose end it was, and what became of the guest. Pure but for asking regions. */
+/**
+ * From what failed to what is said of it: whose end it was, and what became of the guest. Pure but for asking regions,
+ * and for waiting for a destination's own words.
+ */
 import { MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
+
+/** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
+const refusalGraceMs = 500;
 
 /** Memory of another process that has ended: whatever failed, failed for that. */
 export function ownerGone(guest: Guest): MemferryError | null {
@@ -24,6 +30,20 @@ export function regionGone(guest: Guest): MemferryError | null {
         facts: { region: gone.name },
       })
     : null;
+}
+
+/**
+ * A destination that gives up ends its data connections and says why over the control connection: whichever
+ * comes first. The guest runs here again already; only the error waits for the better account.
+ */
+export async function reasonOfCut(
+  cut: MemferryError,
+  refusal: Promise<MemferryError>,
+): Promise<MemferryError> {
+  const late = new Promise<null>((resolve) => setTimeout(resolve, refusalGraceMs, null));
+  const refused = await Promise.race([refusal, late]);
+  // What only repeats our own cancel says nothing new.
+  return refused && !['CHANNEL_LOST', 'CANCELLED'].includes(refused.code) ? refused : cut;
 }
 
 /**

@@ -16,12 +16,13 @@ import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOp
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
-import type { ImageSet } from '../staging/image-set.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, tellDeparted } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
+import { followGrowth } from './growth.js';
+import { Holdings } from './holdings.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
 /** All that is needed to claim a parked guest: a secret, to be kept like one. */
@@ -79,9 +80,7 @@ export async function park(guest: Guest, options: ParkOptions): Promise<ParkRepo
 class Parking {
   readonly #id = randomBytes(16);
   readonly #abort = new AbortController();
-  #images: ImageSet | null = null;
-  #engine: SourceEngine | null = null;
-  #releaseRegions = (): void => {};
+  readonly #held = new Holdings();
   #parked = false;
 
   constructor(
@@ -102,7 +101,7 @@ class Parking {
     await untilAborted(Promise.all(arriving), this.#abort.signal);
     await checkGuest(guest, this.#abort.signal);
     const regions = guest.regions.map(({ region }) => region);
-    this.#releaseRegions = claimRegions(guest);
+    this.#held.releaseRegions = claimRegions(guest);
     const lengths = regions.map((region) => region.refresh());
     const image = this.#id.toString('hex');
     const images = await stageImage({
@@ -116,7 +115,7 @@ class Parking {
     });
     if (!images)
       throw new MemferryError('VMD_CAPACITY', 'no server was named, and nobody else can hold the guest');
-    this.#images = images;
+    this.#held.images = images;
     const [home] = images.list;
     const ticket: ParkTicket = {
       image,
@@ -153,7 +152,7 @@ class Parking {
       },
       { paused: () => {}, recovered: () => {}, failed: (error) => driver.fail(error) },
     );
-    this.#engine = engine;
+    this.#held.engine = engine;
     const link = images.home.commitLink(image, {
       onMessage: (message) => driver.message(message),
       onLost: (error) => driver.connectionLost(error),
@@ -176,7 +175,8 @@ class Parking {
       await untilAborted(engine.queuePopulated(), this.#abort.signal);
       const paused = await driver.pause();
       pausedAt = performance.now();
-      await this.#follow(images);
+      // Memory that has grown since the image was made.
+      await followGrowth(guest.regions, (index, _, pages) => images.grow(index, pages));
       engine.queueDirtyNow();
       const suspects = await untilAborted(engine.settle(images.list.length, true), this.#abort.signal);
       if (suspects > 0) {
@@ -231,18 +231,7 @@ class Parking {
   }
 
   async close(): Promise<void> {
-    this.#engine?.close(this.#parked, new MemferryError('CANCELLED', 'the parking is over'));
-    await this.#images?.close();
-    this.#releaseRegions();
-  }
-
-  /** Memory that has grown since the image was made. */
-  async #follow(images: ImageSet): Promise<void> {
-    for (const [index, { region }] of this.guest.regions.entries()) {
-      const lengthBytes = region.measure();
-      if (lengthBytes <= region.lengthBytes) continue;
-      await images.grow(index, lengthBytes / region.pageSize);
-      region.native.grow(lengthBytes / region.pageSize);
-    }
+    const over = new MemferryError('CANCELLED', 'the parking is over');
+    await this.#held.letGo(this.#parked, over, false);
   }
 }

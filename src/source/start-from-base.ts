@@ -80,7 +80,8 @@ export class StartFromBase {
   }
 
   /** `drop`: what is not confirmed is let go of before the guest pauses. */
-  async run(engine: SourceEngine, bytes: number, pageSize: number, drop: boolean): Promise<void> {
+  async run(engine: SourceEngine, pageSize: number, drop: boolean): Promise<void> {
+    const bytes = engine.stats().base.pagesWithContent * pageSize;
     const link = await this.#measureLink(engine, bytes);
     this.#report.linkBytesPerSecond = link;
     const ready = await this.#await((bytes * 1000) / link, () => this.#sample(engine, bytes, pageSize, link));
