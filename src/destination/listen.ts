@@ -1,6 +1,7 @@
 /**
- * `listen`: the destination's entry. One port; control connections are authenticated here, data connections in
- * the native listener. JavaScript thread.
+ * `listen`: the destination's entry. One port: control connections are authenticated here, data connections in the
+ * native listener. Which offers are taken (acceptance.ts goes on with them), and whom a connection belongs to that
+ * replaces a cut one. JavaScript thread.
  */
 import { Socket } from 'node:net';
 import { loadAddon } from '../addon.js';
@@ -8,10 +9,8 @@ import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
 import { loadSecret } from '../control/secret.js';
-import { baseKey, dataTokens } from '../control/tokens.js';
 import { MemferryError, native } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
-import { mayBeBase } from '../lineage.js';
 import type { NativeListener } from '../native.js';
 import {
   type ListenOptions,
@@ -19,7 +18,7 @@ import {
   type ResolvedListenOptions,
   resolveListenOptions,
 } from '../options.js';
-import { whileOpening, within } from '../protocol/bounded.js';
+import { within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import { deferred } from '../protocol/deferred.js';
 import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
@@ -30,20 +29,16 @@ import {
   sourceMessage,
 } from '../protocol/messages.js';
 import { toPeer } from '../protocol/peer-error.js';
-import { type AgreedReferences, agreeOnReferences } from '../protocol/references.js';
 import { provesResume } from '../protocol/resume-proof.js';
-import { sharePath } from '../share/share-path.js';
-import { dedupDomainKey } from '../source/dedup-domain.js';
-import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
-import { ImageSet, imageConnection } from '../staging/image-set.js';
 import type { Region } from '../region.js';
 import { rehearseSwitchover } from '../rehearsal.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
-import { maxEpochs } from '../protocol/epochs.js';
-import { Arrival as ArrivalInProgress } from './arrival.js';
-import { basesOf } from './base.js';
-import { ParkedBase } from './parked-base.js';
-import { allocateGuest } from './plain-guest.js';
+import { Acceptance } from './acceptance.js';
+import type { Arrival as ArrivalInProgress } from './arrival.js';
+import { ArrivalQueue, maxUntaken } from './arrival-queue.js';
+import { offeredBytes } from './check-offer.js';
+import { type Domain, domainOf } from './dedup-domain.js';
+import { type Booking, MemoryBudget } from './memory-budget.js';
 
 /** A guest on its way in, or arrived. */
 export interface Arrival extends AsyncDisposable {
@@ -72,8 +67,6 @@ export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
   close(): Promise<void>;
 }
 
-/** Arrivals that nobody has taken from the iterator yet; where none of them may go, further offers are declined. */
-const maxUntaken = 64;
 /** An authenticated peer that says nothing. */
 const firstMessageMs = 5000;
 
@@ -101,20 +94,15 @@ class DestinationListener implements Listening {
   readonly #native: NativeListener;
   readonly #gate = new HandshakeGate();
   readonly #tombstones = new Tombstones();
-  readonly #arrivals = new Map<
-    string,
-    { arrival: ArrivalInProgress; sessionKey: Uint8Array; bytes: number }
-  >();
+  readonly #arrivals = new Map<string, { arrival: ArrivalInProgress; sessionKey: Uint8Array }>();
   /** Offers being accepted: they count, but have no arrival yet. */
-  readonly #accepting = new Map<string, number>();
+  readonly #accepting = new Set<string>();
   readonly #making = new Set<Promise<void>>();
-  /** Of the replay under way; one at a time. */
-  #replayBytes = 0;
+  readonly #budget: MemoryBudget;
   readonly #channels = new Set<Channel>();
   readonly #closing = new AbortController();
   readonly #keepAlive: NodeJS.Timeout;
-  readonly #untaken: ArrivalInProgress[] = [];
-  readonly #takers: ((arrival: ArrivalInProgress | null) => void)[] = [];
+  readonly #queue = new ArrivalQueue<ArrivalInProgress>();
 
   constructor(
     private options: ResolvedListenOptions,
@@ -122,6 +110,7 @@ class DestinationListener implements Listening {
     private readonly domain: Domain,
   ) {
     this.host = options.host;
+    this.#budget = new MemoryBudget(options.maxBytes);
     const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
     this.#native = native(() =>
       loadAddon().createListener(numeric, options.port, (fd) => {
@@ -139,18 +128,8 @@ class DestinationListener implements Listening {
     return this.#native.port;
   }
 
-  async *[Symbol.asyncIterator](): AsyncIterator<Arrival> {
-    for (;;) {
-      const next = this.#untaken.shift();
-      if (next) {
-        yield next;
-        continue;
-      }
-      if (this.#closing.signal.aborted) return;
-      const arrival = await new Promise<ArrivalInProgress | null>((resolve) => this.#takers.push(resolve));
-      if (!arrival) return;
-      yield arrival;
-    }
+  [Symbol.asyncIterator](): AsyncIterator<Arrival> {
+    return this.#queue[Symbol.asyncIterator]();
   }
 
   limit(limits: { bandwidth?: number; gatherLimit?: number }): void {
@@ -167,7 +146,7 @@ class DestinationListener implements Listening {
     if (!this.#closing.signal.aborted) {
       this.#closing.abort(new MemferryError('CANCELLED', 'the listener was closed'));
       this.#gate.close();
-      for (const taker of this.#takers.splice(0)) taker(null);
+      this.#queue.close();
     }
     const { prepareTimeoutMs } = this.options;
     // Guests that were being made are abandoned.
@@ -223,74 +202,35 @@ class DestinationListener implements Listening {
     channel: Channel,
     sessionKey: Uint8Array,
   ): Promise<void> {
-    let guest: ArrivingGuest | null = null;
-    let images: ImageSet | null = null;
-    let arrival: ArrivalInProgress;
-    let replays = false;
-    let parked: ParkedBase | null = null;
-    let references: AgreedReferences | null = null;
-    let booked = false;
+    const id = offer.migrationId;
     const made = deferred<void>();
     this.#making.add(made.promise);
+    let booking: Booking | null = null;
+    let acceptance: Acceptance | null = null;
+    let arrival: ArrivalInProgress | null = null;
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
       }
-      const bytes = this.#admit(offer);
-      const migration = Buffer.from(offer.migrationId, 'hex');
-      const given: GuestOffer = {
-        ...offer.guest,
-        description: offer.guest.description,
-        ...(replayLog ? { replayLog } : {}),
-        ...(offer.lineage ? { lineage: unsealLineage(sessionKey, migration, offer.lineage) } : {}),
-      };
-      this.#accepting.set(offer.migrationId, bytes);
-      booked = true;
-      images = await this.#openImages(offer, sessionKey);
-      guest = await this.#makeGuest(offer, given);
-      this.#closing.signal.throwIfAborted();
-      if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
-      if (given.replayLog && guest.replay?.memoryBytes) {
-        replays = this.#admitReplay(guest.replay.memoryBytes);
-        if (!replays) delete given.replayLog;
-      }
-      parked = offer.base ? this.#parkedBase(guest, given, bytes) : null;
-      references = offer.scatter ? null : this.domain.agree(offer, sessionKey, migration);
-      arrival = new ArrivalInProgress({
-        offer,
-        given,
-        guest,
+      booking = this.#admit(offer);
+      this.#accepting.add(id);
+      const host = {
+        secret: this.secret,
+        domain: this.domain,
         listener: this.#native,
-        link: linkOver(channel),
-        baseKey: baseKey(sessionKey, Buffer.from(offer.migrationId, 'hex')),
-        bases: parked?.bases(offer.guest.regions.map(({ name }) => name)) ?? guest.bases,
-        tokens: dataTokens(sessionKey, Buffer.from(offer.migrationId, 'hex'), maxEpochs, offer.channels),
-        options: this.options,
-        images,
-        known: references && { key: references.key, share: references.ofDomain ? this.domain.share : null },
-        grows: (more) => this.#admitGrowth(offer.migrationId, more),
-        decided: (state) => this.#tombstones.record(offer.migrationId, state),
-        ended: () => this.#arrivals.delete(offer.migrationId),
-      });
-      const entry = { arrival, sessionKey, bytes: parked ? 2 * bytes : bytes };
-      this.#arrivals.set(offer.migrationId, entry);
-      const filled = () => {
-        if (replays) this.#replayBytes = 0;
-        parked?.close();
-        // What the guest has grown by since stays.
-        if (parked) entry.bytes -= bytes;
+        budget: this.#budget,
+        closing: this.#closing.signal,
       };
-      arrival.baseFilled.then(filled, filled).catch((error) => {
-        // So it counts for as long as the arrival does.
-        process.emitWarning(`what was read of the parked base is still held: ${String(error)}`, {
-          code: 'MEMFERRY_CLOSE_FAILED',
-        });
+      acceptance = new Acceptance(host, { offer, replayLog, sessionKey }, booking);
+      await acceptance.make(this.options);
+      if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
+      arrival = acceptance.arrive(this.options, linkOver(channel), {
+        decided: (state) => this.#tombstones.record(id, state),
+        ended: () => this.#arrivals.delete(id),
       });
+      this.#arrivals.set(id, { arrival, sessionKey });
     } catch (error) {
-      if (replays) this.#replayBytes = 0;
-      parked?.close();
-      await Promise.resolve(guest?.abandon()).catch(() => {});
-      await images?.close();
+      await acceptance?.undo();
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
       await channel.send({ type: 'declined', code, message, names }).catch(() => {});
       await channel.close();
@@ -299,23 +239,22 @@ class DestinationListener implements Listening {
       made.resolve();
       this.#making.delete(made.promise);
       // Of an offer that comes twice, the first one's stays.
-      if (booked) this.#accepting.delete(offer.migrationId);
+      if (booking) this.#accepting.delete(id);
+      if (!arrival) booking?.release();
     }
-    const taker = this.#takers.shift();
-    if (taker) taker(arrival);
-    else this.#untaken.push(arrival);
+    this.#queue.put(arrival);
     void channel.send({
       type: 'accepted',
       encodings: agreedEncodings(offer.encodings, decodedHere),
       basePages: arrival.basePages,
       tellsMissing: true,
-      references: references?.proof ?? null,
+      references: acceptance.referencesProof,
     });
     await serve(arrival, channel);
   }
 
-  /** Gives the guest's size in bytes. Throws why the offer is declined, before anything is allocated for it. */
-  #admit(offer: OfferMessage): number {
+  /** Books the guest's memory. Throws why the offer is declined, before anything is allocated for it. */
+  #admit(offer: OfferMessage): Booking {
     const { maxMigrations } = this.options;
     this.#closing.signal.throwIfAborted();
     const id = offer.migrationId;
@@ -336,42 +275,8 @@ class DestinationListener implements Listening {
         },
       );
     }
-    const { pageSize } = loadAddon();
-    let bytes = 0;
-    for (const region of offer.guest.regions) {
-      if (region.pageSize !== pageSize) {
-        throw new MemferryError(
-          'LIMIT_EXCEEDED',
-          `pages of ${region.pageSize} bytes; here they have ${pageSize}`,
-        );
-      }
-      if (
-        region.lengthBytes % pageSize !== 0 ||
-        region.lengthBytes === 0 ||
-        region.capacityBytes < region.lengthBytes
-      ) {
-        throw new MemferryError('PROTOCOL_ERROR', `region '${region.name}' has a length that cannot be`);
-      }
-      bytes += region.lengthBytes;
-    }
-    this.#mustFit(bytes, `the guest has ${bytes} bytes`);
-    return bytes;
-  }
-
-  /** Counts what a guest on its way in grows by; throws when there is no room for it. */
-  #admitGrowth(id: string, bytes: number): void {
-    this.#mustFit(bytes, `the guest grows by ${bytes} bytes`);
-    const entry = this.#arrivals.get(id);
-    if (entry) entry.bytes += bytes;
-  }
-
-  #mustFit(bytes: number, what: string): void {
-    const { maxBytes } = this.options;
-    const free = maxBytes - this.#usedBytes();
-    if (bytes <= free) return;
-    throw new MemferryError('NO_MEMORY', `${what}; ${free} of ${maxBytes} are free`, {
-      facts: { bytes, free, limit: maxBytes },
-    });
+    const bytes = offeredBytes(offer.guest.regions, loadAddon().pageSize);
+    return this.#budget.book(bytes, `the guest has ${bytes} bytes`);
   }
 
   /**
@@ -379,67 +284,10 @@ class DestinationListener implements Listening {
    * accepted by default: it is here, and nothing else leads to its memory.
    */
   #mayWait(): boolean {
-    if (this.#untaken.length < maxUntaken) return true;
-    const mayGo = ({ id, state }: ArrivalInProgress) =>
-      !this.#arrivals.has(id) && (this.options.accept !== undefined || state !== 'completed');
-    const at = this.#untaken.findIndex(mayGo);
-    if (at >= 0) this.#untaken.splice(at, 1);
-    return at >= 0;
-  }
-
-  #usedBytes(): number {
-    let used = this.#replayBytes;
-    for (const other of this.#arrivals.values()) used += other.bytes;
-    for (const other of this.#accepting.values()) used += other;
-    return used;
-  }
-
-  /** Whether a log may be applied to a second copy of the guest; if not, its base is what it is. */
-  #admitReplay(bytes: number): boolean {
-    if (this.#replayBytes > 0 || this.#usedBytes() + bytes > this.options.maxBytes) return false;
-    this.#replayBytes = bytes;
-    return true;
-  }
-
-  /** Null where there is none for this guest, or no room to read it; `bytes`: the guest's. */
-  #parkedBase(guest: ArrivingGuest, given: GuestOffer, bytes: number): ParkedBase | null {
-    const { base, maxBytes, gatherLimit, recoverTimeoutMs } = this.options;
-    const known = base?.parked.guest;
-    if (!base || !known || basesOf(guest) || this.#usedBytes() + bytes > maxBytes) return null;
-    const stored = { ...known, lineage: Buffer.from(known.lineage, 'hex') };
-    if (!mayBeBase(stored, given, base)) return null;
-    const connection = imageConnection(this.secret, this.options);
-    return new ParkedBase(base.parked, { connection, maxBytes: bytes, recoverTimeoutMs, gatherLimit });
-  }
-
-  /** The servers that hold what the source does not send here itself. Rejects when one cannot be reached. */
-  async #openImages(offer: OfferMessage, sessionKey: Uint8Array): Promise<ImageSet | null> {
-    if (!offer.scatter) return null;
-    const secret = unsealSecret(
-      sessionKey,
-      Buffer.from(offer.migrationId, 'hex'),
-      offer.scatter.sealedSecret,
+    return this.#queue.makeRoom(
+      ({ id, state }) =>
+        !this.#arrivals.has(id) && (this.options.accept !== undefined || state !== 'completed'),
     );
-    const { servers } = offer.scatter;
-    // An arrival that is complete when the listener closes has an image to let go of.
-    return whileOpening(this.#closing.signal, (opening) =>
-      ImageSet.open(servers, imageConnection(this.secret, this.options, opening), {
-        ...{ image: offer.migrationId, secret, access: 'read', required: 'all' },
-      }),
-    );
-  }
-
-  async #makeGuest(offer: OfferMessage, given: GuestOffer): Promise<ArrivingGuest> {
-    const { accept } = this.options;
-    const guest = accept ? await accept(given, { signal: this.#closing.signal }) : allocateGuest(given);
-    const short = offer.guest.regions.findIndex(
-      (wanted, index) => (guest.regions[index]?.lengthBytes ?? 0) < wanted.lengthBytes,
-    );
-    if (short >= 0) {
-      await guest.abandon();
-      throw new MemferryError('NO_MEMORY', `region '${offer.guest.regions[short]?.name}' is too short here`);
-    }
-    return guest;
   }
 
   /** A source whose connection was cut asks again: for a migration that is under way, over, or unknown here. */
@@ -462,22 +310,6 @@ class DestinationListener implements Listening {
       if (answer) void channel.send(answer);
     }
   }
-}
-
-/** The deduplication domain of a listener. */
-interface Domain {
-  /** The page share's file; null: none. */
-  share: string | null;
-  agree(offer: OfferMessage, sessionKey: Uint8Array, migration: Uint8Array): AgreedReferences | null;
-}
-
-async function domainOf({ dedup, share }: ResolvedListenOptions, secret: Uint8Array): Promise<Domain> {
-  if (dedup === false) return { share: null, agree: () => null };
-  const key = dedup === true ? null : await dedupDomainKey(dedup, secret);
-  return {
-    share: key && share !== undefined ? sharePath(share === 'auto' ? null : share, key) : null,
-    agree: (offer, sessionKey, migration) => agreeOnReferences(offer.references, key, sessionKey, migration),
-  };
 }
 
 function linkOver(channel: Channel) {
