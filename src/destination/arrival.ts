@@ -185,7 +185,10 @@ export class Arrival extends EventEmitter {
   /** A new control connection from the same source. */
   attach(link: ArrivalLink): void {
     this.#timers.stop('linger');
+    const former = this.#link;
     this.#link = link;
+    // The source has dropped it before it dialled anew, which may not have been heard of here.
+    void former?.close();
     if (this.#allHere) this.#tell({ type: 'complete' });
   }
 

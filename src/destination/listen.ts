@@ -67,6 +67,8 @@ export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
   close(): Promise<void>;
 }
 
+/** Control connections of peers that have proved themselves: so many, and two for each migration that may be. */
+const spareConnections = 256;
 /** An authenticated peer that says nothing. */
 const firstMessageMs = 5000;
 
@@ -119,10 +121,12 @@ class DestinationListener implements Listening {
         });
       }),
     );
-    options.signal?.addEventListener('abort', () => void this.close(), { once: true });
+    options.signal?.addEventListener('abort', this.#onSignal, { once: true });
     // The native listener's thread is none that Node waits for: this timer stands for it.
     this.#keepAlive = setInterval(() => {}, 2 ** 30);
   }
+
+  readonly #onSignal = () => void this.close();
 
   get port(): number {
     return this.#native.port;
@@ -156,6 +160,7 @@ class DestinationListener implements Listening {
     await Promise.all([...this.#channels].map((channel) => channel.close()));
     this.#native.close();
     clearInterval(this.#keepAlive);
+    this.options.signal?.removeEventListener('abort', this.#onSignal);
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -175,6 +180,11 @@ class DestinationListener implements Listening {
       maxBinaryBytes: this.options.maxStateBytes,
       peerTimeoutMs: this.options.peerTimeoutMs,
     });
+    const most = spareConnections + 2 * this.options.maxMigrations;
+    if (this.#channels.size >= most) {
+      channel.destroy();
+      return;
+    }
     this.#channels.add(channel);
     void channel.closed.then(() => this.#channels.delete(channel));
     try {

@@ -317,6 +317,26 @@ describe('peers that know the secret and lie', () => {
     await expectNothingLeft(b, before, LIMIT_MS);
   });
 
+  test('questions about migrations that nobody knows, over more connections than it takes', async () => {
+    const most = 256 + 2 * 16;
+    let held = 0;
+    const asking: Insider[] = [];
+    while (asking.length < most + 32) {
+      const more = await Promise.all(Array.from({ length: 32 }, () => Insider.connect(port)));
+      for (const insider of more) {
+        held++;
+        void insider.ended.then(() => held--);
+        insider.say({ type: 'resume-session', migrationId: id(), proof: '00'.repeat(32) });
+      }
+      asking.push(...more);
+      await Promise.all(more.map((insider) => Promise.race([insider.hears('"known":false'), insider.ended])));
+    }
+    expect(held).toBeLessThanOrEqual(most);
+    for (const insider of asking) insider.close();
+    await expectNothingLeft(b, before, LIMIT_MS);
+    await stillAnswers();
+  });
+
   test('the same offer twice: the second is declined, the first one lives', async () => {
     const one = id();
     const first = (await Insider.connect(port)).say(offer(one));
