@@ -112,27 +112,34 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       name: options.module.name,
       sha256: await sha256OfModule(url),
     };
-    const shared =
-      sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
-    const sharedMemory = options.sharedMemory ? SharedMemory.make(options.sharedMemory) : null;
-    const boot = {
-      url: url.href,
-      name,
-      workers,
-      data,
-      sharedHeap: [...(shared?.views ?? [])],
-      sharedMemory: sharedMemory?.memory ?? null,
-      plan: null,
-    };
     const wiring = new GuestWiring();
-    const links = await startAll(
-      Array.from(
-        { length: workers },
-        (_, worker) => () =>
-          WorkerLink.start({ ...boot, worker }, wiring.events(worker), options.resourceLimits),
-      ),
-    );
-    const regions = openRegions(links, shared, sharedMemory);
+    const made: Unfinished = { shared: null, sharedMemory: null, links: [], regions: [] };
+    try {
+      made.shared =
+        sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+      made.sharedMemory = options.sharedMemory ? SharedMemory.make(options.sharedMemory) : null;
+      const boot = {
+        url: url.href,
+        name,
+        workers,
+        data,
+        sharedHeap: [...(made.shared?.views ?? [])],
+        sharedMemory: made.sharedMemory?.memory ?? null,
+        plan: null,
+      };
+      made.links = await startAll(
+        Array.from(
+          { length: workers },
+          (_, worker) => () =>
+            WorkerLink.start({ ...boot, worker }, wiring.events(worker), options.resourceLimits),
+        ),
+      );
+      made.regions = openRegions(made.links, made.shared, made.sharedMemory);
+    } catch (error) {
+      await letGo(made, error as Error);
+      throw error;
+    }
+    const { links, regions, shared, sharedMemory } = made;
     const parts = {
       name,
       module,
@@ -351,9 +358,15 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     tellListeners(this, 'ended', error);
   }
 
+  /** A worker that has ended since it told of a memory has taken the region with it. */
   #renewRegions(): void {
     const old = new Map(this.#regions.map((entry) => [entry.region.id, entry]));
-    this.#regions = openRegions(this.#links, this.#sharedRegion, this.#sharedMemory, old);
+    try {
+      this.#regions = openRegions(this.#links, this.#sharedRegion, this.#sharedMemory, old);
+    } catch (cause) {
+      const message = `guest "${this.name}" ended: ${(cause as Error).message}`;
+      this.#ended(memferryError('GUEST_LOST', message, { cause, facts: {} }));
+    }
   }
 
   /** The workers know their memories' exact lengths. */
@@ -380,7 +393,26 @@ export async function startAll(starts: (() => Promise<WorkerLink>)[]): Promise<W
   throw failed.reason;
 }
 
-/** Handles on the workers' regions, in an order that source and destination share. */
+/** A guest that is being made, as far as it has come. */
+export interface Unfinished {
+  shared: Region | null;
+  sharedMemory: SharedMemory | null;
+  links: WorkerLink[];
+  regions: GuestRegion[];
+}
+
+/** It comes to nothing. */
+export async function letGo(made: Unfinished, why: Error): Promise<void> {
+  await Promise.all(made.links.map((link) => link.stop(why)));
+  for (const { region } of made.regions) closeQuietly(region);
+  if (made.shared) closeQuietly(made.shared);
+  if (made.sharedMemory) closeQuietly(made.sharedMemory.region);
+}
+
+/**
+ * Handles on the workers' regions, in an order that source and destination share.
+ * @throws REGION_GONE when a worker has ended
+ */
 export function openRegions(
   links: readonly WorkerLink[],
   shared: Region | null,

@@ -1,12 +1,13 @@
 /** Requests, refusals and endings of a live guest, at the host where it runs. */
 import { execFileSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { type AddressInfo, createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterEach, describe, expect, it, vi } from 'vitest';
 
+import { Region } from '../../lib/region.js';
 import { WorkerGuest, type WorkerGuestOptions } from '../../lib/worker/index.js';
 import { guestModule } from '../support/guests/by-hand.js';
 
@@ -256,6 +257,46 @@ describe('endings', () => {
     expect(guest.status).toBe('lost');
     await expect(guest.request({ op: 'echo' })).rejects.toMatchObject({ code: 'GUEST_LOST' });
     await expect(guest.pause()).rejects.toMatchObject({ code: 'GUEST_BUSY', names: ['lost'] });
+  });
+
+  it("by itself, with a memory that was told of and not looked at yet, is that guest's end alone", async () => {
+    const guest = await start('busy');
+    const bystander = await start('busy');
+    const ended = new Promise((resolve) => guest.once('ended', resolve));
+    const thread = new SharedArrayBuffer(4);
+    const request = guest.request({ op: 'exit-with-memory', thread });
+    request.catch(() => undefined); // awaited below
+    const number = new Int32Array(thread);
+    const gone = () => number[0] !== 0 && !existsSync(`/proc/self/task/${number[0]}`);
+    const uncaught: unknown[] = [];
+    const hear = (error: unknown) => void uncaught.push(error);
+    process.on('uncaughtException', hear);
+    try {
+      // This thread is busy meanwhile, and finds all of it waiting.
+      for (const end = performance.now() + 10_000; !gone() && performance.now() < end; );
+      expect(gone()).toBe(true);
+      await expect(request).rejects.toMatchObject({ code: 'GUEST_LOST' });
+      expect(await ended).toMatchObject({ code: 'GUEST_LOST' });
+    } finally {
+      process.removeListener('uncaughtException', hear);
+    }
+    expect(uncaught).toEqual([]);
+    expect(guest.status).toBe('lost');
+    expect(await bystander.request({ op: 'echo', value: 1 })).toBe(1);
+  });
+
+  it('of one worker before all have started ends the others, and what they would have shared', async () => {
+    const allocate = vi.spyOn(Region, 'allocate');
+    try {
+      const threads = new SharedArrayBuffer(8);
+      const options = { workers: 2, sharedHeapBytes: 1 << 20, data: { at: 'end-one', threads } };
+      await expect(start('broken', options)).rejects.toMatchObject({ code: 'REGION_GONE' });
+      const [other] = new Int32Array(threads);
+      expect(existsSync(`/proc/self/task/${other}`)).toBe(false);
+      expect(allocate.mock.results.map(({ value }) => (value as Region).closed)).toEqual([true]);
+    } finally {
+      allocate.mockRestore();
+    }
   });
 
   it('terminate works while it spins, while it pauses and while it stands still, and twice', async () => {

@@ -1,10 +1,13 @@
 /** A guest without memory that opens what a test asks for, and closes it again. */
 import { spawn } from 'node:child_process';
-import { readFile, watch } from 'node:fs';
+import { readFile, readlinkSync, watch } from 'node:fs';
 import { connect, createServer } from 'node:net';
 import { WASI } from 'node:wasi';
 import { MessageChannel } from 'node:worker_threads';
 import { defineGuest } from 'memferry/worker';
+
+/** The kernel's number. */
+const threadId = () => Number(readlinkSync('/proc/thread-self').split('/').at(-1));
 
 export default defineGuest({
   create: () => ({ open: [], ticks: 0, finish: null }),
@@ -98,6 +101,12 @@ export default defineGuest({
         throw Object.assign(new RangeError('as asked'), { code: 'E_ASKED' });
       case 'exit':
         return process.exit(3);
+      case 'exit-with-memory':
+        // Told of with the answer, and gone before anybody may have read it. Which thread to wait for stands in `thread`.
+        app.memory = new WebAssembly.Memory({ initial: 1 });
+        Atomics.store(new Int32Array(request.thread), 0, threadId());
+        setImmediate(() => process.exit(3));
+        return null;
       case 'crash':
         setImmediate(() => {
           throw new Error('crashed as asked');
