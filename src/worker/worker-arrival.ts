@@ -14,7 +14,7 @@ import { sha256OfModule } from './module-file.js';
 import { SharedMemory } from './shared-memory.js';
 import { WASM_PAGE_BYTES } from './wasm-registry.js';
 import { GuestWiring } from './guest-wiring.js';
-import { closeQuietly, openRegions, startAll, WorkerGuest } from './worker-guest.js';
+import { closeQuietly, letGo, openRegions, startAll, type Unfinished, WorkerGuest } from './worker-guest.js';
 import { type WorkerBase, type WorkerBaseOptions, workerBase } from './worker-base.js';
 import { WorkerLink } from './worker-link.js';
 
@@ -76,63 +76,67 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     loadAddon().forwardSigbusToWebAssembly();
 
     const { sharedHeapBytes, sharedMemoryPages, data } = description;
-    const shared =
-      sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
-    const sharedMemory =
-      sharedMemoryPages === null
-        ? null
-        : SharedMemory.make({
-            initialPages: (offer.regions.at(-1)?.lengthBytes ?? 0) / WASM_PAGE_BYTES,
-            maximumPages: sharedMemoryPages,
-          });
-    const workers = plans.length;
-    const boot = {
-      url: url.href,
-      name: offer.name,
-      workers,
-      data,
-      sharedHeap: [...(shared?.views ?? [])],
-      sharedMemory: sharedMemory?.memory ?? null,
-    };
     const wiring = new GuestWiring();
-    const links = await startAll(
-      plans.map(
-        (plan, worker) => () =>
-          WorkerLink.start({ ...boot, worker, plan }, wiring.events(worker), options.resourceLimits, signal),
-      ),
-    );
+    const made: Unfinished = { shared: null, sharedMemory: null, links: [], regions: [] };
     try {
-      links.forEach((link, worker) => {
+      made.shared =
+        sharedHeapBytes > 0 ? Region.allocate({ lengthBytes: sharedHeapBytes, shared: true }) : null;
+      made.sharedMemory =
+        sharedMemoryPages === null
+          ? null
+          : SharedMemory.make({
+              initialPages: (offer.regions.at(-1)?.lengthBytes ?? 0) / WASM_PAGE_BYTES,
+              maximumPages: sharedMemoryPages,
+            });
+      const boot = {
+        url: url.href,
+        name: offer.name,
+        workers: plans.length,
+        data,
+        sharedHeap: [...(made.shared?.views ?? [])],
+        sharedMemory: made.sharedMemory?.memory ?? null,
+      };
+      made.links = await startAll(
+        plans.map(
+          (plan, worker) => () =>
+            WorkerLink.start(
+              { ...boot, worker, plan },
+              wiring.events(worker),
+              options.resourceLimits,
+              signal,
+            ),
+        ),
+      );
+      made.links.forEach((link, worker) => {
         checkShape(link, description.workers[worker] as GuestDescription['workers'][number]);
       });
-      const regions = openRegions(links, shared, sharedMemory);
-      checkRegions(regions, offer);
+      made.regions = openRegions(made.links, made.shared, made.sharedMemory);
+      checkRegions(made.regions, offer);
       const guest = WorkerGuest.fromParts(
         {
           name: offer.name,
           module: offer.module as NonNullable<GuestOffer['module']>,
           data,
-          links,
-          regions,
-          sharedRegion: shared,
-          sharedMemory,
+          links: made.links,
+          regions: made.regions,
+          sharedRegion: made.shared,
+          sharedMemory: made.sharedMemory,
           pauseTimeoutMs: options.pauseTimeoutMs ?? 5000,
         },
         wiring,
       );
-      const { onGuest } = options;
       const arriving = new ArrivingWorkerGuest({
         guest,
-        links,
+        links: made.links,
         description,
-        sharedRegion: shared,
-        sharedMemory,
-        onGuest,
+        sharedRegion: made.shared,
+        sharedMemory: made.sharedMemory,
+        onGuest: options.onGuest,
       });
       arriving.#base = await workerBase(offer, arriving.regions, options, ArrivingWorkerGuest.start);
       return arriving;
     } catch (error) {
-      await Promise.all(links.map((link) => link.stop(error as Error)));
+      await letGo(made, error as Error);
       throw error;
     }
   }

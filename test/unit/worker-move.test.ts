@@ -1,6 +1,8 @@
 /** Guests that move, by hand: everything but the engine. */
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 
+import { Region } from '../../lib/region.js';
+import { SharedMemory } from '../../lib/worker/shared-memory.js';
 import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import {
   guestModule,
@@ -261,6 +263,28 @@ describe('a destination', () => {
     const more = await start('broken', { data: { at: 'receive-builds-more' } });
     await expect(workerGuests({ modules })(offerOf(more))).rejects.toMatchObject({ code: 'GUEST_UNMOVABLE' });
   });
+
+  it.each(['receive', 'receive-builds-more'])(
+    'that declines (%s) closes what its workers share',
+    async (at) => {
+      const source = await start('broken', {
+        data: { at },
+        sharedHeapBytes: 1 << 20,
+        sharedMemory: { initialPages: 1, maximumPages: 2 },
+      });
+      const [allocate, make] = [vi.spyOn(Region, 'allocate'), vi.spyOn(SharedMemory, 'make')];
+      try {
+        await expect(workerGuests({ modules })(offerOf(source))).rejects.toThrow();
+        const made = [
+          ...allocate.mock.results.map(({ value }) => value as Region),
+          ...make.mock.results.map(({ value }) => (value as SharedMemory).region),
+        ];
+        expect(made.map(({ closed }) => closed)).toEqual([true, true]);
+      } finally {
+        vi.restoreAllMocks();
+      }
+    },
+  );
 
   it('can be cancelled while its guest hangs', async () => {
     const source = await start('broken', { data: { at: 'receive-hangs' } });
