@@ -20,10 +20,9 @@ import { park } from '../source/park.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
-import { newTicketFile } from './park.js';
 import { byteCount, octal } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
-import { ticketFrom } from './ticket.js';
+import { newTicketFile, ticketFrom, writeTicket } from './ticket.js';
 
 interface FirecrackerFlags extends ConnectionFlags {
   socket: string;
@@ -262,10 +261,7 @@ async function parkSnapshot(flags: ParkFlags): Promise<void> {
     const { ticket, ...report } = await park(guest, {
       signal: interruption.signal,
       ...serverOptions(flags),
-      onTicket: async (made) => {
-        await file.write(`${JSON.stringify(made)}\n`);
-        await file.sync();
-      },
+      onTicket: (made) => writeTicket(file, flags.ticket, made),
     });
     output.result(
       `${report.guest} is parked; ${flags.ticket} claims it again, by \`memferry firecracker --from-vmd\`\n` +

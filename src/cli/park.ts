@@ -2,10 +2,10 @@
  * `memferry park`: starts a guest from a module, lets one talk to it, and parks it in the VMD when told to. The ticket
  * that claims it again is written to a file that nobody else can read.
  */
-import { type FileHandle, open, rm } from 'node:fs/promises';
+import { rm } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
-import { MemferryError, memferryError } from '../errors.js';
+import { MemferryError } from '../errors.js';
 import { type ParkReport, park } from '../source/park.js';
 import {
   addGuestFlags,
@@ -18,6 +18,7 @@ import {
 } from './leaving-guest.js';
 import { makeOutput } from './output.js';
 import { onInterrupt } from './signals.js';
+import { newTicketFile, writeTicket } from './ticket.js';
 
 interface ParkFlags extends GuestFlags, ServerFlags {
   ticket: string;
@@ -53,10 +54,7 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
       signal,
       ...serverOptions(flags),
       // Before the commit: also a park that nobody heard the end of can be claimed.
-      onTicket: async (ticket) => {
-        await file.write(`${JSON.stringify(ticket)}\n`);
-        await file.sync();
-      },
+      onTicket: (ticket) => writeTicket(file, flags.ticket, ticket),
     });
   } catch (error) {
     const inDoubt = error instanceof MemferryError && error.code === 'MIGRATION_IN_DOUBT';
@@ -76,14 +74,4 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
     ].join('\n'),
     { type: 'report', image: ticket.image, home: ticket.home, ticket: flags.ticket, ...rest },
   );
-}
-
-/** @throws INVALID_ARGUMENT: it is there already, or cannot be written */
-export async function newTicketFile(path: string): Promise<FileHandle> {
-  try {
-    return await open(path, 'wx', 0o600);
-  } catch (cause) {
-    const why = (cause as NodeJS.ErrnoException).code === 'EEXIST' ? 'is there already' : 'cannot be written';
-    throw memferryError('INVALID_ARGUMENT', `--ticket: ${path} ${why}`, { cause });
-  }
 }

@@ -1,5 +1,6 @@
-/** The file that `memferry park` wrote. */
-import { readFile } from 'node:fs/promises';
+/** The file that `memferry park` writes, and that claims the guest again. */
+import { type FileHandle, open, readFile } from 'node:fs/promises';
+import { dirname } from 'node:path';
 import { memferryError } from '../errors.js';
 import { parseTicket } from '../options.js';
 import type { ParkTicket } from '../source/park.js';
@@ -10,5 +11,30 @@ export async function ticketFrom(path: string): Promise<ParkTicket> {
     return parseTicket(JSON.parse(await readFile(path, 'utf8')));
   } catch (error) {
     throw memferryError('INVALID_ARGUMENT', `${path} is no ticket of a parked guest`, { cause: error });
+  }
+}
+
+/** @throws INVALID_ARGUMENT: it is there already, or cannot be written */
+export async function newTicketFile(path: string): Promise<FileHandle> {
+  try {
+    return await open(path, 'wx', 0o600);
+  } catch (cause) {
+    const why = (cause as NodeJS.ErrnoException).code === 'EEXIST' ? 'is there already' : 'cannot be written';
+    throw memferryError('INVALID_ARGUMENT', `--ticket: ${path} ${why}`, { cause });
+  }
+}
+
+/** All of it, and so that it outlives a crash of this machine, under its name. */
+export async function writeTicket(file: FileHandle, path: string, ticket: ParkTicket): Promise<void> {
+  await file.writeFile(`${JSON.stringify(ticket)}\n`);
+  await file.sync();
+  const directory = await open(dirname(path), 'r');
+  try {
+    await directory.sync().catch((error: NodeJS.ErrnoException) => {
+      // A file system that has no such thing.
+      if (error.code !== 'EINVAL') throw error;
+    });
+  } finally {
+    await directory.close();
   }
 }

@@ -1,9 +1,10 @@
 /** The file that claims a parked guest: what it says is used, and what is none is refused by its path. */
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { fstatSync } from 'node:fs';
+import { type FileHandle, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, beforeEach, expect, test } from 'vitest';
-import { ticketFrom } from '../../src/cli/ticket.js';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import { newTicketFile, ticketFrom, writeTicket } from '../../src/cli/ticket.js';
 
 let directory = '';
 beforeEach(async () => {
@@ -40,4 +41,24 @@ test.each([
 
 test('a file that is not there', async () => {
   await expect(ticketFrom(join(directory, 'none'))).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+});
+
+test('it is written whole, however little a write takes, and its name is on the disk before anybody relies on it', async () => {
+  const path = join(directory, 'ticket');
+  const file = await newTicketFile(path);
+  const write = file.write.bind(file) as (text: string) => ReturnType<FileHandle['write']>;
+  file.write = ((text: string) => write(text.slice(0, 10))) as unknown as FileHandle['write'];
+  const synced: string[] = [];
+  const sync = vi.spyOn(Object.getPrototypeOf(file) as FileHandle, 'sync');
+  sync.mockImplementation(async function (this: FileHandle) {
+    synced.push(fstatSync(this.fd).isDirectory() ? 'directory' : await readFile(path, 'utf8'));
+  });
+  try {
+    await writeTicket(file, path, bare);
+  } finally {
+    sync.mockRestore();
+    await file.close();
+  }
+  expect(await ticketFrom(path)).toEqual(bare);
+  expect(synced).toEqual([`${JSON.stringify(bare)}\n`, 'directory']);
 });
