@@ -82,6 +82,7 @@ class Parking {
   readonly #abort = new AbortController();
   readonly #held = new Holdings();
   #parked = false;
+  readonly #stop = (): void => this.#abort.abort(abortError(this.options.signal as AbortSignal));
 
   constructor(
     private readonly guest: Guest,
@@ -89,9 +90,8 @@ class Parking {
     private readonly secret: Uint8Array,
   ) {
     const { signal } = options;
-    const stop = () => this.#abort.abort(abortError(signal as AbortSignal));
-    if (signal?.aborted) stop();
-    else signal?.addEventListener('abort', stop, { once: true });
+    if (signal?.aborted) this.#stop();
+    else signal?.addEventListener('abort', this.#stop, { once: true });
   }
 
   async run(): Promise<ParkReport> {
@@ -231,6 +231,7 @@ class Parking {
   }
 
   async close(): Promise<void> {
+    this.options.signal?.removeEventListener('abort', this.#stop);
     const over = new MemferryError('CANCELLED', 'the parking is over');
     await this.#held.letGo(this.#parked, over, false);
   }

@@ -1,4 +1,5 @@
 /** Parking: a guest leaves with no destination chosen, and one claimant, and only one, has it later. */
+import { getEventListeners } from 'node:events';
 import { afterEach, expect, test } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
 import type { ArrivingGuest, Guest } from '../../src/guest.js';
@@ -123,6 +124,15 @@ test.each([1, 2] as const)(
     for (const server of all) expect(server.status().held).toEqual([]);
   },
 );
+
+test('parking leaves nothing with the signal that could have ended it', async () => {
+  const all = await servers(1);
+  const { signal } = new AbortController();
+  await park(new PlainGuest(), { secret: SECRET, via: via(all), signal });
+  const none = park(new PlainGuest(), { secret: SECRET, via: ['127.0.0.1:9'], signal });
+  await expect(none).rejects.toThrow();
+  expect(getEventListeners(signal, 'abort')).toEqual([]);
+});
 
 test('two claims at once: one owner, one clear refusal', async () => {
   const all = await servers(2);
