@@ -17,6 +17,7 @@ import { serveSnapshot } from '../firecracker/serve.js';
 import { parseAddress } from '../options.js';
 import type { ArrivalReport } from '../report.js';
 import { park } from '../source/park.js';
+import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
@@ -147,7 +148,7 @@ async function fromVmd(
   const stopped = interrupted(signal);
   stopped.catch(() => {});
   // Then the memory is Firecracker's alone.
-  requireRunning(reportArrival(await Promise.race([unparked.complete, stopped]), output));
+  requireRunning(reportArrival(await reportOrRest(unparked, output, stopped), output));
 }
 
 async function fromMigration(
@@ -176,19 +177,20 @@ async function fromMigration(
   const stopped = interrupted(signal);
   stopped.catch(() => {});
   for await (const arrival of listening) {
-    let report: ArrivalReport;
+    if (flags.once) {
+      // Of a microVM that has lost pages nobody knows when it has the others: they are served for as long as it lives.
+      const over = arrival.restHere.then(() => Promise.all([...microVms].map(({ closed }) => closed)));
+      const report = reportArrival(await reportOrRest(arrival, output, stopped, over), output);
+      // What has arrived here has still to be brought over.
+      await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), stopped]);
+      requireRunning(report);
+      return;
+    }
     try {
-      report = reportArrival(await arrival.complete, output);
+      reportArrival(await arrival.complete, output);
     } catch (error) {
       process.stderr.write(`memferry: ${(error as { code?: string }).code}: ${(error as Error).message}\n`);
-      if (flags.once) throw error;
-      continue;
     }
-    if (!flags.once) continue;
-    // What has arrived here has still to be brought over.
-    await Promise.race([Promise.all([...microVms].map(({ ended }) => ended)), stopped]);
-    requireRunning(report);
-    return;
   }
 }
 

@@ -9,6 +9,7 @@ import { memferryError } from '../errors.js';
 import { parseAddress } from '../options.js';
 import { QemuDestination } from '../qemu/arriving-guest.js';
 import { rehearse } from '../rehearse.js';
+import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
@@ -74,7 +75,7 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
   const stopped = interrupted(signal);
   stopped.catch(() => {});
   for await (const arrival of listening) {
-    await Promise.race([account(arrival, output), stopped]);
+    await account(arrival, output, stopped);
     await waiting.running; // complete, and ours: whether it runs too is what the exit code says
     return;
   }
@@ -82,13 +83,13 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
 }
 
 /** Says what becomes of it. */
-async function account(arrival: Arrival, output: Output): Promise<void> {
+async function account(arrival: Arrival, output: Output, stopped: Promise<never>): Promise<void> {
   const { id, offer } = arrival;
   const lengthBytes = offer.regions.reduce((sum, region) => sum + region.lengthBytes, 0);
   output.say(`guest ${offer.name} is coming: ${mebibytes(lengthBytes)} MiB`);
   output.line({ type: 'arrival', id, guest: offer.name, regions: offer.regions });
   arrival.on('state', (state) => output.line({ type: 'state', id, state }));
-  const report = await arrival.complete;
+  const report = await reportOrRest(arrival, output, stopped);
   const { count, p50Us } = report.remoteFaults;
   output.result(
     `guest ${offer.name} is complete: ${mebibytes(report.bytesReceived)} MiB received, ` +

@@ -7,9 +7,11 @@ import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { type Arrival, listen } from '../destination/listen.js';
 import { parseAddress } from '../options.js';
+import { deferred } from '../protocol/deferred.js';
 import { rehearse } from '../rehearse.js';
 import type { ArrivalReport } from '../report.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
+import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import { dedupOption, given } from './leaving-guest.js';
@@ -79,6 +81,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   using interruption = onInterrupt();
   const guests = new Set<WorkerGuest>();
   let latest: WorkerGuest | null = null;
+  const ended = deferred<void>();
   const parked = flags.base?.startsWith(vmd) ? await ticketFrom(flags.base.slice(vmd.length)) : null;
   const anySource = flags.baseForAny ?? false;
   const listening = await listen({
@@ -104,6 +107,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
       onGuest: (guest) => {
         guests.add(guest);
         latest = guest;
+        guest.once('ended', () => ended.resolve());
         follow(guest, output);
       },
     }),
@@ -116,12 +120,13 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   interruption.signal.addEventListener('abort', stop, { once: true });
   try {
     for await (const arrival of listening) {
-      const outcome = account(arrival, output);
       if (flags.once) {
-        await Promise.race([outcome, interrupted(interruption.signal)]);
+        const rest = Promise.race([arrival.restHere, ended.promise]);
+        const stopped = interrupted(interruption.signal);
+        await account(arrival, output, reportOrRest(arrival, output, stopped, rest));
         break;
       }
-      outcome.catch((error: Error & { code?: string }) => {
+      account(arrival, output, arrival.complete).catch((error: Error & { code?: string }) => {
         output.say(`failed: ${error.code ?? 'ERROR'}: ${error.message}`);
         output.line({ type: 'failed', id: arrival.id, code: error.code ?? 'ERROR', message: error.message });
       });
@@ -134,8 +139,8 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   }
 }
 
-/** Says what becomes of one arrival; the promise is its report. */
-async function account(arrival: Arrival, output: Output): Promise<ArrivalReport> {
+/** Says what becomes of one arrival. */
+async function account(arrival: Arrival, output: Output, complete: Promise<ArrivalReport>): Promise<void> {
   const { id, offer } = arrival;
   const lengthBytes = offer.regions.reduce((sum, region) => sum + region.lengthBytes, 0);
   output.say(`guest ${offer.name} is coming: ${mebibytes(lengthBytes)} MiB`);
@@ -145,7 +150,7 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
     () => output.say(`guest ${offer.name} runs here`),
     () => {},
   );
-  const report = await arrival.complete;
+  const report = await complete;
   output.result(
     `guest ${offer.name} is complete: ${mebibytes(report.bytesReceived)} MiB received, ` +
       `${report.remoteFaults.count} remote faults (p50 ${figure(report.remoteFaults.p50Us)} us)` +
@@ -153,7 +158,6 @@ async function account(arrival: Arrival, output: Output): Promise<ArrivalReport>
       (report.pagesKnown > 0 ? `, ${report.pagesKnown} pages were known here` : ''),
     { type: 'report', ...report },
   );
-  return report;
 }
 
 export function follow(guest: WorkerGuest, output: Output): void {

@@ -3,7 +3,9 @@ import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { unpark } from '../destination/unpark.js';
+import { deferred } from '../protocol/deferred.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
+import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
@@ -42,6 +44,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   let here: WorkerGuest | null = null;
+  const ended = deferred<void>();
   const ticket = await ticketFrom(flags.ticket);
   await using unparked = await unpark(ticket, {
     ...connectionOptions(flags),
@@ -52,6 +55,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
       onGuest: (guest) => {
         here = guest;
+        guest.once('ended', () => ended.resolve());
         follow(guest, output);
       },
     }),
@@ -62,7 +66,9 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const typed = new GuestConsole({ input: process.stdin, output, guest: () => here });
   const stopped = interrupted(interruption.signal);
   try {
-    const report = await Promise.race([unparked.complete, stopped]);
+    // Without --once the guest lives on with what is left of its pages.
+    const rest = flags.once ? Promise.race([unparked.restHere, ended.promise]) : ended.promise;
+    const report = await reportOrRest(unparked, output, stopped, rest);
     output.result(
       `guest ${name} is complete: gathered in ${figure(report.gatherMs)} ms, ` +
         `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults`,

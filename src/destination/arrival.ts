@@ -55,7 +55,7 @@ export class Arrival extends EventEmitter {
   #link: ArrivalLink | null;
   #state: MigrationState = 'setup';
   #lostRuns: NativeRun[] = [];
-  #resting = false;
+  readonly #restHere = deferred<void>();
   /** The image is let go of: at its servers, then the connections to them. */
   #dissolving: Promise<void> | null = null;
   #allHere = false;
@@ -178,6 +178,10 @@ export class Arrival extends EventEmitter {
     return this.#base?.filled ?? Promise.resolve();
   }
 
+  get restHere(): Promise<void> {
+    return this.#restHere.promise;
+  }
+
   limit({ bandwidth, gatherLimit }: ResolvedListenOptions): void {
     if (!this.#closed) this.#engine.receiver.limit(bandwidth, gatherLimit);
   }
@@ -198,7 +202,7 @@ export class Arrival extends EventEmitter {
     this.#link = null;
     if (this.#closed) this.#accounted.resolve();
     this.#commit.connectionLost();
-    if (this.#resting) this.#alone();
+    if (this.#restHere.settled) this.#alone();
   }
 
   onMessage(message: SourceMessage, binary: Uint8Array | null): void {
@@ -303,7 +307,7 @@ export class Arrival extends EventEmitter {
 
   /** No page comes any more, be it that all are here. */
   #rests(): void {
-    this.#resting = true;
+    this.#restHere.resolve();
     if (!this.#link) this.#alone();
   }
 
@@ -427,6 +431,7 @@ export class Arrival extends EventEmitter {
 
   async #close(): Promise<void> {
     this.#closed = true;
+    this.#restHere.resolve();
     this.#base?.close();
     this.#commit.stopTimers();
     this.#timers.stopAll();

@@ -54,6 +54,11 @@ export interface Arrival extends AsyncDisposable {
   readonly resumed: Promise<void>;
   /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
   readonly complete: Promise<ArrivalReport>;
+  /**
+   * No page comes any more: each is here or lost for good, or the arrival is over. After PAGES_LOST the others still come
+   * until then, and closing the arrival loses them. Never rejects.
+   */
+  readonly restHere: Promise<void>;
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
 }
 

@@ -34,6 +34,11 @@ export interface Unparked extends AsyncDisposable {
   readonly regions: readonly Region[];
   /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
   readonly complete: Promise<ArrivalReport>;
+  /**
+   * No page comes any more: each is here or lost for good, or the guest was closed. After PAGES_LOST the others still come
+   * until then, and closing the guest loses them. Never rejects.
+   */
+  readonly restHere: Promise<void>;
 }
 
 /** Between two attempts to learn whether the claim was granted. */
@@ -131,6 +136,7 @@ class GatheringGuest implements Unparked {
   readonly engine: DestinationEngine;
   readonly #complete = deferred<ArrivalReport>();
   readonly #everyPage = deferred<void>();
+  readonly #restHere = deferred<void>();
   /** The guest was granted and runs here: from then on its image may go. */
   readonly #granted = deferred<void>();
   #resumedAt = 0;
@@ -172,13 +178,20 @@ class GatheringGuest implements Unparked {
         recovered: () => {},
         lost: (runs, why) => this.#lost(runs, why),
         // The image stays: a server that comes back makes it whole, for `rollback` or its operator.
-        restHere: () => {},
-        failed: (error) => this.#fail(error),
+        restHere: () => this.#restHere.resolve(),
+        failed: (error) => {
+          this.#fail(error);
+          this.#restHere.resolve();
+        },
       },
     );
     if (ticket.guest) inherit(guest.regions, Buffer.from(ticket.guest.lineage, 'hex'));
     for (const region of guest.regions) markArriving(region, this.#everyPage.promise);
     this.#everyPage.promise.catch(() => {});
+    this.engine.complete.then(
+      () => this.#restHere.resolve(),
+      () => {},
+    );
     // A small guest has all of its pages here before the home server has granted it.
     Promise.all([this.engine.complete, this.#granted.promise])
       .then(() => {
@@ -207,6 +220,10 @@ class GatheringGuest implements Unparked {
     return this.#complete.promise;
   }
 
+  get restHere(): Promise<void> {
+    return this.#restHere.promise;
+  }
+
   resume(): void {
     this.#resumedAt = performance.now();
     this.#notRunning = resumeHere(this.guest, this.offer.name);
@@ -216,6 +233,7 @@ class GatheringGuest implements Unparked {
   async [Symbol.asyncDispose](): Promise<void> {
     if (this.#closed) return;
     this.#closed = true;
+    this.#restHere.resolve();
     const error = new MemferryError('CANCELLED', 'the guest was closed before every page was here');
     if (this.#arrival) {
       // Its image is being let go of.

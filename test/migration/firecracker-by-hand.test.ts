@@ -72,6 +72,41 @@ test('into the VMD and from there', async () => {
   }
 });
 
+test('a VMD server loses its part: told at once, the other pages still come, and the exit code says it', async () => {
+  snapshot();
+  const startServer = async () => {
+    const flags = ['stage', '--listen', '127.0.0.1:0', '--memory', '64Mi', '--no-announce'];
+    return `127.0.0.1:${(await command(...flags, ...secretFlags()).next('listening'))['port']}`;
+  };
+  const servers = [await startServer(), await startServer()];
+  const parking = command(...written('park', { '127.0.0.1:7070': servers.join(',') }), ...secretFlags());
+  const { image } = await parking.next('report');
+  expect(await parking.closed, parking.errors()).toBe(0);
+  const fake = await new FakeFirecracker(join(place.directory, 'api.sock')).listen();
+  try {
+    const handler = command(...written('vmd'), ...secretFlags(), '--gather-limit', '1Mi');
+    await handler.next('granted');
+    const dropping = command('drop', servers[1] as string, image as string, ...secretFlags());
+    expect(await dropping.closed, dropping.errors()).toBe(0);
+    const runs = (await handler.next('lost'))['runs'] as { first: number; count: number }[];
+    expect(await handler.closed).toBe(4);
+    expect(handler.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
+    // Nobody serves it any more: what was not lost is there.
+    let next = 0;
+    let kept = 0;
+    for (const { first, count } of [...runs, { first: bytes / 4096, count: 0 }]) {
+      if (first > next)
+        expect(await fake.microVm?.obey(`verify ${next} ${first - next}`)).toMatchObject({ wrong: 0 });
+      kept += first - next;
+      next = first + count;
+    }
+    expect(kept).toBeGreaterThan(0);
+    expect(kept).toBeLessThan(bytes / 4096);
+  } finally {
+    fake.close();
+  }
+});
+
 test('from a running migration', async () => {
   snapshot();
   const fake = await new FakeFirecracker(join(place.directory, 'api.sock')).listen();

@@ -134,6 +134,39 @@ test('parking leaves nothing with the signal that could have ended it', async ()
   expect(getEventListeners(signal, 'abort')).toEqual([]);
 });
 
+test('a server loses its part when the guest runs: the pages of the other still come', async () => {
+  const all = await servers(2);
+  const guest = new PlainGuest();
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+  const region = Region.allocate({ lengthBytes: 8 * MIB });
+  regions.push(region);
+  const lost = new Set<number>();
+  const accept = () => ({
+    regions: [region],
+    prepare: async () => {},
+    resume: () => {},
+    abandon: () => {},
+    lost: (runs: { first: number; count: number }[]) => {
+      for (const { first, count } of runs)
+        for (let page = first; page < first + count; page++) lost.add(page);
+    },
+  });
+  const unparked = await unpark(ticket, { secret: SECRET, accept, gatherLimit: 2e6 });
+  open.push(unparked);
+  all[1]?.drop(ticket.image);
+  await expect(unparked.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+  await unparked.restHere;
+  // What had not come fails to be read from here on.
+  await unparked[Symbol.asyncDispose]();
+  const [view] = region.views as [Uint8Array];
+  let wrong = 0;
+  for (let page = 0; page < region.pages; page++) {
+    const at = [page * 4096, (page + 1) * 4096] as const;
+    if (!lost.has(page) && Buffer.compare(view.subarray(...at), guest.content.subarray(...at)) !== 0) wrong++;
+  }
+  expect([wrong, lost.size > 0, lost.size < region.pages]).toEqual([0, true, true]);
+});
+
 test('two claims at once: one owner, one clear refusal', async () => {
   const all = await servers(2);
   const guest = new PlainGuest();

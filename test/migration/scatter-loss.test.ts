@@ -314,7 +314,8 @@ describe('after the source is evicted', () => {
       // What was on its way straight to the destination as well is not lost, nor what it had gathered before.
       expect(lost).toBeGreaterThan(0);
       expect(lost).toBeLessThanOrEqual(run.figures.intermediaries[1]?.pages as number);
-      // Every other page comes, and is right: this waits for those that are not here yet.
+      // Every other page comes, and is right.
+      expect(await run.b.untilArrival('main/g', 'restHere')).toMatchObject({ ok: true });
       const check = await run.b.call<Check>('check', { guest: 'g', except: runs });
       expect(check.wrong).toEqual([]);
       expect(check.pages).toBe(2 * PAGES - lost);

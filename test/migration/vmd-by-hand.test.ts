@@ -125,6 +125,36 @@ describe('park and unpark', () => {
     await there.closed;
   }, 60_000);
 
+  test('a server loses its part while the guest is gathered: told at once, and the other pages still come', async () => {
+    const servers = [await server('one'), await server('two')];
+    const here = startPark(servers.map(({ address }) => address).join(','));
+    await here.next('started');
+    const [pages, slotsOfPage] = [2048, 1024];
+    for (let page = 0; page < pages; page++)
+      here.child.stdin.write(`{"add":${page + 1},"slot":${page * slotsOfPage}}\n`);
+    for (let page = 0; page < pages; page++) await here.next('reply');
+    here.child.stdin.write('\n');
+    const image = (await here.next('report'))['image'] as string;
+    expect(await here.closed, here.errors()).toBe(0);
+
+    const there = startUnpark('--once', '--gather-limit', '256Ki');
+    await there.next('resumed');
+    await answer('drop', servers[1]?.address as string, image);
+    const runs = (await there.next('lost'))['runs'] as { first: number; count: number }[];
+    const kept = Array.from({ length: pages }, (_, page) => page).filter(
+      (page) => !runs.some(({ first, count }) => page >= first && page < first + count),
+    );
+    expect(kept.length).toBeGreaterThan(0);
+    expect(kept.length).toBeLessThan(pages);
+    // Here and there, so that most of them still come by themselves.
+    for (let turn = 0; turn < 200; turn++) {
+      const page = kept[(turn * 7919) % kept.length] as number;
+      expect(await there.ask({ add: 0, slot: page * slotsOfPage })).toBe(page + 1);
+    }
+    expect(await there.closed).toBe(4);
+    expect(there.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
+  }, 60_000);
+
   test('a ticket is never overwritten, and no guest is started for it', async () => {
     const only = await server('one');
     const here = startPark(only.address, '--after-ms', '0');

@@ -97,7 +97,7 @@ async function takeArrivals(key, listening) {
   for await (const arrival of listening) {
     const name = `${key}/${arrival.offer.name}`;
     arrivals.set(name, arrival);
-    for (const promise of ['executionState', 'resumed', 'complete']) {
+    for (const promise of ['executionState', 'resumed', 'complete', 'restHere']) {
       settled(arrival[promise]).then(({ ok, error }) => {
         tell('arrival', { key: name, promise, ok, error });
       });

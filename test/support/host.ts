@@ -167,7 +167,11 @@ export class Host {
   }
 
   /** What an arrival's promise came to. */
-  untilArrival(key: string, promise: 'executionState' | 'resumed' | 'complete', boundMs?: number) {
+  untilArrival(
+    key: string,
+    promise: 'executionState' | 'resumed' | 'complete' | 'restHere',
+    boundMs?: number,
+  ) {
     return this.until(
       `arrival ${key}: ${promise}`,
       (event) => event.event === 'arrival' && event['key'] === key && event['promise'] === promise,

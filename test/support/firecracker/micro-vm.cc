@@ -9,7 +9,7 @@
 //
 // --fork: e2b-dev/firecracker's: WP_ASYNC, and with --memfd a second descriptor. It obeys lines on its standard input,
 // and answers each with a line of JSON:
-//   random COUNT SEED | sequential | verify | remove FIRST COUNT | write FIRST COUNT SEED | expect FIRST COUNT SEED | threads COUNT MS | sum | exit
+//   random COUNT SEED | sequential | verify [FIRST COUNT] | remove FIRST COUNT | write FIRST COUNT SEED | expect FIRST COUNT SEED | threads COUNT MS | sum | exit
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
@@ -205,7 +205,7 @@ void obey(Guest& guest, const std::string& line) {
                 guest.pages() * kPage);
   } else if (verb == "verify") {
     std::uint64_t first = 0;
-    for (std::uint64_t number = guest.pages(); number-- > 0;)
+    for (std::uint64_t number = b == 0 ? guest.pages() : a + b; number-- > a;)
       if (!guest.right(number)) {
         ++wrong;
         first = number;
