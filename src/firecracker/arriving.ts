@@ -19,6 +19,7 @@ import type { AcceptContext } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { Region } from '../region.js';
+import { Held } from './giving-up.js';
 import { type Greeted, greet } from './greet.js';
 import { asOneRegion, type GuestMapping } from './mappings.js';
 import { attachMemory, MicroVm } from './micro-vm.js';
@@ -38,7 +39,10 @@ export interface FirecrackerHost {
   load(state: Uint8Array, context: { socketPath: string; signal: AbortSignal }): Promise<void>;
   /** It runs from here on. What it throws is a warning, and in the report: there is no way back. */
   resume(): Promise<void> | void;
-  /** It will never run: whoever started it ends it. */
+  /**
+   * It must never run, though it may have all of the guest: whoever started it ends it. Without this its process is killed,
+   * if it has connected.
+   */
   abandon?(): Promise<void> | void;
   /** Told once Firecracker is connected. */
   onConnected?(pid: number): void;
@@ -72,11 +76,12 @@ async function attached(
   state: Uint8Array,
   { signal }: AcceptContext,
 ): Promise<ArrivingGuest> {
+  const held = new Held();
   let loaded: Loaded;
   try {
-    loaded = await loadInto(host, state, signal);
+    loaded = await loadInto(host, state, signal, held);
   } catch (error) {
-    await abandoned(host);
+    await abandoned(host, held);
     throw error;
   }
   const { greeted, loading } = loaded;
@@ -96,7 +101,7 @@ async function attached(
     greeted.discard();
   } catch (error) {
     greeted.discard();
-    await abandoned(host);
+    await abandoned(host, held);
     throw error;
   }
   let running: Promise<void> | undefined;
@@ -105,6 +110,7 @@ async function attached(
     // Its device state touches guest memory, which the arrival serves by now.
     prepare: () => loading,
     resume: () => {
+      held.release();
       running = resumed(host);
     },
     get running() {
@@ -114,7 +120,7 @@ async function attached(
       try {
         region.close();
       } finally {
-        await host.abandon?.();
+        await held.giveUp(host);
       }
     },
   };
@@ -123,6 +129,7 @@ async function attached(
 /** The memory is on its way before there is a Firecracker for it. */
 function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest {
   const region = Region.allocate({ lengthBytes });
+  const held = new Held();
   let microVm: MicroVm | null = null;
   let running: Promise<void> | undefined;
   const close = () => {
@@ -132,7 +139,7 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
   return {
     regions: [region],
     async prepare(state, { signal }) {
-      const { greeted, loading } = await loadInto(host, state, signal);
+      const { greeted, loading } = await loadInto(host, state, signal, held);
       let mappings: GuestMapping[];
       try {
         mappings = asOneRegion(greeted.handshake.memory, lengthBytes);
@@ -151,6 +158,7 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
       await untilAborted(loading, signal);
     },
     resume() {
+      held.release();
       const served = microVm as MicroVm;
       // What it was marked with settles when the last page is here, or never will be.
       const arrived = Promise.all(stillArriving([region]));
@@ -178,16 +186,16 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
       try {
         close();
       } finally {
-        await host.abandon?.();
+        await held.giveUp(host);
       }
     },
   };
 }
 
 /** Why the arrival has failed is what matters, not that this fails too. */
-async function abandoned(host: FirecrackerHost): Promise<void> {
+async function abandoned(host: FirecrackerHost, held: Held): Promise<void> {
   try {
-    await host.abandon?.();
+    await held.giveUp(host);
   } catch (error) {
     process.emitWarning(`the microVM was given up, and could not be ended: ${String(error)}`, {
       code: 'MEMFERRY_ABANDON_THREW',
@@ -200,8 +208,13 @@ interface Loaded {
   loading: Promise<void>;
 }
 
-/** Listens, has Firecracker load the state, and waits until it says where its memory is. */
-async function loadInto(host: FirecrackerHost, state: Uint8Array, signal: AbortSignal): Promise<Loaded> {
+/** Listens, has Firecracker load the state, and waits until it says where its memory is; it is held then. */
+async function loadInto(
+  host: FirecrackerHost,
+  state: Uint8Array,
+  signal: AbortSignal,
+  held: Held,
+): Promise<Loaded> {
   if (signal.aborted) throw abortError(signal);
   const connected = deferred<Greeted>();
   connected.promise.catch(() => {});
@@ -242,6 +255,7 @@ async function loadInto(host: FirecrackerHost, state: Uint8Array, signal: AbortS
   try {
     const greeted = await connected.promise;
     try {
+      held.take(greeted);
       host.onConnected?.(greeted.connection.peer.pid);
     } catch (error) {
       greeted.discard();

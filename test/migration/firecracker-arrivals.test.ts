@@ -7,6 +7,7 @@ import {
   FirecrackerApi,
   type FirecrackerHost,
   firecrackerControl,
+  type Guest,
   listen,
   type MicroVm,
   microVmArrivals,
@@ -21,6 +22,7 @@ import {
 } from '../../lib/index.js';
 import { FakeFirecracker, type FakeState } from '../support/fake-firecracker.js';
 import { FakeMicroVm, makeSnapshot } from '../support/micro-vm.js';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const secret = 'a secret that only this test knows';
 const bytes = 32 * 2 ** 20;
@@ -207,6 +209,66 @@ describe('a microVM', () => {
     });
     await expect.poll(() => calls).toEqual(['abandon']);
     expect(fake.running).toBe(false);
+    // Its host ends it as it likes.
+    expect(fake.microVm?.child.signalCode).toBe(null);
+  });
+
+  it('that is not granted is ended with all that it has, and the source runs on', async () => {
+    const fake = await firecracker('a');
+    const listening = await listen({
+      ...{ host: '127.0.0.1', port: 0, secret, grantTimeoutMs: 1000 },
+      accept: microVmArrivals(hostOf(fake)),
+    });
+    const proxy = await TcpProxy.start(listening.port);
+    open.push(
+      () => listening.close(),
+      () => closeProxies(),
+    );
+    const granting = proxy.at({ on: 'control', direction: 'up', name: 'grant' }, 'cut');
+    using snapshot = await snapshotGuest('box', files);
+    let runs = true;
+    const guest: Guest = {
+      ...snapshot,
+      pause: (options) => {
+        runs = false;
+        return snapshot.pause(options);
+      },
+      unpause: () => {
+        runs = true;
+      },
+    };
+    const migration = migrate(guest, {
+      ...{ to: `127.0.0.1:${proxy.port}`, mode: 'stop-and-copy', secret, inDoubtTimeoutMs: 20_000 },
+    });
+    const failed = expect(migration.done).rejects.not.toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
+    await granting.reached;
+    // All of it is there, and whoever told it to resume would have two of the guest.
+    expect(fake.microVm?.child.signalCode).toBe(null);
+    await expect.poll(() => fake.microVm?.child.signalCode).toBe('SIGKILL');
+    expect([fake.calls, runs]).toEqual([['PUT /snapshot/load'], false]);
+    proxy.heal();
+    await failed;
+    expect(runs).toBe(true);
+  });
+
+  it('whose claim is not granted is ended, and the guest stays parked', async () => {
+    const { ticket } = await parked();
+    const fake = await firecracker('a');
+    const host = hostOf(fake);
+    const controller = new AbortController();
+    const load = async (...args: Parameters<FirecrackerHost['load']>) => {
+      await host.load(...args);
+      controller.abort();
+    };
+    const accept = microVmArrivals({ ...host, load });
+    await expect(unpark(ticket, { secret, accept, signal: controller.signal })).rejects.toMatchObject({
+      code: 'CANCELLED',
+    });
+    expect(await fake.microVm?.exit).toMatchObject({ signal: 'SIGKILL' });
+    const second = await firecracker('b');
+    await using unparked = await unpark(ticket, { secret, accept: microVmArrivals(hostOf(second)) });
+    await unparked.complete;
+    await right(second);
   });
 
   it('that does not resume after GRANT is reported so', async () => {
