@@ -12,6 +12,7 @@ import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import { ignoreSharedRam, loadDeviceState, restoreSettings, type Settings } from './device-state.js';
+import { endQemu } from './end.js';
 import { runState } from './inspect.js';
 import type { Qmp, QmpEvent } from './qmp.js';
 import { decodeState, descriptionSchema, qemuModule } from './state.js';
@@ -30,9 +31,8 @@ export interface QemuArrivalOptions extends QemuSockets {
 const contTimeoutMs = 10_000;
 const firstPauseMs = 50;
 const longestPauseMs = 1_000;
-/** To end by itself, and then to be gone after SIGKILL. */
+/** To end by itself, before SIGKILL. */
 const quitTimeoutMs = 3_000;
-const killTimeoutMs = 5_000;
 
 /** What QEMU itself discards (a balloon) is told, and reads as zeros from then on. Or none of it. */
 const attaching = { features: [1n << 3n, 0n], discards: true };
@@ -196,19 +196,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
   /** Its memory is half filled, and what was missing may be poisoned: such a QEMU is of no use, and must never run. */
   async abandon(): Promise<void> {
     this.#phase = 'over';
-    const { qmp, process: owner } = this.attachment;
-    await qmp.execute('quit', {}, { timeoutMs: quitTimeoutMs }).catch(() => {}); // it may have ended by itself
-    for (const until = performance.now() + quitTimeoutMs; owner.alive() && performance.now() < until; ) {
-      await sleep(10);
-    }
-    owner.end();
-    for (const until = performance.now() + killTimeoutMs; owner.alive(); await sleep(10)) {
-      if (performance.now() < until) continue;
-      this.#warn(
-        memferryError('SYSTEM', `QEMU (process ${owner.pid}) does not end; its guest must never run`),
-      );
-      break;
-    }
+    await endQemu(this.attachment, quitTimeoutMs).catch((error) => this.#warn(error));
     await this.attachment.close();
   }
 

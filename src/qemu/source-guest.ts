@@ -8,7 +8,7 @@
 import { EventEmitter } from 'node:events';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
-import { untilAborted, within } from '../protocol/bounded.js';
+import { untilAborted } from '../protocol/bounded.js';
 import { tellListeners } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
@@ -18,6 +18,7 @@ import {
   saveDeviceState,
   stopMigrating,
 } from './device-state.js';
+import { endQemu } from './end.js';
 import { inspect, requireTrackableDisks, runState } from './inspect.js';
 import type { Qmp, QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
@@ -215,18 +216,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
 
   async release(): Promise<void> {
     if (this.#options.afterwards === 'stay') return;
-    const { qmp } = this.#attachment;
-    await qmp.execute('quit').catch(() => {}); // it may be gone before it has answered, or for long
-    await within(qmp.closed, quitTimeoutMs, 'SYSTEM', 'QEMU does not end').catch(() =>
-      tellListeners(
-        this,
-        'warning',
-        memferryError(
-          'SYSTEM',
-          `QEMU (process ${this.pid}) was told to quit and has not ended; it is stopped, and must never go on`,
-        ),
-      ),
-    );
+    await endQemu(this.#attachment, quitTimeoutMs).catch((error) => tellListeners(this, 'warning', error));
   }
 
   /** Lets go of QEMU, which goes on as it is: running, if the migration has failed. */

@@ -61,13 +61,15 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
   const statusOf = async (qemu: { other: string }) =>
     ((await ask(qemu, 'query-status')) as { status: string }).status;
 
-  /** In front of a QMP socket; `meet` sees each command first, and answers it itself where it gives true. */
+  /** In front of a QMP socket; `meet` sees each command first, and answers it itself where it gives true. `admits`: others. */
   async function qmpProxy(
     path: string,
     meet: (command: string, id: number, client: Socket) => boolean = () => false,
+    admits = () => true,
   ): Promise<string> {
     const at = join(folder(), 'qmp');
     const server = createServer((client) => {
+      if (!admits()) return void client.destroy();
       const qemu = createConnection(path);
       for (const [one, other] of [
         [client, qemu],
@@ -130,6 +132,7 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
   async function journey(
     options: Partial<QemuArrivalOptions> = {},
     inFront = async (qmp: string): Promise<string> => qmp,
+    inFrontHere = async (qmp: string): Promise<string> => qmp,
   ) {
     const [here, there] = await Promise.all([machine(), machine({ incoming: true })]);
     const destination = new QemuDestination({
@@ -143,7 +146,7 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
       () => listening.close(),
     );
     const proxy = await TcpProxy.start(listening.port);
-    const guest = await QemuGuest.attach({ qmp: here.qmp, shim: here.shim });
+    const guest = await QemuGuest.attach({ qmp: await inFrontHere(here.qmp), shim: here.shim });
     open.push(() => guest.close());
     const go = async (): Promise<{ report: Promise<ArrivalReport>; done: Promise<unknown> }> => {
       const migration = migrate(guest, { to: `127.0.0.1:${proxy.port}`, mode: 'stop-and-copy', secret });
@@ -170,6 +173,45 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
     await there.ended;
     await expect(done).rejects.toMatchObject(busy);
     await expect.poll(() => statusOf(here), { timeout: 5000 }).toBe('running');
+  });
+
+  describe('GRANT, and the QMP connection to the QEMU that it left ends', () => {
+    test('as it is told to quit: it is told over another one', async () => {
+      let turns = 0;
+      const { here, go } = await journey({}, undefined, (qmp) =>
+        qmpProxy(qmp, (command, _, client) => {
+          if (command !== 'quit' || ++turns > 1) return false;
+          client.destroy();
+          return true;
+        }),
+      );
+      const { done } = await go();
+      await done;
+      expect([await here.ended, turns]).toEqual([0, 2]);
+    });
+
+    test('and there is no other: it is killed, since its guest must never go on', async () => {
+      const clients = new Set<Socket>();
+      let alone = false;
+      const { here, proxy, go } = await journey({}, undefined, (qmp) =>
+        qmpProxy(
+          qmp,
+          (_command, _id, client) => {
+            clients.add(client);
+            return false;
+          },
+          () => !alone,
+        ),
+      );
+      const granting = proxy.at({ on: 'control', direction: 'up', name: 'grant' }, 'hold');
+      const { done } = await go();
+      await granting.reached;
+      alone = true;
+      for (const client of clients) client.destroy();
+      granting.release();
+      await done;
+      expect(await here.ended).toBe('SIGKILL');
+    });
   });
 
   describe('GRANT, and QEMU does not let it run', () => {
