@@ -78,7 +78,7 @@ export interface GuestOffer {
  * What a region starts from, so that only what differs has to come: a raw image file (its byte n is the region's byte
  * n), another region of this process, the region's own content (a guest that comes back to memory that it left), or
  * whatever a function of the owner's writes into it. It need not be right, nor as long as the region: every page is
- * confirmed by hash, and what is not confirmed is never read.
+ * confirmed by hash, and what is not confirmed is never read. `unpark` takes image files alone.
  */
 export type RegionBase =
   | { path: string; offsetBytes?: number }

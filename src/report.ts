@@ -205,8 +205,11 @@ export interface ArrivalReport {
   /** Scatter modes: pages that were fetched from VMD servers. */
   pagesGathered: number;
   intermediaries: Intermediary[];
-  /** Pages that were here already, and confirmed by the source. */
+  /** Pages that were here already, and confirmed by the source, or (`unpark`) by the VMD servers; and their bytes. */
   pagesFromBase: number;
+  bytesFromBase: number;
+  /** `unpark`: what could not be done with its base, or null. Of a migration the source's report has it. */
+  baseProblem: string | null;
   /** Came as references to what was here already (`ListenOptions.dedup`). */
   pagesKnown: number;
 }

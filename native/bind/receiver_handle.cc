@@ -39,6 +39,16 @@ ReceiverConfig config_of(const Napi::Object& config) {
     }
     out.base_key = fixed_bytes_of<sizeof(KeyedHashKey)>(config.Get("baseKey"), "baseKey");
   }
+  if (config.Has("baseImages")) {
+    const Napi::Array images = array_of(config.Get("baseImages"), "baseImages");
+    for (std::uint32_t i = 0; i < images.Length(); ++i) {
+      BaseImage& image = out.base_images.emplace_back();
+      if (images.Get(i).IsNull()) continue;
+      const Napi::Object given = object_of(images.Get(i), "baseImages");
+      image.path = text_of(given.Get("path"), "baseImages");
+      image.offset_bytes = count_of(given.Get("offsetBytes"), "baseImages");
+    }
+  }
   if (const Napi::Value known = config.Get("known"); known.IsObject()) {
     const Napi::Object of = known.As<Napi::Object>();
     const std::string share = of.Get("share").IsString() ? text_of(of.Get("share"), "share") : std::string();
@@ -71,6 +81,9 @@ Napi::Object stats_object(Napi::Env env, const ReceiverStats& stats) {
   object.Set("pagesKnown", number(env, stats.pages_known));
   object.Set("pagesUnresolved", number(env, stats.pages_unresolved));
   object.Set("baseHashUs", number(env, stats.base_hash_us));
+  object.Set("baseProblem", stats.base_problem.empty()
+                                ? env.Null()
+                                : Napi::Value(Napi::String::New(env, stats.base_problem)));
   object.Set("servers", server_stats(env, stats.servers));
   return object;
 }

@@ -1,7 +1,6 @@
 #include "bind/region_image.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "bind/region_digest.h"
+#include "os/regular_file.h"
 #include "os/sys_error.h"
 #include "os/unique_fd.h"
 #include "page/racy_read.h"
@@ -24,16 +24,6 @@ constexpr std::uint64_t kPieceBytes = 256 * 1024;
 void check(const Region& region, PageRun run) {
   if (!wire::run_inside(run.first.value, run.count, region.pages()))
     throw std::out_of_range("pages outside the region");
-}
-
-UniqueFd open_regular(const std::string& path, int flags) {
-  // Not to be blocked by a fifo, nor led elsewhere by a link; what is no regular file is refused.
-  UniqueFd file(::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW));
-  if (file.get() < 0) throw_errno("open");
-  struct stat status {};
-  if (::fstat(file.get(), &status) != 0) throw_errno("fstat");
-  if (!S_ISREG(status.st_mode)) throw SystemError("open: not a regular file", EINVAL);
-  return file;
 }
 
 // Visits the run in pieces that are contiguous in memory, until visit gives false.

@@ -78,6 +78,7 @@ struct Stage::Impl {
   };
   struct Session {
     std::array<Role, wire::kStageRoles> roles;
+    std::optional<wire::TreeKey> hash_key;
   };
   // An image or a membership: of a member the first two are nullptr.
   struct Held {
@@ -163,9 +164,10 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   if (!wire::accept_connection(fd.get())) return wire::HelloStatus::kRefused;
   if (former) former->interrupt();
   try {
-    StageConnection::Place place{common,        found->image,   found->chains,
-                                 found->member, session_number, static_cast<wire::StageRole>(hello.channel),
-                                 hello.epoch};
+    StageConnection::Place place{common,         found->image,
+                                 found->chains,  found->member,
+                                 session_number, static_cast<wire::StageRole>(hello.channel),
+                                 hello.epoch,    session->second.hash_key};
     auto connection = StageConnection::start(std::move(place), std::move(fd), std::move(former));
     role->connection = connection;
     found->connections.push_back(std::move(connection));
@@ -245,6 +247,9 @@ bool Stage::add_session(const ImageId& image, std::uint16_t session, unsigned ro
     throw std::invalid_argument("tokens of a session: " + std::to_string(tokens.size()));
   }
   Impl::Session made;
+  // A member's are shown.
+  if (roles != 1U << static_cast<unsigned>(wire::StageRole::kPopular))
+    made.hash_key = wire::stage_hash_key(tokens);
   for (std::size_t role = 0; role < wire::kStageRoles; ++role) {
     if ((roles >> role & 1U) == 0) continue;
     made.roles[role].tokens.reserve(attempts);

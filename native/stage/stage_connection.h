@@ -4,8 +4,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "page/keyed_hash.h"
 #include "stage/stage_chain.h"
 #include "stage/stage_impl.h"
 #include "wire/run_compressor.h"
@@ -93,6 +95,7 @@ class ReadingConnection final : public StageConnection {
  private:
   bool on_read(const wire::FrameHeader& header);
   bool on_map_request(const wire::FrameHeader& header);
+  bool on_hash_request(const wire::FrameHeader& header);  // stage_hashes.cc
 
   void note_gap();
   std::span<const std::byte> together(std::span<const Slab::Slot> slots, CodecSeats::Equipment& with) const;
@@ -107,6 +110,8 @@ class ReadingConnection final : public StageConnection {
   std::vector<Slab::Slot> packed_slots_;  // of answers that are packed, until they are sent
   std::vector<wire::FrameHeader> headers_;
   std::vector<iovec> buffers_;
+  std::optional<KeyedHasher> hasher_;  // once hashes are asked for
+  std::vector<wire::TreeHash> page_hashes_;
 };
 
 // kProbe: a source asks what is held already, and tells what is by now. stage_prober.cc.

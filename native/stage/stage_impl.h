@@ -64,7 +64,8 @@ class StageConnection {
     std::shared_ptr<const Member> member{};
     std::uint16_t session = 0;
     wire::StageRole role = wire::StageRole::kScatter;
-    std::uint32_t epoch = 0;  // as its hello says
+    std::uint32_t epoch = 0;                  // as its hello says
+    std::optional<wire::TreeKey> hash_key{};  // of the session
   };
   // The right kind for the role. The thread first waits for the connection that this one replaces: frames of the two
   // must not mix.

@@ -40,6 +40,9 @@ void ReadingConnection::serve() {
       case wire::FrameType::kMapRequest:
         going_on = on_map_request(header);
         break;
+      case wire::FrameType::kHashRequest:
+        going_on = on_hash_request(header);
+        break;
       default:  // kGoodbye among them
         break;
     }

@@ -41,11 +41,15 @@ Gather::Gather(Config config, std::vector<ArrivalMap*> maps, Receiver receiver)
     server->demand = std::make_unique<GatherLink>(*this, *server, wire::StageRole::kDemand);
     servers_.push_back(std::move(server));
   }
+  const auto given = [](const BaseImage& image) { return !image.path.empty(); };
+  if (std::any_of(config_.base.begin(), config_.base.end(), given))
+    base_ = std::make_unique<GatherBase>(*this, config_.base);
 }
 
 Gather::~Gather() { close(); }
 
 void Gather::start() {
+  if (base_) base_->start();
   for (const auto& server : servers_) {
     server->demand->start();
     server->ahead->start();
@@ -72,6 +76,11 @@ std::uint8_t Gather::chosen(PageNumber page, Holders holders) const {
 
 void Gather::assign(std::uint32_t region, PageNumber page) {
   if (maps_[region]->received.test(page)) return;
+  if (base_) {
+    // Whoever lets go of it looks for its place afterwards: one of the two sees the other.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (base_->holds(region, page)) return;
+  }
   for (;;) {
     const std::uint8_t to = chosen(page, where_[region]->holders(page));
     if (to == Holders::kNobody) return;
@@ -80,6 +89,15 @@ void Gather::assign(std::uint32_t region, PageNumber page) {
     std::atomic_thread_fence(std::memory_order_seq_cst);
     if (!servers_[to]->failed) return;
   }
+}
+
+void Gather::follow_faults(GatherCursor& cursor) const {
+  const std::uint64_t moves = cursor_moves_.load(std::memory_order_relaxed);
+  if (moves == cursor.seen_moves) return;
+  cursor.seen_moves = moves;
+  const std::uint64_t at = cursor_.load(std::memory_order_relaxed);
+  cursor.region = static_cast<std::uint32_t>((at >> kCursorShift) % maps_.size());
+  cursor.page = PageNumber{at & ((1ULL << kCursorShift) - 1)};
 }
 
 bool Gather::request(std::uint32_t region, PageRun run) {
@@ -228,6 +246,7 @@ void Gather::link_down(Server& server, wire::StageRole role) {
     server.connected[static_cast<std::size_t>(role)] = false;
     server.up = false;
   }
+  if (base_) base_->drop(server.ordinal);
   reassign_all(server);
   for (const auto& other : servers_) other->ahead->wake();
   if (role == wire::StageRole::kDemand) receiver_.ask_again();
@@ -254,6 +273,7 @@ void Gather::fail(Server& server, const std::string& why) {
   }
   server.ahead->shut_down();
   server.demand->shut_down();
+  if (base_) base_->drop(server.ordinal);
   reassign_all(server);
   for (const auto& other : servers_) other->ahead->wake();
   receiver_.ask_again();
@@ -283,11 +303,19 @@ std::uint64_t Gather::memory_bytes() const {
     bytes += of(asked_twice_);
     for (const auto& server : servers_) bytes += of(server->denied);
   }
+  if (base_) bytes += base_->stats().memory_bytes;
   return bytes + servers_.size() * 2 * wire::max_payload(config_.page_size);
 }
 
+void Gather::look_after_base() {
+  if (base_) base_->look_after();
+}
+
+GatherBase::Stats Gather::base_stats() const { return base_ ? base_->stats() : GatherBase::Stats{}; }
+
 void Gather::shut_down() {
   closing_ = true;
+  if (base_) base_->shut_down();
   for (const auto& server : servers_) {
     server->ahead->shut_down();
     server->demand->shut_down();
@@ -300,6 +328,7 @@ void Gather::close() {
     server->ahead->stop();
     server->demand->stop();
   }
+  if (base_) base_->close();
 }
 
 }  // namespace memferry

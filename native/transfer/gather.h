@@ -26,6 +26,7 @@
 #include "fault/demand_writer.h"
 #include "fault/location_map.h"
 #include "transfer/events.h"
+#include "transfer/gather_base.h"
 #include "transfer/stage_server_address.h"
 #include "wire/bandwidth_cap.h"
 
@@ -46,6 +47,7 @@ class Gather {
     std::uint64_t limit = 0;  // bytes/s of what is fetched ahead; 0: none
     bool sourceless = false;
     std::uint16_t compressions = 0;  // what servers may pack answers to reading ahead with
+    std::vector<BaseImage> base;     // sourceless only: what is the same there is not fetched; one a region
   };
   // All called without a lock of this class, from any of its threads.
   struct Receiver {
@@ -54,6 +56,10 @@ class Gather {
                        std::span<const std::uint64_t> hashes)>
         pages;
     std::function<void(std::uint32_t region, PageRun run)> zeros;
+    // As `pages`, from the base.
+    std::function<void(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                       std::span<const std::uint64_t> hashes)>
+        from_base;
     // A location became known, a server came up, went down or failed: faults that wait may be asked for now.
     std::function<void()> changed;
     // What was asked for on demand may not come from where it was asked: it is to be asked for again.
@@ -120,12 +126,15 @@ class Gather {
   };
   [[nodiscard]] std::vector<ServerStats> stats() const;
   [[nodiscard]] std::uint64_t memory_bytes() const;
+  void look_after_base();
+  [[nodiscard]] GatherBase::Stats base_stats() const;
 
   // Wakes and ends everything; close() also joins.
   void shut_down();
   void close();
 
  private:
+  friend class GatherBase;
   friend class GatherLink;
   struct Server {
     const StageServer* address = nullptr;
@@ -140,6 +149,7 @@ class Gather {
     std::atomic<std::uint64_t> pages{0};
     std::atomic<std::uint64_t> bytes{0};
     std::atomic<unsigned> wrong{0};
+    std::atomic<bool> told_hashes{false};   // it has answered what its pages are
     std::atomic<Clock::rep> late_until{0};  // asked for nothing that the source has until then
     Clock::duration answers_within{};       // on average, to whoever waits; the demand link's
     // Guarded by mutex_:
@@ -152,6 +162,7 @@ class Gather {
   // Who is to be asked for it ahead of time; kNobody when all its holders have failed.
   [[nodiscard]] std::uint8_t chosen(PageNumber page, wire::Holders holders) const;
   void assign(std::uint32_t region, PageNumber page);
+  void follow_faults(GatherCursor& cursor) const;
   [[nodiscard]] wire::Holders told_by_server(std::uint32_t region, PageNumber page, wire::Holders told,
                                              wire::Holders holders, std::uint64_t hash);
   void deny(Server& server, std::uint32_t region, PageNumber page);
@@ -182,6 +193,7 @@ class Gather {
   const Receiver receiver_;
   std::vector<std::unique_ptr<LocationMap>> where_;
   std::vector<std::unique_ptr<AtomicBitmap>> elsewhere_;
+  std::unique_ptr<GatherBase> base_;  // where there is one; outlives the links, which have checks of it
   std::vector<std::unique_ptr<Server>> servers_;
   wire::BandwidthCap limit_;
   std::atomic<std::uint64_t> cursor_{0};  // region << 48 | page: behind the last fault

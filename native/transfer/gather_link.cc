@@ -89,7 +89,7 @@ std::optional<std::chrono::microseconds> GatherLink::round_trip() const {
 bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
   const std::lock_guard lock(mutex_);
   return std::any_of(reads_.begin(), reads_.end(), [&](const Read& read) {
-    return read.region == region && page.value >= read.run.first.value + read.covered &&
+    return !read.check && read.region == region && page.value >= read.run.first.value + read.covered &&
            page < read.run.end();
   });
 }
@@ -97,7 +97,7 @@ bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
 // With the mutex held; it is sent before that is let go, or by the only thread that reads the answers.
 wire::FrameHeader GatherLink::note_read(std::uint32_t region, PageRun run) {
   run.count = std::min(run.count, wire::max_run_pages(gather_.config_.page_size));
-  Read read{next_id_++, region, run, 0, {}, Clock::now()};
+  Read read{next_id_++, region, run, 0, {}, Clock::now(), nullptr};
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
     read.expected.push_back(gather_.where_[region]->hash(page));
   }
@@ -108,6 +108,18 @@ wire::FrameHeader GatherLink::note_read(std::uint32_t region, PageRun run) {
   reads_.push_back(std::move(read));
   if (ahead_) gather_.reading_ahead_.fetch_add(1, std::memory_order_relaxed);
   return header;
+}
+
+// With the mutex held; appended to asking_.
+void GatherLink::note_check(std::unique_ptr<GatherBase::Check> check) {
+  Read read{next_id_++, check->region, check->run, 0, {}, Clock::now(), nullptr};
+  wire::FrameHeader header = wire::make_header(wire::FrameType::kHashRequest, read.region, read.run, read.id);
+  wire::seal(header);
+  asking_.push_back(header);
+  if (reads_.empty()) silent_since_ = read.asked;
+  read.check = std::move(check);
+  reads_.push_back(std::move(read));
+  gather_.reading_ahead_.fetch_add(1, std::memory_order_relaxed);
 }
 
 void GatherLink::main(WorkerThread& self) {
@@ -121,6 +133,7 @@ void GatherLink::main(WorkerThread& self) {
       run_once(self, stream, why, for_good, backoff);
     } catch (const std::exception& error) {
       // No memory for a page, no descriptor: this server's part of the guest, not the process.
+      give_back_reads();
       gather_.fail(server_, "server " + server_.address->name + ": " + error.what());
       break;
     }
@@ -182,7 +195,12 @@ void GatherLink::give_back_reads() {
   map_under_way_ = false;
   if (!ahead_) return;
   gather_.reading_ahead_.fetch_sub(static_cast<unsigned>(reads.size()), std::memory_order_relaxed);
+  const bool checking =
+      std::any_of(reads.begin(), reads.end(), [](const Read& read) { return !!read.check; });
+  // One that knows no such questions ends the connection at the first.
+  if (checking && !server_.told_hashes && !gather_.closing_) gather_.base_->refused(server_.ordinal);
   for (const Read& read : reads) {
+    if (read.check) continue;  // lets go of its pages as it goes
     for (PageNumber page = read.run.first; page < read.run.end(); ++page.value)
       gather_.assign(read.region, page);
   }
@@ -267,9 +285,13 @@ void GatherLink::choose_ahead() {
     const std::uint64_t page_size = gather_.config_.page_size;
     const bool lately = gather_.receiver_.strayed_lately();
     std::uint64_t outstanding = 0;
+    std::size_t checks = 0;
     {
       const std::lock_guard lock(mutex_);
-      for (const Read& read : reads_) outstanding += (read.run.count - read.covered) * page_size;
+      for (const Read& read : reads_) {
+        outstanding += (read.run.count - read.covered) * (read.check ? sizeof(wire::TreeHash) : page_size);
+        checks += read.check ? 1 : 0;
+      }
     }
     // While the map is under way nothing else is asked: its answer would only lengthen the wait.
     if (map_under_way_ || outstanding >= (asking_.empty() ? kWindowBytes / 2 : kWindowBytes)) return;
@@ -281,6 +303,14 @@ void GatherLink::choose_ahead() {
     if (sparing &&
         Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
       return;
+    }
+    // They take next to nothing of the link.
+    if (gather_.base_ && checks < GatherBase::kChecksAtOnce) {
+      if (auto check = gather_.base_->next(server_.ordinal)) {
+        const std::lock_guard lock(mutex_);
+        note_check(std::move(check));
+        continue;
+      }
     }
     // Not slept through: the map and whoever waits for what it says must not wait for a limit on reading ahead.
     if (const auto delay = gather_.limit_.delay(); delay > wire::Duration::zero()) {
@@ -300,30 +330,24 @@ void GatherLink::choose_ahead() {
 // From where the last fault was, or else from where this link was, on and around.
 bool GatherLink::next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run) {
   const auto regions = static_cast<std::uint32_t>(gather_.maps_.size());
-  if (const std::uint64_t moves = gather_.cursor_moves_.load(std::memory_order_relaxed);
-      moves != seen_moves_) {
-    seen_moves_ = moves;
-    const std::uint64_t cursor = gather_.cursor_.load(std::memory_order_relaxed);
-    at_region_ = static_cast<std::uint32_t>(cursor >> 48) % regions;
-    at_page_ = PageNumber{cursor & ((1ULL << 48) - 1)};
-  }
+  gather_.follow_faults(at_);
   for (std::uint32_t step = 0; step <= regions;) {
-    ArrivalMap& map = *gather_.maps_[at_region_];
-    const auto taken = server_.todo[at_region_]->take_run(at_page_, PageNumber{map.pages()}, max_pages);
+    ArrivalMap& map = *gather_.maps_[at_.region];
+    const auto taken = server_.todo[at_.region]->take_run(at_.page, PageNumber{map.pages()}, max_pages);
     if (!taken) {
-      at_region_ = (at_region_ + 1) % regions;
-      at_page_ = PageNumber{0};
+      at_.region = (at_.region + 1) % regions;
+      at_.page = PageNumber{0};
       ++step;
       continue;
     }
-    at_page_ = taken->end();
+    at_.page = taken->end();
     // What has come by another way since is left out at both ends.
     PageRun left = *taken;
     while (left.count > 0 && map.received.test(left.first))
       left = {PageNumber{left.first.value + 1}, left.count - 1};
     while (left.count > 0 && map.received.test(PageNumber{left.end().value - 1})) --left.count;
     if (left.count == 0) continue;
-    region = at_region_;
+    region = at_.region;
     run = left;
     return true;
   }
@@ -340,6 +364,7 @@ std::string GatherLink::read_frame(wire::Stream& stream) {
     case wire::FrameType::kPages:
     case wire::FrameType::kZero:
     case wire::FrameType::kAbsent:
+    case wire::FrameType::kHashes:
       return on_answer(stream, header);
     case wire::FrameType::kMap:
     case wire::FrameType::kMapEnd:
@@ -373,6 +398,7 @@ std::string GatherLink::read(wire::Stream& stream, std::span<std::byte> into) {
 std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader& header) {
   const PageRun run{PageNumber{header.first_page}, header.page_count};
   std::uint32_t region = 0;
+  GatherBase::Check* check = nullptr;  // this thread alone takes reads away
   {
     const std::lock_guard lock(mutex_);
     if (reads_.empty()) return "an answer to nothing";
@@ -383,13 +409,23 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
       return "an answer to another question";
     }
     region = read.region;
-    expected_.assign(read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered),
-                     read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered + run.count));
+    check = read.check.get();
+    if (check == nullptr) {
+      expected_.assign(read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered),
+                       read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered + run.count));
+    }
   }
+  const auto type = static_cast<wire::FrameType>(header.type);
+  if (type == (check != nullptr ? wire::FrameType::kPages : wire::FrameType::kHashes))
+    return "an answer to another question";
   payload_.resize(header.payload_bytes);
   if (std::string cut = read(stream, payload_); !cut.empty()) return cut;
-  const auto type = static_cast<wire::FrameType>(header.type);
-  if (type == wire::FrameType::kPages) {
+  if (check != nullptr) {
+    if (wire::payload_checksum(header, payload_) != header.checksum) return "a wrong checksum";
+    server_.told_hashes = true;
+    // Of what it does not have, it says so again when it is asked for the page.
+    if (type == wire::FrameType::kHashes) gather_.base_->answered(*check, run.first, payload_);
+  } else if (type == wire::FrameType::kPages) {
     if (std::string wrong = on_pages(header); !wrong.empty()) return wrong;
     if (!ahead_) gather_.limit_.debit(header.payload_bytes);
     gather_.came(server_, region, run, decoded_, hashes_, expected_);
@@ -399,6 +435,7 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
     gather_.not_held(server_.ordinal, region, run, expected_);
   }
   Clock::duration took{};
+  std::unique_ptr<GatherBase::Check> checked;
   {
     const std::lock_guard lock(mutex_);
     if (reads_.empty()) return {};
@@ -406,8 +443,10 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
     read.covered += run.count;
     if (read.covered < read.run.count) return {};
     took = Clock::now() - read.asked;
+    checked = std::move(read.check);
     reads_.pop_front();
   }
+  if (checked) gather_.base_->finish(std::move(checked));
   if (!ahead_) {
     gather_.answered_demand(server_, took);
     return {};

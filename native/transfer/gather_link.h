@@ -73,6 +73,7 @@ class GatherLink {
     std::uint64_t covered = 0;            // pages of it that were answered
     std::vector<std::uint64_t> expected;  // the pages' hashes when it was asked
     Clock::time_point asked;
+    std::unique_ptr<GatherBase::Check> check;  // not pages: what they are, for the base
   };
   void main(WorkerThread& self);
   void run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& stream, std::string& why, bool& for_good,
@@ -82,6 +83,7 @@ class GatherLink {
   bool ask_ahead(wire::Stream& stream, std::string& why);
   void choose_ahead();
   wire::FrameHeader note_read(std::uint32_t region, PageRun run);
+  void note_check(std::unique_ptr<GatherBase::Check> check);
   std::string read_frame(wire::Stream& stream);
   // Waits until frame_due_, to which it adds the time for so many bytes.
   std::string read(wire::Stream& stream, std::span<std::byte> into);
@@ -108,9 +110,7 @@ class GatherLink {
   std::vector<std::uint64_t> hashes_;
   std::vector<std::uint64_t> expected_;
   std::vector<wire::FrameHeader> asking_;  // noted, and to be sent
-  std::uint32_t at_region_ = 0;
-  PageNumber at_page_{0};
-  std::uint64_t seen_moves_ = 0;
+  GatherCursor at_;
   RunDelay run_delay_;
   Clock::time_point limited_until_{};  // nothing is read ahead until then: gatherLimit
   bool map_under_way_ = false;

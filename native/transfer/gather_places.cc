@@ -128,6 +128,7 @@ void Gather::map_done(Server& server, Clock::time_point asked) {
     const std::lock_guard lock(mutex_);
     server.map_at = asked;
   }
+  if (base_) base_->map_known();
   receiver_.changed();
 }
 

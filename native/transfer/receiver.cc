@@ -45,6 +45,8 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
     maps.push_back(
         std::make_unique<ArrivalMap>(region, config.discard_first && !in_place, config.keep_page_hashes));
   }
+  if (!config.sourceless && !config.base_images.empty())
+    throw std::invalid_argument("images to compare a parked guest with, and it is none");
   if (from_start && !config.bases.empty()) throw std::invalid_argument("a base for paging from the start");
   std::vector<ArrivalMap*> all;
   for (std::size_t i = 0; i < maps.size(); ++i) {
@@ -477,6 +479,7 @@ ReceiverStats Receiver::stats() const {
   stats.pages_missing += impl_->pages_lost;
   if (impl_->gather) {
     stats.servers = impl_->gather->stats();
+    stats.base_problem = impl_->gather->base_stats().problem;
     stats.extra_memory_bytes += impl_->gather->memory_bytes();
   }
   stats.extra_memory_bytes += impl_->channels.size() * payload * (impl_->pager ? 2 : 1);

@@ -57,6 +57,8 @@ struct ReceiverConfig {
   enum class Base : std::uint8_t { kNone, kGiven, kInPlace };
   std::vector<Base> bases;
   KeyedHashKey base_key{};
+  // For a parked guest: what is the same in these files is not gathered. One a region; an empty path for none.
+  std::vector<BaseImage> base_images;
   // Agreed on with the source: it is told what is known here, and may send references. Not with servers.
   std::shared_ptr<KnownPages> known;
   EngineCallback on_event;
@@ -82,6 +84,7 @@ struct ReceiverStats {
   std::vector<Gather::ServerStats> servers;
   std::uint64_t pages_from_base = 0;
   std::uint64_t base_hash_us = 0;  // CPU time
+  std::string base_problem;        // of base_images: why not all of them was compared
   std::uint64_t pages_known = 0;   // came as references, and were here already
   std::uint64_t pages_unresolved = 0;
 };

@@ -32,6 +32,11 @@ void Receiver::Impl::make_gather() {
   Gather::Receiver callbacks;
   callbacks.pages = [this](std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
                            std::span<const std::uint64_t> hashes) { gathered(region, run, bytes, hashes); };
+  ours.base = config.base_images;
+  callbacks.from_base = [this](std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                               std::span<const std::uint64_t> hashes) {
+    from_base(region, run, bytes, hashes);
+  };
   callbacks.zeros = [this](std::uint32_t region, PageRun run) { gathered_zeros(region, run); };
   callbacks.changed = [this] {
     if (pager) pager->ask_again(false);
@@ -106,6 +111,27 @@ void Receiver::Impl::gathered(std::uint32_t region, PageRun run, std::span<const
     if (filled_wanted) check_filled();
     return;
   }
+  install_current(region, run, bytes, hashes, [this](std::uint64_t pages) {
+    pages_received.fetch_add(pages, std::memory_order_relaxed);
+    pages_gathered.fetch_add(pages, std::memory_order_relaxed);
+  });
+}
+
+// As what is gathered, but it was here. There is no filling without a source.
+void Receiver::Impl::from_base(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                               std::span<const std::uint64_t> hashes) {
+  std::unique_lock<std::mutex> filling;
+  if (!storing(filling) || filling.owns_lock()) return;
+  install_current(region, run, bytes, hashes, [this](std::uint64_t pages) {
+    pages_from_base.fetch_add(pages, std::memory_order_relaxed);
+  });
+}
+
+// While paging: those whose hash is what the map says. `count` is told how many were not here yet, before they may
+// complete it.
+void Receiver::Impl::install_current(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                                     std::span<const std::uint64_t> hashes,
+                                     const std::function<void(std::uint64_t)>& count) {
   // Looked at again: it was current when it came, and the switch may have had it discarded since. Nothing is
   // discarded after that.
   ArrivalMap& map = *maps[region];
@@ -126,8 +152,7 @@ void Receiver::Impl::gathered(std::uint32_t region, PageRun run, std::span<const
     const PageRun part{PageNumber{run.first.value + i}, end - i};
     const Pager::Installed installed =
         pager->install(region, part, bytes.subspan(static_cast<std::size_t>(i * page_size)).data());
-    pages_received.fetch_add(installed.pages, std::memory_order_relaxed);
-    pages_gathered.fetch_add(installed.pages, std::memory_order_relaxed);
+    count(installed.pages);
     account(installed.pages);
     i = end;
   }
@@ -199,6 +224,9 @@ void Receiver::Impl::check_filled() {
 // While the source is away: what has a place is gathered, the map is fetched for the rest, and what stays without
 // a place, or has one only with servers that have failed, is lost in the end.
 void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock) {
+  lock.unlock();
+  gather->look_after_base();
+  lock.lock();
   const Clock::time_point now = Clock::now();
   const bool away = source_left || epoch_cut || config.sourceless;
   source_sends = !away;

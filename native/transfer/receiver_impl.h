@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -146,6 +147,11 @@ struct Receiver::Impl {
                      std::span<const std::uint64_t> hashes);
   void gathered(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
                 std::span<const std::uint64_t> hashes);
+  void from_base(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                 std::span<const std::uint64_t> hashes);
+  void install_current(std::uint32_t region, PageRun run, std::span<const std::byte> bytes,
+                       std::span<const std::uint64_t> hashes,
+                       const std::function<void(std::uint64_t)>& count);
   void gathered_zeros(std::uint32_t region, PageRun run);
   void check_filled();
   void look_after_gather_locked(std::unique_lock<std::mutex>& lock);

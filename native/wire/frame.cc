@@ -116,6 +116,16 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
         return "page count of a read out of bounds";
       }
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
+    case FrameType::kHashRequest:
+    case FrameType::kHashes: {
+      if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {
+        return "page count of hashes out of bounds";
+      }
+      const bool request = header.type == static_cast<std::uint16_t>(FrameType::kHashRequest);
+      return header.payload_bytes == (request ? 0 : header.page_count * sizeof(TreeHash))
+                 ? nullptr
+                 : "payload is not one hash a page, or where there must be none";
+    }
     case FrameType::kMap: {
       if (header.page_count == 0) return "empty run of pages";
       const bool bare =

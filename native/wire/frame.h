@@ -3,10 +3,12 @@
 // and never change meaning within a version.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "page/range.h"
@@ -107,6 +109,11 @@ enum class FrameType : std::uint16_t {
       48,  // source to server, server to server: what comes by the server whose ordinal is in `region`, of
            // source connections to it up to the epoch in tag, counts no more: what was not acknowledged on
            // those has gone, or goes, another way, and may be newer
+  kHashRequest =
+      36,  // destination to server, on kGather: as kRead, but only their hashes. The answer is kHashes,
+           // kZero and kAbsent frames with the same tag that cover it, in order.
+  kHashes =
+      37,  // server to destination: one TreeHash a page under the session's stage_hash_key(), of what it holds
   kElsewhere =
       20,  // source to destination, demand channel: it has let go of this page; a kMap says where it is
 
@@ -189,8 +196,22 @@ inline constexpr std::uint64_t kMostNames = 4096;
 using KnownName = std::uint64_t;
 inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 
-// A hash of a page, or of a node's page hashes, under this migration's key.
+// A hash of a page, or of a node's page hashes, under this migration's key (kHashes: under the session's);
+// page/keyed_hash.h.
 using TreeHash = std::array<std::uint8_t, 16>;
+using TreeKey = std::array<std::uint8_t, 64>;
+// Of a session's tokens ([attempt * kStageRoles + role]) the first two for kPopular: both ends have them, and no
+// connection about an image ever shows them. Nothing where there are fewer.
+[[nodiscard]] constexpr std::optional<TreeKey> stage_hash_key(std::span<const Token> tokens) {
+  constexpr std::size_t kFirst = static_cast<std::size_t>(StageRole::kPopular);
+  constexpr std::size_t kSecond = kStageRoles + kFirst;
+  static_assert(sizeof(TreeKey) == 2 * sizeof(Token));
+  if (tokens.size() <= kSecond) return std::nullopt;
+  TreeKey key{};
+  std::copy(tokens[kFirst].begin(), tokens[kFirst].end(), key.begin());
+  std::copy(tokens[kSecond].begin(), tokens[kSecond].end(), key.begin() + sizeof(Token));
+  return key;
+}
 inline constexpr std::uint64_t kTreeNodePages = 256;  // of one node; the last one of a region may have fewer
 inline constexpr std::uint64_t kTreePages = 0;
 inline constexpr std::uint64_t kTreeNodes = 1;

@@ -12,16 +12,20 @@ import {
   addServerFlags,
   describeDedup,
   type GuestFlags,
+  given,
   type ServerFlags,
   serverOptions,
   startGuest,
 } from './leaving-guest.js';
 import { makeOutput } from './output.js';
+import { byteCount } from './parse-values.js';
 import { onInterrupt } from './signals.js';
 import { newTicketFile, writeTicket } from './ticket.js';
 
 interface ParkFlags extends GuestFlags, ServerFlags {
   ticket: string;
+  keepStaleCopy?: string;
+  staleBytes?: number;
 }
 
 export function addPark(program: Command): void {
@@ -33,7 +37,12 @@ export function addPark(program: Command): void {
     .requiredOption(
       '--ticket <file>',
       'where to write what claims it again; made with mode 0600, never overwritten',
-    );
+    )
+    .option(
+      '--keep-stale-copy <directory>',
+      'keep what the guest was when it left, for `unpark --base` on this host',
+    )
+    .option('--stale-bytes <bytes>', 'keep no larger guest (default 64Gi)', byteCount);
   addServerFlags(addGuestFlags(command)).action(parkGuest);
 }
 
@@ -50,8 +59,10 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
     guest.once('departed', () => {
       left = true;
     });
+    const { keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
     report = await park(guest, {
       signal,
+      ...given({ keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes } }),
       ...serverOptions(flags),
       // Before the commit: also a park that nobody heard the end of can be claimed.
       onTicket: (ticket) => writeTicket(file, flags.ticket, ticket),

@@ -84,9 +84,17 @@ export function namedModule(text: string): NamedModule {
 }
 
 export function namedModules(text: string, before: NamedModule[] | undefined): NamedModule[] {
-  const one = namedModule(text);
+  return oneMore('modules', namedModule(text), before);
+}
+
+/** `REGION=FILE`: the image of a region. */
+export function regionImages(text: string, before: NamedModule[] | undefined): NamedModule[] {
+  return oneMore('images', namedModule(text), before);
+}
+
+function oneMore(what: string, one: NamedModule, before: NamedModule[] | undefined): NamedModule[] {
   if (before?.some(({ name }) => name === one.name)) {
-    throw new InvalidArgumentError(`there are two modules named ${one.name}.`);
+    throw new InvalidArgumentError(`there are two ${what} named ${one.name}.`);
   }
   return [...(before ?? []), one];
 }

@@ -4,12 +4,14 @@ import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { unpark } from '../destination/unpark.js';
 import { deferred } from '../protocol/deferred.js';
+import { memferryError } from '../errors.js';
+import type { UnparkOptions } from '../options.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
-import { byteCount, type NamedModule, namedModules } from './parse-values.js';
+import { byteCount, type NamedModule, namedModules, regionImages } from './parse-values.js';
 import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { ticketFrom } from './ticket.js';
@@ -18,6 +20,9 @@ interface UnparkFlags extends ConnectionFlags {
   ticket: string;
   module: NamedModule[];
   gatherLimit?: number;
+  base?: string;
+  baseForAny?: boolean;
+  baseImage?: NamedModule[];
   rollback?: boolean;
   once?: boolean;
   json?: boolean;
@@ -34,13 +39,37 @@ export function addUnpark(program: Command): void {
       namedModules,
     )
     .option('--gather-limit <bytes/s>', 'fetched ahead of the guest at most', byteCount)
+    .option(
+      '--base <directory>',
+      'what was kept there of the guest when it left this host: what is the same is not fetched',
+    )
+    .option('--base-for-any', 'also what was kept of another guest of that name and module')
+    .option(
+      '--base-image <region=file>',
+      'a raw image that is like that region of the guest (repeatable); instead of --base',
+      regionImages,
+    )
     .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
     .option('--once', 'end when every page is here, and the guest with it')
     .option('--json', 'one JSON object a line');
   addConnectionFlags(command).action(unparkGuest);
 }
 
+/** @throws INVALID_ARGUMENT */
+export function baseOption(flags: UnparkFlags): Pick<UnparkOptions, 'base'> {
+  const { base, baseForAny, baseImage } = flags;
+  const wrong = (why: string) => memferryError('INVALID_ARGUMENT', why);
+  if (base !== undefined && baseImage) throw wrong('--base-image: instead of --base, not with it');
+  if (baseForAny && base === undefined) throw wrong('--base-for-any: of what --base names');
+  if (base?.startsWith('vmd:'))
+    throw wrong('--base: a directory; what is in the VMD is no nearer than the guest');
+  if (base !== undefined) return { base: { directory: base, anySource: baseForAny === true } };
+  if (!baseImage) return {};
+  return { base: { images: Object.fromEntries(baseImage.map(({ name, path }) => [name, path])) } };
+}
+
 async function unparkGuest(flags: UnparkFlags): Promise<void> {
+  const base = baseOption(flags);
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   let here: WorkerGuest | null = null;
@@ -49,6 +78,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   await using unparked = await unpark(ticket, {
     ...connectionOptions(flags),
     signal: interruption.signal,
+    ...base,
     rollback: flags.rollback === true,
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     accept: workerGuests({
@@ -71,7 +101,8 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
     const report = await reportOrRest(unparked, output, stopped, rest);
     output.result(
       `guest ${name} is complete: gathered in ${figure(report.gatherMs)} ms, ` +
-        `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults`,
+        `${mebibytes(report.heapBytes)} MiB, ${report.remoteFaults.count} remote faults` +
+        (report.pagesFromBase > 0 ? `, ${report.pagesFromBase} pages were here already` : ''),
       { type: 'report', ...report },
     );
     if (!flags.once) await stopped;

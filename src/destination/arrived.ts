@@ -1,4 +1,5 @@
 /** What every guest that arrives comes to, whether a source sent it or it was parked: its report, and its losses. */
+import { loadAddon } from '../addon.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest } from '../guest.js';
 import type { NativeReceiverStats, NativeRun } from '../native.js';
@@ -12,7 +13,7 @@ export function arrivalReport(
   told: Pick<
     ArrivalReport,
     'migrationId' | 'guest' | 'notRunning' | 'verified' | 'prepareMs' | 'gatherMs' | 'intermediaries'
-  >,
+  > & { baseProblem?: string | null },
   regions: readonly Region[],
   stats: NativeReceiverStats,
 ): ArrivalReport {
@@ -26,6 +27,8 @@ export function arrivalReport(
     extraMemoryBytes: stats.extraMemoryBytes,
     pagesGathered: stats.pagesGathered,
     pagesFromBase: stats.pagesFromBase,
+    bytesFromBase: stats.pagesFromBase * loadAddon().pageSize,
+    baseProblem: told.baseProblem ?? stats.baseProblem,
     pagesKnown: stats.pagesKnown,
   };
 }

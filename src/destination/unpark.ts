@@ -26,6 +26,7 @@ import { ImageSet, imageConnection, type ServerAddress } from '../staging/image-
 import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
+import { checkBaseRegions, type UnparkBase, unparkBase } from './unpark-base.js';
 
 /** A guest that was parked and runs here now; its pages follow. */
 export interface Unparked extends AsyncDisposable {
@@ -47,7 +48,8 @@ const askAgainMs = 250;
 /**
  * Claims and resumes a parked guest. When it rejects the guest does not run here; with MIGRATION_IN_DOUBT nobody
  * knows whether the home server has granted the claim, and only `rollback` brings the guest back.
- * @throws VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
+ * With `base` only pages that differ from what this host has are gathered; the report says how many did not come.
+ * @throws INVALID_ARGUMENT, VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
  */
 export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): Promise<Unparked> {
   const resolved = resolveUnparkOptions(options);
@@ -60,10 +62,13 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
   let arriving: GatheringGuest | null = null;
   try {
     const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
+    // For `readBase`; not to be shown to whoever looks at `offer` later.
+    const known = ticket.guest ? { ...offer, lineage: Buffer.from(ticket.guest.lineage, 'hex') } : offer;
     guest = resolved.accept
-      ? await resolved.accept(offer, { signal, state: claim.state })
+      ? await resolved.accept(known, { signal, state: claim.state })
       : allocateGuest(offer);
-    arriving = new GatheringGuest(ticket, offer, guest, images, resolved);
+    const base = await unparkBase(guest, known, resolved.base);
+    arriving = new GatheringGuest(ticket, offer, guest, images, base, resolved);
     const cancelled = AbortSignal.any([signal, arriving.broken]);
     const made = guest;
     // Of a guest that is prepared the signal ends nothing any more.
@@ -100,6 +105,7 @@ async function claimImage(
       ...{ image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
     });
     try {
+      checkBaseRegions(options.base, images.info);
       return { images, claim: await images.claim({ rollback: options.rollback }) };
     } catch (error) {
       await images.close();
@@ -150,6 +156,7 @@ class GatheringGuest implements Unparked {
     readonly offer: GuestOffer,
     readonly guest: ArrivingGuest,
     private readonly images: ImageSet,
+    private readonly base: UnparkBase,
     options: ResolvedUnparkOptions,
   ) {
     this.#complete.promise.catch(() => {});
@@ -172,6 +179,7 @@ class GatheringGuest implements Unparked {
         bandwidth: 0,
         sourceless: true,
         encodings: encodingFlags(packedByServers),
+        ...(base.images ? { baseImages: base.images } : {}),
       },
       {
         paused: () => {},
@@ -267,6 +275,7 @@ class GatheringGuest implements Unparked {
       verified: digests ? true : null,
       prepareMs: 0,
       gatherMs,
+      baseProblem: this.base.problem,
       intermediaries: this.images.account(stats.servers),
     };
     this.#complete.resolve(arrivalReport(told, this.regions, stats));

@@ -3,6 +3,12 @@ import type { NativeRegion, NativeRun } from './region.js';
 import type { NativeStage } from './stage.js';
 import type { NativeEvent, NativeServerStats, NativeStageServer } from './transfer.js';
 
+/** A file whose byte `offsetBytes` + n is the region's byte n. */
+export interface NativeBaseImage {
+  path: string;
+  offsetBytes: number;
+}
+
 export interface NativeReceiverConfig {
   regions: NativeRegion[];
   migration: Uint8Array;
@@ -28,6 +34,8 @@ export interface NativeReceiverConfig {
   bases?: ('none' | 'given' | 'in-place')[];
   /** 64 bytes, as the source's. */
   baseKey?: Uint8Array;
+  /** For each region, of a guest without a source: what is the same there is not gathered. */
+  baseImages?: (NativeBaseImage | null)[];
   /** Agreed on with the source: it is told what this process and the page share (a path) have of the domain. */
   known?: { key: Uint8Array; share: string | null } | null;
   onEvent: (event: NativeEvent) => void;
@@ -45,6 +53,8 @@ export interface NativeReceiverStats {
   pagesFromBase: number;
   /** CPU time. */
   baseHashUs: number;
+  /** Why not all of `baseImages` was compared. */
+  baseProblem: string | null;
   /** Came as references, and were here already; and references to what was not. */
   pagesKnown: number;
   pagesUnresolved: number;

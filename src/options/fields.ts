@@ -7,6 +7,8 @@ export const milliseconds = z
   .number()
   .positive()
   .max(7 * 24 * 3600 * 1000);
+/** What a name on the wire may be: a server's, a rack's, a region's. */
+export const label = z.string().min(1).max(64);
 const secret = z.union([z.instanceof(Uint8Array), z.string().min(1)]);
 
 export const connectionShape = {

@@ -21,7 +21,6 @@ export type ParkOptions = Omit<
   | 'base'
   | 'baseTimeoutMs'
   | 'replayLog'
-  | 'keepStaleCopy'
   | 'holdSwitchover'
   | 'destinationRack'
   | 'onCapacity'

@@ -1,13 +1,10 @@
 /** What `stage` may be told. */
 import { z } from 'zod';
 import { parseAddress } from './address.js';
-import { bytes, connectionShape, milliseconds, parse } from './fields.js';
+import { bytes, connectionShape, label, milliseconds, parse } from './fields.js';
 
 /** `group:port` of the VMD's announcements where none is named. */
 export const defaultAnnounceGroup = '239.255.77.77:7077';
-
-/** What a name on the wire may be: a server's, a rack's. */
-const label = z.string().min(1).max(64);
 
 const stageSchema = z.strictObject({
   secret: connectionShape.secret,

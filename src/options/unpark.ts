@@ -1,7 +1,13 @@
 /** What `unpark` may be told. */
 import { z } from 'zod';
-import { bytes, connectionShape, milliseconds, parse } from './fields.js';
+import { bytes, connectionShape, label, milliseconds, parse } from './fields.js';
 import type { ListenOptions } from './listen.js';
+
+const path = z.string().min(1);
+/** Of each region by its name: a raw image file, from its beginning or from `offsetBytes` on. */
+const baseImages = z
+  .record(label, z.union([path, z.strictObject({ path, offsetBytes: bytes.default(0) })]))
+  .refine((images) => Object.keys(images).length > 0, 'names no region');
 
 const unparkSchema = z.strictObject({
   ...connectionShape,
@@ -12,6 +18,17 @@ const unparkSchema = z.strictObject({
   verify: z.boolean().default(true),
   /** Bytes a second fetched ahead of the guest; 0 for no limit. Faults are never held back. */
   gatherLimit: bytes.default(0),
+  /**
+   * What this host has of the guest, where `accept` gives it no `bases` in files: a directory of bases in files (what
+   * `keepStaleCopy` or `saveBase` wrote there of the same guest, or with `anySource` of one of that name and module), or
+   * image files. Pages that are the same are not fetched. None of it needs to be right, or readable.
+   */
+  base: z
+    .union([
+      z.strictObject({ directory: path, anySource: z.boolean().default(false) }),
+      z.strictObject({ images: baseImages }),
+    ])
+    .optional(),
   maxStateBytes: bytes.default(64 * 2 ** 20),
   connectTimeoutMs: milliseconds.default(5_000),
   prepareTimeoutMs: milliseconds.default(10_000),

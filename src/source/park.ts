@@ -7,6 +7,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { stillArriving } from '../arrivals.js';
+import { keepStaleCopy } from '../base-files.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
@@ -83,6 +84,8 @@ class Parking {
   readonly #held = new Holdings();
   #parked = false;
   readonly #stop = (): void => this.#abort.abort(abortError(this.options.signal as AbortSignal));
+  /** For the stale copy. */
+  #pausedState: Uint8Array = new Uint8Array();
 
   constructor(
     private readonly guest: Guest,
@@ -175,6 +178,7 @@ class Parking {
       await untilAborted(engine.queuePopulated(), this.#abort.signal);
       const paused = await driver.pause();
       pausedAt = performance.now();
+      if (options.keepStaleCopy) this.#pausedState = paused.state;
       // Memory that has grown since the image was made.
       await followGrowth(guest.regions, (index, _, pages) => images.grow(index, pages));
       engine.queueDirtyNow();
@@ -214,6 +218,7 @@ class Parking {
     const heapBytes = regions.reduce((sum, region) => sum + region.lengthBytes, 0);
     await tellDeparted(guest);
     engine.close(true, new MemferryError('CANCELLED', 'the guest is parked'));
+    if (options.keepStaleCopy) await keepStaleCopy(guest, this.#pausedState, options.keepStaleCopy);
     await guest.release?.();
     return {
       ticket,

@@ -123,7 +123,8 @@ export function provesOpen(secret: Uint8Array, sessionKey: Uint8Array, proof: st
 
 /**
  * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 6 + role`, 32 bytes each.
- * The other roles' places hold what nobody can know.
+ * The other roles' places hold what nobody can know; but where pages may be read, the first two for `popular`, which no
+ * connection about an image may be, are the key under which servers hash pages (wire::stage_hash_key).
  */
 export function stageTokens(
   sessionKey: Uint8Array,
@@ -135,8 +136,11 @@ export function stageTokens(
   const context = Buffer.concat([image, u16(session)]);
   const stream = tokenStream(sessionKey, 'memferry stage', context, attempts * stageRoleCount);
   const tokens = Uint8Array.from(randomBytes(stream.length));
+  const reads = (roles & (1 << stageRoles.gather)) !== 0;
   for (let at = 0; at < attempts * stageRoleCount; at++) {
-    if ((roles & (1 << (at % stageRoleCount))) === 0) continue;
+    const role = at % stageRoleCount;
+    const ofHashKey = reads && role === stageRoles.popular && at < 2 * stageRoleCount;
+    if ((roles & (1 << role)) === 0 && !ofHashKey) continue;
     tokens.set(stream.subarray(at * TOKEN_BYTES, (at + 1) * TOKEN_BYTES), at * TOKEN_BYTES);
   }
   return tokens;

@@ -36,6 +36,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     require(encoding == 0 || (type == FrameType::kRead && (encoding & ~kCompressions) == 0));
   }
   if (type == FrameType::kRead) require(header.page_count <= max_run_pages(page_size));
+  if (type == FrameType::kHashRequest || type == FrameType::kHashes) {
+    require(header.page_count > 0 && header.page_count <= max_run_pages(page_size));
+    const std::uint64_t each = type == FrameType::kHashes ? sizeof(TreeHash) : 0;
+    require(header.payload_bytes == header.page_count * each);
+  }
   if (type == FrameType::kMap && header.payload_bytes > 0) {
     require(header.payload_bytes == header.page_count * sizeof(std::uint64_t));
   }

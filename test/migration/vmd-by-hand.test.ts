@@ -155,6 +155,45 @@ describe('park and unpark', () => {
     expect(there.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
   }, 60_000);
 
+  test('it comes back to a host that kept what it was: only what changed comes', async () => {
+    const servers = [await server('one'), await server('two')];
+    const via = servers.map(({ address }) => address).join(',');
+    const copies = join(place.directory, 'copies');
+    const here = startPark(via, '--keep-stale-copy', copies);
+    await here.next('started');
+    expect(await here.ask({ add: 3 })).toBe(3);
+    here.child.stdin.write('\n');
+    await here.next('report');
+    expect(await here.closed, here.errors()).toBe(0);
+    const there = startUnpark('--base', copies, '--once');
+    await there.next('resumed');
+    const report = await there.next('report');
+    expect(report).toMatchObject({ verified: true, baseProblem: null });
+    expect(report['pagesFromBase']).toBeGreaterThan(0);
+    // What prepares the guest touches pages before they are here.
+    expect(report['pagesGathered']).toBeLessThan(report['pagesFromBase'] as number);
+    expect(await there.closed, there.errors()).toBe(0);
+  }, 60_000);
+
+  test.each([
+    [['--base', 'vmd:ticket'], '--base:'],
+    [['--base-for-any'], '--base-for-any:'],
+    [['--base', 'x', '--base-image', 'memory=y'], '--base-image:'],
+    [['--base-image', 'elsewhere=y'], 'unpark.base.images:'],
+  ])(
+    '%j makes no sense, and nothing is claimed',
+    async (flags, about) => {
+      const only = await server('one');
+      const here = startPark(only.address, '--after-ms', '0');
+      expect(await here.closed, here.errors()).toBe(0);
+      const there = startUnpark(...flags);
+      expect(await there.closed).toBe(2);
+      expect(there.errors()).toContain(`memferry: INVALID_ARGUMENT: ${about}`);
+      expect(await held(only.address)).toMatchObject([{ phase: 'parked', epoch: 0 }]);
+    },
+    30_000,
+  );
+
   test('a ticket is never overwritten, and no guest is started for it', async () => {
     const only = await server('one');
     const here = startPark(only.address, '--after-ms', '0');

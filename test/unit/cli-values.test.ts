@@ -6,6 +6,7 @@ import {
   namedModule,
   namedModules,
   positiveNumber,
+  regionImages,
   wholeNumber,
 } from '../../src/cli/parse-values.js';
 
@@ -51,6 +52,7 @@ describe('modules', () => {
     const one = namedModules('a=x', undefined);
     expect(namedModules('b=y', one)).toHaveLength(2);
     expect(() => namedModules('a=y', one)).toThrow('two modules named a');
+    expect(() => regionImages('a=y', one)).toThrow('two images named a');
   });
 });
 
