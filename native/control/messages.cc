@@ -208,6 +208,23 @@ Json guest_json(const OfferedGuest& guest) {
           {"regions", std::move(regions)}};
 }
 
+std::optional<CommitAnswer> commit_answer(const Json& message) {
+  using Answer = CommitAnswer::Type;
+  static const std::map<std::string, Answer, std::less<>> types = {
+      {"ready", Answer::kReady},
+      {"resumed", Answer::kResumed},
+      {"refused", Answer::kRefused},
+      {"unknown-migration", Answer::kUnknownMigration}};
+  Fields fields(message, "");
+  const auto type = types.find(fields.text("type", 1, 64));
+  if (type == types.end()) return {};
+  CommitAnswer answer{type->second, static_cast<std::uint32_t>(fields.count("epoch", 0, kMaxEpoch)), {}};
+  if (answer.type == Answer::kRefused)
+    answer.cause = from_peer(fields.text("code", 1, 64), fields.text("message", 0, 4096));
+  fields.done();
+  return answer;
+}
+
 Json to_json(const CommitAnswer& answer) {
   Json json = {{"epoch", answer.epoch}};
   switch (answer.type) {

@@ -90,6 +90,8 @@ void check_source_message(const Json& message, std::optional<std::uint64_t> bina
 // For an offer, or a parked guest's.
 [[nodiscard]] Json guest_json(const OfferedGuest& guest);
 
+// One of the other side's answers, or nothing for a message that is none. Throws Failure (PROTOCOL_ERROR).
+[[nodiscard]] std::optional<CommitAnswer> commit_answer(const Json& message);
 [[nodiscard]] Json to_json(const CommitAnswer& answer);
 [[nodiscard]] Json to_json(const CommitQuestion& question);
 
