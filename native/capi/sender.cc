@@ -5,6 +5,7 @@
 
 #include "capi/events.h"
 #include "capi/handles.h"
+#include "capi/leaving.h"
 #include "capi/session.h"
 #include "transfer/sender.h"
 
@@ -18,47 +19,8 @@ using memferry::capi::guarded;
 using memferry::capi::milliseconds_or;
 using memferry::capi::required;
 
-namespace {
-
-// One migration of a region at a time.
-class Claims {
- public:
-  explicit Claims(const std::vector<std::shared_ptr<Region>>& regions) {
-    // Nothing may fail between a claim and its place in the list.
-    claimed_.reserve(regions.size());
-    for (const auto& region : regions) {
-      if (!region->claim()) {
-        release();
-        throw memferry::control::Failure("REGION_BUSY", "a region is moving already");
-      }
-      claimed_.push_back(region);
-    }
-  }
-  ~Claims() { release(); }
-  Claims(const Claims&) = delete;
-  Claims& operator=(const Claims&) = delete;
-
- private:
-  void release() {
-    for (const auto& region : claimed_) region->release();
-    claimed_.clear();
-  }
-  std::vector<std::shared_ptr<Region>> claimed_;
-};
-
-memferry::wire::Compress compress_of(const char* name) {
-  const std::string_view choice = name ? name : "off";
-  if (choice == "off") return memferry::wire::Compress::kOff;
-  if (choice == "auto") return memferry::wire::Compress::kAuto;
-  if (choice == "lz4") return memferry::wire::Compress::kLz4;
-  if (choice == "zstd") return memferry::wire::Compress::kZstd;
-  throw std::invalid_argument("compress: off, auto, lz4 or zstd");
-}
-
-}  // namespace
-
 struct memferry_sender {
-  std::unique_ptr<Claims> claims;
+  std::unique_ptr<memferry::capi::Claims> claims;
   std::shared_ptr<Events> events;
   std::unique_ptr<Sender> sender;
 };
@@ -79,7 +41,7 @@ SenderConfig config_of(const memferry_sender_options& options) {
   config.port = options.port;
   memferry::capi::apply(options.session, config.migration, config.channels, config.tokens);
   config.bandwidth = options.bandwidth;
-  config.compress = compress_of(options.compress);
+  config.compress = memferry::capi::compress_of(options.compress);
   if (config.compress != memferry::wire::Compress::kOff)
     config.destination_encodings = memferry::wire::kCompressions;
   config.connect_timeout = milliseconds_or(options.connect_timeout_ms, 5000);
@@ -111,7 +73,7 @@ int memferry_sender_create(const memferry_sender_options* options, memferry_send
     const memferry_sender_options given = memferry::capi::read_sized(options, "options");
     SenderConfig config = config_of(given);
     auto made = std::make_unique<memferry_sender>();
-    made->claims = std::make_unique<Claims>(config.regions);
+    made->claims = std::make_unique<memferry::capi::Claims>(config.regions);
     made->events = std::make_shared<Events>(given.on_event, given.context);
     config.on_event = Events::callback_of(made->events);
     made->sender = std::make_unique<Sender>(std::move(config));

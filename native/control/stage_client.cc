@@ -15,6 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kLookAgain{100};
+constexpr std::size_t kSlowestBytesPerMs = 125;  // 1 Mbit/s, as docs/protocol.md has it
 
 UniqueFd connected(const std::string& host, std::uint16_t port, const VmdOptions& options) {
   const wire::SocketAddress address = wire::SocketAddress::parse(host, port);
@@ -63,18 +64,19 @@ StageClient::StageClient(std::string host, std::uint16_t port, const VmdOptions&
     ear->changed.notify_all();
   };
   channel_ = std::make_unique<Channel>(std::move(fd), std::move(of));
-  const Clock::time_point until = Clock::now() + kHandshakeTimeout;
+  const Clock::time_point until = Clock::now() + options.introduction_timeout;
   for (;;) {
-    const Channel::Received heard = next(until);
+    const Channel::Received heard = must_hear(until);
     if (heard.message.at("type") != "announce") continue;
     if (const auto& name = heard.message.value("name", Json()); name.is_string())
       name_ = name.get<std::string>();
+    announcement_ = heard.message;
     break;
   }
   session_ = channel_->session().value();
 }
 
-Channel::Received StageClient::next(Clock::time_point until) {
+std::optional<Channel::Received> StageClient::next(Clock::time_point until) {
   for (;;) {
     const auto ended = channel_->ended();
     if (auto received = channel_->take()) return std::move(*received);
@@ -87,19 +89,34 @@ Channel::Received StageClient::next(Clock::time_point until) {
     const Clock::time_point look = cancelled_ ? std::min(until, Clock::now() + kLookAgain) : until;
     std::unique_lock lock(ear_->mutex);
     if (!ear_->changed.wait_until(lock, look, [this] { return ear_->rang; }) && Clock::now() >= until)
-      throw Failure("PEER_LOST", "VMD server " + name_ + " does not answer");
+      return {};
     ear_->rang = false;
   }
 }
 
-Channel::Received StageClient::ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary) {
+Channel::Received StageClient::must_hear(Clock::time_point until) {
+  if (auto heard = next(until)) return std::move(*heard);
+  throw Failure("PEER_LOST", "VMD server " + name_ + " does not answer");
+}
+
+std::optional<Json> StageClient::hear(Clock::time_point until) {
+  while (auto heard = next(until)) {
+    if (!heard->message.contains("request")) return std::move(heard->message);
+  }
+  return {};
+}
+
+Channel::Received StageClient::ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary,
+                                   std::optional<std::chrono::milliseconds> patience) {
   const std::uint32_t number = next_request_++;
   request["request"] = number;
+  // A state takes its time; the least that a link is expected to carry.
+  const std::chrono::milliseconds moving(binary ? binary->size() / kSlowestBytesPerMs : 0);
   if (!channel_->send(request, std::move(binary)))
     throw Failure("PEER_LOST", "VMD server " + name_ + " cannot be asked any more");
-  const Clock::time_point until = Clock::now() + answer_timeout_;
+  const Clock::time_point until = Clock::now() + patience.value_or(answer_timeout_) + moving;
   for (;;) {
-    Channel::Received heard = next(until);
+    Channel::Received heard = must_hear(until);
     Fields fields(heard.message, "");
     const std::string type = fields.text("type", 1, 64);
     if (!heard.message.contains("request") || fields.count("request", 0, kMaxEpoch) != number) continue;

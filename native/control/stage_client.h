@@ -26,6 +26,8 @@ struct VmdOptions {
   std::chrono::milliseconds recover_timeout{60000};
   std::chrono::milliseconds in_doubt_timeout{30000};
   std::chrono::milliseconds peer_timeout{10000};
+  std::chrono::milliseconds introduction_timeout{
+      5000};  // of a new connection, until the server has said its name
   std::chrono::milliseconds answer_timeout{30000};
   // Looked at while an answer is waited for: true ends it (CANCELLED). May be empty; from the caller's threads.
   std::function<bool()> cancelled;
@@ -43,19 +45,29 @@ class StageClient {
   [[nodiscard]] const std::string& name() const { return name_; }
   [[nodiscard]] const Key& session() const { return session_; }
 
+  // What it said of itself when it was dialled.
+  [[nodiscard]] const Json& announcement() const { return announcement_; }
   // The connection is there, as far as is known.
   [[nodiscard]] bool alive() const { return !channel_->ended(); }
 
-  // The answer of type `wanted`. Throws Failure: the server's own refusal, PEER_LOST, PROTOCOL_ERROR.
-  Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary = nullptr);
+  // The answer of type `wanted`; `patience`: or as long as the options say. Throws Failure: the server's own refusal,
+  // PEER_LOST, PROTOCOL_ERROR.
+  Channel::Received ask(Json request, const char* wanted, std::shared_ptr<const Bytes> binary = nullptr,
+                        std::optional<std::chrono::milliseconds> patience = {});
+  // Of what has no answer of its own: a commit's questions. False: it cannot be sent any more.
+  bool tell(const Json& message) { return channel_->send(message); }
+  // The next that answers no request, or nothing by then. Throws Failure: the connection has ended.
+  std::optional<Json> hear(std::chrono::steady_clock::time_point until);
 
  private:
-  [[nodiscard]] Channel::Received next(std::chrono::steady_clock::time_point until);
+  [[nodiscard]] std::optional<Channel::Received> next(std::chrono::steady_clock::time_point until);
+  [[nodiscard]] Channel::Received must_hear(std::chrono::steady_clock::time_point until);
 
   std::string host_;
   std::uint16_t port_;
   std::string name_;
   Key session_{};
+  Json announcement_;
   std::uint32_t next_request_ = 1;
   const std::chrono::milliseconds answer_timeout_;
   const std::function<bool()> cancelled_;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "control/schema.h"
+#include "control/staged_image_impl.h"
 #include "os/worker_thread.h"
 
 namespace memferry::control {
@@ -15,33 +16,21 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr unsigned kAttempts = 64;
-constexpr std::uint64_t kLastSession = 0xfeff;
 constexpr std::size_t kMostDigests = 64;
 constexpr std::size_t kAtATime = 16;
-// Of what must be heard by a server that was cut off.
-constexpr std::chrono::milliseconds kPatience{10000};
 // Nobody waits for long for pages that nobody needs: a server that is away keeps them for its operator.
 constexpr std::chrono::milliseconds kLittlePatience{1000};
 constexpr std::chrono::milliseconds kAskAgain{100};
+
+}  // namespace
 
 std::vector<wire::Token> stage_tokens(const Key& session, const wire::MigrationId& image,
                                       std::uint16_t number) {
   Bytes context(image.begin(), image.end());
   context.push_back(static_cast<std::uint8_t>(number));
   context.push_back(static_cast<std::uint8_t>(number >> 8U));
-  return token_stream(session, "memferry stage", context, std::size_t{kAttempts} * wire::kStageRoles);
+  return token_stream(session, "memferry stage", context, kStageAttempts * wire::kStageRoles);
 }
-
-}  // namespace
-
-struct StagedImage::Member {
-  std::unique_ptr<StageClient> client;  // null: there is no connection
-  bool opened = false;
-  bool misplaced = false;  // it says that it stands elsewhere in the list, which then is wrong for everybody
-  StageServer server;
-  std::optional<Cause> cause;
-};
 
 std::optional<std::vector<std::string>> digests_of(const Json& info) {
   Fields fields(info, "info");
@@ -86,7 +75,7 @@ void StagedImage::open(const std::vector<OfferedServer>& servers, Required requi
     member.server.name = server.name;
     member.server.host = server.host;
     member.server.port = server.port;
-    member.server.tokens.resize(std::size_t{kAttempts} * wire::kStageRoles);
+    member.server.tokens.resize(kStageAttempts * wire::kStageRoles);
   }
   at_all(0, [this](Member& member, std::size_t ordinal) {
     try {
@@ -109,7 +98,7 @@ void StagedImage::open_one(Member& member, std::size_t ordinal) const {
   server.name = member.client->name();
   Channel::Received opened = member.client->ask(opening(*member.client, "read"), "opened");
   Fields answer(opened.message, "");
-  const auto session = static_cast<std::uint16_t>(answer.count("session", 1, kLastSession));
+  const auto session = static_cast<std::uint16_t>(answer.count("session", 1, kLastStageSession));
   Fields info(answer.any("info"), "info");
   member.misplaced = info.count("ordinal", 0, kMostServers - 1) != ordinal;
   if (member.misplaced)
@@ -127,25 +116,37 @@ std::vector<StageServer> StagedImage::servers() const {
   return servers;
 }
 
-void StagedImage::reopen(Member& member, Json claim) const {
+std::unique_ptr<StageClient> StagedImage::dial_again(
+    const Member& member, std::optional<std::chrono::milliseconds> patience) const {
+  VmdOptions options = options_;
+  if (patience) {
+    options.connect_timeout = std::min(options.connect_timeout, *patience);
+    options.introduction_timeout = std::min(options.introduction_timeout, *patience);
+  }
+  return std::make_unique<StageClient>(member.server.host, member.server.port, options);
+}
+
+void StagedImage::reopen(Member& member, Json claim,
+                         std::optional<std::chrono::milliseconds> patience) const {
   member.client.reset();
-  auto client = std::make_unique<StageClient>(member.server.host, member.server.port, options_);
-  (void)client->ask(opening(*client, "control", std::move(claim)), "opened");
+  auto client = dial_again(member, patience);
+  (void)client->ask(opening(*client, "control", std::move(claim)), "opened", nullptr, patience);
   member.client = std::move(client);
 }
 
 Channel::Received StagedImage::ask(Member& member, const Json& request, const char* wanted,
-                                   std::chrono::milliseconds patience) const {
+                                   std::chrono::milliseconds patience,
+                                   const std::shared_ptr<const Bytes>& binary) const {
   const Clock::time_point until = Clock::now() + patience;
   for (;;) {
     try {
       if (!member.client) reopen(member);
-      return member.client->ask(request, wanted);
+      return member.client->ask(request, wanted, binary);
     } catch (const Failure& failure) {
       // A connection that is still there was answered over, or its server says nothing.
       const bool answered = member.client && member.client->alive();
       if (answered || failure.code() == "VMD_LOST" || failure.code() == "VMD_REFUSED" ||
-          failure.code() == "AUTH_FAILED")
+          failure.code() == "AUTH_FAILED" || failure.code() == "CANCELLED")
         throw;
       member.client.reset();
       if (Clock::now() + kAskAgain > until) throw;
