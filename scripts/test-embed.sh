@@ -71,7 +71,7 @@ build_core() {
   # The same build as the suite `native`'s.
   # shellcheck disable=SC2086
   cmake -S . -B "$build" $generator -DCMAKE_CXX_COMPILER="${CXX:-g++}" -DCMAKE_BUILD_TYPE=Release -DMEMFERRY_SANITIZE= &&
-    cmake --build "$build" -j "$jobs" --target memferry_shared memferry_static memferry_commit_twin memferry_capi_faults
+    cmake --build "$build" -j "$jobs" --target memferry_shared memferry_static memferry_commit_twin memferry_capi_faults memferry_parker
 }
 
 check 'the core builds' build_core

@@ -515,8 +515,8 @@ struct memferry_vmd_options {
 /*
  *   claim - serve - (prepare the guest: everything that can fail) - grant - (it runs here) - wait - close
  *
- * `ticket`: JSON, as `memferry park` and park() give it. Nobody else can have the guest from here on, unless this is closed
- * before it was granted. VMD_REFUSED: somebody has it.
+ * `ticket`: JSON, as `memferry park`, park() and memferry_park_ticket() give it. Nobody else can have the guest from here
+ * on, unless this is closed before it was granted. VMD_REFUSED: somebody has it.
  */
 MEMFERRY_API int memferry_image_claim(const struct memferry_vmd_options* options, const char* ticket,
                                       memferry_image** image, struct memferry_error* error);
@@ -545,6 +545,100 @@ MEMFERRY_API int memferry_image_get_stats(memferry_image* image, struct memferry
                                           struct memferry_error* error);
 /* Not granted: the guest stays parked. Granted, and pages are missing: they are poisoned. */
 MEMFERRY_API int memferry_image_close(memferry_image* image, struct memferry_error* error);
+
+/* ---- the VMD: a guest that stands is parked at its servers ---- */
+
+typedef struct memferry_park memferry_park;
+
+struct memferry_named_region {
+  const char* name; /* 1 to 64 characters */
+  memferry_region* region;
+};
+
+struct memferry_park_options {
+  size_t size;
+  const void* secret; /* as a destination's, and that of the servers */
+  size_t secret_bytes;
+  const char* secret_file;
+  int plaintext;     /* servers beyond loopback: memory and state can be read and changed on the way */
+  uint32_t replicas; /* at how many servers each page is kept, 1 or 2; 0: 1 */
+  /* VMD servers (`memferry stage`): "HOST:PORT", numeric. Who does not answer is passed over, if the others have room. The
+     first that answers is the guest's home, which says whose the guest is. */
+  const char* const* servers;
+  size_t server_count; /* 1 to 250 */
+  const char* guest;   /* its name, 1 to 64 characters */
+  const char* module;  /* what code runs it, for who claims it, or NULL; and of that 64 hexadecimal digits */
+  const char* module_sha256;
+  const char* description; /* JSON, for who claims it; NULL: null */
+  uint64_t bandwidth;
+  const char* compress;        /* "off", "auto", "lz4", "zstd"; NULL: "off" */
+  uint64_t max_state_bytes;    /* 0: 64 MiB, which is what servers take unless they are told otherwise */
+  uint32_t connect_timeout_ms; /* of a server; 0: 5000 */
+  /* A server that takes nothing for so long is given up; 0: 3000. With two replicas at least 2000. */
+  uint32_t stall_timeout_ms;
+  uint32_t prepare_timeout_ms;  /* for the home server to say that it has everything; 0: 10000 */
+  uint32_t in_doubt_timeout_ms; /* of the commit; 0: 30000 */
+  /* How long servers keep what was not committed, if this process ends; 0: 60000, else 100 to 3600000. */
+  uint32_t lease_ms;
+  uint32_t reserved;
+};
+
+struct memferry_park_stats {
+  size_t size;
+  uint64_t bytes_on_wire;
+  uint64_t pages_sent;
+  uint64_t pages_zero;
+  uint64_t pages_resent;
+  uint64_t pages_pending;
+  uint64_t extra_memory_bytes;
+  double eviction_ms;      /* of evict(), until the guest was parked; 0 before */
+  uint32_t servers;        /* that answered */
+  uint32_t servers_failed; /* of these, given up since */
+};
+
+/*
+ *   create - (keep the ticket) - evict - close
+ *
+ * The guest stands: from create() on nothing writes the regions, and nobody lets it run, until evict() has failed or
+ * the park was closed before it. Until the commit, the last thing that evict() does, it is the caller's, whatever fails.
+ *
+ * Makes the guest's image at every server that answers; the state is copied. Takes at most connect_timeout_ms and some
+ * seconds for each of two exchanges with the servers. CONNECT_FAILED, AUTH_FAILED: none answers. VMD_CAPACITY: those that
+ * do have no room. REGION_BUSY. Then nothing of it is left anywhere.
+ */
+MEMFERRY_API int memferry_park_create(const struct memferry_park_options* options,
+                                      const struct memferry_named_region* regions, size_t count,
+                                      const void* state, size_t state_bytes, memferry_park** park,
+                                      struct memferry_error* error);
+/*
+ * JSON, as `memferry park` writes it; valid until the park is closed. A secret. It claims the guest (memferry_image_claim(),
+ * unpark()) once evict() has returned MEMFERRY_OK; kept before, it does so whatever becomes of this process meanwhile.
+ */
+MEMFERRY_API const char* memferry_park_ticket(const memferry_park* park);
+/*
+ * Returns when every page is acknowledged by as many servers as it has replicas, the index servers have the map, and the home
+ * server owns the guest; as long as servers take pages, that takes.
+ *
+ *   MEMFERRY_OK         The guest is parked, and never runs here again. The regions may go. Again: MEMFERRY_OK.
+ *   MIGRATION_IN_DOUBT  The home server was granted the guest and does not answer: it must not run here. Call again to ask
+ *                       again, for another in_doubt_timeout_ms; OK is then what it says, or the code of why the guest is
+ *                       the caller's.
+ *   GUEST_LOST          The same, and the home server has been restarted since: nobody knows any more. It must not run here.
+ *   anything else       The guest is the caller's and may run here; the servers were told to let go of it. This park is
+ *                       over. CANCELLED; PEER_LOST: the home server is gone, or one that had pages when the last of them
+ *                       went; VMD_CAPACITY: the servers that are left do not take what is left; PROTOCOL_ERROR: the guest
+ *                       did not stand; REGION_GONE; PREPARE_TIMEOUT; ...
+ */
+MEMFERRY_API int memferry_park_evict(memferry_park* park, struct memferry_error* error);
+/* From any thread: an evict() that has not begun to commit, now or later, ends with CANCELLED. Does not wait. */
+MEMFERRY_API int memferry_park_cancel(memferry_park* park, struct memferry_error* error);
+MEMFERRY_API int memferry_park_get_stats(memferry_park* park, struct memferry_park_stats* stats,
+                                         struct memferry_error* error);
+/*
+ * Not while another function of it is called. Before evict(): the servers are told to let go of the image. In doubt: nobody
+ * asks any more, and the guest must not run here.
+ */
+MEMFERRY_API int memferry_park_close(memferry_park* park, struct memferry_error* error);
 
 #ifdef __cplusplus
 }

@@ -78,6 +78,19 @@ memferry_destination_options destination_options() {
   return options;
 }
 
+memferry_park_options park_options() {
+  static const char* const nobody = "127.0.0.1:9";
+  memferry_park_options options{};
+  options.size = sizeof options;
+  options.secret = "sixteen bytes it is";
+  options.secret_bytes = 19;
+  options.servers = &nobody;
+  options.server_count = 1;
+  options.guest = "guest";
+  options.connect_timeout_ms = 100;
+  return options;
+}
+
 memferry_session session() {
   memferry_session session{};
   session.migration[0] = 1;
@@ -147,6 +160,16 @@ void memory() {
     memferry_listener_close(listener, nullptr);
     return code;
   });
+  // As far as to a server that is not there.
+  without_memory("park", [&](memferry_error* error) {
+    const memferry_park_options options = park_options();
+    const memferry_named_region named{"memory", region};
+    memferry_park* park = nullptr;
+    int code = memferry_park_create(&options, &named, 1, "state", 5, &park, error);
+    memferry_park_close(park, nullptr);
+    if (code == MEMFERRY_CONNECT_FAILED) code = error->code = MEMFERRY_OK;
+    return code;
+  });
   without_memory("destination", [&](memferry_error* error) {
     const memferry_destination_options options = destination_options();
     memferry_destination* destination = nullptr;
@@ -183,6 +206,70 @@ void system_calls() {
          error);
   ::setrlimit(RLIMIT_NOFILE, &before);
   memferry_listener_close(first, nullptr);
+}
+
+void park_arguments() {
+  memferry_error error = blank();
+  memferry_region* region = nullptr;
+  memferry_region_allocate(64 * memferry_page_size(), &region, nullptr);
+  const memferry_named_region named{"memory", region};
+  memferry_park* park = nullptr;
+  const auto refused = [&](int code, const memferry_park_options& options, const char* what) {
+    expect(memferry_park_create(&options, &named, 1, nullptr, 0, &park, &error) == code && !park &&
+               error.text[0] != '\0',
+           what, error);
+  };
+  const auto invalid = [&](const memferry_park_options& options, const char* what) {
+    refused(MEMFERRY_INVALID_ARGUMENT, options, what);
+  };
+  const auto with = [](auto field, auto value) {
+    memferry_park_options options = park_options();
+    options.*field = value;
+    return options;
+  };
+  using Options = memferry_park_options;
+  invalid(with(&Options::size, size_t{0}), "a size that is not set");
+  invalid(with(&Options::secret_bytes, size_t{3}), "a short secret");
+  invalid(with(&Options::server_count, size_t{0}), "no servers");
+  invalid(with(&Options::server_count, size_t{251}), "too many servers");
+  invalid(with(&Options::servers, nullptr), "NULL servers");
+  invalid(with(&Options::guest, nullptr), "no name");
+  invalid(with(&Options::guest, ""), "an empty name");
+  invalid(with(&Options::description, "{"), "a description that is no JSON");
+  invalid(with(&Options::module, "m"), "a module without its hash");
+  invalid(with(&Options::replicas, 3U), "three replicas");
+  invalid(with(&Options::compress, "gzip"), "an unknown codec");
+  invalid(with(&Options::lease_ms, 1U), "a short lease");
+  Options stalling = with(&Options::replicas, 2U);
+  stalling.stall_timeout_ms = 1000;
+  invalid(stalling, "a chain that has no time");
+  const std::vector<const char*> twice = {"127.0.0.1:9", "127.0.0.1:9"};
+  Options doubled = with(&Options::servers, twice.data());
+  doubled.server_count = 2;
+  invalid(doubled, "one server twice");
+  const char* const name = "localhost:9";
+  invalid(with(&Options::servers, &name), "a name");
+  const char* const everywhere = "192.0.2.1:9";
+  refused(MEMFERRY_PLAINTEXT_REQUIRED, with(&Options::servers, &everywhere), "a server far away");
+  refused(MEMFERRY_CONNECT_FAILED, park_options(), "nobody");
+  // Its claim on the region is gone.
+  refused(MEMFERRY_CONNECT_FAILED, park_options(), "nobody again");
+  const Options options = park_options();
+  const memferry_named_region same[] = {named, named};
+  expect(memferry_park_create(&options, same, 2, nullptr, 0, &park, &error) == MEMFERRY_REGION_BUSY,
+         "one region twice", error);
+  expect(memferry_park_create(&options, nullptr, 1, nullptr, 0, &park, &error) == MEMFERRY_INVALID_ARGUMENT,
+         "no regions", error);
+  expect(memferry_park_create(&options, &named, 65, nullptr, 0, &park, &error) == MEMFERRY_INVALID_ARGUMENT,
+         "too many regions", error);
+  expect(memferry_park_create(&options, &named, 1, nullptr, 4, &park, &error) == MEMFERRY_INVALID_ARGUMENT,
+         "no state", error);
+  const Options little = with(&Options::max_state_bytes, uint64_t{4});
+  expect(memferry_park_create(&little, &named, 1, "state", 5, &park, &error) == MEMFERRY_LIMIT_EXCEEDED,
+         "a long state", error);
+  expect(memferry_park_evict(nullptr, &error) == MEMFERRY_INVALID_ARGUMENT, "no park", error);
+  expect(memferry_park_ticket(nullptr)[0] == '\0', "no ticket", error);
+  memferry_region_close(region, nullptr);
 }
 
 void arguments() {
@@ -267,6 +354,7 @@ void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 int main() {
   arguments();
+  park_arguments();
   system_calls();
   memory();
   std::printf("%d complaints\n", complaints);

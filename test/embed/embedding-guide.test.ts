@@ -32,6 +32,8 @@ test('the commands of the guide', { timeout: 300_000 }, () => {
       .split('\n')
       .filter((line) => line.startsWith('{"event"'))
       .map((line) => JSON.parse(line).event as string);
+    expect(stdout).toMatch(/^'sample' is parked after \d+ ms: 2048 pages at 1 servers$/m);
+    expect(stdout).toMatch(/^'sample' runs here: 4 bytes of state/m);
     expect(events.slice(0, 5)).toEqual(['listening', 'accept', 'prepare', 'prepared', 'resume']);
   } finally {
     rmSync(directory, { recursive: true, force: true });
