@@ -3,7 +3,7 @@
 /** Where so many wait and none of them may go, further offers are declined. */
 export const maxUntaken = 64;
 
-export class ArrivalQueue<Arrival> implements AsyncIterable<Arrival> {
+export class ArrivalQueue<Arrival extends object> implements AsyncIterable<Arrival> {
   readonly #untaken: Arrival[] = [];
   readonly #takers: ((arrival: Arrival | null) => void)[] = [];
   #closed = false;

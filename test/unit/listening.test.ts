@@ -65,40 +65,42 @@ describe('an offer', () => {
 });
 
 describe('arrivals that wait to be taken', () => {
+  const arrival = (id: number) => ({ id });
+
   it('come in their order, to those who asked first', async () => {
-    const queue = new ArrivalQueue<number>();
-    queue.put(1);
-    queue.put(2);
+    const queue = new ArrivalQueue<{ id: number }>();
+    queue.put(arrival(1));
+    queue.put(arrival(2));
     const taker = queue[Symbol.asyncIterator]();
-    expect(await taker.next()).toEqual({ done: false, value: 1 });
-    expect(await taker.next()).toEqual({ done: false, value: 2 });
+    expect(await taker.next()).toEqual({ done: false, value: arrival(1) });
+    expect(await taker.next()).toEqual({ done: false, value: arrival(2) });
     const third = taker.next();
     const fourth = queue[Symbol.asyncIterator]().next();
-    queue.put(3);
-    queue.put(4);
-    expect([(await third).value, (await fourth).value]).toEqual([3, 4]);
+    queue.put(arrival(3));
+    queue.put(arrival(4));
+    expect([(await third).value.id, (await fourth).value.id]).toEqual([3, 4]);
   });
 
   it('can still be taken after the end', async () => {
-    const queue = new ArrivalQueue<number>();
+    const queue = new ArrivalQueue<{ id: number }>();
     const waiting = queue[Symbol.asyncIterator]().next();
     queue.close();
     expect((await waiting).done).toBe(true);
-    queue.put(1);
+    queue.put(arrival(1));
     const taken: number[] = [];
-    for await (const arrival of queue) taken.push(arrival);
+    for await (const { id } of queue) taken.push(id);
     expect(taken).toEqual([1]);
   });
 
   it('are so many, and then one that is over makes room', async () => {
-    const queue = new ArrivalQueue<number>();
-    for (let arrival = 0; arrival < maxUntaken; arrival++) {
+    const queue = new ArrivalQueue<{ id: number }>();
+    for (let id = 0; id < maxUntaken; id++) {
       expect(queue.makeRoom(() => false)).toBe(true);
-      queue.put(arrival);
+      queue.put(arrival(id));
     }
     expect(queue.makeRoom(() => false)).toBe(false);
-    expect(queue.makeRoom((arrival) => arrival > 0)).toBe(true);
+    expect(queue.makeRoom(({ id }) => id > 0)).toBe(true);
     const taker = queue[Symbol.asyncIterator]();
-    expect([(await taker.next()).value, (await taker.next()).value]).toEqual([0, 2]);
+    expect([(await taker.next()).value.id, (await taker.next()).value.id]).toEqual([0, 2]);
   });
 });
