@@ -20,7 +20,7 @@ const OF_THE_ENGINE = [
   ...['modes', 'park', 'bad-days-worker', 'demo-by-hand'].map((name) => `test/migration/${name}.test.ts`),
 ];
 /** What runs the programs in C, and not how they are built. */
-const WATCHED = ['hostile', 'park', 'unpark'];
+const WATCHED = ['hostile', 'unpark'];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
   typescript: () => runVitest(['--project=unit', '--project=migration']),
@@ -198,14 +198,13 @@ async function runEmbedded() {
   }
 }
 
-/** What moves guests in C once more, of the build for ThreadSanitizer: protocols, threads, strangers. */
+/** The destination in C once more, of the build for ThreadSanitizer: its protocol, its threads, strangers. */
 async function runEmbeddedWatched() {
   await built.get('tsan');
   const { code } = await run('bash', ['scripts/test-native.sh', 'tsan'], { BUILD_ONLY: '1' });
   if (code !== 0) return { passed: 0, failed: 1, skipped: 0 };
   return runVitest(['--project=embed', ...WATCHED.map((name) => `test/embed/${name}.test.ts`)], {
     MEMFERRY_EMBED_PROGRAMS: join(root, 'build-native-tsan/test/embed'),
-    MEMFERRY_PARKER: join(root, 'build-native-tsan/test/embed/memferry_parker'),
     MEMFERRY_EMBED_WATCHED: '1',
     TSAN_OPTIONS: 'halt_on_error=1:second_deadlock_stack=1',
   });
