@@ -15,8 +15,6 @@
 namespace memferry {
 namespace {
 
-// What arrives, and the guest itself, go first.
-constexpr int kNice = 10;
 constexpr int kLookMs = 20;
 
 }  // namespace
@@ -62,7 +60,7 @@ void GatherBase::map_known() {
 }
 
 void GatherBase::main(WorkerThread& self) {
-  set_this_thread_nice(kNice);
+  // Not of a lower priority: it takes the lock of this process's mappings now and then, which a fault waits for.
   CpuCourtesy courtesy(wire::shared_key(gather_.config_.image));
   try {
     await_map(self);
