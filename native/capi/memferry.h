@@ -602,8 +602,8 @@ struct memferry_park_stats {
  * The guest stands: from create() on nothing writes the regions, and nobody lets it run, until evict() has failed or
  * the park was closed before it. Until the commit, the last thing that evict() does, it is the caller's, whatever fails.
  *
- * Makes the guest's image at every server that answers; the state is copied. Takes at most connect_timeout_ms and some
- * seconds for each of two exchanges with the servers. CONNECT_FAILED, AUTH_FAILED: none answers. VMD_CAPACITY: those that
+ * Makes the guest's image at every server that answers; the state is copied. Servers are asked 16 at a time: for each 16,
+ * it takes at most connect_timeout_ms and some seconds for each of two exchanges. CONNECT_FAILED, AUTH_FAILED: none answers. VMD_CAPACITY: those that
  * do have no room. REGION_BUSY. Then nothing of it is left anywhere.
  */
 MEMFERRY_API int memferry_park_create(const struct memferry_park_options* options,
@@ -630,7 +630,8 @@ MEMFERRY_API const char* memferry_park_ticket(const memferry_park* park);
  *                       did not stand; REGION_GONE; PREPARE_TIMEOUT; ...
  */
 MEMFERRY_API int memferry_park_evict(memferry_park* park, struct memferry_error* error);
-/* From any thread: an evict() that has not begun to commit, now or later, ends with CANCELLED. Does not wait. */
+/* From any thread: an evict() that has not begun to commit, now or later, ends with CANCELLED, at the latest when it has
+   hashed the region that it is hashing. Does not wait. */
 MEMFERRY_API int memferry_park_cancel(memferry_park* park, struct memferry_error* error);
 MEMFERRY_API int memferry_park_get_stats(memferry_park* park, struct memferry_park_stats* stats,
                                          struct memferry_error* error);

@@ -37,7 +37,9 @@ ParkCommit::Settlement ParkCommit::settle(std::initializer_list<SourceEvent::Typ
     dispatching_ = false;
     timers_ = {};
     if (!state_.committed()) throw;
-    // No memory, no thread: GRANT may have left, so that is no failure.
+    // No memory, no thread: GRANT may have left, so that is no failure. What was known by then stays known.
+    if (state_.phase == SourcePhase::kLost) return {SourceOutcome::kLost, {"GUEST_LOST", error.what()}};
+    if (state_.phase == SourcePhase::kDeparted) return {SourceOutcome::kDeparted, {}};
     if (state_.phase == SourcePhase::kGranted) state_.phase = SourcePhase::kInDoubt;
     return {SourceOutcome::kInDoubt, {"MIGRATION_IN_DOUBT", error.what()}};
   }

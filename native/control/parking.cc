@@ -164,14 +164,17 @@ void Parking::evict() {
     throw std::invalid_argument(before == Phase::kEvicting ? "the guest is being evicted already"
                                                            : "this park is over: close it");
   }
-  if (before == Phase::kInDoubt) return conclude(commit_->ask_again());
-  began_ = Clock::now();
   ParkCommit::Settlement settlement;
   try {
-    move_out();
-    unwinding_ = true;
-    committing_ = true;
-    settlement = commit_->run();
+    if (before == Phase::kInDoubt) {
+      settlement = commit_->ask_again();
+    } else {
+      began_ = Clock::now();
+      move_out();
+      unwinding_ = true;
+      committing_ = true;
+      settlement = commit_->run();
+    }
   } catch (...) {
     give_back();
     throw;

@@ -11,13 +11,13 @@
 
 #include <algorithm>
 #include <array>
-#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <utility>
 
 #include "os/kernel_abi.h"
+#include "os/signals_blocked.h"
 #include "os/sys_error.h"
 
 namespace memferry {
@@ -27,26 +27,6 @@ namespace {
 // These threads wait for a socket or a page most of the time and then have little to do: a wait for a whole slice of
 // somebody else's, some milliseconds, each time that they wake would cost most of a link's rate, and every fault.
 constexpr std::chrono::microseconds kSlice{300};
-
-// Signals belong to the host's own threads: a handler of theirs must not run on ours, where the host
-// expects none. SIGSEGV and SIGBUS stay, since a blocked synchronous signal kills without a handler.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t blocked;
-    sigfillset(&blocked);
-    for (const int synchronous : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT, SIGSYS}) {
-      sigdelset(&blocked, synchronous);
-    }
-    pthread_sigmask(SIG_SETMASK, &blocked, &former_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &former_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t former_{};
-};
 
 }  // namespace
 

@@ -4,6 +4,13 @@
 
 namespace memferry {
 
+namespace {
+
+// What a page that is hashed counts for in what is sent: a question is small, and its answer too, but not the work.
+constexpr std::uint64_t kHashedForOneSent = 8;
+
+}  // namespace
+
 static_assert(std::is_same_v<KeyedHash, wire::TreeHash> && std::is_same_v<KeyedHashKey, wire::TreeKey>);
 
 bool ReadingConnection::on_hash_request(const wire::FrameHeader& header) {
@@ -37,7 +44,7 @@ bool ReadingConnection::on_hash_request(const wire::FrameHeader& header) {
     wire::seal(answer, std::as_bytes(hashes));
   }
   reading_.clear();
-  std::uint64_t bytes = 0;
+  std::uint64_t bytes = page_hashes_.size() * page_size_ / kHashedForOneSent;
   for (const iovec& each : buffers_) bytes += each.iov_len;
   place_.common->out.debit(bytes);
   return send(buffers_);

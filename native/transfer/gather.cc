@@ -307,10 +307,6 @@ std::uint64_t Gather::memory_bytes() const {
   return bytes + servers_.size() * 2 * wire::max_payload(config_.page_size);
 }
 
-void Gather::look_after_base() {
-  if (base_) base_->look_after();
-}
-
 GatherBase::Stats Gather::base_stats() const { return base_ ? base_->stats() : GatherBase::Stats{}; }
 
 void Gather::shut_down() {

@@ -126,7 +126,6 @@ class Gather {
   };
   [[nodiscard]] std::vector<ServerStats> stats() const;
   [[nodiscard]] std::uint64_t memory_bytes() const;
-  void look_after_base();
   [[nodiscard]] GatherBase::Stats base_stats() const;
 
   // Wakes and ends everything; close() also joins.

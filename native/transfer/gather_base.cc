@@ -1,13 +1,8 @@
 #include "transfer/gather_base.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <system_error>
 
-#include "os/regular_file.h"
 #include "page/hash.h"
 #include "transfer/gather.h"
 #include "transfer/gather_link.h"
@@ -42,7 +37,6 @@ GatherBase::GatherBase(Gather& gather, std::vector<BaseImage> images)
     const ArrivalMap& map = *gather_.maps_[region];
     held_.push_back(std::make_unique<AtomicBitmap>(map.received.capacity()));
     uncompared_.push_back(std::make_unique<AtomicBitmap>(map.received.capacity()));
-    files_.emplace_back();
     if (region >= images_.size() || images_[region].path.empty()) continue;
     held_.back()->set_run({PageNumber{0}, map.pages()});
     uncompared_.back()->set_run({PageNumber{0}, map.pages()});
@@ -154,42 +148,29 @@ void GatherBase::compare(std::uint32_t region, PageRun run) {
 std::optional<std::uint64_t> GatherBase::read(std::uint32_t region, PageRun run) {
   const std::uint64_t page_size = gather_.config_.page_size;
   bytes_.resize(static_cast<std::size_t>(run.count * page_size));
-  std::size_t got = 0;
-  reading_since_ = Clock::now().time_since_epoch().count();
-  bool readable = true;
+  const BaseImage& image = images_[region];
+  const auto since = Clock::now();
+  std::optional<std::size_t> got;
   try {
-    read_file(region, images_[region].offset_bytes + run.first.value * page_size, got);
+    got = reader_.read(image.path, image.offset_bytes + run.first.value * page_size, bytes_, kReadPatience,
+                       [this] { return going_on(); });
+    if (!got && going_on()) abandon("the base is not read in time");
   } catch (const std::system_error& error) {
-    readable = false;
-    note_problem(images_[region].path + ": " + error.what());
+    note_problem(image.path + ": " + error.what());
   }
-  const auto since = Clock::time_point(Clock::duration(reading_since_.exchange(0)));
+  if (!got) return std::nullopt;
   reading_took_ += Clock::now() - since;
-  bytes_read_ += got;
+  bytes_read_ += *got;
   if (reading_took_ >= kRateWindow) {
     const double seconds = std::chrono::duration<double>(reading_took_).count();
     if (static_cast<double>(bytes_read_) < seconds * static_cast<double>(kLeastBytesASecond)) {
       abandon("the base is read too slowly");
+      return std::nullopt;
     }
     reading_took_ = {};
     bytes_read_ = 0;
   }
-  if (!readable || abandoned_) return std::nullopt;
-  return got / page_size;
-}
-
-// `got` less than the piece: the file ends there.
-void GatherBase::read_file(std::uint32_t region, std::uint64_t offset, std::size_t& got) {
-  UniqueFd& file = files_[region];
-  if (!file) file = open_regular(images_[region].path, O_RDONLY);
-  while (got < bytes_.size()) {
-    const ssize_t more =
-        ::pread(file.get(), bytes_.data() + got, bytes_.size() - got, static_cast<off_t>(offset + got));
-    if (more < 0 && errno == EINTR) continue;
-    if (more < 0) throw_errno("pread");
-    if (more == 0) break;
-    got += static_cast<std::size_t>(more);
-  }
+  return *got / page_size;
 }
 
 // One check for each server that has some of the piece.
@@ -228,11 +209,20 @@ void GatherBase::ask(std::uint32_t region, PageRun run) {
   }
 }
 
-// For one more check; false: there will be none. The place is the check's from then on.
+// For one more check; false: none for this piece. The place is the check's from then on. Who does not say what its pages
+// are holds up the questions to nobody else: whoever lets most of them lie is asked no more.
 bool GatherBase::take_place() {
+  auto by = Clock::now() + kAnswerPatience;
   std::unique_lock lock(mutex_);
   while (going_on() && checks_ >= kMostChecks) {
     changed_.wait_for(lock, std::chrono::milliseconds(kLookMs));
+    if (checks_ < kMostChecks || Clock::now() < by) continue;
+    const auto most = std::ranges::max_element(ready_, {}, &std::deque<std::unique_ptr<Check>>::size);
+    if (most->empty()) return false;
+    lock.unlock();
+    refused(static_cast<std::uint8_t>(most - ready_.begin()));
+    lock.lock();
+    by = Clock::now() + kAnswerPatience;
   }
   if (!going_on()) return false;
   ++checks_;
@@ -322,14 +312,6 @@ void GatherBase::release_everything() {
   }
   release(region, piece);
   for (region = 0; region < held_.size(); ++region) release_rest(region, PageNumber{0});
-}
-
-void GatherBase::look_after() {
-  const Clock::rep since = reading_since_;
-  if (since == 0 || abandoned_) return;
-  if (Clock::now() - Clock::time_point(Clock::duration(since)) > kReadPatience) {
-    abandon("the base is not read in time");
-  }
 }
 
 void GatherBase::abandon(const std::string& why) {

@@ -14,7 +14,7 @@
 //
 // Memory: two bits a page, and kMostChecks pieces.
 //
-// Threads: one of its own reads and compares; links ask, and bring the answers. `mutex_` guards what waits to be asked
+// Threads: one of its own has the image read (transfer/image_reader.h) and compares; links ask, and bring the answers. `mutex_` guards what waits to be asked
 // and is not held over a system call, nor while a check goes.
 #pragma once
 
@@ -31,10 +31,10 @@
 #include <string>
 #include <vector>
 
-#include "os/unique_fd.h"
 #include "os/worker_thread.h"
 #include "page/bitmap.h"
 #include "page/keyed_hash.h"
+#include "transfer/image_reader.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -63,6 +63,8 @@ class GatherBase {
   // For the map to be here whole, and then for servers to be up: what is not by then is gathered.
   static constexpr std::chrono::milliseconds kMapPatience{30000};
   static constexpr std::chrono::milliseconds kServerPatience{2000};
+  // For one of kMostChecks answers.
+  static constexpr std::chrono::milliseconds kAnswerPatience{4000};
   // A disk that gives a piece no sooner, or less than this over kRateWindow of reading, is no help.
   static constexpr std::chrono::milliseconds kReadPatience{2000};
   static constexpr std::chrono::milliseconds kRateWindow{2000};
@@ -103,8 +105,6 @@ class GatherBase {
   [[nodiscard]] bool holds(std::uint32_t region, PageNumber page) const { return held_[region]->test(page); }
   // A server has told of all that it knows.
   void map_known();
-  // Called now and then: a disk may never answer.
-  void look_after();
 
   // For links. The server is asked about these next; nullptr: nothing.
   std::unique_ptr<Check> next(std::uint8_t ordinal);
@@ -129,7 +129,6 @@ class GatherBase {
   void compare(std::uint32_t region, PageRun run);
   // How many whole pages there were; nothing when the image is of no more use.
   std::optional<std::uint64_t> read(std::uint32_t region, PageRun run);
-  void read_file(std::uint32_t region, std::uint64_t offset, std::size_t& got);
   void ask(std::uint32_t region, PageRun run);
   bool take_place();
   bool let_go(std::uint32_t region, PageRun run);
@@ -148,10 +147,9 @@ class GatherBase {
   std::atomic<bool> closing_{false};                                     // nothing is gathered any more
   std::array<std::atomic<bool>, wire::Holders::kMostServers> silent_{};  // do not answer such questions
   std::atomic<std::uint64_t> pages_compared_{0};
-  std::atomic<Clock::rep> reading_since_{0};  // 0: not now
 
   // The thread's own:
-  std::vector<UniqueFd> files_;
+  ImageReader reader_;
   std::vector<std::byte> bytes_;
   std::vector<std::uint64_t> xxh3_;
   std::vector<std::uint8_t> ask_whom_;                 // one a page of the piece; kNobody: it differs

@@ -224,9 +224,6 @@ void Receiver::Impl::check_filled() {
 // While the source is away: what has a place is gathered, the map is fetched for the rest, and what stays without
 // a place, or has one only with servers that have failed, is lost in the end.
 void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock) {
-  lock.unlock();
-  gather->look_after_base();
-  lock.lock();
   const Clock::time_point now = Clock::now();
   const bool away = source_left || epoch_cut || config.sourceless;
   source_sends = !away;

@@ -11,6 +11,8 @@ import type { ImageSet } from '../staging/image-set.js';
 export interface ArrivalLink {
   /** Tells one connection from another. */
   readonly channel: object;
+  /** Of its listener's connections, by when each had proved itself. */
+  readonly order: number;
   send(message: DestinationMessage): void;
   close(): Promise<void>;
 }

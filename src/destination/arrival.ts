@@ -188,8 +188,13 @@ export class Arrival extends EventEmitter {
 
   /** A new control connection from the same source. */
   attach(link: ArrivalLink): void {
-    this.#timers.stop('linger');
     const former = this.#link;
+    if (former && link.order < former.order) {
+      // The source has given it up since, and dialled anew: its words were late.
+      void link.close();
+      return;
+    }
+    this.#timers.stop('linger');
     this.#link = link;
     // The source has dropped it before it dialled anew, which may not have been heard of here.
     void former?.close();

@@ -106,7 +106,9 @@ class DestinationListener implements Listening {
   readonly #accepting = new Set<string>();
   readonly #making = new Set<Promise<void>>();
   readonly #budget: MemoryBudget;
-  readonly #channels = new Set<Channel>();
+  /** With the order in which they proved themselves. */
+  readonly #channels = new Map<Channel, number>();
+  #accepted = 0;
   readonly #closing = new AbortController();
   readonly #keepAlive: NodeJS.Timeout;
   readonly #queue = new ArrivalQueue<ArrivalInProgress>();
@@ -162,7 +164,7 @@ class DestinationListener implements Listening {
     const made = Promise.all([...this.#making]);
     await within(made, prepareTimeoutMs, 'PREPARE_TIMEOUT', 'accept() goes on').catch(() => {});
     await Promise.all([...this.#arrivals.values()].map(({ arrival }) => arrival[Symbol.asyncDispose]()));
-    await Promise.all([...this.#channels].map((channel) => channel.close()));
+    await Promise.all([...this.#channels.keys()].map((channel) => channel.close()));
     this.#native.close();
     clearInterval(this.#keepAlive);
     this.options.signal?.removeEventListener('abort', this.#onSignal);
@@ -190,7 +192,7 @@ class DestinationListener implements Listening {
       channel.destroy();
       return;
     }
-    this.#channels.add(channel);
+    this.#channels.set(channel, ++this.#accepted);
     void channel.closed.then(() => this.#channels.delete(channel));
     try {
       const first = await within(
@@ -239,7 +241,7 @@ class DestinationListener implements Listening {
       acceptance = new Acceptance(host, { offer, replayLog, sessionKey }, booking);
       await acceptance.make(this.options);
       if (channel.reason) throw new MemferryError('PEER_LOST', 'the source is gone');
-      arrival = acceptance.arrive(this.options, linkOver(channel), {
+      arrival = acceptance.arrive(this.options, this.#linkOver(channel), {
         decided: (state) => this.#tombstones.record(id, state),
         ended: () => this.#arrivals.delete(id),
       });
@@ -314,7 +316,7 @@ class DestinationListener implements Listening {
     }
     void channel.send({ type: 'session-resumed', known: entry !== undefined || this.#tombstones.has(id) });
     if (entry) {
-      entry.arrival.attach(linkOver(channel));
+      entry.arrival.attach(this.#linkOver(channel));
       await serve(entry.arrival, channel);
       return;
     }
@@ -325,14 +327,15 @@ class DestinationListener implements Listening {
       if (answer) void channel.send(answer);
     }
   }
-}
 
-function linkOver(channel: Channel) {
-  return {
-    channel,
-    send: (message: DestinationMessage) => void channel.send(message),
-    close: () => channel.close(),
-  };
+  #linkOver(channel: Channel) {
+    return {
+      channel,
+      order: this.#channels.get(channel) ?? 0,
+      send: (message: DestinationMessage) => void channel.send(message),
+      close: () => channel.close(),
+    };
+  }
 }
 
 /** Feeds an arrival from one connection until that ends. */

@@ -86,10 +86,22 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     return arriving;
   } catch (error) {
     arriving?.abandon(error);
-    await Promise.resolve(guest?.abandon()).catch(() => {});
+    if (guest) await abandon(guest, claim.guest.name, resolved.prepareTimeoutMs);
     await images.release().catch(() => {});
     await images.close();
     throw error;
+  }
+}
+
+/** Whoever claims the guest next has the only one that runs: an owner that cannot let go of this one has to be told. */
+async function abandon(guest: ArrivingGuest, name: string, boundMs: number): Promise<void> {
+  try {
+    const abandoned = Promise.resolve(guest.abandon());
+    await within(abandoned, boundMs, 'PREPARE_TIMEOUT', `no end within ${boundMs} ms`);
+  } catch (error) {
+    process.emitWarning(`guest '${name}' threw in abandon(), and must not run here: ${String(error)}`, {
+      code: 'MEMFERRY_ABANDON_THREW',
+    });
   }
 }
 

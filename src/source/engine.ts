@@ -73,15 +73,24 @@ export class SourceEngine {
   }
 
   /**
-   * A round of a paused guest: what a server took along that failed during it goes again, as often as servers can
-   * fail. Gives the suspect pages that are left.
+   * Rounds of a paused guest until one leaves nothing: what a server took along that failed meanwhile goes again, as
+   * often as servers can fail. Gives the suspect pages that are left all the same, and the servers (by ordinal) that had
+   * failed before the last round: nothing of the guest is only with these.
    */
-  async settle(servers: number, references: boolean): Promise<number> {
-    let suspects = await this.round(references);
-    for (let failed = 0; suspects > 0 && failed < servers; failed++) {
-      suspects = await this.round(references);
+  async settle(references: boolean): Promise<{ suspects: number; failed: number[] }> {
+    let failed = this.#failedServers();
+    for (let tries = 0; ; tries++) {
+      const suspects = await this.round(references);
+      const now = this.#failedServers();
+      if ((suspects === 0 && now.length === failed.length) || tries === this.stats().servers.length) {
+        return { suspects, failed };
+      }
+      failed = now;
     }
-    return suspects;
+  }
+
+  #failedServers(): number[] {
+    return this.stats().servers.flatMap(({ failed }, ordinal) => (failed === null ? [] : [ordinal]));
   }
 
   /** Has the destination forget what is dirty now; gives the number of pages. */

@@ -306,7 +306,7 @@ export class SourceMigration extends EventEmitter {
     } else {
       // After rounds only what was written last is left, which nobody has.
       const references = !this.#traits.rounds;
-      await this.#switchover.withEveryPage(engine, this.#held.images?.list.length ?? 0, references);
+      await this.#switchover.withEveryPage(engine, references);
     }
   }
 

@@ -14,9 +14,11 @@ import { MemferryError } from '../errors.js';
 import type { Guest, GuestModule } from '../guest.js';
 import { lineageOf } from '../lineage.js';
 import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
-import { abortError, untilAborted } from '../protocol/bounded.js';
+import { abortError, untilAborted, within } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
+import type { StageClient } from '../staging/client.js';
+import type { ServerFailure } from '../staging/image-set.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, tellDeparted } from './commit-driver.js';
@@ -182,13 +184,14 @@ class Parking {
       // Memory that has grown since the image was made.
       await followGrowth(guest.regions, (index, _, pages) => images.grow(index, pages));
       engine.queueDirtyNow();
-      const suspects = await untilAborted(engine.settle(images.list.length, true), this.#abort.signal);
+      const { suspects, failed } = await untilAborted(engine.settle(true), this.#abort.signal);
       if (suspects > 0) {
         throw new MemferryError(
           'PROTOCOL_ERROR',
           `${suspects} pages of the paused guest changed while they were sent`,
         );
       }
+      for (const ordinal of failed) images.giveUp(ordinal, "it did not take the guest's pages");
       await images.seal(await Promise.all(regions.map((_, index) => engine.digest(index))));
       await images.putState(
         describeGuest(
@@ -197,8 +200,8 @@ class Parking {
         ),
         paused.state,
       );
-      const held = await images.commit();
-      if (held.length > 0 && options.replicas === 1) throw (held[0] as { error: MemferryError }).error;
+      await images.commit();
+      throwIfLost(images.failures, failed, options.replicas);
       await untilAborted(Promise.resolve(options.onTicket?.(ticket)), this.#abort.signal);
       driver.transferred();
     })().catch((error) => driver.fail(error));
@@ -206,6 +209,7 @@ class Parking {
     await flow;
     if (settlement.outcome !== 'departed') {
       if (settlement.outcome === 'reclaimed') {
+        await within(cancelAtHome(link), options.connectTimeoutMs, 'PEER_LOST', 'not heard').catch(() => {});
         await images.dissolve().catch(() => {});
         // Whoever hears of it may let go of the guest at once, or move it again.
         await driver.unpaused();
@@ -239,5 +243,27 @@ class Parking {
     this.options.signal?.removeEventListener('abort', this.#stop);
     const over = new MemferryError('CANCELLED', 'the parking is over');
     await this.#held.letGo(this.#parked, over, false);
+  }
+}
+
+/**
+ * What a server had that does not hold it is lost when its lease ends, if not already. With a second copy of everything
+ * one may go; but where one was given up before, its pages have had one copy since.
+ */
+function throwIfLost(failures: readonly ServerFailure[], givenUp: readonly number[], replicas: number): void {
+  const away = failures.filter(({ ordinal }) => !givenUp.includes(ordinal));
+  const [first] = away;
+  if (first && away.length + (replicas > 1 ? givenUp.length : 0) >= replicas) throw first.error;
+}
+
+/** A home server that was READY when its connection was cut has not heard of it, and lets nobody dissolve the image. */
+async function cancelAtHome(link: ReturnType<StageClient['commitLink']>): Promise<void> {
+  const cancel = () =>
+    link.send({ type: 'cancel', epoch: 0, code: 'CANCELLED', message: 'the guest was not parked' });
+  try {
+    cancel();
+  } catch {
+    await link.redial();
+    cancel();
   }
 }

@@ -49,17 +49,16 @@ export class Switchover {
 
   /**
    * Every page goes before the guest does.
-   * @param servers how many may fail with what they hold
    * @param references false: nothing goes as a reference
    */
-  async withEveryPage(engine: SourceEngine, servers: number, references: boolean): Promise<void> {
+  async withEveryPage(engine: SourceEngine, references: boolean): Promise<void> {
     const { commit, measured, send, signal } = this.context;
     const { state } = await this.#pause();
     engine.queueDirtyNow();
     measured.scanned();
     send({ type: 'state', paging: false }, state);
     const before = engine.stats();
-    const suspects = await untilAborted(engine.settle(servers, references), signal);
+    const { suspects } = await untilAborted(engine.settle(references), signal);
     if (suspects > 0) {
       throw new MemferryError(
         'PROTOCOL_ERROR',

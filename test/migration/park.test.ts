@@ -4,6 +4,7 @@ import { afterEach, expect, test } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
 import type { ArrivingGuest, Guest } from '../../src/guest.js';
 import { type Staging, stage, park, Region, unpark, type Unparked } from '../../src/index.js';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const SECRET = 'a secret that only this test knows';
 const MIB = 2 ** 20;
@@ -11,6 +12,7 @@ const MIB = 2 ** 20;
 const open: { [Symbol.asyncDispose](): PromiseLike<void> }[] = [];
 const regions: Region[] = [];
 afterEach(async () => {
+  await closeProxies();
   for (const one of open.splice(0).reverse()) await one[Symbol.asyncDispose]();
   for (const region of regions.splice(0)) region.close();
 });
@@ -124,6 +126,45 @@ test.each([1, 2] as const)(
     for (const server of all) expect(server.status().held).toEqual([]);
   },
 );
+
+/** Where a server is dialled through a proxy. */
+async function throughProxy(all: Staging[], at: number): Promise<{ proxy: TcpProxy; addresses: string[] }> {
+  const proxy = await TcpProxy.start(all[at]?.port as number);
+  return { proxy, addresses: via(all).map((to, index) => (index === at ? `127.0.0.1:${proxy.port}` : to)) };
+}
+
+test.each(['seal', 'hold'] as const)(
+  'a server goes that does not hold its pages for good yet, at %s: the guest stays',
+  async (name) => {
+    const all = await servers(2);
+    const { proxy, addresses } = await throughProxy(all, 1);
+    const point = proxy.at({ on: 'control', direction: 'up', name }, () => void proxy.close());
+    const guest = new PlainGuest();
+    const options = { secret: SECRET, via: addresses, recoverTimeoutMs: 1500, leaseMs: 1000 };
+    const parked = park(guest, options).then(
+      () => 'parked',
+      (error: MemferryError) => error.code,
+    );
+    await point.reached;
+    expect(['PEER_LOST', 'CONNECT_FAILED', 'VMD_LOST']).toContain(await parked);
+    expect(guest).toMatchObject({ runs: true, released: false });
+    expect(Buffer.compare(guest.memory, guest.content)).toBe(0);
+    await expect.poll(() => all.map((server) => server.status().held), { timeout: 15_000 }).toEqual([[], []]);
+  },
+);
+
+test('READY is lost with the connection: the guest stays, and the servers let go of it', async () => {
+  const all = await servers(2);
+  const { proxy, addresses } = await throughProxy(all, 0);
+  proxy.at({ on: 'control', direction: 'down', name: 'ready' }, () => {
+    proxy.cut();
+    proxy.heal();
+  });
+  const guest = new PlainGuest();
+  await expect(park(guest, { secret: SECRET, via: addresses })).rejects.toMatchObject({ code: 'PEER_LOST' });
+  expect(guest).toMatchObject({ runs: true, released: false });
+  await expect.poll(() => all.map((server) => server.status().held), { timeout: 15_000 }).toEqual([[], []]);
+});
 
 test('parking leaves nothing with the signal that could have ended it', async () => {
   const all = await servers(1);

@@ -56,7 +56,7 @@ class HandshakeTest : public ::testing::Test {
 
 TEST_F(HandshakeTest, ARefusalIsReadToItsEndAndNoFurther) {
   flood();
-  theirs_.reset();
+  ASSERT_EQ(::shutdown(theirs_.get(), SHUT_WR), 0);
   EXPECT_EQ(code_of_acceptor(Clock::now() + std::chrono::seconds(20)), "VERSION_MISMATCH");
 }
 

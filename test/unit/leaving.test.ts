@@ -194,7 +194,7 @@ describe('a switchover', () => {
         return { pages: 0, switched };
       },
       queueDirtyNow: () => order.push('scan'),
-      settle: async () => 3,
+      settle: async () => ({ suspects: 3, failed: [] }),
       stats: () => ({ pagesSent: 0, bytesOnWire: 0, dedup: null }),
     } as unknown as SourceEngine;
     return { order, switchover, engine };
@@ -239,7 +239,7 @@ describe('a switchover', () => {
 
   it('fails where a paused guest is still written', async () => {
     const { order, switchover, engine } = switching({ state: new Uint8Array() }, Promise.resolve());
-    await expect(switchover.withEveryPage(engine, 0, true)).rejects.toMatchObject({
+    await expect(switchover.withEveryPage(engine, true)).rejects.toMatchObject({
       code: 'PROTOCOL_ERROR',
       facts: { pages: 3 },
     });
