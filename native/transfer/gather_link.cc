@@ -1,9 +1,5 @@
 #include "transfer/gather_link.h"
 
-#include <linux/tcp.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-
 #include <algorithm>
 
 #include "page/hash.h"
@@ -21,10 +17,6 @@ constexpr std::chrono::milliseconds kShortestDial{100};
 // How often a wait for an answer looks whether it has lasted too long.
 constexpr std::chrono::milliseconds kLook{100};
 constexpr int kDemandThreadNice = -20;
-
-GatherLink::Clock::duration time_for(std::uint64_t bytes) {
-  return std::chrono::microseconds(bytes * 1000000 / GatherLink::kLeastBytesASecond);
-}
 
 }  // namespace
 
@@ -280,80 +272,6 @@ bool GatherLink::ask_ahead(wire::Stream& stream, std::string& why) {
   return result.done();
 }
 
-void GatherLink::choose_ahead() {
-  for (;;) {
-    const std::uint64_t page_size = gather_.config_.page_size;
-    const bool lately = gather_.receiver_.strayed_lately();
-    std::uint64_t outstanding = 0;
-    std::size_t checks = 0;
-    {
-      const std::lock_guard lock(mutex_);
-      for (const Read& read : reads_) {
-        outstanding += (read.run.count - read.covered) * (read.check ? sizeof(wire::TreeHash) : page_size);
-        checks += read.check ? 1 : 0;
-      }
-    }
-    // While the map is under way nothing else is asked: its answer would only lengthen the wait.
-    if (map_under_way_ || outstanding >= (asking_.empty() ? kWindowBytes / 2 : kWindowBytes)) return;
-    const bool shared = gather_.receiver_.source_sends();
-    const bool sparing = lately || shared;
-    const bool starved = lately && !shared && run_delay_.share(Clock::now()) > kStarved;
-    const unsigned reads = starved ? kStarvedReads : 1;
-    if (sparing && gather_.reading_ahead_.load(std::memory_order_relaxed) >= reads) return;
-    if (sparing &&
-        Clock::now().time_since_epoch().count() < gather_.yield_until_.load(std::memory_order_relaxed)) {
-      return;
-    }
-    // They take next to nothing of the link.
-    if (gather_.base_ && checks < GatherBase::kChecksAtOnce) {
-      if (auto check = gather_.base_->next(server_.ordinal)) {
-        const std::lock_guard lock(mutex_);
-        note_check(std::move(check));
-        continue;
-      }
-    }
-    // Not slept through: the map and whoever waits for what it says must not wait for a limit on reading ahead.
-    if (const auto delay = gather_.limit_.delay(); delay > wire::Duration::zero()) {
-      limited_until_ = Clock::now() + delay;
-      return;
-    }
-    const std::uint64_t bytes = starved ? kStarvedRead : lately ? kSmallRead : wire::kRunBytes;
-    std::uint32_t region = 0;
-    PageRun run{};
-    if (!next_run(std::max<std::uint64_t>(1, bytes / page_size), region, run)) return;
-    gather_.limit_.debit(run.count * page_size);
-    const std::lock_guard lock(mutex_);
-    asking_.push_back(note_read(region, run));
-  }
-}
-
-// From where the last fault was, or else from where this link was, on and around.
-bool GatherLink::next_run(std::uint64_t max_pages, std::uint32_t& region, PageRun& run) {
-  const auto regions = static_cast<std::uint32_t>(gather_.maps_.size());
-  gather_.follow_faults(at_);
-  for (std::uint32_t step = 0; step <= regions;) {
-    ArrivalMap& map = *gather_.maps_[at_.region];
-    const auto taken = server_.todo[at_.region]->take_run(at_.page, PageNumber{map.pages()}, max_pages);
-    if (!taken) {
-      at_.region = (at_.region + 1) % regions;
-      at_.page = PageNumber{0};
-      ++step;
-      continue;
-    }
-    at_.page = taken->end();
-    // What has come by another way since is left out at both ends.
-    PageRun left = *taken;
-    while (left.count > 0 && map.received.test(left.first))
-      left = {PageNumber{left.first.value + 1}, left.count - 1};
-    while (left.count > 0 && map.received.test(PageNumber{left.end().value - 1})) --left.count;
-    if (left.count == 0) continue;
-    region = at_.region;
-    run = left;
-    return true;
-  }
-  return false;
-}
-
 std::string GatherLink::read_frame(wire::Stream& stream) {
   wire::FrameHeader header{};
   frame_due_ = Clock::now() + kAnswerPatience;
@@ -476,56 +394,6 @@ std::string GatherLink::on_pages(const wire::FrameHeader& header) {
   hashes_.resize(static_cast<std::size_t>(header.page_count));
   hash_pages(decoded_, page_size, hashes_.data());
   return wire::pages_checksum(header, hashes_) == header.checksum ? "" : "a wrong checksum";
-}
-
-void GatherLink::yield_to_source(wire::Stream& stream, Clock::duration took) {
-  if (!gather_.receiver_.source_sends()) return;
-  tcp_info info{};
-  socklen_t bytes = sizeof info;
-  if (::getsockopt(stream.fd(), IPPROTO_TCP, TCP_INFO, &info, &bytes) != 0) return;
-  const auto queued =
-      std::chrono::microseconds(std::int64_t{info.tcpi_rtt} - std::int64_t{info.tcpi_min_rtt});
-  if (queued < kQueue) return;
-  // A read may also take long because nobody runs: the link was not what it waited for.
-  const Clock::duration pause = std::min<Clock::duration>(kYield * took, kLongestYield);
-  gather_.yield_until_.store((Clock::now() + pause).time_since_epoch().count(), std::memory_order_relaxed);
-}
-
-// While a map is under way the server is asked for nothing, and no page is given up for lost.
-std::string GatherLink::bound_map(const wire::FrameHeader& header) {
-  map_due_ += time_for(sizeof header + header.payload_bytes);
-  if (Clock::now() >= map_due_) return "no answer in time: the rest of a map";
-  if (header.page_count > map_pages_left_) {
-    for_good_ = true;
-    return "server " + server_.address->name + ": a map of more pages than the image has";
-  }
-  map_pages_left_ -= header.page_count;
-  return {};
-}
-
-std::string GatherLink::on_map(wire::Stream& stream, const wire::FrameHeader& header) {
-  std::vector<std::uint64_t> hashes(header.payload_bytes / sizeof(std::uint64_t));
-  const auto payload = std::as_writable_bytes(std::span(hashes));
-  if (std::string cut = read(stream, payload); !cut.empty()) return cut;
-  if (wire::payload_checksum(header, payload) != header.checksum) return "a wrong checksum";
-  if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapEnd)) {
-    map_under_way_ = false;
-    gather_.map_done(server_, map_asked_);
-    return {};
-  }
-  if (header.region >= gather_.maps_.size() ||
-      !wire::run_inside(header.first_page, header.page_count, gather_.maps_[header.region]->pages())) {
-    return "a map of pages that are not there";
-  }
-  if (std::string wrong = bound_map(header); !wrong.empty()) return wrong;
-  const PageRun run{PageNumber{header.first_page}, header.page_count};
-  // A parked guest stood still from its first page on.
-  if ((header.flags & wire::kFlagFinal) == 0 && !gather_.config_.sourceless) return {};
-  if (!gather_.record(header.region, run, wire::Holders::of(header.tag),
-                      (header.flags & wire::kFlagZero) != 0, hashes, false)) {
-    return "a map with a holder that is not there";
-  }
-  return {};
 }
 
 }  // namespace memferry

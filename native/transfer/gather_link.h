@@ -84,6 +84,10 @@ class GatherLink {
   void choose_ahead();
   wire::FrameHeader note_read(std::uint32_t region, PageRun run);
   void note_check(std::unique_ptr<GatherBase::Check> check);
+  // By which so many bytes have come, at the slowest that is borne with.
+  static Clock::duration time_for(std::uint64_t bytes) {
+    return std::chrono::microseconds(bytes * 1000000 / kLeastBytesASecond);
+  }
   std::string read_frame(wire::Stream& stream);
   // Waits until frame_due_, to which it adds the time for so many bytes.
   std::string read(wire::Stream& stream, std::span<std::byte> into);

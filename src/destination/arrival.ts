@@ -20,7 +20,7 @@ import type { Region } from '../region.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
 import { tellListeners } from '../tell-listeners.js';
 import { type ArrivalConfig, type ArrivalLink, receiverConfig } from './arrival-config.js';
-import { pagesLost, resumeHere } from './arrived.js';
+import { abandonGuest, pagesLost, resumeHere } from './arrived.js';
 import { ArrivingBase } from './arriving-base.js';
 import { basesOf } from './base.js';
 import { DestinationCommit } from './commit-driver.js';
@@ -418,14 +418,7 @@ export class Arrival extends EventEmitter {
     this.#engine.close(error ?? new MemferryError('CANCELLED', 'the migration failed before the commit'));
     const { prepareTimeoutMs } = this.config.options;
     await this.#base?.stopped(prepareTimeoutMs);
-    try {
-      const abandoned = Promise.resolve(this.guest.abandon());
-      await within(abandoned, prepareTimeoutMs, 'PREPARE_TIMEOUT', `no end within ${prepareTimeoutMs} ms`);
-    } catch (error) {
-      process.emitWarning(`guest '${this.offer.name}' threw in abandon(): ${String(error)}`, {
-        code: 'MEMFERRY_ABANDON_THREW',
-      });
-    }
+    await abandonGuest(this.guest, this.offer.name, prepareTimeoutMs);
     await this.#end();
   }
 

@@ -1,4 +1,4 @@
-/** What every guest that arrives comes to, whether a source sent it or it was parked: its report, and its losses. */
+/** What every guest that arrives comes to, whether a source sent it or it was parked: its report, its losses, its end. */
 import { loadAddon } from '../addon.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest } from '../guest.js';
@@ -31,6 +31,18 @@ export function arrivalReport(
     baseProblem: told.baseProblem ?? stats.baseProblem,
     pagesKnown: stats.pagesKnown,
   };
+}
+
+/** Never runs here. Resolves in bounded time: that the owner cannot let go of it is a warning. */
+export async function abandonGuest(guest: ArrivingGuest, name: string, boundMs: number): Promise<void> {
+  try {
+    const abandoned = Promise.resolve(guest.abandon());
+    await within(abandoned, boundMs, 'PREPARE_TIMEOUT', `no end within ${boundMs} ms`);
+  } catch (error) {
+    process.emitWarning(`guest '${name}' threw in abandon(): ${String(error)}`, {
+      code: 'MEMFERRY_ABANDON_THREW',
+    });
+  }
 }
 
 /**

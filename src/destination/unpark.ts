@@ -23,7 +23,7 @@ import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
 import type { Claim } from '../staging/client.js';
 import { ImageSet, imageConnection, type ServerAddress } from '../staging/image-set.js';
-import { arrivalReport, pagesLost, resumeHere } from './arrived.js';
+import { abandonGuest, arrivalReport, pagesLost, resumeHere } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
 import { checkBaseRegions, type UnparkBase, unparkBase } from './unpark-base.js';
@@ -86,22 +86,11 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     return arriving;
   } catch (error) {
     arriving?.abandon(error);
-    if (guest) await abandon(guest, claim.guest.name, resolved.prepareTimeoutMs);
+    // Whoever claims the guest next has the only one that may run: an owner that cannot let go of this one has to be told.
+    if (guest) await abandonGuest(guest, claim.guest.name, resolved.prepareTimeoutMs);
     await images.release().catch(() => {});
     await images.close();
     throw error;
-  }
-}
-
-/** Whoever claims the guest next has the only one that runs: an owner that cannot let go of this one has to be told. */
-async function abandon(guest: ArrivingGuest, name: string, boundMs: number): Promise<void> {
-  try {
-    const abandoned = Promise.resolve(guest.abandon());
-    await within(abandoned, boundMs, 'PREPARE_TIMEOUT', `no end within ${boundMs} ms`);
-  } catch (error) {
-    process.emitWarning(`guest '${name}' threw in abandon(), and must not run here: ${String(error)}`, {
-      code: 'MEMFERRY_ABANDON_THREW',
-    });
   }
 }
 

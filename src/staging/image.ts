@@ -242,7 +242,7 @@ export class StagedImage {
   /** The server ends: timers stop, nothing is decided any more. */
   close(): void {
     this.#timers.stopAll();
-    this.#park?.fail({ code: 'CANCELLED', message: 'the VMD server was closed' });
+    this.#park?.fail(new MemferryError('CANCELLED', 'the VMD server was closed'));
     this.#timers.stopAll();
   }
 
@@ -340,6 +340,6 @@ export class StagedImage {
     native(() => this.#stage.drop(this.bytes));
     this.config.gone(cause);
     // A source that is READY hears at once that its guest will not be parked.
-    this.#park?.fail({ code: 'VMD_LOST', message: `the image is gone (${cause})` });
+    this.#park?.fail(new MemferryError('VMD_LOST', `the image is gone (${cause})`));
   }
 }

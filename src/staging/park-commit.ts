@@ -3,17 +3,10 @@
  * same as for a migration. `prepare` is that every page and the execution state are at the servers, `resume` that
  * the home server owns the guest. Owned by one image; JavaScript thread.
  */
+import { DestinationCommit } from '../destination/commit-driver.js';
 import { MemferryError } from '../errors.js';
-import type { Cause, DestinationMessage, SourceMessage } from '../protocol/commit.js';
-import {
-  type DestinationAction,
-  type DestinationEvent,
-  type DestinationState,
-  initialDestination,
-  stepDestination,
-} from '../protocol/commit-destination.js';
-import { InTurn } from '../protocol/in-turn.js';
-import { NamedTimers } from '../protocol/timers.js';
+import type { DestinationMessage, SourceMessage } from '../protocol/commit.js';
+import type { DestinationState } from '../protocol/commit-destination.js';
 
 /** A control connection, as far as a commit cares. */
 export interface CommitLink {
@@ -27,34 +20,33 @@ export interface ParkCommitConfig {
   /** The guest is the home server's. Must not fail. */
   park(): void;
   /** The guest is its source's again, and never this server's. */
-  abandon(cause: Cause): void;
+  abandon(): void;
   /** The commit has an outcome: remember it. */
   decided(state: DestinationState): void;
 }
 
 export class ParkCommit {
-  #state: DestinationState = initialDestination();
+  readonly #commit: DestinationCommit;
   #link: CommitLink | null = null;
-  readonly #events = new InTurn<DestinationEvent>((event) => {
-    const { state, actions } = stepDestination(this.#state, event);
-    const decided =
-      state.phase !== this.#state.phase && (state.phase === 'resumed' || state.phase === 'abandoned');
-    this.#state = state;
-    if (decided) this.config.decided(state);
-    for (const action of actions) this.#carryOut(action);
-  });
-  readonly #timers: NamedTimers<'grant'>;
 
   constructor(private readonly config: ParkCommitConfig) {
-    this.#timers = new NamedTimers({ grant: config.grantTimeoutMs }, (timer) =>
-      this.#dispatch({ type: 'timer', timer }),
+    this.#commit = new DestinationCommit(
+      { grant: config.grantTimeoutMs },
+      {
+        prepare: () => this.#prepare(),
+        resume: () => config.park(),
+        abandon: () => config.abandon(),
+        send: (message) => this.#link?.send(message),
+        decided: (state) => config.decided(state),
+        abandoned: () => {},
+      },
     );
   }
 
   /** Answers go to the connection that spoke last. */
   message(link: CommitLink, message: SourceMessage): void {
     this.#link = link;
-    this.#dispatch({ type: 'message', message });
+    this.#commit.message(message);
   }
 
   /**
@@ -64,50 +56,21 @@ export class ParkCommit {
   detached(link: CommitLink): void {
     if (this.#link !== link) return;
     this.#link = null;
-    this.#dispatch({ type: 'connection-lost' });
+    this.#commit.connectionLost();
   }
 
   /** The image goes, for whatever reason. Nothing happens once the guest is parked. */
-  fail(cause: Cause): void {
-    this.#dispatch({ type: 'fail', cause });
+  fail(error: MemferryError): void {
+    this.#commit.fail(error);
   }
 
-  #dispatch(event: DestinationEvent): void {
-    this.#events.dispatch(event);
-  }
-
-  #carryOut(action: DestinationAction): void {
-    switch (action.type) {
-      case 'prepare':
-        try {
-          this.config.prepare();
-        } catch (error) {
-          const { code, message } =
-            error instanceof MemferryError ? error : { code: 'PREPARE_FAILED', message: String(error) };
-          this.#dispatch({ type: 'fail', cause: { code, message } });
-          return;
-        }
-        this.#dispatch({ type: 'prepared' });
-        break;
-      case 'resume':
-        this.config.park();
-        break;
-      case 'abandon':
-        this.config.abandon(this.#state.phase === 'abandoned' ? this.#state.cause : abandoned);
-        break;
-      case 'send':
-        this.#link?.send(action.message);
-        break;
-      case 'start-timer':
-        this.#timers.start(action.timer);
-        break;
-      case 'stop-timer':
-        this.#timers.stop(action.timer);
-        break;
-      case 'settle':
-        break;
+  #prepare(): void {
+    try {
+      this.config.prepare();
+    } catch (error) {
+      this.fail(error instanceof MemferryError ? error : new MemferryError('PREPARE_FAILED', String(error)));
+      return;
     }
+    this.#commit.prepared();
   }
 }
-
-const abandoned: Cause = { code: 'CANCELLED', message: 'the park was abandoned' };

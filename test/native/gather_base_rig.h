@@ -17,9 +17,9 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include "accepting_server.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
-#include "wire/socket.h"
 
 namespace memferry::test {
 
@@ -30,34 +30,11 @@ enum class Answer { kEnds, kWrong, kPages, kAbsent };
 class PlainServer {
  public:
   PlainServer(std::span<const std::byte> guest, Answer answer)
-      : guest_(guest),
-        answer_(answer),
-        listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
-        acceptor_([this] { accept(); }) {}
-  ~PlainServer() {
-    stopping_ = true;
-    acceptor_.join();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  PlainServer(const PlainServer&) = delete;
-  PlainServer& operator=(const PlainServer&) = delete;
-  [[nodiscard]] std::uint16_t port() const { return wire::SocketAddress::local(listening_.get()).port(); }
+      : guest_(guest), answer_(answer), server_([this](Wire& wire) { serve(wire); }) {}
+  [[nodiscard]] std::uint16_t port() const { return server_.port(); }
 
  private:
-  void accept() {
-    while (!stopping_) {
-      UniqueFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-      if (fd) {
-        threads_.emplace_back([this, wire = std::make_shared<Wire>(std::move(fd))] { serve(*wire); });
-      } else {
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      }
-    }
-  }
   void serve(Wire& wire) const {
-    wire::Hello hello{};
-    const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
-    if (!wire.read(&hello, sizeof hello) || !wire.raw(&reply, sizeof reply)) return;
     while (const auto asked = wire.receive()) {
       if (!answer(wire, asked->header)) return;
     }
@@ -96,10 +73,7 @@ class PlainServer {
 
   const std::span<const std::byte> guest_;
   const Answer answer_;
-  const UniqueFd listening_;
-  std::atomic<bool> stopping_{false};
-  std::vector<std::thread> threads_;
-  std::thread acceptor_;
+  const AcceptingServer server_;
 };
 
 class GatherBaseRig : public testing::Test {

@@ -7,9 +7,9 @@
 #include <string>
 #include <thread>
 
+#include "accepting_server.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
-#include "wire/socket.h"
 
 namespace memferry::test {
 namespace {
@@ -24,33 +24,11 @@ class HostileServer {
   using Answer = std::function<void(Wire& wire)>;
 
   explicit HostileServer(Answer answer)
-      : answer_(std::move(answer)),
-        listening_(wire::listen_on(wire::SocketAddress::parse("127.0.0.1", 0))),
-        acceptor_([this] { accept(); }) {}
-  ~HostileServer() {
-    stopping_ = true;
-    acceptor_.join();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  HostileServer(const HostileServer&) = delete;
-  HostileServer& operator=(const HostileServer&) = delete;
-  [[nodiscard]] std::uint16_t port() const { return wire::SocketAddress::local(listening_.get()).port(); }
+      : answer_(std::move(answer)), server_([this](Wire& wire) { serve(wire); }) {}
+  [[nodiscard]] std::uint16_t port() const { return server_.port(); }
 
  private:
-  void accept() {
-    while (!stopping_) {
-      UniqueFd fd(::accept4(listening_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-      if (fd) {
-        threads_.emplace_back([this, wire = std::make_shared<Wire>(std::move(fd))] { serve(*wire); });
-      } else {
-        std::this_thread::sleep_for(1ms);
-      }
-    }
-  }
   void serve(Wire& wire) const {
-    wire::Hello hello{};
-    const wire::HelloReply reply{wire::kFrameMagic, static_cast<std::uint32_t>(wire::HelloStatus::kAccepted)};
-    if (!wire.read(&hello, sizeof hello) || !wire.raw(&reply, sizeof reply)) return;
     wire::FrameHeader header{};
     while (wire.read(&header, sizeof header)) {
       if (header.type == static_cast<std::uint16_t>(wire::FrameType::kMapRequest)) return answer_(wire);
@@ -58,10 +36,7 @@ class HostileServer {
   }
 
   const Answer answer_;
-  const UniqueFd listening_;
-  std::atomic<bool> stopping_{false};
-  std::vector<std::thread> threads_;
-  std::thread acceptor_;
+  const AcceptingServer server_;
 };
 
 std::shared_ptr<Receiver> gather_from(const HostileServer& server, EventBox& events) {
