@@ -32,9 +32,11 @@ class BackingFile {
   // For a shared mapping of one's own. Throws SystemError: sealed against it, or not this process's to write.
   [[nodiscard]] UniqueFd open_for_writing() const;
 
-  // When something was last cut out of it, or written by a system call; stores through mappings do not count. Punching
-  // the same file twice within a tick of the kernel's clock gives the same stamp: one that is not settled yet counts as
-  // changed the next time.
+  [[nodiscard]] int fd() const { return fd_.get(); }
+
+  // When something was last cut out of it, or written: by a system call, or by the first store to a page that had to be
+  // mapped for it. Punching the same file twice within a tick of the kernel's clock gives the same stamp: one that is
+  // not settled yet counts as changed the next time.
   struct Stamp {
     std::int64_t seconds = 0;
     std::int64_t nanoseconds = 0;

@@ -5,7 +5,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <array>
@@ -163,6 +162,14 @@ void Process::read(OwnerAddress from, std::span<std::byte> into) const {
   if (read_some(from, into) != into.size()) {
     throw SystemError("a page of process " + std::to_string(pid_) + " cannot be read", EFAULT);
   }
+}
+
+std::size_t Process::read_each(std::span<const iovec> from, std::span<std::byte> into) const {
+  const iovec local{into.data(), into.size()};
+  const ssize_t got = ::process_vm_readv(pid_, &local, 1, from.data(), from.size(), 0);
+  // Whose memory that was is known only afterwards.
+  if (!has_memory()) throw gone("process_vm_readv");
+  return got < 0 ? 0 : static_cast<std::size_t>(got);
 }
 
 void Process::end() const { (void)::syscall(SYS_pidfd_send_signal, pidfd_.get(), SIGKILL, nullptr, 0U); }

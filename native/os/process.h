@@ -6,6 +6,7 @@
 #pragma once
 
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -55,6 +56,9 @@ class Process {
   void read(OwnerAddress from, std::span<std::byte> into) const;
   // The first bytes of it that can be read, at most all.
   [[nodiscard]] std::size_t read_some(OwnerAddress from, std::span<std::byte> into) const;
+  // Of several places (IOV_MAX at most), one after the other, in one call: how many bytes, up to the first that cannot be
+  // read; none where the kernel forbids this way. Throws OwnerGone.
+  [[nodiscard]] std::size_t read_each(std::span<const iovec> from, std::span<std::byte> into) const;
   // SIGKILL.
   void end() const;
 

@@ -13,8 +13,8 @@ DiscardWatch::DiscardWatch(const RegionUse& use, const Region& region, std::vect
     : region_(region), content_(region.capacity_pages()) {
   watch(std::move(parts));
   for (Watched& watched : watched_) {
-    // First the stamp, then the look: what is cut out during the look is found by the next one.
-    if (watched.part.kind == MemoryPart::Kind::kTmpfs) watched.stamp = watched.part.file->stamp();
+    // What is cut out during the look is found by the next one.
+    (void)unchanged(watched);
     with_memory(pagemap, watched.part, [&](PageRun run) {
       if (use.revoked()) throw RegionGone("arm");
       // Few pages, and to be exact about those of zeros costs nothing.
@@ -30,8 +30,20 @@ void DiscardWatch::watch(std::vector<MemoryPart> parts) {
   watched_.clear();
   for (MemoryPart& part : parts) {
     if (part.kind == MemoryPart::Kind::kTmpfs || part.kind == MemoryPart::Kind::kHugetlb)
-      watched_.push_back({std::move(part), {}});
+      watched_.push_back({std::move(part), std::nullopt, {}, false});
   }
+  for (Watched& each : watched_) {
+    if (each.part.kind == MemoryPart::Kind::kTmpfs) each.cuts = CutWatch::of(each.part.file->fd());
+  }
+}
+
+// Nothing was cut out since the last time that this was asked, after which one looks if it was.
+bool DiscardWatch::unchanged(Watched& watched) {
+  const bool looked = std::exchange(watched.looked, true);
+  if (watched.part.kind != MemoryPart::Kind::kTmpfs) return false;
+  if (watched.cuts) return !watched.cuts->changed() && looked;
+  const BackingFile::Stamp before = std::exchange(watched.stamp, watched.part.file->stamp());
+  return looked && watched.stamp.same_as(before);
 }
 
 void DiscardWatch::follow_growth() {
@@ -95,11 +107,11 @@ std::uint64_t DiscardWatch::look(const RegionUse& use, Pagemap& pagemap, const W
     without_memory(at, run.first);
     at = run.end();
     PageNumber from = run.first;
-    while (const auto content = content_.next_set(from, run.end(), 256)) {
+    while (const auto content = content_.next_set(from, run.end(), PageStarts::kAtOnce)) {
       if (use.revoked()) throw RegionGone("collect");
-      for (PageNumber page = content->first; page < content->end(); ++page.value) {
+      starts_.visit_zero(region_, *content, [&](PageNumber page) {
         if (page_is_zero(page)) vanished(page);
-      }
+      });
       from = content->end();
     }
   });
@@ -116,12 +128,7 @@ std::uint64_t DiscardWatch::collect(const RegionUse& use, Pagemap& pagemap, Atom
       content_.set_run(*run);
       from = run->end();
     }
-    if (watched.part.kind == MemoryPart::Kind::kTmpfs) {
-      const BackingFile::Stamp now = watched.part.file->stamp();
-      const bool same = now.same_as(watched.stamp);
-      watched.stamp = now;
-      if (same) continue;
-    }
+    if (unchanged(watched)) continue;
     found += look(use, pagemap, watched, dirty);
   }
   return found;

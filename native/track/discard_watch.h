@@ -5,16 +5,19 @@
 //
 // So this remembers which pages may hold something else than zeros, and looks whether one of those that seem clean is
 // zeros now. Of tmpfs it only looks when the file says that it has changed. A look at a page reads up to its first byte
-// that is not zero.
+// that is not zero; pages that have to be copied to be read are first told apart by how they begin.
 //
 // Threads: those of its tracker, one at a time.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "os/cut_watch.h"
 #include "os/pagemap.h"
 #include "page/bitmap.h"
+#include "page/page_starts.h"
 #include "page/region.h"
 #include "page/region_reader.h"
 #include "track/memory_part.h"
@@ -37,8 +40,12 @@ class DiscardWatch {
  private:
   struct Watched {
     MemoryPart part;
-    BackingFile::Stamp stamp;  // of tmpfs
+    // Of tmpfs: what says that nothing was cut out, where there is the first.
+    std::optional<CutWatch> cuts;
+    BackingFile::Stamp stamp;
+    bool looked = false;
   };
+  static bool unchanged(Watched& watched);
   void watch(std::vector<MemoryPart> parts);
   std::uint64_t look(const RegionUse& use, Pagemap& pagemap, const Watched& watched, AtomicBitmap& dirty);
   // Calls visit for the runs of the part whose pages have memory, in order; the others are zeros.
@@ -49,6 +56,7 @@ class DiscardWatch {
 
   const Region& region_;
   RegionReader reader_;
+  PageStarts starts_;
   std::vector<Watched> watched_;
   AtomicBitmap content_;
 };

@@ -1,4 +1,5 @@
 // Trackers over the memory of another process.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -8,6 +9,7 @@
 
 #include "owner_process.h"
 #include "page/owner_watch.h"
+#include "page/page_starts.h"
 #include "page/region_reader.h"
 #include "track/dirty_tracker.h"
 #include "transfer/send_queue.h"
@@ -23,6 +25,7 @@ const std::uint64_t kAsync =
 struct Kind {
   TrackerKind tracker;
   bool shared;
+  bool named = false;
 };
 
 class AttachTracker : public testing::TestWithParam<Kind> {
@@ -34,23 +37,24 @@ class AttachTracker : public testing::TestWithParam<Kind> {
     const auto offered = Userfaultfd::probe().features;
     if (GetParam().tracker == TrackerKind::kUffdWpAsync && (offered & kAsync) != kAsync)
       GTEST_SKIP() << "this kernel has no WP_ASYNC";
-    owner_.emplace(
-        OwnerProcess::Options{.pages = kPages, .shared = GetParam().shared, .features = offered & kAsync});
+    owner_.emplace(options(offered & kAsync));
+  }
+  static OwnerProcess::Options options(std::uint64_t features) {
+    return {.pages = kPages, .shared = GetParam().shared, .named = GetParam().named, .features = features};
   }
   static constexpr std::uint64_t kPages = 2000;
   std::optional<OwnerProcess> owner_;
 };
-INSTANTIATE_TEST_SUITE_P(Kinds, AttachTracker,
-                         testing::Values(Kind{TrackerKind::kUffdWpAsync, false},
-                                         Kind{TrackerKind::kUffdWpAsync, true},
-                                         Kind{TrackerKind::kHashDiff, false},
-                                         Kind{TrackerKind::kHashDiff, true},
-                                         Kind{TrackerKind::kSoftDirty, false}),
-                         [](const auto& of) {
-                           std::string name(tracker_name(of.param.tracker));
-                           std::erase(name, '-');
-                           return name + (of.param.shared ? "Shared" : "Private");
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, AttachTracker,
+    testing::Values(Kind{TrackerKind::kUffdWpAsync, false}, Kind{TrackerKind::kUffdWpAsync, true},
+                    Kind{TrackerKind::kUffdWpAsync, true, true}, Kind{TrackerKind::kHashDiff, false},
+                    Kind{TrackerKind::kHashDiff, true}, Kind{TrackerKind::kSoftDirty, false}),
+    [](const auto& of) {
+      std::string name(tracker_name(of.param.tracker));
+      std::erase(name, '-');
+      return name + (of.param.named ? "Named" : of.param.shared ? "Shared" : "Private");
+    });
 
 TEST(AttachTrackerNeeds, PrivateMemoryForSoftDirtyAndOnesOwnForWaitingThreads) {
   const OwnerProcess shared({.pages = 4, .shared = true});
@@ -177,10 +181,7 @@ TEST_P(AttachTracker, WhatItDiscardedCounts) {
 
 // A hole that is read again is a page of zeros, which write protection takes for the page that was there.
 TEST_P(AttachTracker, WhatItDiscardedAndReadAgainCounts) {
-  owner_.emplace(OwnerProcess::Options{
-      .pages = kPages,
-      .shared = GetParam().shared,
-      .features = (Userfaultfd::probe().features & kAsync) | UFFD_FEATURE_EVENT_REMOVE});
+  owner_.emplace(options((Userfaultfd::probe().features & kAsync) | UFFD_FEATURE_EVENT_REMOVE));
   owner_->ask(Op::kWrite, 0, kPages, 1);
   const auto region = owner_->attach();
   const auto tracker = make_tracker(GetParam().tracker, region);
@@ -196,6 +197,54 @@ TEST_P(AttachTracker, WhatItDiscardedAndReadAgainCounts) {
   tracker->collect(dirty);  // perhaps once more
   dirty.clear_run({PageNumber{0}, kPages});
   EXPECT_EQ(tracker->collect(dirty), 0U);
+}
+
+// QEMU's way to discard shared memory, which no event tells of, and the guest reads on.
+TEST_P(AttachTracker, WhatIsCutOutOfItsFileCounts) {
+  if (!GetParam().shared) GTEST_SKIP() << "it has no file";
+  const std::uint64_t page_size = system_page_size();
+  const auto cut = [&](std::uint64_t first, std::uint64_t count) {
+    ASSERT_EQ(::fallocate(owner_->memory(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                          static_cast<off_t>(first * page_size), static_cast<off_t>(count * page_size)),
+              0);
+  };
+  owner_->ask(Op::kWrite, 0, kPages / 2, 1);
+  const auto region = owner_->attach();
+  const auto tracker = make_tracker(GetParam().tracker, region);
+  tracker->arm();
+  cut(900, 5);
+  EXPECT_EQ(owner_->ask(Op::kRead, 902), 0U);
+  std::mt19937_64 random(11);
+  for (std::uint64_t round = 1; round <= 20; ++round) {
+    AtomicBitmap expected(kPages);
+    if (round == 1) expected.set_run({PageNumber{900}, 5});
+    // Stores go on, to pages that are there and to new ones: they change the file's times as well.
+    for (int i = 0; i < 10; ++i) {
+      const PageNumber page{random() % kPages};
+      if (page.value % 100 < 5) continue;  // is to be cut
+      owner_->ask(Op::kWrite, page.value, 1, 1000 * round + page.value + 1);
+      expected.set(page);
+    }
+    if (round % 3 == 0) {
+      const PageNumber page{100 * (random() % 9) + random() % 5};
+      owner_->ask(Op::kWrite, page.value, 1, 7);
+      AtomicBitmap written(kPages);
+      EXPECT_GE(tracker->collect(written), 1U);
+      cut(page.value, 1);
+      if (round % 2 == 0) {
+        EXPECT_EQ(owner_->ask(Op::kRead, page.value), 0U);
+      }
+      expected.set(page);
+      for (PageNumber each{0}; each.value < kPages; ++each.value) {
+        if (written.test(each) && each.value != page.value) expected.clear(each);
+      }
+    }
+    AtomicBitmap dirty(kPages);
+    tracker->collect(dirty);
+    for (PageNumber page{0}; page.value < kPages; ++page.value) {
+      ASSERT_EQ(dirty.test(page), expected.test(page)) << "page " << page.value << ", round " << round;
+    }
+  }
 }
 
 TEST_P(AttachTracker, MemoryThatWasUnmappedOrMovedIsAnError) {
@@ -425,6 +474,33 @@ TEST(AttachEvents, TwoRegionsOfOneUserfaultfdHaveOneReader) {
   second->take_removed(removed);
   EXPECT_EQ(removed.count(), 2U);
   EXPECT_TRUE(removed.test(PageNumber{1}));
+}
+
+// Pages that may be zeros, told by how they begin, wherever the memory has to be copied to be read.
+TEST(AttachMemory, PagesThatBeginWithZerosAreTold) {
+  constexpr std::uint64_t kPages = PageStarts::kAtOnce;
+  for (const bool shared : {false, true}) {
+    OwnerProcess owner({.pages = kPages, .shared = shared});
+    owner.ask(Op::kWrite, 0, kPages, 5);
+    EXPECT_EQ(owner.ask(Op::kDiscard, 3, 2), 0U);
+    EXPECT_EQ(owner.ask(Op::kDiscard, kPages - 1, 1), 0U);
+    const auto region = owner.attach();
+    PageStarts starts;
+    std::vector<std::uint64_t> found;
+    const auto note = [&](PageNumber page) { found.push_back(page.value); };
+    starts.visit_zero(*region, {PageNumber{0}, kPages}, note);
+    EXPECT_EQ(found, (std::vector<std::uint64_t>{3, 4, kPages - 1}));
+    found.clear();
+    starts.visit_zero(*region, {PageNumber{4}, 3}, note);
+    EXPECT_EQ(found, std::vector<std::uint64_t>{4});
+    // What cannot be read is left to who reads it whole.
+    owner.ask(Op::kUnmap, 6, 2);
+    found.clear();
+    starts.visit_zero(*region, {PageNumber{0}, 10}, note);
+    EXPECT_EQ(found, (std::vector<std::uint64_t>{3, 4, 6, 7}));
+    owner.kill();
+    EXPECT_THROW(starts.visit_zero(*region, {PageNumber{0}, 10}, note), OwnerGone);
+  }
 }
 
 // A file that its owner cuts off is an error for who reads it, and no SIGBUS.

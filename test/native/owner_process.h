@@ -24,6 +24,7 @@
 #include "os/userfaultfd.h"
 #include "page/hash.h"
 #include "page/region.h"
+#include "tmpfs_file.h"
 
 namespace memferry {
 
@@ -34,6 +35,7 @@ class OwnerProcess {
   struct Options {
     std::uint64_t pages = 64;
     bool shared = false;         // a memfd
+    bool named = false;          // shared, in a file that had a name in tmpfs
     std::uint64_t features = 0;  // of its userfaultfd
     bool api = true;             // it calls UFFDIO_API itself
     bool hidden_uffd = false;    // it has none
@@ -62,7 +64,7 @@ class OwnerProcess {
     if (::pipe2(to_.data(), O_CLOEXEC) != 0 || ::pipe2(from_.data(), O_CLOEXEC) != 0) throw_errno("pipe");
     const std::uint64_t bytes = options.pages * page_;
     if (options.shared) {
-      memory_ = UniqueFd(::memfd_create("owner", MFD_CLOEXEC));
+      memory_ = options.named ? file_in_tmpfs() : UniqueFd(::memfd_create("owner", MFD_CLOEXEC));
       if (::ftruncate(memory_.get(), static_cast<off_t>(bytes)) != 0) throw_errno("ftruncate");
     }
     pid_ = ::fork();

@@ -1,0 +1,79 @@
+#include "os/cut_watch.h"
+
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <sys/inotify.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <string>
+
+namespace memferry {
+
+namespace {
+
+constexpr unsigned kCloseOnExec = 1;  // MFD_CLOEXEC
+
+UniqueFd watch(int file) {
+  UniqueFd events(::inotify_init1(IN_NONBLOCK | IN_CLOEXEC));
+  const std::string name = "/proc/self/fd/" + std::to_string(file);
+  // By whatever name it is open here: it may have none in a directory any more.
+  if (events && ::inotify_add_watch(events.get(), name.c_str(), IN_MODIFY) < 0) events.reset();
+  return events;
+}
+
+// True when there was something to read, or when it cannot be told.
+bool drain(int events) {
+  alignas(inotify_event) std::array<char, 4096> buffer{};
+  bool any = false;
+  for (;;) {
+    const ssize_t got = ::read(events, buffer.data(), buffer.size());
+    if (got > 0) {
+      any = true;
+    } else if (got == 0 || errno != EINTR) {
+      return any || got == 0 || errno != EAGAIN;
+    }
+  }
+}
+
+// The kernel's own mount of tmpfs, which has memfds and shared anonymous memory: files there are made without
+// notifications since Linux 6.14 or so.
+struct OwnMount {
+  dev_t device = 0;
+  bool tells = false;
+};
+
+std::optional<OwnMount> look_at_own_mount() {
+  const UniqueFd file(static_cast<int>(::syscall(SYS_memfd_create, "memferry", kCloseOnExec)));
+  struct stat status {};
+  constexpr off_t kBytes = 4096;
+  if (!file || ::ftruncate(file.get(), kBytes) != 0 || ::fstat(file.get(), &status) != 0) return std::nullopt;
+  const UniqueFd events = watch(file.get());
+  const bool punched =
+      events && ::fallocate(file.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, kBytes) == 0;
+  return OwnMount{status.st_dev, punched && drain(events.get())};
+}
+
+bool told(int file) {
+  static const std::optional<OwnMount> own = look_at_own_mount();
+  struct stat status {};
+  if (!own || ::fstat(file, &status) != 0) return false;
+  return own->tells || status.st_dev != own->device;
+}
+
+}  // namespace
+
+std::optional<CutWatch> CutWatch::of(int file) {
+  if (!told(file)) return std::nullopt;
+  UniqueFd events = watch(file);
+  if (!events) return std::nullopt;
+  return CutWatch(std::move(events));
+}
+
+bool CutWatch::changed() { return drain(events_.get()); }
+
+}  // namespace memferry
