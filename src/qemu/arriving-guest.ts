@@ -11,7 +11,13 @@ import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
-import { ignoreSharedRam, loadDeviceState, restoreSettings, type Settings } from './device-state.js';
+import {
+  awaitDeviceState,
+  type IncomingState,
+  ignoreSharedRam,
+  restoreSettings,
+  type Settings,
+} from './device-state.js';
 import { endQemu } from './end.js';
 import { runState } from './inspect.js';
 import type { Qmp, QmpEvent } from './qmp.js';
@@ -28,6 +34,7 @@ export interface QemuArrivalOptions extends QemuSockets {
   onWarning?: ((error: Error) => void) | undefined;
 }
 
+const stateTimeoutMs = 10_000;
 const contTimeoutMs = 10_000;
 const firstPauseMs = 50;
 const longestPauseMs = 1_000;
@@ -111,6 +118,8 @@ class ArrivingQemuGuest implements ArrivingGuest {
     if (name === 'RESUME' && this.#phase !== 'granted') this.#break(resumedByOthers());
   };
   #settings: Settings | null = null;
+  #incoming: IncomingState | null = null;
+  #removing: Promise<unknown> = Promise.resolve();
   #runs = true;
   #phase: 'coming' | 'granted' | 'over' = 'coming';
   #running: Promise<void> | null = null;
@@ -162,6 +171,12 @@ class ArrivingQemuGuest implements ArrivingGuest {
         'late-block-activate',
       ]);
       guest.#watch();
+      // Nothing comes before `prepare` gives it; then nobody runs anywhere.
+      guest.#incoming = await awaitDeviceState(attachment.qmp, {
+        uid: attachment.uid,
+        timeoutMs: options.stateTimeoutMs ?? stateTimeoutMs,
+        signal: options.signal,
+      });
       return guest;
     } catch (error) {
       await attachment.close();
@@ -170,15 +185,13 @@ class ArrivingQemuGuest implements ArrivingGuest {
   }
 
   async prepare(state: Uint8Array, { signal }: { signal: AbortSignal }): Promise<void> {
-    const { qmp, uid } = this.attachment;
+    const { qmp } = this.attachment;
     const { running, stream } = decodeState(state);
     this.#runs = running;
-    await loadDeviceState(qmp, stream, {
-      maxBytes: stream.length,
-      timeoutMs: this.options.stateTimeoutMs ?? 10_000,
-      signal,
-      uid,
-    });
+    const timeoutMs = this.options.stateTimeoutMs ?? stateTimeoutMs;
+    if (!this.#incoming) throw memferryError('PREPARE_FAILED', 'QEMU has been given a state already');
+    await this.#incoming.load(stream, { timeoutMs, signal });
+    this.#letGoOfState();
     const now = await runState(qmp, { signal });
     if (now.running) throw this.#break(resumedByOthers());
   }
@@ -196,13 +209,24 @@ class ArrivingQemuGuest implements ArrivingGuest {
   /** Its memory is half filled, and what was missing may be poisoned: such a QEMU is of no use, and must never run. */
   async abandon(): Promise<void> {
     this.#phase = 'over';
+    this.#letGoOfState();
     await endQemu(this.attachment, quitTimeoutMs).catch((error) => this.#warn(error));
+    await this.#removing;
     await this.attachment.close();
   }
 
   async close(): Promise<void> {
     await this.#running?.catch(() => {});
+    this.#letGoOfState();
+    await this.#removing;
     await this.attachment.close();
+  }
+
+  /** Nobody waits for it while the guest stands. */
+  #letGoOfState(): void {
+    const incoming = this.#incoming;
+    this.#incoming = null;
+    if (incoming) this.#removing = incoming.close().catch((error) => this.#warn(error));
   }
 
   /** From here on it is the source's guest that this QEMU has: until GRANT nobody else's `cont` may reach it. */

@@ -12,14 +12,35 @@ import { type MemferryError, memferryError } from '../errors.js';
 import { untilAborted, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { checked } from './inspect.js';
-import type { Qmp, QmpEvent } from './qmp.js';
+import type { Qmp, QmpEvent, QmpOptions } from './qmp.js';
 
-export interface StateOptions {
-  maxBytes: number;
+export interface StateBounds {
   timeoutMs: number;
   signal: AbortSignal;
+}
+
+export interface OutgoingOptions {
+  maxBytes: number;
   /** Under which QEMU runs, so that it may enter the directory. */
   uid: number;
+}
+
+export interface OutgoingState {
+  /**
+   * The state of the guest, which is stopped. When it fails QEMU migrates no more. Once.
+   * @throws LIMIT_EXCEEDED when there is more of it, QEMU_REFUSED, PAUSE_FAILED with QEMU's reason, CANCELLED
+   */
+  save(bounds: StateBounds): Promise<Buffer>;
+  close(): Promise<void>;
+}
+
+export interface IncomingState {
+  /**
+   * It touches RAM: whoever serves its pages must do so by now. Once.
+   * @throws PREPARE_FAILED with QEMU's reason, CANCELLED
+   */
+  load(state: Uint8Array, bounds: StateBounds): Promise<void>;
+  close(): Promise<void>;
 }
 
 const over = ['completed', 'failed', 'cancelled'];
@@ -103,59 +124,82 @@ export async function restoreSettings(qmp: Qmp, { capabilities, maxBandwidth }: 
 }
 
 /**
- * The state of a guest that is stopped. When it fails QEMU migrates no more.
- * @throws LIMIT_EXCEEDED when there is more of it, QEMU_REFUSED, PAUSE_FAILED with QEMU's reason, CANCELLED
+ * Waits for the state of a guest that is still to be stopped: what takes time is done before that.
+ * @throws SYSTEM
  */
-export async function saveDeviceState(qmp: Qmp, options: StateOptions): Promise<Buffer> {
-  return withSocket(options.uid, async (path) => {
-    const incoming = await receiveOne(path, options.maxBytes);
-    const { signal, timeoutMs } = options;
-    const ended = qmp.event(isOver, "the end of QEMU's own migration", { signal, timeoutMs });
-    ended.catch(() => {});
-    try {
-      await qmp.execute('migrate', { uri: `unix:${path}` }, { signal, timeoutMs });
-      const [event, state] = await Promise.all([ended, bounded(incoming.state, options)]);
-      if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PAUSE_FAILED');
-      return state;
-    } catch (error) {
-      await stopMigrating(qmp).catch(() => {}); // why it has failed is what matters
-      throw error;
-    } finally {
+export async function expectDeviceState(qmp: Qmp, options: OutgoingOptions): Promise<OutgoingState> {
+  const place = await makePlace(options.uid);
+  let incoming: Awaited<ReturnType<typeof receiveOne>>;
+  try {
+    incoming = await receiveOne(place.path, options.maxBytes);
+  } catch (error) {
+    await place.remove();
+    throw error;
+  }
+  return {
+    async save(bounds) {
+      const ended = qmp.event(isOver, "the end of QEMU's own migration", bounds);
+      ended.catch(() => {});
+      try {
+        await qmp.execute('migrate', { uri: `unix:${place.path}` }, bounds);
+        const [event, state] = await Promise.all([ended, bounded(incoming.state, bounds)]);
+        if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PAUSE_FAILED');
+        return state;
+      } catch (error) {
+        await stopMigrating(qmp).catch(() => {}); // why it has failed is what matters
+        throw error;
+      }
+    },
+    async close() {
       incoming.close();
-    }
-  });
+      await place.remove();
+    },
+  };
 }
 
 /**
- * Into a QEMU that was started with `-incoming defer`. It touches RAM: whoever serves its pages must do so by now.
- * @throws PREPARE_FAILED with QEMU's reason, QEMU_REFUSED, CANCELLED
+ * Has a QEMU that was started with `-incoming defer` wait for the state of its guest.
+ * @throws QEMU_REFUSED, SYSTEM, CANCELLED
  */
-export async function loadDeviceState(qmp: Qmp, state: Uint8Array, options: StateOptions): Promise<void> {
-  await withSocket(options.uid, async (path) => {
-    const { signal, timeoutMs } = options;
-    const ended = qmp.event(isOver, "the end of QEMU's incoming migration", { signal, timeoutMs });
-    ended.catch(() => {});
-    await qmp.execute('migrate-incoming', { uri: `unix:${path}` }, { signal, timeoutMs });
-    const socket = createConnection({ path });
-    try {
-      const broken = deferred<never>();
-      socket.once('error', (cause) =>
-        broken.reject(
-          memferryError('PREPARE_FAILED', `QEMU does not take its state: ${cause.message}`, { cause }),
-        ),
-      );
-      socket.end(state);
-      // A QEMU that does not like its state says so by an event, and ends by itself.
-      const event = await Promise.race([ended, untilAborted(broken.promise, signal)]).catch(async (error) => {
-        throw (await Promise.race([qmp.closed, soon()]))
-          ? memferryError('PREPARE_FAILED', refusal, { cause: error })
-          : error;
-      });
-      if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PREPARE_FAILED');
-    } finally {
-      socket.destroy();
-    }
-  });
+export async function awaitDeviceState(
+  qmp: Qmp,
+  { uid, ...bounds }: QmpOptions & { uid: number },
+): Promise<IncomingState> {
+  const place = await makePlace(uid);
+  try {
+    await qmp.execute('migrate-incoming', { uri: `unix:${place.path}` }, bounds);
+  } catch (error) {
+    await place.remove();
+    throw error;
+  }
+  return {
+    async load(state, loading) {
+      const ended = qmp.event(isOver, "the end of QEMU's incoming migration", loading);
+      ended.catch(() => {});
+      const socket = createConnection({ path: place.path });
+      try {
+        const broken = deferred<never>();
+        socket.once('error', (cause) =>
+          broken.reject(
+            memferryError('PREPARE_FAILED', `QEMU does not take its state: ${cause.message}`, { cause }),
+          ),
+        );
+        socket.end(state);
+        // A QEMU that does not like its state says so by an event, and ends by itself.
+        const event = await Promise.race([ended, untilAborted(broken.promise, loading.signal)]).catch(
+          async (error) => {
+            throw (await Promise.race([qmp.closed, soon()]))
+              ? memferryError('PREPARE_FAILED', refusal, { cause: error })
+              : error;
+          },
+        );
+        if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PREPARE_FAILED');
+      } finally {
+        socket.destroy();
+      }
+    },
+    close: place.remove,
+  };
 }
 
 const refusal =
@@ -193,7 +237,7 @@ export async function stopMigrating(qmp: Qmp): Promise<void> {
   throw memferryError('PAUSE_FAILED', 'QEMU does not give up its own migration');
 }
 
-async function bounded<T>(promise: Promise<T>, { signal, timeoutMs }: StateOptions): Promise<T> {
+async function bounded<T>(promise: Promise<T>, { signal, timeoutMs }: StateBounds): Promise<T> {
   return within(
     untilAborted(promise, signal),
     timeoutMs,
@@ -250,12 +294,24 @@ async function receiveOne(
 }
 
 /** A path for a socket, in a directory of its own (mode 0700, QEMU's user's when that is another). */
-export async function withSocket<T>(uid: number, use: (path: string) => Promise<T>): Promise<T> {
+async function makePlace(uid: number): Promise<{ path: string; remove(): Promise<void> }> {
   const directory = await mkdtemp(join(tmpdir(), 'memferry-qemu-state-'));
+  const remove = () => rm(directory, { recursive: true, force: true });
   try {
     if (uid !== process.getuid?.()) await chown(directory, uid, -1);
-    return await use(join(directory, 'state'));
+  } catch (error) {
+    await remove();
+    throw error;
+  }
+  return { path: join(directory, 'state'), remove };
+}
+
+/** The same for as long as `use` takes. */
+export async function withSocket<T>(uid: number, use: (path: string) => Promise<T>): Promise<T> {
+  const place = await makePlace(uid);
+  try {
+    return await use(place.path);
   } finally {
-    await rm(directory, { recursive: true, force: true });
+    await place.remove();
   }
 }

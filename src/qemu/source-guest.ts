@@ -12,10 +12,10 @@ import { untilAborted } from '../protocol/bounded.js';
 import { tellListeners } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
+  expectDeviceState,
   ignoreSharedRam,
   restoreSettings,
   type Settings,
-  saveDeviceState,
   stopMigrating,
 } from './device-state.js';
 import { endQemu } from './end.js';
@@ -53,6 +53,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   /** Under way, or done; a migration's failure may be known before the guest runs again. */
   #unpausing: Promise<void> = Promise.resolve();
   #pausing: Promise<unknown> = Promise.resolve();
+  #removing: Promise<unknown> = Promise.resolve();
   /** Somebody else has let it run since it was paused: what was read of it is not what it is. */
   #resumedByOthers = false;
   #state: 'here' | 'pausing' | 'paused' | 'departed' = 'here';
@@ -150,6 +151,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     await this.#lookAgain({ signal }); // outside: a migration of somebody else's is not to be cancelled
     this.#ranBefore = false; // until it is known: what was paused must not be let run
     this.#resumedByOthers = false;
+    const state = await expectDeviceState(qmp, { maxBytes: maxStateBytes, uid });
     try {
       this.#settings ??= await ignoreSharedRam(qmp, ['events', 'x-ignore-shared']);
       this.#ranBefore = (await runState(qmp, { signal })).running;
@@ -157,12 +159,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       const pausedAtNs = process.hrtime.bigint();
       // The guest's writes are over when this has returned: QEMU has drained what its devices had under way.
       if (this.#ranBefore) await qmp.execute('stop', {}, { signal, timeoutMs: stateTimeoutMs });
-      const stream = await saveDeviceState(qmp, {
-        maxBytes: maxStateBytes,
-        timeoutMs: stateTimeoutMs,
-        signal,
-        uid,
-      });
+      const stream = await state.save({ timeoutMs: stateTimeoutMs, signal });
       this.#state = 'paused';
       await this.#requireStopped();
       return {
@@ -174,6 +171,9 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       // The first reason is the one to tell.
       await this.unpause().catch((cause) => tellListeners(this, 'warning', cause));
       throw error;
+    } finally {
+      // The guest stands meanwhile: nobody waits for what is only to be removed.
+      this.#removing = state.close().catch((error) => tellListeners(this, 'warning', error));
     }
   }
 
@@ -223,6 +223,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   async close(): Promise<void> {
     await this.#pausing.catch(() => {});
     await this.#unpausing.catch(() => {});
+    await this.#removing;
     await this.#attachment.close();
   }
 

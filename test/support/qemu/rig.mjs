@@ -150,11 +150,12 @@ export class Qemu {
   async until(condition, what, timeoutMs = 30_000) {
     const deadline = performance.now() + timeoutMs;
     while (!(await condition())) {
-      if (this.exited) throw new Error(`QEMU ended while waiting for ${what}: ${this.stderr.join('')}`);
+      const serial = () => `serial ends in ${JSON.stringify(this.serial.slice(-300))}`;
+      if (this.exited) {
+        throw new Error(`QEMU ended while waiting for ${what}: ${this.stderr.join('')}; ${serial()}`);
+      }
       if (performance.now() > deadline) {
-        throw new Error(
-          `waited ${timeoutMs} ms for ${what}; serial ends in ${JSON.stringify(this.serial.slice(-300))}`,
-        );
+        throw new Error(`waited ${timeoutMs} ms for ${what}; ${serial()}`);
       }
       await new Promise((resolve) => setTimeout(resolve, 10));
     }
