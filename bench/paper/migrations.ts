@@ -72,23 +72,41 @@ export async function runMigration(rig: Rig, plan: MigrationPlan): Promise<Outco
   return orRepeated(rig, plan.mode, () => run(rig, plan));
 }
 
-/**
- * One that fails is told, noted in the figure, and done once more: an evaluation of an hour must not end with it. The
- * second failure ends the figure. null, and nothing is begun, where the mode is not available.
- */
+/** null, and nothing is begun, where the mode is not available. */
 async function orRepeated<T>(rig: Rig, mode: MigrationMode, migration: () => Promise<T>): Promise<T | null> {
   if (mode === 'scatter' && rig.scatterObstacle !== null) return null;
+  try {
+    return await repeatedOnce(rig, `a migration in mode ${mode}`, migration, (error) => {
+      // A version that knows the mode's name and refuses it all the same.
+      return mode === 'scatter' && /INVALID_ARGUMENT|NOT_SUPPORTED|UNSUPPORTED/.test(String(error));
+    });
+  } catch (error) {
+    if (!(error instanceof Unavailable)) throw error;
+    rig.scatterObstacle = `mode scatter was refused: ${error.message}`;
+    rig.tell(rig.scatterObstacle);
+    return null;
+  }
+}
+
+class Unavailable extends Error {}
+
+/**
+ * One that fails is told, noted in the figure, and done once more: an evaluation of an hour must not end with it. The
+ * second failure ends the figure.
+ * @throws what the second has failed with; Unavailable when the first has failed in vain
+ */
+export async function repeatedOnce<T>(
+  rig: Rig,
+  what: string,
+  migration: () => Promise<T>,
+  inVain: (error: unknown) => boolean = () => false,
+): Promise<T> {
   try {
     return await migration();
   } catch (error) {
     const [reason] = String(error).split('\n');
-    // A version that knows the mode's name and refuses it all the same.
-    if (mode === 'scatter' && /INVALID_ARGUMENT|NOT_SUPPORTED|UNSUPPORTED/.test(String(error))) {
-      rig.scatterObstacle = `mode scatter was refused: ${reason}`;
-      rig.tell(rig.scatterObstacle);
-      return null;
-    }
-    rig.failures.push(`a migration in mode ${mode} failed and was repeated: ${reason}`);
+    if (inVain(error)) throw new Unavailable(reason);
+    rig.failures.push(`${what} failed and was repeated: ${reason}`);
     rig.tell(`${rig.failures.at(-1)}`);
     return await migration();
   }

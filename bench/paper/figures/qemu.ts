@@ -8,7 +8,7 @@ import { runCommand, startServer } from '../../support/processes.js';
 import { migrateByItself, type Qemu, type QemuMode, qemuRig } from '../../support/qemu.js';
 import { colours } from '../chart.js';
 import type { FigureModule } from '../figure.js';
-import { inTurns } from '../migrations.js';
+import { inTurns, repeatedOnce } from '../migrations.js';
 import { linkMbits } from '../options.js';
 import { atLeast, atMost, quotient, Samples } from '../result.js';
 import { memferryCommand, Obstacle, type Rig } from '../rig.js';
@@ -139,8 +139,8 @@ export const figures: FigureModule = {
       const goodput = await rig.goodput();
       lines.push(goodput);
       for (const plan of inTurns([...tight, ...free], round)) {
-        const outcome = await one(rig, plan);
         const x = nameOf(plan);
+        const outcome = await repeatedOnce(rig, `${plan.series}, ${x},`, () => one(rig, plan));
         samples.add(plan.series, 'eviction', x, 's', outcome.evictionMs / 1000);
         samples.add(plan.series, 'total', x, 's', outcome.totalMs / 1000);
         samples.add(plan.series, 'downtime', x, 'ms', outcome.downtimeMs);
