@@ -7,8 +7,8 @@ import { createHash } from 'node:crypto';
 
 import { HostReferences } from './host-references.js';
 import { tablesWritten } from './wasm-code.js';
+import { hideOurs } from './wasm-exports.js';
 import {
-  EXPORT_PREFIX,
   functionExport,
   globalExport,
   memoryExport,
@@ -157,6 +157,17 @@ export class WasmRegistry {
     this.version++;
   }
 
+  /** Threads of the program grow shared memories too. Growth by nothing brings what this thread knows up to date. */
+  refresh(): void {
+    for (const { memory, shared } of this.memories) {
+      try {
+        if (shared) memory.grow(0);
+      } catch {
+        // A 64-bit memory wants another kind of zero, and does not move.
+      }
+    }
+  }
+
   addInstance(module: WasmModule, instance: WasmInstance, imports: unknown): void {
     const record = this.#modules.get(module);
     this.version++;
@@ -167,10 +178,7 @@ export class WasmRegistry {
     }
     const { shape } = record;
     const all = instance.exports;
-    Object.defineProperty(instance, 'exports', {
-      value: withoutOurs(all),
-      enumerable: true,
-    });
+    hideOurs(instance);
 
     const signature = trampolineSignature(shape);
     if (signature) {
@@ -272,11 +280,4 @@ export class WasmRegistry {
     });
     this.trampolines.push(new WeakRef(reference));
   }
-}
-
-/** The exports as the module's author wrote them: glue that walks over them must not meet ours. */
-function withoutOurs(all: WasmExports): WasmExports {
-  const own = Object.create(null) as WasmExports;
-  for (const [name, value] of Object.entries(all)) if (!name.startsWith(EXPORT_PREFIX)) own[name] = value;
-  return Object.freeze(own);
 }
