@@ -4,6 +4,8 @@
  * of z3-solver is changed.
  *
  *     { "run": "(check-sat)" }     what the commands print
+ *
+ * A session with a time limit (`:timeout`) does not move: Z3's clock is a thread that waits inside WebAssembly for good.
  */
 import { defineGuest } from 'memferry/worker';
 import { init } from 'z3-solver';
@@ -14,6 +16,18 @@ async function build() {
   const context = Z3.mk_context(config);
   Z3.del_config(config);
   return { Z3, em, context };
+}
+
+/** In a thread of its own. The commands' text is the thread's for so long, so it must not lie on this one's stack. */
+export async function run({ em, context }, commands) {
+  const text = new TextEncoder().encode(`${commands}\0`);
+  const at = em._malloc(text.length);
+  em.HEAPU8.set(text, at);
+  try {
+    return await em.async_call(em._async_Z3_eval_smtlib2_string, context, at);
+  } finally {
+    em._free(at);
+  }
 }
 
 export default defineGuest({
@@ -28,5 +42,5 @@ export default defineGuest({
   /** Those that have not ended, whatever they are doing. */
   busy: ({ em }) => em.PThread.runningWorkers.map(({ workerID }) => `pthread ${workerID} of Z3`),
 
-  handle: ({ Z3, context }, { run }) => Z3.eval_smtlib2_string(context, run),
+  handle: (app, request) => run(app, request.run),
 });

@@ -409,5 +409,7 @@ function isThenable(value: unknown): boolean {
 }
 
 function busyError(names: string[]): Error {
-  return memferryError('GUEST_BUSY', `the guest cannot pause: ${names.join(', ')} open`, { facts: { names } });
+  return memferryError('GUEST_BUSY', `the guest cannot pause: ${names.join(', ')} open`, {
+    facts: { names },
+  });
 }

@@ -15,9 +15,7 @@ export function hideOurs(instance: WasmInstance): WasmInstance {
 }
 
 /** `WebAssembly.Module` with the static function that lists exports. */
-export function ownExports(
-  exports: WasmNamespace['Module']['exports'],
-): WasmNamespace['Module']['exports'] {
+export function ownExports(exports: WasmNamespace['Module']['exports']): WasmNamespace['Module']['exports'] {
   return (module) => exports(module).filter((entry) => !entry.name.startsWith(EXPORT_PREFIX));
 }
 

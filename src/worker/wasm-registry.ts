@@ -157,17 +157,6 @@ export class WasmRegistry {
     this.version++;
   }
 
-  /** Threads of the program grow shared memories too. Growth by nothing brings what this thread knows up to date. */
-  refresh(): void {
-    for (const { memory, shared } of this.memories) {
-      try {
-        if (shared) memory.grow(0);
-      } catch {
-        // A 64-bit memory wants another kind of zero, and does not move.
-      }
-    }
-  }
-
   addInstance(module: WasmModule, instance: WasmInstance, imports: unknown): void {
     const record = this.#modules.get(module);
     this.version++;

@@ -49,7 +49,6 @@ export interface Built {
 
 /** Everything but the memories' content. Throws GUEST_UNMOVABLE with all that cannot move, not just the first. */
 export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions, built: Built): WasmState {
-  registry.refresh();
   const unmovable = [...registry.unmovable];
   const hosts = new Map<number, HostReference>();
   const values: HostValue[] = [];

@@ -42,7 +42,6 @@ export class WorkerMemories {
   }
 
   regions(): WorkerRegion[] {
-    this.#registry.refresh();
     const memories = this.#memories.flatMap((region, index): WorkerRegion[] =>
       region ? [{ kind: 'memory', index, id: region.id, lengthBytes: region.refresh() }] : [],
     );

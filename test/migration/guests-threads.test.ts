@@ -44,34 +44,43 @@ async function refusal(host: Host, key: string) {
   return failure(host, key, LONG_MS);
 }
 
-/** Queens on a board, one in each column, of whom none attacks another. */
-const size = 9;
-const queens = Array.from({ length: size }, (_, i) => `q${i}`);
+/** Queens on a board, one in each row, of whom none attacks another. */
+const size = 10;
+const each = (count: number) => Array.from({ length: count }, (_, i) => i);
+const squares = each(size * size).map((n) => ({
+  row: Math.floor(n / size),
+  column: n % size,
+  name: `q${n}`,
+}));
+const attacks = squares.flatMap((one, n) =>
+  squares
+    .slice(n + 1)
+    .filter(
+      ({ row, column }) =>
+        row === one.row || column === one.column || Math.abs(row - one.row) === Math.abs(column - one.column),
+    )
+    .map((other) => `(assert (or (not ${one.name}) (not ${other.name})))`),
+);
+const names = squares.map(({ name }) => name);
+const rows = each(size).map((row) => names.slice(row * size, (row + 1) * size).join(' '));
 const board = [
-  '(set-option :produce-models true)',
-  ...queens.map((q) => `(declare-const ${q} Int) (assert (and (<= 1 ${q}) (<= ${q} ${size})))`),
-  `(assert (distinct ${queens.join(' ')}))`,
-  ...queens.flatMap((q, i) =>
-    queens
-      .slice(i + 1)
-      .map(
-        (other, j) =>
-          `(assert (and (not (= ${q} (+ ${other} ${j + 1}))) (not (= ${q} (- ${other} ${j + 1})))))`,
-      ),
-  ),
+  ...names.map((name) => `(declare-const ${name} Bool)`),
+  ...rows.map((row) => `(assert (or ${row}))`),
+  ...attacks,
 ].join('\n');
-/** One more way to place them, and never again. What it is depends on all that the solver has learnt before. */
+/** One more way to place them, and never again. Which it is depends on all that the solver has learnt before. */
 async function next(host: Host, guest: string): Promise<string> {
-  const found = await ask<string>(host, { run: `(check-sat) (get-value (${queens.join(' ')}))` }, guest);
-  const places = [...found.matchAll(/\((q\d+) (\d+)\)/g)].map(([, q, at]) => `(= ${q} ${at})`);
-  expect(places, found).toHaveLength(size);
-  await ask(host, { run: `(assert (not (and ${places.join(' ')})))` }, guest);
-  return places.join(' ');
+  const found = await ask<string>(host, { run: `(check-sat) (get-value (${names.join(' ')}))` }, guest);
+  const placed = [...found.matchAll(/\((q\d+) true\)/g)].map(([, name]) => name);
+  expect(placed, found).toHaveLength(size);
+  await ask(host, { run: `(assert (not (and ${placed.join(' ')})))` }, guest);
+  return placed.join(' ');
 }
 
 test('Z3 goes on where it was, there and back, and runs in threads at both sides', async () => {
   const [a, b] = await hosts('a', 'b');
-  const memory = { memoryBytes: 512 * 2 ** 20 };
+  // Room for all that Z3 has reserved, though it has written to little of it.
+  const memory = { memoryBytes: 1536 * 2 ** 20 };
   const servers = via(await startStage('one', memory), await startStage('two', memory));
   const ports = new Map<Host, number>();
   for (const host of [a, b]) ports.set(host, await listen(host, { modules }));
@@ -82,12 +91,12 @@ test('Z3 goes on where it was, there and back, and runs in threads at both sides
     [b, 'still'],
   ] as const) {
     await ask(host, { run: board }, guest);
-    for (let i = 0; i < 5; i++) await next(host, guest);
+    for (let i = 0; i < 3; i++) await next(host, guest);
   }
   expect(await ask(a, { op: 'threads' })).toBeGreaterThan(0);
 
   let [here, there] = [a, b];
-  for (const mode of ['hybrid', 'scatter', 'post-copy', 'scatter-hybrid']) {
+  for (const mode of ['hybrid', 'scatter']) {
     const before = await ask<{ sha256: string; bytes: number }>(here, { op: 'digest' });
     expect(before.bytes).toBe(2 ** 31);
     const scattered = mode.startsWith('scatter') ? servers : {};
@@ -108,10 +117,14 @@ test('Z3 is named while a thread of it runs, and moves when it is done', async (
   // Pigeons and one hole too few: long beyond this test's patience.
   const holes = 14;
   const sits = (pigeon: number, hole: number) => `p${pigeon}h${hole}`;
-  const each = (count: number) => Array.from({ length: count }, (_, i) => i);
   const hard = [
     ...each(holes + 1).flatMap((p) => each(holes).map((h) => `(declare-const ${sits(p, h)} Bool)`)),
-    ...each(holes + 1).map((p) => `(assert (or ${each(holes).map((h) => sits(p, h)).join(' ')}))`),
+    ...each(holes + 1).map(
+      (p) =>
+        `(assert (or ${each(holes)
+          .map((h) => sits(p, h))
+          .join(' ')}))`,
+    ),
     ...each(holes).flatMap((h) =>
       each(holes + 1).flatMap((p) =>
         each(p).map((other) => `(assert (not (and ${sits(p, h)} ${sits(other, h)})))`),
@@ -122,14 +135,19 @@ test('Z3 is named while a thread of it runs, and moves when it is done', async (
   await ask(a, { op: 'begin', run: '(check-sat)' });
   const { code, facts } = await refusal(a, 'running');
   expect(code).toBe('GUEST_BUSY');
-  const { names } = facts as unknown as { names: string[] };
-  expect(names).toContainEqual(
+  const { names: running } = facts as unknown as { names: string[] };
+  expect(running).toContainEqual(
     expect.stringMatching(/^a running thread of its own \(em-pthread-\d+, .*z3-built\.js\)$/),
   );
-  expect(names).toContainEqual(expect.stringMatching(/^pthread \d+ of Z3$/));
+  expect(running).toContainEqual(expect.stringMatching(/^pthread \d+ of Z3$/));
   expect(await ask(a, { op: 'interrupt' })).toMatch(/unknown|canceled|interrupted/);
   await move(a, b, 'done', port, { mode: 'hybrid' });
-  expect(await ask(b, { run: '(push) (assert (not p0h0)) (eval p0h0) (pop) (echo "on")' })).toMatch(/on/);
+  expect(await ask(b, { run: '(reset) (declare-const x Int) (assert (< 2 x 4)) (check-sat) (eval x)' })).toBe(
+    'sat\n3\n',
+  );
+  // A time limit's clock is a thread that waits inside WebAssembly, where nothing can be known of it.
+  await ask(b, { run: '(set-option :timeout 60000) (check-sat)' });
+  expect((await refusal(b, 'clock')).code).toBe('GUEST_BUSY');
 }, 300_000);
 
 describe('a program with a pool of threads', () => {

@@ -3,7 +3,9 @@ import { execFile } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
 import { rm, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
+import { deserialize } from 'node:v8';
 import { BroadcastChannel } from 'node:worker_threads';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 
@@ -69,6 +71,21 @@ describe('threads of the program that are at rest', () => {
     }
   });
 
+  it('have nothing under way, and the guest has heard all that they had to say', async () => {
+    const guest = await start('pool', { threads: 1 });
+    await guest.request({ op: 'go-on', everyMs: 12 });
+    let done = 0;
+    for (let round = 0; round < 100; round++) {
+      const [state] = deserialize(await guest.pause()) as [Uint8Array];
+      const { app } = deserialize(state) as { app: { given: number; done: number } };
+      expect(app.done).toBe(app.given);
+      done = app.done;
+      guest.unpause();
+      await sleep(round % 12);
+    }
+    expect(done).toBeGreaterThan(10);
+  });
+
   it('refuse all the same where the guest does not say that they keep nothing', async () => {
     const guest = await start('pool-stateful');
     const refusal = {
@@ -107,7 +124,10 @@ describe('threads of the program that are not', () => {
 
   it.each([
     ['timer', 'timer'],
-    ['nested', String.raw`message port of a thread of its own ${thread}|a thread of its own \(setInterval.*\)`],
+    [
+      'nested',
+      String.raw`message port of a thread of its own ${thread}|a thread of its own \(setInterval.*\)`,
+    ],
   ])('refuse for what they have open (%s)', async (op, name) => {
     const guest = await start();
     await guest.request({ op: 'ask', message: { op } });

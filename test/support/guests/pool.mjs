@@ -31,7 +31,7 @@ function task(worker, message) {
 async function build({ data, arriving }) {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 64, shared: true });
   const { exports } = new WebAssembly.Instance(module, { e: { mem: memory } });
-  const app = { memory, exports, threads: [] };
+  const app = { memory, exports, threads: [], given: 0, done: 0 };
   if (arriving && data?.busyThere) (await thread(app)).postMessage({ op: 'spin' });
   for (let i = 0; i < (data?.threads ?? 2); i++) await thread(app);
   return app;
@@ -39,6 +39,7 @@ async function build({ data, arriving }) {
 
 export const pool = {
   create: build,
+  save: ({ given, done }) => ({ given, done }),
   statelessThreads: true,
   async handle(app, request) {
     const words = () => new Int32Array(app.memory.buffer);
@@ -63,6 +64,13 @@ export const pool = {
         return null;
       case 'ask':
         return task(app.threads[0], request.message);
+      case 'go-on':
+        // Tasks that are no request's: such a timer may stay behind, what a thread does for it may not.
+        setInterval(() => {
+          app.given++;
+          task(app.threads[0], { op: 'add', by: 1 }).then(() => app.done++);
+        }, request.everyMs).unref();
+        return null;
       case 'exports':
         return task(app.threads[0], { op: 'exports', of: module });
       default:

@@ -1,7 +1,7 @@
 /** The example's guest, and what a test wants to know of it: its memory, its threads, one that goes on running. */
 import { createHash } from 'node:crypto';
 import { defineGuest } from 'memferry/worker';
-import z3 from '../../../examples/z3/z3.mjs';
+import z3, { run } from '../../../examples/z3/z3.mjs';
 
 const PIECE = 2 ** 26;
 
@@ -21,7 +21,7 @@ export default defineGuest({
       case 'threads':
         return em.PThread.unusedWorkers.length + em.PThread.runningWorkers.length;
       case 'begin':
-        app.running = Z3.eval_smtlib2_string(app.context, request.run);
+        app.running = run(app, request.run);
         return null;
       case 'interrupt':
         Z3.interrupt(app.context);
