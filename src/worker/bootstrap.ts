@@ -6,6 +6,7 @@ import { workerData } from 'node:worker_threads';
 
 import { interceptHostHandles } from './host-handles.js';
 import type { BootData } from './messages.js';
+import { ProgramThreads } from './program-threads.js';
 import { GuestRuntime } from './runtime.js';
 import { interceptWebAssembly } from './wasm-intercept.js';
 import { WasmRegistry } from './wasm-registry.js';
@@ -17,4 +18,6 @@ const registry = new WasmRegistry(boot.plan?.memoryBytes ?? [], boot.sharedMemor
 const wrappers = new Wrappers();
 interceptWebAssembly(registry);
 wrappers.intercept();
-await new GuestRuntime(boot, registry, wrappers, interceptHostHandles()).run();
+const threads = new ProgramThreads();
+threads.intercept();
+await new GuestRuntime(boot, registry, wrappers, interceptHostHandles(), threads).run();

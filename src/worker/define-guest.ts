@@ -61,6 +61,13 @@ export interface GuestDefinition<App, State = unknown, Request = unknown, Reply 
    * after the guest was built. Otherwise such an object refuses to pause, with GUEST_UNMOVABLE.
    */
   carriesWrappers?: boolean;
+  /**
+   * True: a thread that the program has started itself (Emscripten's pthreads) keeps nothing of its own once it is back
+   * in its event loop, in JavaScript as in WebAssembly: whatever counts lies in the shared memory. Such threads stand
+   * still with the guest, from the safepoint until it runs again; those of the destination are the ones that `receive`
+   * has started, and that are started later. One that runs refuses to pause, with GUEST_BUSY. Otherwise any thread does.
+   */
+  statelessThreads?: boolean;
   /** The destination: memory, globals and tables are the source's. Takes the JavaScript state back. */
   adopt?(app: App, state: State, context: GuestContext): App | undefined | Promise<App | undefined>;
   /** One request at a time; between two of them lies the safepoint. */

@@ -1,7 +1,7 @@
 /**
- * Files, directories and threads of the host that a guest opened through Node: they stay behind, so each of them refuses
- * a pause, by name. Node's own list of what is open knows neither a descriptor from `openSync`, nor what `node:wasi` has
- * open for a guest, nor a worker that was unref'd.
+ * Files and directories of the host that a guest opened through Node: they stay behind, so each of them refuses a pause,
+ * by name. Node's own list of what is open knows neither a descriptor from `openSync`, nor what `node:wasi` has open for a
+ * guest. (Threads: program-threads.ts.)
  * Installed before the guest's module is loaded; lives in the worker.
  */
 import type { EventEmitter } from 'node:events';
@@ -9,7 +9,6 @@ import fs, { type PathLike } from 'node:fs';
 import type { FileHandle } from 'node:fs/promises';
 import { createRequire, syncBuiltinESMExports } from 'node:module';
 import { fileURLToPath } from 'node:url';
-import threads from 'node:worker_threads';
 import { interceptUnref } from './host-unref.js';
 
 export interface HostHandles {
@@ -22,7 +21,6 @@ type Callback = (error: Error | null, fd: number) => void;
 export function interceptHostHandles(): HostHandles {
   const files = new Map<number, string>();
   const handles = new Set<{ handle: FileHandle; name: string }>();
-  const workers = new Map<threads.Worker, string>();
 
   const native = { openSync: fs.openSync, open: fs.open, close: fs.close, closeSync: fs.closeSync };
   const openAsync = fs.promises.open;
@@ -62,19 +60,6 @@ export function interceptHostHandles(): HostHandles {
     return handle;
   };
 
-  const Worker = threads.Worker;
-  threads.Worker = new Proxy(Worker, {
-    construct(target, args: unknown[], newTarget): object {
-      const worker = Reflect.construct(
-        target,
-        args,
-        newTarget === threads.Worker ? target : newTarget,
-      ) as threads.Worker;
-      workers.set(worker, fileName(args[0]));
-      worker.once('exit', () => workers.delete(worker));
-      return worker;
-    },
-  });
   const wasi = interceptWasi();
   const unrefd = interceptUnref();
   syncBuiltinESMExports();
@@ -83,7 +68,6 @@ export function interceptHostHandles(): HostHandles {
     names: () => [
       ...[...files.values()].map((name) => `host file ${name}`),
       ...[...handles].map(({ name }) => `host file ${name}`),
-      ...[...workers.values()].map((name) => `a thread of its own (${name})`),
       ...wasi(),
       ...unrefd.names(),
     ],
@@ -143,7 +127,7 @@ function quietly<T>(load: () => T): T | null {
   }
 }
 
-function fileName(path: unknown): string {
+export function fileName(path: unknown): string {
   if (path instanceof URL) return path.protocol === 'file:' ? fileURLToPath(path) : `${path.protocol}…`;
   const name = String(path);
   return name.length > 200 ? `…${name.slice(-200)}` : name;

@@ -7,8 +7,8 @@ import { deserialize, serialize } from 'node:v8';
 import { receiveMessageOnPort } from 'node:worker_threads';
 
 import { memferryError } from '../errors.js';
-import { Region } from '../region.js';
-import type { GuestContext, GuestDefinition } from './define-guest.js';
+import type { GuestContext } from './define-guest.js';
+import { type AnyDefinition, checkDefinition, layoutOf } from './guest-definition.js';
 import type { HostHandles } from './host-handles.js';
 import { HostFunctions } from './host-functions.js';
 import {
@@ -21,30 +21,29 @@ import {
   type WorkerShape,
   type WorkerStateEnvelope,
 } from './messages.js';
+import type { ProgramThreads } from './program-threads.js';
 import { OpenResources } from './safepoint.js';
-import { renewViews } from './wasm-growth.js';
-import { WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
+import type { WasmRegistry } from './wasm-registry.js';
 import { captureWasm, restoreWasm, unmovableError, type WasmState } from './wasm-state.js';
 import { readTable } from './wasm-tables.js';
+import { WorkerMemories } from './worker-memories.js';
 import { collectGarbage, type Wrappers } from './wrappers.js';
 
 /** A socket that was closed, a timer that fired, or garbage is gone only after a turn or two of the event loop. */
 const CLOSING_TURNS = 3;
 const REHEARSALS = 3;
-/** What `layout` may give: it goes to the destination within 64 KiB. */
-const MOST_LAYOUT = 64;
-
-type AnyDefinition = GuestDefinition<unknown, unknown, unknown, unknown>;
+/** How long threads of the program get to come to rest: for a pause, and where they have just been built. */
+const REST_MS = 500;
+const BUILT_REST_MS = 5000;
 
 export class GuestRuntime {
   readonly #boot: BootData;
   readonly #registry: WasmRegistry;
   readonly #wrappers: Wrappers;
   readonly #handles: HostHandles;
+  readonly #threads: ProgramThreads;
   readonly #hostFunctions = new HostFunctions();
-  readonly #heaps: Region[] = [];
-  /** By the memory's number; null while it is empty, or where it cannot be a region. */
-  readonly #memories: (Region | null)[] = [];
+  readonly #memories: WorkerMemories;
   readonly #queue: { id: number; value: unknown }[] = [];
   readonly #context: GuestContext;
   #definition!: AnyDefinition;
@@ -57,11 +56,19 @@ export class GuestRuntime {
   /** Asked for while a request was in progress. */
   readonly #checks: number[] = [];
 
-  constructor(boot: BootData, registry: WasmRegistry, wrappers: Wrappers, handles: HostHandles) {
+  constructor(
+    boot: BootData,
+    registry: WasmRegistry,
+    wrappers: Wrappers,
+    handles: HostHandles,
+    threads: ProgramThreads,
+  ) {
     this.#boot = boot;
     this.#registry = registry;
     this.#wrappers = wrappers;
     this.#handles = handles;
+    this.#threads = threads;
+    this.#memories = new WorkerMemories(registry, boot.plan);
     this.#context = {
       name: boot.name,
       worker: boot.worker,
@@ -71,7 +78,7 @@ export class GuestRuntime {
       hostFunctions: this.#hostFunctions,
       sharedHeap: boot.sharedHeap,
       sharedMemory: boot.sharedMemory,
-      heap: (lengthBytes) => this.#heap(lengthBytes),
+      heap: (lengthBytes) => this.#memories.heap(lengthBytes),
       send: (value) => this.#post({ type: 'message', value }),
     };
   }
@@ -87,9 +94,12 @@ export class GuestRuntime {
       this.#definition = checkDefinition(loaded.default, this.#boot.url);
       const build = plan ? (this.#definition.receive ?? this.#definition.create) : this.#definition.create;
       this.#app = await build.call(this.#definition, this.#context);
-      this.#adoptMemories();
+      this.#memories.adopt();
       this.#built();
-      if (plan) this.#rehearse();
+      if (plan) {
+        this.#rehearse();
+        await this.#holdBuiltThreads();
+      }
       this.#post({ type: 'ready', shape: this.#shape() });
       if (plan) await this.#arrive();
     } catch (error) {
@@ -101,18 +111,10 @@ export class GuestRuntime {
 
   /** What stands now, every host has made alike. */
   #built(): void {
-    const layout: unknown = this.#definition.layout?.(this.#app) ?? [];
-    const fits = (value: unknown): boolean => typeof value === 'string' && value.length <= 256;
-    if (!Array.isArray(layout) || layout.length > MOST_LAYOUT || !layout.every(fits)) {
-      throw memferryError(
-        'INVALID_ARGUMENT',
-        `layout() gives at most ${MOST_LAYOUT} strings of at most 256 characters`,
-      );
-    }
     this.#build = {
       functions: this.#registry.trampolines.length,
       references: this.#registry.hostReferences.built(this.#registry),
-      layout: layout as string[],
+      layout: layoutOf(this.#definition, this.#app),
     };
     this.#wrappers.built();
     // Read once now, so that a pause has only to look at what was written since.
@@ -140,47 +142,10 @@ export class GuestRuntime {
     this.#boot.port.postMessage(message, transfer);
   }
 
-  #heap(lengthBytes: number): readonly Uint8Array[] {
-    const planned = this.#boot.plan?.heapBytes[this.#heaps.length] ?? lengthBytes;
-    if (planned !== lengthBytes) {
-      throw memferryError('GUEST_UNMOVABLE', `heap ${this.#heaps.length} has ${planned} bytes at the source`);
-    }
-    const region = Region.allocate({ lengthBytes });
-    this.#heaps.push(region);
-    return region.views;
-  }
-
-  /** Makes regions of the memories that have none yet. */
-  #adoptMemories(): void {
-    this.#registry.memories.forEach(({ memory }, number) => {
-      // An empty memory has no address yet.
-      if (this.#memories[number] || memory.buffer.byteLength === 0) this.#memories[number] ??= null;
-      else this.#memories[number] = Region.adopt(memory as Parameters<typeof Region.adopt>[0]);
-    });
-  }
-
   #shape(): WorkerShape {
     this.#shapeVersion = this.#version;
-    const memories = this.#memories.flatMap((region, index) =>
-      region
-        ? [
-            {
-              kind: 'memory' as const,
-              index,
-              id: region.id,
-              lengthBytes: region.refresh(),
-            },
-          ]
-        : [],
-    );
-    const heaps = this.#heaps.map((region, index) => ({
-      kind: 'heap' as const,
-      index,
-      id: region.id,
-      lengthBytes: region.lengthBytes,
-    }));
     return {
-      regions: [...memories, ...heaps],
+      regions: this.#memories.regions(),
       instances: this.#registry.instances.map((instance) => instance.sha256.slice(0, 16)),
       unmovable: [...this.#registry.unmovable],
       build: this.#build,
@@ -213,16 +178,37 @@ export class GuestRuntime {
       setImmediate(() => this.#check(id, turns - 1));
       return;
     }
-    let error = null;
-    try {
-      this.#refuseIfBusy();
-      this.#tellShape();
-      // All of it, as a pause does: then nothing of it runs for the first time in the pause.
-      this.#capture();
-    } catch (thrown) {
-      error = plainError(thrown);
-    }
-    this.#post({ type: 'checked', id, error });
+    this.#settled(REST_MS, (running) => {
+      if (this.#handling) {
+        this.#checks.push(id);
+        return;
+      }
+      let error = null;
+      try {
+        this.#refuseIfBusy(running);
+        this.#tellShape();
+        // All of it, as a pause does: then nothing of it runs for the first time in the pause.
+        this.#capture();
+      } catch (thrown) {
+        error = plainError(thrown);
+      }
+      this.#post({ type: 'checked', id, error });
+    });
+  }
+
+  /** At once where there are no threads. `then` hears of those that run on. */
+  #settled(limitMs: number, then: (running: string[]) => void): void {
+    const running = this.#threads.names();
+    if (running.length === 0 || !this.#definition.statelessThreads) then(running);
+    else void this.#threads.settle(true, limitMs).then(then);
+  }
+
+  /** No thread of the program that was just built touches the memory that comes. */
+  async #holdBuiltThreads(): Promise<void> {
+    const { statelessThreads = false } = this.#definition;
+    const running = await this.#threads.settle(statelessThreads, BUILT_REST_MS);
+    const names = running.length > 0 ? running : this.#threads.hold();
+    if (names.length > 0) throw busyError(names);
   }
 
   /** Something is open that another turn of the event loop may close. */
@@ -233,17 +219,15 @@ export class GuestRuntime {
     return true;
   }
 
-  #refuseIfBusy(): void {
+  /** `running`: threads. */
+  #refuseIfBusy(running: string[]): void {
     const open = [
+      ...running,
       ...this.#resources.names(),
       ...(this.#definition.busy?.(this.#app) ?? []),
       ...this.#handles.names(),
     ];
-    if (open.length > 0) {
-      throw memferryError('GUEST_BUSY', `the guest cannot pause: ${open.join(', ')} open`, {
-        facts: { names: open },
-      });
-    }
+    if (open.length > 0) throw busyError(open);
     const held = this.#definition.carriesWrappers ? [] : this.#wrappers.names();
     if (held.length > 0) throw unmovableError(held);
   }
@@ -300,14 +284,13 @@ export class GuestRuntime {
 
   /** New memories and instances are told before the reply of the request that made them. */
   #tellShape(): void {
-    const known = this.#memories.filter((region) => region !== null).length;
+    const known = this.#memories.adopted;
     try {
-      this.#adoptMemories();
+      this.#memories.adopt();
     } catch (error) {
       this.#registry.unmovable.push(`a memory: ${plainError(error).message}`);
     }
-    const changed = known !== this.#memories.filter((region) => region !== null).length;
-    if (!changed && this.#shapeVersion === this.#version) return;
+    if (known === this.#memories.adopted && this.#shapeVersion === this.#version) return;
     this.#post({ type: 'shape', shape: this.#shape() });
   }
 
@@ -328,13 +311,24 @@ export class GuestRuntime {
       setImmediate(() => this.#standStill(attempt, turns - 1));
       return;
     }
+    this.#settled(REST_MS, (running) => this.#stop(attempt, running));
+  }
+
+  /** Nothing of the guest runs from here on, until it is told to. */
+  #stop(attempt: number, running: string[]): void {
+    const { control } = this.#boot;
+    if (Atomics.load(control, Word.pause) !== attempt) {
+      this.#next();
+      return;
+    }
     let state: Uint8Array;
     const sinceNs = process.hrtime.bigint();
     try {
-      this.#refuseIfBusy();
+      this.#refuseIfBusy(running.length > 0 ? running : this.#threads.hold());
       this.#tellShape();
       state = this.#capture();
     } catch (error) {
+      this.#threads.release();
       Atomics.compareExchange(control, Word.pause, attempt, 0);
       this.#post({ type: 'refused', attempt, error: plainError(error) });
       this.#next();
@@ -342,12 +336,14 @@ export class GuestRuntime {
     }
     const lengths = this.#shape().regions.map((region) => region.lengthBytes);
     if (Atomics.compareExchange(control, Word.pause, attempt, -attempt) !== attempt) {
+      this.#threads.release();
       this.#next();
       return;
     }
     const returned = this.#queue.splice(0).map((request) => request.id);
     this.#post({ type: 'paused', attempt, sinceNs, state, returned, lengths }, [state.buffer as ArrayBuffer]);
     while (Atomics.load(control, Word.pause) === -attempt) Atomics.wait(control, Word.pause, -attempt);
+    this.#threads.release();
   }
 
   #capture(): Uint8Array {
@@ -396,21 +392,15 @@ export class GuestRuntime {
     this.#wrappers.built();
     this.#post({ type: 'prepared' });
     while (Atomics.load(control, Word.pause) === still) Atomics.wait(control, Word.pause, still);
+    this.#threads.release();
   }
 
   #grow(message: ToWorker & { type: 'grow' }): void {
-    const entry = this.#registry.memories[message.index];
-    const region = this.#memories[message.index];
-    if (message.kind !== 'memory' || !entry || !region) {
-      throw memferryError('GUEST_UNMOVABLE', `${message.kind} ${message.index} cannot grow`);
-    }
-    const missing = message.lengthBytes - entry.memory.buffer.byteLength;
-    if (missing > 0) {
-      entry.memory.grow(Math.ceil(missing / WASM_PAGE_BYTES));
-      if (!entry.shared) renewViews(this.#registry, entry.memory);
-      this.#definition.memoryGrown?.(this.#app);
-    }
-    this.#post({ type: 'grown', lengthBytes: region.refresh() });
+    const { kind, index } = message;
+    const lengthBytes = this.#memories.grow(kind, index, message.lengthBytes, () =>
+      this.#definition.memoryGrown?.(this.#app),
+    );
+    this.#post({ type: 'grown', lengthBytes });
   }
 }
 
@@ -418,11 +408,8 @@ function isThenable(value: unknown): boolean {
   return typeof (Object(value) as { then?: unknown }).then === 'function';
 }
 
-function checkDefinition(value: unknown, url: string): AnyDefinition {
-  const { create, handle } = Object(value) as Partial<AnyDefinition>;
-  if (typeof create === 'function' && typeof handle === 'function') return value as AnyDefinition;
-  throw memferryError(
-    'INVALID_ARGUMENT',
-    `${url} has no default export made by defineGuest({ create, handle })`,
-  );
+function busyError(names: string[]): Error {
+  return memferryError('GUEST_BUSY', `the guest cannot pause: ${names.join(', ')} open`, {
+    facts: { names },
+  });
 }

@@ -27,9 +27,9 @@ const NAMES: Record<string, string> = {
 export class OpenResources {
   readonly #baseline: Map<string, number>;
 
-  /** What is open now is the runtime's own. */
-  constructor() {
-    this.#baseline = count();
+  /** What is open now is the runtime's own, unless it is said what is. */
+  constructor(baseline = count()) {
+    this.#baseline = baseline;
   }
 
   /** What was opened since, by name, e.g. `2 timers`. */

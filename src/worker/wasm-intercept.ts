@@ -4,8 +4,8 @@
  * else, `instanceof` included, behaves as before.
  */
 import { fileURLToPath } from 'node:url';
+import { ownExports } from './wasm-exports.js';
 import type { ModuleRecord, WasmRegistry } from './wasm-registry.js';
-import { EXPORT_PREFIX } from './wasm-rewrite.js';
 import {
   type WasmInstance,
   type WasmMemoryObject,
@@ -42,10 +42,7 @@ export function interceptWebAssembly(registry: WasmRegistry): void {
       return remember(make(rewritten.bytes) as WasmModule, rewritten.record);
     },
     get(target, property, receiver): unknown {
-      if (property === 'exports') {
-        return (module: WasmModule) =>
-          target.exports(module).filter((entry) => !entry.name.startsWith(EXPORT_PREFIX));
-      }
+      if (property === 'exports') return ownExports(target.exports.bind(target));
       return Reflect.get(target, property, receiver);
     },
   });

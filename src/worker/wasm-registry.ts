@@ -7,8 +7,8 @@ import { createHash } from 'node:crypto';
 
 import { HostReferences } from './host-references.js';
 import { tablesWritten } from './wasm-code.js';
+import { hideOurs } from './wasm-exports.js';
 import {
-  EXPORT_PREFIX,
   functionExport,
   globalExport,
   memoryExport,
@@ -167,10 +167,7 @@ export class WasmRegistry {
     }
     const { shape } = record;
     const all = instance.exports;
-    Object.defineProperty(instance, 'exports', {
-      value: withoutOurs(all),
-      enumerable: true,
-    });
+    hideOurs(instance);
 
     const signature = trampolineSignature(shape);
     if (signature) {
@@ -272,11 +269,4 @@ export class WasmRegistry {
     });
     this.trampolines.push(new WeakRef(reference));
   }
-}
-
-/** The exports as the module's author wrote them: glue that walks over them must not meet ours. */
-function withoutOurs(all: WasmExports): WasmExports {
-  const own = Object.create(null) as WasmExports;
-  for (const [name, value] of Object.entries(all)) if (!name.startsWith(EXPORT_PREFIX)) own[name] = value;
-  return Object.freeze(own);
 }
