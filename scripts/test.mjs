@@ -1,8 +1,8 @@
 /**
  * `npm test`: every suite in turn, whatever the one before did. At the end a line `failed: SUITE: TEST: WHY` for each
  * test that failed, and one with the sum of all: `N passed, N failed, N skipped`. `npm test -- SUITE...` runs some; CI
- * runs `typescript-engine`, a part of the first, on another Node. While the TypeScript suite runs, which mostly waits, the native ones are
- * compiled at the lowest priority.
+ * runs `typescript-engine`, a part of the first, on another Node. While the TypeScript suite runs, which mostly waits, the
+ * native ones are compiled and the fuzzers run, at the lowest priority.
  */
 import { spawn } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
@@ -21,11 +21,12 @@ const OF_THE_ENGINE = [
 ];
 /** What runs the programs in C, and not how they are built. */
 const WATCHED = ['hostile', 'unpark'];
+const FUZZERS = ['sh', '-c', 'exec scripts/fuzz.sh 2>&1'];
 /** Each gives its counts; a suite that died before it could count has `failed` 1. */
 const SUITES = {
-  typescript: () => runVitest(['--project=unit', '--project=migration']),
+  typescript: () => runVitest(['--project=unit', '--project=migration*']),
   'typescript-engine': () => runVitest(OF_THE_ENGINE),
-  ...Object.fromEntries(Object.entries(NATIVE).map(([name, variant]) => [name, () => runCtest(variant)])),
+  ...Object.fromEntries(Object.keys(NATIVE).map((name) => [name, () => runCtest(name)])),
   embed: runEmbedded,
   'embed-tsan': runEmbeddedWatched,
   fuzz: runFuzzers,
@@ -39,7 +40,17 @@ if (unknown.length > 0) {
 }
 
 const names = asked.length > 0 ? asked : Object.keys(SUITES).filter((name) => name !== 'typescript-engine');
-const built = buildAhead(names.filter((name) => Object.hasOwn(NATIVE, name)).map((name) => NATIVE[name]));
+const ahead = inTurn([
+  // What a build that fails says, the suite's own build says again.
+  ...names
+    .filter((name) => Object.hasOwn(NATIVE, name))
+    .map((name) => ({
+      name,
+      command: ['bash', 'scripts/test-native.sh', NATIVE[name]],
+      env: { BUILD_ONLY: '1', JOBS: String(Math.max(1, cpus().length - 1)) },
+    })),
+  ...(names.includes('typescript') && names.includes('fuzz') ? [{ name: 'fuzz', command: FUZZERS }] : []),
+]);
 for (const [signal, number] of [
   ['SIGINT', 2],
   ['SIGTERM', 15],
@@ -99,27 +110,34 @@ async function runVitest(files = [], env = {}) {
   }
 }
 
-/** Of each variant, when its build has ended; what a build that fails says, the suite's own build says again. */
-function buildAhead(variants) {
+/**
+ * One after the other, each at the lowest priority and without being seen: of each name, when it has ended, its exit code
+ * and what it wrote to its standard output.
+ */
+function inTurn(commands) {
   const ends = new Map();
   let before = Promise.resolve();
-  for (const variant of variants) {
+  for (const { name, command, env = {} } of commands) {
     before = before.then(
       () =>
         new Promise((resolve) => {
-          const child = spawn('bash', ['scripts/test-native.sh', variant], {
+          const child = spawn(command[0], command.slice(1), {
             cwd: root,
-            stdio: 'ignore',
+            stdio: ['ignore', 'pipe', 'ignore'],
             detached: true, // a group of its own, to be ended as a whole
-            env: { ...process.env, BUILD_ONLY: '1', JOBS: String(Math.max(1, cpus().length - 1)) },
+            env: { ...process.env, ...env },
+          });
+          let output = '';
+          child.stdout?.setEncoding('utf8').on('data', (text) => {
+            output += text;
           });
           const end = () => process.kill(-child.pid, 'SIGTERM');
-          const settle = () => {
+          const settle = (code) => {
             process.off('exit', end);
-            resolve();
+            resolve({ code, output });
           };
-          child.once('error', settle);
-          child.once('close', settle);
+          child.once('error', () => settle(1));
+          child.once('close', (code) => settle(code ?? 1));
           if (child.pid === undefined) return;
           process.once('exit', end);
           try {
@@ -129,7 +147,7 @@ function buildAhead(variants) {
           }
         }),
     );
-    ends.set(variant, before);
+    ends.set(name, before);
   }
   return ends;
 }
@@ -155,16 +173,16 @@ function whyOf(number, output) {
     .slice(0, 1500)}`;
 }
 
-async function runCtest(variant) {
-  await built.get(variant);
-  const { code, output } = await run('bash', ['scripts/test-native.sh', variant]);
+async function runCtest(suite) {
+  await ahead.get(suite);
+  const { code, output } = await run('bash', ['scripts/test-native.sh', NATIVE[suite]]);
   const summary = /(\d+) tests? failed out of (\d+)/.exec(output);
   if (!summary) return { passed: 0, failed: 1, skipped: 0 };
   const failed = Number(summary[1]);
   const skipped = (output.match(/\*\*\*Skipped/g) ?? []).length;
   const list = /The following tests FAILED:\n((?:\s+\d+ - .*\n)*)/.exec(output)?.[1] ?? '';
   for (const [, number, test] of list.matchAll(/(\d+) - (.*)/g)) {
-    failures.push(`${variant}: ${test}${whyOf(number, output)}`);
+    failures.push(`${NATIVE[suite]}: ${test}${whyOf(number, output)}`);
   }
   return {
     passed: Number(summary[2]) - failed - skipped,
@@ -175,7 +193,7 @@ async function runCtest(variant) {
 
 /** The core as it is installed, programs that embed it, and then guests that move from here to one of those. */
 async function runEmbedded() {
-  await built.get('plain');
+  await ahead.get('native');
   const directory = mkdtempSync(join(tmpdir(), 'memferry-embed-'));
   try {
     const { code, output } = await run('sh', ['scripts/test-embed.sh'], { MEMFERRY_EMBED_DIR: directory });
@@ -200,7 +218,7 @@ async function runEmbedded() {
 
 /** The destination in C once more, of the build for ThreadSanitizer: its protocol, its threads, strangers. */
 async function runEmbeddedWatched() {
-  await built.get('tsan');
+  await ahead.get('native-tsan');
   const { code } = await run('bash', ['scripts/test-native.sh', 'tsan'], { BUILD_ONLY: '1' });
   if (code !== 0) return { passed: 0, failed: 1, skipped: 0 };
   return runVitest(['--project=embed', ...WATCHED.map((name) => `test/embed/${name}.test.ts`)], {
@@ -212,10 +230,13 @@ async function runEmbeddedWatched() {
 
 /** Each target counts as one; it says so itself where clang's libFuzzer is not there. */
 async function runFuzzers() {
-  const { code, output } = await run('sh', ['scripts/fuzz.sh']);
+  const already = await ahead.get('fuzz');
+  if (already) process.stdout.write(already.output);
+  const { code, output } = already ?? (await run(FUZZERS[0], FUZZERS.slice(1)));
   const counts = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(output);
   if (!counts) return { passed: 0, failed: 1, skipped: 0 };
   const [passed, failed, skipped] = counts.slice(1).map(Number);
+  for (const [, name] of output.matchAll(/^fuzz: (.*) FAILED$/gm)) failures.push(`fuzz: ${name}`);
   return { passed, failed: code !== 0 && failed === 0 ? 1 : failed, skipped };
 }
 

@@ -1,4 +1,5 @@
 /** What a host process holds that a migration may have left behind. */
+import { setTimeout as pause } from 'node:timers/promises';
 import type { Host } from './host.js';
 
 export interface Inventory {
@@ -30,13 +31,16 @@ export function inventory(host: Host): Promise<Inventory> {
   return host.call<Inventory>('inventory');
 }
 
+/** Between two looks at what is waited for: who looks without a pause takes the processor from who is waited for. */
+export const LOOK_AGAIN_MS = 10;
+
 /**
  * What the host holds now, once it is what it was `before`, or when the bound has passed: what ends in the
  * background (a socket's close) is waited for.
  */
 export async function heldAgain(host: Host, before: Inventory, boundMs: number): Promise<object> {
   const wanted = JSON.stringify(held(before));
-  for (const end = performance.now() + boundMs; ; ) {
+  for (const end = performance.now() + boundMs; ; await pause(LOOK_AGAIN_MS)) {
     const now = held(await inventory(host));
     if (JSON.stringify(now) === wanted || performance.now() > end) return now;
   }

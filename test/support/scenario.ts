@@ -1,7 +1,8 @@
 /** What most migration tests do: two hosts, a guest that writes, and the questions asked at the end. */
+import { setTimeout as pause } from 'node:timers/promises';
 import { expect } from 'vitest';
 import { type Check, Host, type RegionSpec, type Settled, type Status } from './host.js';
-import { held, heldAgain, type Inventory, inventory } from './leftovers.js';
+import { held, heldAgain, type Inventory, inventory, LOOK_AGAIN_MS } from './leftovers.js';
 
 export { type Inventory, inventory };
 
@@ -122,7 +123,7 @@ export function stageStatus({ host }: Stage): Promise<StageStatus> {
 
 /** No image, and its memory is free again: dissolving is told by nobody, so it is waited for. */
 export async function expectEmpty(stage: Stage, boundMs = 5000): Promise<void> {
-  for (const end = performance.now() + boundMs; ; ) {
+  for (const end = performance.now() + boundMs; ; await pause(LOOK_AGAIN_MS)) {
     const { images, held, freeBytes } = await stageStatus(stage);
     if (images === 0 && freeBytes === stage.freeBytes) return;
     if (performance.now() > end) {
