@@ -23,8 +23,10 @@ export interface ServePagesOptions {
   ledger?: number;
   /** Bring everything in order beside the faults. Default true; else only what is touched comes. */
   prepage?: boolean;
-  /** Pages that the file does not have: they fail to be read from now on. */
-  onLost?: (pages: { first: number; count: number }, error: MemferryError) => void;
+  /**
+   * Pages that the file does not have: they fail to be read soon after. What is lost within a moment comes in one call.
+   */
+  onLost?: (runs: readonly { first: number; count: number }[], error: MemferryError) => void;
 }
 
 export interface PagerStats {
@@ -73,13 +75,15 @@ export function servePages(options: ServePagesOptions): PageService {
         offset: offsetBytes,
         ledger,
         prepage,
-        onEvent: ({ kind, code, message, first, count }) => {
+        onEvent: ({ kind, code, message, lost }) => {
           if (kind === 'done') {
             done.resolve();
             stop('leave');
           }
-          if (kind === 'lost')
-            onLost?.({ first, count }, memferryError('PAGES_LOST', message, { facts: { first, count } }));
+          if (kind === 'lost') {
+            const pages = lost.reduce((sum, { count }) => sum + count, 0);
+            onLost?.(lost, memferryError('PAGES_LOST', message, { facts: { runs: lost, pages } }));
+          }
           if (kind === 'failed') void fail(code === 'REGION_GONE' ? code : 'SYSTEM', message);
         },
       }),

@@ -48,6 +48,8 @@ class SenderHandle : public Napi::ObjectWrap<SenderHandle>, public Engine {
   Napi::Value discard_dirty(const Napi::CallbackInfo& info);
   Napi::Value switch_over(const Napi::CallbackInfo& info);
   Napi::Value start_push(const Napi::CallbackInfo& info);
+  Napi::Value hold_eviction(const Napi::CallbackInfo& info);
+  Napi::Value give_up_server(const Napi::CallbackInfo& info);
   Napi::Value set_bandwidth(const Napi::CallbackInfo& info);
   Napi::Value stats(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);

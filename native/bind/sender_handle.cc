@@ -105,6 +105,8 @@ void SenderHandle::define(Napi::Env env) {
                       InstanceMethod<&SenderHandle::discard_dirty>("discardDirty"),
                       InstanceMethod<&SenderHandle::switch_over>("switchOver"),
                       InstanceMethod<&SenderHandle::start_push>("startPush"),
+                      InstanceMethod<&SenderHandle::hold_eviction>("holdEviction"),
+                      InstanceMethod<&SenderHandle::give_up_server>("giveUpServer"),
                       InstanceMethod<&SenderHandle::set_bandwidth>("setBandwidth"),
                       InstanceMethod<&SenderHandle::stats>("stats"),
                       InstanceMethod<&SenderHandle::digest>("digest"),
@@ -274,6 +276,20 @@ Napi::Value SenderHandle::switch_over(const Napi::CallbackInfo& info) {
 Napi::Value SenderHandle::start_push(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     core()->sender->start_push();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::hold_eviction(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->hold_eviction(info[0].ToBoolean());
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::give_up_server(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->give_up_server(count_of(info[0], "ordinal"), text_of(info[1], "why"));
     return info.Env().Undefined();
   });
 }

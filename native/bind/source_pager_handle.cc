@@ -57,8 +57,14 @@ SourcePagerHandle::SourcePagerHandle(const Napi::CallbackInfo& info)
         told.Set("kind", Napi::String::New(js, name_of(event.kind)));
         told.Set("code", Napi::String::New(js, event.code));
         told.Set("message", Napi::String::New(js, event.message));
-        told.Set("first", number(js, event.lost.first.value));
-        told.Set("count", number(js, event.lost.count));
+        Napi::Array lost = Napi::Array::New(js, event.lost.size());
+        for (std::size_t i = 0; i < event.lost.size(); ++i) {
+          Napi::Object run = Napi::Object::New(js);
+          run.Set("first", number(js, event.lost[i].first.value));
+          run.Set("count", number(js, event.lost[i].count));
+          lost.Set(static_cast<std::uint32_t>(i), run);
+        }
+        told.Set("lost", lost);
         on_event.Call({told});
       });
     };

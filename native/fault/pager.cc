@@ -130,6 +130,25 @@ void Pager::ask_elsewhere(std::uint32_t region, PageNumber page) {
   thread_.wake();
 }
 
+void Pager::probe(std::uint32_t region, PageNumber page) {
+  const PageRun unit = fails_with(region, page);
+  {
+    // Whoever installs it marks it received first, and then looks under this lock who waits.
+    const std::lock_guard lock(mutex_);
+    const ArrivalMap& map = *maps_[region];
+    if (poisoning_ || waiting_.contains(region, unit.first) || map.received.count(unit) == unit.count) return;
+    WaitingFault fault;
+    fault.region = region;
+    fault.page = unit.first;
+    fault.window = unit.count;
+    fault.seen = Clock::now();
+    fault.probe = true;
+    if (huge_[region]) fault.again = again_of_huge();
+    waiting_.add(fault);
+  }
+  thread_.wake();
+}
+
 void Pager::run(WorkerThread& self) {
   set_this_thread_nice(kFaultThreadNice);
   std::vector<Request> requests;
@@ -376,6 +395,8 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
         }
       }
       waiting_.add(fault);
+    } else {
+      waiting_.wanted(region, page, now);
     }
   }
   if (zeros) serve_zero(region, page, Patience::kOwnThread);
@@ -526,7 +547,7 @@ Pager::Installed Pager::install_zeros(std::uint32_t region, PageRun run) {
     const std::lock_guard lock(mutex_);
     waiting_.take(region, claimed, [&](const WaitingFault& fault) {
       if (fault.remote) latencies_.record(now - fault.seen);
-      waited_for.push_back(fault.page);
+      if (!fault.probe) waited_for.push_back(fault.page);
     });
     ++page;
   }
@@ -598,7 +619,13 @@ void Pager::stop() {
 std::chrono::nanoseconds Pager::longest_wait() const {
   const Clock::time_point now = Clock::now();
   const std::lock_guard lock(mutex_);
-  return now - waiting_.oldest_at_source(now);
+  return now - waiting_.oldest_at_source(now, false);
+}
+
+std::chrono::nanoseconds Pager::longest_probe() const {
+  const Clock::time_point now = Clock::now();
+  const std::lock_guard lock(mutex_);
+  return now - waiting_.oldest_at_source(now, true);
 }
 
 void Pager::break_off(const char* code, const std::string& message) {

@@ -89,6 +89,8 @@ class Pager {
   void ask_again(bool routed);
   // The source has not got this page any more.
   void ask_elsewhere(std::uint32_t region, PageNumber page);
+  // Asks for a missing page as if somebody waited for it: who does not answer is not there. Once until it is here.
+  void probe(std::uint32_t region, PageNumber page);
 
   // Installs what lies in waiting rooms, for a migration that never pages. False when it cannot: broken() has been called.
   [[nodiscard]] bool deliver();
@@ -130,8 +132,9 @@ class Pager {
   [[nodiscard]] bool faulted_lately() const;
   // The same of pages that no reading ahead would have brought in time: of faults that do not walk forward.
   [[nodiscard]] bool strayed_lately() const;
-  // How long the longest wait for an answer of the source has lasted.
+  // How long the longest wait for an answer of the source has lasted; of somebody, and of a probe.
   [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
+  [[nodiscard]] std::chrono::nanoseconds longest_probe() const;
   [[nodiscard]] FaultScope scope() const { return own_ ? own_->scope() : FaultScope::kKernelAndUser; }
 
  private:
@@ -182,6 +185,7 @@ class Pager {
   void on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
                      std::vector<Request>& requests);
   void send_huge(const Request& request);
+  [[nodiscard]] std::chrono::milliseconds again_of_huge() const;
   Installed install_huge(std::uint32_t region, PageRun run, const std::byte* bytes);  // nullptr: zeros
   bool install_in_unit(std::uint32_t region, PageRun run, const std::byte* bytes, Installed& result);
   bool settle_huge(std::uint32_t region, PageRun unit);

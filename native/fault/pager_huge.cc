@@ -19,6 +19,8 @@ constexpr std::chrono::milliseconds kAgainElsewhere{100};
 
 }  // namespace
 
+std::chrono::milliseconds Pager::again_of_huge() const { return router_ ? kAgainElsewhere : kAgainAtSource; }
+
 // Missing or not yet mapped is the same here: it is either whole, or waited for.
 void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_point now,
                           std::vector<Request>& requests) {
@@ -45,7 +47,7 @@ void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_poi
         fault.state = WaitingFault::State::kArriving;
       } else {
         note_kind({}, now);
-        fault.again = router_ ? kAgainElsewhere : kAgainAtSource;
+        fault.again = again_of_huge();
         if (online_ || router_) {
           fault.state = WaitingFault::State::kExpected;
           fault.due = now + fault.again;
@@ -56,6 +58,8 @@ void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_poi
         }
       }
       waiting_.add(fault);
+    } else if (!whole && !poisoned) {
+      waiting_.wanted(region, unit.first, now);
     }
   }
   if (whole) (void)map_huge(region, unit);
@@ -162,7 +166,7 @@ bool Pager::settle_huge(std::uint32_t region, PageRun unit) {
     const std::lock_guard lock(mutex_);
     waiting_.take(region, {unit.first, 1}, [&](const WaitingFault& fault) {
       if (fault.remote) latencies_.record(now - fault.seen);
-      waited_for = true;
+      waited_for = !fault.probe;
     });
   }
   return (!waited_for && !huge_[region]->has_content(unit.first)) || map_huge(region, unit);

@@ -24,7 +24,6 @@ constexpr int kPrepageNice = 5;
 constexpr int kTries = 4096;  // the layout is changing: about two seconds
 constexpr int kSpinningTries = 64;
 constexpr std::chrono::microseconds kBetweenTries{500};
-constexpr std::chrono::milliseconds kLossGrace{100};
 
 void between_tries(int tries) {
   if (tries < kSpinningTries) {
@@ -81,7 +80,13 @@ SourcePager::SourcePager(Config config)
       page_size_(memory_.page_size()),
       pages_(memory_.pages()),
       ledger_(config_.ledger >= 0 ? PageLedger(pages_, config_.ledger) : PageLedger(pages_)),
-      given_up_(pages_) {
+      losses_({.pages = pages_,
+               .grace = config_.loss_grace,
+               .needless = [this](PageNumber page) { return ledger_.test(page); },
+               .report =
+                   [this](const std::string& why, std::vector<PageRun> lost) {
+                     tell(EventKind::kLost, "PAGES_LOST", why, std::move(lost));
+                   }}) {
   if (memory_.uffd() == nullptr || !config_.source)
     throw std::invalid_argument("a pager without a userfaultfd");
   if (!memory_.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
@@ -147,13 +152,18 @@ void SourcePager::for_each_unsettled(Visit visit) const {
 
 SourcePager::Stats SourcePager::stats() const {
   const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
-  return {
-      pages_, settled_, found_, faults_, lost_, us(latencies_.quantile(0.5)), us(latencies_.quantile(0.99))};
+  return {pages_,
+          settled_,
+          found_,
+          faults_,
+          losses_.count(),
+          us(latencies_.quantile(0.5)),
+          us(latencies_.quantile(0.99))};
 }
 
-void SourcePager::tell(EventKind kind, std::string code, std::string message, PageRun lost) {
+void SourcePager::tell(EventKind kind, std::string code, std::string message, std::vector<PageRun> lost) {
   if (kind == EventKind::kFailed && failed_.exchange(true)) return;
-  if (config_.on_event) config_.on_event({kind, std::move(code), std::move(message), lost});
+  if (config_.on_event) config_.on_event({kind, std::move(code), std::move(message), std::move(lost)});
 }
 
 void SourcePager::run(WorkerThread& self) {
@@ -194,7 +204,11 @@ void SourcePager::on_event(const uffd_msg& event) {
     case UFFD_EVENT_REMOVE:
     case UFFD_EVENT_UNMAP:  // nobody can touch it any more: whatever is mapped there next is not ours
       memory_.for_each_run_between(OwnerAddress{event.arg.remove.start}, OwnerAddress{event.arg.remove.end},
-                                   [this](PageRun run) { settle(run); });
+                                   [this](PageRun run) {
+                                     settle(run);
+                                     // A loss that is discarded is zeros like anything else; who waits for it looks again.
+                                     if (losses_.forget(run) > 0) wake(run);
+                                   });
       break;
     case UFFD_EVENT_REMAP:
       tell(EventKind::kFailed, "REGION_GONE",
@@ -234,7 +248,7 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
     }
     return;
   }
-  if (given_up_.test(page)) return;  // it is being poisoned, which wakes whoever waits
+  if (losses_.lost(page)) return;  // it is being poisoned, which wakes whoever waits
   std::uint64_t lacking = 1;
   while (lacking < SequentialDetector::kLargestWindow && page.value + lacking < pages_ &&
          !ledger_.test(PageNumber{page.value + lacking})) {
@@ -260,7 +274,7 @@ bool SourcePager::bring(PageRun run, std::vector<std::byte>& buffer) {
       if (part.count > 1) {
         for (PageNumber page = part.first; page < part.end(); ++page.value) (void)bring({page, 1}, buffer);
       } else {
-        lose(part, error.what());
+        (void)losses_.lose(part.first, error.what());
       }
       run = {part.end(), run.count - part.count};
       continue;
@@ -327,32 +341,15 @@ bool SourcePager::brought(PageNumber page) {
   return ledger_.test(page);
 }
 
+void SourcePager::wake(PageRun run) {
+  while (run.count > 0) {
+    const PageRun part = memory_.contiguous_run(run);
+    memory_.uffd()->wake(memory_.owner_address(part.first), part.count * page_size_);
+    run = {part.end(), run.count - part.count};
+  }
+}
+
 void SourcePager::settle(PageRun run) { settled_ += ledger_.set(run); }
-
-void SourcePager::lose(PageRun run, const std::string& why) {
-  if (given_up_.set_run(run) == 0) return;
-  lost_ += run.count;
-  tell(EventKind::kLost, "PAGES_LOST", why, run);
-  const std::lock_guard lock(lost_mutex_);
-  lost_runs_.emplace_back(run, std::chrono::steady_clock::now() + kLossGrace);
-}
-
-void SourcePager::poison_lost() {
-  const auto now = std::chrono::steady_clock::now();
-  std::vector<PageRun> due;
-  {
-    const std::lock_guard lock(lost_mutex_);
-    std::erase_if(lost_runs_, [&](const auto& each) {
-      if (each.second > now) return false;
-      due.push_back(each.first);
-      return true;
-    });
-  }
-  for (const PageRun run : due) {
-    poison(run);
-    settle(run);
-  }
-}
 
 void SourcePager::poison(PageRun run) {
   if (!poison_missing(run)) memory_.owner()->end();  // it may not read zeros
@@ -402,7 +399,12 @@ void SourcePager::prepage(WorkerThread& self) {
   PageNumber at{0};
   int tries = 0;
   while (!self.stopping()) {
-    poison_lost();
+    if (const auto due = losses_.due(); due && LossReports::Clock::now() >= *due) {
+      losses_.poison([this](PageRun run) {
+        poison(run);
+        settle(run);
+      });
+    }
     if (settled_ >= pages_) return finish();
     if (!config_.prepage || failed_) {
       (void)self.wait(20);
@@ -412,7 +414,7 @@ void SourcePager::prepage(WorkerThread& self) {
     const std::uint64_t cursor = cursor_.load(std::memory_order_relaxed);
     if (cursor != seen) at = PageNumber{seen = cursor};
     if (at.value >= pages_) at = PageNumber{0};
-    const auto lacking = [this](PageNumber page) { return !ledger_.test(page) && !given_up_.test(page); };
+    const auto lacking = [this](PageNumber page) { return !ledger_.test(page) && !losses_.lost(page); };
     while (at.value < pages_ && !lacking(at)) ++at.value;
     if (at.value >= pages_) {
       (void)self.wait(1);

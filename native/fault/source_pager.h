@@ -29,6 +29,7 @@
 
 #include "fault/forked_copies.h"
 #include "fault/latency_histogram.h"
+#include "fault/loss_reports.h"
 #include "fault/page_source.h"
 #include "fault/sequential_detector.h"
 #include "os/mapping.h"
@@ -66,13 +67,15 @@ class SourcePager {
     EventKind kind;
     std::string code;
     std::string message;
-    PageRun lost;
+    std::vector<PageRun> lost;
   };
   struct Config {
     std::shared_ptr<Region> region;  // attached, with a userfaultfd
     std::unique_ptr<PageSource> source;
     int ledger = -1;      // a file for the ledger; -1: in memory
     bool prepage = true;  // brings everything in order, beside the faults
+    // From the report of a loss to its poisoning: whoever is told has a moment first.
+    std::chrono::milliseconds loss_grace{100};
     std::function<void(const Event&)> on_event;
   };
   struct Stats {
@@ -80,7 +83,7 @@ class SourcePager {
     std::uint64_t settled = 0;  // there, or dropped by the owner
     std::uint64_t found = 0;    // of them there when it began
     std::uint64_t faults = 0;
-    std::uint64_t lost = 0;
+    std::uint64_t lost = 0;  // now: what is discarded is no loss any more
     double p50_us = 0;
     double p99_us = 0;
   };
@@ -107,14 +110,13 @@ class SourcePager {
   bool bring(PageRun run, std::vector<std::byte>& buffer);
   Outcome install(PageRun run, const std::byte* bytes);
   void settle(PageRun run);
-  void lose(PageRun run, const std::string& why);
-  void poison_lost();
+  void wake(PageRun run);
   void poison(PageRun run);
   [[nodiscard]] bool poison_missing(PageRun run);
   [[nodiscard]] bool brought(PageNumber page);
   template <typename Visit>
   void for_each_unsettled(Visit visit) const;
-  void tell(EventKind kind, std::string code, std::string message, PageRun lost = {});
+  void tell(EventKind kind, std::string code, std::string message, std::vector<PageRun> lost = {});
   void finish();
 
   Config config_;
@@ -122,15 +124,11 @@ class SourcePager {
   const std::uint64_t page_size_;
   const std::uint64_t pages_;
   PageLedger ledger_;
-  // Told as lost, and not poisoned yet: whoever is told has a moment first.
-  AtomicBitmap given_up_;
-  std::mutex lost_mutex_;  // guards the next
-  std::vector<std::pair<PageRun, std::chrono::steady_clock::time_point>> lost_runs_;
+  LossReports losses_;
   SequentialDetector detector_;
   LatencyHistogram latencies_;
   std::atomic<std::uint64_t> settled_{0};
   std::atomic<std::uint64_t> faults_{0};
-  std::atomic<std::uint64_t> lost_{0};
   std::atomic<std::uint64_t> cursor_{0};
   std::atomic<bool> failed_{false};
   std::atomic<bool> over_{false};

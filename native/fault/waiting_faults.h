@@ -36,6 +36,7 @@ struct WaitingFault {
   bool at_source = false;                       // was sent to the source, and not elsewhere since
   bool tried = false;    // was sent elsewhere although the source is there, which is not done twice
   bool put_off = false;  // the same, and given more time
+  bool probe = false;    // nobody waits for it yet: it is asked for to see whether the source is there
   // Asked for again and again, each time after twice as long, because one answer may not bring all of it; 0: once.
   std::chrono::milliseconds again{0};
 };
@@ -51,6 +52,15 @@ class WaitingFaults {
     return false;
   }
   void add(const WaitingFault& fault) { faults_.push_back(fault); }
+  // Somebody waits for the page from now on, where it was asked for as a probe.
+  void wanted(std::uint32_t region, PageNumber page, Clock::time_point now) {
+    for (WaitingFault& fault : faults_) {
+      if (fault.region != region || fault.page != page || !fault.probe) continue;
+      fault.probe = false;
+      fault.seen = now;
+      fault.remote = fault.state != WaitingFault::State::kDeferred;
+    }
+  }
 
   // Takes out the faults on pages of `run`, calling taken(fault) for each.
   template <typename Taken>
@@ -131,7 +141,7 @@ class WaitingFaults {
       const bool overdue = fault.state == WaitingFault::State::kExpected && fault.due <= now;
       if (fault.state != WaitingFault::State::kDeferred && !overdue) continue;
       fault.state = WaitingFault::State::kRequested;
-      fault.remote = true;
+      fault.remote = !fault.probe;
       if (fault.again.count() > 0) {
         fault.state = WaitingFault::State::kExpected;
         fault.due = now + fault.again;
@@ -149,10 +159,10 @@ class WaitingFaults {
     }
     return first;
   }
-  // When the source was asked for what it was asked for first; `now` when it owes no answer.
-  [[nodiscard]] Clock::time_point oldest_at_source(Clock::time_point now) const {
+  // When the source was asked for what somebody waits for, the first of it; or for a probe. `now` when it owes no answer.
+  [[nodiscard]] Clock::time_point oldest_at_source(Clock::time_point now, bool probe) const {
     for (const WaitingFault& fault : faults_) {
-      if (fault.at_source && fault.asked < now) now = fault.asked;
+      if (fault.at_source && fault.probe == probe && fault.asked < now) now = fault.asked;
     }
     return now;
   }

@@ -126,7 +126,7 @@ bool SnapshotPager::bring(PageRun run, bool sweeping, WorkerThread& self) {
     }
     PageNumber next{piece.run.first.value + readable};
     if (readable < piece.run.count) {
-      if (sweeping && !only_what_came) give_up(next, "the snapshot cannot be read");
+      if (sweeping && !only_what_came) (void)losses_.lose(next, "the snapshot cannot be read");
       ++next.value;
     }
     run = {next, run.end().value - next.value};
@@ -158,8 +158,8 @@ void SnapshotPager::wait_for_disk(WorkerThread& self) {
     try {
       const GuestLayout::Piece piece = layout_.piece({page, 1});
       if (!removed_.test(page) && touch({piece.from, layout_.page_size()}) < layout_.page_size()) {
-        give_up(page, "the snapshot cannot be read");
-        if (lost_.test(page)) continue;  // else it has been removed
+        (void)losses_.lose(page, "the snapshot cannot be read");
+        if (losses_.lost(page)) continue;  // else it has been removed
       }
       for (;;) {
         std::uint64_t installed = 0;

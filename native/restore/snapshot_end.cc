@@ -16,68 +16,6 @@ constexpr std::chrono::microseconds kBetweenTries{500};
 
 }  // namespace
 
-// Reported first, poisoned then: until that whoever touches it waits.
-void SnapshotPager::give_up(PageNumber page, const std::string& why) {
-  const bool before = lost_.set(page);
-  // Removed meanwhile, and read by nobody any more. (The reader notes a removal first, and takes back a loss then.)
-  if (removed_.test(page)) {
-    lost_.clear(page);
-    return;
-  }
-  if (before || ending_.load(std::memory_order_acquire)) return;
-  const std::lock_guard lock(lost_mutex_);
-  why_lost_ = why;
-  if (poison_at_.load(std::memory_order_acquire) == 0) tell_lost_locked();
-}
-
-// One report at a time, however much is lost: what is lost before the pages of the last one are poisoned is in the next.
-void SnapshotPager::tell_lost_locked() {
-  RestoreEvent event{
-      .kind = RestoreEvent::Kind::kLost, .code = "PAGES_LOST", .message = why_lost_, .lost = {}};
-  const auto untold = [this](PageNumber page) { return !told_lost_.test(page) && !removed_.test(page); };
-  for_each_lost(untold, [&](PageRun run) {
-    told_lost_.set_run(run);
-    event.lost.push_back(run);
-  });
-  if (event.lost.empty()) return;
-  emit(event);
-  poison_at_.store((Clock::now() + config_.loss_grace).time_since_epoch().count(), std::memory_order_release);
-  reader_.wake();
-}
-
-void SnapshotPager::acknowledge_loss() {
-  Clock::rep at = poison_at_.load(std::memory_order_acquire);
-  while (at != 0 && !poison_at_.compare_exchange_weak(at, 1, std::memory_order_acq_rel)) {
-  }
-  reader_.wake();
-}
-
-void SnapshotPager::poison_lost() {
-  for_each_lost([this](PageNumber page) { return told_lost_.test(page) && !poisoned_.set(page); },
-                [this](PageRun run) { poison(run); });
-  const std::lock_guard lock(lost_mutex_);
-  poison_at_.store(0, std::memory_order_release);
-  tell_lost_locked();
-}
-
-// Runs of lost pages of which `which` is true.
-template <class Which, class Each>
-void SnapshotPager::for_each_lost(Which which, Each each) const {
-  const PageNumber end{layout_.pages()};
-  for (PageNumber from{0}; from < end;) {
-    const auto run = lost_.next_set(from, end, layout_.pages());
-    if (!run) return;
-    for (PageNumber page = run->first; page < run->end(); ++page.value) {
-      if (!which(page)) continue;
-      PageRun part{page, 1};
-      while (part.end() < run->end() && which(part.end())) ++part.count;
-      each(part);
-      page = PageNumber{part.end().value - 1};
-    }
-    from = run->end();
-  }
-}
-
 // What is removed meanwhile is zeros, and is left out.
 void SnapshotPager::poison(PageRun run) {
   const std::uint64_t size = layout_.page_size();
@@ -159,6 +97,7 @@ void SnapshotPager::end(bool owner_lives) {
 void SnapshotPager::close() {
   const std::lock_guard lock(close_mutex_);
   ending_.store(true, std::memory_order_release);
+  losses_.stop();
   for (const auto& thread : slow_threads_) thread->request_stop();
   {
     const std::lock_guard jobs(jobs_mutex_);

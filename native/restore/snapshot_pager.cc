@@ -41,9 +41,17 @@ SnapshotPager::SnapshotPager(Config config)
       zeros_(huge_ ? Mapping::anonymous(layout_.page_size(), PROT_READ) : Mapping()),
       installed_(layout_.pages()),
       removed_(layout_.pages()),
-      lost_(layout_.pages()),
-      told_lost_(layout_.pages()),
-      poisoned_(layout_.pages()),
+      losses_({.pages = layout_.pages(),
+               .grace = config_.loss_grace,
+               .needless = [this](PageNumber page) { return removed_.test(page); },
+               .report =
+                   [this](const std::string& why, std::vector<PageRun> lost) {
+                     emit({.kind = RestoreEvent::Kind::kLost,
+                           .code = "PAGES_LOST",
+                           .message = why,
+                           .lost = std::move(lost)});
+                   },
+               .due_changed = [this] { reader_.wake(); }}),
       source_arrives_(config_.source_arrives),
       page_(config_.read_now && !huge_ ? layout_.page_size() : 0),
       read_ahead_(layout_.page_size(), layout_.pages()) {
@@ -92,9 +100,8 @@ void SnapshotPager::run(WorkerThread& self) {
     if (!faults.empty())
       most = without_memory_.load(std::memory_order_relaxed) > 0 ? std::chrono::nanoseconds(kMemoryAfter)
                                                                  : std::chrono::nanoseconds(kAgainAfter);
-    if (const Clock::rep at = poison_at_.load(std::memory_order_acquire); at != 0)
-      most = std::clamp<std::chrono::nanoseconds>(Clock::duration(at) - Clock::now().time_since_epoch(),
-                                                  std::chrono::nanoseconds(0), most);
+    if (const auto due = losses_.due())
+      most = std::clamp<std::chrono::nanoseconds>(*due - Clock::now(), std::chrono::nanoseconds(0), most);
     const timespec timeout{most.count() / 1'000'000'000, most.count() % 1'000'000'000};
     const int ready = ::ppoll(waiting.data(), waiting.size(), &timeout, nullptr);
     if (ready > 0 && waiting[2].revents != 0) owner_lives = false;
@@ -108,9 +115,8 @@ void SnapshotPager::run(WorkerThread& self) {
     try {
       if (ready > 0 && waiting[0].revents != 0) read_events(faults);
       serve_all(faults);
-      if (const Clock::rep at = poison_at_.load(std::memory_order_acquire);
-          at != 0 && Clock::now().time_since_epoch() >= Clock::duration(at))
-        poison_lost();
+      if (const auto due = losses_.due(); due && Clock::now() >= *due)
+        losses_.poison([this](PageRun run) { poison(run); });
       const std::uint64_t served = faults_.load(std::memory_order_relaxed);
       if (ready == 0 || waiting[1].revents != 0 || served - counted >= kLookEveryFaults) {
         counted = served;
@@ -126,6 +132,7 @@ void SnapshotPager::run(WorkerThread& self) {
     }
   }
   ending_.store(true, std::memory_order_release);
+  losses_.stop();
   if (owner_lives) {
     end(true);
     drain_until_stopped(self);
@@ -191,8 +198,7 @@ void SnapshotPager::on_event(const uffd_msg& event, Clock::time_point now, std::
                              removed_.set_run(run);
                              installed_.clear_run(run);
                              // A loss that is discarded is zeros like anything else; who waits for it looks again.
-                             poisoned_.clear_run(run);
-                             if (lost_.clear_run(run) == 0) return;
+                             if (losses_.forget(run) == 0) return;
                              for (PageRun left = run; left.count > 0;) {
                                const GuestLayout::Piece piece = layout_.piece(left);
                                config_.uffd.wake(piece.at, piece.run.count * layout_.page_size());
@@ -226,7 +232,7 @@ SnapshotPager::Served SnapshotPager::serve(PageNumber page) {
   // whoever waits only has to look again, or it is zeros.
   if (removed_.test(page) || installed_.test(page)) return install_zeros(page);
   // Whoever waits for a lost page is woken when it is poisoned, or removed.
-  if (lost_.test(page)) return Served::kDone;
+  if (losses_.lost(page)) return Served::kDone;
   // It is being copied at this moment, and whoever waits is woken with the last page of that. Looked at again until then.
   if (ahead_copies_.has(page)) return Served::kAgain;
   const ReadAhead::Advice advice = read_ahead_.fault(page);
@@ -259,9 +265,9 @@ PageRun SnapshotPager::wanted_part(PageRun run) const {
     const auto free = installed_.next_clear(from, run.end(), run.count);
     if (!free) break;
     PageNumber at = free->first;
-    while (at < free->end() && (removed_.test(at) || lost_.test(at))) ++at.value;
+    while (at < free->end() && (removed_.test(at) || losses_.lost(at))) ++at.value;
     PageNumber end = at;
-    while (end < free->end() && !removed_.test(end) && !lost_.test(end)) ++end.value;
+    while (end < free->end() && !removed_.test(end) && !losses_.lost(end)) ++end.value;
     if (end > at) return PageRun{at, end.value - at.value};
     from = free->end();
   }
@@ -282,7 +288,7 @@ SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* install
     if (config_.still_has && content == nullptr) {
       piece.run.count = config_.still_has(piece.from, piece.run.count * size) / size;
       if (piece.run.count == 0) {
-        give_up(piece.run.first, "the snapshot is shorter than it was");
+        (void)losses_.lose(piece.run.first, "the snapshot is shorter than it was");
         continue;
       }
     }
@@ -293,7 +299,7 @@ SnapshotPager::Served SnapshotPager::install(PageRun run, std::uint64_t* install
     } catch (const SystemError& error) {
       if (error.error() != EFAULT && error.error() != EHWPOISON) throw;
       // The snapshot cannot be read there; which page it is shows one by one.
-      if (piece.run.count == 1) give_up(piece.run.first, error.what());
+      if (piece.run.count == 1) (void)losses_.lose(piece.run.first, error.what());
       single = true;
       continue;
     }
@@ -396,7 +402,7 @@ RestoreStats SnapshotPager::stats() const {
           .again = get(again_),
           .slow = get(slow_),
           .remove_events = get(remove_events_),
-          .lost = lost_.count()};
+          .lost = losses_.count()};
 }
 
 }  // namespace memferry

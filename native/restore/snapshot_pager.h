@@ -41,6 +41,7 @@
 #include <vector>
 
 #include "fault/latency_histogram.h"
+#include "fault/loss_reports.h"
 #include "os/mapping.h"
 #include "os/process.h"
 #include "os/userfaultfd.h"
@@ -119,7 +120,7 @@ class SnapshotPager {
   // The source is all there.
   void source_complete();
   // The loss has been told to whom it concerns.
-  void acknowledge_loss();
+  void acknowledge_loss() { losses_.acknowledge(); }
   // Twice is fine.
   void close();
 
@@ -153,11 +154,6 @@ class SnapshotPager {
   [[nodiscard]] PageRun wanted_part(
       PageRun run) const;  // its first stretch that is neither there nor removed
   Served outcome(const PageResult& result, PageNumber page, const char* what);
-  void give_up(PageNumber page, const std::string& why);
-  void poison_lost();
-  void tell_lost_locked();
-  template <class Which, class Each>
-  void for_each_lost(Which which, Each each) const;
   void poison(PageRun run);
   void read_events_only();
   void note_memory(Served served);
@@ -181,9 +177,7 @@ class SnapshotPager {
 
   AtomicBitmap installed_;
   AtomicBitmap removed_;
-  AtomicBitmap lost_;
-  AtomicBitmap told_lost_;
-  AtomicBitmap poisoned_;
+  LossReports losses_;
 
   std::mutex gate_;        // see above
   Copying reader_copies_;  // more than one page, for who walks forward
@@ -194,13 +188,9 @@ class SnapshotPager {
   std::atomic<bool> failed_{false};
   std::atomic<bool> source_arrives_;
 
-  std::vector<std::byte> page_;           // the reader's
-  std::atomic<int> without_memory_{0};    // tries since something could be installed
-  ReadAhead read_ahead_;                  // the reader's
-  std::atomic<Clock::rep> poison_at_{0};  // since the clock's epoch; 0: nothing to poison
-
-  std::mutex lost_mutex_;  // guards why_lost_, and telling; held while the report is emitted
-  std::string why_lost_;
+  std::vector<std::byte> page_;         // the reader's
+  std::atomic<int> without_memory_{0};  // tries since something could be installed
+  ReadAhead read_ahead_;                // the reader's
 
   std::mutex jobs_mutex_;  // guards the next three
   std::deque<PageRun> ahead_jobs_;

@@ -110,8 +110,8 @@ class Gather {
 
   // Asks the index servers that are up for everything that they know.
   void fetch_map();
-  // Of the pages that are missing: do all have a location with a server that has not failed?
-  [[nodiscard]] bool covers_missing() const;
+  // Of the pages that are missing, one without a location with a server that has not failed; nullopt: all have one.
+  [[nodiscard]] std::optional<RegionRun> first_uncovered() const;
   // Missing pages that no server will give: those whose holders have failed, and, when `no_source`, those without
   // a location as well once a map was fetched since `map_since` or nobody is left to fetch it from. `names` gets the
   // servers that had them. A map that is older than a server's failure, or a page's denial, is none for that page; and

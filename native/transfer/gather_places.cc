@@ -132,8 +132,8 @@ void Gather::map_done(Server& server, Clock::time_point asked) {
   receiver_.changed();
 }
 
-bool Gather::covers_missing() const {
-  for (std::size_t region = 0; region < maps_.size(); ++region) {
+std::optional<RegionRun> Gather::first_uncovered() const {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
     const ArrivalMap& map = *maps_[region];
     const PageNumber end{map.pages()};
     for (PageNumber from{0};;) {
@@ -142,12 +142,13 @@ bool Gather::covers_missing() const {
       for (PageNumber page = run->first; page < run->end(); ++page.value) {
         const Holders holders = where_[region]->holders(page);
         // Looked at again: it may have come since.
-        if (!usable(holders.first) && !usable(holders.second) && !map.received.test(page)) return false;
+        if (!usable(holders.first) && !usable(holders.second) && !map.received.test(page))
+          return RegionRun{region, {page, 1}};
       }
       from = run->end();
     }
   }
-  return true;
+  return std::nullopt;
 }
 
 // Of each index server: a source that died may have told one of them what the others do not know.

@@ -385,12 +385,9 @@ void Receiver::Impl::supervise() {
       }
       until = std::min(until, gather_look_at);
     }
-    if (state == State::kPaging && switched && !paused && !epoch_cut) {
-      if (pager->longest_wait() > kAnswerWithin) {
-        cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "no answer to a fault in time"});
-        continue;
-      }
-      until = std::min(until, now + kAnswerWithin / 8);
+    if (state == State::kPaging && switched && !paused && all_attached_locked()) {
+      until = std::min(until, look_after_source_locked(now));
+      if (epoch_cut) continue;
     }
     if (until == Clock::time_point::max()) {
       changed.wait(lock);

@@ -42,6 +42,10 @@ struct ReceiverConfig {
   bool may_page = false;
   bool keep_page_hashes = false;  // 8 bytes a page, for digest()
   std::chrono::milliseconds recover_timeout{60000};
+  // Somebody waits for a page, and its answer has not come for so long: a cut, though the connection seems to live.
+  std::chrono::milliseconds answer_timeout{30000};
+  // Pages are missing, and nothing has come from the source for so long: it is asked for one, as if somebody waited.
+  std::chrono::milliseconds silence_timeout{10000};
   // Between kLost and poisoning, so that the loss can be reported first.
   std::chrono::milliseconds loss_grace{250};
   // A scatter: what the source does not send here itself is gathered from these.

@@ -54,9 +54,7 @@ bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
     event.kind = EngineEventKind::kFirstChannel;
     push(std::move(event));
   }
-  const bool all =
-      std::all_of(channels.begin(), channels.end(), [](const auto& each) { return each->attached; });
-  if (all && paused) {
+  if (all_attached_locked() && paused) {
     paused = false;
     recover_by = Clock::time_point::max();
     EngineEvent event{};
@@ -65,6 +63,11 @@ bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   }
   changed.notify_all();
   return true;
+}
+
+// A set of connections counts as a whole: of one that comes back in part nobody can say what it will bring.
+bool Receiver::Impl::all_attached_locked() const {
+  return std::all_of(channels.begin(), channels.end(), [](const auto& each) { return each->attached; });
 }
 
 void Receiver::Impl::channel_main(Channel& channel) {

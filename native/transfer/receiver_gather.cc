@@ -225,7 +225,7 @@ void Receiver::Impl::check_filled() {
 // a place, or has one only with servers that have failed, is lost in the end.
 void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock) {
   const Clock::time_point now = Clock::now();
-  const bool away = source_left || epoch_cut || config.sourceless;
+  const bool away = source_left || !all_attached_locked();
   source_sends = !away;
   if (!away) {
     source_gone_at = Clock::time_point::max();
@@ -239,7 +239,8 @@ void Receiver::Impl::look_after_gather_locked(std::unique_lock<std::mutex>& lock
   } else if (no_source_since == Clock::time_point::max()) {
     no_source_since = now;
   }
-  const bool covered = gather->covers_missing();
+  uncovered = gather->first_uncovered();
+  const bool covered = !uncovered;
   if (paused != (away && !covered && (paused || now - source_gone_at > kMapPatience))) {
     paused = !paused;
     EngineEvent event{};

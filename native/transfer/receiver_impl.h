@@ -1,5 +1,6 @@
 // The inside of Receiver, shared by its parts: receiver.cc (life, owner's calls), receiver_channels.cc (who is
-// connected; cuts and recovery), receiver_frames.cc (what a connection says), receiver_base.cc (comparing with a base),
+// connected; cuts and recovery), receiver_silence.cc (a source that is connected and does not answer),
+// receiver_frames.cc (what a connection says), receiver_base.cc (comparing with a base),
 // receiver_known.cc (references to what is here already).
 //
 // Threads: one for each channel (the demand channel's is the last), one supervisor (events, deadlines,
@@ -13,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -91,8 +93,6 @@ struct Receiver::Impl {
 
   // A frame that is well-formed and still wrong, this often, and the source is given up.
   static constexpr unsigned kBadFramesForgiven = 3;
-  // An answer that has not come for this long is taken for a cut, though the connection seems to live.
-  static constexpr std::chrono::seconds kAnswerWithin{30};
   static constexpr std::size_t kMostLostRuns = 1 << 20;
   // How often it is looked at where missing pages could come from, while there are servers.
   static constexpr std::chrono::milliseconds kGatherLook{100};
@@ -166,6 +166,12 @@ struct Receiver::Impl {
   void shut_down_all_locked();
   bool demand_begins(Channel& channel, const std::shared_ptr<wire::Stream>& stream, std::uint32_t its_epoch);
   void demand_ends();
+  [[nodiscard]] bool all_attached_locked() const;
+
+  // receiver_silence.cc
+  Clock::time_point look_after_source_locked(Clock::time_point now);
+  [[nodiscard]] Clock::duration silence_locked() const;
+  [[nodiscard]] std::optional<RegionRun> wanted_of_source_locked() const;
 
   // receiver_frames.cc
   ChannelEnd serve(Channel& channel, wire::Stream& stream);
@@ -269,6 +275,7 @@ struct Receiver::Impl {
   Clock::time_point no_source_since = Clock::time_point::max();  // given up, or left
   Clock::time_point map_asked_at{};
   Clock::time_point gather_look_at{};
+  std::optional<RegionRun> uncovered;  // as of that look: a missing page that no server is known to have
   std::vector<std::string> lost_names;
   bool paused = false;
   bool demand_attached = false;

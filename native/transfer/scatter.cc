@@ -142,6 +142,14 @@ void Scatter::close_direct(Way& way) {
   check_drained();
 }
 
+void Scatter::hold(bool held) {
+  {
+    const std::lock_guard lock(mutex_);
+    held_ = held;
+  }
+  check_drained();
+}
+
 void Scatter::wake() {
   const std::lock_guard lock(mutex_);
   changed_.notify_all();

@@ -93,6 +93,11 @@ class Scatter {
   // `references`: whether pages may go as such.
   void begin(Kind kind, std::vector<PageFrames::OnHash> sinks, bool references);
 
+  // While it is held a push is not drained, nor is memory given back: whether the servers keep what they hold is not known.
+  void hold(bool held);
+  // It does not keep what it holds, whatever it acknowledges: given up, as if it had failed.
+  void give_up(std::size_t ordinal, std::string why);
+
   // What is pending has been written since it was acknowledged. Before anything may be taken out of turn: a fault's
   // answer takes its page before the push begins.
   void forget_pending();
@@ -202,6 +207,7 @@ class Scatter {
   std::condition_variable changed_;
   Kind kind_ = Kind::kRound;
   bool begun_ = false;        // between begin() and drained
+  bool held_ = false;         // see hold()
   bool drained_due_ = false;  // the watcher has to say so
   bool dry_ = false;          // nothing was pending when somebody looked last
   Clock::time_point dry_since_{};

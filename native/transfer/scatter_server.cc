@@ -220,6 +220,14 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
   changed_.notify_all();
 }
 
+void Scatter::give_up(std::size_t ordinal, std::string why) {
+  {
+    const std::lock_guard lock(mutex_);
+    fail_server_locked(*servers_.at(ordinal), std::move(why));
+  }
+  check_drained();
+}
+
 void Scatter::attach_pacer_locked() {
   std::vector<int> fds;
   bool same_host = false;

@@ -195,6 +195,7 @@ bool Scatter::drained_locked() const {
   if (!begun_) return false;
   const auto told = [&](unsigned listener) { return !where_.anything_untold(listener); };
   if (kind_ == Kind::kPush) {
+    if (held_) return false;
     std::uint64_t all = 0;
     for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region)
       all += shared_.queue.known_pages(region);

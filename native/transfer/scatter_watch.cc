@@ -129,6 +129,7 @@ void Scatter::release_settled() {
   {
     // Decided together with the mark: whoever makes a page pending again sees it, or is seen here.
     const std::lock_guard lock(mutex_);
+    if (held_) return;
     for (const RegionRun& each : std::exchange(to_release_, {})) {
       for (PageNumber page = each.run.first; page < each.run.end(); ++page.value) {
         if (!where_.safe(each.region, page) || sent_twice_[each.region]->test(page) ||

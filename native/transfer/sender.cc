@@ -266,6 +266,15 @@ void Sender::start_push() {
   }
 }
 
+void Sender::hold_eviction(bool held) {
+  if (impl_->scatter) impl_->scatter->hold(held);
+}
+
+void Sender::give_up_server(std::size_t ordinal, std::string why) {
+  if (ordinal >= impl_->config.servers.size()) throw std::invalid_argument("no such server");
+  impl_->scatter->give_up(ordinal, std::move(why));
+}
+
 void Sender::set_bandwidth(std::uint64_t bytes_per_second) { impl_->pacer.set_bandwidth(bytes_per_second); }
 
 SenderStats Sender::stats() const {

@@ -143,6 +143,10 @@ class Sender {
   // Gives the number of pages newly marked by the final scan.
   std::uint64_t switch_over();
   void start_push();
+  // A scatter, before start_push(): kEvicted does not come, and no memory is given back, as long as it is held. For whoever
+  // asks the servers to keep what they hold beyond their leases. What one holds that does not goes again to others.
+  void hold_eviction(bool held);
+  void give_up_server(std::size_t ordinal, std::string why);
 
   void set_bandwidth(std::uint64_t bytes_per_second);
   [[nodiscard]] SenderStats stats() const;

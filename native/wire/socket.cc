@@ -6,6 +6,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 
 #include <algorithm>
 #include <array>
@@ -186,6 +187,17 @@ DialResult dial(const SocketAddress& address, std::chrono::milliseconds timeout,
 
 DialResult::Kind wait_readable(int fd, Clock::time_point deadline, int cancel_fd) {
   return wait_for(fd, POLLIN, deadline, cancel_fd);
+}
+
+std::optional<std::chrono::milliseconds> silent_for(int fd) {
+  int unread = 0;
+  if (::ioctl(fd, FIONREAD, &unread) != 0) return std::nullopt;
+  if (unread > 0) return std::chrono::milliseconds::zero();
+  tcp_info info{};
+  socklen_t bytes = sizeof info;
+  if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &bytes) != 0 || info.tcpi_state != TCP_ESTABLISHED)
+    return std::nullopt;
+  return std::chrono::milliseconds(info.tcpi_last_data_recv);
 }
 
 UniqueFd listen_on(const SocketAddress& address, int backlog) {

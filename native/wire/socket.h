@@ -8,6 +8,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "os/unique_fd.h"
@@ -61,6 +62,10 @@ struct DialResult {
 // A connection that has nothing to say yet: waits until it is readable. kConnected means readable (or ended).
 [[nodiscard]] DialResult::Kind wait_readable(int fd, std::chrono::steady_clock::time_point deadline,
                                              int cancel_fd);
+
+// For how long nothing has come, not even a part of a frame; zero while something is here that was not read yet.
+// nullopt: it has ended.
+[[nodiscard]] std::optional<std::chrono::milliseconds> silent_for(int fd);
 
 // A listening socket, non-blocking, close-on-exec. Throws SystemError (socket, bind, listen).
 [[nodiscard]] UniqueFd listen_on(const SocketAddress& address, int backlog = 512);

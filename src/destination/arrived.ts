@@ -33,15 +33,20 @@ export function arrivalReport(
   };
 }
 
-/** Never runs here. Resolves in bounded time: that the owner cannot let go of it is a warning. */
-export async function abandonGuest(guest: ArrivingGuest, name: string, boundMs: number): Promise<void> {
+/**
+ * Never runs here. Resolves in bounded time: that the owner cannot let go of it is a warning, and false, since nobody
+ * knows then what becomes of it.
+ */
+export async function abandonGuest(guest: ArrivingGuest, name: string, boundMs: number): Promise<boolean> {
   try {
     const abandoned = Promise.resolve(guest.abandon());
     await within(abandoned, boundMs, 'PREPARE_TIMEOUT', `no end within ${boundMs} ms`);
+    return true;
   } catch (error) {
     process.emitWarning(`guest '${name}' threw in abandon(): ${String(error)}`, {
       code: 'MEMFERRY_ABANDON_THREW',
     });
+    return false;
   }
 }
 

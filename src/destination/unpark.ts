@@ -47,7 +47,8 @@ const askAgainMs = 250;
 
 /**
  * Claims and resumes a parked guest. When it rejects the guest does not run here; with MIGRATION_IN_DOUBT nobody
- * knows whether the home server has granted the claim, and only `rollback` brings the guest back.
+ * knows whether the home server has granted the claim, or whether the guest was let go of here (its `abandon` failed):
+ * only `rollback` brings it back.
  * With `base` only pages that differ from what this host has are gathered; the report says how many did not come.
  * @throws INVALID_ARGUMENT, VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
  */
@@ -86,11 +87,36 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     return arriving;
   } catch (error) {
     arriving?.abandon(error);
-    // Whoever claims the guest next has the only one that may run: an owner that cannot let go of this one has to be told.
-    if (guest) await abandonGuest(guest, claim.guest.name, resolved.prepareTimeoutMs);
-    await images.release().catch(() => {});
+    // Whoever claims the guest next has the only one that may run.
+    const letGo = !guest || (await abandonGuest(guest, claim.guest.name, resolved.prepareTimeoutMs));
+    if (letGo) await images.release().catch(() => {});
+    const reason = letGo ? error : await keepClaim(images, error, resolved.inDoubtTimeoutMs);
     await images.close();
-    throw error;
+    throw reason;
+  }
+}
+
+/**
+ * The owner could not let go of a guest that has its execution state, and perhaps all of its pages: nobody knows whether
+ * somebody lets it run. A claim that was not granted would go back by itself soon after this connection's end. A granted
+ * one stays, so nobody else gets the guest without saying that this owner is dead. Gives the error to throw.
+ */
+async function keepClaim(images: ImageSet, cause: unknown, timeoutMs: number): Promise<MemferryError> {
+  const why = cause instanceof Error ? cause.message : String(cause);
+  const text = `the guest was not let go of (abandon() failed), and may still run here; ${why}`;
+  try {
+    await granted(images, timeoutMs);
+    return new MemferryError(
+      'MIGRATION_IN_DOUBT',
+      `${text}; its claim stays, only a rollback brings it back`,
+      {
+        cause,
+      },
+    );
+  } catch (error) {
+    // Somebody else has it by now, or the home server is not there to keep it: end what is left of it here.
+    const claim = `its claim may go to others: ${(error as Error).message}`;
+    return new MemferryError('MIGRATION_IN_DOUBT', `${text}; ${claim}`, { cause });
   }
 }
 

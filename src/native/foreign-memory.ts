@@ -5,8 +5,7 @@ export interface NativeSourcePagerEvent {
   code: string;
   message: string;
   /** The pages that are lost. */
-  first: number;
-  count: number;
+  lost: { first: number; count: number }[];
 }
 
 export interface NativeSourcePagerStats {

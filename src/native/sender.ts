@@ -121,6 +121,10 @@ export interface NativeSender {
   /** On this thread; gives the number of pages that the final scan found. */
   switchOver(): number;
   startPush(): void;
+  /** A scatter, before `startPush`: held, it does not evict. */
+  holdEviction(held: boolean): void;
+  /** What it holds goes again to others. */
+  giveUpServer(ordinal: number, why: string): void;
   setBandwidth(bytesPerSecond: number): void;
   stats(): NativeSenderStats;
   digest(region: number): Promise<string>;

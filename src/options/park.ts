@@ -31,7 +31,8 @@ export type ParkOptions = Omit<
 > & {
   /**
    * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
-   * becomes of this process. Rejecting ends the park, and the guest runs on here.
+   * becomes of this process. Rejecting ends the park, and so does taking longer than `prepareTimeoutMs` (the guest
+   * stands meanwhile): it runs on here.
    */
   onTicket?: (ticket: ParkTicket) => Promise<void> | void;
 };

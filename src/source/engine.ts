@@ -115,6 +115,21 @@ export class SourceEngine {
     return evicted;
   }
 
+  /**
+   * The same of a scatter. It is over when `kept` has said as well which servers do not keep what they hold: that goes
+   * again, to others.
+   */
+  async pushToKeep(kept: Promise<readonly { ordinal: number; why: string }[]>): Promise<void> {
+    this.#sender.holdEviction(true);
+    const evicted = this.push();
+    // While it is held it can only fail.
+    for (const { ordinal, why } of await Promise.race([kept, evicted.then(() => [])])) {
+      this.#sender.giveUpServer(ordinal, why);
+    }
+    this.#sender.holdEviction(false);
+    await evicted;
+  }
+
   stats(): NativeSenderStats {
     if (!this.#closed || !this.#lastStats) this.#lastStats = this.#sender.stats();
     return this.#lastStats;

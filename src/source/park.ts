@@ -202,7 +202,13 @@ class Parking {
       );
       await images.commit();
       throwIfLost(images.failures, failed, options.replicas);
-      await untilAborted(Promise.resolve(options.onTicket?.(ticket)), this.#abort.signal);
+      // The guest stands meanwhile, and nothing else would end this.
+      await within(
+        untilAborted(Promise.resolve(options.onTicket?.(ticket)), this.#abort.signal),
+        options.prepareTimeoutMs,
+        'PREPARE_TIMEOUT',
+        `onTicket did not end within ${options.prepareTimeoutMs} ms`,
+      );
       driver.transferred();
     })().catch((error) => driver.fail(error));
     const settlement = await driver.settled;

@@ -381,7 +381,7 @@ test('pages that the snapshot does not have are reported, and fail to be read', 
     region,
     snapshot,
     prepage: false,
-    onLost: ({ first }) => lost.push(first),
+    onLost: (runs) => void lost.push(...runs.map(({ first }) => first)),
   });
   expect(await owner.ask('read 50')).toBe(String(0x0101010101010101n));
   expect(await owner.ask('read 500')).toBeNull();

@@ -175,6 +175,39 @@ describe.each(steps)('$step', (step) => {
   });
 });
 
+/** All other connections are as they should be: nobody hears of it but by what does not come. */
+describe('one data connection stands still while the guest does', () => {
+  test.each([
+    ['in the middle of its pages', 'stop-and-copy', { name: 'pages', nth: 3 }],
+    ['before its last barrier', 'stop-and-copy', { name: 'barrier', channel: 1 }],
+  ] as const)(
+    '%s: the guest runs on at the source, within the bound of an answer',
+    async (_, mode, piece) => {
+      const [a, b, fresh] = await hosts('a', 'b', 'fresh');
+      const port = await listen(b);
+      const proxy = await TcpProxy.start(port);
+      await startGuest(a, regionsOf('allocate'), { behaviour: {} });
+      const point = proxy.at({ on: 'data', direction: 'up', ...piece }, 'hold');
+      await migrate(a, proxy.port, { mode });
+      await point.reached;
+      const since = performance.now();
+      const error = await failure(a, 'main', 50_000);
+      // 30 s without an answer (docs/protocol.md); TCP's own 15 s where it is its buffers that are full.
+      expect(performance.now() - since).toBeLessThan(45_000);
+      expect(error.code).toBe('CHANNEL_LOST');
+      await runsOnAtSource(a, {
+        step: '',
+        mode,
+        point: { on: 'data', direction: 'up', name: '' },
+        paused: true,
+      });
+      expect(b.steps('g')).not.toContain('resume');
+      await proxy.close();
+      await movesAfterAll(a, fresh);
+    },
+  );
+});
+
 /** Everything over the control connection gets through: the destination is READY, and its pager serves. */
 describe('the answer to the switch does not arrive', () => {
   async function standing() {

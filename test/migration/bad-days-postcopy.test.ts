@@ -174,6 +174,30 @@ describe('past the bound', () => {
     },
   );
 
+  // No connection ends, and nobody waits for a page: 10 s of silence, 30 s for the answer to the destination's own question.
+  test('the source is stopped, and the guest touches nothing: it is noticed all the same', async () => {
+    const { a, b, proxy, go } = await resumedUnknown('post-copy', 2000, idle);
+    const point = proxy.at({ ...PUSHED, nth: 5 }, () => void process.kill(a.pid, 'SIGSTOP'));
+    go();
+    await point.reached;
+    const since = performance.now();
+    await b.untilState('arrival', 'main/g', 'postcopy-paused', 60_000);
+    expect(performance.now() - since).toBeGreaterThan(30_000);
+    const complete = await b.untilArrival('main/g', 'complete', 20_000);
+    expect(complete).toMatchObject({ ok: false, error: { code: 'PAGES_LOST' } });
+    await b.untilStep('g', 'lost');
+    const runs = await lostOf(b);
+    const lost = runs.reduce((sum, { count }) => sum + count, 0);
+    expect(lost).toBeGreaterThan(0);
+    const check = await b.call<{ wrong: unknown[]; pages: number }>('check', { guest: 'g', except: runs });
+    expect(check).toMatchObject({ wrong: [], pages: 1024 - lost });
+    process.kill(a.pid, 'SIGCONT');
+    point.release();
+    expect(['GUEST_LOST', 'PAGES_LOST', 'PEER_LOST']).toContain((await failure(a)).code);
+    await expectStands(a);
+    await b.call('end', { guest: 'g' });
+  }, 120_000);
+
   test('reading a lost page ends its process by SIGBUS, and reads no zeros', async () => {
     const { b, runs } = await cutForGood('cut');
     const first = runs[0]?.first as number;

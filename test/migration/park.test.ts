@@ -256,6 +256,47 @@ test('a claim whose prepare fails goes back', async () => {
   expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
 });
 
+test('a ticket that nobody ever has kept ends the park, and the guest runs on', async () => {
+  const all = await servers(1);
+  const guest = new PlainGuest();
+  const options = { secret: SECRET, via: via(all), prepareTimeoutMs: 500 };
+  const keeping = () => new Promise<void>(() => {});
+  await expect(park(guest, { ...options, onTicket: keeping })).rejects.toMatchObject({
+    code: 'PREPARE_TIMEOUT',
+  });
+  expect(guest.runs).toBe(true);
+  expect(guest.released).toBe(false);
+  expect(all[0]?.status().held).toEqual([]);
+});
+
+test.each([
+  ['throws', () => Promise.reject(new Error('it will not go'))],
+  ['never ends', () => new Promise<void>(() => {})],
+])(
+  'an owner that cannot let go of the guest (abandon %s): nobody else gets it without a rollback',
+  async (_, abandon) => {
+    const all = await servers(2);
+    const guest = new PlainGuest();
+    const { ticket } = await park(guest, { secret: SECRET, via: via(all) });
+    const accept = (): ArrivingGuest => {
+      const region = Region.allocate({ lengthBytes: 8 * MIB });
+      regions.push(region);
+      const prepare = () => Promise.reject(new Error('not today'));
+      return { regions: [region], prepare, resume: () => {}, abandon };
+    };
+    await expect(claimed(ticket, { accept, prepareTimeoutMs: 1000 })).rejects.toMatchObject({
+      code: 'MIGRATION_IN_DOUBT',
+      cause: { message: 'not today' },
+    });
+    expect(all[0]?.status().held).toMatchObject([{ phase: 'resumed', epoch: 1 }]);
+    await expect(claimed(ticket)).rejects.toMatchObject({ code: 'VMD_REFUSED' });
+    // The caller has ended whatever there was.
+    const again = await claimed(ticket, { rollback: true });
+    expect(await again.complete).toMatchObject({ verified: true });
+    expect(Buffer.compare(again.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
+  },
+);
+
 test('a signal that comes when the guest runs takes nothing from it: it is gathered, and the image goes', async () => {
   const all = await servers(2);
   const guest = new PlainGuest();

@@ -57,7 +57,11 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
     made.prepage = prepage;
     made.on_event = [this](const SourcePager::Event& event) {
       if (event.kind == SourcePager::EventKind::kDone) done = true;
-      if (event.kind == SourcePager::EventKind::kLost) lost += event.lost.count;
+      if (event.kind == SourcePager::EventKind::kLost) {
+        const std::lock_guard lock(reports_mutex);
+        reports.push_back(event.lost);
+        for (const PageRun& run : event.lost) lost += run.count;
+      }
       if (event.kind == SourcePager::EventKind::kFailed) ++failed;
     };
     return made;
@@ -76,6 +80,8 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
   std::optional<OwnerProcess> owner;
   std::atomic<bool> done{false};
   std::atomic<std::uint64_t> lost{0};
+  std::mutex reports_mutex;
+  std::vector<std::vector<PageRun>> reports;
   std::atomic<int> failed{0};
 };
 INSTANTIATE_TEST_SUITE_P(Memory, AttachSourcePager, testing::Bool(),
@@ -150,6 +156,48 @@ TEST_P(AttachSourcePager, WhatTheFileHasNotFailsToBeRead) {
   EXPECT_TRUE(WIFSIGNALED(status));
   EXPECT_EQ(WTERMSIG(status), SIGBUS);
   EXPECT_GE(lost, 1U);
+}
+
+// A file that was cut off: its pages fail one by one, and are a few reports; each page is named once.
+TEST_P(AttachSourcePager, ManyLostPagesAreAFewReports) {
+  ASSERT_EQ(::ftruncate(snapshot.get(), static_cast<off_t>(kOffset + 100 * kPage)), 0);
+  SourcePager pager(config(true));
+  await_done();
+  EXPECT_EQ(owner->ask(Op::kHash, 0, 100), hash(0, 100));
+  EXPECT_EQ(lost, kPages - 100);
+  EXPECT_EQ(pager.stats().lost, kPages - 100);
+  std::vector<bool> named(kPages);
+  {
+    const std::lock_guard lock(reports_mutex);
+    EXPECT_LE(reports.size(), 50U) << "a report for each page, nearly";
+    for (const auto& runs : reports) {
+      for (const PageRun& run : runs) {
+        for (PageNumber page = run.first; page < run.end(); ++page.value) {
+          EXPECT_FALSE(named[page.value]) << "told twice: " << page.value;
+          named[page.value] = true;
+        }
+      }
+    }
+  }
+  for (std::uint64_t page = 0; page < kPages; ++page) EXPECT_EQ(named[page], page >= 100) << page;
+  owner->tell(Op::kRead, kPages - 1);
+  int status = 0;
+  EXPECT_EQ(::waitpid(owner->pid(), &status, 0), owner->pid());
+  EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+}
+
+// Reported, and not poisoned yet: what its owner drops then reads as zeros, at once.
+TEST_P(AttachSourcePager, ALossThatIsDiscardedIsZeros) {
+  ASSERT_EQ(::ftruncate(snapshot.get(), static_cast<off_t>(kOffset + 100 * kPage)), 0);
+  SourcePager::Config made = config(true);
+  made.loss_grace = std::chrono::hours(1);
+  SourcePager pager(std::move(made));
+  for (int i = 0; i < 20'000 && lost == 0; ++i) std::this_thread::sleep_for(1ms);
+  ASSERT_GT(lost, 0U);
+  for (int i = 0; i < 20'000 && pager.stats().lost < kPages - 100; ++i) std::this_thread::sleep_for(1ms);
+  owner->ask(Op::kDiscard, 200, 1);
+  EXPECT_EQ(owner->ask(Op::kRead, 200), 0U);
+  pager.end();
 }
 
 TEST_P(AttachSourcePager, EndingMakesWhatIsMissingFail) {

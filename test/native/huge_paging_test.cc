@@ -198,6 +198,33 @@ TEST_F(HugePaging, IsAskedForInPiecesAndAgain) {
   reader.join();
 }
 
+// Nobody touches anything: a source that says nothing is asked for a huge page, and again for what its answers lack.
+TEST_F(HugePaging, ASilentSourceIsAskedForAWholeOne) {
+  Bench& b = bench();
+  b.config.paging_from_start = true;
+  b.config.silence_timeout = 200ms;
+  b.config.answer_timeout = 20s;
+  b.start();
+  b.connect();
+  EXPECT_TRUE(b.data(0).switch_over());
+  const auto content = random_bytes(kUnits * kHuge, 12);
+  std::thread server([&] {
+    wire::FrameHeader header{};
+    while (b.demand().read(&header, sizeof header)) {
+      if (header.type != static_cast<std::uint16_t>(wire::FrameType::kFaultRequest)) continue;
+      const std::uint64_t count = (header.page_count + 1) / 2;  // less than was asked for
+      const auto bytes =
+          std::span(content).subspan(header.first_page * page_size(), count * page_size());
+      if (!b.demand().pages(0, header.first_page, bytes, page_size())) return;
+    }
+  });
+  b.log.wait(EngineEventKind::kComplete);
+  end_serving(server);
+  EXPECT_TRUE(equal(content));
+  EXPECT_EQ(b.receiver->stats().faults.count, 0U);
+  EXPECT_EQ(b.log.count(EngineEventKind::kPaused), 0U);
+}
+
 TEST_F(HugePaging, HybridKeepsWhatIsWholeAndReplacesTheRest) {
   Bench& b = bench();
   b.start();

@@ -370,6 +370,50 @@ TEST_F(ScatterTest, FaultsAreAnsweredInTheMiddleOfAScatter) {
   expect_evicted();
 }
 
+// Each server has acknowledged its part; whether it keeps that beyond its lease is asked elsewhere.
+TEST_F(ScatterTest, WhatAServerDoesNotKeepGoesAgainBeforeTheEviction) {
+  for (const bool release : {false, true}) {
+    SCOPED_TRACE(release ? "memory is given back as pages leave" : "memory stays");
+    make({3000}, 2);
+    block_direct();
+    SenderConfig with = config();
+    with.release_as_evicted = release;
+    into_postcopy(std::move(with));
+    sender->hold_eviction(true);
+    sender->start_push();
+    for (int i = 0; i < 20'000 && pages_at_servers() < all_pages(); ++i) std::this_thread::sleep_for(1ms);
+    ASSERT_EQ(pages_at_servers(), all_pages());
+    ASSERT_GT(sender->stats().servers[1].pages, 0u);
+    std::this_thread::sleep_for(300ms);  // several looks of the watcher's
+    EXPECT_TRUE(events.empty()) << "evicted, and held";
+    sender->give_up_server(1, "it does not keep it");
+    sender->hold_eviction(false);
+    events.expect(kEvicted);
+    expect_evicted({1});
+    EXPECT_EQ(sender->stats().servers[1].failed, "it does not keep it");
+    EXPECT_EQ(sender->stats().servers[0].pages, all_pages());
+    TearDown();
+    regions.clear();
+    oracle.clear();
+    stages.clear();
+    direct_open = false;
+  }
+}
+
+TEST_F(ScatterTest, AHeldEvictionComesOnceEverythingIsKept) {
+  make({300}, 2);
+  into_postcopy(config());
+  sender->hold_eviction(true);
+  sender->start_push();
+  for (int i = 0; i < 20'000 && sender->stats().pages_direct + pages_at_servers() < all_pages(); ++i)
+    std::this_thread::sleep_for(1ms);
+  EXPECT_TRUE(events.empty());
+  sender->hold_eviction(false);
+  events.expect(kEvicted);
+  expect_evicted();
+  EXPECT_THROW(sender->give_up_server(2, "no such"), std::invalid_argument);
+}
+
 TEST_F(ScatterTest, MemoryThatIsReleasedIsNeverServedAsZeros) {
   make({3000}, 2);
   block_direct();

@@ -879,6 +879,20 @@ TEST_F(SenderTest, APeerThatNeverAnswersABarrier) {
   EXPECT_EQ(events.expect(kFailed).code, "CHANNEL_LOST");
 }
 
+// Its kernel answers, and its process takes nothing: with the guest standing still this must end.
+TEST_F(SenderTest, APeerThatTakesNothingMoreInTheMiddleOfARound) {
+  make({16'384});
+  peer->on_frame = [](const SeenFrame& frame) { return frame.type() != FrameType::kPages; };
+  connect();
+  sender->queue_populated();
+  const auto since = std::chrono::steady_clock::now();
+  sender->start_round(1);
+  while (events.empty() && std::chrono::steady_clock::now() - since < 4 * wire::kSilenceLimit)
+    std::this_thread::sleep_for(20ms);
+  EXPECT_EQ(events.expect(kFailed).code, "CHANNEL_LOST");
+  EXPECT_LT(std::chrono::steady_clock::now() - since, 3 * wire::kSilenceLimit);
+}
+
 // What the sockets hold takes it longer than the timeout: it is not dead.
 TEST_F(SenderTest, ADestinationThatIsSlowGetsMoreTime) {
   unanswered_round(1000, 4s);

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { MemferryError } from '../../src/errors.js';
+import { type ErrorCode, MemferryError } from '../../src/errors.js';
 import type { GuestRegion, PausedGuest } from '../../src/guest.js';
 import { modes } from '../../src/options.js';
 import type { SourceMessage } from '../../src/protocol/messages.js';
@@ -141,10 +141,12 @@ describe('eviction', () => {
     const order: string[] = [];
     let committed = (): void => {};
     const images = {
+      failures: [],
       commit: () => {
         order.push('commit');
-        return new Promise<void>((resolve) => {
-          committed = resolve;
+        return new Promise((resolve) => {
+          committed = () =>
+            resolve([{ ordinal: 1, name: 'b', error: new MemferryError('PEER_LOST', 'gone') }]);
         });
       },
       giveUp: (ordinal: number, why: string) => {
@@ -153,11 +155,41 @@ describe('eviction', () => {
       },
     } as unknown as ImageSet;
     const engine = {
-      push: async () => void order.push('push'),
+      pushToKeep: async (kept: Promise<unknown[]>) => {
+        order.push('push');
+        order.push(`not kept: ${(await kept).length}`);
+      },
       stats: () => ({ servers: [{ failed: null }, { failed: 'stalled' }] }),
     } as unknown as SourceEngine;
     await pushRest(engine, images, () => order.push('pushing'));
-    expect(order).toEqual(['commit', 'pushing', 'push', 'give up 1: stalled']);
+    expect(order).toEqual(['commit', 'pushing', 'push', 'give up 1: stalled', 'not kept: 0']);
+  });
+
+  it('says which servers do not keep what they hold', async () => {
+    const failure = (ordinal: number, code: ErrorCode, reason: string) => ({
+      ordinal,
+      name: `s${ordinal}`,
+      error: new MemferryError(code, reason, { facts: { reason } }),
+    });
+    const images = {
+      failures: [failure(3, 'PEER_LOST', 'cut before')],
+      commit: async () => [
+        failure(0, 'PEER_LOST', 'no answer'),
+        failure(1, 'VMD_LOST', 'lease'),
+        failure(2, 'VMD_LOST', 'dissolve'), // by the destination, which has every page
+      ],
+      giveUp: () => {},
+    } as unknown as ImageSet;
+    let notKept: readonly { ordinal: number; why: string }[] = [];
+    const engine = {
+      pushToKeep: async (kept: Promise<typeof notKept>) => {
+        notKept = await kept;
+      },
+      stats: () => ({ servers: [0, 1, 2, 3, 4].map(() => ({ failed: null })) }),
+    } as unknown as SourceEngine;
+    await pushRest(engine, images, () => {});
+    expect(notKept.map(({ ordinal }) => ordinal)).toEqual([3, 0, 1]);
+    expect(notKept[1]?.why).toBe('it does not keep what it holds: no answer');
   });
 
   it('pushes nothing where every page went before the guest', async () => {
