@@ -22,18 +22,21 @@ export async function pushRest(
     await (kept ? engine.pushToKeep(kept) : engine.push());
   }
   await kept;
+  // What comes for the image from here on need not wait for those that failed in the push either.
+  if (images) giveUpFailed(engine, images);
+}
+
+/** A server that has nothing of the guest any more need not answer. */
+function giveUpFailed(engine: SourceEngine, images: ImageSet): void {
+  for (const [ordinal, { failed }] of engine.stats().servers.entries()) {
+    if (failed !== null) images.giveUp(ordinal, failed);
+  }
 }
 
 /** From here on no lease may end the image. Gives who would let it end, and has pages as far as the engine knows. */
 async function keepAll(engine: SourceEngine, images: ImageSet): Promise<{ ordinal: number; why: string }[]> {
   const before = images.failures;
-  // A server that has nothing of the guest any more need not answer.
-  const giveUp = () => {
-    for (const [ordinal, { failed }] of engine.stats().servers.entries()) {
-      if (failed !== null) images.giveUp(ordinal, failed);
-    }
-  };
-  const looking = setInterval(giveUp, lookMs);
+  const looking = setInterval(() => giveUpFailed(engine, images), lookMs);
   try {
     const failures = [...before, ...(await images.commit())];
     const { servers } = engine.stats();

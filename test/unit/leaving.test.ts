@@ -162,7 +162,33 @@ describe('eviction', () => {
       stats: () => ({ servers: [{ failed: null }, { failed: 'stalled' }] }),
     } as unknown as SourceEngine;
     await pushRest(engine, images, () => order.push('pushing'));
-    expect(order).toEqual(['commit', 'pushing', 'push', 'give up 1: stalled', 'not kept: 0']);
+    expect(order).toEqual([
+      'commit',
+      'pushing',
+      'push',
+      'give up 1: stalled',
+      'not kept: 0',
+      'give up 1: stalled',
+    ]);
+  });
+
+  it('gives up servers that failed in the push, long after all had said that they keep it', async () => {
+    const givenUp: number[] = [];
+    let failed: string | null = null;
+    const images = {
+      failures: [],
+      commit: async () => [],
+      giveUp: (ordinal: number) => givenUp.push(ordinal),
+    } as unknown as ImageSet;
+    const engine = {
+      pushToKeep: async (kept: Promise<unknown[]>) => {
+        await kept;
+        failed = 'stalled';
+      },
+      stats: () => ({ servers: [{ failed: null }, { failed }] }),
+    } as unknown as SourceEngine;
+    await pushRest(engine, images, () => {});
+    expect(givenUp).toEqual([1]);
   });
 
   it('says which servers do not keep what they hold', async () => {
