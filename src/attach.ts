@@ -25,9 +25,12 @@ export interface AttachOptions {
   uffd?: number;
   /** The memory, in the order of its pages; at most 4096 pieces that do not overlap. */
   mappings: readonly AttachedMapping[];
-  /** The file on tmpfs (a memfd, /dev/shm) that is mapped there, shared. Without it the memory is private. */
+  /**
+   * The file on tmpfs or hugetlbfs (a memfd, /dev/shm) that is mapped there, shared. Without it the memory is private.
+   * Mappings of huge pages begin and end at one, and so does their `offset`.
+   */
   memory?: number;
-  /** If given, it must be what the region will have: the system's page size. */
+  /** If given, it must be what the region will have: the system's page size, huge pages or not. */
   pageSize?: number;
 }
 

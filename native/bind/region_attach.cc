@@ -17,8 +17,9 @@ namespace {
 // for itself: its own system calls wait for their reader.
 std::uint64_t features_to_ask() {
   return Userfaultfd::probe().features &
-         (UFFD_FEATURE_MISSING_SHMEM | abi::kUffdFeatureWpHugetlbfsShmem | abi::kUffdFeatureWpUnpopulated |
-          abi::kUffdFeatureWpAsync | abi::kUffdFeaturePoison);
+         (UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS |
+          abi::kUffdFeatureWpHugetlbfsShmem | abi::kUffdFeatureWpUnpopulated | abi::kUffdFeatureWpAsync |
+          abi::kUffdFeaturePoison);
 }
 
 // (pidfd, uffd | null, mappings, memory | null)

@@ -30,7 +30,7 @@ struct memferry_pager {
     std::vector<ArrivalMap*> all;
     // Until every region's retire() can stop the pager it waits for this constructor.
     std::vector<std::unique_ptr<memferry::RegionUse>> uses;
-    for (const auto& region : regions) memferry::HugeMemory::check(*region);  // before anything is dropped
+    memferry::HugeMemory::check(regions);  // before anything is dropped
     for (const auto& region : regions) {
       uses.push_back(std::make_unique<memferry::RegionUse>(region, "page"));
       arrivals.push_back(std::make_unique<memferry::RegionArrival>(region));

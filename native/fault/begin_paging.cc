@@ -9,6 +9,12 @@
 namespace memferry {
 
 void begin_paging(Region& region) {
+  if (region.huge_page_bytes() != 0) {
+    throw SystemError(
+        "page: the memory of process " + std::to_string(region.owner()->pid()) +
+            " is made of reserved huge pages, which a file is not served into; a migration pages them",
+        EOPNOTSUPP);
+  }
   std::uint64_t registered = 0;
   for_each_paged_area(
       [&](OwnerAddress start, OwnerAddress end) {

@@ -32,12 +32,16 @@ long process_madvise(int target, const iovec* ranges, std::size_t count, int adv
 
 Backing backing_of(const Region& region) {
   // What is dropped is in the view: the shared file's pages, or those of a waiting room.
-  if (region.owner()) return region.remote() ? Backing::kPrivate : Backing::kShared;
+  if (region.owner()) {
+    if (region.remote()) return Backing::kPrivate;
+    return {.shared = true, .huge_bytes = region.huge_page_bytes()};
+  }
   std::ifstream maps("/proc/self/maps");
   if (!maps) throw SystemError("open(/proc/self/maps)", errno);
   std::uint64_t covered = 0;
   bool shared = false;
   bool privately = false;
+  bool huge = false;
   const std::vector<Extent> extents = region.extents();
   for (std::string line; std::getline(maps, line);) {
     std::uint64_t start = 0;
@@ -56,10 +60,10 @@ Backing backing_of(const Region& region) {
       if (permissions[3] == 's') {
         shared = true;
       } else if (inode != 0) {
-        throw std::invalid_argument(line.ends_with("/anon_hugepage (deleted)")
-                                        ? "huge pages that are mapped privately cannot receive pages: map "
-                                          "them shared (memfd_create with MFD_HUGETLB)"
-                                        : "a private mapping of a file cannot receive pages");
+        // Of huge pages without a file of their own these are anonymous too.
+        if (!line.ends_with("/anon_hugepage (deleted)"))
+          throw std::invalid_argument("a private mapping of a file cannot receive pages");
+        huge = privately = true;
       } else {
         privately = true;
       }
@@ -69,18 +73,22 @@ Backing backing_of(const Region& region) {
   if (maps.bad()) throw SystemError("read(/proc/self/maps)", ENOMEM);
   if (covered != region.bytes()) throw std::invalid_argument("part of the region is not mapped");
   if (shared && privately) throw std::invalid_argument("a region is either shared or private, not both");
-  if (!shared) return Backing::kPrivate;
-  Backing backing = Backing::kShared;
+  if (!shared && !huge) return Backing::kPrivate;
+  Backing backing{.shared = shared};
   for (const MemoryPart& part : memory_parts(region)) {
-    if (part.kind == MemoryPart::Kind::kHugetlb)
-      backing.huge_bytes = std::max(backing.huge_bytes, part.page_bytes);
+    if (part.kind != MemoryPart::Kind::kHugetlb) continue;
+    if (!part.shared && !part.file)
+      throw std::invalid_argument(
+          "huge pages that are mapped privately, and how large they are cannot be told "
+          "(CAP_CHECKPOINT_RESTORE)");
+    backing.huge_bytes = std::max(backing.huge_bytes, part.page_bytes);
   }
   return backing;
 }
 
 Discarder::Discarder(Backing backing) : backing_(backing) {
   ranges_.reserve(kRangesAtOnce);
-  if (backing_.shared) return;
+  if (backing_.shared || backing_.huge_bytes != 0) return;
   // An empty list says whether the kernel knows the descriptor and the advice for this process.
   iovec none{nullptr, 0};
   if (process_madvise(kPidfdSelf, &none, 1, MADV_DONTNEED) == 0) {
@@ -135,8 +143,9 @@ void Discarder::huge(Address start, std::uint64_t bytes) const {
     std::memset(Address{from}.pointer(), 0, static_cast<std::size_t>(to - from));
   };
   zero(start.value, low);
-  if (high > low && ::madvise(Address{low}.pointer(), static_cast<std::size_t>(high - low), MADV_REMOVE) != 0)
-    throw_errno("madvise(MADV_REMOVE)");
+  const int advice = backing_.shared ? MADV_REMOVE : MADV_DONTNEED;
+  if (high > low && ::madvise(Address{low}.pointer(), static_cast<std::size_t>(high - low), advice) != 0)
+    throw_errno("madvise() of huge pages (MADV_DONTNEED: Linux 5.18)");
   zero(high, end);
 }
 

@@ -31,7 +31,7 @@ void ForkedCopies::add(UniqueFd child) {
   try {
     kept->copy = std::make_unique<ForkedCopy>(child);
     missing_([&](OwnerAddress start, std::uint64_t bytes) {
-      kept->waits = !kept->copy->poison(start, bytes) || kept->waits;
+      kept->waits = !kept->copy->poison(start, bytes, page_bytes_(start)) || kept->waits;
     });
   } catch (const SystemError&) {
     kept->waits = true;
@@ -39,7 +39,7 @@ void ForkedCopies::add(UniqueFd child) {
   }
   if (!shared_ && !kept->waits) {
     // Children that it had meanwhile.
-    for (UniqueFd& next : kept->copy->serve([this](OwnerAddress at) { return is_missing(at); }))
+    for (UniqueFd& next : kept->copy->serve([this](OwnerAddress at) { return around(at); }))
       add(std::move(next));
     return;
   }
@@ -98,17 +98,18 @@ void ForkedCopies::run(WorkerThread& self) {
   }
 }
 
-bool ForkedCopies::is_missing(OwnerAddress at) const {
-  bool missing = false;
+ForkedCopy::Around ForkedCopies::around(OwnerAddress at) const {
+  const std::uint64_t page = page_bytes_(at);
+  ForkedCopy::Around found{OwnerAddress{at.value / page * page}, page, false};
   missing_([&](OwnerAddress start, std::uint64_t bytes) {
-    missing = missing || (start <= at && at < start.plus(bytes));
+    found.missing = found.missing || (start <= found.start && found.start < start.plus(bytes));
   });
-  return missing;
+  return found;
 }
 
 void ForkedCopies::look(Kept& kept) {
   try {
-    for (UniqueFd& next : kept.copy->serve([this](OwnerAddress at) { return is_missing(at); }))
+    for (UniqueFd& next : kept.copy->serve([this](OwnerAddress at) { return around(at); }))
       add(std::move(next));
   } catch (const SystemError&) {
     kept.dead = true;

@@ -23,9 +23,10 @@ namespace memferry {
 class ForkedCopies {
  public:
   using Visit = std::function<void(OwnerAddress start, std::uint64_t bytes)>;
-  // `missing` visits what is missing now. `shared`: some of it is of a file.
-  ForkedCopies(std::function<void(const Visit&)> missing, bool shared)
-      : missing_(std::move(missing)), shared_(shared) {}
+  using PageBytes = std::function<std::uint64_t(OwnerAddress at)>;
+  // `missing` visits what is missing now, in whole pages of those sizes. `shared`: some of it is of a file.
+  ForkedCopies(std::function<void(const Visit&)> missing, bool shared, PageBytes page_bytes)
+      : missing_(std::move(missing)), shared_(shared), page_bytes_(std::move(page_bytes)) {}
   ~ForkedCopies();
   ForkedCopies(const ForkedCopies&) = delete;
   ForkedCopies& operator=(const ForkedCopies&) = delete;
@@ -42,11 +43,12 @@ class ForkedCopies {
   };
   void run(WorkerThread& self);
   void look(Kept& kept);
-  [[nodiscard]] bool is_missing(OwnerAddress at) const;
+  [[nodiscard]] ForkedCopy::Around around(OwnerAddress at) const;
   void prune();
 
   const std::function<void(const Visit&)> missing_;
   const bool shared_;
+  const PageBytes page_bytes_;
   mutable std::mutex mutex_;  // guards the next two
   std::vector<std::shared_ptr<Kept>> kept_;
   bool started_ = false;

@@ -1,16 +1,15 @@
 #include "fault/huge_memory.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "fault/discard.h"
 #include "os/kernel_abi.h"
 #include "os/sys_error.h"
 #include "os/userfaultfd.h"
@@ -49,65 +48,88 @@ bool any_huge(const Region& region) {
   return false;
 }
 
-// The size of its huge pages, 0 for none.
-std::uint64_t huge_page_bytes(const Region& region, const std::vector<MemoryPart>& parts) {
-  std::uint64_t bytes = 0;
+struct Kind {
+  std::uint64_t bytes = 0;  // of a huge page; 0: it has none
+  bool shared = true;
+};
+
+void check_paged(const Kind& kind) {
+  if (kind.bytes > HugeMemory::kLargestBytes)
+    refuse("of " + std::to_string(kind.bytes >> 20U) + " MiB: those that are paged into have 2 MiB at most");
+  if ((Userfaultfd::probe().features & kFeatures) != kFeatures)
+    refuse("which this kernel does not page (Linux 5.18 does)");
+}
+
+// Throws what HugeMemory::of() throws. What is attached has been looked at then, and is the same still
+// (Region::check_attached).
+Kind kind_of(const Region& region) {
+  Kind kind;
+  if (region.owner()) {
+    kind.bytes = region.huge_page_bytes();
+    if (kind.bytes != 0) check_paged(kind);
+    return kind;
+  }
+  const std::vector<MemoryPart> parts = memory_parts(region);
   for (const MemoryPart& part : parts) {
-    if (part.kind == MemoryPart::Kind::kHugetlb) bytes = part.page_bytes;
-    if (part.kind == MemoryPart::Kind::kOther && !part.file && any_huge(region))
+    if (part.kind == MemoryPart::Kind::kHugetlb) {
+      kind = {part.page_bytes, part.shared};
+    } else if (part.kind == MemoryPart::Kind::kOther && !part.file && any_huge(region)) {
       refuse("and the file behind them cannot be reached (CAP_CHECKPOINT_RESTORE, or a descriptor of it)");
+    }
   }
-  if (bytes == 0) return 0;
+  if (kind.bytes == 0) return kind;
   for (const MemoryPart& part : parts) {
-    if (part.kind != MemoryPart::Kind::kHugetlb || part.page_bytes != bytes)
+    if (part.kind != MemoryPart::Kind::kHugetlb || part.page_bytes != kind.bytes ||
+        part.shared != kind.shared)
       refuse("and of other pages beside them");
-    if (!part.shared)
-      refuse("privately mapped: only shared ones (a memfd, a file in hugetlbfs) can be paged into");
   }
-  if (bytes > HugeMemory::kLargestBytes)
-    refuse("of " + std::to_string(bytes >> 20U) + " MiB: those that are paged into have 2 MiB at most");
+  if (!kind.shared) (void)backing_of(region);  // of a file, or of a size that cannot be told: refused there
   for (const auto& extents : {region.extents(), region.capacity_extents()}) {
     for (const Extent& extent : extents) {
-      if (extent.start.value % bytes != 0 || extent.bytes % bytes != 0)
+      if (extent.start.value % kind.bytes != 0 || extent.bytes % kind.bytes != 0)
         refuse("and does not begin and end at one");
     }
   }
-  if ((Userfaultfd::probe().features & kFeatures) != kFeatures)
-    refuse("which this kernel does not page (Linux 5.18 does)");
-  return bytes;
+  check_paged(kind);
+  return kind;
 }
 
 }  // namespace
 
 std::unique_ptr<HugeMemory> HugeMemory::of(ArrivalMap& map) {
-  // Where another process owns it, attaching refuses huge pages.
-  if (map.region().owner()) return nullptr;
-  const std::uint64_t bytes = huge_page_bytes(map.region(), memory_parts(map.region()));
-  if (bytes == 0 || bytes == map.page_size()) return nullptr;
-  return std::unique_ptr<HugeMemory>(new HugeMemory(map, bytes));
+  const Kind kind = kind_of(map.region());
+  if (kind.bytes == 0 || kind.bytes == map.page_size()) return nullptr;
+  return std::unique_ptr<HugeMemory>(new HugeMemory(map, kind.bytes, kind.shared));
 }
 
-void HugeMemory::check(const Region& region) {
-  if (!region.owner()) (void)huge_page_bytes(region, memory_parts(region));
+void HugeMemory::check(std::span<const std::shared_ptr<Region>> regions) {
+  std::uint64_t staged = 0;
+  for (const auto& region : regions) {
+    const Kind kind = kind_of(*region);
+    if (kind.bytes != 0 && !kind.shared) staged += region->capacity_pages() * region->page_size();
+  }
+  if (staged > kMostStagedBytes) {
+    refuse("privately mapped, and more than " + std::to_string(kMostStagedBytes >> 20U) +
+           " MiB: as much memory again could be needed for those that have come in part; map them shared (a "
+           "memfd "
+           "with MFD_HUGETLB, a file in hugetlbfs)");
+  }
 }
 
-HugeMemory::HugeMemory(ArrivalMap& map, std::uint64_t unit_bytes)
+HugeMemory::HugeMemory(ArrivalMap& map, std::uint64_t unit_bytes, bool shared)
     : map_(map),
       unit_pages_(unit_bytes / map.page_size()),
+      shared_(shared),
+      place_(HugePlace::of(map, unit_bytes, shared)),
       landed_(map.region().capacity_pages()),
       stale_(map.region().capacity_pages() / unit_pages_),
       content_(map.region().capacity_pages() / unit_pages_),
       failed_(map.region().capacity_pages() / unit_pages_) {}
 
 void HugeMemory::open() {
-  const std::vector<MemoryPart> all = memory_parts(map_.region());
-  if (huge_page_bytes(map_.region(), all) != unit_bytes()) refuse("which have changed");
-  parts_.clear();
-  for (const MemoryPart& part : all) {
-    const UniqueFd file = part.file->open_for_writing();
-    parts_.push_back({part.first, part.extent.bytes / map_.page_size(),
-                      Mapping::shared(file.get(), part.extent.bytes, part.offset)});
-  }
+  const Kind kind = kind_of(map_.region());
+  if (kind.bytes != unit_bytes() || kind.shared != shared_) refuse("which have changed");
+  place_->open();
   PageRun out{PageNumber{0}, 0};
   for (PageNumber at{0}; at.value < map_.pages(); at.value += unit_pages_) {
     const PageRun each = unit(at);
@@ -131,42 +153,29 @@ void HugeMemory::open() {
   unmap(out);
 }
 
-void HugeMemory::unmap(PageRun run) const {
-  map_.for_each_part(run, [](std::span<std::byte> part, PageNumber) {
-    if (::madvise(part.data(), part.size(), MADV_DONTNEED) != 0)
-      throw_errno("madvise(MADV_DONTNEED) of huge pages (Linux 5.18)");
-  });
-}
-
-std::byte* HugeMemory::alias(PageNumber page) const {
-  for (const Part& part : parts_) {
-    if (page < part.first || page.value >= part.first.value + part.pages) continue;
-    return part.alias.data() + (page.value - part.first.value) * map_.page_size();
-  }
-  throw std::out_of_range("page outside the region's huge pages");
-}
-
-// A write that finds none is killed; this says so. Asked anew each time: the guest may have discarded it since.
-bool HugeMemory::populate(PageNumber page) {
-  std::byte* const at = alias(unit(page).first);
-  int status = -1;
-  do {
-    status = ::madvise(at, static_cast<std::size_t>(unit_bytes()), abi::kMadvPopulateWrite);
-  } while (status != 0 && (errno == EAGAIN || errno == EINTR));
-  return status == 0;
+void HugeMemory::unmap(PageRun run) {
+  const std::unique_lock alone(writing_);
+  const std::optional<PageNumber> gone = place_->take_back(run);
+  if (!gone) return;
+  // Somebody else has taken its memory meanwhile.
+  map_.received.clear_run(unit(*gone));
+  landed_.clear_run(unit(*gone));
+  throw SystemError("no memory for a huge page", ENOMEM);
 }
 
 bool HugeMemory::write(PageRun run, const std::byte* bytes) {
+  const std::shared_lock writing(writing_);
   if (!populate(run.first)) return false;
   content_.set(index(run.first));
-  std::memcpy(alias(run.first), bytes, static_cast<std::size_t>(run.count * map_.page_size()));
+  std::memcpy(place_->at(run.first), bytes, static_cast<std::size_t>(run.count * map_.page_size()));
   return true;
 }
 
 bool HugeMemory::write_zeros(PageRun run) {
+  const std::shared_lock writing(writing_);
   if (!stale_.test(index(run.first))) return true;
   if (!populate(run.first)) return false;
-  std::memset(alias(run.first), 0, static_cast<std::size_t>(run.count * map_.page_size()));
+  std::memset(place_->at(run.first), 0, static_cast<std::size_t>(run.count * map_.page_size()));
   return true;
 }
 

@@ -83,15 +83,19 @@ void Pager::set_router(Router router) {
 
 void Pager::serve() {
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    const ArrivalMap* const map = maps_[region];
-    if (map->region().owner()) continue;
-    const RegisterMode mode = huge_[region] ? RegisterMode::kMissingAndMinor : RegisterMode::kMissing;
-    map->for_each_run({PageNumber{0}, map->pages()}, [&](PageRun part) {
-      own_->register_range(map->region().owner_address(part.first), part.count * map->page_size(), mode);
-    });
+    if (!maps_[region]->region().owner()) register_memory(region);
     if (huge_[region]) huge_[region]->open();
   }
   serve_attached();
+}
+
+void Pager::register_memory(std::uint32_t region) {
+  const ArrivalMap& map = *maps_[region];
+  const RegisterMode mode = huge_[region] ? huge_[region]->mode() : RegisterMode::kMissing;
+  map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
+    uffd_of(region).register_range(map.region().owner_address(part.first), part.count * map.page_size(),
+                                   mode);
+  });
 }
 
 void Pager::set_online(bool online) {
@@ -405,7 +409,9 @@ void Pager::on_fault(std::uint32_t region, PageNumber page, Clock::time_point no
 
 // For the pager's own thread, when an event that it has not read yet is in the way: whoever waits faults again, behind it.
 void Pager::raise_again(std::uint32_t region, PageNumber page) {
-  uffd_of(region).wake(maps_[region]->region().owner_address(page), maps_[region]->page_size());
+  const PageRun run = fails_with(region, page);
+  uffd_of(region).wake(maps_[region]->region().owner_address(run.first),
+                       run.count * maps_[region]->page_size());
 }
 
 // Gives zeros to a page that is absent, and wakes its waiters either way.
@@ -509,12 +515,7 @@ Pager::Copied Pager::copy_with(std::uint32_t region, PageRun run, const std::byt
       break_off("SYSTEM", "page " + std::to_string(run.first.value) + " of region " + std::to_string(region) +
                               " is populated, though it never arrived");
     } else if (result.outcome == PageOutcome::kGone) {
-      const auto& owner = map.region().owner();
-      if (owner && !owner->alive()) {
-        break_off("OWNER_GONE", owner->gone("a page cannot be installed").what());
-      } else {
-        break_off("REGION_GONE", "the memory of region " + std::to_string(region) + " is not there any more");
-      }
+      break_off_gone(region);
     } else {
       break_off("SYSTEM", result.outcome == PageOutcome::kNoMemory ? "no memory for a page"
                                                                    : "a page cannot be installed");
@@ -567,9 +568,7 @@ void Pager::arrived(std::uint32_t region, PageRun run) {
   }
   // The page may have been discarded since it was installed, and a fault that came of that before it was marked present
   // counts as waiting for this install: it comes again.
-  for (const PageNumber page : again) {
-    uffd_of(region).wake(maps_[region]->region().owner_address(page), maps_[region]->page_size());
-  }
+  for (const PageNumber page : again) raise_again(region, page);
 }
 
 void Pager::finish() {

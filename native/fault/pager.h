@@ -12,8 +12,8 @@
 // page had arrived, as the guest asked; a page that had not arrived yet still comes from the source, as if
 // the discard had come before the move. Unmapping a part of a region is only legal after close().
 //
-// Memory of reserved huge pages (fault/pager_huge.cc) is installed by whole ones: a fault asks for all of a huge page that
-// is missing, and what cannot be had takes the whole one with it.
+// Memory of reserved huge pages (fault/pager_huge.cc), of this process or another, is installed by whole ones: a fault asks
+// for all of a huge page that is missing, and what cannot be had takes the whole one with it.
 //
 // Memory of another process (fault/pager_attached.cc) is paged by the userfaultfd that came with it, from the pager's
 // construction on: whoever touches it there waits until serve(). What its owner discards reads as zeros from then on,
@@ -135,6 +135,7 @@ class Pager {
   // How long the longest wait for an answer of the source has lasted; of somebody, and of a probe.
   [[nodiscard]] std::chrono::nanoseconds longest_wait() const;
   [[nodiscard]] std::chrono::nanoseconds longest_probe() const;
+  [[nodiscard]] std::uint64_t extra_bytes() const;
   [[nodiscard]] FaultScope scope() const { return own_ ? own_->scope() : FaultScope::kKernelAndUser; }
 
  private:
@@ -177,6 +178,8 @@ class Pager {
   bool poison_populated(std::uint32_t region, PageNumber page);
   void make_failing(std::uint32_t region, PageRun part);
   void break_off(const char* code, const std::string& message);
+  void break_off_gone(std::uint32_t region);
+  void register_memory(std::uint32_t region);
   bool wait_again(int& tries) const;
   [[nodiscard]] Userfaultfd& uffd_of(std::uint32_t region);
   void read_faults(std::uint32_t from, std::vector<Request>& requests);
@@ -188,10 +191,12 @@ class Pager {
   [[nodiscard]] std::chrono::milliseconds again_of_huge() const;
   Installed install_huge(std::uint32_t region, PageRun run, const std::byte* bytes);  // nullptr: zeros
   bool install_in_unit(std::uint32_t region, PageRun run, const std::byte* bytes, Installed& result);
+  enum class Landed { kPart, kWhole, kNoMemory };
+  Landed land_in_unit(std::uint32_t region, PageRun claimed, const std::byte* bytes);
   bool settle_huge(std::uint32_t region, PageRun unit);
-  bool map_huge(std::uint32_t region, PageRun unit);
-  void poison_huge(std::uint32_t region, PageRun run);
-  bool poison_unit(std::uint32_t region, PageRun unit);
+  bool map_huge(std::uint32_t region, PageRun unit, Patience patience);
+  void poison_huge(std::uint32_t region, PageRun run, Patience patience);
+  Poisoned poison_unit(std::uint32_t region, PageRun unit, Patience patience);
 
   // Memory of others.
   struct Attached {
@@ -210,6 +215,7 @@ class Pager {
   void on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end);
   void add_child(std::uint32_t from, UniqueFd child);
   void visit_missing(pid_t owner, const ForkedCopies::Visit& visit) const;
+  [[nodiscard]] std::shared_lock<std::shared_mutex> share_layout(std::uint32_t region);
   PageResult copy_present(std::uint32_t region, PageRun run, const std::byte* bytes);
   [[nodiscard]] std::optional<std::pair<std::uint32_t, PageNumber>> place_of(std::uint32_t from,
                                                                              OwnerAddress at) const;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fault/pager.h"
+#include "os/mapping.h"
 #include "os/process_maps.h"
 #include "os/sys_error.h"
 
@@ -58,9 +59,7 @@ void Pager::take_attached() {
         own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
       if (memory.remote()) own.room = std::make_unique<AtomicBitmap>(memory.capacity_pages());
       memory.check_attached("page");
-      map.for_each_run({PageNumber{0}, map.pages()}, [&](PageRun part) {
-        memory.uffd()->register_missing(memory.owner_address(part.first), part.count * map.page_size());
-      });
+      register_memory(region);
       check_registered(memory);
     }
   } catch (...) {
@@ -222,9 +221,10 @@ void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end)
     if (!attached_[region].removed || memory.owner()->pid() != owner) continue;
     memory.for_each_run_between(start, end, [&](PageRun run) {
       // What is here is dropped by the discard itself, and found missing after it.
-      const AtomicBitmap& present = maps_[region]->present;
+      const AtomicBitmap& here =
+          huge_[region] && serving() ? huge_[region]->landed() : maps_[region]->present;
       for (PageNumber at = run.first;;) {
-        const auto absent = present.next_clear(at, run.end(), run.count);
+        const auto absent = here.next_clear(at, run.end(), run.count);
         if (!absent) break;
         attached_[region].removed->set_run(*absent);
         at = absent->end();
@@ -233,20 +233,24 @@ void Pager::on_removed(std::uint32_t from, OwnerAddress start, OwnerAddress end)
   }
 }
 
+// Nothing, where nobody tells what is discarded.
+std::shared_lock<std::shared_mutex> Pager::share_layout(std::uint32_t region) {
+  if (!attached_[region].removed) return {};
+  // A lock that is shared again and again may keep out for ever whoever wants it whole.
+  for (int looks = 0; reader_waits_.load() && looks < kLetGoFirst; ++looks) ::sched_yield();
+  return std::shared_lock(layout_);
+}
+
 // Under layout_: what the owner has discarded meanwhile becomes zeros.
 PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byte* bytes) {
   const ArrivalMap& map = *maps_[region];
   const std::uint64_t page_size = map.page_size();
-  // A lock that is shared again and again may keep out for ever whoever wants it whole.
-  for (int looks = 0; reader_waits_.load() && looks < kLetGoFirst; ++looks) ::sched_yield();
-  const std::shared_lock sharing(layout_);
+  const auto sharing = share_layout(region);
   const AtomicBitmap& removed = *attached_[region].removed;
   PageResult total;
   while (run.count > 0) {
     const bool zeros = removed.test(run.first);
-    const auto change =
-        zeros ? removed.next_clear(run.first, run.end(), 1) : removed.next_set(run.first, run.end(), 1);
-    const PageRun alike{run.first, (change ? change->first.value : run.end().value) - run.first.value};
+    const PageRun alike = removed.alike(run);
     const OwnerAddress to = map.region().owner_address(alike.first);
     const std::uint64_t length = alike.count * page_size;
     const PageResult result =
@@ -261,6 +265,15 @@ PageResult Pager::copy_present(std::uint32_t region, PageRun run, const std::byt
   return total;
 }
 
+void Pager::break_off_gone(std::uint32_t region) {
+  const auto& owner = maps_[region]->region().owner();
+  if (owner && !owner->alive()) {
+    break_off("OWNER_GONE", owner->gone("a page cannot be installed").what());
+  } else {
+    break_off("REGION_GONE", "the memory of region " + std::to_string(region) + " is not there any more");
+  }
+}
+
 void Pager::add_child(std::uint32_t from, UniqueFd child) {
   const pid_t owner = maps_[from]->region().owner()->pid();
   if (!children_[from]) {
@@ -270,7 +283,12 @@ void Pager::add_child(std::uint32_t from, UniqueFd child) {
       shared = shared || (memory.owner() && memory.owner()->pid() == owner && !memory.remote());
     }
     children_[from] = std::make_unique<ForkedCopies>(
-        [this, owner](const ForkedCopies::Visit& visit) { visit_missing(owner, visit); }, shared);
+        [this, owner](const ForkedCopies::Visit& visit) { visit_missing(owner, visit); }, shared,
+        [this, from](OwnerAddress at) {
+          const auto place = place_of(from, at);
+          return place ? fails_with(place->first, place->second).count * maps_[place->first]->page_size()
+                       : system_page_size();
+        });
   }
   children_[from]->add(std::move(child));
 }
@@ -282,7 +300,13 @@ void Pager::visit_missing(pid_t owner, const ForkedCopies::Visit& visit) const {
     const Region& memory = map.region();
     if (!memory.owner() || memory.owner()->pid() != owner) continue;
     const bool in_room = memory.remote() && !serving();
-    for (PageNumber at{0}; at.value < map.pages();) {
+    for (PageNumber at{0}; huge_[region] && at.value < map.pages();) {
+      const PageRun unit = huge_[region]->unit(at);
+      at = unit.end();
+      if (!huge_[region]->whole(unit.first))
+        visit(memory.owner_address(unit.first), unit.count * map.page_size());
+    }
+    for (PageNumber at{0}; !huge_[region] && at.value < map.pages();) {
       const auto missing = in_room ? std::optional(PageRun{at, map.pages() - at.value})
                                    : map.present.next_clear(at, PageNumber{map.pages()}, map.pages());
       if (!missing) break;

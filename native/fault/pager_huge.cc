@@ -62,8 +62,8 @@ void Pager::on_huge_fault(std::uint32_t region, PageNumber page, Clock::time_poi
       waiting_.wanted(region, unit.first, now);
     }
   }
-  if (whole) (void)map_huge(region, unit);
-  if (poisoned) poison_huge(region, unit);
+  if (whole) (void)map_huge(region, unit, Patience::kOwnThread);
+  if (poisoned) poison_huge(region, unit, Patience::kOwnThread);
 }
 
 // What is missing of a huge page, in as many requests as that takes.
@@ -126,7 +126,6 @@ Pager::Installed Pager::install_huge(std::uint32_t region, PageRun run, const st
 
 bool Pager::install_in_unit(std::uint32_t region, PageRun run, const std::byte* bytes, Installed& result) {
   ArrivalMap& map = *maps_[region];
-  HugeMemory& huge = *huge_[region];
   bool whole = false;
   for (std::uint64_t page = run.first.value; page < run.end().value;) {
     if (map.received.set(PageNumber{page})) {
@@ -137,24 +136,37 @@ bool Pager::install_in_unit(std::uint32_t region, PageRun run, const std::byte* 
     bool more = true;
     while (page < run.end().value && (more = !map.received.set(PageNumber{page}))) ++page;
     const PageRun claimed{PageNumber{first}, page - first};
-    bool written = false;
-    if (bytes != nullptr) {
-      written = huge.write(claimed, bytes + (first - run.first.value) * map.page_size());
-    } else {
-      map.zero.set_run(claimed);
-      written = huge.write_zeros(claimed);
-    }
-    if (!written) {
+    const Landed landed = land_in_unit(
+        region, claimed, bytes != nullptr ? bytes + (first - run.first.value) * map.page_size() : nullptr);
+    if (landed == Landed::kNoMemory) {
       map.zero.clear_run(claimed);
       map.received.clear_run(claimed);
       break_off("SYSTEM", "no memory for a huge page");
       return false;
     }
     result.pages += claimed.count;
-    whole = huge.land(claimed);
+    whole = landed == Landed::kWhole;
     if (!more) ++page;
   }
-  return !whole || settle_huge(region, huge.unit(run.first));
+  return !whole || settle_huge(region, huge_[region]->unit(run.first));
+}
+
+// What the owner has discarded meanwhile becomes zeros: before its discard it is dropped by that, after it it is known.
+Pager::Landed Pager::land_in_unit(std::uint32_t region, PageRun claimed, const std::byte* bytes) {
+  ArrivalMap& map = *maps_[region];
+  HugeMemory& huge = *huge_[region];
+  const AtomicBitmap* const removed = attached_[region].removed.get();
+  const auto sharing = share_layout(region);
+  if (bytes == nullptr) map.zero.set_run(claimed);
+  for (PageRun left = claimed; left.count > 0;) {
+    const PageRun part = removed != nullptr ? removed->alike(left) : left;
+    const bool zeros = bytes == nullptr || (removed != nullptr && removed->test(part.first));
+    if (!(zeros ? huge.write_zeros(part)
+                : huge.write(part, bytes + (part.first.value - claimed.first.value) * map.page_size())))
+      return Landed::kNoMemory;
+    left = {part.end(), left.count - part.count};
+  }
+  return huge.land(claimed) ? Landed::kWhole : Landed::kPart;
 }
 
 // It is whole. Zeros that nobody waits for need no memory, as elsewhere: they are mapped when they are touched, or are
@@ -169,52 +181,65 @@ bool Pager::settle_huge(std::uint32_t region, PageRun unit) {
       waited_for = !fault.probe;
     });
   }
-  return (!waited_for && !huge_[region]->has_content(unit.first)) || map_huge(region, unit);
+  return (!waited_for && !huge_[region]->has_content(unit.first)) || map_huge(region, unit, Patience::kWaits);
 }
 
 // Gives a whole one to the region's mapping, and wakes its waiters.
-bool Pager::map_huge(std::uint32_t region, PageRun unit) {
+bool Pager::map_huge(std::uint32_t region, PageRun unit, Patience patience) {
   ArrivalMap& map = *maps_[region];
   HugeMemory& huge = *huge_[region];
   const OwnerAddress address = map.region().owner_address(unit.first);
+  Userfaultfd& uffd = uffd_of(region);
   std::string why = "a huge page cannot be mapped";
-  const char* code = "SYSTEM";
-  const std::lock_guard mapping(huge.mapping());
-  if (!huge.whole(unit.first)) return true;  // taken back
+  bool gone = false;
   for (int tries = 0;;) {
-    if (!huge.populate(unit.first)) {
-      why = "no memory for a huge page";
-      break;
-    }
     PageResult result;
-    try {
-      result = own_->map_present(address, huge.unit_bytes(), true);
-      if (result.outcome == PageOutcome::kExists) own_->wake(address, huge.unit_bytes());
-    } catch (const SystemError& error) {
-      why = error.what();
-      break;
-    }
-    if (result.outcome == PageOutcome::kOk || result.outcome == PageOutcome::kExists) {
-      if (!huge.failed(unit.first)) map.present.set_run(unit);
-      return true;
+    {
+      // Not while it is waited for an event to be read: who reads them may want this lock first.
+      const std::lock_guard mapping(huge.mapping());
+      if (!huge.whole(unit.first)) return true;  // taken back
+      if (!huge.populate(unit.first)) {
+        why = "no memory for a huge page";
+        break;
+      }
+      try {
+        result = huge.give(uffd, unit.first);
+        if (result.outcome == PageOutcome::kExists) uffd.wake(address, huge.unit_bytes());
+      } catch (const SystemError& error) {
+        if (huge.failed(unit.first)) return true;
+        why = error.what();
+        break;
+      }
+      if (result.outcome == PageOutcome::kOk || result.outcome == PageOutcome::kExists) {
+        if (!huge.failed(unit.first)) map.present.set_run(unit);
+        return true;
+      }
     }
     if (result.outcome == PageOutcome::kGone) {
       if (letting_go_.load()) return true;
-      code = "REGION_GONE";
-      why = "the memory of region " + std::to_string(region) + " is not there any more";
+      gone = true;
       break;
     }
+    if (patience == Patience::kOwnThread && result.error == EAGAIN) {
+      raise_again(region, unit.first);
+      return true;
+    }
+    if (result.outcome == PageOutcome::kNoMemory) why = "no memory for a huge page";
     // EFAULT: the guest has cut it out of the file.
     if (!wait_again(tries)) break;
   }
   // Missing again, so that it is poisoned and waited for no more.
   map.received.clear_run(unit);
-  break_off(code, why);
+  if (gone) {
+    break_off_gone(region);
+  } else {
+    break_off("SYSTEM", why);
+  }
   return false;
 }
 
 // Of what is lost the rest of the huge page is lost with it; a whole one is the guest's.
-void Pager::poison_huge(std::uint32_t region, PageRun run) {
+void Pager::poison_huge(std::uint32_t region, PageRun run, Patience patience) {
   HugeMemory& huge = *huge_[region];
   for (PageNumber at = run.first; at < run.end();) {
     const PageRun unit = huge.unit(at);
@@ -222,33 +247,51 @@ void Pager::poison_huge(std::uint32_t region, PageRun run) {
     const bool lost = maps_[region]->received.count(unit) < unit.count || maps_[region]->lost.count(unit) > 0;
     if (!lost && huge.whole(unit.first)) continue;
     if (huge.set_failed(unit.first)) {
-      own_->wake(maps_[region]->region().owner_address(unit.first), huge.unit_bytes());
-    } else if (!poison_unit(region, unit)) {
-      make_failing(region, unit);
+      raise_again(region, unit.first);
+    } else {
+      const Poisoned outcome = poison_unit(region, unit, patience);
+      if (outcome == Poisoned::kCannot) make_failing(region, unit);
+      if (outcome == Poisoned::kAgain) {
+        huge.clear_failed(unit.first);
+        raise_again(region, unit.first);
+        continue;
+      }
     }
     const std::lock_guard lock(mutex_);
     waiting_.take(region, {unit.first, 1}, [](const WaitingFault&) {});
   }
 }
 
-// False when the kernel cannot do it (before Linux 6.6), or does not.
-bool Pager::poison_unit(std::uint32_t region, PageRun unit) {
-  if ((own_->features() & abi::kUffdFeaturePoison) == 0) return false;
-  const HugeMemory& huge = *huge_[region];
+// kCannot when the kernel cannot do it (before Linux 6.6), or does not.
+Pager::Poisoned Pager::poison_unit(std::uint32_t region, PageRun unit, Patience patience) {
+  Userfaultfd& uffd = uffd_of(region);
+  if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return Poisoned::kCannot;
+  HugeMemory& huge = *huge_[region];
   const OwnerAddress address = maps_[region]->region().owner_address(unit.first);
   for (int tries = 0;;) {
     try {
-      const PageResult result = own_->poison(address, huge.unit_bytes(), true);
-      if (result.outcome == PageOutcome::kOk) return true;
-      if (result.outcome == PageOutcome::kGone)
-        return letting_go_.load() || result.error == ESRCH || !mapped_alike(region, unit).there;
+      const PageResult result = uffd.poison(address, huge.unit_bytes(), true);
+      if (result.outcome == PageOutcome::kOk) return Poisoned::kDone;
+      if (result.outcome == PageOutcome::kGone) {
+        const bool gone = letting_go_.load() || result.error == ESRCH || !mapped_alike(region, unit).there;
+        return gone ? Poisoned::kDone : Poisoned::kCannot;
+      }
+      if (result.outcome == PageOutcome::kAgain && patience == Patience::kOwnThread) return Poisoned::kAgain;
       // Mapped by whoever broke the rules.
       if (result.outcome == PageOutcome::kExists) huge.unmap(unit);
+    } catch (const OwnerGone&) {
+      return Poisoned::kDone;
     } catch (const SystemError&) {
-      return false;
+      return Poisoned::kCannot;
     }
-    if (!wait_again(tries)) return false;
+    if (!wait_again(tries)) return Poisoned::kCannot;
   }
+}
+
+std::uint64_t Pager::extra_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const auto& each : huge_) bytes += each ? each->extra_bytes() : 0;
+  return bytes;
 }
 
 }  // namespace memferry

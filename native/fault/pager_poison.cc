@@ -75,7 +75,7 @@ void Pager::poison_lost() {
 }
 
 void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
-  if (huge_[region]) return poison_huge(region, run);
+  if (huge_[region]) return poison_huge(region, run, patience);
   ArrivalMap& map = *maps_[region];
   bool again = false;
   map.for_each_run(run, [&](PageRun part) {
@@ -84,13 +84,7 @@ void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
       again = true;
       raise_again(region, part.first);
     }
-    if (outcome != Poisoned::kCannot) return;
-    if (map.region().owner()) {
-      // Another process's memory cannot be made to fail otherwise, and it may not read zeros.
-      map.region().owner()->end();
-    } else {
-      make_failing(region, part);
-    }
+    if (outcome == Poisoned::kCannot) make_failing(region, part);
   });
   if (again) return;
   const std::lock_guard lock(mutex_);
@@ -175,6 +169,8 @@ bool Pager::poison_populated(std::uint32_t region, PageNumber page) {
 // no access goes through: one over all of the region takes none beside its own.
 void Pager::make_failing(std::uint32_t region, PageRun part) {
   const ArrivalMap& map = *maps_[region];
+  // Another process's memory cannot be made to fail so, and it may not read zeros.
+  if (map.region().owner()) return map.region().owner()->end();
   const std::span<std::byte> own = map.region().contiguous(part);
   if (failing_pieces_.fetch_add(1, std::memory_order_relaxed) < kMostFailingPieces &&
       ((failing_ && failing_->put_over(Address::of(own.data()), own.size())) ||

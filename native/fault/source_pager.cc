@@ -225,7 +225,8 @@ void SourcePager::on_event(const uffd_msg& event) {
             }
           });
         };
-        children_ = std::make_unique<ForkedCopies>(missing, !memory_.remote());
+        children_ = std::make_unique<ForkedCopies>(missing, !memory_.remote(),
+                                                   [this](OwnerAddress) { return page_size_; });
       }
       children_->add(UniqueFd(static_cast<int>(event.arg.fork.ufd)));
       break;

@@ -19,8 +19,8 @@ Mapping Mapping::anonymous(std::uint64_t bytes, int protection, int extra_flags)
   return {static_cast<std::byte*>(data), bytes};
 }
 
-Mapping Mapping::shared(int fd, std::uint64_t bytes, std::uint64_t offset, int protection) {
-  void* data = ::mmap(nullptr, bytes, protection, MAP_SHARED, fd, static_cast<off_t>(offset));
+Mapping Mapping::shared(int fd, std::uint64_t bytes, std::uint64_t offset, int protection, int extra_flags) {
+  void* data = ::mmap(nullptr, bytes, protection, MAP_SHARED | extra_flags, fd, static_cast<off_t>(offset));
   if (data == MAP_FAILED) throw_errno("mmap");
   return {static_cast<std::byte*>(data), bytes};
 }

@@ -21,7 +21,7 @@ class Mapping {
   static Mapping anonymous(std::uint64_t bytes, int protection = PROT_READ | PROT_WRITE, int extra_flags = 0);
   // `fd` from `offset` on, shared. Throws SystemError (mmap).
   static Mapping shared(int fd, std::uint64_t bytes, std::uint64_t offset = 0,
-                        int protection = PROT_READ | PROT_WRITE);
+                        int protection = PROT_READ | PROT_WRITE, int extra_flags = 0);
 
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;

@@ -128,6 +128,12 @@ std::optional<PageRun> AtomicBitmap::next_clear(PageNumber from, PageNumber end,
 
 // A word is taken from by compare-and-exchange, never by taking more and giving back: a bit that is neither
 // set nor anybody's would make another thread believe that nothing is left.
+PageRun AtomicBitmap::alike(PageRun run) const {
+  const auto change =
+      test(run.first) ? next_clear(run.first, run.end(), 1) : next_set(run.first, run.end(), 1);
+  return {run.first, (change ? change->first.value : run.end().value) - run.first.value};
+}
+
 std::optional<PageRun> AtomicBitmap::take_run(PageNumber from, PageNumber end, std::uint64_t max_pages) {
   const std::uint64_t limit = std::min(end.value, capacity_);
   if (max_pages == 0) return std::nullopt;

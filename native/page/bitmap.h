@@ -34,6 +34,9 @@ class AtomicBitmap {
   [[nodiscard]] std::optional<PageRun> next_clear(PageNumber from, PageNumber end,
                                                   std::uint64_t max_pages) const;
 
+  // Those of `run` from its first on whose bits are as that one's; run.count > 0.
+  [[nodiscard]] PageRun alike(PageRun run) const;
+
   // Takes (clears) the first run of set bits at or after `from`, of at most `max_pages`. Two takers never
   // get the same page.
   std::optional<PageRun> take_run(PageNumber from, PageNumber end, std::uint64_t max_pages);

@@ -33,9 +33,8 @@ bool ForkedCopy::read_some() {
   return count > 0;
 }
 
-bool ForkedCopy::poison(OwnerAddress start, std::uint64_t bytes) {
+bool ForkedCopy::poison(OwnerAddress start, std::uint64_t bytes, std::uint64_t page) {
   if ((uffd_.features() & abi::kUffdFeaturePoison) == 0) return false;
-  const std::uint64_t page = system_page_size();
   int tries = 0;
   for (std::uint64_t most = bytes; bytes > 0;) {
     const std::uint64_t length = std::min(most, bytes);
@@ -73,15 +72,18 @@ bool ForkedCopy::poison(OwnerAddress start, std::uint64_t bytes) {
   return true;
 }
 
-std::vector<UniqueFd> ForkedCopy::serve(const std::function<bool(OwnerAddress)>& is_missing) {
-  const std::uint64_t page = system_page_size();
+std::vector<UniqueFd> ForkedCopy::serve(const std::function<Around(OwnerAddress)>& around) {
   do {
     while (read_some()) {
     }
     for (const OwnerAddress at : std::exchange(faults_, {})) {
-      const OwnerAddress start{at.value / page * page};
-      if (is_missing(start)) {
-        (void)poison(start, page);
+      const auto [start, page, missing] = around(at);
+      if (missing) {
+        (void)poison(start, page, page);
+        continue;
+      }
+      if (page != system_page_size()) {
+        (void)uffd_.unregister(start, page);
         continue;
       }
       // kAgain: the fault is raised again, behind the event that is in the way.

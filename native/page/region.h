@@ -105,8 +105,11 @@ class Region : public std::enable_shared_from_this<Region> {
   // Where the memory is a file with holes: visits the runs of pages of `run` that are none, in order. False, and no visit,
   // when there is no such file.
   bool file_content(PageRun run, const std::function<void(PageRun)>& found) const;
-  // Its file may become shorter, so that a look at the view may end in SIGBUS: read_file() does not.
+  // Its file may become shorter, so that a look at the view may end in SIGBUS: read_file() does not. True of huge pages
+  // too: a look at one that is not there would take one.
   [[nodiscard]] bool may_shrink() const { return may_shrink_; }
+  // Of attached shared memory of reserved huge pages, which it begins and ends at: so large; else 0.
+  [[nodiscard]] std::uint64_t huge_page_bytes() const { return huge_page_bytes_; }
   // Copies run.count pages, contiguous ones, from its file. Throws SystemError (EFAULT: the file has become shorter).
   void read_file(PageRun run, std::span<std::byte> into) const;
   // Who reads the events of its userfaultfd: one at a time. False when somebody does. No other process of memferry's has a
@@ -209,6 +212,7 @@ class Region : public std::enable_shared_from_this<Region> {
   std::optional<Userfaultfd> uffd_;
   UniqueFd memory_;  // also of huge pages of our own
   bool may_shrink_ = false;
+  std::uint64_t huge_page_bytes_ = 0;
   bool has_holes_ = false;              // SEEK_DATA says where its content is
   std::vector<std::uint64_t> offsets_;  // of each extent in memory_
   std::vector<Mapping> views_;          // of each extent, or one waiting room for all
@@ -232,6 +236,7 @@ class Region : public std::enable_shared_from_this<Region> {
   void note_removed(OwnerAddress start, OwnerAddress end);
   // The runs of pages of `within` that are there, of attached memory.
   void visit_there(PageRun within, const std::function<void(PageRun)>& visit) const;
+  void find_marks(AtomicBitmap& found_marks) const;
 
   struct Enlisted {
     std::uint64_t key = 0;

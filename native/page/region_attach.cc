@@ -29,23 +29,27 @@ std::string hex(std::uint64_t value) {
   return "0x" + text;
 }
 
-void check_memory(int memory, const std::vector<Extent>& extents, const std::vector<std::uint64_t>& offsets,
-                  std::uint64_t page_size) {
+// Gives the size of its huge pages, 0 for none.
+std::uint64_t check_memory(int memory, const std::vector<Extent>& extents,
+                           const std::vector<std::uint64_t>& offsets, std::uint64_t page_size) {
   struct stat status {};
   if (::fstat(memory, &status) != 0) throw_errno("fstat(memory)");
   if (!S_ISREG(status.st_mode)) throw std::invalid_argument("the memory is no file that can be mapped");
   struct statfs system {};
   if (::fstatfs(memory, &system) != 0) throw_errno("fstatfs(memory)");
-  if (system.f_type != TMPFS_MAGIC) {
+  const bool huge = system.f_type == HUGETLBFS_MAGIC;
+  if (!huge && system.f_type != TMPFS_MAGIC) {
     throw std::invalid_argument(
-        system.f_type == HUGETLBFS_MAGIC
-            ? "the memory is of huge pages: its page size is another one"
-            : "the memory is a file on a disk: only tmpfs (memfd, /dev/shm) can be paged");
+        "the memory is a file on a disk: only tmpfs (memfd, /dev/shm) and hugetlbfs can be paged");
   }
+  const std::uint64_t huge_bytes = huge ? static_cast<std::uint64_t>(system.f_bsize) : 0;
   const auto size = static_cast<std::uint64_t>(status.st_size);
   for (std::size_t i = 0; i < extents.size(); ++i) {
     if (offsets[i] % page_size != 0)
       throw std::invalid_argument("a mapping's offset is not at a page boundary");
+    if (huge && (extents[i].start.value | extents[i].bytes | offsets[i]) % huge_bytes != 0)
+      throw std::invalid_argument(
+          "a mapping of huge pages does not begin and end at one, here and in its file");
     if (offsets[i] > size || extents[i].bytes > size - offsets[i])
       throw std::invalid_argument("a mapping reaches beyond the end of the memory's file");
   }
@@ -56,6 +60,7 @@ void check_memory(int memory, const std::vector<Extent>& extents, const std::vec
     if (parts[i - 1].first + parts[i - 1].second > parts[i].first)
       throw std::invalid_argument("two mappings have the same part of the memory's file");
   }
+  return huge_bytes;
 }
 
 }  // namespace
@@ -91,8 +96,12 @@ void Region::check_attached(const char* operation) const {
                                       area.offset + (reached[i] - area.start.value) ==
                                           offsets_[i] + (reached[i] - extents_[i].start.value);
           if (!ours && wrong.empty()) {
+            const bool private_huge = !memory_ && !area.shared && area.name.starts_with("/anon_hugepage");
             wrong = hex(reached[i]) + (memory_ ? " is not the given file's memory at its offset"
-                                               : " is shared or a file's: its memory must be given");
+                                       : private_huge
+                                           ? " is of huge pages that are mapped privately: only "
+                                             "shared ones (a memfd, a file in hugetlbfs) can be attached"
+                                           : " is shared or a file's: its memory must be given");
           }
           reached[i] = std::min(area.end.value, end);
         }
@@ -172,14 +181,15 @@ Region::Region(Attachment attachment)
   check_extents(attachment.extents, attachment.extents.empty() ? 0 : attachment.extents.back().bytes,
                 page_size_);
   if (memory_) {
-    check_memory(memory_.get(), attachment.extents, attachment.offsets, page_size_);
+    huge_page_bytes_ = check_memory(memory_.get(), attachment.extents, attachment.offsets, page_size_);
     // A file position of our own: SEEK_DATA moves it, and a duplicate would share that of whoever gave it.
     UniqueFd own(::open(("/proc/self/fd/" + std::to_string(memory_.get())).c_str(), O_RDWR | O_CLOEXEC));
     if (!own) throw_errno("open(memory)");
     memory_ = std::move(own);
-    has_holes_ = ::lseek(memory_.get(), 0, SEEK_DATA) >= 0 || errno == ENXIO;
+    // hugetlbfs answers too, and takes everything for data.
+    has_holes_ = huge_page_bytes_ == 0 && (::lseek(memory_.get(), 0, SEEK_DATA) >= 0 || errno == ENXIO);
     const int seals = ::fcntl(memory_.get(), F_GET_SEALS);
-    may_shrink_ = seals < 0 || (seals & F_SEAL_SHRINK) == 0;
+    may_shrink_ = huge_page_bytes_ != 0 || seals < 0 || (seals & F_SEAL_SHRINK) == 0;
   }
   extents_ = std::move(attachment.extents);
   offsets_ = std::move(attachment.offsets);
@@ -187,7 +197,11 @@ Region::Region(Attachment attachment)
   for (std::size_t i = 0; i < extents_.size(); ++i) {
     first_page_.push_back(pages);
     pages += extents_[i].bytes / page_size_;
-    if (memory_) views_.push_back(Mapping::shared(memory_.get(), extents_[i].bytes, offsets_[i]));
+    // What the owner has not reserved of huge pages is not reserved here either.
+    if (memory_) {
+      views_.push_back(Mapping::shared(memory_.get(), extents_[i].bytes, offsets_[i], PROT_READ | PROT_WRITE,
+                                       huge_page_bytes_ != 0 ? MAP_NORESERVE : 0));
+    }
   }
   pages_.store(pages, std::memory_order_release);
   capacity_pages_ = pages;

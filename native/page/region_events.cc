@@ -54,7 +54,7 @@ bool poison_missing_of(const UniqueFd& child, const Process* owner) {
     bool done = true;
     for_each_paged_area(
         [&](OwnerAddress start, OwnerAddress end) {
-          done = ForkedCopy(child).poison(start, end.value - start.value) && done;
+          done = ForkedCopy(child).poison(start, end.value - start.value, system_page_size()) && done;
         },
         owner);
     return done;

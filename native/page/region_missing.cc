@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "os/pagemap.h"
 #include "os/process_maps.h"
@@ -14,6 +16,9 @@ namespace memferry {
 namespace {
 
 constexpr int kRunsNamed = 4;
+// A huge page that the kernel is just moving looks lost, for less than a millisecond.
+constexpr int kLooks = 20;
+constexpr std::chrono::milliseconds kBetweenLooks{5};
 constexpr std::uint64_t kMarkerType =
     31;  // of a swap entry that is none: a mark in the page table (include/linux/swap.h)
 constexpr std::uint64_t kTypeMask = 31;
@@ -109,9 +114,28 @@ bool Region::check_not_missing(const char* operation) const {
 
 // A page that was made to fail is a mark in the owner's page table, which looks swapped out. Nothing else does where the file
 // has a hole, but for the marks of write protection.
+// A huge page that fails may be there in part: the mark alone says that it is lost.
 void Region::check_not_lost(const char* operation) const {
-  if (!memory_ || !has_holes_) return;
+  if (!memory_ || !(has_holes_ || huge_page_bytes_ != 0)) return;
   AtomicBitmap lost(pages());
+  for (int look = 1;; ++look) {
+    find_marks(lost);
+    if (huge_page_bytes_ == 0)
+      (void)file_content({PageNumber{0}, pages()}, [&](PageRun there) { lost.clear_run(there); });
+    if (lost.count() == 0) return;
+    if (huge_page_bytes_ == 0 || look == kLooks) break;
+    lost.clear_run({PageNumber{0}, pages()});
+    std::this_thread::sleep_for(kBetweenLooks);
+  }
+  throw SystemError(std::string(operation) + ": pages of the memory of process " +
+                        std::to_string(owner_->pid()) +
+                        " are lost, and fail to be read there: " + name_pages(lost) + " (" +
+                        std::to_string(lost.count()) + " of " + std::to_string(pages()) + ")",
+                    EIO);
+}
+
+// Pages that the owner's page table has a mark for and no page.
+void Region::find_marks(AtomicBitmap& found_marks) const {
   Pagemap pagemap(owner_);
   const bool scans = pagemap.can_scan();
   for (PageRun left{PageNumber{0}, pages()}; left.count > 0;) {
@@ -123,28 +147,20 @@ void Region::check_not_lost(const char* operation) const {
       marked.category_mask = abi::kPageIsSwapped | abi::kPageIsWritten;
       marked.return_mask = abi::kPageIsSwapped;
       pagemap.scan(start, bytes, marked, [&](const abi::PageRegion& found) {
-        lost.set_run({PageNumber{part.first.value + (found.start - start.value) / page_size_},
-                      (found.end - found.start) / page_size_});
+        found_marks.set_run({PageNumber{part.first.value + (found.start - start.value) / page_size_},
+                             (found.end - found.start) / page_size_});
       });
     } else {
       constexpr std::uint64_t kBits = abi::kPagemapPresent | abi::kPagemapSwapped | abi::kPagemapUffdWp;
       pagemap.entries(start, bytes, [&](OwnerAddress at, std::span<const std::uint64_t> entries) {
         for (std::size_t i = 0; i < entries.size(); ++i) {
           if ((entries[i] & kBits) == abi::kPagemapSwapped)
-            lost.set(PageNumber{part.first.value + (at.value - start.value) / page_size_ + i});
+            found_marks.set(PageNumber{part.first.value + (at.value - start.value) / page_size_ + i});
         }
       });
     }
     left = {part.end(), left.count - part.count};
   }
-  if (lost.count() == 0) return;
-  (void)file_content({PageNumber{0}, pages()}, [&](PageRun there) { lost.clear_run(there); });
-  if (lost.count() == 0) return;
-  throw SystemError(std::string(operation) + ": pages of the memory of process " +
-                        std::to_string(owner_->pid()) +
-                        " are lost, and fail to be read there: " + name_pages(lost) + " (" +
-                        std::to_string(lost.count()) + " of " + std::to_string(pages()) + ")",
-                    EIO);
 }
 
 }  // namespace memferry

@@ -36,8 +36,6 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
       throw std::invalid_argument(
           "a region that moves has pages of the system's size; larger ones are split by it");
     uses.push_back(std::make_unique<RegionUse>(region, "receive"));
-    // Said before anything is dropped.
-    if (may_page) HugeMemory::check(*region);
     arrivals.push_back(std::make_unique<RegionArrival>(region));
     if (region->remote()) take_remote(*region, maps.size());
     backings.push_back(backing_of(*region));
@@ -45,6 +43,8 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
     maps.push_back(
         std::make_unique<ArrivalMap>(region, config.discard_first && !in_place, config.keep_page_hashes));
   }
+  // Said before anything is dropped.
+  if (may_page) HugeMemory::check(config.regions);
   if (!config.sourceless && !config.base_images.empty())
     throw std::invalid_argument("images to compare a parked guest with, and it is none");
   if (from_start && !config.bases.empty()) throw std::invalid_argument("a base for paging from the start");
@@ -481,6 +481,7 @@ ReceiverStats Receiver::stats() const {
   }
   stats.extra_memory_bytes += impl_->channels.size() * payload * (impl_->pager ? 2 : 1);
   if (impl_->pager) {
+    stats.extra_memory_bytes += impl_->pager->extra_bytes();
     const LatencyHistogram& latencies = impl_->pager->latencies();
     const auto us = [](std::chrono::nanoseconds time) { return static_cast<double>(time.count()) / 1000.0; };
     stats.faults.count = latencies.count();

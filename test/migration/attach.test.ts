@@ -9,143 +9,31 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest';
+import { DirtyTracker, MemferryError, Region, servePages, superviseGuest } from '../../lib/index.js';
 import {
-  type Arrival,
-  DirtyTracker,
-  type Guest,
-  type GuestOffer,
-  type Listening,
-  listen,
-  MemferryError,
-  type MigrateOptions,
-  migrate,
-  Region,
-  servePages,
-  stage,
-  superviseGuest,
-} from '../../lib/index.js';
-import {
-  buildOwner,
-  endOwners,
-  features,
-  MemoryOwner,
-  type OwnerKind,
-  removeOwner,
-} from '../support/memory-owner.js';
+  closeAll,
+  destination,
+  expectSame,
+  modes,
+  move,
+  open,
+  pages,
+  resumed,
+  type Source,
+  servers,
+  source,
+  tracked,
+} from '../support/attached-guests.js';
+import { buildOwner, features, MemoryOwner, removeOwner } from '../support/memory-owner.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'memferry-attach-'));
-const open: { close(): unknown }[] = [];
 
 beforeAll(buildOwner);
-afterEach(async () => {
-  for (const each of open.splice(0).reverse()) await each.close();
-  endOwners();
-});
+afterEach(closeAll);
 afterAll(() => {
   removeOwner();
   rmSync(folder, { recursive: true, force: true });
 });
-
-const pages = 4096;
-const tracked = features.missingShmem | features.wpShmem | features.wpUnpopulated | features.wpAsync;
-
-interface Source {
-  owner: MemoryOwner;
-  guest: Guest;
-  region: Region;
-  /** What it held when it was paused. */
-  paused: Buffer | null;
-}
-
-async function source(kind: Partial<OwnerKind>, writes = true): Promise<Source> {
-  const owner = await MemoryOwner.start({ pages, shared: true, features: tracked, ...kind });
-  await owner.ask(`fill 7 ${pages / 2}`);
-  const region = owner.attach();
-  const made: Source = {
-    owner,
-    region,
-    paused: null,
-    guest: {
-      name: 'g',
-      regions: [{ name: 'ram', region }],
-      module: null,
-      async pause() {
-        await owner.ask('stop');
-        made.paused = await owner.content();
-        return new TextEncoder().encode('state');
-      },
-      unpause() {
-        void owner.ask('run 3');
-      },
-    },
-  };
-  if (writes) await owner.ask('run 1');
-  open.push({ close: () => region.close() });
-  return made;
-}
-
-interface Destination {
-  owner: MemoryOwner;
-  port: number;
-  arrival: Promise<Arrival>;
-  resumed: Promise<void>;
-  abandoned: Promise<void>;
-  region: () => Region | null;
-}
-
-async function destination(kind: Partial<OwnerKind>): Promise<Destination> {
-  const owner = await MemoryOwner.start({ pages, shared: true, features: features.missingShmem, ...kind });
-  let region: Region | null = null;
-  let resume = () => {};
-  let abandon = () => {};
-  const resumed = new Promise<void>((resolve) => (resume = resolve));
-  const abandoned = new Promise<void>((resolve) => (abandon = resolve));
-  const listening: Listening = await listen({
-    accept: (_offer: GuestOffer) => {
-      region = owner.attach();
-      return { regions: [region], async prepare() {}, resume, abandon };
-    },
-  });
-  open.push(listening);
-  const arrival = (async () => {
-    for await (const each of listening) return each;
-    throw new Error('nothing came');
-  })();
-  arrival.catch(() => {});
-  return { owner, port: listening.port, arrival, resumed, abandoned, region: () => region };
-}
-
-async function move(from: Source, to: Destination, options: Partial<MigrateOptions> = {}) {
-  const migration = migrate(from.guest, {
-    to: `127.0.0.1:${to.port}`,
-    verify: true,
-    ...options,
-  } as MigrateOptions);
-  migration.done.catch(() => {});
-  migration.evicted.catch(() => {});
-  return migration;
-}
-
-/** It runs there; or why it does not. */
-function resumed(to: Destination, migration: Awaited<ReturnType<typeof move>>): Promise<unknown> {
-  return Promise.race([to.resumed, migration.done.then(() => to.resumed)]);
-}
-
-async function expectSame(from: Source, to: Destination) {
-  const here = await to.owner.content();
-  expect(here.length).toBe(pages * 4096);
-  expect(Buffer.compare(here, from.paused as Buffer)).toBe(0);
-}
-
-const modes = [
-  'stop-and-copy',
-  'pre-copy',
-  'post-copy',
-  'hybrid',
-  'scatter',
-  'scatter-pre-copy',
-  'scatter-hybrid',
-] as const;
 
 describe.each([
   ['shared', true],
@@ -154,14 +42,7 @@ describe.each([
   test.each(modes)('%s', async (mode) => {
     const from = await source({ shared });
     const to = await destination({ shared });
-    const via: string[] = [];
-    if (mode.startsWith('scatter')) {
-      for (let i = 0; i < 2; i++) {
-        const server = await stage({ memoryBytes: 64 * 2 ** 20 });
-        open.push(server);
-        via.push(`127.0.0.1:${server.port}`);
-      }
-    }
+    const via = mode.startsWith('scatter') ? await servers(2) : [];
     const migration = await move(from, to, { mode, via, maxRounds: 4 });
     await resumed(to, migration);
     const arrival = await to.arrival;
@@ -187,11 +68,9 @@ describe.each([
   test('encoded, deduplicated, and through one server', async () => {
     const from = await source({ shared });
     const to = await destination({ shared });
-    const server = await stage({ memoryBytes: 64 * 2 ** 20 });
-    open.push(server);
     const migration = await move(from, to, {
       mode: 'scatter-hybrid',
-      via: [`127.0.0.1:${server.port}`],
+      via: await servers(1),
       compress: 'lz4',
       dedup: true,
       maxRounds: 3,

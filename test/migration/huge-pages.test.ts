@@ -2,11 +2,10 @@
  * Guests in reserved huge pages of 2 MiB, to and from memory of either kind, in every mode, while they write: every byte
  * is what the journal says, on every host. What is lost takes whole huge pages with it, and never reads as zeros.
  */
-import { execFileSync } from 'node:child_process';
-import { readFileSync, writeFileSync } from 'node:fs';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { trackers } from '../../src/trackers.js';
 import { endHosts, type Host } from '../support/host.js';
+import { HugePagePool } from '../support/huge-pages.js';
 import {
   expectIntact,
   expectOneOwner,
@@ -22,37 +21,18 @@ import {
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
-// Not vm.nr_hugepages: other tests set that, and set it back while this file runs.
-const overcommitFile = '/proc/sys/vm/nr_overcommit_hugepages';
 const UNIT = 512;
 const PAGES = 4 * UNIT;
 /** Three hosts' worth, and as much again for a test that was killed. */
 const WANTED = 24;
 
-let former: string | null = null;
+const pool = new HugePagePool();
 let why: string | null = null;
 
-/** Whether so many can be had shows in a process that gives them all back. */
-function tryThem(): void {
-  const library = new URL('../../lib/index.js', import.meta.url).href;
-  const attempt = `import('${library}').then(({ Region }) =>
-    Region.allocate({ lengthBytes: ${WANTED} * 2 ** 21, hugePages: true }))`;
-  execFileSync(process.execPath, ['-e', attempt], { stdio: 'pipe' });
-}
-
 beforeAll(() => {
-  const before = readFileSync(overcommitFile, 'utf8').trim();
-  try {
-    writeFileSync(overcommitFile, String(Number(before) + WANTED));
-    former = before;
-    tryThem();
-  } catch (error) {
-    why = `no ${2 * WANTED} MiB of huge pages to be had (${(error as Error).message})`;
-  }
+  why = pool.reserve(WANTED);
 });
-afterAll(() => {
-  if (former !== null) writeFileSync(overcommitFile, former);
-});
+afterAll(() => pool.restore());
 
 beforeEach((context) => {
   if (why) context.skip(why);

@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { modes } from '../../src/index.js';
 import { command, forEachTest, type Line } from '../support/command-line.js';
+import * as commands from '../support/qemu/commands.js';
 import { guestArguments, problemOf, Qemu, qemuObstacle } from '../support/qemu/rig.mjs';
 
 const obstacle = qemuObstacle();
@@ -36,52 +37,16 @@ describe.skipIf(obstacle !== null)('a guest of QEMU', () => {
 
   const account = () => problemOf([...before, here.serial]);
   const destinationOf = (qemu: AQemu, ...more: string[]) =>
-    command(
-      'qemu',
-      'destination',
-      '--qmp',
-      qemu.qmp,
-      '--shim',
-      qemu.shim,
-      '--listen',
-      '127.0.0.1:0',
-      ...secret(),
-      ...more,
-    );
+    commands.destinationOf(qemu, place.secretFile, ...more);
   const sourceOf = (qemu: AQemu, port: unknown, ...more: string[]) =>
-    command(
-      'qemu',
-      'source',
-      '--qmp',
-      qemu.qmp,
-      '--shim',
-      qemu.shim,
-      '--to',
-      `127.0.0.1:${port}`,
-      ...secret(),
-      ...more,
-    );
-  const secret = () => ['--secret-file', place.secretFile];
-
-  async function stage(): Promise<string> {
-    const server = command(
-      'stage',
-      '--listen',
-      '127.0.0.1:0',
-      '--memory',
-      '512Mi',
-      '--no-announce',
-      ...secret(),
-    );
-    return `127.0.0.1:${(await server.next('listening'))['port']}`;
-  }
+    commands.sourceOf(qemu, port, place.secretFile, ...more);
 
   /** Moves it, and goes along. */
   async function hop(mode: string, ...more: string[]): Promise<{ report: Line; arrival: Line }> {
     const there = await Qemu.start({ args, incoming: true });
     const destination = destinationOf(there);
     const { port } = await destination.next('listening');
-    const via = mode.startsWith('scatter') ? ['--via', await stage()] : [];
+    const via = mode.startsWith('scatter') ? ['--via', await commands.stageFor(place.secretFile)] : [];
     const source = sourceOf(here, port, '--mode', mode, ...via, ...more);
     const [report, arrival] = await Promise.all([source.next('report'), destination.next('report')]);
     expect([await source.closed, await destination.closed]).toEqual([0, 0]);

@@ -2,6 +2,7 @@
 // was not, and what cannot be had fails.
 #include <gtest/gtest.h>
 #include <linux/capability.h>
+#include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,13 +11,14 @@
 #include <array>
 #include <atomic>
 #include <cstring>
-#include <fstream>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fake_source.h"
 #include "fault/huge_memory.h"
+#include "huge_pool.h"
 #include "os/userfaultfd.h"
 #include "track/dirty_tracker.h"
 
@@ -25,41 +27,33 @@ namespace {
 
 constexpr std::uint64_t kHuge = Region::kHugePageBytes;
 constexpr std::uint64_t kUnit = 512;  // pages
-// Not vm.nr_hugepages: other tests set that, and set it back.
-constexpr const char* kOvercommit = "/proc/sys/vm/nr_overcommit_hugepages";
 
-class HugePaging : public testing::Test {
+// Over memory that is mapped shared, and privately.
+class HugePaging : public testing::TestWithParam<bool> {
  protected:
   static constexpr std::uint64_t kUnits = 4;
 
-  static std::uint64_t overcommit() {
-    std::uint64_t number = 0;
-    std::ifstream(kOvercommit) >> number;
-    return number;
-  }
   void SetUp() override {
-    const Userfaultfd::Offer offer = Userfaultfd::probe();
-    if (!offer.kernel_faults) GTEST_SKIP() << "no full userfaultfd here: " << std::strerror(offer.error);
-    if ((offer.features & UFFD_FEATURE_MINOR_HUGETLBFS) == 0)
-      GTEST_SKIP() << "this kernel does not page huge pages (Linux 5.18)";
-    if (page_size() * kUnit != kHuge) GTEST_SKIP() << "the system's pages are not of 4 KiB";
-    before_ = overcommit();
-    std::ofstream(kOvercommit) << before_ + 2 * kUnits;
-    try {
-      (void)Region::allocate_huge(2 * kUnits * kHuge);
-    } catch (const SystemError&) {
-      GTEST_SKIP() << "no huge pages to be had here (needs root, and " << 4 * kUnits << " MiB)";
-    }
+    pool_.emplace(2 * kUnits);
+    if (const std::string why = pool_->obstacle(); !why.empty()) GTEST_SKIP() << why;
   }
   void TearDown() override {
     bench_.reset();
-    if (before_ != overcommit()) std::ofstream(kOvercommit) << before_;
+    for (const auto& [at, bytes] : mapped_) ::munmap(at, bytes);
+    pool_.reset();
+  }
+  std::shared_ptr<Region> region_of(std::uint64_t bytes) {
+    if (GetParam()) return Region::allocate_huge(bytes);
+    void* const at = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kPrivately, -1, 0);
+    if (at == MAP_FAILED) throw_errno("mmap");
+    mapped_.emplace_back(at, bytes);
+    return Region::adopt({{OwnerAddress{Address::of(at).value}, bytes}}, bytes);
   }
   static std::uint64_t page_size() { return Bench::page_size_of(); }
 
   Bench& bench(std::uint64_t units = kUnits) {
     bench_ = std::make_unique<Bench>(1);
-    bench_->regions = {Region::allocate_huge(units * kHuge)};
+    bench_->regions = {region_of(units * kHuge)};
     bench_->config.regions = bench_->regions;
     bench_->config.may_page = true;
     return *bench_;
@@ -92,10 +86,18 @@ class HugePaging : public testing::Test {
   std::unique_ptr<Bench> bench_;
   std::mutex asked_mutex_;
   std::vector<PageRun> asked_;
-  std::uint64_t before_ = 0;
+  std::optional<HugePool> pool_;
+  static constexpr int kPrivately = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT);
+  std::vector<std::pair<void*, std::size_t>> mapped_;
 };
+INSTANTIATE_TEST_SUITE_P(Memory, HugePaging, testing::Bool(),
+                         [](const auto& of) { return of.param ? "Shared" : "Private"; });
 
-TEST_F(HugePaging, PostCopyServesFaultsOfManyThreads) {
+class HugePagingOfOne : public HugePaging {};
+INSTANTIATE_TEST_SUITE_P(Memory, HugePagingOfOne, testing::Values(true),
+                         [](const auto&) { return "Shared"; });
+
+TEST_P(HugePaging, PostCopyServesFaultsOfManyThreads) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   std::memset(b.page(0), 0x11, kUnits * kHuge);  // none of the guest's
@@ -133,7 +135,7 @@ TEST_F(HugePaging, PostCopyServesFaultsOfManyThreads) {
   end_serving(server);
 }
 
-TEST_F(HugePaging, NothingIsSeenBeforeAllOfAHugePageIsThere) {
+TEST_P(HugePaging, NothingIsSeenBeforeAllOfAHugePageIsThere) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   b.start();
@@ -164,7 +166,7 @@ TEST_F(HugePaging, NothingIsSeenBeforeAllOfAHugePageIsThere) {
   EXPECT_EQ(b.receiver->missing(8).size(), 1U);
 }
 
-TEST_F(HugePaging, IsAskedForInPiecesAndAgain) {
+TEST_P(HugePaging, IsAskedForInPiecesAndAgain) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   b.start();
@@ -199,7 +201,7 @@ TEST_F(HugePaging, IsAskedForInPiecesAndAgain) {
 }
 
 // Nobody touches anything: a source that says nothing is asked for a huge page, and again for what its answers lack.
-TEST_F(HugePaging, ASilentSourceIsAskedForAWholeOne) {
+TEST_P(HugePaging, ASilentSourceIsAskedForAWholeOne) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   b.config.silence_timeout = 200ms;
@@ -225,7 +227,7 @@ TEST_F(HugePaging, ASilentSourceIsAskedForAWholeOne) {
   EXPECT_EQ(b.log.count(EngineEventKind::kPaused), 0U);
 }
 
-TEST_F(HugePaging, HybridKeepsWhatIsWholeAndReplacesTheRest) {
+TEST_P(HugePaging, HybridKeepsWhatIsWholeAndReplacesTheRest) {
   Bench& b = bench();
   b.start();
   b.connect();
@@ -253,7 +255,7 @@ TEST_F(HugePaging, HybridKeepsWhatIsWholeAndReplacesTheRest) {
   end_serving(server);
 }
 
-TEST_F(HugePaging, ZerosAreZerosBeforeAndAfterTheEnd) {
+TEST_P(HugePaging, ZerosAreZerosBeforeAndAfterTheEnd) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   std::memset(b.page(0), 0x11, kUnits * kHuge);
@@ -275,7 +277,7 @@ TEST_F(HugePaging, ZerosAreZerosBeforeAndAfterTheEnd) {
   EXPECT_TRUE(equal(expected));
 }
 
-TEST_F(HugePaging, AGuestMayDiscardWhatHasCome) {
+TEST_P(HugePaging, AGuestMayDiscardWhatHasCome) {
   Bench& b = bench(2);
   b.config.paging_from_start = true;
   b.start();
@@ -286,12 +288,12 @@ TEST_F(HugePaging, AGuestMayDiscardWhatHasCome) {
   EXPECT_TRUE(b.data(0).barrier(1).answered);
   EXPECT_EQ(*b.page(5), content[5 * page_size()]);
   ASSERT_EQ(::madvise(b.page(0), kHuge, MADV_DONTNEED), 0);  // of a file: nothing is dropped
-  EXPECT_EQ(*b.page(5), content[5 * page_size()]);
-  ASSERT_EQ(::madvise(b.page(0), kHuge, MADV_REMOVE), 0);
+  EXPECT_EQ(*b.page(5), GetParam() ? content[5 * page_size()] : std::byte{0});
+  if (GetParam()) ASSERT_EQ(::madvise(b.page(0), kHuge, MADV_REMOVE), 0);
   EXPECT_EQ(*b.page(5), std::byte{0});
 }
 
-TEST_F(HugePaging, WhatIsLostTakesItsHugePageWithItAndIsNamed) {
+TEST_P(HugePaging, WhatIsLostTakesItsHugePageWithItAndIsNamed) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   b.config.recover_timeout = 100ms;
@@ -323,7 +325,7 @@ TEST_F(HugePaging, WhatIsLostTakesItsHugePageWithItAndIsNamed) {
   }
 }
 
-TEST_F(HugePaging, ClosedInTheMiddleNothingHalfIsSeen) {
+TEST_P(HugePaging, ClosedInTheMiddleNothingHalfIsSeen) {
   Bench& b = bench();
   b.config.paging_from_start = true;
   b.start();
@@ -341,7 +343,7 @@ TEST_F(HugePaging, ClosedInTheMiddleNothingHalfIsSeen) {
 }
 
 // Nobody pages here: parts of huge pages that become zeros, or are to come again.
-TEST_F(HugePaging, WithoutPagingPartsBecomeZeros) {
+TEST_P(HugePaging, WithoutPagingPartsBecomeZeros) {
   Bench& b = bench();
   b.config.may_page = false;
   b.start();
@@ -361,7 +363,7 @@ TEST_F(HugePaging, WithoutPagingPartsBecomeZeros) {
   EXPECT_TRUE(equal(content));
 }
 
-TEST_F(HugePaging, WhatCannotBePagedIsRefusedBeforeAnythingBegins) {
+TEST_P(HugePagingOfOne, WhatCannotBePagedIsRefusedBeforeAnythingBegins) {
   const auto refusal = [&](const std::shared_ptr<Region>& region) -> std::string {
     Bench b(1);
     b.config.regions = {region};
@@ -383,17 +385,33 @@ TEST_F(HugePaging, WhatCannotBePagedIsRefusedBeforeAnythingBegins) {
   std::byte* const shared = map(MAP_SHARED);
   own[5] = std::byte{7};
   shared[5] = std::byte{7};
-  EXPECT_NE(refusal(Region::adopt({{Address::of(own), 2 * kHuge}}, 2 * kHuge)).find("privately mapped"),
+  for (std::byte* const each : {own, shared}) {
+    EXPECT_NE(refusal(Region::adopt({{Address::of(each), kHuge + page_size()}}, kHuge + page_size()))
+                  .find("begin and end"),
+              std::string::npos);
+    EXPECT_EQ(each[5], std::byte{7});
+    EXPECT_EQ(refusal(Region::adopt({{Address::of(each), 2 * kHuge}}, 2 * kHuge)), "");
+    EXPECT_EQ(each[5], std::byte{0});
+    ::munmap(each, 2 * kHuge);
+  }
+  // None are taken: it is not touched.
+  constexpr std::uint64_t kMany = HugeMemory::kMostStagedBytes + kHuge;
+  void* const many = ::mmap(nullptr, kMany, PROT_READ | PROT_WRITE, kPrivately | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(many, MAP_FAILED);
+  const std::string why = refusal(Region::adopt({{Address::of(many), kMany}}, kMany));
+  EXPECT_NE(why.find("privately mapped, and more than 1024 MiB"), std::string::npos) << why;
+  const auto half = Region::adopt({{Address::of(many), kMany - kHuge}}, kMany - kHuge);
+  EXPECT_NO_THROW(HugeMemory::check(std::array{half}));
+  EXPECT_THROW(HugeMemory::check(std::array{half, half}), SystemError);
+  ::munmap(many, kMany);
+  // A file's content would come back where it is dropped.
+  const UniqueFd file(::memfd_create("huge", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB));
+  ASSERT_EQ(::ftruncate(file.get(), static_cast<off_t>(kHuge)), 0);
+  void* const copied = ::mmap(nullptr, kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE, file.get(), 0);
+  ASSERT_NE(copied, MAP_FAILED);
+  EXPECT_NE(refusal(Region::adopt({{Address::of(copied), kHuge}}, kHuge)).find("private mapping of a file"),
             std::string::npos);
-  EXPECT_NE(refusal(Region::adopt({{Address::of(shared), kHuge + page_size()}}, kHuge + page_size()))
-                .find("begin and end"),
-            std::string::npos);
-  EXPECT_EQ(own[5], std::byte{7});
-  EXPECT_EQ(shared[5], std::byte{7});
-  EXPECT_EQ(refusal(Region::adopt({{Address::of(shared), 2 * kHuge}}, 2 * kHuge)), "");
-  EXPECT_EQ(shared[5], std::byte{0});
-  ::munmap(own, 2 * kHuge);
-  ::munmap(shared, 2 * kHuge);
+  ::munmap(copied, kHuge);
 }
 
 // Takes the right to see the files behind mappings from this thread, and gives it back.
@@ -415,7 +433,7 @@ class WithoutMapFiles {
   std::array<__user_cap_data_struct, 2> former_{};
 };
 
-TEST_F(HugePaging, AFileOutOfReachIsRefusedUnlessSomeDescriptorIsOfIt) {
+TEST_P(HugePagingOfOne, AFileOutOfReachIsRefusedUnlessSomeDescriptorIsOfIt) {
   void* const at = ::mmap(nullptr, kHuge, PROT_READ | PROT_WRITE,
                           MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB | (21 << MAP_HUGE_SHIFT), -1, 0);
   ASSERT_NE(at, MAP_FAILED);
@@ -423,17 +441,17 @@ TEST_F(HugePaging, AFileOutOfReachIsRefusedUnlessSomeDescriptorIsOfIt) {
   const auto own = Region::allocate_huge(kHuge);
   const WithoutMapFiles less;
   try {
-    HugeMemory::check(*foreign);
+    HugeMemory::check(std::array{foreign});
     ADD_FAILURE() << "nothing to write it by";
   } catch (const SystemError& error) {
     EXPECT_EQ(error.error(), EOPNOTSUPP);
     EXPECT_NE(std::string(error.what()).find("cannot be reached"), std::string::npos) << error.what();
   }
-  EXPECT_NO_THROW(HugeMemory::check(*own));
+  EXPECT_NO_THROW(HugeMemory::check(std::array{own}));
   ::munmap(at, kHuge);
 }
 
-TEST_F(HugePaging, OwnMemoryIsTrackedWithoutAWord) {
+TEST_P(HugePagingOfOne, OwnMemoryIsTrackedWithoutAWord) {
   const auto region = Region::allocate_huge(2 * kHuge);
   EXPECT_TRUE(region->sole_mapping());
   for (const TrackerKind kind : {TrackerKind::kUffdWpAsync, TrackerKind::kUffdWp}) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <fcntl.h>
+#include <linux/memfd.h>
+#include <linux/mman.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/ioctl.h>
@@ -12,12 +14,14 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "os/mapping.h"
 #include "os/process.h"
@@ -39,6 +43,7 @@ class OwnerProcess {
     std::uint64_t features = 0;  // of its userfaultfd
     bool api = true;             // it calls UFFDIO_API itself
     bool hidden_uffd = false;    // it has none
+    bool huge = false;           // of reserved huge pages of 2 MiB
   };
   enum class Op : std::uint32_t {
     kRead,
@@ -51,7 +56,8 @@ class OwnerProcess {
     kFork,
     kPopulate,
     kGrandchild,
-    kIdleChild
+    kIdleChild,
+    kDiscardBeside
   };
   struct Command {
     Op op;
@@ -64,8 +70,14 @@ class OwnerProcess {
     if (::pipe2(to_.data(), O_CLOEXEC) != 0 || ::pipe2(from_.data(), O_CLOEXEC) != 0) throw_errno("pipe");
     const std::uint64_t bytes = options.pages * page_;
     if (options.shared) {
-      memory_ = options.named ? file_in_tmpfs() : UniqueFd(::memfd_create("owner", MFD_CLOEXEC));
+      memory_ = options.named
+                    ? file_in_tmpfs()
+                    : UniqueFd(::memfd_create("owner", MFD_CLOEXEC | (options.huge ? kSealedHuge : 0U)));
+      if (!memory_) throw_errno("memfd_create");
       if (::ftruncate(memory_.get(), static_cast<off_t>(bytes)) != 0) throw_errno("ftruncate");
+      // As QEMU does it.
+      if (options.huge && ::fcntl(memory_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0)
+        throw_errno("fcntl(F_ADD_SEALS)");
     }
     pid_ = ::fork();
     if (pid_ == 0) live();
@@ -134,6 +146,9 @@ class OwnerProcess {
   [[nodiscard]] std::shared_ptr<Region> attach() const { return Region::attach(attachment()); }
 
  private:
+  static constexpr unsigned kSealedHuge = MFD_HUGETLB | MFD_HUGE_2MB | MFD_ALLOW_SEALING;
+  static constexpr int kTurns = 1000;
+
   void receive(void* into, std::size_t bytes) const {
     for (std::size_t done = 0; done < bytes;) {
       const ssize_t got = ::read(from_[0], static_cast<std::byte*>(into) + done, bytes - done);
@@ -146,9 +161,11 @@ class OwnerProcess {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     (void)::signal(SIGBUS, SIG_DFL);  // a sanitizer's handler would make an exit of it
     const std::uint64_t bytes = options_.pages * page_;
-    const int flags = options_.shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+    const int huge = options_.huge ? MAP_HUGETLB | MAP_HUGE_2MB : 0;
+    const int flags = options_.shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS | huge;
     auto* const memory = static_cast<std::byte*>(
         ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, options_.shared ? memory_.get() : -1, 0));
+    if (static_cast<void*>(memory) == MAP_FAILED) ::_exit(5);
     // A huge page is soft-dirty as a whole.
     ::madvise(memory, bytes, MADV_NOHUGEPAGE);
     int uffd = -1;
@@ -212,9 +229,10 @@ class OwnerProcess {
         break;
       }
       case Op::kGrandchild: {
-        // The same of a child's child.
+        // The same of a child's child, when the child has read the page `value`.
         const pid_t child = ::fork();
         if (child == 0) {
+          if (command.value != 0) (void)*(static_cast<volatile std::byte*>(memory + command.value * page_));
           const pid_t own = ::fork();
           if (own == 0) ::_exit(*reinterpret_cast<volatile std::uint64_t*>(at) == 0 ? 10 : 11);
           int status = 0;
@@ -232,6 +250,21 @@ class OwnerProcess {
         const pid_t child = ::fork();
         while (child == 0) ::pause();
         result = static_cast<std::uint64_t>(child);
+        break;
+      }
+      case Op::kDiscardBeside: {
+        // Two threads discard and read two ranges, one at `first` and one at `value`: how often it was not zeros.
+        std::atomic<std::uint64_t> wrong{0};
+        const auto turns = [&](std::byte* range) {
+          for (int i = 0; i < kTurns; ++i) {
+            wrong += ::madvise(range, length, MADV_REMOVE) == 0 ? 0 : 1;
+            wrong += *reinterpret_cast<volatile std::uint64_t*>(range) == 0 ? 0 : 1;
+          }
+        };
+        std::thread other(turns, memory + command.value * page_);
+        turns(at);
+        other.join();
+        result = wrong;
         break;
       }
       case Op::kPopulate:

@@ -1,10 +1,11 @@
 // A process that owns memory and a userfaultfd for it, and does what lines on its standard input tell it; each is
 // answered by one line. Built by the tests that need it.
-//   memory-owner PAGES shared|private FEATURES(hex)
+//   memory-owner PAGES shared|huge|private FEATURES(hex)
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <linux/memfd.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -54,11 +55,12 @@ int main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   setvbuf(stdout, NULL, _IOLBF, 0);
   pages = strtoull(argv[1], NULL, 10);
-  const int shared = strcmp(argv[2], "shared") == 0;
+  const int huge = strcmp(argv[2], "huge") == 0;  // a memfd too, of reserved pages of 2 MiB
+  const int shared = huge || strcmp(argv[2], "shared") == 0;
   const uint64_t features = strtoull(argv[3], NULL, 16);
   int memfd = -1;
   if (shared) {
-    memfd = memfd_create("guest", MFD_CLOEXEC);
+    memfd = memfd_create("guest", MFD_CLOEXEC | (huge ? MFD_HUGETLB | MFD_HUGE_2MB : 0));
     if (memfd < 0 || ftruncate(memfd, (off_t)(pages * page)) != 0) return 3;
   }
   memory = mmap(NULL, pages * page, PROT_READ | PROT_WRITE,

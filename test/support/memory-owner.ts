@@ -1,6 +1,6 @@
 /** Processes that own memory: built once a test file, driven by lines. */
 import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
-import { closeSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { closeSync, ftruncateSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -17,7 +17,7 @@ export function buildOwner(): void {
 }
 
 export function endOwners(): void {
-  for (const owner of owners) owner.kill();
+  for (const owner of owners) owner.free();
   owners.clear();
 }
 
@@ -28,6 +28,8 @@ export function removeOwner(): void {
 export interface OwnerKind {
   pages: number;
   shared: boolean;
+  /** Shared, of reserved huge pages of 2 MiB. */
+  huge?: boolean;
   /** Of its userfaultfd; null: it leaves UFFDIO_API to whoever gets it. */
   features?: number | null;
 }
@@ -50,11 +52,14 @@ export class MemoryOwner {
   uffd = -1;
   memory: number | null = null;
   readonly pages: number;
+  readonly #huge: boolean;
 
   private constructor(kind: OwnerKind) {
     this.pages = kind.pages;
+    this.#huge = kind.huge ?? false;
     const asked = kind.features === null ? '-' : (kind.features ?? 0).toString(16);
-    this.child = spawn(program, [String(kind.pages), kind.shared ? 'shared' : 'private', asked], {
+    const memory = kind.huge ? 'huge' : kind.shared ? 'shared' : 'private';
+    this.child = spawn(program, [String(kind.pages), memory, asked], {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     owners.add(this);
@@ -123,6 +128,13 @@ export class MemoryOwner {
 
   get exitSignal(): NodeJS.Signals | null {
     return this.child.signalCode;
+  }
+
+  /** Huge pages go with it: views would keep them until they are collected. Nobody uses them any more. */
+  free(): void {
+    this.child.kill('SIGKILL');
+    if (this.#huge && this.memory !== null) ftruncateSync(this.memory, 0);
+    this.kill();
   }
 
   kill(): void {

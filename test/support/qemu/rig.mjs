@@ -56,7 +56,10 @@ function run(command, args) {
   if (status !== 0) throw new Error(`${command} ${args.join(' ')}: ${error?.message ?? stderr}`);
 }
 
-/** What a guest is made of; the same for the source and every destination of it. */
+/**
+ * What a guest is made of; the same for the source and every destination of it.
+ * @param {{ memoryMb?: number, fillMb?: number, dirtyPages?: number, tickMs?: number, backend?: string | null }} options
+ */
 export function guestArguments({ memoryMb = 160, fillMb = 16, dirtyPages = 32, tickMs = 5, backend = null }) {
   const { kernel, initramfs } = guestSystem();
   return [
