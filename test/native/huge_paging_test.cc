@@ -215,8 +215,7 @@ TEST_P(HugePaging, ASilentSourceIsAskedForAWholeOne) {
     while (b.demand().read(&header, sizeof header)) {
       if (header.type != static_cast<std::uint16_t>(wire::FrameType::kFaultRequest)) continue;
       const std::uint64_t count = (header.page_count + 1) / 2;  // less than was asked for
-      const auto bytes =
-          std::span(content).subspan(header.first_page * page_size(), count * page_size());
+      const auto bytes = std::span(content).subspan(header.first_page * page_size(), count * page_size());
       if (!b.demand().pages(0, header.first_page, bytes, page_size())) return;
     }
   });
