@@ -7,6 +7,7 @@
 namespace memferry {
 
 void PageStarts::visit_zero(const Region& region, PageRun run, const std::function<void(PageNumber)>& visit) {
+  if (region.huge_page_bytes() != 0) return visit_zero_in_file(region, run, visit);
   const bool copied = region.remote() || region.may_shrink();  // of another process
   at_.clear();
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
@@ -26,6 +27,16 @@ void PageStarts::visit_zero(const Region& region, PageRun run, const std::functi
     first += read;
     // Whoever reads it whole finds out why.
     if (first < at_.size()) visit({run.first.value + first++});
+  }
+}
+
+// A huge page that is not there would be taken for a look at its owner's addresses.
+void PageStarts::visit_zero_in_file(const Region& region, PageRun run,
+                                    const std::function<void(PageNumber)>& visit) {
+  starts_.resize(kBytes);
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    region.read_file({page, 1}, starts_);
+    if (is_zero(starts_)) visit(page);
   }
 }
 

@@ -21,10 +21,11 @@ class PageStarts {
   static constexpr std::size_t kBytes = 64;
 
   // Visits the pages of `run`, of at most kAtOnce, that may be zeros, in order: all where a look costs nothing, or where
-  // it is not to be had. Throws OwnerGone.
+  // it is not to be had. Throws OwnerGone; SystemError: the file of huge pages has become shorter.
   void visit_zero(const Region& region, PageRun run, const std::function<void(PageNumber)>& visit);
 
  private:
+  void visit_zero_in_file(const Region& region, PageRun run, const std::function<void(PageNumber)>& visit);
   // How many of the pages from the first of `at_` on were read.
   std::size_t read(const Region& region, std::size_t first);
   std::vector<iovec> at_;

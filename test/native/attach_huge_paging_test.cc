@@ -442,6 +442,9 @@ TEST_F(AttachHugePaging, ASourceReadsAndTracksThemAndTakesNone) {
     tracker->collect(dropped);
     EXPECT_TRUE(dropped.test(PageNumber{3 * kUnit + 5}));
     EXPECT_EQ(dropped.count({PageNumber{0}, 2 * kUnit}), 0U);
+    AtomicBitmap again(kUnits * kUnit);
+    tracker->collect(again);
+    EXPECT_EQ(blocks(), 2U);  // what was given back
   }
 }
 
