@@ -28,7 +28,7 @@ for name in $names; do
   if "$compiler" -std=c++20 -O1 -g -Inative -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
     "test/fuzz/${name}_fuzz.cc" native/wire/codec.cc native/wire/delta.cc native/wire/frame.cc -llz4 -lzstd \
     -o "$build/$name.fuzz" &&
-    "$build/$name.fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=10 -rss_limit_mb=1024 -verbosity=0 \
+    "$build/$name.fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=60 -rss_limit_mb=1024 -verbosity=0 \
       -print_final_stats=1 -artifact_prefix="$build/$name/" "$build/$name" "test/fuzz/corpus/$name"; then
     passed=$((passed + 1))
   else

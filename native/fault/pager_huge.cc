@@ -7,6 +7,7 @@
 #include <string>
 
 #include "fault/pager.h"
+#include "os/pagemap.h"
 #include "os/sys_error.h"
 
 namespace memferry {
@@ -266,6 +267,10 @@ void Pager::poison_huge(std::uint32_t region, PageRun run, Patience patience) {
 Pager::Poisoned Pager::poison_unit(std::uint32_t region, PageRun unit, Patience patience) {
   Userfaultfd& uffd = uffd_of(region);
   if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return Poisoned::kCannot;
+  // Whoever sends another process's memory on has to see that it was poisoned, which the older way does not show of huge
+  // pages (Linux 6.6).
+  static const bool seen = Pagemap(1).can_scan();
+  if (!seen && maps_[region]->region().owner()) return Poisoned::kCannot;
   HugeMemory& huge = *huge_[region];
   const OwnerAddress address = maps_[region]->region().owner_address(unit.first);
   for (int tries = 0;;) {

@@ -58,6 +58,7 @@ class WaitingFaults {
       if (fault.region != region || fault.page != page || !fault.probe) continue;
       fault.probe = false;
       fault.seen = now;
+      fault.asked = now;  // its answer has its whole time from here on
       fault.remote = fault.state != WaitingFault::State::kDeferred;
     }
   }

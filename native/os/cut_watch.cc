@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cerrno>
+#include <cstring>
 #include <string>
 
 namespace memferry {
@@ -26,18 +27,27 @@ UniqueFd watch(int file) {
   return events;
 }
 
+constexpr int kMostReads = 64;  // of one drain: somebody may write all the time
+
 // True when there was something to read, or when it cannot be told.
-bool drain(int events) {
+bool drain(UniqueFd& events) {
   alignas(inotify_event) std::array<char, 4096> buffer{};
   bool any = false;
-  for (;;) {
-    const ssize_t got = ::read(events, buffer.data(), buffer.size());
-    if (got > 0) {
-      any = true;
-    } else if (got == 0 || errno != EINTR) {
-      return any || got == 0 || errno != EAGAIN;
+  for (int reads = 0; events && reads < kMostReads; ++reads) {
+    const ssize_t got = ::read(events.get(), buffer.data(), buffer.size());
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EAGAIN) return any;
+    if (got <= 0) break;
+    any = true;
+    for (std::size_t at = 0; at + sizeof(inotify_event) <= static_cast<std::size_t>(got);) {
+      inotify_event event{};
+      std::memcpy(&event, &buffer[at], sizeof event);
+      // A file that has lost its last name by another entry than the one that is open here, for one.
+      if ((event.mask & (IN_IGNORED | IN_UNMOUNT)) != 0) events.reset();
+      at += sizeof event + event.len;
     }
   }
+  return true;
 }
 
 // The kernel's own mount of tmpfs, which has memfds and shared anonymous memory: files there are made without
@@ -52,10 +62,10 @@ std::optional<OwnMount> look_at_own_mount() {
   struct stat status {};
   constexpr off_t kBytes = 4096;
   if (!file || ::ftruncate(file.get(), kBytes) != 0 || ::fstat(file.get(), &status) != 0) return std::nullopt;
-  const UniqueFd events = watch(file.get());
+  UniqueFd events = watch(file.get());
   const bool punched =
       events && ::fallocate(file.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, kBytes) == 0;
-  return OwnMount{status.st_dev, punched && drain(events.get())};
+  return OwnMount{status.st_dev, punched && drain(events)};
 }
 
 bool told(int file) {
@@ -74,6 +84,6 @@ std::optional<CutWatch> CutWatch::of(int file) {
   return CutWatch(std::move(events));
 }
 
-bool CutWatch::changed() { return drain(events_.get()); }
+bool CutWatch::changed() { return drain(events_); }
 
 }  // namespace memferry

@@ -23,7 +23,7 @@ class CutWatch {
 
  private:
   explicit CutWatch(UniqueFd events) : events_(std::move(events)) {}
-  UniqueFd events_;
+  UniqueFd events_;  // none any more: the kernel has taken the watch away
 };
 
 }  // namespace memferry

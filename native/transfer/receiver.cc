@@ -385,7 +385,7 @@ void Receiver::Impl::supervise() {
       }
       until = std::min(until, gather_look_at);
     }
-    if (state == State::kPaging && switched && !paused && all_attached_locked()) {
+    if (state == State::kPaging && switched && !paused && !epoch_cut && demand_attached) {
       until = std::min(until, look_after_source_locked(now));
       if (epoch_cut) continue;
     }

@@ -12,7 +12,7 @@ constexpr int kLooks = 8;  // within each of the two times
 
 }  // namespace
 
-// While pages are missing and the source is connected. Gives when to look again. Without servers every missing page is
+// While pages are missing and the source can be asked, be it by its demand channel alone. Gives when to look again. Without servers every missing page is
 // the source's to bring; with them those that nobody else is known to have.
 //
 // An answer to somebody who waits has its time whatever else comes: the demand channel's answers wait for nothing. Nobody
@@ -23,6 +23,8 @@ Receiver::Impl::Clock::time_point Receiver::Impl::look_after_source_locked(Clock
     cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "no answer to a fault in time"});
     return now;
   }
+  const Clock::time_point again = now + std::min(config.answer_timeout, config.silence_timeout) / kLooks;
+  if (!all_attached_locked()) return again;
   const Clock::duration silence = silence_locked();
   if (std::min<Clock::duration>(pager->longest_probe(), silence) > config.answer_timeout) {
     cut_locked({ChannelEnd::Kind::kCut, "CHANNEL_LOST", "the source says nothing, though pages are missing"});
@@ -31,7 +33,7 @@ Receiver::Impl::Clock::time_point Receiver::Impl::look_after_source_locked(Clock
   if (silence >= config.silence_timeout) {
     if (const auto page = wanted_of_source_locked()) pager->probe(page->region, page->run.first);
   }
-  return now + std::min(config.answer_timeout, config.silence_timeout) / kLooks;
+  return again;
 }
 
 // As the kernel has it: a piece of a page counts too, and what lies here unread is no silence of the source's. A

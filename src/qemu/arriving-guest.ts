@@ -12,9 +12,9 @@ import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
-  awaitDeviceState,
   type IncomingState,
   ignoreSharedRam,
+  placeForDeviceState,
   restoreSettings,
   type Settings,
 } from './device-state.js';
@@ -171,12 +171,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
         'late-block-activate',
       ]);
       guest.#watch();
-      // Nothing comes before `prepare` gives it; then nobody runs anywhere.
-      guest.#incoming = await awaitDeviceState(attachment.qmp, {
-        uid: attachment.uid,
-        timeoutMs: options.stateTimeoutMs ?? stateTimeoutMs,
-        signal: options.signal,
-      });
+      guest.#incoming = await placeForDeviceState(attachment.qmp, attachment.uid);
       return guest;
     } catch (error) {
       await attachment.close();
@@ -210,9 +205,13 @@ class ArrivingQemuGuest implements ArrivingGuest {
   async abandon(): Promise<void> {
     this.#phase = 'over';
     this.#letGoOfState();
-    await endQemu(this.attachment, quitTimeoutMs).catch((error) => this.#warn(error));
-    await this.#removing;
-    await this.attachment.close();
+    try {
+      // That it lives on, who abandons it has to know: its guest may be somebody else's next.
+      await endQemu(this.attachment, quitTimeoutMs);
+    } finally {
+      await this.#removing;
+      await this.attachment.close();
+    }
   }
 
   async close(): Promise<void> {

@@ -12,7 +12,7 @@ import { type MemferryError, memferryError } from '../errors.js';
 import { untilAborted, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { checked } from './inspect.js';
-import type { Qmp, QmpEvent, QmpOptions } from './qmp.js';
+import type { Qmp, QmpEvent } from './qmp.js';
 
 export interface StateBounds {
   timeoutMs: number;
@@ -37,7 +37,7 @@ export interface OutgoingState {
 export interface IncomingState {
   /**
    * It touches RAM: whoever serves its pages must do so by now. Once.
-   * @throws PREPARE_FAILED with QEMU's reason, CANCELLED
+   * @throws PREPARE_FAILED with QEMU's reason, QEMU_REFUSED, CANCELLED
    */
   load(state: Uint8Array, bounds: StateBounds): Promise<void>;
   close(): Promise<void>;
@@ -158,24 +158,17 @@ export async function expectDeviceState(qmp: Qmp, options: OutgoingOptions): Pro
 }
 
 /**
- * Has a QEMU that was started with `-incoming defer` wait for the state of its guest.
- * @throws QEMU_REFUSED, SYSTEM, CANCELLED
+ * Where a QEMU that was started with `-incoming defer` will get the state of its guest.
+ * @throws SYSTEM
  */
-export async function awaitDeviceState(
-  qmp: Qmp,
-  { uid, ...bounds }: QmpOptions & { uid: number },
-): Promise<IncomingState> {
+export async function placeForDeviceState(qmp: Qmp, uid: number): Promise<IncomingState> {
   const place = await makePlace(uid);
-  try {
-    await qmp.execute('migrate-incoming', { uri: `unix:${place.path}` }, bounds);
-  } catch (error) {
-    await place.remove();
-    throw error;
-  }
   return {
     async load(state, loading) {
       const ended = qmp.event(isOver, "the end of QEMU's incoming migration", loading);
       ended.catch(() => {});
+      // Not before: a QEMU takes this once, and stays of use to another migration until then.
+      await qmp.execute('migrate-incoming', { uri: `unix:${place.path}` }, loading);
       const socket = createConnection({ path: place.path });
       try {
         const broken = deferred<never>();

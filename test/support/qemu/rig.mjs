@@ -123,7 +123,7 @@ export class Qemu {
     child.stderr.setEncoding('utf8').on('data', (text) => stderr.push(text));
     const qemu = new Qemu(directory, child, stderr);
     started.add(qemu);
-    await qemu.until(() => connects(qemu.qmp), 'its QMP socket');
+    await qemu.until(() => greets(qemu.qmp), 'its QMP greeting');
     return qemu;
   }
 
@@ -177,14 +177,16 @@ export class Qemu {
   }
 }
 
-function connects(path) {
+/** The socket is there before the machine is: QEMU greets from its main loop. */
+function greets(path) {
   return new Promise((resolve) => {
     const socket = createConnection(path);
-    socket.once('connect', () => {
+    socket.once('data', () => {
       socket.destroy();
       resolve(true);
     });
     socket.once('error', () => resolve(false));
+    socket.once('close', () => resolve(false));
   });
 }
 
