@@ -71,9 +71,13 @@ describe('threads of the program that are at rest', () => {
     }
   });
 
-  it('have nothing under way, and the guest has heard all that they had to say', async () => {
+  it.each([
+    ['by a message', { op: 'go-on' }],
+    ['by shared memory', { op: 'go-on-apart' }],
+    ['by a BroadcastChannel', { op: 'go-on-apart', channel: randomUUID() }],
+  ])('have nothing under way, and the guest has heard all that they had to say (work %s)', async (_, way) => {
     const guest = await start('pool', { threads: 1 });
-    await guest.request({ op: 'go-on', everyMs: 12 });
+    await guest.request({ ...way, everyMs: 12 });
     let done = 0;
     for (let round = 0; round < 100; round++) {
       const [state] = deserialize(await guest.pause()) as [Uint8Array];
@@ -84,6 +88,16 @@ describe('threads of the program that are at rest', () => {
       await sleep(round % 12);
     }
     expect(done).toBeGreaterThan(10);
+  });
+
+  it('stand still while the guest is asked whether it may move', async () => {
+    const guest = await start();
+    for (let round = 0; round < 50; round++) {
+      const checks = [guest.check(), guest.check()];
+      await guest.pause();
+      guest.unpause();
+      await Promise.all(checks);
+    }
   });
 
   it('refuse all the same where the guest does not say that they keep nothing', async () => {

@@ -2,7 +2,7 @@
  * A program with threads of its own over one shared memory, parked between their tasks as Emscripten parks them:
  * `pool-thread.mjs`. Word 0 of the memory counts tasks; what a thread does in its event loop it counts in `shared`.
  */
-import { Worker } from 'node:worker_threads';
+import { BroadcastChannel, Worker } from 'node:worker_threads';
 import { defineGuest } from 'memferry/worker';
 
 /** One memory, of 1 to 64 pages, exported as `memory`; `add(n)` adds to its first word and gives what was there. */
@@ -41,6 +41,14 @@ export const pool = {
   create: build,
   save: ({ given, done }) => ({ given, done }),
   statelessThreads: true,
+  adopt(app, _state, { data }) {
+    if (data?.adopt === 'start') thread(app);
+    if (data?.adopt === 'tell') app.threads[0].postMessage({ op: 'spin' });
+    if (data?.adopt !== 'quietly') return;
+    try {
+      thread(app);
+    } catch {}
+  },
   async handle(app, request) {
     const words = () => new Int32Array(app.memory.buffer);
     switch (request.op) {
@@ -71,6 +79,26 @@ export const pool = {
           task(app.threads[0], { op: 'add', by: 1 }).then(() => app.done++);
         }, request.everyMs).unref();
         return null;
+      case 'go-on-apart': {
+        // As before, but given without a message to the thread.
+        const channel = request.channel && new BroadcastChannel(request.channel);
+        channel?.unref();
+        await task(app.threads[0], { op: 'serve', channel: request.channel });
+        app.threads[0].on('message', () => app.done++);
+        // Listening has made it keep the guest alive.
+        app.threads[0].ref();
+        app.threads[0].unref();
+        setInterval(() => {
+          app.given++;
+          if (channel) {
+            channel.postMessage(null);
+          } else {
+            Atomics.add(words(), 2, 1);
+            Atomics.notify(words(), 2);
+          }
+        }, request.everyMs).unref();
+        return null;
+      }
       case 'exports':
         return task(app.threads[0], { op: 'exports', of: module });
       default:
