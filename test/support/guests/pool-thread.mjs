@@ -9,12 +9,15 @@ function work() {
   parentPort.postMessage(instance.exports.add(1));
 }
 
-/** Work for each time that word 2 goes up: nobody sends a message. */
+/** Work for each time that word 2 goes up: nobody sends a message. Takes as long as word 3 is 1. */
 async function serve(words) {
   let done = Atomics.load(words, 2);
   for (;;) {
     await Atomics.waitAsync(words, 2, done).value;
-    for (; done < Atomics.load(words, 2); done++) work();
+    for (; done < Atomics.load(words, 2); done++) {
+      while (Atomics.load(words, 3) === 1);
+      work();
+    }
   }
 }
 

@@ -28,6 +28,23 @@ function task(worker, message) {
   return new Promise((resolve) => worker.once('message', resolve));
 }
 
+/** From here on the first thread works without being sent a message: see `giveApart`. */
+async function serve(app, channel) {
+  const [worker] = app.threads;
+  await task(worker, { op: 'serve', channel });
+  worker.on('message', () => app.done++);
+  // Listening has made it keep the guest alive.
+  worker.ref();
+  worker.unref();
+}
+
+function giveApart(app) {
+  app.given++;
+  const words = new Int32Array(app.memory.buffer);
+  Atomics.add(words, 2, 1);
+  Atomics.notify(words, 2);
+}
+
 async function build({ data, arriving }) {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 64, shared: true });
   const { exports } = new WebAssembly.Instance(module, { e: { mem: memory } });
@@ -39,7 +56,10 @@ async function build({ data, arriving }) {
 
 export const pool = {
   create: build,
-  save: ({ given, done }) => ({ given, done }),
+  save({ threads, given, done, tellAtSave }) {
+    if (tellAtSave) threads[0].postMessage({ op: 'add', by: 1 });
+    return { given, done };
+  },
   statelessThreads: true,
   adopt(app, _state, { data }) {
     if (data?.adopt === 'start') thread(app);
@@ -70,6 +90,9 @@ export const pool = {
         // No answer is waited for.
         app.threads[0].postMessage(request.message);
         return null;
+      case 'tell-at-save':
+        app.tellAtSave = request.tell;
+        return null;
       case 'ask':
         return task(app.threads[0], request.message);
       case 'go-on':
@@ -80,23 +103,32 @@ export const pool = {
         }, request.everyMs).unref();
         return null;
       case 'go-on-apart': {
-        // As before, but given without a message to the thread.
-        const channel = request.channel && new BroadcastChannel(request.channel);
-        channel?.unref();
-        await task(app.threads[0], { op: 'serve', channel: request.channel });
-        app.threads[0].on('message', () => app.done++);
-        // Listening has made it keep the guest alive.
-        app.threads[0].ref();
-        app.threads[0].unref();
-        setInterval(() => {
-          app.given++;
-          if (channel) {
+        await serve(app, request.channel);
+        if (request.channel) {
+          const channel = new BroadcastChannel(request.channel);
+          channel.unref();
+          const give = () => {
+            app.given++;
             channel.postMessage(null);
-          } else {
-            Atomics.add(words(), 2, 1);
-            Atomics.notify(words(), 2);
+          };
+          setInterval(give, request.everyMs).unref();
+        } else {
+          setInterval(() => giveApart(app), request.everyMs).unref();
+        }
+        return null;
+      }
+      case 'work-late': {
+        // Given just before the threads are to stand still, and not done before this one's event loop has gone on.
+        await serve(app);
+        const { postMessage } = BroadcastChannel.prototype;
+        BroadcastChannel.prototype.postMessage = function (message) {
+          if (message.hold && app.given === 0) {
+            Atomics.store(words(), 3, 1);
+            giveApart(app);
+            setTimeout(() => Atomics.store(words(), 3, 0), 0).unref();
           }
-        }, request.everyMs).unref();
+          postMessage.call(this, message);
+        };
         return null;
       }
       case 'exports':
