@@ -64,11 +64,14 @@ export interface GuestDefinition<App, State = unknown, Request = unknown, Reply 
   /**
    * True: a thread that the program has started itself (Emscripten's pthreads) keeps nothing of its own once it is back
    * in its event loop, in JavaScript as in WebAssembly: whatever counts lies in the shared memory. Such threads stand
-   * still with the guest, from the safepoint until it runs again; those of the destination are the ones that `receive`
+   * still with the guest, from the safepoint (`busy` and `save` too) until it runs again; those of the destination are the ones that `receive`
    * has started, and that are started later. One that runs refuses to pause, with GUEST_BUSY. Otherwise any thread does.
    */
   statelessThreads?: boolean;
-  /** The destination: memory, globals and tables are the source's. Takes the JavaScript state back. */
+  /**
+   * The destination: memory, globals and tables are the source's. Takes the JavaScript state back. Threads of the program
+   * stand still meanwhile: to start one, or to send one a message, throws, and the destination declines.
+   */
   adopt?(app: App, state: State, context: GuestContext): App | undefined | Promise<App | undefined>;
   /** One request at a time; between two of them lies the safepoint. */
   handle(app: App, request: Request, context: GuestContext): Reply | Promise<Reply>;

@@ -29,6 +29,12 @@ export class GuestRequestError extends Error {
   }
 }
 
+export function busyError(names: string[]): MemferryError {
+  return memferryError('GUEST_BUSY', `the guest cannot pause: ${names.join(', ')} open`, {
+    facts: { names },
+  });
+}
+
 /** An error that a worker reported, as an error here; those without a code of ours are `otherwise`. */
 export function fromWorker(error: PlainError, otherwise: 'PAUSE_FAILED' | 'PREPARE_FAILED'): MemferryError {
   const code = isErrorCode(error.code) ? error.code : otherwise;

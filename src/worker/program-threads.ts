@@ -10,17 +10,32 @@ import { syncBuiltinESMExports } from 'node:module';
 import { performance } from 'node:perf_hooks';
 import threads, { BroadcastChannel, receiveMessageOnPort, setEnvironmentData } from 'node:worker_threads';
 
+import { busyError } from './errors.js';
 import { fileName } from './host-handles.js';
-import { REST_KEY, type RestAnswer, type RestChannel, type RestQuestion, RestWord } from './thread-rest.js';
+import { afterTurns } from './safepoint.js';
+import {
+  interceptPosts,
+  postUncounted,
+  REST_KEY,
+  type RestAnswer,
+  type RestChannel,
+  type RestQuestion,
+  RestWord,
+} from './thread-rest.js';
 
 const PRELOAD = new URL('./thread-preload.js', import.meta.url).href;
-/** Threads that have answered a moment ago answer again within microseconds; the guest is blocked meanwhile. */
-const HOLD_MS = 1000;
+/**
+ * The guest is blocked meanwhile. Threads that have answered a moment ago answer again within microseconds, unless they
+ * were given work: then they settle once more.
+ */
+const HOLD_MS = 50;
 /** Every question gets as long at least, so that one asked at the end tells what stands in the way. */
 const FAIR_MS = 100;
 const POLL_MS = 2;
 /** What a thread sent before its answer has been dealt with after so many turns of the event loop. */
 const TURNS = 2;
+const ON_ITS_WAY = 'a message to or of a thread of its own that is on its way';
+export const GIVEN_WHILE_HELD = 'a thread of its own that gets work while the guest stands still';
 
 export class ProgramThreads {
   readonly #threads = new Map<threads.Worker, { id: number; name: string }>();
@@ -31,6 +46,8 @@ export class ProgramThreads {
   #lastQuestion = 0;
   /** Goes up with every thread that is started, and with every message to one. */
   #given = 0;
+  /** What #given was when all stood still; null: they run. */
+  #givenBefore: number | null = null;
 
   constructor() {
     const name = `memferry-${randomUUID()}`;
@@ -43,13 +60,18 @@ export class ProgramThreads {
   intercept(): void {
     const { Worker } = threads;
     const { postMessage } = Worker.prototype;
-    const given = (): void => void this.#given++;
+    const given = (): void => {
+      this.#given++;
+      // A thread that stands still would lose it with the move, and one of a destination may not run yet.
+      if (this.#givenBefore !== null) throw busyError([GIVEN_WHILE_HELD]);
+    };
     Worker.prototype.postMessage = function (...args: Parameters<typeof postMessage>): void {
       given();
       Reflect.apply(postMessage, this, args);
     };
     threads.Worker = new Proxy(Worker, {
       construct: (target, args: unknown[], newTarget): object => {
+        given();
         const [file, options] = args as [string | URL, threads.WorkerOptions | undefined];
         const worker = withPreload(
           Object(options) as threads.WorkerOptions,
@@ -60,13 +82,13 @@ export class ProgramThreads {
               newTarget === threads.Worker ? target : newTarget,
             ) as threads.Worker,
         );
-        given();
         const label = options?.name ? `${options.name}, ${fileName(file)}` : fileName(file);
         this.#threads.set(worker, { id: worker.threadId, name: label });
         worker.once('exit', () => this.#threads.delete(worker));
         return worker;
       },
     });
+    interceptPosts(this.#words);
     syncBuiltinESMExports();
   }
 
@@ -76,26 +98,72 @@ export class ProgramThreads {
   }
 
   /**
-   * Waits until every thread has come to rest: has ended, or is back in its event loop where it `mayRest`. Gives those
-   * that have not after `limitMs`. What they sent before has been dealt with then.
+   * Waits until every thread has come to rest: has ended, or is back in its event loop where it `mayRest`. `then` hears
+   * of those that have not after `limitMs`. What they sent before has been dealt with then. At once without threads.
    */
-  async settle(mayRest: boolean, limitMs: number): Promise<string[]> {
+  async settle(mayRest: boolean, limitMs: number, then: (names: string[]) => void): Promise<void> {
+    if (this.#threads.size === 0) then([]);
+    else then((await this.#settle(mayRest, performance.now() + limitMs)).names);
+  }
+
+  /**
+   * Lets them settle, then stops them: while `then` runs, and until their release, all stand still, or it hears of those
+   * that do not. What one of them was given and has done behind our back meanwhile makes them settle again.
+   * `sinceNs`: the guest has been blocked since, so that nobody gives them anything to do.
+   */
+  async hold(
+    mayRest: boolean,
+    limitMs: number,
+    then: (names: string[], sinceNs: bigint) => void,
+  ): Promise<void> {
     const end = performance.now() + limitMs;
     for (;;) {
-      const given = this.#given;
-      const names = mayRest ? await this.#ask(Math.max(end, performance.now() + FAIR_MS)) : this.names();
-      if (names.length === 0 && given === this.#given) return [];
-      if (performance.now() >= end) return names.length > 0 ? names : this.names();
+      const { names, passed } =
+        this.#threads.size === 0 ? { names: [], passed: this.#passed() } : await this.#settle(mayRest, end);
+      const sinceNs = process.hrtime.bigint();
+      const moving = names.length > 0 ? names : this.#stop(passed);
+      if (moving.length === 0 || performance.now() >= end) {
+        then(moving, sinceNs);
+        return;
+      }
       await later(POLL_MS);
     }
   }
 
-  /**
-   * All threads stand still, or those are named that do not. Blocks, so that nobody gives them anything to do
-   * meanwhile. To be called when they have just settled.
-   */
-  hold(): string[] {
-    if (this.#threads.size === 0) return [];
+  /** They run again. */
+  release(): void {
+    this.#givenBefore = null;
+    Atomics.store(this.#words, RestWord.held, 0);
+    Atomics.notify(this.#words, RestWord.held);
+  }
+
+  /** Something was, or would have been: `given` has thrown. */
+  get givenWhileHeld(): boolean {
+    return this.#givenBefore !== null && this.#given !== this.#givenBefore;
+  }
+
+  /** `passed`: so many messages have passed, and all of them have been dealt with. */
+  async #settle(mayRest: boolean, end: number): Promise<{ names: string[]; passed: number }> {
+    for (;;) {
+      const passed = this.#passed();
+      const names = mayRest ? await this.#ask(Math.max(end, performance.now() + FAIR_MS)) : this.names();
+      const quiet = passed === this.#passed();
+      if (names.length === 0 && quiet) return { names, passed };
+      if (performance.now() >= end) return { names: names.length > 0 ? names : [ON_ITS_WAY], passed };
+      await later(POLL_MS);
+    }
+  }
+
+  /** All stand still, or those are named that do not. */
+  #stop(passed: number): string[] {
+    const names = this.#threads.size === 0 ? [] : this.#block();
+    if (names.length === 0 && passed !== this.#passed()) names.push(ON_ITS_WAY);
+    if (names.length > 0) this.release();
+    else this.#givenBefore = this.#given;
+    return names;
+  }
+
+  #block(): string[] {
     const question = this.#begin();
     Atomics.store(this.#words, RestWord.held, question);
     this.#post({ question, hold: true });
@@ -108,15 +176,12 @@ export class ProgramThreads {
       if (this.#answered(question) || left <= 0) break;
       Atomics.wait(this.#words, RestWord.answers, seen, left);
     }
-    const names = this.#obstacles(question);
-    if (names.length > 0) this.release();
-    return names;
+    return this.#obstacles(question);
   }
 
-  /** They run again. */
-  release(): void {
-    Atomics.store(this.#words, RestWord.held, 0);
-    Atomics.notify(this.#words, RestWord.held);
+  /** Threads started, and messages to them and from them: unchanged where there was none meanwhile. */
+  #passed(): number {
+    return this.#given + Atomics.load(this.#words, RestWord.sent);
   }
 
   /** Asks where they are, without holding them. */
@@ -126,7 +191,7 @@ export class ProgramThreads {
     this.#post({ question, hold: false });
     while (!this.#answered(question) && performance.now() < end) await later(POLL_MS);
     const names = this.#obstacles(question);
-    for (let turn = 0; turn < TURNS; turn++) await new Promise(setImmediate);
+    await new Promise<void>((resolve) => afterTurns(TURNS, resolve));
     return names;
   }
 
@@ -137,7 +202,7 @@ export class ProgramThreads {
   }
 
   #post(question: RestQuestion): void {
-    this.#channel.postMessage(question);
+    postUncounted(this.#channel, question);
   }
 
   #received(): { message: RestAnswer } | undefined {

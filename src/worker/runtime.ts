@@ -8,6 +8,7 @@ import { receiveMessageOnPort } from 'node:worker_threads';
 
 import { memferryError } from '../errors.js';
 import type { GuestContext } from './define-guest.js';
+import { busyError } from './errors.js';
 import { type AnyDefinition, checkDefinition, layoutOf } from './guest-definition.js';
 import type { HostHandles } from './host-handles.js';
 import { HostFunctions } from './host-functions.js';
@@ -21,8 +22,9 @@ import {
   type WorkerShape,
   type WorkerStateEnvelope,
 } from './messages.js';
-import type { ProgramThreads } from './program-threads.js';
-import { OpenResources } from './safepoint.js';
+import { GIVEN_WHILE_HELD, type ProgramThreads } from './program-threads.js';
+import { afterTurns, OpenResources } from './safepoint.js';
+import { postUncounted } from './thread-rest.js';
 import type { WasmRegistry } from './wasm-registry.js';
 import { captureWasm, restoreWasm, unmovableError, type WasmState } from './wasm-state.js';
 import { readTable } from './wasm-tables.js';
@@ -139,7 +141,7 @@ export class GuestRuntime {
   }
 
   #post(message: FromWorker, transfer: ArrayBuffer[] = []): void {
-    this.#boot.port.postMessage(message, transfer);
+    postUncounted(this.#boot.port, message, transfer);
   }
 
   #shape(): WorkerShape {
@@ -175,10 +177,10 @@ export class GuestRuntime {
   /** Answers with what a pause would refuse now. */
   #check(id: number, turns: number): void {
     if (turns > 0 && this.#mayClose()) {
-      setImmediate(() => this.#check(id, turns - 1));
+      afterTurns(1, () => this.#check(id, turns - 1));
       return;
     }
-    this.#settled(REST_MS, (running) => {
+    void this.#threads.settle(...this.#rest, (running) => {
       if (this.#handling) {
         this.#checks.push(id);
         return;
@@ -196,19 +198,17 @@ export class GuestRuntime {
     });
   }
 
-  /** At once where there are no threads. `then` hears of those that run on. */
-  #settled(limitMs: number, then: (running: string[]) => void): void {
-    const running = this.#threads.names();
-    if (running.length === 0 || !this.#definition.statelessThreads) then(running);
-    else void this.#threads.settle(true, limitMs).then(then);
+  /** May threads of the program stand still, and how long do they get. */
+  get #rest(): [mayRest: boolean, limitMs: number] {
+    return this.#definition.statelessThreads ? [true, REST_MS] : [false, 0];
   }
 
   /** No thread of the program that was just built touches the memory that comes. */
   async #holdBuiltThreads(): Promise<void> {
     const { statelessThreads = false } = this.#definition;
-    const running = await this.#threads.settle(statelessThreads, BUILT_REST_MS);
-    const names = running.length > 0 ? running : this.#threads.hold();
-    if (names.length > 0) throw busyError(names);
+    await this.#threads.hold(statelessThreads, BUILT_REST_MS, (names) => {
+      if (names.length > 0) throw busyError(names);
+    });
   }
 
   /** Something is open that another turn of the event loop may close. */
@@ -308,25 +308,28 @@ export class GuestRuntime {
       return;
     }
     if (turns > 0 && this.#mayClose()) {
-      setImmediate(() => this.#standStill(attempt, turns - 1));
+      afterTurns(1, () => this.#standStill(attempt, turns - 1));
       return;
     }
-    this.#settled(REST_MS, (running) => this.#stop(attempt, running));
+    void this.#threads.hold(...this.#rest, (running, sinceNs) => this.#stop(attempt, running, sinceNs));
   }
 
   /** Nothing of the guest runs from here on, until it is told to. */
-  #stop(attempt: number, running: string[]): void {
+  #stop(attempt: number, running: string[], sinceNs: bigint): void {
     const { control } = this.#boot;
     if (Atomics.load(control, Word.pause) !== attempt) {
+      this.#threads.release();
       this.#next();
       return;
     }
     let state: Uint8Array;
-    const sinceNs = process.hrtime.bigint();
+    let lengths: number[];
     try {
-      this.#refuseIfBusy(running.length > 0 ? running : this.#threads.hold());
+      this.#refuseIfBusy(running);
       this.#tellShape();
       state = this.#capture();
+      lengths = this.#shape().regions.map((region) => region.lengthBytes);
+      if (this.#threads.givenWhileHeld) throw busyError([GIVEN_WHILE_HELD]);
     } catch (error) {
       this.#threads.release();
       Atomics.compareExchange(control, Word.pause, attempt, 0);
@@ -334,7 +337,6 @@ export class GuestRuntime {
       this.#next();
       return;
     }
-    const lengths = this.#shape().regions.map((region) => region.lengthBytes);
     if (Atomics.compareExchange(control, Word.pause, attempt, -attempt) !== attempt) {
       this.#threads.release();
       this.#next();
@@ -389,6 +391,7 @@ export class GuestRuntime {
       const app = await this.#definition.adopt(this.#app, Object(envelope).app, this.#context);
       if (app !== undefined) this.#app = app;
     }
+    if (this.#threads.givenWhileHeld) throw busyError([GIVEN_WHILE_HELD]);
     this.#wrappers.built();
     this.#post({ type: 'prepared' });
     while (Atomics.load(control, Word.pause) === still) Atomics.wait(control, Word.pause, still);
@@ -406,10 +409,4 @@ export class GuestRuntime {
 
 function isThenable(value: unknown): boolean {
   return typeof (Object(value) as { then?: unknown }).then === 'function';
-}
-
-function busyError(names: string[]): Error {
-  return memferryError('GUEST_BUSY', `the guest cannot pause: ${names.join(', ')} open`, {
-    facts: { names },
-  });
 }

@@ -1,7 +1,8 @@
 /**
  * What a guest's worker and the threads that its program starts say to each other, so that they can stand still
- * together: questions and answers over a BroadcastChannel, and two shared words.
+ * together: questions and answers over a BroadcastChannel, and shared words.
  */
+import { BroadcastChannel, MessagePort } from 'node:worker_threads';
 
 /** Under which a thread finds its RestChannel, with `getEnvironmentData`. */
 export const REST_KEY = 'memferry:threads';
@@ -16,7 +17,9 @@ export const RestWord = {
   held: 0,
   /** Goes up with every answer. */
   answers: 1,
-  length: 2,
+  /** Goes up with every message that the guest or one of its threads posts, before it goes. */
+  sent: 2,
+  length: 3,
 } as const;
 
 export interface RestQuestion {
@@ -30,4 +33,31 @@ export interface RestAnswer {
   thread: number;
   /** What the thread has open, by name; then it does not stand still. */
   open: string[];
+}
+
+let uncounted = false;
+
+/** Counts what the program posts from this thread, to whomever. */
+export function interceptPosts(words: Int32Array): void {
+  for (const prototype of [MessagePort.prototype, BroadcastChannel.prototype] as Posting[]) {
+    const { postMessage } = prototype;
+    prototype.postMessage = function (...args) {
+      if (!uncounted) Atomics.add(words, RestWord.sent, 1);
+      return Reflect.apply(postMessage, this, args);
+    };
+  }
+}
+
+/** Posts what is not the program's, or goes to none of its threads. */
+export function postUncounted(to: Posting, ...args: unknown[]): void {
+  uncounted = true;
+  try {
+    to.postMessage(...args);
+  } finally {
+    uncounted = false;
+  }
+}
+
+interface Posting {
+  postMessage(...args: unknown[]): void;
 }

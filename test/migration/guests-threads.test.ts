@@ -170,6 +170,22 @@ describe('a program with a pool of threads', () => {
     120_000,
   );
 
+  test.each(['start', 'tell', 'quietly'])(
+    'nothing is given to a thread of the destination before it runs: %s',
+    async (adopt) => {
+      const [a, b] = await hosts('a', 'b');
+      const port = await listen(b, { modules });
+      await start(a, 'pool', 'g', { adopt });
+      await ask(a, { op: 'add', by: 3 });
+      await migrate(a, port, { mode: 'hybrid', prepareTimeoutMs: LONG_MS }, { guest: 'g' });
+      const { message } = await failure(a, 'main', LONG_MS);
+      expect(message).toMatch(/a thread of its own that gets work while the guest stands still/);
+      expect(b.states('arrival', 'main/g')).not.toContain('resumed');
+      expect(await ask(a, { op: 'sum' })).toBe(6);
+    },
+    120_000,
+  );
+
   test('a thread that runs at the destination makes it decline, before the first page', async () => {
     const [a, b] = await hosts('a', 'b');
     const port = await listen(b, { modules });

@@ -71,9 +71,13 @@ describe('threads of the program that are at rest', () => {
     }
   });
 
-  it('have nothing under way, and the guest has heard all that they had to say', async () => {
+  it.each([
+    ['by a message', { op: 'go-on' }],
+    ['by shared memory', { op: 'go-on-apart' }],
+    ['by a BroadcastChannel', { op: 'go-on-apart', channel: randomUUID() }],
+  ])('have nothing under way, and the guest has heard all that they had to say (work %s)', async (_, way) => {
     const guest = await start('pool', { threads: 1 });
-    await guest.request({ op: 'go-on', everyMs: 12 });
+    await guest.request({ ...way, everyMs: 12 });
     let done = 0;
     for (let round = 0; round < 100; round++) {
       const [state] = deserialize(await guest.pause()) as [Uint8Array];
@@ -84,6 +88,33 @@ describe('threads of the program that are at rest', () => {
       await sleep(round % 12);
     }
     expect(done).toBeGreaterThan(10);
+  });
+
+  it('may have begun to work as they were to stand still: the guest goes on until they have done it', async () => {
+    const guest = await start('pool', { threads: 2 });
+    await guest.request({ op: 'work-late' });
+    const [state] = deserialize(await guest.pause()) as [Uint8Array];
+    expect(deserialize(state)).toMatchObject({ app: { given: 1, done: 1 } });
+  });
+
+  it('are given nothing that would be lost with them', async () => {
+    const guest = await start();
+    await guest.request({ op: 'tell-at-save', tell: true });
+    const refusal = busy(/^a thread of its own that gets work while the guest stands still$/);
+    await expect(guest.pause()).rejects.toMatchObject(refusal);
+    await guest.request({ op: 'tell-at-save', tell: false });
+    expect(await guest.request({ op: 'add', by: 1 })).toHaveLength(2);
+    await guest.pause();
+  });
+
+  it('stand still while the guest is asked whether it may move', async () => {
+    const guest = await start();
+    for (let round = 0; round < 50; round++) {
+      const checks = [guest.check(), guest.check()];
+      await guest.pause();
+      guest.unpause();
+      await Promise.all(checks);
+    }
   });
 
   it('refuse all the same where the guest does not say that they keep nothing', async () => {

@@ -5,6 +5,22 @@ let instance;
 let memory;
 let kept;
 
+function work() {
+  parentPort.postMessage(instance.exports.add(1));
+}
+
+/** Work for each time that word 2 goes up: nobody sends a message. Takes as long as word 3 is 1. */
+async function serve(words) {
+  let done = Atomics.load(words, 2);
+  for (;;) {
+    await Atomics.waitAsync(words, 2, done).value;
+    for (; done < Atomics.load(words, 2); done++) {
+      while (Atomics.load(words, 3) === 1);
+      work();
+    }
+  }
+}
+
 parentPort.on('message', (message) => {
   const words = memory && new Int32Array(memory.buffer);
   if (message.module) {
@@ -30,6 +46,15 @@ parentPort.on('message', (message) => {
     kept = new BroadcastChannel(message.channel);
     kept.onmessage = () => Atomics.add(message.count, 0, 1);
     kept.unref();
+    parentPort.postMessage(null);
+  } else if (message.op === 'serve') {
+    if (message.channel) {
+      kept = new BroadcastChannel(message.channel);
+      kept.onmessage = work;
+      kept.unref();
+    } else {
+      void serve(words);
+    }
     parentPort.postMessage(null);
   } else if (message.op === 'timer') {
     kept = setInterval(() => {}, 1000);

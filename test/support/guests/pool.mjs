@@ -2,7 +2,7 @@
  * A program with threads of its own over one shared memory, parked between their tasks as Emscripten parks them:
  * `pool-thread.mjs`. Word 0 of the memory counts tasks; what a thread does in its event loop it counts in `shared`.
  */
-import { Worker } from 'node:worker_threads';
+import { BroadcastChannel, Worker } from 'node:worker_threads';
 import { defineGuest } from 'memferry/worker';
 
 /** One memory, of 1 to 64 pages, exported as `memory`; `add(n)` adds to its first word and gives what was there. */
@@ -28,6 +28,23 @@ function task(worker, message) {
   return new Promise((resolve) => worker.once('message', resolve));
 }
 
+/** From here on the first thread works without being sent a message: see `giveApart`. */
+async function serve(app, channel) {
+  const [worker] = app.threads;
+  await task(worker, { op: 'serve', channel });
+  worker.on('message', () => app.done++);
+  // Listening has made it keep the guest alive.
+  worker.ref();
+  worker.unref();
+}
+
+function giveApart(app) {
+  app.given++;
+  const words = new Int32Array(app.memory.buffer);
+  Atomics.add(words, 2, 1);
+  Atomics.notify(words, 2);
+}
+
 async function build({ data, arriving }) {
   const memory = new WebAssembly.Memory({ initial: 1, maximum: 64, shared: true });
   const { exports } = new WebAssembly.Instance(module, { e: { mem: memory } });
@@ -39,8 +56,19 @@ async function build({ data, arriving }) {
 
 export const pool = {
   create: build,
-  save: ({ given, done }) => ({ given, done }),
+  save({ threads, given, done, tellAtSave }) {
+    if (tellAtSave) threads[0].postMessage({ op: 'add', by: 1 });
+    return { given, done };
+  },
   statelessThreads: true,
+  adopt(app, _state, { data }) {
+    if (data?.adopt === 'start') thread(app);
+    if (data?.adopt === 'tell') app.threads[0].postMessage({ op: 'spin' });
+    if (data?.adopt !== 'quietly') return;
+    try {
+      thread(app);
+    } catch {}
+  },
   async handle(app, request) {
     const words = () => new Int32Array(app.memory.buffer);
     switch (request.op) {
@@ -62,6 +90,9 @@ export const pool = {
         // No answer is waited for.
         app.threads[0].postMessage(request.message);
         return null;
+      case 'tell-at-save':
+        app.tellAtSave = request.tell;
+        return null;
       case 'ask':
         return task(app.threads[0], request.message);
       case 'go-on':
@@ -71,6 +102,35 @@ export const pool = {
           task(app.threads[0], { op: 'add', by: 1 }).then(() => app.done++);
         }, request.everyMs).unref();
         return null;
+      case 'go-on-apart': {
+        await serve(app, request.channel);
+        if (request.channel) {
+          const channel = new BroadcastChannel(request.channel);
+          channel.unref();
+          const give = () => {
+            app.given++;
+            channel.postMessage(null);
+          };
+          setInterval(give, request.everyMs).unref();
+        } else {
+          setInterval(() => giveApart(app), request.everyMs).unref();
+        }
+        return null;
+      }
+      case 'work-late': {
+        // Given just before the threads are to stand still, and not done before this one's event loop has gone on.
+        await serve(app);
+        const { postMessage } = BroadcastChannel.prototype;
+        BroadcastChannel.prototype.postMessage = function (message) {
+          if (message.hold && app.given === 0) {
+            Atomics.store(words(), 3, 1);
+            giveApart(app);
+            setTimeout(() => Atomics.store(words(), 3, 0), 0).unref();
+          }
+          postMessage.call(this, message);
+        };
+        return null;
+      }
       case 'exports':
         return task(app.threads[0], { op: 'exports', of: module });
       default:
