@@ -151,6 +151,7 @@ void HugeMemory::open() {
     out = each;
   }
   unmap(out);
+  place_->reserve();
 }
 
 void HugeMemory::unmap(PageRun run) {

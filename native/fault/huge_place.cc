@@ -62,6 +62,15 @@ class View final : public HugePlace {
   View(const ArrivalMap& map, std::uint64_t unit_bytes) : HugePlace(map, unit_bytes) {}
 
   void open() override {}
+  // What was punched out of the file has lost its reservation, and the view was made without: whoever takes the last huge
+  // page after the commit would take it from the guest.
+  void reserve() override {
+    reserved_.clear();
+    for (const MemoryPart& part : memory_parts(map_.region())) {
+      const UniqueFd file = part.file->open_for_writing();
+      reserved_.push_back(Mapping::shared(file.get(), part.extent.bytes, part.offset));
+    }
+  }
   std::byte* at(PageNumber page) const override { return map_.region().contiguous({page, 1}).data(); }
   // Nobody can take it out of another process's page table but by taking it out of the file. Few: nobody runs there yet,
   // and what is not whole is never mapped.
@@ -78,6 +87,9 @@ class View final : public HugePlace {
     }
     return std::nullopt;
   }
+
+ private:
+  std::vector<Mapping> reserved_;  // never touched
 };
 
 class Staging final : public HugePlace {

@@ -28,6 +28,8 @@ class HugePlace {
   [[nodiscard]] virtual RegisterMode mode() const { return RegisterMode::kMissingAndMinor; }
   // Over the region as it is now. Throws SystemError.
   virtual void open() = 0;
+  // Makes sure of the memory for what is not there yet, where nobody has. Throws SystemError: ENOMEM, there are too few.
+  virtual void reserve() {}
   [[nodiscard]] virtual std::byte* at(PageNumber page) const = 0;
   // Puts memory behind the huge page that begins at `first`: a write that finds none is killed, this gives false. Asked
   // anew each time: the guest may have discarded it since.

@@ -109,6 +109,7 @@ bool Receiver::Impl::demand_begins(Channel& channel, const std::shared_ptr<wire:
   pager->writer().attach(stream);
   demand_attached = true;
   pager->set_online(switched);
+  changed.notify_all();  // it is looked after from here on
   return true;
 }
 

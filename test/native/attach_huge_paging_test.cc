@@ -5,7 +5,9 @@
 
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -139,6 +141,30 @@ TEST_F(AttachHugePaging, RoundsThenTheSwitchThenFaultsAndThePush) {
   EXPECT_EQ(bench->log.count(EngineEventKind::kFailed), 0U);
   // Ordinary memory: nobody is asked for it any more.
   EXPECT_NO_THROW(EXPECT_FALSE(bench->regions[0]->check_not_missing("test")));
+}
+
+// READY is said after the switch: nothing that it stands for may fail for want of memory.
+TEST_F(AttachHugePaging, WhatIsMissingIsReservedBeforeTheSwitchIsAnswered) {
+  const auto reserved = [] {
+    std::ifstream info("/proc/meminfo");
+    std::string word;
+    std::uint64_t number = 0;
+    while (info >> word && word != "HugePages_Rsvd:") {
+    }
+    info >> number;
+    return number;
+  };
+  own();
+  owner->ask(Op::kWrite, 0, kUnits * kUnit, 7);  // and its reservation goes with what is discarded
+  begin();
+  EXPECT_TRUE(bench->data(0).pages(0, 0, part(0, kUnit), kPage));
+  EXPECT_TRUE(bench->data(0).barrier(1).answered);
+  const std::uint64_t before = reserved();
+  EXPECT_TRUE(bench->data(0).switch_over());
+  EXPECT_EQ(reserved(), before + kUnits - 1);
+  serve();
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kUnits * kUnit), hash(0, kUnits * kUnit));
+  EXPECT_EQ(reserved(), before);
 }
 
 TEST_F(AttachHugePaging, NothingIsSeenBeforeAllOfAHugePageIsThere) {
