@@ -61,8 +61,12 @@ struct memferry_pager {
     }
   }
   ~memferry_pager() {
-    users.clear();
-    end();
+    try {
+      users.clear();
+      end();
+    } catch (...) {
+      // Nobody is left to tell; what was not let go of waits with the owner's userfaultfd, and never reads as zeros.
+    }
   }
   memferry_pager(const memferry_pager&) = delete;
   memferry_pager& operator=(const memferry_pager&) = delete;
