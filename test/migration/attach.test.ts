@@ -10,11 +10,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest';
 import { DirtyTracker, MemferryError, Region, servePages, superviseGuest } from '../../lib/index.js';
+import { modes } from '../../lib/options/migrate.js';
 import {
   closeAll,
   destination,
+  expectArrives,
   expectSame,
-  modes,
   move,
   open,
   pages,
@@ -44,16 +45,7 @@ describe.each([
     const to = await destination({ shared });
     const via = mode.startsWith('scatter') ? await servers(2) : [];
     const migration = await move(from, to, { mode, via, maxRounds: 4 });
-    await resumed(to, migration);
-    const arrival = await to.arrival;
-    const over = Promise.all([migration.done, arrival.complete]);
-    // Touches everything at once, from wherever it comes; or waits for ever for what is lost.
-    await Promise.race([expectSame(from, to), over.then(() => new Promise(() => {}))]);
-    const [report, summary] = await over;
-    expect(report.verified).toBe(true);
-    expect(summary).toMatchObject({ guest: 'g', verified: true });
-    await to.owner.ask('run 5');
-    await to.owner.ask('stop');
+    await expectArrives(from, to, migration);
   });
 
   test.each(['uffd-wp-async', 'hash-diff'])('tracked by %s while it writes', async (tracker) => {

@@ -117,15 +117,23 @@ export async function expectSame(from: Source, to: Destination) {
   expect(Buffer.compare(here, from.paused as Buffer)).toBe(0);
 }
 
-export const modes = [
-  'stop-and-copy',
-  'pre-copy',
-  'post-copy',
-  'hybrid',
-  'scatter',
-  'scatter-pre-copy',
-  'scatter-hybrid',
-] as const;
+/** It arrives whole while everything of it is touched at once, and its owner runs on there. */
+export async function expectArrives(
+  from: Source,
+  to: Destination,
+  migration: Awaited<ReturnType<typeof move>>,
+) {
+  await resumed(to, migration);
+  const arrival = await to.arrival;
+  const over = Promise.all([migration.done, arrival.complete]);
+  // From wherever it comes; or waits for ever for what is lost.
+  await Promise.race([expectSame(from, to), over.then(() => new Promise(() => {}))]);
+  const [report, summary] = await over;
+  expect(report.verified).toBe(true);
+  expect(summary).toMatchObject({ guest: 'g', verified: true });
+  await to.owner.ask('run 5');
+  await to.owner.ask('stop');
+}
 
 /** VMD servers, by address. */
 export async function servers(count: number): Promise<string[]> {
