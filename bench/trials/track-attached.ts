@@ -1,6 +1,7 @@
 /**
  * Scan and re-arm of 1 GiB of another process's memory, from outside, against the same of one's own memory: one after
- * another in the same run.
+ * another in the same run. Before each scan, of either, this thread has waited for the other process: a thread that has
+ * just slept finds colder caches.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { closeSync } from 'node:fs';
@@ -79,7 +80,7 @@ export async function run(trial: Trial): Promise<void> {
   let seed = 1;
   const measure = async (
     collect: () => Float64Array,
-    write: (count: number, seed: number) => Promise<void> | void,
+    write: (count: number, seed: number) => Promise<void>,
     dirty: number,
   ): Promise<number> => {
     const figures: number[] = [];
@@ -112,7 +113,15 @@ export async function run(trial: Trial): Promise<void> {
             (count, from) => owner.write(count, from),
             dirty,
           ),
-        () => measure(() => ofOwn.collect(), writeOwn, dirty),
+        () =>
+          measure(
+            () => ofOwn.collect(),
+            (count, from) => {
+              writeOwn(count, from);
+              return owner.write(0, from);
+            },
+            dirty,
+          ),
       ),
       atMostTimesFloor(1.3, 'tracking oneself'),
     );

@@ -8,8 +8,7 @@ MappedSpan mapped_span(OwnerAddress start) {
   MappedSpan span;
   OwnerAddress at = start;
   bool in_writable_part = true;
-  for_each_mapped_area([&](const MappedArea& area) {
-    if (area.end <= at) return true;
+  for_each_mapped_area_from(start, [&](const MappedArea& area) {
     const bool first = at == start;
     if (area.file || (first ? area.start > at : area.start != at)) return false;
     const bool writable = area.readable && area.writable;

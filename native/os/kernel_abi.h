@@ -96,6 +96,30 @@ struct SchedAttr {
 };
 static_assert(sizeof(SchedAttr) == 48);
 
+// struct procmap_query of <linux/fs.h> (6.11).
+struct ProcmapQuery {
+  std::uint64_t size;
+  std::uint64_t query_flags;
+  std::uint64_t query_addr;
+  std::uint64_t vma_start;
+  std::uint64_t vma_end;
+  std::uint64_t vma_flags;
+  std::uint64_t vma_page_size;
+  std::uint64_t vma_offset;
+  std::uint64_t inode;
+  std::uint32_t dev_major;
+  std::uint32_t dev_minor;
+  std::uint32_t vma_name_size;
+  std::uint32_t build_id_size;
+  std::uint64_t vma_name_addr;
+  std::uint64_t build_id_addr;
+};
+inline constexpr unsigned long kProcmapQuery = _IOWR('f', 17, ProcmapQuery);
+inline constexpr std::uint64_t kProcmapReadable = 1;
+inline constexpr std::uint64_t kProcmapWritable = 2;
+inline constexpr std::uint64_t kProcmapShared = 8;
+inline constexpr std::uint64_t kProcmapCoveringOrNext = 16;
+
 inline constexpr int kMadvPopulateRead = 22;   // 5.14
 inline constexpr int kMadvPopulateWrite = 23;  // 5.14
 
@@ -105,6 +129,7 @@ static_assert(sizeof(UffdioMove) == 40);
 static_assert(sizeof(UffdioPoison) == 32);
 static_assert(sizeof(PageRegion) == 24);
 static_assert(sizeof(PmScanArg) == 96);
+static_assert(sizeof(ProcmapQuery) == 104);
 static_assert(offsetof(PmScanArg, walk_end) == 32);
 
 #if defined(__x86_64__) || defined(__aarch64__) || defined(__riscv)

@@ -1,6 +1,7 @@
 #include "os/process_maps.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -10,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "os/kernel_abi.h"
 #include "os/sys_error.h"
 #include "os/unique_fd.h"
 
@@ -56,9 +58,9 @@ std::uint64_t extent_where(OwnerAddress start, std::uint64_t limit_bytes, const 
                            Accept accept) {
   const std::uint64_t limit = start.value + std::min(limit_bytes, ~start.value);
   std::uint64_t reached = start.value;
-  for_each_mapped_area(
+  for_each_mapped_area_from(
+      start,
       [&](const MappedArea& area) {
-        if (area.end.value <= reached) return true;
         if (area.start.value > reached || !accept(area)) return false;
         reached = std::min(area.end.value, limit);
         return reached < limit;
@@ -101,7 +103,43 @@ void visit_lines_of(const char* name, const Process* owner,
   owner->require("read(/proc/PID/maps)");
 }
 
+// False where the kernel has no such question, before anything was visited.
+bool query_areas(OwnerAddress from, const std::function<bool(const MappedArea&)>& visit) {
+  const UniqueFd maps(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
+  if (!maps) throw_errno("open(/proc/self/maps)");
+  for (;;) {
+    abi::ProcmapQuery query{};
+    query.size = sizeof query;
+    query.query_flags = abi::kProcmapCoveringOrNext;
+    query.query_addr = from.value;
+    if (::ioctl(maps.get(), abi::kProcmapQuery, &query) != 0) {
+      if (errno == EINTR) continue;
+      if (errno == ENOENT) return true;
+      if (errno == ENOTTY) return false;
+      throw_errno("ioctl(PROCMAP_QUERY)");
+    }
+    MappedArea area;
+    area.start = OwnerAddress{query.vma_start};
+    area.end = OwnerAddress{query.vma_end};
+    area.readable = (query.vma_flags & abi::kProcmapReadable) != 0;
+    area.writable = (query.vma_flags & abi::kProcmapWritable) != 0;
+    area.shared = (query.vma_flags & abi::kProcmapShared) != 0;
+    area.file = query.inode != 0;
+    area.offset = query.vma_offset;
+    area.inode = query.inode;
+    area.device = makedev(query.dev_major, query.dev_minor);
+    if (!visit(area)) return true;
+    from = area.end;
+  }
+}
+
 }  // namespace
+
+void for_each_mapped_area_from(OwnerAddress from, const std::function<bool(const MappedArea&)>& visit,
+                               const Process* owner) {
+  if (owner == nullptr && query_areas(from, visit)) return;
+  for_each_mapped_area([&](const MappedArea& area) { return area.end <= from || visit(area); }, owner);
+}
 
 void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit, const Process* owner) {
   visit_lines_of("maps", owner, [&](std::string_view line) {

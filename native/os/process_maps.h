@@ -1,4 +1,5 @@
-// What is mapped around an address, by /proc/PID/maps, of this process or another.
+// What is mapped around an address, by /proc/PID/maps, of this process or another. Where Linux answers questions about
+// single areas (PROCMAP_QUERY, 6.11) a look at few of them costs microseconds; else all of the text is read.
 //
 // Threads: any. What it says may be outdated when it is read: other threads map and unmap.
 #pragma once
@@ -22,13 +23,17 @@ struct MappedArea {
   std::uint64_t offset = 0;  // in that file
   std::uint64_t inode = 0;
   std::uint64_t device = 0;  // as stat's st_dev
-  std::string_view name;     // valid during the visit
+  std::string_view name;     // valid during the visit; of for_each_mapped_area() only
 };
 
 // Calls visit for every mapped area in ascending order until it gives false. Of `owner`; of this process without one.
 // Throws SystemError; OwnerGone also after the last visit: then what was visited may have been another program's.
 void for_each_mapped_area(const std::function<bool(const MappedArea&)>& visit,
                           const Process* owner = nullptr);
+
+// The same from the first area on that ends above `from`, and without names.
+void for_each_mapped_area_from(OwnerAddress from, const std::function<bool(const MappedArea&)>& visit,
+                               const Process* owner = nullptr);
 
 // The same for the areas of which a userfaultfd is asked for missing pages, whoever has it; an area's bounds alone are
 // told. The kernel walks the page tables for it: some milliseconds a GiB. Throws like the one above.

@@ -33,7 +33,8 @@ import { collectGarbage, type Wrappers } from './wrappers.js';
 
 /** A socket that was closed, a timer that fired, or garbage is gone only after a turn or two of the event loop. */
 const CLOSING_TURNS = 3;
-const REHEARSALS = 3;
+/** So often that V8 has compiled by then what it will: a compiler's thread that it wakes takes the CPU for milliseconds. */
+const REHEARSALS = 12;
 /** How long threads of the program get to come to rest: for a pause, and where they have just been built. */
 const REST_MS = 500;
 const BUILT_REST_MS = 5000;

@@ -16,7 +16,14 @@ import {
   rewriteModule,
   tableExport,
 } from './wasm-rewrite.js';
-import { type Signature, trampolineSignature, type ValueType, type WasmShape } from './wasm-shape.js';
+import {
+  type Signature,
+  signatureText,
+  trampolineSignature,
+  type ValueType,
+  type WasmShape,
+} from './wasm-shape.js';
+import type { KnownTable } from './wasm-tables.js';
 import type {
   WasmExports,
   WasmGlobalObject,
@@ -51,8 +58,8 @@ export interface TableRecord {
   name: string;
   type: ValueType;
   table: WasmTableObject;
-  /** What stood there when it was read last, as references (wasm-state.ts). Null: to be read as a whole. */
-  known: Float64Array | null;
+  /** What stood there when it was read last. Null: to be read as a whole. */
+  known: KnownTable | null;
   /** Slots that JavaScript has written since. */
   written: Set<number>;
   /** Code of WebAssembly writes it, which nobody sees: it is read as a whole every time. */
@@ -69,7 +76,8 @@ export type FunctionOwner =
   | {
       kind: 'host';
       ordinal: number;
-      signature: Signature;
+      /** As `signatureText` has it. */
+      signature: string;
       host: WeakRef<object> | null;
       name: string;
     };
@@ -263,7 +271,7 @@ export class WasmRegistry {
     this.owners.set(reference, {
       kind: 'host',
       ordinal: this.trampolines.length,
-      signature,
+      signature: signatureText(signature),
       host: host ? new WeakRef(host) : null,
       name: host?.name ? `"${host.name}"` : 'without a name',
     });

@@ -41,6 +41,18 @@ export interface Signature {
   results: ValueType[];
 }
 
+/** As `i32,i64>f64`. */
+export function signatureText({ parameters, results }: Signature): string {
+  return `${parameters.join()}>${results.join()}`;
+}
+
+/** The types are not checked: the text may be a peer's. */
+export function parseSignature(text: string): Signature {
+  const [parameters = '', results = ''] = text.split('>');
+  const types = (list: string) => (list === '' ? [] : (list.split(',') as ValueType[]));
+  return { parameters: types(parameters), results: types(results) };
+}
+
 export interface WasmShape {
   sections: WasmSection[];
   globals: WasmGlobal[];

@@ -8,13 +8,14 @@ import type { HostFunctions } from './host-functions.js';
 import { describe, type HostValue } from './host-references.js';
 import { WASM_PAGE_BYTES, type WasmRegistry } from './wasm-registry.js';
 import { trampolineModule } from './wasm-rewrite.js';
-import type { Signature } from './wasm-shape.js';
+import { parseSignature } from './wasm-shape.js';
 import {
   hostOrdinal,
   indexOf,
   instanceOf,
   isHost,
   NULL,
+  type References,
   type Reference,
   readTable,
   referenceTo,
@@ -27,7 +28,8 @@ export interface HostReference {
   registered: string | null;
   /** What to call it in an error. */
   label: string;
-  signature: Signature;
+  /** As `signatureText` has it: a text is quick to carry, and there are hundreds. */
+  signature: string;
 }
 
 export interface WasmState {
@@ -35,7 +37,7 @@ export interface WasmState {
   memoryBytes: number[];
   /** In the registry's order: number, bigint, or a reference; for an externref -1 is null, else `values[n]`. */
   globals: { name: string; type: string; value: number | bigint }[];
-  tables: { name: string; entries: Float64Array }[];
+  tables: { name: string; entries: References }[];
   /** The host functions that tables and globals refer to. */
   hosts: HostReference[];
   /** The host values that externrefs are. */
@@ -81,12 +83,11 @@ export function captureWasm(registry: WasmRegistry, hostFunctions: HostFunctions
   const tables = registry.tables.map((record) => {
     const { name, type, table } = record;
     if (type === 'funcref') {
-      const entries = readTable(registry, record);
-      for (let slot = 0; slot < entries.length; slot++) {
-        if (!((entries[slot] as number) >= NULL))
-          check(entries[slot] as number, `table ${name}, slot ${slot}`);
+      const known = readTable(registry, record);
+      for (const slot of known.special) {
+        check(known.entries[slot] as number, `table ${name}, slot ${slot}`);
       }
-      return { name, entries };
+      return { name, entries: known.entries };
     }
     const entries = Float64Array.from({ length: table.length }, (_, slot) =>
       external(table.get(slot), `table ${name}, slot ${slot}`),
@@ -156,7 +157,8 @@ export function misfit(registry: WasmRegistry, state: unknown): string | null {
   for (const [i, table] of tables.entries()) {
     const own = registry.tables[i];
     if (own?.name !== Object(table).name) return `table ${i} is another`;
-    if (!(table.entries instanceof Float64Array)) return `table ${own?.name} has no entries`;
+    if (!(table.entries instanceof Float64Array || table.entries instanceof Int32Array))
+      return `table ${own?.name} has no entries`;
     if (own && own.table.length > table.entries.length) return `table ${own.name} is longer here`;
   }
   return null;
@@ -201,14 +203,13 @@ export function restoreWasm(registry: WasmRegistry, state: WasmState, hostFuncti
   });
   registry.tables.forEach((record, i) => {
     const { name, type, table } = record;
-    const entries = state.tables[i]?.entries ?? new Float64Array();
+    const entries = state.tables[i]?.entries ?? new Int32Array();
     const here = type === 'funcref' ? readTable(registry, record) : null;
     if (entries.length > table.length) table.grow(entries.length - table.length);
     // Glue mirrors tables in JavaScript: a slot that is right already stays untouched.
-    for (let slot = 0; slot < entries.length; slot++) {
+    for (const slot of here ? here.toSettle(entries) : entries.keys()) {
       const entry = entries[slot] as number;
-      // Nearly all of them: functions of instances, and nothing.
-      if (here && entry === here[slot] && (entry >= NULL || same(entry))) continue;
+      if (here && entry === here.entries[slot] && same(entry)) continue;
       const where = `table ${name}, slot ${slot}`;
       const value = here ? resolve(entry, where) : external(entry, where);
       if (here || table.get(slot) !== value) table.set(slot, value);
@@ -226,16 +227,15 @@ function once<T>(make: () => T): () => T {
 
 function hostFunction(registry: WasmRegistry, host: HostReference, hostFunctions: HostFunctions): unknown {
   const { ordinal, registered, label, signature } = Object(host) as HostReference;
-  const wanted = JSON.stringify(signature);
   if (typeof registered === 'string') {
     const found = hostFunctions.get(registered);
     if (typeof found !== 'function')
       throw unmovableError([`host function "${registered}", which is not registered at the destination`]);
-    const module = new wasm.Module(trampolineModule(signature));
+    const module = new wasm.Module(trampolineModule(parseSignature(String(signature))));
     return new wasm.Instance(module, { e: { f: found } }).exports.f;
   }
   const made = registry.trampolines[Number(ordinal)]?.deref();
   const owner = made ? registry.owners.get(made) : undefined;
-  if (owner?.kind === 'host' && JSON.stringify(owner.signature) === wanted) return made;
+  if (owner?.kind === 'host' && owner.signature === signature) return made;
   throw unmovableError([`host function ${String(label)} in a table, which is not registered by name`]);
 }

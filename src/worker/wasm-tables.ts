@@ -23,18 +23,76 @@ export function referenceTo(registry: WasmRegistry, value: unknown): Reference {
   return owner?.kind === 'host' ? -2 - owner.ordinal : Number.NaN;
 }
 
-/** What stands in a table of functions. The array is the record's own, and changes with the next call. */
-export function readTable(registry: WasmRegistry, record: TableRecord): Float64Array {
-  const { table, known } = record;
-  if (known === null || record.unseen || known.length !== table.length) {
-    const entries = new Float64Array(table.length);
-    for (let slot = 0; slot < entries.length; slot++) entries[slot] = referenceTo(registry, table.get(slot));
-    record.known = entries;
+/** A function of an instance, or nothing: it means the same at both sides, and nothing is to be asked about it. */
+const isPlain = (reference: Reference): boolean => reference >= NULL;
+/** So are all of the first instance, and host functions. */
+const hasFourBytes = (reference: Reference): boolean => (reference | 0) === reference;
+
+/** In four bytes each where all entries allow it: a pause copies them several times, into memory that is new. */
+export type References = Int32Array | Float64Array;
+
+export class KnownTable {
+  #entries: References;
+  readonly #special = new Set<number>();
+
+  constructor(length: number, read: (slot: number) => Reference) {
+    this.#entries = new Int32Array(length);
+    for (let slot = 0; slot < length; slot++) this.set(slot, read(slot));
+  }
+
+  /** Changes with `set`. */
+  get entries(): References {
+    return this.#entries;
+  }
+
+  /** Slots with a host function, or one of unknown origin: few, so that a pause need not look at all. Ascending. */
+  get special(): number[] {
+    return [...this.#special].sort((a, b) => a - b);
+  }
+
+  set(slot: number, reference: Reference): void {
+    if (!hasFourBytes(reference) && this.#entries instanceof Int32Array) {
+      this.#entries = new Float64Array(this.#entries);
+    }
+    this.#entries[slot] = reference;
+    if (isPlain(reference)) this.#special.delete(slot);
+    else this.#special.add(slot);
+  }
+
+  /** Slots where `wanted` has another entry than stands here, or a special one. Each once, the latter last. */
+  *toSettle(wanted: References): Generator<number> {
+    const here = this.#entries;
+    const common = Math.min(wanted.length, here.length);
+    const alike = here.BYTES_PER_ELEMENT === wanted.BYTES_PER_ELEMENT;
+    // As bytes and many at once: a loop over all of them takes a millisecond of a pause.
+    for (let start = 0; start < common; start += COMPARED_AT_ONCE) {
+      const end = Math.min(common, start + COMPARED_AT_ONCE);
+      if (alike && bytesOf(here, start, end).equals(bytesOf(wanted, start, end))) continue;
+      for (let slot = start; slot < end; slot++) if (!Object.is(here[slot], wanted[slot])) yield slot;
+    }
+    for (let slot = common; slot < wanted.length; slot++) yield slot;
+    for (const slot of this.special) if (slot < common && Object.is(here[slot], wanted[slot])) yield slot;
+  }
+}
+
+const COMPARED_AT_ONCE = 512;
+
+function bytesOf(entries: References, start: number, end: number): Buffer {
+  const { buffer, byteOffset, BYTES_PER_ELEMENT } = entries;
+  return Buffer.from(buffer, byteOffset + start * BYTES_PER_ELEMENT, (end - start) * BYTES_PER_ELEMENT);
+}
+
+/** What stands in a table of functions. It is the record's own, and changes with the next call. */
+export function readTable(registry: WasmRegistry, record: TableRecord): KnownTable {
+  const { table, written } = record;
+  if (record.unseen || record.known?.entries.length !== table.length) record.known = null;
+  if (record.known === null) {
+    record.known = new KnownTable(table.length, (slot) => referenceTo(registry, table.get(slot)));
   } else {
-    for (const slot of record.written) {
-      if (slot < known.length) known[slot] = referenceTo(registry, table.get(slot));
+    for (const slot of written) {
+      if (slot < table.length) record.known.set(slot, referenceTo(registry, table.get(slot)));
     }
   }
-  record.written.clear();
-  return record.known as Float64Array;
+  written.clear();
+  return record.known;
 }

@@ -16,6 +16,7 @@
 #include <functional>
 #include <semaphore>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -229,6 +230,43 @@ TEST(ProcessMapsTest, MeasuresHowFarMemoryReaches) {
   ASSERT_EQ(::munmap(mapping.start().plus(5 * kPage).pointer(), kPage), 0);
   EXPECT_EQ(writable_extent(mapping.start(), 16 * kPage), 5 * kPage);
   EXPECT_EQ(mapped_extent(mapping.start().plus(5 * kPage), kPage), 0U);
+}
+
+TEST(ProcessMapsTest, SaysTheSameFromAnAddressOnAsOfAll) {
+  const UniqueFd memfd(static_cast<int>(::syscall(SYS_memfd_create, "test", 1U)));
+  ASSERT_TRUE(memfd.valid());
+  ASSERT_EQ(::ftruncate(memfd.get(), static_cast<off_t>(8 * kPage)), 0);
+  const Mapping shared = Mapping::shared(memfd.get(), 4 * kPage, 3 * kPage, PROT_READ);
+  const Mapping reserved = Mapping::anonymous(6 * kPage, PROT_NONE);
+  ASSERT_EQ(::mprotect(reserved.data() + kPage, kPage, PROT_READ | PROT_WRITE), 0);
+  const auto told = [](const MappedArea& area) {
+    return std::tuple(area.start.value, area.end.value, area.readable, area.writable, area.shared, area.file,
+                      area.offset, area.inode, area.device);
+  };
+  for (const Address from : {shared.start(), shared.start().plus(kPage + 1), reserved.start().plus(kPage)}) {
+    using Told = decltype(told(MappedArea{}));
+    std::vector<Told> one_by_one;
+    for_each_mapped_area_from(OwnerAddress{from.value}, [&](const MappedArea& area) {
+      one_by_one.push_back(told(area));
+      return one_by_one.size() < 3;
+    });
+    std::vector<Told> all;
+    for_each_mapped_area([&](const MappedArea& area) {
+      if (area.end.value > from.value) all.push_back(told(area));
+      return all.size() < 3;
+    });
+    EXPECT_EQ(one_by_one, all);
+    ASSERT_FALSE(all.empty());
+  }
+}
+
+TEST(ProcessMapsTest, EndsBehindTheLastArea) {
+  int visits = 0;
+  for_each_mapped_area_from(OwnerAddress{~std::uint64_t{0} - kPage}, [&](const MappedArea&) {
+    ++visits;
+    return true;
+  });
+  EXPECT_LE(visits, 1);  // where the kernel's own page is told of at the very end
 }
 
 TEST(ProcessMapsTest, TellsPrivateAnonymousMemory) {

@@ -9,6 +9,7 @@ import {
   type PlaceableServer,
   type PlacementInput,
 } from '../../src/staging/placement.js';
+import { randomFrom } from '../support/random.js';
 
 const mib = 2 ** 20;
 let port = 0;
@@ -207,14 +208,4 @@ function checkLaws(of: PlacementInput, outcomes: { placed: number; refused: numb
     .sort((a, b) => a.at - b.at)
     .map(({ one }) => one);
   expect(place({ ...of, servers: shuffled })).toEqual(placed);
-}
-
-function randomFrom(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
 }
