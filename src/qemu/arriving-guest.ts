@@ -180,15 +180,13 @@ class ArrivingQemuGuest implements ArrivingGuest {
   }
 
   async prepare(state: Uint8Array, { signal }: { signal: AbortSignal }): Promise<void> {
-    const { qmp } = this.attachment;
     const { running, stream } = decodeState(state);
     this.#runs = running;
     const timeoutMs = this.options.stateTimeoutMs ?? stateTimeoutMs;
     if (!this.#incoming) throw memferryError('PREPARE_FAILED', 'QEMU has been given a state already');
     await this.#incoming.load(stream, { timeoutMs, signal });
+    // That somebody else has let it run, QEMU would have told before this.
     this.#letGoOfState();
-    const now = await runState(qmp, { signal });
-    if (now.running) throw this.#break(resumedByOthers());
   }
 
   resume(): void {

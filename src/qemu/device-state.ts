@@ -27,10 +27,10 @@ export interface OutgoingOptions {
 
 export interface OutgoingState {
   /**
-   * The state of the guest, which is stopped. When it fails QEMU migrates no more. Once.
+   * The state of the guest, which is stopped, in pieces. When it fails QEMU migrates no more. Once.
    * @throws LIMIT_EXCEEDED when there is more of it, QEMU_REFUSED, PAUSE_FAILED with QEMU's reason, CANCELLED
    */
-  save(bounds: StateBounds): Promise<Buffer>;
+  save(bounds: StateBounds): Promise<Buffer[]>;
   close(): Promise<void>;
 }
 
@@ -243,8 +243,8 @@ async function bounded<T>(promise: Promise<T>, { signal, timeoutMs }: StateBound
 async function receiveOne(
   path: string,
   maxBytes: number,
-): Promise<{ state: Promise<Buffer>; close(): void }> {
-  const state = deferred<Buffer>();
+): Promise<{ state: Promise<Buffer[]>; close(): void }> {
+  const state = deferred<Buffer[]>();
   const sockets = new Set<Socket>();
   const server: Server = createServer((socket) => {
     // Who comes second is not QEMU's migration.
@@ -270,7 +270,7 @@ async function receiveOne(
       }
       pieces.push(piece);
     });
-    socket.once('end', () => state.resolve(Buffer.concat(pieces)));
+    socket.once('end', () => state.resolve(pieces));
     socket.once('error', (cause) => state.reject(memferryError('PAUSE_FAILED', cause.message, { cause })));
   });
   const listening = deferred<void>();

@@ -157,13 +157,15 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       this.#ranBefore = (await runState(qmp, { signal })).running;
       this.#state = 'pausing';
       const pausedAtNs = process.hrtime.bigint();
-      // The guest's writes are over when this has returned: QEMU has drained what its devices had under way.
-      if (this.#ranBefore) await qmp.execute('stop', {}, { signal, timeoutMs: stateTimeoutMs });
-      const stream = await state.save({ timeoutMs: stateTimeoutMs, signal });
+      const bounds = { signal, timeoutMs: stateTimeoutMs };
+      // QEMU does one after the other: it has drained what its devices had under way when it begins with the state.
+      const stopping = this.#ranBefore ? qmp.execute('stop', {}, bounds) : undefined;
+      const [stopped, saved] = await Promise.allSettled([stopping, state.save(bounds)]);
+      if (stopped.status === 'rejected') throw stopped.reason;
+      if (saved.status === 'rejected') throw saved.reason;
       this.#state = 'paused';
-      await this.#requireStopped();
       return {
-        state: encodeState(this.#ranBefore, stream),
+        state: encodeState(this.#ranBefore, saved.value),
         pausedAtNs,
         stillPaused: () => this.#requireStopped(),
       };

@@ -25,8 +25,9 @@ export const descriptionSchema = z.strictObject({
 });
 export type QemuDescription = z.output<typeof descriptionSchema>;
 
-export function encodeState(running: boolean, stream: Uint8Array): Uint8Array {
-  return Buffer.concat([Buffer.from(`${JSON.stringify({ version: 1, running })}\n`), stream]);
+/** `stream`: in pieces, so that they are copied once only while the guest stands. */
+export function encodeState(running: boolean, stream: readonly Uint8Array[]): Uint8Array {
+  return Buffer.concat([Buffer.from(`${JSON.stringify({ version: 1, running })}\n`), ...stream]);
 }
 
 export function decodeState(state: Uint8Array): { running: boolean; stream: Uint8Array } {

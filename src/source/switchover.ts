@@ -37,11 +37,12 @@ export class Switchover {
   async toPostCopy(engine: SourceEngine): Promise<void> {
     const { commit, measured, send, signal } = this.context;
     const { state } = await this.#pause();
+    // On its way during the last scan. The destination prepares when the switch has reached it too: no need to wait for
+    // its answer here.
+    send({ type: 'state', paging: true }, state);
     const { switched } = engine.switchOver();
     this.#switched = switched;
     measured.scanned();
-    // The destination prepares when the switch has reached it: no need to wait for its answer here.
-    send({ type: 'state', paging: true }, state);
     commit.transferred();
     await untilAborted(switched, signal);
     measured.transferred();
@@ -54,9 +55,9 @@ export class Switchover {
   async withEveryPage(engine: SourceEngine, references: boolean): Promise<void> {
     const { commit, measured, send, signal } = this.context;
     const { state } = await this.#pause();
+    send({ type: 'state', paging: false }, state);
     engine.queueDirtyNow();
     measured.scanned();
-    send({ type: 'state', paging: false }, state);
     const before = engine.stats();
     const { suspects } = await untilAborted(engine.settle(references), signal);
     if (suspects > 0) {

@@ -4,6 +4,7 @@
  */
 import { mkdtempSync, rmSync } from 'node:fs';
 import { createConnection, createServer, type Socket } from 'node:net';
+import { createInterface } from 'node:readline';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, describe, expect, test } from 'vitest';
@@ -79,9 +80,9 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
         one.on('close', () => other.destroy());
       }
       qemu.pipe(client);
-      client.on('data', (line) => {
-        const { execute, id } = JSON.parse(line.toString()) as { execute: string; id: number };
-        if (!meet(execute, id, client)) qemu.write(line);
+      createInterface({ input: client }).on('line', (line) => {
+        const { execute, id } = JSON.parse(line) as { execute: string; id: number };
+        if (!meet(execute, id, client)) qemu.write(`${line}\n`);
       });
     });
     await new Promise<void>((resolve) => server.listen(at, resolve));
