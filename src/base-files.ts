@@ -9,7 +9,7 @@ import { mkdir, open, readFile, rename, rm, stat, writeFile } from 'node:fs/prom
 import { join } from 'node:path';
 import { z } from 'zod';
 import { MemferryError, nativeAsync } from './errors.js';
-import type { Guest, GuestOffer, RegionBase } from './guest.js';
+import type { Guest, GuestOffer, PausedGuest, RegionBase } from './guest.js';
 import { lineageOf, mayBeBase } from './lineage.js';
 import { offerSchema } from './protocol/messages.js';
 import { claimRegions } from './source/claim-regions.js';
@@ -50,7 +50,11 @@ function folderOf(directory: string, guest: string): string {
 const imageIn = (folder: string, index: number) => join(folder, `${index}.image`);
 
 /** Writes a paused guest, or one that has left. @throws LIMIT_EXCEEDED, SYSTEM, PAGES_LOST */
-export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFilesOptions): Promise<void> {
+export async function writeBase(
+  guest: Guest,
+  { state, stillPaused }: Pick<PausedGuest, 'state' | 'stillPaused'>,
+  options: BaseFilesOptions,
+): Promise<void> {
   const regions = guest.regions.map(({ region }) => region);
   const lengths = regions.map((region) => region.lengthBytes);
   const bytes = lengths.reduce((sum, length) => sum + length, 0);
@@ -78,6 +82,7 @@ export async function writeBase(guest: Guest, state: Uint8Array, options: BaseFi
       }
     }
     await writeFile(join(made, 'state'), state, { mode: 0o600 });
+    await stillPaused?.();
     const lineage = Buffer.from(lineageOf(regions)).toString('hex');
     const manifest = { version: 1, lineage, guest: describeGuest(guest, lengths) };
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
@@ -124,7 +129,7 @@ export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise
   try {
     const paused = await guest.pause({ signal: new AbortController().signal });
     try {
-      await writeBase(guest, paused instanceof Uint8Array ? paused : paused.state, options);
+      await writeBase(guest, paused instanceof Uint8Array ? { state: paused } : paused, options);
     } finally {
       await guest.unpause();
     }
@@ -144,7 +149,7 @@ export async function keepStaleCopy(
   options: BaseFilesOptions,
 ): Promise<boolean> {
   try {
-    await writeBase(guest, state, options);
+    await writeBase(guest, { state }, options);
     return true;
   } catch (error) {
     process.emitWarning(`no stale copy of guest '${guest.name}' was kept: ${String(error)}`, {

@@ -1,10 +1,12 @@
 // Floor of `bulk` and `scatter`: one copy of a region's worth of random bytes from one process to another, or to
 // several, over loopback TCP, on 1 or more connections, contiguous shares. With --hash one XXH3 over each 256 KiB
 // chunk on either side, compared. The clock is the sender's: from the word "go" until every connection's receiver
-// has said that its share is in memory; with --memory fresh a receiver maps its memory only after "go".
+// has said that its share is in memory; with --memory fresh a receiver maps its memory only after "go", with --memory
+// huge it asks for huge pages as well.
 //
-//   bulk_floor --bytes N --channels N [--receivers N] --memory touched|fresh [--hash] [--cc NAME]
+//   bulk_floor --bytes N --channels N [--receivers N] --memory touched|fresh|huge [--hash] [--cc NAME]
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 
 #include "floor.h"
@@ -24,6 +26,7 @@ struct copy {
   uint64_t channels;
   uint64_t each;  // of a channel; the last one also has what is left over
   bool fresh;
+  bool huge;
   bool hash;
   const char *cc;
 };
@@ -99,15 +102,18 @@ static _Noreturn void receive(int listener, uint64_t channels, uint64_t bytes, c
   char go;
   if (!read_all(fds[0], &go, 1)) die("sender");
   if (copy->fresh) memory = map_fresh(bytes);
+  if (copy->huge) madvise(memory, bytes, MADV_HUGEPAGE);
   run_shares(receive_share, fds, channels, memory, bytes, copy);
   _exit(0);
 }
 
 int main(int argc, char **argv) {
+  const char *kind = option(argc, argv, "--memory", "touched");
   struct copy copy = {
       .bytes = option_number(argc, argv, "--bytes", 1u << 30),
       .channels = option_number(argc, argv, "--channels", 1),
-      .fresh = strcmp(option(argc, argv, "--memory", "touched"), "fresh") == 0,
+      .fresh = strcmp(kind, "touched") != 0,
+      .huge = strcmp(kind, "huge") == 0,
       .hash = flag(argc, argv, "--hash"),
       .cc = option(argc, argv, "--cc", NULL),
   };

@@ -1,6 +1,7 @@
 /**
  * 1 GiB of random bytes over loopback into fresh memory: a region of memferry's, and the RAM of a QEMU that stands, by
- * its multifd; two channels each. QEMU's clock runs from the command to the destination's word that it has completed;
+ * its multifd; two channels each. Beside them bare sockets into fresh memory of huge pages, which both ask for: what can be
+ * had at all. QEMU's clock runs from the command to the destination's word that it has completed;
  * memferry's from before the destination maps its memory, as in `bulk`.
  */
 import { randomFillSync } from 'node:crypto';
@@ -57,6 +58,11 @@ async function multifdOnce(image: string): Promise<number> {
   }
 }
 
+async function bareSockets(): Promise<number> {
+  const args = ['--bytes', lengthBytes, '--channels', channels, '--memory', 'huge'];
+  return (await runFloor<{ gbPerSecond: number }>('bulk_floor', args)).gbPerSecond;
+}
+
 export async function run(trial: Trial): Promise<void> {
   const obstacle = qemuRig.qemuObstacle();
   if (obstacle !== null) {
@@ -68,10 +74,11 @@ export async function run(trial: Trial): Promise<void> {
   process.once('exit', remove);
   try {
     fillRandomly(image);
-    const [ours, theirs] = (await takeTurns(trial.samples(5), [
+    const [ours, theirs, bare] = (await takeTurns(trial.samples(5), [
       () => copyOnce(channels, 'fresh'),
       () => multifdOnce(image),
-    ])) as [number[], number[]];
+      bareSockets,
+    ])) as [number[], number[], number[]];
     trial.report(
       'fresh-2-channels',
       'GB/s',
@@ -79,6 +86,8 @@ export async function run(trial: Trial): Promise<void> {
       atLeastTimesFloor(2, "QEMU's multifd, 2 channels"),
       'the floor is QEMU 7.2',
     );
+    trial.report('fresh-2-channels-bare-sockets', 'GB/s', paired(ours, bare), null);
+    trial.report('multifd-2-channels-bare-sockets', 'GB/s', paired(theirs, bare), null);
   } finally {
     process.off('exit', remove);
     remove();

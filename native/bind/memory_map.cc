@@ -10,7 +10,8 @@ MappedSpan mapped_span(OwnerAddress start) {
   bool in_writable_part = true;
   for_each_mapped_area_from(start, [&](const MappedArea& area) {
     const bool first = at == start;
-    if (area.file || (first ? area.start > at : area.start != at)) return false;
+    // One that begins before has grown since the last was told.
+    if (area.file || area.start > at) return false;
     const bool writable = area.readable && area.writable;
     if (!writable) in_writable_part = false;
     // Beyond the tail without access begins somebody else's memory; so it does where access is another.

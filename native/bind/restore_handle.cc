@@ -83,6 +83,7 @@ RestoreHandle::RestoreHandle(const Napi::CallbackInfo& info) : Napi::ObjectWrap<
         .on_event = nullptr,
         .source = file,
         .read_now = nullptr,
+        .still_has = nullptr,
         .source_arrives = !file,
     };
     if (file) {

@@ -105,6 +105,7 @@ void visit_lines_of(const char* name, const Process* owner,
 
 // False where the kernel has no such question, before anything was visited.
 bool query_areas(OwnerAddress from, const std::function<bool(const MappedArea&)>& visit) {
+  bool answered = false;
   const UniqueFd maps(::open("/proc/self/maps", O_RDONLY | O_CLOEXEC));
   if (!maps) throw_errno("open(/proc/self/maps)");
   for (;;) {
@@ -115,9 +116,11 @@ bool query_areas(OwnerAddress from, const std::function<bool(const MappedArea&)>
     if (::ioctl(maps.get(), abi::kProcmapQuery, &query) != 0) {
       if (errno == EINTR) continue;
       if (errno == ENOENT) return true;
-      if (errno == ENOTTY) return false;
+      // Not there (ENOTTY), or not let through by a sandbox or an emulator.
+      if (!answered) return false;
       throw_errno("ioctl(PROCMAP_QUERY)");
     }
+    answered = true;
     MappedArea area;
     area.start = OwnerAddress{query.vma_start};
     area.end = OwnerAddress{query.vma_end};

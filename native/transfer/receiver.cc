@@ -12,110 +12,7 @@
 
 namespace memferry {
 
-Receiver::Impl::Impl(ReceiverConfig config_in)
-    : domain(std::move(config_in.known)), config(std::move(config_in)), page_size(system_page_size()) {
-  if (config.regions.empty()) throw std::invalid_argument("a migration has at least one region");
-  if (config.channels < 1 || config.channels > 16) throw std::invalid_argument("channels: 1 to 16");
-  if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
-    throw std::invalid_argument("tokens: whole rows of one for each channel and the demand channel");
-  }
-  used.resize(config.tokens.size());
-  // start() enlists for good; until then a retire() waits for this constructor.
-  std::vector<std::unique_ptr<RegionUse>> uses;
-  const bool from_start = config.paging_from_start || config.sourceless;
-  // What comes for private memory of another process waits here until a pager installs it.
-  const bool remote = std::any_of(config.regions.begin(), config.regions.end(),
-                                  [](const auto& region) { return region && region->remote(); });
-  const bool may_page = config.may_page || from_start || remote;
-  if (config.sourceless && config.servers.empty())
-    throw std::invalid_argument("neither a source nor servers");
-  intake.set_rate(config.bandwidth);
-  for (const auto& region : config.regions) {
-    if (!region) throw std::invalid_argument("a region is missing");
-    if (region->page_size() != page_size)
-      throw std::invalid_argument(
-          "a region that moves has pages of the system's size; larger ones are split by it");
-    uses.push_back(std::make_unique<RegionUse>(region, "receive"));
-    arrivals.push_back(std::make_unique<RegionArrival>(region));
-    if (region->remote()) take_remote(*region, maps.size());
-    backings.push_back(backing_of(*region));
-    const bool in_place = base_of(maps.size()) == ReceiverConfig::Base::kInPlace;
-    maps.push_back(
-        std::make_unique<ArrivalMap>(region, config.discard_first && !in_place, config.keep_page_hashes));
-  }
-  // Said before anything is dropped.
-  if (may_page) HugeMemory::check(config.regions);
-  if (!config.sourceless && !config.base_images.empty())
-    throw std::invalid_argument("images to compare a parked guest with, and it is none");
-  if (from_start && !config.bases.empty()) throw std::invalid_argument("a base for paging from the start");
-  std::vector<ArrivalMap*> all;
-  for (std::size_t i = 0; i < maps.size(); ++i) {
-    ArrivalMap& map = *maps[i];
-    all.push_back(&map);
-    Discarder discarder(backings[i]);
-    map.for_each_part({PageNumber{0}, map.pages()}, [&](std::span<std::byte> part, PageNumber) {
-      // Half of a huge page cannot be dropped, and one that forms later would populate what is missing.
-      // EINVAL: a kernel without huge pages.
-      if (may_page) ::madvise(part.data(), part.size(), MADV_NOHUGEPAGE);
-      // What is there is none of the guest's, and while paging present means arrived.
-      const bool in_place = base_of(i) == ReceiverConfig::Base::kInPlace;
-      if ((config.discard_first && !in_place) || from_start)
-        discarder.add(Address::of(part.data()), part.size());
-    });
-    discarder.flush();
-    if (from_start) map.present.clear_run({PageNumber{0}, map.pages()});
-  }
-  if (may_page) {
-    pager = std::make_unique<Pager>(
-        all, [this](std::string code, std::string message) { fail(std::move(code), std::move(message)); });
-  } else {
-    ahead = std::make_unique<TouchAhead>(all);
-  }
-  make_gather();
-  take_bases();
-  if (domain && !config.servers.empty()) throw std::invalid_argument("references of a scatter's own kind");
-  if (from_start) {
-    pager->serve();
-    state = State::kPaging;
-  }
-  if (config.sourceless) {
-    switched = true;
-    source_left = true;
-    source_sends = false;
-    EngineEvent event{};
-    event.kind = EngineEventKind::kSwitched;
-    events.push_back(std::move(event));
-  }
-  for (unsigned i = 0; i <= config.channels; ++i) {
-    auto channel = std::make_unique<Channel>();
-    channel->index = i;
-    channel->demand = i == config.channels;
-    channel->filler = std::make_unique<Filler>(backings, ahead.get());
-    channels.push_back(std::move(channel));
-  }
-  if (domain) known = domain->join(all);
-}
-
 Receiver::Impl::~Impl() { close(); }
-
-void Receiver::Impl::start() {
-  for (const auto& channel : channels) {
-    Channel& own = *channel;
-    own.thread.start(own.demand ? "mf-demand" : "mf-recv-" + std::to_string(own.index),
-                     [this, &own](WorkerThread&) { channel_main(own); });
-  }
-  if (gather) gather->start();
-  supervisor.start("mf-receiver", [this](WorkerThread&) { supervise(); });
-  // Last, since a retire() may call region_gone() at once; nobody touches the memory before a connection is
-  // attached.
-  std::vector<std::unique_ptr<Region::User>> enlisted;
-  for (const auto& region : config.regions) {
-    enlisted.push_back(region->enlist([this] { region_gone(); }));
-    if (!enlisted.back()) throw std::invalid_argument("a region is gone already");
-  }
-  const std::lock_guard lock(mutex);
-  users = std::move(enlisted);
-}
 
 // Who waits for a page that will not come is woken first; then everything ends. A second caller waits until
 // the first is done. The regions' tokens are dropped last: dropping one waits for a retire() that is calling
@@ -172,25 +69,6 @@ void Receiver::Impl::region_gone() {
     }
   }
   close();
-}
-
-// Another process's private memory: nothing can be dropped there from here, so nothing may be there.
-void Receiver::Impl::take_remote(Region& region, std::size_t index) {
-  if (base_of(index) != ReceiverConfig::Base::kNone)
-    throw std::invalid_argument("a base for private memory of another process");
-  std::uint64_t populated = 0;
-  Pagemap pagemap(region.owner());
-  for (const Extent& extent : region.extents()) {
-    // The page of zeros too: who has only read there has a page that nothing is installed over.
-    pagemap.populated_by_reading(extent.start, extent.bytes, [&](AddressRange range) {
-      populated += range.end.value - range.start.value;
-    });
-  }
-  if (populated > 0) {
-    throw std::invalid_argument("private memory of another process must be fresh to receive: " +
-                                std::to_string(populated >> 10U) + " KiB are populated there");
-  }
-  region.stage();
 }
 
 bool Receiver::Impl::deliver() {
@@ -270,23 +148,6 @@ std::vector<RegionRun> Receiver::Impl::missing_runs(std::size_t max_runs) const 
   return runs;
 }
 
-// And what fails to be read with them. `runs` are in order.
-std::vector<RegionRun> Receiver::Impl::with_huge_pages(const std::vector<RegionRun>& runs) const {
-  std::vector<RegionRun> all;
-  for (const RegionRun& each : runs) {
-    const PageNumber first = pager->fails_with(each.region, each.run.first).first;
-    const PageNumber last{each.run.end().value - 1};
-    const PageNumber end = pager->fails_with(each.region, last).end();
-    if (!all.empty() && all.back().region == each.region && first <= all.back().run.end()) {
-      PageRun& former = all.back().run;
-      former.count = std::max(former.end(), end).value - former.first.value;
-    } else {
-      all.push_back({each.region, {first, end.value - first.value}});
-    }
-  }
-  return all;
-}
-
 bool Receiver::Impl::filled() const {
   return filling_frames == 0 && suspects() == 0 && missing_runs(1).empty();
 }
@@ -295,106 +156,6 @@ std::uint64_t Receiver::Impl::suspects() const {
   std::uint64_t pages = 0;
   for (const auto& map : maps) pages += map->suspect.count();
   return pages;
-}
-
-// The supervisor: whatever takes time or has a deadline, and every event, in order.
-void Receiver::Impl::supervise() {
-  std::unique_lock lock(mutex);
-  for (;;) {
-    if (!events.empty()) {
-      const EngineEvent event = std::move(events.front());
-      events.pop_front();
-      lock.unlock();
-      if (config.on_event) config.on_event(event);
-      lock.lock();
-      continue;
-    }
-    if (closing) return;
-    const Clock::time_point now = Clock::now();
-    if (complete_due && state == State::kPaging && pages_lost > 0) {
-      // All that could be had is here; the rest is reported, and poisoned in its time.
-      complete_due = false;
-      state = State::kLost;
-      recover_by = Clock::time_point::max();
-      EngineEvent event{};
-      event.kind = EngineEventKind::kRestHere;
-      push(std::move(event));
-      continue;
-    }
-    if (complete_due && state == State::kPaging) {
-      lock.unlock();
-      std::string problem;
-      try {
-        pager->finish();
-      } catch (const std::exception& error) {
-        problem = error.what();
-      }
-      lock.lock();
-      if (!problem.empty()) {
-        fail_locked("SYSTEM", problem);
-        continue;
-      }
-      state = State::kComplete;
-      paused = false;
-      recover_by = Clock::time_point::max();
-      EngineEvent event{};
-      event.kind = EngineEventKind::kComplete;
-      push(std::move(event));
-      continue;
-    }
-    // With servers each page has its own end: look_after_gather_locked().
-    if (state == State::kPaging && !gather && (lost_due || now >= recover_by)) {
-      if (lost_code.empty()) {
-        lost_code = "RECOVERY_TIMEOUT";
-        lost_message = "the source did not come back in time";
-      }
-      state = State::kLost;
-      recover_by = Clock::time_point::max();
-      poison_at = now + config.loss_grace;
-      shut_down_all_locked();
-      EngineEvent event{};
-      event.kind = EngineEventKind::kLost;
-      event.code = lost_code;
-      event.message = lost_message;
-      // Channels may still be installing what they have received: those pages are reported, and then not
-      // poisoned, which errs on the safe side.
-      event.lost = with_huge_pages(missing_runs(kMostLostRuns));
-      push(std::move(event));
-      continue;
-    }
-    if (now >= poison_at && !delivering) {
-      poison_at = Clock::time_point::max();
-      const bool all = state == State::kFailed || (state == State::kLost && pages_lost == 0);
-      lock.unlock();
-      if (all) {
-        pager->poison_missing();
-      } else {
-        pager->poison_lost();
-      }
-      lock.lock();
-      continue;
-    }
-    Clock::time_point until = delivering ? recover_by : std::min(recover_by, poison_at);
-    if (gather && state == State::kPaging && switched) {
-      if (now >= gather_look_at) {
-        look_after_gather_locked(lock);
-        // It looks at every missing page: of a large guest that is not to be this thread's whole work.
-        const Clock::time_point looked = Clock::now();
-        gather_look_at = looked + std::max<Clock::duration>(kGatherLook, kGatherRest * (looked - now));
-        continue;
-      }
-      until = std::min(until, gather_look_at);
-    }
-    if (state == State::kPaging && switched && !paused && !epoch_cut && demand_attached) {
-      until = std::min(until, look_after_source_locked(now));
-      if (epoch_cut) continue;
-    }
-    if (until == Clock::time_point::max()) {
-      changed.wait(lock);
-    } else {
-      changed.wait_until(lock, until);
-    }
-  }
 }
 
 Receiver::Receiver() = default;

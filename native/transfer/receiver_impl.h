@@ -129,6 +129,10 @@ struct Receiver::Impl {
   std::string undelivered;
   void region_gone();
   void supervise();
+  void rest_here_locked();
+  void complete_locked(std::unique_lock<std::mutex>& lock);
+  void give_up_source_locked(Clock::time_point now);
+  void poison_locked(std::unique_lock<std::mutex>& lock);
   void push(EngineEvent event);  // with the mutex held
   void fail(std::string code, std::string message);
   void fail_locked(std::string code, std::string message);

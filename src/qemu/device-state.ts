@@ -142,10 +142,15 @@ export async function expectDeviceState(qmp: Qmp, options: OutgoingOptions): Pro
       ended.catch(() => {});
       try {
         await qmp.execute('migrate', { uri: `unix:${place.path}` }, bounds);
-        const [event, state] = await Promise.all([ended, bounded(incoming.state, bounds)]);
+        const state = bounded(incoming.state, bounds);
+        state.catch(() => {});
+        // What is too much ends it before QEMU does.
+        const event = await Promise.race([ended, state.then(() => ended)]);
         if (event.data['status'] !== 'completed') throw await failureOf(qmp, 'PAUSE_FAILED');
-        return state;
+        return await state;
       } catch (error) {
+        // A QEMU that comes to it only later finds nobody to send to, and its guest untouched.
+        incoming.close();
         await stopMigrating(qmp).catch(() => {}); // why it has failed is what matters
         throw error;
       }

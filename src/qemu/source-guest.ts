@@ -6,7 +6,7 @@
  *                                      └─ failed before the commit: migrate_cancel, cont ─▶ running
  */
 import { EventEmitter } from 'node:events';
-import { memferryError } from '../errors.js';
+import { type MemferryError, memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { tellListeners } from '../tell-listeners.js';
@@ -114,6 +114,8 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   /** Devices and disks may have come since it was attached. */
   async check({ signal, rounds }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
     this.#rounds = rounds;
+    // One that was cancelled may still be giving back what it has changed.
+    await untilAborted(Promise.allSettled([this.#pausing, this.#unpausing]), signal);
     await this.#lookAgain({ signal });
   }
 
@@ -157,12 +159,15 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       this.#ranBefore = (await runState(qmp, { signal })).running;
       this.#state = 'pausing';
       const pausedAtNs = process.hrtime.bigint();
-      const bounds = { signal, timeoutMs: stateTimeoutMs };
       // QEMU does one after the other: it has drained what its devices had under way when it begins with the state.
-      const stopping = this.#ranBefore ? qmp.execute('stop', {}, bounds) : undefined;
-      const [stopped, saved] = await Promise.allSettled([stopping, state.save(bounds)]);
+      const stopping = this.#ranBefore
+        ? qmp.execute('stop', {}, { signal, timeoutMs: stateTimeoutMs })
+        : undefined;
+      const saving = state.save({ signal, timeoutMs: stateTimeoutMs * (stopping ? 2 : 1) });
+      const [stopped, saved] = await Promise.allSettled([stopping, saving]);
       if (stopped.status === 'rejected') throw stopped.reason;
       if (saved.status === 'rejected') throw saved.reason;
+      if (this.#resumedByOthers) throw resumedByOthers();
       this.#state = 'paused';
       return {
         state: encodeState(this.#ranBefore, saved.value),
@@ -193,8 +198,11 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     try {
       // An attachment that has lost its QEMU's ear: another connection may still have it.
       if (qmp.isClosed) qmp = anew = await this.#attachment.reconnect();
-      await stopMigrating(qmp).catch((error) => tellListeners(this, 'warning', error));
-      if (this.#ranBefore || this.#resumedByOthers) await letRun(qmp);
+      const over = await this.#stopMigrating(qmp);
+      const runs = this.#ranBefore || this.#resumedByOthers;
+      if (runs) await letRun(qmp);
+      // One that has hung may come to its migration only now, and end it by stopping the guest.
+      if (!over && (await this.#stopMigrating(qmp)) && runs) await letRun(qmp);
     } finally {
       // Of less weight than that it runs.
       if (settings)
@@ -203,13 +211,20 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     }
   }
 
+  async #stopMigrating(qmp: Qmp): Promise<boolean> {
+    try {
+      await stopMigrating(qmp);
+      return true;
+    } catch (error) {
+      tellListeners(this, 'warning', error as Error);
+      return false;
+    }
+  }
+
   /** Events come before the answers to what is asked after them. */
   async #requireStopped(): Promise<void> {
     const { running } = await runState(this.#attachment.qmp);
-    if (!running && !this.#resumedByOthers) return;
-    throw memferryError('GUEST_BUSY', 'somebody else has let the guest run while it moved', {
-      facts: { names: ['cont'] },
-    });
+    if (running || this.#resumedByOthers) throw resumedByOthers();
   }
 
   departed(): void {
@@ -251,6 +266,12 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
       ),
     );
   }
+}
+
+function resumedByOthers(): MemferryError {
+  return memferryError('GUEST_BUSY', 'somebody else has let the guest run while it moved', {
+    facts: { names: ['cont'] },
+  });
 }
 
 /** `cont` does nothing to a guest that runs, so that it may be said again. */

@@ -209,6 +209,7 @@ class Parking {
         'PREPARE_TIMEOUT',
         `onTicket did not end within ${options.prepareTimeoutMs} ms`,
       );
+      await paused.stillPaused?.();
       driver.transferred();
     })().catch((error) => driver.fail(error));
     const settlement = await driver.settled;

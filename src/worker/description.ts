@@ -9,7 +9,7 @@ const bytes = z.number().int().min(0).max(Number.MAX_SAFE_INTEGER);
 
 const schema = z.strictObject({
   runtime: z.literal('memferry-worker'),
-  version: z.literal(1),
+  version: z.literal(2),
   data: z.unknown(),
   sharedHeapBytes: bytes,
   /** The largest that the memory may become which all workers import, in WebAssembly pages. */
@@ -46,7 +46,7 @@ export function describeGuest(from: {
 }): GuestDescription {
   return {
     runtime: 'memferry-worker',
-    version: 1,
+    version: 2,
     data: from.data,
     sharedHeapBytes: from.sharedHeapBytes,
     sharedMemoryPages: from.sharedMemoryPages,

@@ -7,6 +7,7 @@ const MOST_NAMES = 256;
 export class HostFunctions {
   readonly #byName = new Map<string, object>();
   readonly #names = new WeakMap<object, string>();
+  readonly #asWasm = new Map<string, object>();
 
   /** Gives the function, or the object, back, to be put into a table. A name is taken once. */
   register<T extends object>(name: string, value: T): T {
@@ -26,6 +27,16 @@ export class HostFunctions {
 
   get(name: string): object | undefined {
     return this.#byName.get(name);
+  }
+
+  /** What a table holds of it, as a function of that type: made once, however often the guest is given its state. */
+  asWasm(name: string, signature: string, make: (host: object) => object): object | undefined {
+    const host = this.#byName.get(name);
+    if (typeof host !== 'function') return undefined;
+    const key = `${signature} ${name}`;
+    const found = this.#asWasm.get(key) ?? make(host);
+    this.#asWasm.set(key, found);
+    return found;
   }
 
   /** All of them, in the order of their registration. */

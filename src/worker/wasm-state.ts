@@ -228,11 +228,13 @@ function once<T>(make: () => T): () => T {
 function hostFunction(registry: WasmRegistry, host: HostReference, hostFunctions: HostFunctions): unknown {
   const { ordinal, registered, label, signature } = Object(host) as HostReference;
   if (typeof registered === 'string') {
-    const found = hostFunctions.get(registered);
-    if (typeof found !== 'function')
-      throw unmovableError([`host function "${registered}", which is not registered at the destination`]);
-    const module = new wasm.Module(trampolineModule(parseSignature(String(signature))));
-    return new wasm.Instance(module, { e: { f: found } }).exports.f;
+    const type = String(signature);
+    const found = hostFunctions.asWasm(registered, type, (f) => {
+      const module = new wasm.Module(trampolineModule(parseSignature(type)));
+      return new wasm.Instance(module, { e: { f } }).exports.f as object;
+    });
+    if (found) return found;
+    throw unmovableError([`host function "${registered}", which is not registered at the destination`]);
   }
   const made = registry.trampolines[Number(ordinal)]?.deref();
   const owner = made ? registry.owners.get(made) : undefined;

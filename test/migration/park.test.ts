@@ -2,7 +2,7 @@
 import { getEventListeners } from 'node:events';
 import { afterEach, expect, test } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
-import type { ArrivingGuest, Guest } from '../../src/guest.js';
+import type { ArrivingGuest, Guest, PausedGuest } from '../../src/guest.js';
 import { type Staging, stage, park, Region, unpark, type Unparked } from '../../src/index.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -49,7 +49,7 @@ class PlainGuest implements Guest {
     this.memory = view;
     this.content = Uint8Array.from(view);
   }
-  async pause(): Promise<Uint8Array> {
+  async pause(): Promise<Uint8Array | PausedGuest> {
     this.runs = false;
     return Uint8Array.of(1, 2, 3);
   }
@@ -96,6 +96,21 @@ test.each([
       expect(status.held).toEqual([]);
   },
 );
+
+test('a guest that somebody has let run in its pause is not parked: what was read of it is not what it is', async () => {
+  const all = await servers(1);
+  const guest = new PlainGuest();
+  guest.pause = async () => {
+    guest.runs = false;
+    const stillPaused = async () => {
+      throw new MemferryError('GUEST_BUSY', 'somebody else has let it run');
+    };
+    return { state: Uint8Array.of(1), stillPaused };
+  };
+  await expect(park(guest, { secret: SECRET, via: via(all) })).rejects.toMatchObject({ code: 'GUEST_BUSY' });
+  expect(guest).toMatchObject({ runs: true, released: false });
+  expect(all[0]?.status().held).toEqual([]);
+});
 
 test.each([1, 2] as const)(
   'guests that are parked refer to each other, and each goes alone; %i replicas',

@@ -160,6 +160,34 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
     return { here, there, destination, proxy, go };
   }
 
+  test('a QEMU that hangs as it is told to stop, and is given up: its guest runs on when it comes to itself', async () => {
+    const here = await machine();
+    let stops = 0;
+    const hangs = await qmpProxy(here.qmp, (command) => {
+      if (command === 'stop' && ++stops === 1) process.kill(here.pid, 'SIGSTOP');
+      return false;
+    });
+    await using guest = await QemuGuest.attach({ qmp: hangs, shim: here.shim });
+    const warnings: Error[] = [];
+    guest.on('warning', (warning: Error) => warnings.push(warning));
+    const pausing = guest.pause({ signal: AbortSignal.timeout(1500) });
+    // It has been asked twice about its migration by then, and waits with `cont`.
+    setTimeout(() => process.kill(here.pid, 'SIGCONT'), 13_000);
+    await expect(pausing).rejects.toMatchObject({ code: 'CANCELLED' });
+    expect(warnings.length).toBeGreaterThan(0);
+    for (let look = 0; look < 10; look++) {
+      expect(await statusOf(here)).toBe('running');
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    // Nobody took the state that it had been asked for.
+    expect(await ask(here, 'query-migrate')).toMatchObject({ status: 'failed' });
+    // And it may be asked again at once.
+    const { state } = await guest.pause({ signal: new AbortController().signal });
+    expect(state.length).toBeGreaterThan(1000);
+    await guest.unpause();
+    expect(await statusOf(here)).toBe('running');
+  });
+
   test("somebody else's cont before GRANT: that QEMU is ended, and the guest runs on here", async () => {
     const { here, there, proxy, go } = await journey();
     const ready = proxy.at({ on: 'control', direction: 'down', name: 'ready' }, 'hold');

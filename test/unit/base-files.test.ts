@@ -95,6 +95,16 @@ test('a budget that is exceeded leaves what was there', async () => {
   expect(readdirSync(directory)).toEqual([]);
 });
 
+test('a guest that somebody has let run in its pause leaves what was there', async () => {
+  const of = guest('one');
+  const stillPaused = async () => {
+    throw new Error('it runs');
+  };
+  of.pause = async () => ({ state: new Uint8Array([1]), stillPaused });
+  await expect(saveBase(of, options())).rejects.toThrow('it runs');
+  expect(readdirSync(directory)).toEqual([]);
+});
+
 describe('names', () => {
   test.each(['..', '../../outside', '/etc/passwd', 'a/b', 'ü'.repeat(64), '\0', '.'])(
     '%j stays inside',
