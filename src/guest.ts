@@ -43,7 +43,7 @@ export interface Guest {
   readonly description?: unknown;
   /**
    * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).
-   * It is no promise: `pause` looks again. With `rounds` pages are sent while the guest runs, and what it writes
+   * It is no promise: `pause` looks again, at what may have changed. With `rounds` pages are sent while the guest runs, and what it writes
    * afterwards has to be seen by a dirty tracker.
    */
   check?(options: { signal: AbortSignal; rounds: boolean }): Promise<void>;

@@ -73,14 +73,7 @@ export function checked<Schema extends z.ZodType>(
  */
 export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> {
   const ask = (command: string, args: object = {}) => qmp.execute(command, args, options);
-  const migration = checked('query-migrate', migrationSchema, await ask('query-migrate'));
-  if (
-    ['setup', 'active', 'device', 'pre-switchover', 'wait-unplug', 'postcopy-active'].includes(
-      migration.status ?? '',
-    )
-  ) {
-    throw memferryError('GUEST_BUSY', 'QEMU migrates by itself already', { facts: { names: ['migrate'] } });
-  }
+  const migration = await requireNoMigration(qmp, options);
   const type = checked(
     'qom-get',
     z.string().max(256),
@@ -105,6 +98,21 @@ export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> 
     });
   }
   return { qemu: qmp.version, type, cpus, backends };
+}
+
+/** @throws GUEST_BUSY */
+export async function requireNoMigration(
+  qmp: Qmp,
+  options?: QmpOptions,
+): Promise<z.output<typeof migrationSchema>> {
+  const migration = checked(
+    'query-migrate',
+    migrationSchema,
+    await qmp.execute('query-migrate', {}, options),
+  );
+  const underWay = ['setup', 'active', 'device', 'pre-switchover', 'wait-unplug', 'postcopy-active'];
+  if (!underWay.includes(migration.status ?? '')) return migration;
+  throw memferryError('GUEST_BUSY', 'QEMU migrates by itself already', { facts: { names: ['migrate'] } });
 }
 
 const nodesSchema = z.array(

@@ -19,7 +19,7 @@ import {
   stopMigrating,
 } from './device-state.js';
 import { endQemu } from './end.js';
-import { inspect, requireTrackableDisks, runState } from './inspect.js';
+import { inspect, requireNoMigration, requireTrackableDisks, runState } from './inspect.js';
 import type { Qmp, QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
 
@@ -37,6 +37,8 @@ export interface QemuGuestOptions extends QemuSockets {
 /** Only to track: write protection that the kernel itself lifts, and unpopulated pages too. Or none of it. */
 const trackingFeatures = [(1n << 15n) | (1n << 13n), 0n];
 
+/** Of a look at what QEMU is made of, in a mode without rounds. */
+const freshMs = 5_000;
 const contTimeoutMs = 10_000;
 /** QEMU flushes its disks before it ends. */
 const quitTimeoutMs = 30_000;
@@ -50,6 +52,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   #settings: Settings | null = null;
   #ranBefore = true;
   #rounds = true;
+  #lookedAt = Number.NEGATIVE_INFINITY;
   /** Under way, or done; a migration's failure may be known before the guest runs again. */
   #unpausing: Promise<void> = Promise.resolve();
   #pausing: Promise<unknown> = Promise.resolve();
@@ -117,6 +120,15 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     // One that was cancelled may still be giving back what it has changed.
     await untilAborted(Promise.allSettled([this.#pausing, this.#unpausing]), signal);
     await this.#lookAgain({ signal });
+    this.#lookedAt = performance.now();
+  }
+
+  /**
+   * check() was a moment ago, and nothing has been sent since: what has come in that time does not load at the destination.
+   * A look takes 50 ms, in which nothing leaves.
+   */
+  #lookIsFresh(): boolean {
+    return !this.#rounds && performance.now() - this.#lookedAt < freshMs;
   }
 
   async #lookAgain(options: { signal: AbortSignal }): Promise<void> {
@@ -150,7 +162,9 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   async #pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
     const { qmp, uid } = this.#attachment;
     const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
-    await this.#lookAgain({ signal }); // outside: a migration of somebody else's is not to be cancelled
+    // Outside: a migration of somebody else's is not to be cancelled.
+    if (this.#lookIsFresh()) await requireNoMigration(qmp, { signal });
+    else await this.#lookAgain({ signal });
     this.#ranBefore = false; // until it is known: what was paused must not be let run
     this.#resumedByOthers = false;
     const state = await expectDeviceState(qmp, { maxBytes: maxStateBytes, uid });

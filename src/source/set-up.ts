@@ -6,7 +6,7 @@ import type { Guest } from '../guest.js';
 import type { ResolvedMigrateOptions } from '../options.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { gathersFirst, traitsOf } from '../protocol/mode-traits.js';
-import { checkGuest } from './check-guest.js';
+import { checkGuest, mayHaveRounds } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
 import { type EngineListener, SourceEngine } from './engine.js';
 import { engineConfig } from './engine-config.js';
@@ -66,7 +66,9 @@ export async function setUp(context: SetUpContext, held: Holdings): Promise<void
   if (traits.rounds) {
     trackersForRounds(guest, options, held.trackers);
   } else {
-    held.trackers = base ? trackersForBase(guest, options, base) : regions.map(() => null);
+    // While a base is compared the guest writes, as in rounds.
+    const tracked = base && (await mayHaveRounds(guest, signal));
+    held.trackers = tracked ? trackersForBase(guest, options, base) : regions.map(() => null);
   }
   held.engine = new SourceEngine(
     engineConfig({

@@ -233,6 +233,14 @@ describe('what a base may be', () => {
     expect(base?.pagesSame).toBeGreaterThan(0.8 * PAGES);
   });
 
+  test('post-copy of a guest of which no tracker sees all: everything goes', async () => {
+    const [a, b] = await hosts('a', 'b');
+    const bases = await guestWithImages(a);
+    await a.call('behave', { guest: 'g', behaviour: { check: 'no-rounds' } });
+    const { base } = await arrives(a, b, await listen(b, { bases }), { mode: 'post-copy' });
+    expect(base).toMatchObject({ used: false, reason: 'no-tracker', pagesCompared: 0 });
+  });
+
   test('one that the source does not want is not even laid out', async () => {
     const [a, b] = await hosts('a', 'b');
     const bases = await guestWithImages(a);

@@ -5,7 +5,7 @@
  */
 import { deserialize, serialize } from 'node:v8';
 import { Worker } from 'node:worker_threads';
-import { Region } from '../../lib/index.js';
+import { MemferryError, Region } from '../../lib/index.js';
 
 const WASM_PAGE = 65536;
 
@@ -145,6 +145,11 @@ export class TestGuest {
   }
 
   // ---- the source's side
+
+  async check({ rounds }) {
+    if (this.behaviour.check !== 'no-rounds' || !rounds) return;
+    throw new MemferryError('GUEST_UNMOVABLE', 'what this guest writes while it runs is seen by nobody');
+  }
 
   async pause({ signal }) {
     this.log('pause');

@@ -259,7 +259,7 @@ describe('a switchover', () => {
   }
   const settled = () => new Promise((resolve) => setImmediate(resolve));
 
-  it('says the state and goes on to PREPARE before the switch has been answered', async () => {
+  it('says the state first, and goes on to PREPARE before the switch has been answered', async () => {
     let answered = (_: unknown): void => {};
     const switched = new Promise((resolve) => {
       answered = resolve;
@@ -267,7 +267,7 @@ describe('a switchover', () => {
     const { order, switchover, engine } = switching({ state: new Uint8Array(3) }, switched);
     const done = switchover.toPostCopy(engine);
     await settled();
-    expect(order).toEqual(['growth', 'switch', 'state', 'transferred']);
+    expect(order).toEqual(['growth', 'state', 'switch', 'transferred']);
     expect(switchover.executionState).toHaveLength(3);
     // READY overtakes the switch's own answer.
     switchover.onReady(ready);
@@ -301,6 +301,6 @@ describe('a switchover', () => {
       code: 'PROTOCOL_ERROR',
       facts: { pages: 3 },
     });
-    expect(order).toEqual(['growth', 'scan', 'state']);
+    expect(order).toEqual(['growth', 'state', 'scan']);
   });
 });
