@@ -257,6 +257,10 @@ export class Arrival extends EventEmitter {
 
   /** Before the commit: the migration fails and the guest runs on at the source. After it: missing pages are lost. */
   async [Symbol.asyncDispose](): Promise<void> {
+    if (this.#commit.phase === 'resumed' && !this.#everyPage.settled && this.#nothingIsMissing()) {
+      // They are being installed, or the word that they are is on its way to this thread.
+      await within(this.#everyPage.promise, farewellMs, 'PEER_LOST', 'the pages that came').catch(() => {});
+    }
     this.#fail(new MemferryError('CANCELLED', 'the destination closed the arrival'));
     await (this.#abandoning ?? this.#end());
   }
@@ -283,8 +287,12 @@ export class Arrival extends EventEmitter {
     this.#tell({ type: 'prepared', prepareMs });
   }
 
+  #nothingIsMissing(): boolean {
+    return this.#engine.receiver.stats().pagesMissing === 0;
+  }
+
   #resume(): void {
-    const paging = this.#engine.receiver.paging() || this.#engine.receiver.stats().pagesMissing > 0;
+    const paging = this.#engine.receiver.paging() || !this.#nothingIsMissing();
     this.#outcome.notRunning = resumeHere(this.guest, this.offer.name);
     this.#to('postcopy-active');
     if (!paging) this.#everyPage.resolve();
