@@ -43,8 +43,9 @@ export interface Guest {
   readonly description?: unknown;
   /**
    * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).
-   * It is no promise: `pause` looks again, at what may have changed. With `rounds` pages are sent while the guest runs, and what it writes
-   * afterwards has to be seen by a dirty tracker.
+   * It is no promise: `pause` looks again, at what may have changed. With `rounds` pages are sent while the guest runs,
+   * and what it writes afterwards has to be seen by a dirty tracker; one that is refused with them may be asked without,
+   * and the other way round, and the last that was not refused holds.
    */
   check?(options: { signal: AbortSignal; rounds: boolean }): Promise<void>;
   /** After a pause that gave a bare state: as `PausedGuest.pausedAtNs`. */

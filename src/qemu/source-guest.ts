@@ -116,10 +116,11 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
 
   /** Devices and disks may have come since it was attached. */
   async check({ signal, rounds }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
-    this.#rounds = rounds;
     // One that was cancelled may still be giving back what it has changed.
     await untilAborted(Promise.allSettled([this.#pausing, this.#unpausing]), signal);
-    await this.#lookAgain({ signal });
+    await this.#lookAgain({ signal, rounds });
+    // One that may not have rounds may still leave without any: what was agreed to before holds.
+    this.#rounds = rounds;
     this.#lookedAt = performance.now();
   }
 
@@ -131,7 +132,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     return !this.#rounds && performance.now() - this.#lookedAt < freshMs;
   }
 
-  async #lookAgain(options: { signal: AbortSignal }): Promise<void> {
+  async #lookAgain({ rounds, ...options }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
     const { qmp, machine } = this.#attachment;
     const { backends } = await inspect(qmp, options);
     const ids = (list: readonly { id: string; lengthBytes: number }[]) =>
@@ -145,7 +146,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
         },
       );
     }
-    if (this.#rounds) await requireTrackableDisks(qmp, options);
+    if (rounds) await requireTrackableDisks(qmp, options);
   }
 
   pause(options: { signal: AbortSignal }): Promise<PausedGuest> {
@@ -164,7 +165,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
     // Outside: a migration of somebody else's is not to be cancelled.
     if (this.#lookIsFresh()) await requireNoMigration(qmp, { signal });
-    else await this.#lookAgain({ signal });
+    else await this.#lookAgain({ signal, rounds: this.#rounds });
     this.#ranBefore = false; // until it is known: what was paused must not be let run
     this.#resumedByOthers = false;
     const state = await expectDeviceState(qmp, { maxBytes: maxStateBytes, uid });

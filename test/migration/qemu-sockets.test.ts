@@ -2,7 +2,7 @@
  * What can go wrong between memferry and the QEMUs themselves, with machines that have no guest but their firmware:
  * sockets of two QEMUs mixed up, memory that another one has too, a `cont` that comes too early or is refused.
  */
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { createConnection, createServer, type Socket } from 'node:net';
 import { createInterface } from 'node:readline';
 import { tmpdir } from 'node:os';
@@ -42,12 +42,14 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
   async function machine({
     incoming = false,
     memPath = '/dev/shm',
+    more = [] as string[],
   } = {}): Promise<AQemu & { other: string }> {
     const other = join(folder(), 'other');
     const args = [
       ...['-accel', 'tcg', '-m', '64M', '-nodefaults', '-display', 'none'],
       ...['-object', `memory-backend-file,id=ram0,size=64M,share=on,mem-path=${memPath}`],
       ...['-machine', 'pc,memory-backend=ram0', '-qmp', `unix:${other},server=on,wait=off`],
+      ...more,
     ];
     const qemu = await Qemu.start({ args, incoming });
     open.push(() => qemu.stop());
@@ -159,6 +161,23 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
     };
     return { here, there, destination, proxy, go };
   }
+
+  test('a disk past the page cache is refused with rounds by name, and leaves without, whatever was asked last', async () => {
+    const image = join(folder(), 'image');
+    writeFileSync(image, Buffer.alloc(2 ** 20));
+    const disk = `driver=file,node-name=disk0,filename=${image},cache.direct=on`;
+    const here = await machine({ more: ['-blockdev', disk] });
+    await using guest = await QemuGuest.attach({ qmp: here.qmp, shim: here.shim });
+    const { signal } = new AbortController();
+    await guest.check({ signal, rounds: false });
+    // As a base is asked for, which is then declined.
+    const refused = guest.check({ signal, rounds: true });
+    await expect(refused).rejects.toMatchObject({ code: 'GUEST_UNMOVABLE', facts: { names: ['disk0'] } });
+    const { state } = await guest.pause({ signal });
+    expect(state.length).toBeGreaterThan(1000);
+    await guest.unpause();
+    expect(await statusOf(here)).toBe('running');
+  });
 
   test('a QEMU that hangs as it is told to stop, and is given up: its guest runs on when it comes to itself', async () => {
     const here = await machine();
