@@ -2,6 +2,8 @@
  * A Python interpreter from npm, unchanged, that moves in every mode while it is in the middle of everything: a
  * generator, an iterator, a closure, a sequence of random numbers. One guest takes all the trips, there and back.
  */
+import { execFile } from 'node:child_process';
+import { promisify } from 'node:util';
 import { afterEach, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
 import { failure, hosts, listen, migrate, report, startStage, via } from '../support/scenario.js';
@@ -122,6 +124,19 @@ test('goes on in the middle of a generator, whatever the mode', async () => {
   expect(await python<number[][]>(here, 'running.close(); closed')).toHaveLength(1);
   expect(await python(here, 'import decimal; str(decimal.Decimal(1) / 7)')).toMatch(/^0\.142857/);
 }, 600_000);
+
+test('starts alike at every host: at a whole second as at any moment, installed anywhere', async () => {
+  const start = async (before: string): Promise<string> => {
+    const code = `${before}; const { default: python } = await import('${url}'); console.log(python.layout(await python.create()).join(' ')); process.exit()`;
+    const { stdout } = await promisify(execFile)(process.execPath, ['--input-type=module', '--eval', code]);
+    return stdout;
+  };
+  const here = await start(`process.argv[1] = '/here'`);
+  expect(here).toMatch(/globals at \d+/);
+  // Each of the two alone has moved nearly every address.
+  expect(await start(`process.argv[1] = '/somewhere/else/altogether'`)).toBe(here);
+  expect(await start(`process.argv[1] = '/here'; Date.now = () => 1_764_000_000_000`)).toBe(here);
+}, 300_000);
 
 test('names what cannot move before it begins, and runs on', async () => {
   const [a] = await hosts('a');

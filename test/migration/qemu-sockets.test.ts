@@ -198,8 +198,9 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
       expect(await statusOf(here)).toBe('running');
       await new Promise((resolve) => setTimeout(resolve, 100));
     }
-    // Nobody took the state that it had been asked for.
-    expect(await ask(here, 'query-migrate')).toMatchObject({ status: 'failed' });
+    // Nobody took the state that it had been asked for: it has seen that by itself, or is told first.
+    const { status } = (await ask(here, 'query-migrate')) as { status: string };
+    expect(['failed', 'cancelled']).toContain(status);
     // And it may be asked again at once.
     const { state } = await guest.pause({ signal: new AbortController().signal });
     expect(state.length).toBeGreaterThan(1000);
