@@ -37,15 +37,13 @@ const foreignNetwork: readonly [RegExp, string][] = [
   [/type=vhost-vdpa\b/, 'hardware writes RAM'],
 ];
 
-/** Of a tree of objects: more than any machine has. */
-const maxObjects = 20_000;
-const maxDepth = 16;
+/** An object in `info qom-tree`: two spaces deeper than what it is part of, `/name (type)`. */
+const treeLine = /^((?: {2})*)\/(.*) \(([^()\s]+)\)$/;
 
 const statusSchema = z.object({ status: z.string(), running: z.boolean() });
 const memdevSchema = z.array(
   z.object({ id: z.string().optional(), size: z.number().int().positive(), share: z.boolean().optional() }),
 );
-const propertiesSchema = z.array(z.object({ name: z.string(), type: z.string() }));
 const migrationSchema = z.object({
   status: z.string().optional(),
   'blocked-reasons': z.array(z.string()).optional(),
@@ -73,6 +71,8 @@ export function checked<Schema extends z.ZodType>(
  */
 export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> {
   const ask = (command: string, args: object = {}) => qmp.execute(command, args, options);
+  const text = async (command: string) =>
+    checked(command, z.string(), await ask('human-monitor-command', { 'command-line': command }));
   const migration = await requireNoMigration(qmp, options);
   const type = checked(
     'qom-get',
@@ -83,14 +83,9 @@ export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> 
   const backends = await sharedBackends(ask);
   const foreign = [
     ...(migration['blocked-reasons'] ?? []),
-    ...(await foreignObjects(ask)),
-    ...foreignNetworks(
-      checked(
-        'info network',
-        z.string(),
-        await ask('human-monitor-command', { 'command-line': 'info network' }),
-      ),
-    ),
+    ...foreignObjects(await text('info qom-tree /machine')),
+    ...foreignObjects(await text('info qom-tree /objects')),
+    ...foreignNetworks(await text('info network')),
   ];
   if (foreign.length > 0) {
     throw memferryError('GUEST_UNMOVABLE', `this QEMU cannot be moved: ${foreign.join('; ')}`, {
@@ -182,27 +177,26 @@ async function sharedBackends(ask: Ask): Promise<Backend[]> {
   return backends.sort((a, b) => (a.id < b.id ? -1 : 1));
 }
 
-async function foreignObjects(ask: Ask): Promise<string[]> {
+/**
+ * Pure: of `info qom-tree`. QMP tells the same by a question for each object, of which a machine has hundreds.
+ * @throws PROTOCOL_ERROR where it is no tree
+ */
+export function foreignObjects(tree: string): string[] {
   const found: string[] = [];
-  const waiting: { path: string; depth: number }[] = ['/machine', '/objects'].map((path) => ({
-    path,
-    depth: 0,
-  }));
-  let seen = 0;
-  for (let place = waiting.pop(); place; place = waiting.pop()) {
-    const { path, depth } = place;
-    for (const { name, type } of checked('qom-list', propertiesSchema, await ask('qom-list', { path }))) {
-      const child = /^child<(.+)>$/.exec(type)?.[1];
-      if (child === undefined) continue;
-      if (++seen > maxObjects || depth >= maxDepth) {
-        throw memferryError('LIMIT_EXCEEDED', `QEMU has more than ${maxObjects} objects`);
-      }
-      for (const [pattern, why] of foreignWriters) {
-        if (pattern.test(child)) found.push(`${path}/${name} (${child}: ${why})`);
-      }
-      // Memory regions and interrupts, most of all: nothing is below them.
-      if (!/^(qemu:memory-region|irq|memory-region)$/.test(child))
-        waiting.push({ path: `${path}/${name}`, depth: depth + 1 });
+  const path: string[] = [];
+  for (const line of tree.split(/\r?\n/)) {
+    if (line === '' && path.length > 0) continue;
+    const [, indent, name, type] = treeLine.exec(line) ?? [];
+    const depth = (indent?.length ?? 0) / 2;
+    if (name === undefined || type === undefined || depth > path.length || (depth === 0 && path.length > 0)) {
+      throw memferryError(
+        'PROTOCOL_ERROR',
+        `QEMU's tree of objects is not understood at '${line.slice(0, 80)}'`,
+      );
+    }
+    path.splice(depth, path.length, name);
+    for (const [pattern, why] of foreignWriters) {
+      if (pattern.test(type)) found.push(`/${path.join('/')} (${type}: ${why})`);
     }
   }
   return found;
