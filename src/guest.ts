@@ -39,7 +39,7 @@ export interface Guest {
   readonly regions: readonly GuestRegion[];
   /** The module that runs it, or null for a guest that is memory alone. */
   readonly module: GuestModule | null;
-  /** Plain JSON facts that the destination needs before the first page (at most 64 KiB): heap sizes, globals' names. */
+  /** Plain JSON facts that the destination needs before the first page (at most 192 KiB): heap sizes, globals' names. */
   readonly description?: unknown;
   /**
    * Before anything of a migration begins: rejects with the names of what cannot move (GUEST_BUSY, GUEST_UNMOVABLE).

@@ -2,7 +2,7 @@
  * What callers may set, with every default; one file a command. Options are checked here, before anything is
  * opened or allocated; C++ asserts what is promised here.
  */
-export { parseAddress } from './options/address.js';
+export { parseAddress, parseGroup } from './options/address.js';
 export type { DedupOptions } from './options/fields.js';
 export {
   type AcceptContext,
@@ -16,6 +16,7 @@ export {
   type MigrateOptions,
   type Mode,
   modes,
+  mostReplayBytes,
   type NonConvergence,
   nonConvergenceChoices,
   type ResolvedMigrateOptions,

@@ -194,7 +194,19 @@ Napi::Value StageHandle::seal(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value StageHandle::drop(const Napi::CallbackInfo& info) {
-  return guarded(info.Env(), [&] { return Napi::Boolean::New(info.Env(), stage().drop(image_of(info[0]))); });
+  const Napi::Env env = info.Env();
+  return guarded(env, [&]() -> Napi::Value {
+    std::function<void()> give_back = stage().take_out(image_of(info[0]));
+    if (!give_back) return env.Null();
+    // Of tens of GiB it takes seconds, in which nobody else is to wait for this thread.
+    return run_async(
+        env, "memferry drop",
+        [stage = stage_, give_back = std::move(give_back)] {
+          give_back();
+          return true;
+        },
+        [](Napi::Env js, bool) { return js.Undefined(); });
+  });
 }
 
 Napi::Value StageHandle::image(const Napi::CallbackInfo& info) {

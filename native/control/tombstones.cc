@@ -29,8 +29,10 @@ std::optional<CommitAnswer> Tombstones::answer(const std::string& migration, con
   const std::lock_guard lock(mutex_);
   const auto entry = ended_.find(migration);
   if (entry == ended_.end()) return answer_unknown(question);
-  DestinationStep step = step_destination(entry->second, DestinationEvent::asked(question));
-  entry->second = step.state;
+  // By nobody's epoch but the question's: whoever asks need not be the source, and silences it with no later one.
+  DestinationState ended = entry->second;
+  ended.epoch = 0;
+  const DestinationStep step = step_destination(ended, DestinationEvent::asked(question));
   for (const DestinationAction& action : step.actions) {
     if (action.type == DestinationAction::Type::kSend) return action.answer;
   }

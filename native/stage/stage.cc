@@ -319,18 +319,25 @@ bool Stage::seal(const ImageId& image) {
   return found != nullptr;
 }
 
-bool Stage::drop(const ImageId& image) {
+std::function<void()> Stage::take_out(const ImageId& image) {
   std::map<ImageId, Impl::Held>::node_type gone;
   {
     const std::lock_guard lock(impl_->mutex);
     gone = impl_->images.extract(image);
     if (gone.empty()) gone = impl_->members.extract(image);
   }
-  if (gone.empty()) return false;
+  if (gone.empty()) return {};
   if (gone.mapped().image) gone.mapped().image->give_up();
-  end_all(gone.mapped().connections);
-  if (gone.mapped().image) gone.mapped().image->drop();
-  return true;
+  return [held = std::make_shared<Impl::Held>(std::move(gone.mapped()))] {
+    end_all(held->connections);
+    if (held->image) held->image->drop();
+  };
+}
+
+bool Stage::drop(const ImageId& image) {
+  const std::function<void()> give_back = take_out(image);
+  if (give_back) give_back();
+  return give_back != nullptr;
 }
 
 std::optional<ImageStats> Stage::image(const ImageId& image) const {

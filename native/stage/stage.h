@@ -19,6 +19,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -127,6 +128,9 @@ class Stage {
   bool seal(const ImageId& image);
   // Ends its connections and gives its memory back to the system; when it returns, that has happened.
   bool drop(const ImageId& image);
+  // The same in two steps: it is gone for everybody, and what is left to do takes as long as there is much of it. Empty
+  // when it is not there. Any thread may call that, once, while this lives.
+  [[nodiscard]] std::function<void()> take_out(const ImageId& image);
 
   [[nodiscard]] std::optional<ImageStats> image(const ImageId& image) const;
   // Whether every page of [0, pages of each region) is held by some server or zero, as the map has it.

@@ -30,6 +30,8 @@ export interface ControlChannelOptions<In> {
   incoming: z.ZodType<In>;
   /** Largest binary part, both ways. */
   maxBinaryBytes?: number;
+  /** The most that this message's may have of those; null: none. Asked before any memory is taken. Default: all. */
+  admits?: (message: In) => number | null;
   pingIntervalMs?: number;
   /** Without a frame from the peer for this long it counts as lost. */
   peerTimeoutMs?: number;
@@ -74,6 +76,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   readonly #sealer: FrameSealer;
   readonly #opener: FrameOpener;
   readonly #maxBinaryBytes: number;
+  readonly #admits: (message: In) => number | null;
   readonly #peerTimeoutMs: number;
   readonly #stallTimeoutMs: number;
   readonly #pingIntervalMs: number;
@@ -107,6 +110,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#opener = new FrameOpener(directionKey(session.sessionKey, peer));
     this.#incoming = options.incoming;
     this.#maxBinaryBytes = Math.min(options.maxBinaryBytes ?? DEFAULT_MAX_BINARY_BYTES, 2 ** 32 - 1);
+    this.#admits = options.admits ?? (() => this.#maxBinaryBytes);
     this.#pingIntervalMs = options.pingIntervalMs ?? 1000;
     this.#peerTimeoutMs = options.peerTimeoutMs ?? 10_000;
     this.#stallTimeoutMs = options.stallTimeoutMs ?? 30_000;
@@ -259,6 +263,11 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     }
   };
 
+  /** Of binary parts that have come, or are coming, and were not taken. */
+  get binaryBytes(): number {
+    return this.#inboxBytes + (this.#assembling?.binary.length ?? 0);
+  }
+
   #isFull(): boolean {
     return this.#inbox.length >= MAX_INBOX || this.#inboxBytes > this.#maxBinaryBytes;
   }
@@ -283,14 +292,13 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   }
 
   #onAnnouncement(message: In, total: number): void {
-    if (total > this.#maxBinaryBytes) {
-      throw new MemferryError(
-        'LIMIT_EXCEEDED',
-        `a binary part of ${total} bytes; ${this.#maxBinaryBytes} are allowed`,
-        {
-          facts: { bytes: total, limit: this.#maxBinaryBytes },
-        },
-      );
+    const admitted = this.#admits(message);
+    if (admitted === null) throw new MemferryError('PROTOCOL_ERROR', 'a binary part where there is none');
+    const limit = Math.min(admitted, this.#maxBinaryBytes);
+    if (total > limit) {
+      throw new MemferryError('LIMIT_EXCEEDED', `a binary part of ${total} bytes; ${limit} are allowed`, {
+        facts: { bytes: total, limit },
+      });
     }
     const binary = Buffer.allocUnsafeSlow(total);
     if (total === 0) this.#deliver({ message, binary });

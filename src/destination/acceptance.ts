@@ -17,6 +17,7 @@ import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
 import { ImageSet, imageConnection } from '../staging/image-set.js';
 import { Arrival } from './arrival.js';
 import type { ArrivalLink } from './arrival-config.js';
+import { abandonGuest } from './arrived.js';
 import { basesOf } from './base.js';
 import type { Domain } from './dedup-domain.js';
 import type { Booking, MemoryBudget } from './memory-budget.js';
@@ -131,9 +132,9 @@ export class Acceptance {
   }
 
   /** It came to nothing. */
-  async undo(): Promise<void> {
+  async undo({ prepareTimeoutMs }: ResolvedListenOptions): Promise<void> {
     this.#baseFilled();
-    await Promise.resolve(this.#guest?.abandon()).catch(() => {});
+    if (this.#guest) await abandonGuest(this.#guest, this.#given.name, prepareTimeoutMs);
     await this.#images?.close();
   }
 
@@ -158,7 +159,7 @@ export class Acceptance {
     );
   }
 
-  async #makeGuest({ accept }: ResolvedListenOptions): Promise<ArrivingGuest> {
+  async #makeGuest({ accept, prepareTimeoutMs }: ResolvedListenOptions): Promise<ArrivingGuest> {
     const given = this.#given;
     const guest = accept ? await accept(given, { signal: this.host.closing }) : allocateGuest(given);
     const offered = this.received.offer.guest.regions;
@@ -166,7 +167,7 @@ export class Acceptance {
       (wanted, index) => (guest.regions[index]?.lengthBytes ?? 0) < wanted.lengthBytes,
     );
     if (short >= 0) {
-      await guest.abandon();
+      await abandonGuest(guest, this.#given.name, prepareTimeoutMs);
       throw new MemferryError('NO_MEMORY', `region '${offered[short]?.name}' is too short here`);
     }
     return guest;

@@ -20,7 +20,7 @@ import type { Region } from '../region.js';
 import type { ArrivalReport, MigrationState } from '../report.js';
 import { tellListeners } from '../tell-listeners.js';
 import { type ArrivalConfig, type ArrivalLink, receiverConfig } from './arrival-config.js';
-import { abandonGuest, pagesLost, resumeHere } from './arrived.js';
+import { abandonGuest, pagesLost, resumeHere, tellLost } from './arrived.js';
 import { ArrivingBase } from './arriving-base.js';
 import { basesOf } from './base.js';
 import { DestinationCommit } from './commit-driver.js';
@@ -388,14 +388,11 @@ export class Arrival extends EventEmitter {
     this.#reject(error, 'failed');
     this.#lostRuns = runs.slice(0, maxLostRuns);
     this.#tell({ type: 'lost', runs: this.#lostRuns });
-    try {
-      this.guest.lost?.(runs);
-    } finally {
-      // After the rejection has been seen: the promise's reactions run before this.
-      setImmediate(() => {
-        if (!this.#closed) this.#engine.receiver.acknowledgeLoss();
-      });
-    }
+    tellLost(this.guest, this.offer.name, runs);
+    // After the rejection has been seen: the promise's reactions run before this.
+    setImmediate(() => {
+      if (!this.#closed) this.#engine.receiver.acknowledgeLoss();
+    });
   }
 
   /** Anything that goes wrong here. Before the commit it ends the migration; after it only pages can be lost. */

@@ -6,6 +6,7 @@ import type { NativeReceiverStats, NativeRun } from '../native.js';
 import { within } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
+import { warn } from '../tell-listeners.js';
 
 const runningTimeoutMs = 120_000;
 
@@ -47,6 +48,15 @@ export async function abandonGuest(guest: ArrivingGuest, name: string, boundMs: 
       code: 'MEMFERRY_ABANDON_THREW',
     });
     return false;
+  }
+}
+
+/** The guest runs here: whatever its own hook makes of it, the pages are poisoned next. */
+export function tellLost(guest: ArrivingGuest, name: string, runs: NativeRun[]): void {
+  try {
+    guest.lost?.(runs);
+  } catch (error) {
+    warn(`guest '${name}' threw in lost()`, error, 'MEMFERRY_LOST_THREW');
   }
 }
 

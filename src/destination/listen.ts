@@ -14,6 +14,7 @@ import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { NativeListener } from '../native.js';
 import {
   type ListenOptions,
+  mostReplayBytes,
   parseAddress,
   type ResolvedListenOptions,
   resolveListenOptions,
@@ -184,7 +185,9 @@ class DestinationListener implements Listening {
     const session = await this.#gate.accept(socket, { secret: this.secret, signal: this.#closing.signal });
     const channel: Channel = new ControlChannel(session, {
       incoming: sourceMessage,
-      maxBinaryBytes: this.options.maxStateBytes,
+      maxBinaryBytes: Math.max(this.options.maxStateBytes, mostReplayBytes),
+      admits: ({ type }) =>
+        type === 'offer' ? mostReplayBytes : type === 'state' ? this.options.maxStateBytes : null,
       peerTimeoutMs: this.options.peerTimeoutMs,
     });
     const most = spareConnections + 2 * this.options.maxMigrations;
@@ -247,7 +250,7 @@ class DestinationListener implements Listening {
       });
       this.#arrivals.set(id, { arrival, sessionKey });
     } catch (error) {
-      await acceptance?.undo();
+      await acceptance?.undo(this.options);
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
       await channel.send({ type: 'declined', code, message, names }).catch(() => {});
       await channel.close();

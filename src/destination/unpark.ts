@@ -23,7 +23,7 @@ import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
 import type { Claim } from '../staging/client.js';
 import { ImageSet, imageConnection, type ServerAddress } from '../staging/image-set.js';
-import { abandonGuest, arrivalReport, pagesLost, resumeHere } from './arrived.js';
+import { abandonGuest, arrivalReport, pagesLost, resumeHere, tellLost } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
 import { checkBaseRegions, type UnparkBase, unparkBase } from './unpark-base.js';
@@ -310,13 +310,10 @@ class GatheringGuest implements Unparked {
 
   #lost(runs: { region: number; first: number; count: number }[], why: string): void {
     this.#fail(pagesLost(this.offer.name, runs, why));
-    try {
-      this.guest.lost?.(runs);
-    } finally {
-      setImmediate(() => {
-        if (!this.#closed) this.engine.receiver.acknowledgeLoss();
-      });
-    }
+    tellLost(this.guest, this.offer.name, runs);
+    setImmediate(() => {
+      if (!this.#closed) this.engine.receiver.acknowledgeLoss();
+    });
   }
 
   /** Before the guest is granted there is nothing to go on with: `unpark` rejects, and the guest stays parked. */

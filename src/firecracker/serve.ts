@@ -9,6 +9,7 @@ import { MemferryError, memferryError } from '../errors.js';
 import { type FdConnection, FdListener } from '../fd-channel.js';
 import { greet } from './greet.js';
 import { checkWithin } from './mappings.js';
+import { warn } from '../tell-listeners.js';
 import { MicroVm, type PrePaging } from './micro-vm.js';
 
 export interface ServeSnapshotOptions {
@@ -58,6 +59,15 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
   const greeting = new Set<FdConnection>();
   let closed = false;
 
+  const tell = (what: string, told: () => void) => {
+    try {
+      told();
+    } catch (error) {
+      warn(`${what} threw`, error, 'MEMFERRY_FIRECRACKER_THREW');
+    }
+  };
+  const refused = (error: MemferryError, peer: { pid: number; uid: number }) =>
+    tell('onRefused', () => options.onRefused?.(error, peer));
   const serve = async (connection: FdConnection) => {
     greeting.add(connection);
     const { pid, uid } = connection.peer;
@@ -75,9 +85,9 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
       const microVm = new MicroVm(connection, handshake, { path: snapshot }, { prePaging });
       microVms.add(microVm);
       microVm.closed.then(() => microVms.delete(microVm));
-      options.onMicroVm?.(microVm);
+      tell('onMicroVm', () => options.onMicroVm?.(microVm));
     } catch (error) {
-      if (!closed) options.onRefused?.(error as MemferryError, { pid, uid });
+      if (!closed) refused(error as MemferryError, { pid, uid });
     } finally {
       greeting.delete(connection);
     }
@@ -86,7 +96,7 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
     mode,
     mostConnections: mostMicroVms,
     onConnection: (connection) => void serve(connection),
-    onError: (error) => options.onRefused?.(error, { pid: 0, uid: 0 }),
+    onError: (error) => refused(error, { pid: 0, uid: 0 }),
   });
   const close = async () => {
     closed = true;

@@ -79,7 +79,8 @@ export interface NativeStage {
   state(image: Uint8Array): Uint8Array | null;
   seal(image: Uint8Array): boolean;
   /** Ends its connections and gives its memory back to the system. */
-  drop(image: Uint8Array): boolean;
+  /** Gone for everybody at once; resolves when its memory is given back too. Null: it was not there. */
+  drop(image: Uint8Array): Promise<void> | null;
   image(image: Uint8Array): NativeImageStats | null;
   /** Whether each of these pages is zero or held by some server, as the map has it. */
   whole(image: Uint8Array, regionPages: number[]): boolean | null;

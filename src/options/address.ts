@@ -1,4 +1,5 @@
 /** Addresses as callers write them. Pure. */
+import { isIPv4 } from 'node:net';
 import { MemferryError } from '../errors.js';
 
 /** `host:port` or `[v6]:port`; throws INVALID_ARGUMENT. */
@@ -10,4 +11,15 @@ export function parseAddress(text: string): { host: string; port: number } {
     throw new MemferryError('INVALID_ARGUMENT', `'${text}' is not an address; write HOST:PORT or [V6]:PORT`);
   }
   return { host, port };
+}
+
+/** `group:port` of a multicast group; throws INVALID_ARGUMENT. */
+export function parseGroup(text: string): { host: string; port: number } {
+  const group = parseAddress(text);
+  const first = Number(group.host.split('.')[0]);
+  if (isIPv4(group.host) && first >= 224 && first <= 239) return group;
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    `${group.host} is not an IPv4 multicast group (224.0.0.0 to 239.255.255.255)`,
+  );
 }

@@ -137,8 +137,8 @@ export function checkStall(
   );
 }
 
-/** It comes with the offer, which has to be there whole within seconds. */
-const mostReplayBytes = 4 * 2 ** 20;
+/** A replay log comes with the offer, which has to be there whole within seconds. */
+export const mostReplayBytes = 4 * 2 ** 20;
 
 function checkBase({ replayLog, keepStaleCopy, releaseAsEvicted }: z.output<typeof migrateSchema>): void {
   if ((replayLog?.length ?? 0) > mostReplayBytes) {

@@ -1,6 +1,6 @@
 /** What `stage` may be told. */
 import { z } from 'zod';
-import { parseAddress } from './address.js';
+import { parseGroup } from './address.js';
 import { bytes, connectionShape, label, milliseconds, parse } from './fields.js';
 
 /** `group:port` of the VMD's announcements where none is named. */
@@ -58,6 +58,6 @@ export type ResolvedStageOptions = z.output<typeof stageSchema>;
 
 export function resolveStageOptions(options: StageOptions): ResolvedStageOptions {
   const parsed = parse(stageSchema, options, 'stage');
-  if (parsed.announce !== null) parseAddress(parsed.announce);
+  if (parsed.announce !== null) parseGroup(parsed.announce);
   return parsed;
 }

@@ -48,8 +48,8 @@ export class Tombstones {
   answer(migration: string, message: SourceMessage): DestinationMessage | null {
     const ended = this.#ended.get(migration);
     if (!ended) return answerUnknown(message);
-    const { state, actions } = stepDestination(ended, { type: 'message', message });
-    if (state.phase === 'resumed' || state.phase === 'abandoned') this.#ended.set(migration, state);
+    // By nobody's epoch but the question's: whoever asks need not be the source, and silences it with no later one.
+    const { actions } = stepDestination({ ...ended, epoch: 0 }, { type: 'message', message });
     for (const action of actions) if (action.type === 'send') return action.message;
     return null;
   }

@@ -31,6 +31,7 @@ export class Alarm {
 
 export class NamedTimers<Name extends string> {
   readonly #running = new Map<Name, Alarm>();
+  #closed = false;
 
   constructor(
     private readonly durationsMs: Record<Name, number>,
@@ -39,6 +40,7 @@ export class NamedTimers<Name extends string> {
 
   start(name: Name): void {
     this.stop(name);
+    if (this.#closed) return;
     this.#running.set(
       name,
       new Alarm(this.durationsMs[name], () => {
@@ -55,5 +57,11 @@ export class NamedTimers<Name extends string> {
 
   stopAll(): void {
     for (const name of [...this.#running.keys()]) this.stop(name);
+  }
+
+  /** None is started any more. */
+  close(): void {
+    this.#closed = true;
+    this.stopAll();
   }
 }

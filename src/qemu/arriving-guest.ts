@@ -150,8 +150,8 @@ class ArrivingQemuGuest implements ArrivingGuest {
     const described = descriptionSchema.safeParse(offer.description);
     if (!described.success) throw memferryError('PROTOCOL_ERROR', "this is no description of a QEMU guest's");
     const attachment = await QemuAttachment.open(options, attaching);
+    const guest = new ArrivingQemuGuest(attachment, options);
     try {
-      const guest = new ArrivingQemuGuest(attachment, options);
       await requireWaiting(attachment);
       const { machine, cpus } = described.data;
       const here = attachment.machine;
@@ -170,10 +170,12 @@ class ArrivingQemuGuest implements ArrivingGuest {
         'x-ignore-shared',
         'late-block-activate',
       ]);
-      guest.#watch();
       guest.#incoming = await placeForDeviceState(attachment.qmp, attachment.uid);
+      guest.#watch();
       return guest;
     } catch (error) {
+      // It is as it was, and waits on for another guest.
+      if (guest.#settings) await restoreSettings(attachment.qmp, guest.#settings).catch(() => {});
       await attachment.close();
       throw error;
     }

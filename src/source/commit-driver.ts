@@ -69,6 +69,7 @@ export class CommitDriver {
   #settled = deferred<Settlement>();
   #late: Settlement | null = null;
   #paused: Deferred<PausedGuest> = deferred();
+  #stillPaused: PausedGuest['stillPaused'];
   #pauseAbort = new AbortController();
   /** The error behind a cause, so that the caller gets the original with its facts. */
   #error: MemferryError | null = null;
@@ -112,6 +113,18 @@ export class CommitDriver {
 
   message(message: DestinationMessage): void {
     this.#dispatch({ type: 'message', message });
+  }
+
+  /** READY. Nothing comes between the guest's word that it still stands and GRANT. */
+  ready(message: Extract<DestinationMessage, { type: 'ready' }>): void {
+    if (this.committed || !this.#stillPaused) {
+      this.message(message);
+      return;
+    }
+    this.#stillPaused().then(
+      () => this.message(message),
+      (error) => this.fail(error),
+    );
   }
 
   connectionLost(error: MemferryError): void {
@@ -241,6 +254,7 @@ export class CommitDriver {
         await this.#unpause();
         throw new MemferryError('PAUSE_FAILED', 'pause() must give the execution state as a Uint8Array');
       }
+      this.#stillPaused = paused.stillPaused;
       this.#dispatch({ type: 'paused' });
       this.#paused.resolve(paused);
     } catch (error) {

@@ -159,7 +159,7 @@ class Parking {
     );
     this.#held.engine = engine;
     const link = images.home.commitLink(image, {
-      onMessage: (message) => driver.message(message),
+      onMessage: (message) => (message.type === 'ready' ? driver.ready(message) : driver.message(message)),
       onLost: (error) => driver.connectionLost(error),
     });
     const driver: CommitDriver = new CommitDriver(guest, {
@@ -209,7 +209,6 @@ class Parking {
         'PREPARE_TIMEOUT',
         `onTicket did not end within ${options.prepareTimeoutMs} ms`,
       );
-      await paused.stillPaused?.();
       driver.transferred();
     })().catch((error) => driver.fail(error));
     const settlement = await driver.settled;

@@ -56,8 +56,12 @@ export class SourceSession {
 
   /** Throws when there is no connection; a connection's end is told by `onLost`. */
   send(message: SourceMessage, binary: Uint8Array | null = null): void {
-    if (!this.#channel) throw new MemferryError('CHANNEL_LOST', 'there is no control connection');
-    void this.#channel.send(message, binary);
+    const channel = this.#channel;
+    if (!channel) throw new MemferryError('CHANNEL_LOST', 'there is no control connection');
+    // One that cannot go ends the connection, with that as the reason: what comes behind it would make no sense.
+    channel.send(message, binary).catch((error) => {
+      if (!channel.reason) channel.destroy(error);
+    });
   }
 
   /** Drops the connection, if any, and dials a new one; resolves when the destination has taken it up. */
@@ -135,6 +139,7 @@ export class SourceSession {
       incoming: destinationMessage,
       peerTimeoutMs: this.config.peerTimeoutMs,
       maxBinaryBytes: 2 ** 32 - 1,
+      admits: () => null,
     });
     this.#channel = channel;
     this.#reading = this.#read(channel);

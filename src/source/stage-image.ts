@@ -2,6 +2,7 @@
  * The image of a guest that is about to leave: which servers, and the image made at each of them. And what is said of
  * the guest itself, to a destination or with a parked image. JavaScript thread.
  */
+import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { ResolvedMigrateOptions } from '../options.js';
 import { untilAborted, whileOpening } from '../protocol/bounded.js';
@@ -10,6 +11,9 @@ import { makeImageSecret } from '../staging/image-secret.js';
 import { ImageSet, imageConnection } from '../staging/image-set.js';
 import { chooseServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
+
+/** With what else an offer says, it stays below a control message's bound. */
+const maxDescriptionBytes = 192 * 1024;
 
 export interface ImageOrder {
   guest: Guest;
@@ -54,8 +58,12 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   );
 }
 
-/** `lengths` as they are now: what a destination allocates. */
+/**
+ * `lengths` as they are now: what a destination allocates.
+ * @throws INVALID_ARGUMENT for a description that cannot be told
+ */
 export function describeGuest(guest: Guest, lengths: readonly number[]): ParkedGuest {
+  checkDescription(guest.description);
   return {
     name: guest.name,
     module: guest.module,
@@ -67,4 +75,21 @@ export function describeGuest(guest: Guest, lengths: readonly number[]): ParkedG
       pageSize: region.pageSize,
     })),
   };
+}
+
+function checkDescription(description: unknown): void {
+  let json: string | undefined;
+  try {
+    json = JSON.stringify(description);
+  } catch (cause) {
+    const why = cause instanceof Error ? cause.message : String(cause);
+    throw new MemferryError('INVALID_ARGUMENT', `the guest's description is not JSON: ${why}`, { cause });
+  }
+  const bytes = json === undefined ? 0 : Buffer.byteLength(json);
+  if (bytes <= maxDescriptionBytes) return;
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    `the guest's description has ${bytes} bytes of JSON; ${maxDescriptionBytes} are allowed`,
+    { facts: { bytes, limit: maxDescriptionBytes } },
+  );
 }

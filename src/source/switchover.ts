@@ -1,6 +1,6 @@
 /**
  * The switchover: from the pause until all is there that PREPARE needs, when the commit's state machine goes on by
- * itself; and the last look at the guest before GRANT. JavaScript thread.
+ * itself. JavaScript thread.
  */
 import { MemferryError } from '../errors.js';
 import type { PausedGuest } from '../guest.js';
@@ -78,7 +78,7 @@ export class Switchover {
    */
   onReady(ready: Ready): void {
     this.#switched.then(
-      () => this.#grant(ready),
+      () => this.context.commit.ready(ready),
       () => {},
     );
   }
@@ -91,19 +91,5 @@ export class Switchover {
     this.#paused = paused;
     await this.context.followGrowth();
     return paused;
-  }
-
-  /** Nothing comes between the guest's word that it stands and GRANT. */
-  #grant(ready: Ready): void {
-    const { commit } = this.context;
-    const look = commit.committed ? undefined : this.#paused?.stillPaused;
-    if (!look) {
-      commit.message(ready);
-      return;
-    }
-    look().then(
-      () => commit.message(ready),
-      (error) => commit.fail(error),
-    );
   }
 }

@@ -13,7 +13,7 @@ import { z } from 'zod';
 import { isLoopback } from '../control/address.js';
 import { loadSecret, type SecretChoice } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
-import { defaultAnnounceGroup, parseAddress } from '../options.js';
+import { defaultAnnounceGroup, parseGroup } from '../options.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { type Announcement, announcementSchema } from '../protocol/stage-messages.js';
 
@@ -122,7 +122,6 @@ export class Announcer {
   #closed = false;
 
   constructor(private readonly config: AnnouncerConfig) {
-    checkGroup(config.group.host);
     this.#boot = `${Date.now().toString(16).padStart(12, '0')}-${config.boot}`;
     this.#socket = createSocket({ type: 'udp4', reuseAddr: true });
     this.#socket.unref();
@@ -183,8 +182,7 @@ export interface DiscoverOptions extends SecretChoice {
  */
 export async function discover(options: DiscoverOptions = {}): Promise<HeardServer[]> {
   const { timeoutMs = 2500, signal = new AbortController().signal } = options;
-  const group = parseAddress(options.group ?? defaultAnnounceGroup);
-  checkGroup(group.host);
+  const group = parseGroup(options.group ?? defaultAnnounceGroup);
   // On loopback the automatic secret will do; elsewhere nobody else has it, and nobody is heard.
   const secret = await loadSecret(options, { loopback: true });
   const heard = new HeardServers(secret);
@@ -235,15 +233,6 @@ function join(socket: Socket, group: string, address: string | undefined): boole
 function interfaceOf(host: string): string | null {
   if (isLoopback(host)) return '127.0.0.1';
   return isIPv4(host) && host !== '0.0.0.0' ? host : null;
-}
-
-function checkGroup(host: string): void {
-  const first = Number(host.split('.')[0]);
-  if (isIPv4(host) && first >= 224 && first <= 239) return;
-  throw new MemferryError(
-    'INVALID_ARGUMENT',
-    `${host} is not an IPv4 multicast group (224.0.0.0 to 239.255.255.255)`,
-  );
 }
 
 function macOf(secret: Uint8Array, json: Uint8Array): Buffer {

@@ -70,15 +70,14 @@ export class StageConnection implements Opener {
     let said: Said;
     let part: Uint8Array | null = null;
     try {
-      if (binary && message.type !== 'state') {
-        throw new MemferryError('PROTOCOL_ERROR', `'${message.type}' with a binary part`);
-      }
       [said, part] = this.#carryOut(message, binary);
     } catch (error) {
       const { code, message: text } = toPeer(error, 'SYSTEM');
       const reason = error instanceof MemferryError ? error.facts['reason'] : null;
       said = { type: 'declined', code, message: text, reason: typeof reason === 'string' ? reason : null };
     }
+    // Who is told that it is gone may make another at once, and counts on its memory.
+    if (message.type === 'dissolve' || message.type === 'drop') await this.images.givenBack(message.image);
     await this.channel.send({ ...said, request } as Answer, part);
   }
 

@@ -60,8 +60,8 @@ export interface StagedImageConfig {
   parkTtlMs: number | null;
   /** The park's commit has an outcome. */
   decided(state: DestinationState): void;
-  /** Nothing is left of it. */
-  gone(cause: DissolveCause): void;
+  /** Nobody finds it any more; resolves when its memory is free. */
+  gone(cause: DissolveCause, givenBack: Promise<void> | null): void;
 }
 
 export class StagedImage {
@@ -241,9 +241,8 @@ export class StagedImage {
 
   /** The server ends: timers stop, nothing is decided any more. */
   close(): void {
-    this.#timers.stopAll();
+    this.#timers.close();
     this.#park?.fail(new MemferryError('CANCELLED', 'the VMD server was closed'));
-    this.#timers.stopAll();
   }
 
   #mustBeMigrating(what: string): void {
@@ -337,8 +336,10 @@ export class StagedImage {
     this.#timers.stopAll();
     this.#openers.clear();
     this.#holders.clear();
-    native(() => this.#stage.drop(this.bytes));
-    this.config.gone(cause);
+    this.config.gone(
+      cause,
+      native(() => this.#stage.drop(this.bytes)),
+    );
     // A source that is READY hears at once that its guest will not be parked.
     this.#park?.fail(new MemferryError('VMD_LOST', `the image is gone (${cause})`));
   }

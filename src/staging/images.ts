@@ -8,6 +8,7 @@ import type { NativeStage } from '../native.js';
 import type { DissolveCause } from '../protocol/image-claims.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import type { CreateImage, StageStatus } from '../protocol/stage-messages.js';
+import { warn } from '../tell-listeners.js';
 import { StagedImage } from './image.js';
 
 /** Images that are gone and still known by name: enough to say why, bounded. */
@@ -36,6 +37,9 @@ export class StagedImages {
   readonly tombstones = new Tombstones();
   readonly #images = new Map<string, StagedImage>();
   readonly #gone = new Map<string, DissolveCause>();
+  readonly #givingBack = new Map<string, Promise<void>>();
+
+  #closed = false;
 
   constructor(private readonly config: StagedImagesConfig) {}
 
@@ -51,6 +55,7 @@ export class StagedImages {
   /** Throws VMD_CAPACITY, VMD_REFUSED, PROTOCOL_ERROR, PLAINTEXT_REQUIRED; then nothing has happened. */
   create(create: CreateImage, secret: Uint8Array, domainKey: Uint8Array | null = null): StagedImage {
     const { maxImages, stage } = this.config;
+    if (this.#closed) throw new MemferryError('CANCELLED', 'the VMD server was closed');
     const id = create.image;
     if (this.#images.has(id) || this.#gone.has(id) || this.tombstones.has(id)) {
       throw new MemferryError('VMD_REFUSED', 'an image with this id is, or was, here already', {
@@ -76,12 +81,15 @@ export class StagedImages {
         create,
         secret,
         decided: (state) => this.tombstones.record(id, state),
-        gone: (cause) => this.#forget(id, cause),
+        gone: (cause, givenBack) => this.#forget(id, cause, givenBack),
       });
       this.#images.set(id, image);
       return image;
     } catch (error) {
-      native(() => stage.drop(bytes));
+      this.#awaitMemory(
+        id,
+        native(() => stage.drop(bytes)),
+      );
       throw error;
     }
   }
@@ -136,7 +144,9 @@ export class StagedImages {
     });
   }
 
+  /** Clients are still there, and what they ask for is answered; but no image is made, and no timer runs. */
   close(): void {
+    this.#closed = true;
     for (const image of [...this.#images.values()]) image.close();
   }
 
@@ -164,7 +174,20 @@ export class StagedImages {
     }
   }
 
-  #forget(id: string, cause: DissolveCause): void {
+  /** The memory of an image that is gone, or of all of them, is there again. Never rejects. */
+  async givenBack(id?: string): Promise<void> {
+    await (id === undefined ? Promise.all(this.#givingBack.values()) : this.#givingBack.get(id));
+  }
+
+  #awaitMemory(id: string, givenBack: Promise<void> | null): void {
+    const over = Promise.resolve(givenBack)
+      .catch((error) => warn('the memory of an image was not given back', error, 'MEMFERRY_STAGE_DROP'))
+      .then(() => void this.#givingBack.delete(id));
+    this.#givingBack.set(id, over);
+  }
+
+  #forget(id: string, cause: DissolveCause, givenBack: Promise<void> | null): void {
+    this.#awaitMemory(id, givenBack);
     this.#images.delete(id);
     this.#gone.set(id, cause);
     if (this.#gone.size <= maxRemembered) return;

@@ -4,6 +4,7 @@
  */
 import { MemferryError, native } from '../errors.js';
 import type { NativeStage } from '../native.js';
+import { warn } from '../tell-listeners.js';
 import { memberRoles, stageTokens } from './image-secret.js';
 
 /** A guest each, or a host: more than a server has guests to hold. */
@@ -63,7 +64,7 @@ export class StagedMembers {
     try {
       native(() => this.stage.addSession(bytes, theSession, memberRoles, tokens));
     } catch (error) {
-      native(() => this.stage.drop(bytes));
+      this.#drop(bytes);
       throw error;
     }
     this.#members.set(member, { joiner, domain });
@@ -74,18 +75,25 @@ export class StagedMembers {
   leave(joiner: Joiner, member: string): boolean {
     if (this.#members.get(member)?.joiner !== joiner) return false;
     this.#members.delete(member);
-    return native(() => this.stage.drop(Buffer.from(member, 'hex')));
+    return native(() => this.#drop(Buffer.from(member, 'hex')));
   }
 
   leaveAll(joiner: Joiner): void {
     for (const member of this.#of(joiner)) {
       this.#members.delete(member);
       try {
-        this.stage.drop(Buffer.from(member, 'hex'));
+        this.#drop(Buffer.from(member, 'hex'));
       } catch {
         // The stage is closed, and everything with it.
       }
     }
+  }
+
+  /** A membership holds next to nothing: nobody waits for it. */
+  #drop(member: Uint8Array): boolean {
+    const ended = this.stage.drop(member);
+    ended?.catch((error) => warn('a membership was not ended', error, 'MEMFERRY_STAGE_DROP'));
+    return ended !== null;
   }
 
   #of(joiner: Joiner): string[] {

@@ -12,12 +12,7 @@ import { HandshakeGate } from '../control/gate.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage, NativeStageConfig } from '../native.js';
-import {
-  parseAddress,
-  type ResolvedStageOptions,
-  resolveStageOptions,
-  type StageOptions,
-} from '../options.js';
+import { parseGroup, type ResolvedStageOptions, resolveStageOptions, type StageOptions } from '../options.js';
 import { type Announcement, stageRequest, type StageStatus } from '../protocol/stage-messages.js';
 import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
@@ -51,6 +46,8 @@ export interface StageRuntime {
 /** Authenticated connections at a time: each costs buffers, and an announcement a second. */
 const maxConnections = 1024;
 const announceMs = 1000;
+/** On their way here, of all connections together, of the largest size that is allowed; most are much smaller. */
+const mostStatesAtOnce = 4;
 
 /**
  * Serves memory to migrations.
@@ -171,6 +168,7 @@ class StageServer implements Staging {
     this.#images.close();
     await Promise.all([...this.#connections.keys()].map((channel) => channel.close()));
     this.#listener.close();
+    await this.#images.givenBack();
     this.stage.close();
   }
 
@@ -186,6 +184,7 @@ class StageServer implements Staging {
     const channel: StageChannel = new ControlChannel(session, {
       incoming: stageRequest,
       maxBinaryBytes: this.options.maxStateBytes,
+      admits: ({ type }) => (type === 'state' ? this.#stateBytesFree() : null),
       peerTimeoutMs: this.options.peerTimeoutMs,
     });
     if (this.#connections.size >= maxConnections || this.#closing.signal.aborted) {
@@ -207,6 +206,13 @@ class StageServer implements Staging {
     }
   }
 
+  /** States that come lie outside the server's memory until they are whole. */
+  #stateBytesFree(): number {
+    let free = mostStatesAtOnce * this.options.maxStateBytes;
+    for (const channel of this.#connections.keys()) free -= channel.binaryBytes;
+    return Math.max(0, free);
+  }
+
   #announcement(): Announcement {
     const { memoryBytes, freeBytes } = this.stage.stats();
     const { rack, bandwidth } = this.options;
@@ -221,7 +227,7 @@ class StageServer implements Staging {
 
   #makeAnnouncer(group: string): Announcer {
     return new Announcer({
-      group: parseAddress(group),
+      group: parseGroup(group),
       secret: this.secret,
       boot: randomBytes(8).toString('hex'),
       host: this.host,

@@ -301,6 +301,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
       channel: new ControlChannel(session, {
         incoming: stageAnswer,
         maxBinaryBytes: this.maxStateBytes,
+        admits: ({ type }) => (type === 'claimed' ? this.maxStateBytes : null),
         ...(peerTimeoutMs === undefined ? {} : { peerTimeoutMs }),
       }),
       sessionKey: session.sessionKey,

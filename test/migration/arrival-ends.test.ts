@@ -17,9 +17,38 @@ afterEach(async () => {
   await closeProxies();
 });
 
+/** At the source: nothing writes its memory. */
+function still() {
+  const region = Region.allocate({ lengthBytes });
+  for (const view of region.views) view.fill(7);
+  return {
+    ...{ name: 'still', module: null, regions: [{ name: 'memory', region }] },
+    ...{ pause: async () => Buffer.from('state'), unpause: () => {} },
+  };
+}
+
+/** At the destination. */
+function received(bytes: number) {
+  const region = Region.allocate({ lengthBytes: bytes });
+  return {
+    regions: [region],
+    ...{ prepare: async () => {}, resume: () => {}, abandon: () => {} },
+  };
+}
+
+/** The codes of the process's warnings from here on. */
+function warningsHere(): () => (string | undefined)[] {
+  const codes: (string | undefined)[] = [];
+  const note = (warning: Error & { code?: string }) => codes.push(warning.code);
+  process.on('warning', note);
+  open.push(() => process.off('warning', note));
+  return () => codes;
+}
+
 async function start(
   options: { mode: 'post-copy' | 'scatter'; verify: boolean; bandwidth?: number; gatherLimit?: number },
   via: string[] = [],
+  lost?: () => void,
 ): Promise<{
   arrival: Arrival;
   proxy: TcpProxy;
@@ -36,18 +65,11 @@ async function start(
     recoverTimeoutMs,
     bandwidth,
     gatherLimit,
+    ...(lost ? { accept: () => ({ ...received(lengthBytes), lost }) } : {}),
   });
   open.push(() => listening.close());
   const proxy = await TcpProxy.start(listening.port);
-  const region = Region.allocate({ lengthBytes });
-  for (const view of region.views) view.fill(7);
-  const guest = {
-    name: 'still',
-    module: null,
-    regions: [{ name: 'memory', region }],
-    pause: async () => Buffer.from('state'),
-    unpause: () => {},
-  };
+  const guest = still();
   const to = `127.0.0.1:${proxy.port}`;
   const migration = migrate(guest, {
     ...{ to, mode, verify, secret, recoverTimeoutMs, inDoubtTimeoutMs: 2000 },
@@ -137,13 +159,10 @@ describe('a listener that is closed as soon as every page is here', () => {
 
 test('a listener is closed when the guests that it abandons are', async () => {
   let abandoned = false;
-  const region = Region.allocate({ lengthBytes });
   const listening = await listen({
     ...{ port: 0, secret, recoverTimeoutMs },
     accept: () => ({
-      regions: [region],
-      prepare: async () => {},
-      resume: () => {},
+      ...received(lengthBytes),
       abandon: async () => {
         await new Promise((resolve) => setTimeout(resolve, 300));
         abandoned = true;
@@ -151,13 +170,7 @@ test('a listener is closed when the guests that it abandons are', async () => {
     }),
   });
   open.push(() => listening.close());
-  const source = Region.allocate({ lengthBytes });
-  for (const view of source.views) view.fill(7);
-  const guest = {
-    ...{ name: 'still', module: null, regions: [{ name: 'memory', region: source }] },
-    ...{ pause: async () => Buffer.from('state'), unpause: () => {} },
-  };
-  const migration = migrate(guest, {
+  const migration = migrate(still(), {
     ...{ to: `127.0.0.1:${listening.port}`, secret, recoverTimeoutMs, holdSwitchover: true },
   });
   migration.done.catch(() => {});
@@ -168,4 +181,64 @@ test('a listener is closed when the guests that it abandons are', async () => {
   await listening.close();
   expect(abandoned).toBe(true);
   await expect(migration.done).rejects.toThrow();
+});
+
+test.each([
+  [
+    'throws',
+    () => {
+      throw new Error('not now');
+    },
+  ],
+  ['never ends', () => new Promise<void>(() => {})],
+])(
+  'an offer that is declined, and a guest whose abandon %s: the source hears why, and the next is taken',
+  async (_, abandon) => {
+    let short = true;
+    const warnings = warningsHere();
+    const listening = await listen({
+      ...{ port: 0, secret, recoverTimeoutMs, maxMigrations: 1, prepareTimeoutMs: 500 },
+      accept: () => ({ ...received(short ? 4096 : lengthBytes), abandon }),
+    });
+    open.push(() => listening.close());
+    const go = () => {
+      const migration = migrate(still(), { to: `127.0.0.1:${listening.port}`, secret, recoverTimeoutMs });
+      migration.evicted.catch(() => {});
+      return migration;
+    };
+    await expect(go().done).rejects.toMatchObject({ code: 'NO_MEMORY' });
+    expect(warnings()).toContain('MEMFERRY_ABANDON_THREW');
+    short = false;
+    const arrived = listening[Symbol.asyncIterator]().next();
+    await go().done;
+    expect(await (await arrived).value.complete).toMatchObject({ verified: true });
+  },
+);
+
+test.each([
+  ['no JSON', 1n, 'INVALID_ARGUMENT'],
+  ['longer than there may be', 'x'.repeat(200 * 1024), 'INVALID_ARGUMENT'],
+])('a guest whose description is %s is told so at once', async (_, description, code) => {
+  const listening = await listen({ port: 0, secret });
+  open.push(() => listening.close());
+  const migration = migrate({ ...still(), description }, { to: `127.0.0.1:${listening.port}`, secret });
+  migration.evicted.catch(() => {});
+  await expect(migration.done).rejects.toMatchObject({ code });
+});
+
+test('what lost() of a guest throws ends nothing: the pages are poisoned, and the process lives on', async () => {
+  const warnings = warningsHere();
+  const lost = () => {
+    throw new Error('not now');
+  };
+  const { arrival, proxy, migration } = await start(
+    { mode: 'post-copy', verify: false, bandwidth: 1e6 },
+    [],
+    lost,
+  );
+  await arrival.resumed;
+  proxy.cut();
+  await expect(arrival.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+  await expect(migration.done).rejects.toThrow();
+  expect(warnings()).toContain('MEMFERRY_LOST_THREW');
 });

@@ -10,8 +10,6 @@ import type { SourceMessage } from '../../src/protocol/commit.js';
 import { type Deferred, deferred } from '../../src/protocol/deferred.js';
 import { CommitDriver } from '../../src/source/commit-driver.js';
 
-const paused: PausedGuest = { state: new Uint8Array(1) };
-
 class TestGuest {
   runs = true;
   readonly pauses: Deferred<void>[] = [];
@@ -19,12 +17,13 @@ class TestGuest {
   unpausing: Promise<void> = Promise.resolve();
   readonly regions = [];
   readonly name = 'g';
+  paused: PausedGuest = { state: new Uint8Array(1) };
   async pause(): Promise<PausedGuest> {
     const asked = deferred<void>();
     this.pauses.push(asked);
     await asked.promise;
     this.runs = false;
-    return paused;
+    return this.paused;
   }
   async unpause(): Promise<void> {
     await this.unpausing;
@@ -199,3 +198,48 @@ test.each([
     await expect(one.driver.resolve('ask-again')).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
   },
 );
+
+describe('READY', () => {
+  const ready = { type: 'ready', epoch: 0 } as const;
+  async function prepared(stillPaused: () => Promise<void>) {
+    const guest = new TestGuest();
+    guest.paused = { state: new Uint8Array(1), stillPaused };
+    const { driver, said } = move(guest);
+    const pausing = driver.pause();
+    await turn();
+    guest.pauses[0]?.resolve();
+    await pausing;
+    driver.transferred();
+    return { guest, driver, said };
+  }
+
+  test('is answered by GRANT when the guest says that it still stands, not before', async () => {
+    const looked = deferred<void>();
+    let looks = 0;
+    const { driver, said } = await prepared(() => {
+      looks++;
+      return looked.promise;
+    });
+    driver.ready(ready);
+    await turn();
+    expect(said.map(({ type }) => type)).toEqual(['prepare']);
+    looked.resolve();
+    await turn();
+    expect(said.map(({ type }) => type)).toEqual(['prepare', 'grant']);
+    // Said again, as the answer to a question: the guest is not this side's to be asked any more.
+    driver.ready(ready);
+    expect(looks).toBe(1);
+    driver.message({ type: 'resumed', epoch: 0 });
+    expect(await driver.settled).toEqual({ outcome: 'departed' });
+  });
+
+  test('of a guest that somebody has let run is none: it goes on here', async () => {
+    const error = new MemferryError('GUEST_BUSY', 'it runs');
+    const { guest, driver, said } = await prepared(() => Promise.reject(error));
+    driver.ready(ready);
+    expect(await driver.settled).toEqual({ outcome: 'reclaimed', error });
+    await driver.unpaused();
+    expect(said.map(({ type }) => type)).not.toContain('grant');
+    expect(guest.runs).toBe(true);
+  });
+});

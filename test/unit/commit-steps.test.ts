@@ -256,6 +256,14 @@ describe('tombstones', () => {
     expect(() => stones.record('d', initialDestination())).toThrow(/not over/);
   });
 
+  it('answer every question, whatever anybody has asked before', () => {
+    const stones = new Tombstones();
+    stones.record('a', abandoned);
+    for (const epoch of [2 ** 31 - 1, 1]) {
+      expect(stones.answer('a', { type: 'query', epoch })).toEqual({ type: 'refused', epoch, ...cause });
+    }
+  });
+
   it('forget the oldest beyond the bound', () => {
     const stones = new Tombstones(3);
     for (const id of ['a', 'b', 'c', 'd']) stones.record(id, abandoned);

@@ -313,6 +313,27 @@ describe('a peer that breaks the rules', () => {
     expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(64 * 2 ** 20);
   });
 
+  it('sends a binary part where there is none, or more than that message may have', async () => {
+    const admits = ({ type }: AnyMessage) => (type === 'x' ? 3 : null);
+    const first = await rawPeer({ admits });
+    first.socket.write(first.seal(FrameKind.JsonWithBinary, u32(3), '{"type":"x"}'));
+    first.socket.write(first.seal(FrameKind.Chunk, 'abc'));
+    expect(await first.channel.receive()).toMatchObject({
+      message: { type: 'x' },
+      binary: Buffer.from('abc'),
+    });
+    first.socket.write(first.seal(FrameKind.JsonWithBinary, u32(4), '{"type":"x"}'));
+    await expect(first.channel.receive()).rejects.toMatchObject({
+      code: 'LIMIT_EXCEEDED',
+      facts: { bytes: 4, limit: 3 },
+    });
+    for (const bytes of [0, 1]) {
+      const other = await rawPeer({ admits });
+      other.socket.write(other.seal(FrameKind.JsonWithBinary, u32(bytes), '{"type":"y"}'));
+      await expect(other.channel.receive()).rejects.toMatchObject({ code: 'PROTOCOL_ERROR' });
+    }
+  });
+
   it('changes any bit of a frame', async () => {
     const length = (await rawPeer()).seal(FrameKind.Json, '{"type":"x"}').length;
     for (let at = 0; at < length; at++) {

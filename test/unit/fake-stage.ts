@@ -103,9 +103,14 @@ export class FakeStage implements NativeStage {
     return entry !== undefined;
   }
 
-  drop(image: Uint8Array): boolean {
+  /** Until then the memory of what is dropped is not given back. */
+  dropping: Promise<void> = Promise.resolve();
+
+  drop(image: Uint8Array): Promise<void> | null {
+    if (this.closed) throw new Error('the stage is closed');
     this.dropped.push(hexOf(image));
-    return this.images.delete(hexOf(image)) || this.members.delete(hexOf(image));
+    const there = this.images.delete(hexOf(image)) || this.members.delete(hexOf(image));
+    return there ? this.dropping : null;
   }
 
   image(image: Uint8Array): NativeImageStats | null {

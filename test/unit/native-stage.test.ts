@@ -68,7 +68,7 @@ function ended(socket: net.Socket): Promise<void> {
 }
 
 describe('NativeStage', () => {
-  it('keeps images, sessions and states', () => {
+  it('keeps images, sessions and states', async () => {
     const stage = makeStage();
     expect(stage.createImage(image, [1024, 10], 2, null)).toBe(true);
     expect(stage.addSession(image, 1, 1 << ROLE_SCATTER, tokens(4))).toBe(true);
@@ -97,7 +97,7 @@ describe('NativeStage', () => {
     expect(stats.slabBytes).toBeLessThan(MEMORY);
     expect(stats.freeBytes).toBe(stats.slabBytes - 8 * addon.pageSize);
     expect(stage.removeSession(image, 1)).toBe(true);
-    expect(stage.drop(image)).toBe(true);
+    await stage.drop(image);
     expect(stage.stats().freeBytes).toBe(stats.slabBytes);
   });
 
@@ -109,7 +109,7 @@ describe('NativeStage', () => {
     expect(stage.putState(unknown, new Uint8Array(1))).toBe(false);
     expect(stage.state(unknown)).toBe(null);
     expect(stage.seal(unknown)).toBe(false);
-    expect(stage.drop(unknown)).toBe(false);
+    expect(stage.drop(unknown)).toBe(null);
     expect(stage.image(unknown)).toBe(null);
     expect(stage.whole(unknown, [1])).toBe(null);
   });
@@ -121,7 +121,7 @@ describe('NativeStage', () => {
     expect(process.memoryUsage.rss() - before).toBeGreaterThan(stage.stats().slabBytes / 2);
     expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
     expect(stage.createImage(image, [16], 0, null)).toBe(true);
-    expect(stage.drop(image)).toBe(true);
+    await stage.drop(image);
     expect(stage.stats().freeBytes).toBe(stage.stats().slabBytes);
   });
 

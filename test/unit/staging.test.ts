@@ -1,12 +1,25 @@
 /** VMD servers and their clients over real loopback connections, pages being the native part's. */
 import { connect, type Socket } from 'node:net';
-import { afterEach, describe, expect, it } from 'vitest';
-import { handshakeAsAcceptor } from '../../src/control/handshake.js';
+import type { Duplex } from 'node:stream';
+import { afterEach, describe, expect, it, vi } from 'vitest';
+import { dial as dialControl } from '../../src/control/dial.js';
+import { FrameKind, FrameSealer } from '../../src/control/frame.js';
+import { directionKey, handshakeAsAcceptor } from '../../src/control/handshake.js';
 import { stageRoles } from '../../src/staging/image-secret.js';
 import { StageClient } from '../../src/staging/client.js';
 import { ImageSet } from '../../src/staging/image-set.js';
+import { stageOn } from '../../src/staging/server.js';
 import { Loopback, readPreface, secret as pairSecret } from './control-pair.js';
-import { connection, FakeServer, imageId, imageSecret, newImage, parkedGuest, until } from './fake-stage.js';
+import {
+  connection,
+  FakeServer,
+  imageId,
+  imageSecret,
+  newImage,
+  parkedGuest,
+  secret,
+  until,
+} from './fake-stage.js';
 
 const open: { close(): Promise<unknown> }[] = [];
 afterEach(async () => {
@@ -306,6 +319,74 @@ describe('a VMD server', () => {
     await expect(make([server])).rejects.toMatchObject({ code: 'VMD_REFUSED' });
   });
 
+  it('answers everybody while the memory of what was dropped is given back, and its owner when it is', async () => {
+    const server = await serve();
+    const set = await make([server]);
+    await set.commit();
+    let givenBack = () => {};
+    server.native.dropping = new Promise((resolve) => {
+      givenBack = resolve;
+    });
+    const operator = await dial(server);
+    let answered = false;
+    const dropped = operator.drop(imageId).finally(() => {
+      answered = true;
+    });
+    const other = await dial(server);
+    expect((await other.status()).held).toEqual([]);
+    expect(await other.drop('f'.repeat(32))).toBe(false);
+    expect(answered).toBe(false);
+    givenBack();
+    expect(await dropped).toBe(true);
+  });
+
+  it('runs no timer when it has ended: not of what its clients had open', async () => {
+    const server = await serve({ parkTtlMs: 50 });
+    const client = await dial(server, { recoverTimeoutMs: 300 });
+    await client.create(
+      { ...rest(newImage({ leaseMs: 100 })), ordinal: 0, servers: [{ name: 'a', ...server.address }] },
+      imageSecret,
+    );
+    const thrown: unknown[] = [];
+    const onThrown = (error: unknown) => thrown.push(error);
+    process.on('uncaughtException', onThrown);
+    try {
+      await server.close();
+      await new Promise((resolve) => setTimeout(resolve, 400));
+    } finally {
+      process.off('uncaughtException', onThrown);
+    }
+    expect(thrown).toEqual([]);
+    expect(server.native.dropped).toEqual([]);
+  });
+
+  it('takes binary parts with states alone, and not more than a few of the largest at a time', async () => {
+    const server = await serve({ maxStateBytes: 1000 });
+    const client = await dial(server);
+    await client.create(
+      { ...rest(newImage()), ordinal: 0, servers: [{ name: 'a', ...server.address }] },
+      imageSecret,
+    );
+    const state = { type: 'state', request: 1, image: imageId, guest: parkedGuest };
+    const held = await Promise.all(Array.from({ length: 4 }, () => announcing(server, state, 1000)));
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    expect(held.map(({ closed }) => closed)).toEqual([false, false, false, false]);
+    await expect.poll(() => refused(server, state, 1)).toBe(true);
+    held[0]?.destroy();
+    await expect.poll(() => refused(server, state, 1000)).toBe(false);
+    expect(await refused(server, { type: 'status', request: 1 }, 1)).toBe(true);
+  });
+
+  it('refuses a group that is none before it listens', async () => {
+    const listened = vi.fn();
+    const runtime = { pageSize: 4096, createStage: listened, listen: listened };
+    for (const announce of ['10.0.0.1:7077', '239.255.77.77']) {
+      const options = { memoryBytes: 64 * 2 ** 20, announce };
+      await expect(stageOn(runtime, options)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+    }
+    expect(listened).not.toHaveBeenCalled();
+  });
+
   it('ends with its clients told', async () => {
     const server = await serve();
     const client = await dial(server, { recoverTimeoutMs: 300 });
@@ -320,6 +401,31 @@ describe('a VMD server', () => {
     await expect(client.status()).rejects.toMatchObject({ code: 'PEER_LOST' });
   });
 });
+
+/** A peer that says that so many bytes come with a message, and sends none of them. */
+async function announcing(server: FakeServer, message: object, bytes: number): Promise<Duplex> {
+  const session = await dialControl({
+    ...{ ...server.address, secret: Buffer.from(secret), plaintext: true, connectTimeoutMs: 3000 },
+  });
+  const sealer = new FrameSealer(directionKey(session.sessionKey, 'dialler'));
+  const length = Buffer.alloc(4);
+  length.writeUInt32LE(bytes);
+  session.duplex.resume();
+  const frame = sealer.seal(FrameKind.JsonWithBinary, length, Buffer.from(JSON.stringify(message)));
+  session.duplex.write(Buffer.concat(frame));
+  owned({ close: async () => void session.duplex.destroy() });
+  return session.duplex;
+}
+
+/** Whether its connection is ended for that within moments. */
+async function refused(server: FakeServer, message: object, bytes: number): Promise<boolean> {
+  const peer = await announcing(server, message, bytes);
+  const ended = new Promise<boolean>((resolve) => peer.once('end', () => resolve(true)));
+  const kept = new Promise<boolean>((resolve) => setTimeout(() => resolve(false), 100));
+  const answer = await Promise.race([ended, kept]);
+  peer.destroy();
+  return answer;
+}
 
 /** To a server over a network of 2 MB a second. */
 async function slowly(server: FakeServer): Promise<{ host: string; port: number }> {
