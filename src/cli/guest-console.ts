@@ -44,6 +44,9 @@ export function parseRequest(line: string): unknown {
 export class GuestConsole {
   #lines: Interface;
   #unanswered = 0;
+  #paused = false;
+  /** By `close`, or with the input: from then on readline throws at being paused or resumed (Node 24). */
+  #closed = false;
 
   constructor(options: GuestConsoleOptions) {
     this.#lines = createInterface({ input: options.input, terminal: false });
@@ -51,10 +54,14 @@ export class GuestConsole {
       if (line.trim() === '') options.onEmptyLine?.();
       else void this.#ask(line, options);
     });
-    this.#lines.once('close', () => options.onEnd?.());
+    this.#lines.once('close', () => {
+      this.#closed = true;
+      options.onEnd?.();
+    });
   }
 
   close(): void {
+    this.#closed = true;
     this.#lines.removeAllListeners('close');
     this.#lines.close();
   }
@@ -62,7 +69,8 @@ export class GuestConsole {
   async #ask(line: string, { output, guest }: GuestConsoleOptions): Promise<void> {
     const request = parseRequest(line);
     const here = guest();
-    if (++this.#unanswered >= MOST_UNANSWERED) this.#lines.pause();
+    this.#unanswered++;
+    this.#pace();
     try {
       if (!here) throw Object.assign(new Error('no guest is here'), { code: 'NO_GUEST' });
       const reply = await here.request(request);
@@ -73,7 +81,16 @@ export class GuestConsole {
       if (output.json) output.line({ type: 'reply', request, error: { code: code ?? 'ERROR', message } });
       else output.say(`${code ?? 'ERROR'}: ${message}`);
     } finally {
-      if (--this.#unanswered < MOST_UNANSWERED) this.#lines.resume();
+      this.#unanswered--;
+      this.#pace();
     }
+  }
+
+  #pace(): void {
+    const pause = this.#unanswered >= MOST_UNANSWERED;
+    if (this.#closed || pause === this.#paused) return;
+    this.#paused = pause;
+    if (pause) this.#lines.pause();
+    else this.#lines.resume();
   }
 }
