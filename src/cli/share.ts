@@ -5,7 +5,7 @@
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { mebibytes } from '../demo/table.js';
-import { MemferryError } from '../errors.js';
+import { memferryError } from '../errors.js';
 import { type Distribution, distribute } from '../share/distribution.js';
 import { Share } from '../share/share.js';
 import { makeOutput, type Output } from './output.js';
@@ -57,9 +57,18 @@ export function addShare(program: Command): void {
 /** Pure but for the file. Exactly one of the two. */
 export function budgetOf({ budget, budgetFile }: Pick<ShareFlags, 'budget' | 'budgetFile'>): number {
   if ((budget === undefined) === (budgetFile === undefined)) {
-    throw new MemferryError('INVALID_ARGUMENT', 'either --budget or --budget-file');
+    throw memferryError('INVALID_ARGUMENT', 'either --budget or --budget-file');
   }
-  return budget ?? byteCount(readFileSync(budgetFile as string, 'utf8').trim());
+  if (budget !== undefined) return budget;
+  const text = readFileSync(budgetFile as string, 'utf8').trim();
+  try {
+    return byteCount(text);
+  } catch (cause) {
+    // Of commander's errors only those about the command line have been told.
+    throw memferryError('INVALID_ARGUMENT', `--budget-file: ${budgetFile}: ${(cause as Error).message}`, {
+      cause,
+    });
+  }
 }
 
 async function keep(flags: ShareFlags): Promise<void> {

@@ -179,6 +179,16 @@ describe('memferry share', () => {
     expect(() => budgetOf({ budget: 5, budgetFile: path })).toThrow(invalid);
   });
 
+  it('names the file whose budget is none', async () => {
+    const path = join(place.directory, 'budget');
+    writeFileSync(path, 'abc');
+    const share = command('share', '--dedup-domain', 'd', '--budget-file', path);
+    expect(await share.closed).toBe(2);
+    expect(share.errors()).toBe(
+      `memferry: INVALID_ARGUMENT: --budget-file: ${path}: write bytes, as 65536, 100M or 1.5Gi.\n`,
+    );
+  });
+
   it('fills, reports, follows its budget and ends with a signal', async () => {
     const from = join(place.directory, 'image');
     const budget = join(place.directory, 'budget');
