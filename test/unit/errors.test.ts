@@ -1,3 +1,4 @@
+import { readFileSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
 import {
   ArgumentError,
@@ -29,6 +30,11 @@ describe('errors', () => {
     }
     expect(new MemferryError('REGION_BUSY', '')).toBeInstanceOf(RegionError);
     expect(new MemferryError('PAGES_LOST', '')).toBeInstanceOf(MigrationError);
+  });
+
+  it('are in the README, each of them', () => {
+    const readme = readFileSync(new URL('../../README.md', import.meta.url), 'utf8');
+    expect(ERROR_CODES.filter((code) => !readme.includes(`\`${code}\``))).toEqual([]);
   });
 
   it('carry their facts', () => {
