@@ -192,6 +192,7 @@ async function fromMigration(
       process.stderr.write(`memferry: ${(error as { code?: string }).code}: ${(error as Error).message}\n`);
     }
   }
+  if (flags.once) throw memferryError('CANCELLED', 'interrupted');
 }
 
 function reportArrival(report: ArrivalReport, output: Output): ArrivalReport {

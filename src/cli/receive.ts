@@ -6,6 +6,7 @@ import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { type Arrival, listen } from '../destination/listen.js';
+import { memferryError } from '../errors.js';
 import { parseAddress } from '../options.js';
 import { deferred } from '../protocol/deferred.js';
 import { rehearse } from '../rehearse.js';
@@ -124,13 +125,14 @@ async function receive(flags: ReceiveFlags): Promise<void> {
         const rest = Promise.race([arrival.restHere, ended.promise]);
         const stopped = interrupted(interruption.signal);
         await account(arrival, output, reportOrRest(arrival, output, stopped, rest));
-        break;
+        return;
       }
       account(arrival, output, arrival.complete).catch((error: Error & { code?: string }) => {
         output.say(`failed: ${error.code ?? 'ERROR'}: ${error.message}`);
         output.line({ type: 'failed', id: arrival.id, code: error.code ?? 'ERROR', message: error.message });
       });
     }
+    if (flags.once) throw memferryError('CANCELLED', 'interrupted');
   } finally {
     typed.close();
     process.stdin.destroy();

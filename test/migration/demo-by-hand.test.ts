@@ -48,6 +48,13 @@ describe('a guest of one’s own', () => {
     expect(there.lines.at(-1)).toMatchObject({ type: 'report', verified: true });
   }, 60_000);
 
+  test('does not come, and a receiver that waits for it --once is interrupted', async () => {
+    const there = await receiver('--once');
+    there.child.kill('SIGINT');
+    expect(await there.closed).toBe(130);
+    expect(there.errors()).toMatch(/^memferry: CANCELLED: [^\n]*\n$/);
+  }, 30_000);
+
   test('moves at the end of its input', async () => {
     const there = await receiver('--once');
     const here = command('send', '--to', there.to, '--module', `counter=${counter}`);

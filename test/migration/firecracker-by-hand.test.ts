@@ -135,6 +135,18 @@ test('from a running migration', async () => {
   }
 });
 
+test('no migration comes, and the handler that waits for it --once is interrupted', async () => {
+  const handler = command(
+    ...written('listen', { '127.0.0.1:7071': '127.0.0.1:0' }),
+    ...secretFlags(),
+    '--once',
+  );
+  await handler.next('listening');
+  handler.child.kill('SIGTERM');
+  expect(await handler.closed).toBe(130);
+  expect(handler.errors()).toMatch(/^memferry: CANCELLED: [^\n]*\n$/);
+});
+
 test('says what is missing', async () => {
   for (const flags of [
     [],
