@@ -109,6 +109,8 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   } finally {
     typed.close();
     process.stdin.destroy();
+    // First, so that what is missing is poisoned: a guest that waits for a page cannot be ended.
+    await unparked[Symbol.asyncDispose]();
     await (here as WorkerGuest | null)?.terminate();
   }
 }

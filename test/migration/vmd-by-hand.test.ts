@@ -1,8 +1,11 @@
 /** The commands of the VMD as one types them: servers, a host evicted, a guest parked and claimed, an image dropped. */
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { describe, expect, test } from 'vitest';
 import { command as run, counter, forEachTest } from '../support/command-line.js';
+import { guestModule } from '../support/guests/by-hand.js';
+import * as w from '../support/guests/wasm-builder.js';
 
 const place = forEachTest();
 const command = (...args: string[]) => run(...args, '--secret-file', place.secretFile);
@@ -153,6 +156,43 @@ describe('park and unpark', () => {
     }
     expect(await there.closed).toBe(4);
     expect(there.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
+  }, 60_000);
+
+  test('interrupted while a guest of WebAssembly waits for a page of a server that says nothing: ends at once', async () => {
+    const only = await server('one');
+    const wasm = w.wasmModule(
+      w.types(w.func([w.I32], [w.I32]), w.func([w.I32, w.I32], [])),
+      w.functions(0, 1),
+      w.memories([0, 64]),
+      w.exports_(['memory', 2, 0], ['load', 0, 0], ['store', 0, 1]),
+      w.code([0x20, 0, 0x28, 2, 0], [0x20, 0, 0x20, 1, 0x36, 2, 0]),
+    );
+    const program = [
+      '--ticket',
+      ticket(),
+      '--module',
+      `program=${fileURLToPath(guestModule('program.mjs'))}`,
+    ];
+    const data = JSON.stringify({ wasm: Buffer.from(wasm).toString('base64') });
+    const here = command('park', ...program, '--via', only.address, '--data', data);
+    await here.next('started');
+    const call = (name: string, ...args: number[]) => JSON.stringify({ op: 'call', name, args });
+    for (let page = 0; page < 1024; page++)
+      here.child.stdin.write(`${call('store', page * 4096, page + 1)}\n`);
+    for (let page = 0; page < 1024; page++) await here.next('reply');
+    here.child.stdin.write('\n');
+    expect(await here.closed, here.errors()).toBe(0);
+
+    const there = command('unpark', ...program, '--gather-limit', '64Ki');
+    await there.next('resumed');
+    only.child.kill('SIGSTOP');
+    there.child.stdin.write(`${call('load', 1023 * 4096)}\n`);
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    expect(there.lines.filter(({ type }) => type === 'reply')).toEqual([]);
+    const since = performance.now();
+    there.child.kill('SIGINT');
+    expect(await there.closed, there.errors()).toBe(130);
+    expect(performance.now() - since).toBeLessThan(5000);
   }, 60_000);
 
   test('it comes back to a host that kept what it was: only what changed comes', async () => {
