@@ -30,6 +30,7 @@ import {
   startGuest,
 } from './leaving-guest.js';
 import { connectionOptions } from './connection-flags.js';
+import { untilKnown } from './in-doubt.js';
 import { LiveProgress } from './live-progress.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
@@ -157,15 +158,18 @@ async function move(
     ...options,
   });
   const shown = show(migration, mode, output);
-  const evicted = migration.evicted.then((report) => {
-    output.line({ type: 'evicted', ...report });
+  const outcome = async () => {
+    const evicted = migration.evicted.then((report) => {
+      output.line({ type: 'evicted', ...report });
+      return report;
+    });
+    evicted.catch(() => {}); // `done` has the same reason
+    if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
+    const [report] = await Promise.all([migration.done, shown]);
     return report;
-  });
-  evicted.catch(() => {}); // `done` has the same reason
+  };
   // Awaited here: what is left of the migration is let go of when this function ends.
-  if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
-  const [report] = await Promise.all([migration.done, shown]);
-  return report;
+  return await untilKnown(migration, outcome, output, signal);
 }
 
 /** Read when the guest goes: whoever writes it may do so until then. */

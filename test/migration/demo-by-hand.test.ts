@@ -1,8 +1,9 @@
 /** `memferry receive` and `memferry send` as one types them into two terminals, with the counter of examples/. */
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { afterEach, describe, expect, test } from 'vitest';
 import { counter, forEachTest, command as run } from '../support/command-line.js';
+import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
 const place = forEachTest();
 const command = (...args: string[]) => run(...args, '--secret-file', place.secretFile);
@@ -10,7 +11,7 @@ const command = (...args: string[]) => run(...args, '--secret-file', place.secre
 async function receiver(...args: string[]) {
   const there = command('receive', '--listen', '127.0.0.1:0', '--module', `counter=${counter}`, ...args);
   const { port } = await there.next('listening');
-  return { ...there, to: `127.0.0.1:${port}` };
+  return { ...there, port: port as number, to: `127.0.0.1:${port}` };
 }
 
 describe('a guest of one’s own', () => {
@@ -126,6 +127,52 @@ describe('what is wrong is one line with a code', () => {
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: PLAINTEXT_REQUIRED: [^\n]*\n$/);
   }, 30_000);
+});
+
+describe('a destination that does not answer in time is asked on', () => {
+  afterEach(closeProxies);
+  const GRANT: Point = { on: 'control', direction: 'up', name: 'grant' };
+  const RESUMED: Point = { on: 'control', direction: 'down', name: 'resumed' };
+
+  /** Until `send` has said that it is in doubt. */
+  async function inDoubt(cutAt: Point) {
+    const there = await receiver();
+    const proxy = await TcpProxy.start(there.port);
+    proxy.at(cutAt, 'cut');
+    const here = command('send', '--to', `127.0.0.1:${proxy.port}`, '--module', `counter=${counter}`);
+    await here.next('started');
+    expect(await here.ask({ add: 3, slot: 1_000_000 })).toBe(3);
+    here.child.stdin.write('\n');
+    await here.next('in-doubt');
+    return { there, proxy, here };
+  }
+
+  // At once, since each takes half a minute to be in doubt.
+  test('until it says whose the guest is, or one gives up', async () => {
+    const taken = async () => {
+      const { there, proxy, here } = await inDoubt(RESUMED);
+      proxy.heal();
+      expect(await here.next('report')).toMatchObject({ mode: 'hybrid', verified: true });
+      expect(await here.closed, here.errors()).toBe(0);
+      await there.next('report');
+      expect(await there.ask({ add: 1, slot: 1_000_000 })).toBe(4);
+    };
+    const refused = async () => {
+      const { proxy, here } = await inDoubt(GRANT);
+      proxy.heal();
+      expect(await here.closed).toBe(1);
+      expect(here.errors()).toMatch(/\nmemferry: PEER_LOST: [^\n]* let run on here\n$/);
+    };
+    const givenUp = async () => {
+      const { here } = await inDoubt(GRANT);
+      here.child.kill('SIGINT');
+      expect(await here.closed).toBe(4);
+      expect(here.errors()).toMatch(
+        /^memferry: MIGRATION_IN_DOUBT: [^\n]* Ctrl-C [^\n]*\nmemferry: MIGRATION_IN/,
+      );
+    };
+    await Promise.all([taken(), refused(), givenUp()]);
+  }, 90_000);
 });
 
 describe('a guest that comes back', () => {
