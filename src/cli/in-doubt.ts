@@ -22,16 +22,20 @@ export async function untilKnown<Report>(
     return await outcome();
   } catch (error) {
     if (!isInDoubt(error) || signal.aborted) throw error;
-    output.line({ type: 'in-doubt', message: error.message });
-    process.stderr.write(
-      `memferry: ${error.code}: ${error.message}. It is asked until it answers: see to it, and to the network. ` +
-        'Ctrl-C gives up what is here of the guest\n',
-    );
+    tellDoubt(error, output);
     if ((await askOn(migration, error, signal)) === 'destination') return await outcome();
     throw memferryError('PEER_LOST', 'the destination did not take the guest, which was let run on here', {
       cause: error,
     });
   }
+}
+
+export function tellDoubt({ code, message }: MemferryError, output: Output): void {
+  output.line({ type: 'in-doubt', message });
+  process.stderr.write(
+    `memferry: ${code}: ${message}. It is asked until it answers: see to it, and to the network. ` +
+      'Ctrl-C gives up what is here of the guest\n',
+  );
 }
 
 async function askOn(

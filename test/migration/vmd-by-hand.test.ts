@@ -2,13 +2,15 @@
 import { readFileSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { describe, expect, test } from 'vitest';
+import { afterEach, describe, expect, test } from 'vitest';
 import { command as run, counter, forEachTest } from '../support/command-line.js';
 import { guestModule } from '../support/guests/by-hand.js';
+import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 import * as w from '../support/guests/wasm-builder.js';
 
 const place = forEachTest();
 const command = (...args: string[]) => run(...args, '--secret-file', place.secretFile);
+afterEach(closeProxies);
 const ticket = () => join(place.directory, 'ticket');
 
 async function server(name: string, memory = '256Mi') {
@@ -157,6 +159,39 @@ describe('park and unpark', () => {
     expect(await there.closed).toBe(4);
     expect(there.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
   }, 60_000);
+
+  // Both at once, since each takes half a minute to be in doubt.
+  test('a home server that does not answer GRANT is asked until it does, or one gives up', async () => {
+    const only = await server('one');
+    const inDoubt = async (point: Point, file: string) => {
+      const proxy = await TcpProxy.start(Number(only.address.split(':')[1]));
+      proxy.at(point, 'cut');
+      const here = command(
+        ...['park', '--ticket', join(place.directory, file), '--module', `counter=${counter}`],
+        ...['--via', `127.0.0.1:${proxy.port}`, '--after-ms', '0'],
+      );
+      await here.next('in-doubt');
+      return { proxy, here };
+    };
+    const taken = async () => {
+      const { proxy, here } = await inDoubt({ on: 'control', direction: 'down', name: 'resumed' }, 'taken');
+      proxy.heal();
+      const { image } = await here.next('report');
+      expect(await here.closed).toBe(0);
+      expect(here.errors()).toMatch(/^memferry: MIGRATION_IN_DOUBT: [^\n]* Ctrl-C [^\n]*\n$/);
+      expect(await held(only.address)).toContainEqual(
+        expect.objectContaining({ id: image, phase: 'parked' }),
+      );
+    };
+    const givenUp = async () => {
+      const { here } = await inDoubt({ on: 'control', direction: 'up', name: 'grant' }, 'given-up');
+      here.child.kill('SIGINT');
+      expect(await here.closed).toBe(4);
+      expect(here.errors()).toMatch(/\nmemferry: MIGRATION_IN_DOUBT: [^\n]*\n$/);
+      expect(statSync(join(place.directory, 'given-up')).size).toBeGreaterThan(0);
+    };
+    await Promise.all([taken(), givenUp()]);
+  }, 90_000);
 
   test('interrupted while a guest of WebAssembly waits for a page of a server that says nothing: ends at once', async () => {
     const only = await server('one');
