@@ -95,7 +95,7 @@ export type RegionBase =
 
 /** The destination's side of a guest. */
 export interface ArrivingGuest {
-  /** In the order of the offer, each at least as long as offered. Their content is discarded. */
+  /** In the order of the offer, each as long as offered (`capacityBytes` may be more). Their content is discarded. */
   readonly regions: readonly Region[];
   /** What the regions start from, in their order; null or absent: from nothing. */
   readonly bases?: readonly (RegionBase | null | undefined)[];

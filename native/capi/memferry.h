@@ -389,7 +389,7 @@ struct memferry_offer {
 struct memferry_acceptance {
   size_t size;
   void* guest; /* given to the callbacks below */
-  /* As many as were offered, each at least as long. The array is copied, the handles stay the embedder's. */
+  /* As many as were offered, each as long. The array is copied, the handles stay the embedder's. */
   memferry_region* const* regions;
   size_t region_count;
   int accepts_module; /* an offer with a module is declined without: a peer never chooses what code runs */

@@ -28,6 +28,9 @@ bool Arrival::accepted() {
       const Region& region = *guest_->regions()[i];
       if (region.bytes() < offered[i].length_bytes)
         throw Failure("NO_MEMORY", "region '" + offered[i].name + "' is too short here");
+      // What is beyond is nobody's to send, and would be waited for.
+      if (region.bytes() > offered[i].length_bytes)
+        throw Failure("PREPARE_FAILED", "region '" + offered[i].name + "' is longer here than it is offered");
       if (region.page_size() != offered[i].page_size)
         throw Failure("LIMIT_EXCEEDED", "pages of " + std::to_string(offered[i].page_size) +
                                             " bytes; here they have " + std::to_string(region.page_size()));

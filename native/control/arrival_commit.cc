@@ -1,5 +1,6 @@
 // What the commit's state machine decides is carried out.
 #include <algorithm>
+#include <new>
 #include <utility>
 
 #include "control/arrival.h"
@@ -31,7 +32,13 @@ void Arrival::dispatch(DestinationEvent event) {
     turns_.pop_front();
     const bool decided = step.state.final() && !commit_.final();
     commit_ = step.state;
-    if (decided && config_.decided) config_.decided(commit_);
+    if (decided && config_.decided) {
+      try {
+        config_.decided(commit_);
+      } catch (const std::bad_alloc&) {
+        // No memory to remember it by: a late question gets no answer then, but what is decided is done.
+      }
+    }
     for (const DestinationAction& action : step.actions) carry_out(action);
   }
 }

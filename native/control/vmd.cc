@@ -103,8 +103,8 @@ void ParkedImage::serve(const std::vector<std::shared_ptr<Region>>& regions, Eng
   if (regions.size() != guest_.regions.size())
     throw std::invalid_argument("regions: not as many as the guest has");
   for (std::size_t i = 0; i < regions.size(); ++i) {
-    if (regions[i]->bytes() < guest_.regions[i].length_bytes)
-      throw std::invalid_argument("regions: one is too short");
+    if (regions[i]->bytes() != guest_.regions[i].length_bytes)
+      throw std::invalid_argument("regions: one is not as long as the guest's");
   }
   ReceiverConfig config;
   config.regions = regions;

@@ -14,6 +14,7 @@ ArrivalMap::ArrivalMap(std::shared_ptr<Region> region, bool memory_is_empty, boo
       unnamed(region->capacity_pages()),
       lost(region->capacity_pages()),
       poisoned(region->capacity_pages()),
+      failing(region->capacity_pages()),
       region_(std::move(region)),
       pages_(region_->pages()) {
   if (!memory_is_empty) present.set_run({PageNumber{0}, pages()});

@@ -13,6 +13,7 @@
 //   unnamed              suspect, and the source has not been told yet
 //   lost                 (paging) will never come; `received` too, so that nobody installs it any more
 //   poisoned             a lost page that fails to be read
+//   failing              whatever it is, it was made to fail
 //
 //   paging: received, neither present nor zero = being installed right now by the thread that claimed it.
 #pragma once
@@ -50,6 +51,7 @@ class ArrivalMap {
   AtomicBitmap unnamed;
   AtomicBitmap lost;
   AtomicBitmap poisoned;
+  AtomicBitmap failing;
 
   [[nodiscard]] std::uint64_t missing() const {
     const std::uint64_t all = pages();

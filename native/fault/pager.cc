@@ -27,8 +27,15 @@ Pager::Pager(std::vector<ArrivalMap*> maps, std::function<void(std::string, std:
   // Not one for faults of user code alone: system calls on a missing page would fail with EFAULT.
   if (std::any_of(maps_.begin(), maps_.end(), ours)) own_ = Userfaultfd::open(wanted_features(huge), false);
   if (own_ && (own_->features() & abi::kUffdFeaturePoison) == 0) failing_.emplace();
-  take_attached();
-  thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
+  try {
+    take_attached();
+    thread_.start("mf-faults", [this](WorkerThread& self) { run(self); });
+  } catch (...) {
+    // Who touches what was registered by then would wait for nobody.
+    unregister_attached();
+    let_go_attached();
+    throw;
+  }
 }
 
 Pager::~Pager() { stop(); }
@@ -97,16 +104,7 @@ void Pager::stop() {
     // Nothing was ever served: there is no guest here, and whoever waits in its memory need not. Or what is missing
     // fails by now: the rest (zeros that nobody has read, what the owner has dropped) is ordinary memory, and would be
     // waited for in vain, since the owner keeps its userfaultfd.
-    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-      if (!attached_[region].events) continue;
-      for (const Extent& extent : maps_[region]->region().extents()) {
-        try {
-          (void)uffd_of(region).unregister(extent.start, extent.bytes);
-        } catch (const SystemError&) {
-          // Moved or mapped anew since.
-        }
-      }
-    }
+    unregister_attached();
   }
   serving_.store(false, std::memory_order_release);
   if (own_) own_->close();

@@ -206,6 +206,7 @@ class Pager {
     bool events = false;  // they are this pager's to read
   };
   void take_attached();
+  void unregister_attached();
   void let_go_attached();
   void serve_attached();
   void deliver_all();

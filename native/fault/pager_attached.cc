@@ -43,28 +43,35 @@ void check_registered(Region& memory) {
 
 // Registered before anything of it is there: who touches it at its owner's waits, and populates nothing.
 void Pager::take_attached() {
-  try {
-    for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-      const ArrivalMap& map = *maps_[region];
-      Region& memory = map.region();
-      if (!memory.owner()) continue;
-      if (memory.uffd() == nullptr) {
-        throw std::invalid_argument(
-            "memory of another process can only be paged by a userfaultfd of its own");
-      }
-      Attached& own = attached_[region];
-      if (!memory.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
-      own.events = true;
-      if ((memory.uffd()->enabled() & kLayoutEvents) != 0)
-        own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
-      if (memory.remote()) own.room = std::make_unique<AtomicBitmap>(memory.capacity_pages());
-      memory.check_attached("page");
-      register_memory(region);
-      check_registered(memory);
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    Region& memory = map.region();
+    if (!memory.owner()) continue;
+    if (memory.uffd() == nullptr) {
+      throw std::invalid_argument("memory of another process can only be paged by a userfaultfd of its own");
     }
-  } catch (...) {
-    let_go_attached();
-    throw;
+    Attached& own = attached_[region];
+    if (!memory.begin_events()) throw std::invalid_argument("another pager has this memory's userfaultfd");
+    own.events = true;
+    if ((memory.uffd()->enabled() & kLayoutEvents) != 0)
+      own.removed = std::make_unique<AtomicBitmap>(memory.capacity_pages());
+    if (memory.remote()) own.room = std::make_unique<AtomicBitmap>(memory.capacity_pages());
+    memory.check_attached("page");
+    register_memory(region);
+    check_registered(memory);
+  }
+}
+
+void Pager::unregister_attached() {
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    if (!attached_[region].events) continue;
+    for (const Extent& extent : maps_[region]->region().extents()) {
+      try {
+        (void)uffd_of(region).unregister(extent.start, extent.bytes);
+      } catch (const SystemError&) {
+        // Not registered; or moved, or mapped anew since.
+      }
+    }
   }
 }
 

@@ -177,7 +177,7 @@ void Pager::arrived(std::uint32_t region, PageRun run) {
     const std::lock_guard lock(mutex_);
     waiting_.take(region, run, [&](const WaitingFault& fault) {
       if (fault.remote) latencies_.record(now - fault.seen);
-      if (attached_[region].removed) again.push_back(fault.page);
+      if (!fault.probe) again.push_back(fault.page);
     });
   }
   // The page may have been discarded since it was installed, and a fault that came of that before it was marked present

@@ -78,14 +78,22 @@ void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
   if (huge_[region]) return poison_huge(region, run, patience);
   ArrivalMap& map = *maps_[region];
   bool again = false;
-  map.for_each_run(run, [&](PageRun part) {
-    const Poisoned outcome = poison_part(region, part, patience);
-    if (outcome == Poisoned::kAgain) {
-      again = true;
-      raise_again(region, part.first);
-    }
-    if (outcome == Poisoned::kCannot) make_failing(region, part);
-  });
+  for (PageNumber from = run.first;;) {
+    // A page that somebody has faulted on fails no more, if it ever did: its owner may have discarded it since.
+    const auto left = patience == Patience::kOwnThread ? std::optional(run)
+                                                       : map.failing.next_clear(from, run.end(), run.count);
+    if (!left) break;
+    from = left->end();
+    map.for_each_run(*left, [&](PageRun part) {
+      const Poisoned outcome = poison_part(region, part, patience);
+      if (outcome == Poisoned::kAgain) {
+        again = true;
+        raise_again(region, part.first);
+      }
+      if (outcome == Poisoned::kCannot) make_failing(region, part);
+    });
+    if (patience == Patience::kOwnThread) break;
+  }
   if (again) return;
   const std::lock_guard lock(mutex_);
   waiting_.take(region, run, [](const WaitingFault&) {});
@@ -94,7 +102,7 @@ void Pager::poison(std::uint32_t region, PageRun run, Patience patience) {
 // kCannot when the kernel cannot do it (before Linux 6.6), or has no memory for it, or says that pages are gone which are
 // mapped.
 Pager::Poisoned Pager::poison_part(std::uint32_t region, PageRun part, Patience patience) {
-  const ArrivalMap& map = *maps_[region];
+  ArrivalMap& map = *maps_[region];
   Userfaultfd& uffd = uffd_of(region);
   if ((uffd.features() & abi::kUffdFeaturePoison) == 0) return Poisoned::kCannot;
   const OwnerAddress start = map.region().owner_address(part.first);
@@ -109,12 +117,20 @@ Pager::Poisoned Pager::poison_part(std::uint32_t region, PageRun part, Patience 
     } catch (const SystemError&) {
       return Poisoned::kCannot;
     }
+    map.failing.set_run({PageNumber{part.first.value + done / page_size}, result.bytes_done / page_size});
     done += result.bytes_done;
     if (result.bytes_done > 0) most = bytes;
     if (result.outcome == PageOutcome::kExists) {
-      // Poisoned before, or populated by whoever broke the rules: what is there is not the guest's content.
-      if (!poison_populated(region, PageNumber{part.first.value + done / page_size}))
-        return Poisoned::kCannot;
+      const PageNumber there{part.first.value + done / page_size};
+      // It fails already; or it was on its way when it was listed as missing, and has come; or the fault that asks for
+      // it is an old one. Else whoever broke the rules has populated it: what is there is not the guest's content.
+      const bool come = map.received.test(there) && !map.lost.test(there);
+      if (!come && !map.failing.test(there) && patience != Patience::kOwnThread) {
+        if (!poison_populated(region, there)) return Poisoned::kCannot;
+        map.failing.set(there);
+      } else {
+        uffd.wake(start.plus(done), page_size);
+      }
       done += page_size;
     } else if (result.outcome == PageOutcome::kGone) {
       if (letting_go_.load() || result.error == ESRCH) return Poisoned::kDone;
@@ -168,7 +184,8 @@ bool Pager::poison_populated(std::uint32_t region, PageNumber page) {
 // Another mapping over the pages, that fails when it is touched. Where that would take too many mappings, coarser, but
 // no access goes through: one over all of the region takes none beside its own.
 void Pager::make_failing(std::uint32_t region, PageRun part) {
-  const ArrivalMap& map = *maps_[region];
+  ArrivalMap& map = *maps_[region];
+  map.failing.set_run(part);
   // Another process's memory cannot be made to fail so, and it may not read zeros.
   if (map.region().owner()) return map.region().owner()->end();
   const std::span<std::byte> own = map.region().contiguous(part);

@@ -180,7 +180,14 @@ void SourcePager::run(WorkerThread& self) {
       {
         const std::unique_lock whole(layout_);
         count = memory_.uffd()->read_events(events);
-        for (std::size_t i = 0; i < count; ++i) on_event(events[i]);
+        for (std::size_t i = 0; i < count; ++i) {
+          // One that fails keeps nobody from the others, which are read for good.
+          try {
+            on_event(events[i]);
+          } catch (const std::exception& error) {
+            tell(EventKind::kFailed, "SYSTEM", error.what());
+          }
+        }
       }
       for (std::size_t i = 0; i < count; ++i) {
         if (events[i].event != UFFD_EVENT_PAGEFAULT) continue;
@@ -252,7 +259,7 @@ void SourcePager::serve(PageNumber page, std::vector<std::byte>& buffer) {
   if (losses_.lost(page)) return;  // it is being poisoned, which wakes whoever waits
   std::uint64_t lacking = 1;
   while (lacking < SequentialDetector::kLargestWindow && page.value + lacking < pages_ &&
-         !ledger_.test(PageNumber{page.value + lacking})) {
+         !ledger_.test(PageNumber{page.value + lacking}) && !losses_.lost(PageNumber{page.value + lacking})) {
     ++lacking;
   }
   const auto advice = detector_.fault(0, page, lacking);
@@ -313,7 +320,8 @@ SourcePager::Outcome SourcePager::install(PageRun run, const std::byte* bytes) {
     }
     if (outcome == PageOutcome::kExists) {
       const PageNumber there{run.first.value + done++};
-      if (!brought(there)) {
+      // It may have been lost, and poisoned, before it could be read after all.
+      if (!brought(there) && !losses_.lost(there)) {
         memory_.owner()->end();  // it would read what is not its own
         throw SystemError("page " + std::to_string(there.value) +
                               " is populated, though nobody has brought it: its owner was ended",

@@ -68,19 +68,22 @@ export function describeError(error: unknown, debug: boolean): { text: string; e
   if (error instanceof CommanderError) {
     return { text: '', exitCode: error.exitCode === 0 ? 0 : exitCodes.usage };
   }
-  const { code, message, stack, cause } = Object(error) as {
+  const { code, message, stack, cause, facts } = Object(error) as {
     code?: unknown;
     message?: unknown;
     stack?: unknown;
     cause?: unknown;
+    facts?: { fromPeer?: unknown };
   };
   const name = typeof code === 'string' ? code : 'ERROR';
   const firstLine = String(typeof message === 'string' ? message : error).replace(/\s*\n\s*/g, ' ');
   const lines = [`memferry: ${name}: ${firstLine}`];
   if (debug && typeof stack === 'string') lines.push(stack);
   if (debug && cause instanceof Error) lines.push(`caused by: ${cause.stack ?? cause.message}`);
-  const exitCode =
-    isErrorCode(name) || name in codesWithTheirOwnExit ? codesWithTheirOwnExit[name] : undefined;
+  // That the other side was interrupted is no reason to say so of this one.
+  const theirs = name === 'CANCELLED' && facts?.fromPeer === true;
+  const known = !theirs && (isErrorCode(name) || name in codesWithTheirOwnExit);
+  const exitCode = known ? codesWithTheirOwnExit[name] : undefined;
   return { text: `${lines.join('\n')}\n`, exitCode: exitCode ?? exitCodes.failed };
 }
 

@@ -163,12 +163,15 @@ export class Acceptance {
     const given = this.#given;
     const guest = accept ? await accept(given, { signal: this.host.closing }) : allocateGuest(given);
     const offered = this.received.offer.guest.regions;
-    const short = offered.findIndex(
-      (wanted, index) => (guest.regions[index]?.lengthBytes ?? 0) < wanted.lengthBytes,
-    );
-    if (short >= 0) {
+    for (const [index, { name, lengthBytes }] of offered.entries()) {
+      const here = guest.regions[index]?.lengthBytes ?? 0;
+      if (here === lengthBytes) continue;
       await abandonGuest(guest, this.#given.name, prepareTimeoutMs);
-      throw new MemferryError('NO_MEMORY', `region '${offered[short]?.name}' is too short here`);
+      if (here < lengthBytes) throw new MemferryError('NO_MEMORY', `region '${name}' is too short here`);
+      // What is beyond is nobody's to send, and would be waited for.
+      throw new MemferryError('PREPARE_FAILED', `region '${name}' is longer here than it is offered`, {
+        facts: { expected: lengthBytes, got: here },
+      });
     }
     return guest;
   }

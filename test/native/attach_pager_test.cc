@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "fake_source.h"
+#include "os/process_maps.h"
 #include "owner_process.h"
 #include "page/owner_watch.h"
 
@@ -71,6 +72,22 @@ class AttachPager : public testing::TestWithParam<bool> {
 };
 INSTANTIATE_TEST_SUITE_P(Memory, AttachPager, testing::Bool(),
                          [](const auto& of) { return of.param ? "Shared" : "Private"; });
+
+// Its owner keeps the userfaultfd, and would wait for ever at what is registered and nobody serves.
+TEST_P(AttachPager, OneThatCannotBeMadeLeavesNothingRegistered) {
+  own();
+  const OwnerProcess without({.pages = 8, .shared = GetParam(), .hidden_uffd = true});
+  const std::shared_ptr<Region> good = bench->regions[0];
+  ArrivalMap first(good, true, false);
+  ArrivalMap second(without.attach(), true, false);
+  EXPECT_THROW(Pager({&first, &second}, [](const std::string&, const std::string&) {}),
+               std::invalid_argument);
+  std::uint64_t paged = 0;
+  for_each_paged_area([&](OwnerAddress start, OwnerAddress end) { paged += end.value - start.value; },
+                      good->owner().get());
+  EXPECT_EQ(paged, 0U);
+  EXPECT_EQ(owner->ask(Op::kRead, 3), 0U);
+}
 
 TEST_P(AttachPager, RoundsThenTheSwitchThenFaultsAndThePush) {
   own();

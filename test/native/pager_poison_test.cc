@@ -2,6 +2,7 @@
 // another mapping takes their place (native/os/failing_memory). Both are held to the same here; which one it is depends
 // on the kernel that the test runs on.
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -187,6 +189,112 @@ TEST_F(PagerPoison, SharedMemoryFailsInThisMapping) {
   pager_->stop();
   expect_right(5);
   for (const std::uint64_t number : {0, 4, 6, 15}) expect_fails(number);
+}
+
+// As a receiver that is closed does, and one whose pages were lost before: what fails goes on failing in the same way, and
+// what is here stays. So many runs are more than may have a mapping of their own.
+TEST_F(PagerPoison, PoisoningAgainChangesNothing) {
+  constexpr std::uint64_t kPages = 20'000;
+  for (const bool shared : {true, false}) {
+    std::optional<Mapping> mapping;
+    if (shared) {
+      const int file = ::memfd_create("memferry-test", MFD_CLOEXEC);
+      ASSERT_GE(file, 0);
+      ASSERT_EQ(::ftruncate(file, static_cast<off_t>(kPages * kPage)), 0);
+      mapping = Mapping::shared(file, kPages * kPage);
+      ::close(file);
+      start(Region::adopt({{mapping->start(), mapping->size()}}, mapping->size()));
+    } else {
+      start(Region::allocate(kPages * kPage));
+    }
+    for (std::uint64_t number = 1; number < kPages; number += 2) ASSERT_TRUE(install(number).intact);
+    const std::uint64_t areas = areas_of_this_process();
+    for (int times = 0; times < 3; ++times) pager_->poison_missing();
+    if ((Userfaultfd::probe().features & abi::kUffdFeaturePoison) != 0) {
+      EXPECT_EQ(areas_of_this_process(), areas);
+    }
+    pager_->stop();
+    for (const std::uint64_t number : {0U, 9998U, 19'998U}) expect_fails(number);
+    for (std::uint64_t number = 1; number < kPages; number += 2) {
+      ASSERT_EQ(FailingAccess::load(page(number)), std::to_integer<int>(content_of(number))) << number;
+    }
+  }
+}
+
+// What has come in full stays, though it was missing when poisoning began.
+TEST_F(PagerPoison, WhatIsInstalledMeanwhileIsNotPoisoned) {
+  constexpr std::uint64_t kPages = 32'768;
+  const int rounds = test::kSanitized ? 2 : 6;
+  for (int round = 0; round < rounds; ++round) {
+    start(Region::allocate(kPages * kPage));
+    std::vector<std::uint64_t> installed;
+    std::atomic<bool> go{false};
+    std::thread installer([&] {
+      while (!go) std::this_thread::yield();
+      for (std::uint64_t number = kPages - 8; number > kPages / 2; number -= 8) {
+        if (!install(number, 8).intact) break;
+        installed.push_back(number);
+      }
+    });
+    std::thread reader([&] {
+      while (!go) std::this_thread::yield();
+      const int got = FailingAccess::load(page(kPages - 1));
+      EXPECT_TRUE(got == -SIGBUS || got == std::to_integer<int>(content_of(kPages - 8))) << got;
+    });
+    go = true;
+    pager_->poison_missing();
+    installer.join();
+    reader.join();
+    for (const std::uint64_t number : installed) {
+      for (std::uint64_t at = number; at < number + 8; ++at)
+        ASSERT_EQ(FailingAccess::load(page(at)), std::to_integer<int>(content_of(number))) << "page " << at;
+    }
+    pager_->poison_missing();
+    pager_->stop();
+    for (const std::uint64_t number : installed)
+      ASSERT_EQ(FailingAccess::load(page(number)), std::to_integer<int>(content_of(number))) << number;
+    expect_fails(0);
+  }
+}
+
+// A guest discards a page at the moment at which it has come, before its installer has noted that: it waits for zeros, not
+// for ever.
+TEST_F(PagerPoison, WhoDiscardsAPageThatHasJustComeReadsZeros) {
+  constexpr std::uint64_t kPages = 4096;
+  start(Region::allocate(kPages * kPage));
+  const auto on_one_cpu = [] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(0, &one);
+    ::sched_setaffinity(0, sizeof one, &one);
+  };
+  std::atomic<bool> done{false};
+  std::atomic<std::uint64_t> at{0};
+  std::thread guest([&] {
+    on_one_cpu();
+    for (std::uint64_t number = 0; number < kPages && FailingAccess::load(page(number)) >= 0; ++number) {
+      at = number;
+      ::madvise(page(number), kPage, MADV_DONTNEED);
+      const int got = FailingAccess::load(page(number));
+      if (got < 0) break;
+      EXPECT_EQ(got, 0) << "page " << number;
+    }
+    done = true;
+  });
+  std::thread installer([&] {
+    on_one_cpu();
+    // Whom its install wakes runs at once, and it goes on when that waits again.
+    const sched_param idle{};
+    ::sched_setscheduler(0, SCHED_IDLE, &idle);
+    for (std::uint64_t number = 0; number < kPages; ++number) install(number);
+  });
+  installer.join();
+  for (int looks = 0; !done && looks < 2000; ++looks)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_TRUE(done) << "waits at page " << at;
+  pager_->poison_missing();  // whoever waits for ever in vain
+  pager_->stop();
+  guest.join();
 }
 
 // Whatever the order in which a page is installed and given up by two threads: it has its content or it fails.
