@@ -34,6 +34,10 @@ struct Image::Entry {
   [[nodiscard]] Slab::Slot content() const { return slot - 1; }
   [[nodiscard]] bool known() const { return zero() || first != 0; }
   [[nodiscard]] bool hashed() const { return !zero() && holders().first != wire::Holders::kDestination; }
+  // Whether its record is for good, and of this content.
+  [[nodiscard]] bool settled(std::uint64_t content_hash) const {
+    return final != 0 && !zero() && (!hashed() || hash == content_hash);
+  }
 };
 
 namespace {
@@ -149,10 +153,13 @@ bool Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot>
                   const std::optional<Chain>& by) {
   std::vector<Slab::Slot> twice;
   const std::uint64_t stored = change(region, run, true, by, [&](std::uint64_t at, const Entry& before) {
-    Entry to = Entry::of(holders);
+    const std::uint64_t hash = hashes[static_cast<std::size_t>(at)];
+    const bool settled = before.settled(hash);
+    Entry to = Entry::of(settled ? before.holders() : holders);
+    to.final = settled ? 1 : 0;
     to.shared = shared ? 1 : 0;
     to.slot = slots[static_cast<std::size_t>(at)] + 1;
-    to.hash = hashes[static_cast<std::size_t>(at)];
+    to.hash = hash;
     // A reference to what the page is already: one count is enough.
     if (before.slot == to.slot) twice.push_back(before.content());
     return to;
@@ -164,7 +171,8 @@ bool Image::store(std::uint32_t region, PageRun run, std::span<const Slab::Slot>
 
 bool Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders,
                         const std::optional<Chain>& by) {
-  const std::uint64_t stored = change(region, run, false, by, [&](std::uint64_t, const Entry&) {
+  const std::uint64_t stored = change(region, run, false, by, [&](std::uint64_t, const Entry& before) {
+    if (before.final != 0 && before.zero()) return before;
     Entry to = Entry::of(holders);
     to.slot = Entry::kZeroSlot;
     return to;
@@ -173,7 +181,10 @@ bool Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders
 }
 
 bool Image::forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by) {
-  return change(region, run, true, by, [](std::uint64_t, const Entry&) { return Entry{}; }) == run.count;
+  const std::uint64_t forgotten = change(region, run, true, by, [](std::uint64_t, const Entry& before) {
+    return before.final != 0 ? before : Entry{};
+  });
+  return forgotten == run.count;
 }
 
 bool Image::apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,

@@ -98,6 +98,8 @@ class Image {
 
   // All of these replace what was known of the pages; a run must lie inside its region. False when `by` has
   // ended: then only a part was changed, or nothing.
+  // What the map says for good (see apply_map()) stands until the map itself says otherwise: what still comes of such a
+  // page is the same once more, late or because a holder was lost.
   // Takes over one count of each slot, whatever it gives.
   // `shared`: they came by a reference.
   bool store(std::uint32_t region, PageRun run, std::span<const Slab::Slot> slots,
@@ -105,7 +107,7 @@ class Image {
              const std::optional<Chain>& by = {});
   bool store_zeros(std::uint32_t region, PageRun run, wire::Holders holders,
                    const std::optional<Chain>& by = {});
-  // What was known is out of date, and what is newer is not here.
+  // What was known is out of date, and what is newer is not here. What is known for good is not out of date, and stays.
   bool forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by = {});
   // What the source says. Content stays only where this server is among the holders and it is the content meant.
   // `final`: it is what the guest left its source with; nothing will be said of these pages that is newer.

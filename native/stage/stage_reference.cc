@@ -6,8 +6,9 @@
 namespace memferry {
 
 // What it takes over is stored as if it had come; the rest is told to the writer, who sends it plainly, and what was
-// held of it before is out of date like that of a page that came torn. But for what the page is here already: the
-// writer may have sent it, count on it, and have been told elsewhere that it is known by a name that leads nowhere.
+// held of it before is out of date like that of a page that came torn. But for what the page is here already (the
+// writer may have sent it, count on it, and have been told elsewhere that it is known by a name that leads nowhere), and
+// for what the map says for good.
 bool WritingConnection::on_reference(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   Image& image = *place_.image;

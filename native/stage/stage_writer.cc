@@ -1,7 +1,8 @@
 // Connections that write: pages, zeros and barriers from a source or from another server, the map from a source.
 //
 // A page that does not get here, for want of room or because its checksum does not fit, is told to the writer
-// (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again.
+// (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again. But for what
+// the map says for good: such a page comes late, when its source counts on what is here or elsewhere already.
 #include <algorithm>
 
 #include "page/hash.h"
@@ -106,7 +107,7 @@ void WritingConnection::take_slots(std::uint32_t region, PageRun run) {
   Slab& slab = *place_.common->slab;
   const std::uint64_t here = slab.take(run.count, slots_);
   if (here == run.count) return;
-  // What these pages were before is out of date anyway, and may be the room that is missing.
+  // What these pages were before is mostly out of date anyway, and may be the room that is missing.
   place_.image->forget(region, {PageNumber{run.first.value + here}, run.count - here}, by_);
   slab.take(run.count - here, slots_);
 }

@@ -232,6 +232,48 @@ TEST_F(DedupStage, WhatIsNotHereIsRefusedAndForgotten) {
   oracle.check(*bench.gather(b));
 }
 
+// What a slow server passes on when its source has sent it another way and said for good where it is: there is no room
+// for it, since the slots that it has are others' too.
+TEST_F(DedupStage, WhatIsSettledOutlivesALateCopyThatIsRefused) {
+  const auto bytes = store_some();
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  ASSERT_TRUE(source_b->barrier(1).refused.empty());
+  ASSERT_TRUE(source_a->map(0, 0, hashes_of(bytes), {0, 2}, wire::kFlagFinal));
+  const auto elsewhere = random_pages(4, 22);
+  ASSERT_TRUE(source_a->map(0, 40, hashes_of(elsewhere), {2, 3}, wire::kFlagFinal));
+  ASSERT_TRUE(source_a->barrier(2).acknowledged);
+  const ImageId filler = image_id(5);
+  const std::uint64_t many = bench.stage->stats().free_bytes / system_page_size();
+  bench.make(filler, {many});
+  const auto filling = bench.scatter(filler);
+  ASSERT_TRUE(filling->pages(0, 0, random_pages(many, 23), kHere));
+  ASSERT_TRUE(filling->barrier(1).acknowledged);
+  ASSERT_EQ(bench.stage->stats().free_bytes, 0u);
+
+  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 1);
+  ASSERT_TRUE(bench.stage->add_session(a, session, role_bit(StageRole::kChain), stage_tokens(a, session)));
+  const auto late = bench.connect(a, session, StageRole::kChain);
+  ASSERT_TRUE(late->pages(0, 0, bytes, {1, 0}));
+  EXPECT_EQ(late->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
+  // To what is not here any more, or by no name.
+  ASSERT_TRUE(refer(*late, 40, contents(elsewhere), {1, 0}));
+  EXPECT_EQ(late->barrier(2).refused, (std::vector<StageClient::Refused>{{0, 40, 4}}));
+
+  const auto gather = bench.gather(a);
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 0, bytes);
+  oracle.check(*gather);
+  const auto map = gather->read_map();
+  ASSERT_EQ(map.runs.size(), 2u);
+  EXPECT_EQ(map.runs[0].header.page_count, 16u);
+  EXPECT_EQ(map.runs[0].header.tag, (Holders{0, 2}).tag());
+  EXPECT_EQ(map.runs[1].header.first_page, 40u);
+  EXPECT_EQ(map.runs[1].header.page_count, 4u);
+  EXPECT_EQ(map.runs[1].header.tag, (Holders{2, 3}).tag());
+  for (const auto& run : map.runs) EXPECT_EQ(run.header.flags, wire::kFlagFinal);
+}
+
 // Its source may have sent it plainly and count on it, and heard of a name since that leads nowhere.
 TEST_F(DedupStage, WhatThePageIsAlreadyIsHeldThoughNobodyNamedIt) {
   const auto bytes = random_pages(8, 21);

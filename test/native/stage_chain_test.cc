@@ -6,6 +6,7 @@
 #include <chrono>
 #include <thread>
 
+#include "packed.h"
 #include "stage/stage_chain.h"
 #include "stage_client.h"
 #include "wire/socket.h"
@@ -280,6 +281,130 @@ TEST(StageChain, WhatASourceSentBeforeItCameAgainCountsNoMoreOnceAnotherServerSa
   ImageOracle oracle({kPages});
   oracle.content(0, 0, newer);
   oracle.check(*replica.gather(id));
+}
+
+// A replica's server on which the source has settled some pages, and the chain that still brings copies of them: their
+// first server was slow, so they have gone another way.
+class LateCopies : public ::testing::Test {
+ protected:
+  static constexpr std::uint64_t kMemory = 16ULL << 20U;
+  static constexpr std::uint64_t kCopies = 8;
+  static constexpr std::uint64_t kSlots = kMemory / 4096;
+  static constexpr std::uint64_t kFirst = kSlots - kCopies;  // of what comes late: the last to find no room
+  void SetUp() override {
+    if (system_page_size() != 4096) GTEST_SKIP() << "written for pages of 4 KiB";
+    replica.make(id, {kSlots}, 1);
+    const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 0);
+    ASSERT_TRUE(
+        replica.stage->add_session(id, session, role_bit(StageRole::kChain), stage_tokens(id, session)));
+    source = replica.scatter(id);
+    late = replica.connect(id, session, StageRole::kChain);
+    ASSERT_TRUE(late->frame(chain_of(epoch_of(0))));
+  }
+  void fill() {
+    ASSERT_TRUE(source->pages(0, 0, random_pages(kFirst, 4), {1, Holders::kNobody}));
+    ASSERT_TRUE(source->barrier(1).acknowledged);
+    ASSERT_EQ(replica.stage->stats().free_bytes, 0U);
+  }
+  void settle(Holders holders) {
+    ASSERT_TRUE(source->map(0, kFirst, hashes_of(bytes), holders, wire::kFlagFinal));
+    ASSERT_TRUE(source->barrier(2).acknowledged);
+  }
+  void expect_settled(Holders holders, bool zero = false) {
+    const auto gather = replica.gather(id, attempt++);
+    bool found = false;
+    for (const auto& run : gather->read_map().runs) {
+      if (run.header.first_page + run.header.page_count <= kFirst) continue;
+      found = true;
+      EXPECT_EQ(run.header.first_page, kFirst);
+      EXPECT_EQ(run.header.page_count, kCopies);
+      EXPECT_EQ(run.header.tag, holders.tag());
+      EXPECT_EQ(run.header.flags, wire::kFlagFinal | (zero ? wire::kFlagZero : 0));
+      const auto hashes =
+          std::as_bytes(std::span(expected)).first(zero ? 0 : kCopies * sizeof(std::uint64_t));
+      EXPECT_TRUE(std::equal(hashes.begin(), hashes.end(), run.payload.begin(), run.payload.end()));
+    }
+    EXPECT_TRUE(found) << "nothing is known of them any more";
+  }
+  const ImageId id = image_id(1);
+  StageBench replica{kMemory};
+  std::unique_ptr<StageClient> source;
+  std::unique_ptr<StageClient> late;
+  const std::vector<std::byte> bytes = packable_bytes(kCopies * 4096, 1);
+  const std::vector<std::uint64_t> expected = hashes_of(bytes);
+  const std::vector<StageClient::Refused> all{{0, kFirst, kCopies}};
+  std::uint32_t attempt = 0;
+};
+
+// The record says for good that others hold them.
+TEST_F(LateCopies, ThatAreRefusedLeaveTheRecord) {
+  ASSERT_NO_FATAL_FAILURE(fill());
+  ASSERT_NO_FATAL_FAILURE(settle({2, 3}));
+  ASSERT_TRUE(late->pages(0, kFirst, bytes, kTwice));
+  EXPECT_EQ(late->barrier(1).refused, all);
+  expect_settled({2, 3});
+  const auto packed_bytes = packed(wire::kFlagLz4, bytes);
+  const auto send_packed = [&](std::uint16_t flags, std::span<const std::byte> payload) {
+    const wire::FrameHeader header =
+        encoded_header(flags, 0, kFirst, bytes, payload.size(), 4096, kTwice.tag());
+    return late->wire().raw(&header, sizeof header) && late->wire().raw(payload.data(), payload.size());
+  };
+  ASSERT_TRUE(send_packed(wire::kFlagLz4, packed_bytes));
+  EXPECT_EQ(late->barrier(2).refused, all);
+  expect_settled({2, 3});
+  wire::FrameHeader torn = StageClient::pages_header(0, kFirst, bytes, kTwice);
+  ++torn.checksum;
+  ASSERT_TRUE(late->wire().raw(&torn, sizeof torn) && late->wire().raw(bytes.data(), bytes.size()));
+  EXPECT_EQ(late->barrier(3).torn, 1U);
+  expect_settled({2, 3});
+  // Room for what they come as, and for nothing else.
+  ASSERT_TRUE(source->zeros(0, 0, (packed_bytes.size() + 4095) / 4096, {1, Holders::kNobody}));
+  ASSERT_TRUE(source->barrier(3).acknowledged);
+  ASSERT_TRUE(send_packed(wire::kFlagLz4, std::span(packed_bytes).first(packed_bytes.size() - 1)));
+  EXPECT_EQ(late->barrier(4).torn, 1U);
+  expect_settled({2, 3});
+}
+
+// One of the two copies that the source counts on.
+TEST_F(LateCopies, ThatAreRefusedLeaveTheCopyThatIsCountedOn) {
+  ASSERT_TRUE(source->pages(0, kFirst, bytes, {1, Holders::kNobody}));
+  ASSERT_NO_FATAL_FAILURE(settle({1, 2}));
+  ASSERT_NO_FATAL_FAILURE(fill());
+  ImageOracle oracle({kSlots});
+  oracle.content(0, kFirst, bytes);
+  ASSERT_TRUE(late->pages(0, kFirst, bytes, kTwice));
+  EXPECT_EQ(late->barrier(1).refused, all);
+  wire::FrameHeader torn = StageClient::pages_header(0, kFirst, bytes, kTwice);
+  ++torn.checksum;
+  ASSERT_TRUE(late->wire().raw(&torn, sizeof torn) && late->wire().raw(bytes.data(), bytes.size()));
+  EXPECT_EQ(late->barrier(2).torn, 1U);
+  expect_settled({1, 2});
+  oracle.check(*replica.gather(id, attempt++), 0, kFirst, kCopies);
+}
+
+TEST_F(LateCopies, ThatFindRoomLeaveTheRecord) {
+  for (const Holders holders : {Holders{2, 3}, Holders{1, 2}}) {
+    ASSERT_NO_FATAL_FAILURE(settle(holders));
+    ASSERT_TRUE(late->pages(0, kFirst, bytes, kTwice));
+    EXPECT_TRUE(late->barrier(1).acknowledged);
+    expect_settled(holders);
+  }
+  ASSERT_TRUE(source->map_bare(0, kFirst, kCopies, {2, 3}, wire::kFlagFinal | wire::kFlagZero));
+  ASSERT_TRUE(source->barrier(3).acknowledged);
+  ASSERT_TRUE(late->zeros(0, kFirst, kCopies, kTwice));
+  EXPECT_TRUE(late->barrier(2).acknowledged);
+  expect_settled({2, 3}, true);
+}
+
+// Their holders were lost: they come again, and the record after them.
+TEST_F(LateCopies, ThatAreMeantAreHeld) {
+  ASSERT_NO_FATAL_FAILURE(settle({2, 3}));
+  ASSERT_TRUE(source->pages(0, kFirst, bytes, {1, Holders::kNobody}));
+  ASSERT_NO_FATAL_FAILURE(settle({1, Holders::kNobody}));
+  expect_settled({1, Holders::kNobody});
+  ImageOracle oracle({kSlots});
+  oracle.content(0, kFirst, bytes);
+  oracle.check(*replica.gather(id, attempt++));
 }
 
 TEST_F(ChainTest, WhatIsOverIsPassedOnBeforeWhatComesAfterIt) {

@@ -154,10 +154,11 @@ class StageClient {
         wire::make_header(wire::FrameType::kZero, region, {PageNumber{first}, count}, holders.tag()));
   }
   bool map(std::uint32_t region, std::uint64_t first, std::span<const std::uint64_t> hashes,
-           wire::Holders holders) {
-    return frame(
-        wire::make_header(wire::FrameType::kMap, region, {PageNumber{first}, hashes.size()}, holders.tag()),
-        std::as_bytes(hashes));
+           wire::Holders holders, std::uint16_t flags = 0) {
+    wire::FrameHeader header =
+        wire::make_header(wire::FrameType::kMap, region, {PageNumber{first}, hashes.size()}, holders.tag());
+    header.flags = flags;
+    return frame(header, std::as_bytes(hashes));
   }
   bool map_bare(std::uint32_t region, std::uint64_t first, std::uint64_t count, wire::Holders holders,
                 std::uint16_t flags) {
