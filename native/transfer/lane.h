@@ -42,7 +42,8 @@ class Lane {
   static constexpr std::uint64_t kMostRefusalsAPage = 2;
   // After so many frames a barrier: compressed, many fit into kBatchBytes.
   static constexpr std::size_t kBatchFrames = kMostRefusals / 4;
-  // Not acknowledged, at most, where each is small: the window does not bound those.
+  // Not acknowledged, at most, where each is small: the window does not bound those. Well below the barriers that a
+  // server keeps for one that hesitates (ScatterAnswers::kMostBarriers).
   static constexpr std::size_t kMostBatches = 64;
 
   struct Batch {
@@ -96,7 +97,9 @@ class Lane {
                        [&](const Batch& batch) { return batch.holders.second == ordinal; });
   }
   [[nodiscard]] bool has_room() const { return outstanding_ + open_.bytes < window_; }
-  [[nodiscard]] bool has_room_for_small_batch() const { return has_room() && batches_.size() < kMostBatches; }
+  // However much else it has in hand: eviction waits for records, and they are few bytes.
+  [[nodiscard]] bool has_room_for_record() const { return batches_.size() < kMostBatches; }
+  [[nodiscard]] bool has_room_for_small_batch() const { return has_room() && has_room_for_record(); }
   [[nodiscard]] bool idle() const { return batches_.empty() && open_.bytes == 0; }
   // When the oldest batch was sent, or became the oldest; none when idle.
   [[nodiscard]] std::optional<Clock::time_point> waiting_since() const;

@@ -41,7 +41,9 @@ wire::Holders Scatter::holders_for(const Way& way) const {
 }
 
 bool Scatter::takes_more(const Way& way) {
-  return !way.stalled && !way.full && !way.lane.owes() && way.lane.has_room();
+  // Servers keep so many barriers; the destination answers each at once.
+  const bool room = way.server == Way::kNobody ? way.lane.has_room() : way.lane.has_room_for_small_batch();
+  return !way.stalled && !way.full && !way.lane.owes() && room;
 }
 
 bool Scatter::may_take(const Way& way) const { return !dry_ && !way.demand && takes_more(way); }
@@ -72,10 +74,13 @@ bool Scatter::run(Way& way, const std::function<bool()>& over, std::string& cut)
       std::unique_lock lock(mutex_);
       for (;;) {
         if (closing_ || !way.open || ended()) return false;
-        records = way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
+        const bool untold =
+            way.listener != Way::kNobody && where_.anything_untold(static_cast<unsigned>(way.listener));
         // When all is evicted the destination is still told what it has not heard, as long as this connection stays.
-        const bool telling = records && kind_ == Kind::kPush;
+        const bool telling = untold && kind_ == Kind::kPush;
         if (!begun_ && !server && !telling) return true;
+        // Else every page that somebody else acknowledges would be a barrier here. The next answer wakes this thread.
+        records = untold && way.lane.has_room_for_record();
         chunk = begun_ && wants_work(way);
         references = may_refer(way);
         if (records || chunk || references || way.lane.anything_open()) break;

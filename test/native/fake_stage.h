@@ -91,6 +91,17 @@ class FakeStage {
     stalled = now;
     changed.notify_all();
   }
+  // Reads on and answers no barrier; false: answers those too that have come meanwhile.
+  void hold_acks(bool now) {
+    const std::lock_guard lock(mutex);
+    holds_acks = now;
+    if (now) return;
+    for (wire::FrameHeader& answer : held_acks) {
+      wire::seal(answer);
+      for (auto& stream : streams_) (void)stream->send_all(std::as_bytes(std::span(&answer, 1)));
+    }
+    held_acks.clear();
+  }
   template <typename Done>
   bool wait_for(Done done) {
     std::unique_lock lock(mutex);
@@ -109,6 +120,8 @@ class FakeStage {
   std::map<Key, Page> pages;
   std::map<Key, Record> records;
   std::map<std::uint32_t, std::uint64_t> chains_over;  // by ordinal, the epoch
+  bool holds_acks = false;                             // on one connection: see hold_acks()
+  std::vector<wire::FrameHeader> held_acks;
   unsigned hellos = 0;
   unsigned deltas = 0;  // frames
   // With so many pages, at once: a test's thread may be late.
@@ -240,7 +253,9 @@ class FakeStage {
           chains_over[h.region] = h.tag;
           break;
         case wire::FrameType::kBarrier:
-          if (!forget_acks) answers.push_back(wire::make_header(wire::FrameType::kBarrierAck, 0, {}, h.tag));
+          if (forget_acks) break;
+          (holds_acks ? held_acks : answers)
+              .push_back(wire::make_header(wire::FrameType::kBarrierAck, 0, {}, h.tag));
           break;
         default:
           ADD_FAILURE() << "frame type " << h.type << " to a server";

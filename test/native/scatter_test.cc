@@ -236,6 +236,44 @@ TEST_F(ScatterTest, AFastDestinationGetsEverythingDirectly) {
   expect_evicted();
 }
 
+// A server answers when its replica has, and ends a connection of too many barriers. What others acknowledge meanwhile
+// is told it a record at a time, each behind a barrier.
+TEST_F(ScatterTest, AServerThatHesitatesIsAskedForFewAnswersAtATime) {
+  make({4000}, 1);
+  block_direct();
+  stages[0]->hold_acks(true);
+  SenderConfig with = config();
+  with.stall_timeout = 60s;
+  into_postcopy(std::move(with));
+  sender->start_push();
+  const auto barriers = [&] { return stages[0]->held_acks.size(); };
+  ASSERT_TRUE(stages[0]->wait_for([&] { return barriers() > 0; }));
+  // From the end: what the ways have not come to.
+  std::uint64_t page = 4000;
+  for (int more = 0; more < 20 && page > 0;) {
+    --page;
+    peer->request_fault(0, page);
+    ASSERT_TRUE(peer->wait_for([&] {
+      return std::any_of(peer->seen.rbegin(), peer->seen.rend(), [&](const SeenFrame& frame) {
+        return frame.channel == kChannels && frame.header.first_page == page;
+      });
+    }));
+    // Its barrier comes when no other fault has for a moment.
+    std::this_thread::sleep_for(8ms);
+    const std::lock_guard lock(stages[0]->mutex);
+    if (barriers() >= Lane::kMostBatches) ++more;
+  }
+  {
+    const std::lock_guard lock(stages[0]->mutex);
+    EXPECT_EQ(barriers(), Lane::kMostBatches);
+  }
+  stages[0]->hold_acks(false);
+  events.expect(kEvicted);
+  expect_evicted();
+  const std::lock_guard lock(stages[0]->mutex);
+  EXPECT_EQ(stages[0]->hellos, 1u);
+}
+
 TEST_F(ScatterTest, AServerThatStopsReadingIsGivenUpAndItsPagesGoAgain) {
   make({4000}, 2);
   block_direct();
@@ -886,12 +924,14 @@ TEST(LaneTest, ABatchIsOfOneKindAndOfSoManyFrames) {
   EXPECT_FALSE(lane.needs_barrier(holders, true));
   for (std::size_t i = 0; i < Lane::kMostBatches; ++i) {
     EXPECT_TRUE(lane.has_room_for_small_batch());
+    EXPECT_TRUE(lane.has_room_for_record());
     const RegionRun frame{0, run_of(i, 1)};
     lane.sent(std::span(&frame, 1), 80, holders, true);
     tag = lane.close(Lane::Clock::now());
   }
   EXPECT_TRUE(lane.has_room());
   EXPECT_FALSE(lane.has_room_for_small_batch());
+  EXPECT_FALSE(lane.has_room_for_record());
   EXPECT_TRUE(lane.acknowledged(tag + 1 - Lane::kMostBatches, Lane::Clock::now())->references);
   EXPECT_TRUE(lane.has_room_for_small_batch());
 }
