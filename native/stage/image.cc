@@ -180,9 +180,12 @@ bool Image::store_zeros(std::uint32_t region, PageRun run, wire::Holders holders
   return stored == run.count;
 }
 
-bool Image::forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by) {
-  const std::uint64_t forgotten = change(region, run, true, by, [](std::uint64_t, const Entry& before) {
-    return before.final != 0 ? before : Entry{};
+bool Image::forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by,
+                   std::span<const std::uint64_t> to_come) {
+  const std::uint64_t forgotten = change(region, run, true, by, [&](std::uint64_t at, const Entry& before) {
+    const bool same =
+        !to_come.empty() && before.held() && before.hash == to_come[static_cast<std::size_t>(at)];
+    return before.final != 0 || same ? before : Entry{};
   });
   return forgotten == run.count;
 }

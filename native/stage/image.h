@@ -107,8 +107,10 @@ class Image {
              const std::optional<Chain>& by = {});
   bool store_zeros(std::uint32_t region, PageRun run, wire::Holders holders,
                    const std::optional<Chain>& by = {});
-  // What was known is out of date, and what is newer is not here. What is known for good is not out of date, and stays.
-  bool forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by = {});
+  // What was known is out of date, and what is newer is not here. What is known for good is not out of date, and stays;
+  // so does content with the hash of what was to come, where these are given.
+  bool forget(std::uint32_t region, PageRun run, const std::optional<Chain>& by = {},
+              std::span<const std::uint64_t> to_come = {});
   // What the source says. Content stays only where this server is among the holders and it is the content meant.
   // `final`: it is what the guest left its source with; nothing will be said of these pages that is newer.
   bool apply_map(std::uint32_t region, PageRun run, wire::Holders holders, bool zero, bool final,

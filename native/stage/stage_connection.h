@@ -56,7 +56,7 @@ class WritingConnection final : public StageConnection {
   bool on_chain_over(const wire::FrameHeader& header);
   bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
-  void take_slots(std::uint32_t region, PageRun run);
+  void make_room(std::uint32_t region, PageRun run);
   bool store(const wire::FrameHeader& header);
   bool refuse_torn(const wire::FrameHeader& header);
   [[nodiscard]] bool passes_on(const wire::FrameHeader& header) const;
@@ -78,7 +78,7 @@ class WritingConnection final : public StageConnection {
   std::vector<Slab::Slot> slots_;  // one count of each is ours
   std::vector<std::uint64_t> hashes_;
   std::vector<iovec> buffers_;
-  std::vector<std::byte> scratch_;        // for pages that there is no room for
+  std::vector<std::byte> scratch_;        // for pages of one frame that there is no room for yet
   Image::Reading base_;                   // of a delta
   std::vector<Slab::Slot> packed_slots_;  // an encoded payload as it came lies in these; all ours
 };

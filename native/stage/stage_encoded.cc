@@ -35,7 +35,8 @@ bool WritingConnection::unpack(const wire::FrameHeader& header, SlotsInHand& pac
   // Before anything is forgotten for want of room: it may be a delta's base.
   if (!decode(header, *seat)) return false;
   Slab& slab = *place_.common->slab;
-  take_slots(header.region, run_of(header));
+  slab.take(header.page_count, slots_);
+  make_room(header.region, run_of(header));
   if (slots_.size() < header.page_count) {
     // Rather the pages than what they came as.
     packed.let_go();

@@ -2,8 +2,10 @@
 //
 // A page that does not get here, for want of room or because its checksum does not fit, is told to the writer
 // (kRefused), and what was held of it before is forgotten: it is out of date, and must never be read again. But for what
-// the map says for good: such a page comes late, when its source counts on what is here or elsewhere already.
+// the map says for good, or what is here already: such a page comes late, when its source counts on what is here or
+// elsewhere.
 #include <algorithm>
+#include <cstring>
 
 #include "page/hash.h"
 #include "stage/stage_connection.h"
@@ -93,23 +95,28 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
 
   const PageRun run = run_of(header);
   // What is left in hand at the end: everything when nothing was stored, else the counts for passing it on.
-  const SlotsInHand in_hand(*place_.common->slab, slots_);
-  take_slots(header.region, run);
+  Slab& slab = *place_.common->slab;
+  const SlotsInHand in_hand(slab, slots_);
+  auto here = static_cast<std::size_t>(slab.take(run.count, slots_));
   hashes_.resize(static_cast<std::size_t>(run.count));
   if (!receive_pages(hashes_)) return false;
   count_in(header.payload_bytes);
   if (wire::pages_checksum(header, hashes_) != header.checksum) return refuse_torn(header);
+  make_room(header.region, run);
+  const auto page_size = static_cast<std::size_t>(page_size_);
+  for (const std::byte* page = scratch_.data(); here < slots_.size(); ++here, page += page_size)
+    std::memcpy(slab.data(slots_[here]), page, page_size);
   return store(header) && (!passes_on(header) || pass_on(header));
 }
 
-// Into slots_, as many as there are.
-void WritingConnection::take_slots(std::uint32_t region, PageRun run) {
-  Slab& slab = *place_.common->slab;
-  const std::uint64_t here = slab.take(run.count, slots_);
+// For what is not in slots_ yet of the pages whose hashes are in hashes_; into slots_, as many as there are. What these
+// pages were before is out of date, and may be the room that is missing.
+void WritingConnection::make_room(std::uint32_t region, PageRun run) {
+  const std::uint64_t here = slots_.size();
   if (here == run.count) return;
-  // What these pages were before is mostly out of date anyway, and may be the room that is missing.
-  place_.image->forget(region, {PageNumber{run.first.value + here}, run.count - here}, by_);
-  slab.take(run.count - here, slots_);
+  const PageRun rest{PageNumber{run.first.value + here}, run.count - here};
+  place_.image->forget(region, rest, by_, std::span(hashes_).subspan(static_cast<std::size_t>(here)));
+  place_.common->slab->take(rest.count, slots_);
 }
 
 bool WritingConnection::refuse_torn(const wire::FrameHeader& header) {
@@ -117,7 +124,7 @@ bool WritingConnection::refuse_torn(const wire::FrameHeader& header) {
          answers_.refused(header.region, run_of(header), place_.image->ordinal(), wire::kFlagTorn);
 }
 
-// What is in slots_ and hashes_ is the image's from now on; the rest of the run has been forgotten, and is refused.
+// What is in slots_ and hashes_ is the image's from now on; the rest of the run is refused, see make_room().
 bool WritingConnection::store(const wire::FrameHeader& header) {
   Slab& slab = *place_.common->slab;
   Image& image = *place_.image;
@@ -142,7 +149,7 @@ bool WritingConnection::passes_on(const wire::FrameHeader& header) const {
   return source_ && wire::Holders::of(header.tag).second != wire::Holders::kNobody && !slots_.empty();
 }
 
-// Into slots_ as far as they go; of the rest only the hashes are kept.
+// Into slots_ as far as they go, the rest into scratch_.
 bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
   const Slab& slab = *place_.common->slab;
   const auto page_size = static_cast<std::size_t>(page_size_);
@@ -160,11 +167,11 @@ bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
       at += piece.iov_len / page_size;
     }
   }
-  for (std::size_t at = slots_.size(); at < hashes.size(); ++at) {
-    scratch_.resize(page_size);
-    if (!read(scratch_)) return false;
-    hash_pages(scratch_, page_size, &hashes[at]);
-  }
+  const auto rest = hashes.subspan(slots_.size());
+  scratch_.resize(rest.size() * page_size);
+  if (rest.empty()) return true;
+  if (!read(scratch_)) return false;
+  hash_pages(scratch_, page_size, rest.data());
   return true;
 }
 

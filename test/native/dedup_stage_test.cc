@@ -93,6 +93,23 @@ class DedupStage : public testing::Test {
     return bytes;
   }
 
+  // With another image's pages.
+  void fill_up() {
+    const ImageId filler = image_id(5);
+    const std::uint64_t many = bench.stage->stats().free_bytes / system_page_size();
+    bench.make(filler, {many});
+    const auto filling = bench.scatter(filler);
+    ASSERT_TRUE(filling->pages(0, 0, random_pages(many, 23), kHere));
+    ASSERT_TRUE(filling->barrier(1).acknowledged);
+    ASSERT_EQ(bench.stage->stats().free_bytes, 0u);
+  }
+  // What server 1 passes on.
+  std::unique_ptr<StageClient> chain_into_a() {
+    const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 1);
+    EXPECT_TRUE(bench.stage->add_session(a, session, role_bit(StageRole::kChain), stage_tokens(a, session)));
+    return bench.connect(a, session, StageRole::kChain);
+  }
+
   StageBench bench;
   const ImageId a = image_id(1);
   const ImageId b = image_id(2);
@@ -243,17 +260,8 @@ TEST_F(DedupStage, WhatIsSettledOutlivesALateCopyThatIsRefused) {
   const auto elsewhere = random_pages(4, 22);
   ASSERT_TRUE(source_a->map(0, 40, hashes_of(elsewhere), {2, 3}, wire::kFlagFinal));
   ASSERT_TRUE(source_a->barrier(2).acknowledged);
-  const ImageId filler = image_id(5);
-  const std::uint64_t many = bench.stage->stats().free_bytes / system_page_size();
-  bench.make(filler, {many});
-  const auto filling = bench.scatter(filler);
-  ASSERT_TRUE(filling->pages(0, 0, random_pages(many, 23), kHere));
-  ASSERT_TRUE(filling->barrier(1).acknowledged);
-  ASSERT_EQ(bench.stage->stats().free_bytes, 0u);
-
-  const auto session = static_cast<std::uint16_t>(wire::kFirstChainSession + 1);
-  ASSERT_TRUE(bench.stage->add_session(a, session, role_bit(StageRole::kChain), stage_tokens(a, session)));
-  const auto late = bench.connect(a, session, StageRole::kChain);
+  ASSERT_NO_FATAL_FAILURE(fill_up());
+  const auto late = chain_into_a();
   ASSERT_TRUE(late->pages(0, 0, bytes, {1, 0}));
   EXPECT_EQ(late->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 0, 16}}));
   // To what is not here any more, or by no name.
@@ -272,6 +280,28 @@ TEST_F(DedupStage, WhatIsSettledOutlivesALateCopyThatIsRefused) {
   EXPECT_EQ(map.runs[1].header.page_count, 4u);
   EXPECT_EQ(map.runs[1].header.tag, (Holders{2, 3}).tag());
   for (const auto& run : map.runs) EXPECT_EQ(run.header.flags, wire::kFlagFinal);
+}
+
+// The same before the record has come: the page is here by another way, and has been acknowledged.
+TEST_F(DedupStage, WhatIsHeldOutlivesTheSameThatIsRefused) {
+  const auto bytes = store_some();
+  const auto source_b = bench.scatter(b);
+  ASSERT_TRUE(refer(*source_b, 0, contents(bytes)));
+  ASSERT_TRUE(source_b->barrier(1).refused.empty());
+  ASSERT_NO_FATAL_FAILURE(fill_up());
+  // Some are here, some are not, and one is not the same.
+  const std::size_t size = system_page_size();
+  auto mixed = random_pages(16, 24);
+  std::copy(bytes.begin() + static_cast<std::ptrdiff_t>(8 * size), bytes.end(), mixed.begin());
+  mixed[5] ^= std::byte{1};
+  const auto late = chain_into_a();
+  ASSERT_TRUE(late->pages(0, 8, mixed, {1, 0}));
+  EXPECT_EQ(late->barrier(1).refused, (std::vector<StageClient::Refused>{{0, 8, 16}}));
+  ImageOracle oracle{{kPages}};
+  oracle.content(0, 0, bytes);
+  oracle.absent(0, 8, 1);
+  oracle.check(*bench.gather(a));
+  EXPECT_EQ(bench.stage->image(a)->pages_held, 15u);
 }
 
 // Its source may have sent it plainly and count on it, and heard of a name since that leads nowhere.
