@@ -19,7 +19,7 @@ import {
   type ResolvedListenOptions,
   resolveListenOptions,
 } from '../options.js';
-import { within } from '../protocol/bounded.js';
+import { throwIfCancelled, within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import { deferred } from '../protocol/deferred.js';
 import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
@@ -91,7 +91,7 @@ export async function listen(options: ListenOptions = {}): Promise<Listening> {
     checkAddressPolicy(parseAddress(resolved.base.parked.home).host, { plaintext: resolved.plaintext });
   }
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
-  resolved.signal?.throwIfAborted();
+  throwIfCancelled(resolved.signal);
   rehearseSwitchover();
   const domain = await domainOf(resolved, secret);
   return new DestinationListener(resolved, secret, domain);

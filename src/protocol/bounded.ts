@@ -18,7 +18,12 @@ export function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promi
 export function abortError(signal: AbortSignal): MemferryError {
   return signal.reason instanceof MemferryError
     ? signal.reason
-    : new MemferryError('CANCELLED', 'the migration was cancelled', { cause: signal.reason });
+    : new MemferryError('CANCELLED', 'cancelled by its signal', { cause: signal.reason });
+}
+
+/** Of a caller's own signal, where a call begins. Throws as `untilAborted` rejects. */
+export function throwIfCancelled(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw abortError(signal);
 }
 
 /** Rejects with `code` when `promise` has not settled within `timeoutMs`. */

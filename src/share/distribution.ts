@@ -6,6 +6,7 @@ import { loadAddon } from '../addon.js';
 import { native } from '../errors.js';
 import type { NativeShare, NativeSpreader } from '../native.js';
 import { type DistributeOptions, resolveDistributeOptions } from '../options.js';
+import { throwIfCancelled } from '../protocol/bounded.js';
 import { Directories, type DirectoryStatus, directoryKeys } from './directories.js';
 
 export interface DistributionStats {
@@ -40,7 +41,7 @@ export async function distribute(
 ): Promise<Distribution> {
   const resolved = resolveDistributeOptions(options);
   const keys = await directoryKeys(resolved);
-  resolved.signal?.throwIfAborted();
+  throwIfCancelled(resolved.signal);
   const { intervalMs, bandwidth, signal } = resolved;
   const spreader = native(() =>
     loadAddon().createSpreader({ share: share.native, intervalMs: Math.ceil(intervalMs), bandwidth }),

@@ -9,6 +9,7 @@ import type { Guest } from '../guest.js';
 import { lineageOf } from '../lineage.js';
 import type { NativeSampler } from '../native.js';
 import { resolveSampleOptions, type SampleOptions } from '../options.js';
+import { throwIfCancelled } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import { Directories, type DirectoryStatus, directoryKeys } from './directories.js';
 
@@ -49,7 +50,7 @@ export async function sampleGuest(
   const resolved = resolveSampleOptions(options);
   const keys = await directoryKeys(resolved);
   const regions = isRegions(guest) ? guest : guest.regions.map(({ region }) => region);
-  resolved.signal?.throwIfAborted();
+  throwIfCancelled(resolved.signal);
   const { cpuShare, passIntervalMs, maxPages, signal } = resolved;
   const sampler = native(() =>
     loadAddon().createSampler({

@@ -13,6 +13,7 @@ import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage, NativeStageConfig } from '../native.js';
 import { parseGroup, type ResolvedStageOptions, resolveStageOptions, type StageOptions } from '../options.js';
+import { throwIfCancelled } from '../protocol/bounded.js';
 import { type Announcement, stageRequest, type StageStatus } from '../protocol/stage-messages.js';
 import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
@@ -63,7 +64,7 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   const resolved = resolveStageOptions(options);
   checkAddressPolicy(resolved.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
-  resolved.signal?.throwIfAborted();
+  throwIfCancelled(resolved.signal);
   const { memoryBytes, bandwidth, popularShare, popularHalfLifeMs } = resolved;
   const nativeStage = native(() =>
     runtime.createStage({
@@ -75,7 +76,7 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   );
   try {
     if (resolved.preallocate) await nativeAsync(() => nativeStage.preallocate());
-    resolved.signal?.throwIfAborted();
+    throwIfCancelled(resolved.signal);
     return new StageServer(runtime, resolved, secret, nativeStage);
   } catch (error) {
     nativeStage.close();

@@ -242,3 +242,11 @@ test('what lost() of a guest throws ends nothing: the pages are poisoned, and th
   await expect(migration.done).rejects.toThrow();
   expect(warnings()).toContain('MEMFERRY_LOST_THREW');
 });
+
+test('a listener whose signal is aborted already says so as a listener does', async () => {
+  const signal = AbortSignal.abort(new Error('by Ctrl-C'));
+  await expect(listen({ port: 0, secret, signal })).rejects.toMatchObject({ code: 'CANCELLED' });
+  await expect(stage({ secret, memoryBytes: 64 * 2 ** 20, signal })).rejects.toMatchObject({
+    code: 'CANCELLED',
+  });
+});

@@ -137,6 +137,26 @@ describe('a page-fault handler for Firecracker', () => {
     }
   });
 
+  it('serves on where its owner throws at being told', async () => {
+    const warnings: string[] = [];
+    const onWarning = ({ message }: Error) => warnings.push(message);
+    process.on('warning', onWarning);
+    try {
+      const boom = () => {
+        throw new Error('not now');
+      };
+      await serve({ onRefused: boom, onMicroVm: boom });
+      const stranger = connect(socketPath);
+      stranger.end('no mappings');
+      await expect.poll(() => warnings.join()).toContain('onRefused threw: not now');
+      const fake = await loaded();
+      expect(await fake.obey('random 100 1')).toMatchObject({ wrong: 0 });
+      expect(warnings.join()).toContain('onMicroVm threw: not now');
+    } finally {
+      process.off('warning', onWarning);
+    }
+  });
+
   it('restores several microVMs at once from one file', async () => {
     await serve();
     const clones = await Promise.all([loaded(), loaded(), loaded()]);

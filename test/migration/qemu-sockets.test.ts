@@ -162,6 +162,28 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
     return { here, there, destination, proxy, go };
   }
 
+  test('a QEMU whose guest had to be declined is as it was, and takes the next', async () => {
+    const { here, there, proxy, go } = await journey();
+    const before = await ask(there, 'query-migrate-capabilities');
+    const temporary = process.env['TMPDIR'];
+    process.env['TMPDIR'] = join(folder(), 'not-there');
+    try {
+      await using guest = await QemuGuest.attach({ qmp: here.other, shim: here.shim });
+      const first = migrate(guest, { to: `127.0.0.1:${proxy.port}`, mode: 'post-copy', secret });
+      first.evicted.catch(() => {});
+      await expect(first.done).rejects.toThrow('not-there');
+    } finally {
+      if (temporary === undefined) delete process.env['TMPDIR'];
+      else process.env['TMPDIR'] = temporary;
+    }
+    expect(await statusOf(there)).toBe('inmigrate');
+    expect(await ask(there, 'query-migrate-capabilities')).toEqual(before);
+    const { report, done } = await go();
+    await done;
+    expect(await report).toMatchObject({ verified: true, notRunning: null });
+    expect(await statusOf(there)).toBe('running');
+  });
+
   test('a disk past the page cache is refused with rounds by name, and leaves without, whatever was asked last', async () => {
     const image = join(folder(), 'image');
     writeFileSync(image, Buffer.alloc(2 ** 20));

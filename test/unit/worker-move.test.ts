@@ -47,6 +47,19 @@ afterEach(async () => {
   await Promise.all(guests.splice(0).map((guest) => guest.terminate()));
 });
 
+it('runs on where its new owner throws at being told of it', async () => {
+  const warned = new Promise<Error>((resolve) => process.once('warning', resolve));
+  const source = await start('sqlite');
+  await source.request({ op: 'exec', sql: 'CREATE TABLE t (id INTEGER PRIMARY KEY)' });
+  const onGuest = () => {
+    throw new Error('not now');
+  };
+  const { guest } = await moveByHand(source, { modules, onGuest }, before);
+  guests.push(guest);
+  expect(await warned).toMatchObject({ code: 'MEMFERRY_ON_GUEST_THREW' });
+  expect(await guest.request({ op: 'exec', sql: 'INSERT INTO t VALUES (1)' })).toBeDefined();
+});
+
 describe('a SQLite database', () => {
   it('goes on in the middle of a transaction, and moves on again', async () => {
     const source = await start('sqlite');
