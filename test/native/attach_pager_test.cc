@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "fake_source.h"
+#include "fault/pager.h"
 #include "os/process_maps.h"
 #include "owner_process.h"
 #include "page/owner_watch.h"
