@@ -127,7 +127,12 @@ const char* memferry_park_ticket(const memferry_park* park) {
 }
 
 int memferry_park_evict(memferry_park* park, memferry_error* error) {
-  return guarded(error, [&] { required(park, "park").parking->evict(); });
+  const int code = guarded(error, [&] { required(park, "park").parking->evict(); });
+  // Of any other failure it would mean that the guest is the caller's.
+  if (code != MEMFERRY_NO_MEMORY || !park->parking->granted()) return code;
+  memferry::capi::write_error(error, MEMFERRY_MIGRATION_IN_DOUBT, 0,
+                              "the home server was granted the guest; there is no memory to find out more");
+  return MEMFERRY_MIGRATION_IN_DOUBT;
 }
 
 int memferry_park_cancel(memferry_park* park, memferry_error* error) {

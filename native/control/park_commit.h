@@ -35,6 +35,8 @@ class ParkCommit {
   [[nodiscard]] Settlement run();
   // After kInDoubt.
   [[nodiscard]] Settlement ask_again();
+  // GRANT may have left, and the guest was not given back since.
+  [[nodiscard]] bool committed() const { return state_.committed(); }
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -176,7 +176,12 @@ void Parking::evict() {
       settlement = commit_->run();
     }
   } catch (...) {
-    give_back();
+    // There may be no memory to say so, but then it is in doubt.
+    if (granted()) {
+      phase_ = Phase::kInDoubt;
+    } else {
+      give_back();
+    }
     throw;
   }
   conclude(settlement);

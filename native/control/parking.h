@@ -55,6 +55,8 @@ class Parking {
   void evict();
   // Ends an evict() that has not begun to commit. It does not wait.
   void cancel() noexcept;
+  // After evict(), whatever that has thrown: the guest may be the home server's.
+  [[nodiscard]] bool granted() const { return commit_ && commit_->committed(); }
 
   struct Stats {
     SenderStats sender;
