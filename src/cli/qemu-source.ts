@@ -2,7 +2,6 @@
 import { type Command, Option } from 'commander';
 import { mebibytes } from '../demo/table.js';
 import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
-import { traitsOf } from '../protocol/mode-traits.js';
 import { QemuGuest } from '../qemu/source-guest.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
 import { migrate } from '../source/migrate.js';
@@ -18,7 +17,7 @@ import {
 import { makeOutput, type Output } from './output.js';
 import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
 import { addQemuFlags, type QemuFlags } from './qemu.js';
-import { describeReport, show } from './send.js';
+import { accountOf, describeReport } from './send.js';
 import { onInterrupt } from './signals.js';
 
 interface QemuSourceFlags extends QemuFlags, ServerFlags, Omit<GuestFlags, 'module'> {
@@ -116,13 +115,6 @@ async function move(
     ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags),
   });
-  const shown = show(migration, mode, output);
-  const evicted = migration.evicted.then((report) => {
-    output.line({ type: 'evicted', ...report });
-    return report;
-  });
-  evicted.catch(() => {}); // `done` has the same reason
-  if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
-  const [report] = await Promise.all([migration.done, shown]);
-  return report;
+  // Awaited here: what is left of the migration is let go of when this function ends.
+  return await accountOf(migration, flags, output, signal);
 }

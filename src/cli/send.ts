@@ -157,6 +157,17 @@ async function move(
     signal,
     ...options,
   });
+  // Awaited here: what is left of the migration is let go of when this function ends.
+  return await accountOf(migration, flags, output, signal);
+}
+
+/** Shows a migration as it goes; gives what it came to, which is asked for until it is known. */
+export async function accountOf(
+  migration: Migration,
+  { mode, leaveWhenEvicted }: { mode: Mode; leaveWhenEvicted?: boolean },
+  output: Output,
+  signal: AbortSignal,
+): Promise<EvictionReport | MigrationReport> {
   const shown = show(migration, mode, output);
   const outcome = async () => {
     const evicted = migration.evicted.then((report) => {
@@ -164,11 +175,10 @@ async function move(
       return report;
     });
     evicted.catch(() => {}); // `done` has the same reason
-    if (flags.leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
+    if (leaveWhenEvicted && traitsOf(mode).scatter) return await evicted;
     const [report] = await Promise.all([migration.done, shown]);
     return report;
   };
-  // Awaited here: what is left of the migration is let go of when this function ends.
   return await untilKnown(migration, outcome, output, signal);
 }
 
@@ -197,7 +207,7 @@ export function sampleOptions(
   };
 }
 
-export async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
+async function show(migration: Migration, mode: Mode, output: Output): Promise<void> {
   const live = output.json ? null : new LiveProgress(mode);
   migration.on('state', (state) => {
     live?.state(state);
