@@ -108,9 +108,11 @@ class ListenerHandle : public Napi::ObjectWrap<ListenerHandle>, public Engine {
   Napi::Value add(const Napi::CallbackInfo& info);
   Napi::Value remove(const Napi::CallbackInfo& info);
   Napi::Value serve_stage(const Napi::CallbackInfo& info);
+  Napi::Value keep_share(const Napi::CallbackInfo& info);
   Napi::Value close(const Napi::CallbackInfo& info);
 
   std::unique_ptr<Listener> listener_;
+  std::shared_ptr<KnownPages> known_;
   std::shared_ptr<EventQueue> controls_;
   std::uint16_t port_ = 0;
   bool open_ = false;

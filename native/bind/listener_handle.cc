@@ -43,6 +43,7 @@ void ListenerHandle::define(Napi::Env env) {
                       InstanceMethod<&ListenerHandle::add>("add"),
                       InstanceMethod<&ListenerHandle::remove>("remove"),
                       InstanceMethod<&ListenerHandle::serve_stage>("serveStage"),
+                      InstanceMethod<&ListenerHandle::keep_share>("keepShare"),
                       InstanceMethod<&ListenerHandle::close>("close"),
                   });
   Environment::of(env).listener_class = Napi::Persistent(constructor);
@@ -97,6 +98,7 @@ void ListenerHandle::shut_down() {
   open_ = false;
   controls_->close();
   listener_->close();
+  known_ = nullptr;
 }
 
 Listener& ListenerHandle::listener() const {
@@ -126,6 +128,15 @@ Napi::Value ListenerHandle::remove(const Napi::CallbackInfo& info) {
 Napi::Value ListenerHandle::serve_stage(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     listener().serve_stage(StageHandle::stage_of(info[0]));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value ListenerHandle::keep_share(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    (void)listener();
+    known_ =
+        KnownPages::of_domain(fixed_bytes_of<sizeof(ContentKey)>(info[0], "key"), text_of(info[1], "share"));
     return info.Env().Undefined();
   });
 }

@@ -120,6 +120,8 @@ class PageShareReader {
   static std::shared_ptr<PageShareReader> open(const std::string& path, const ContentKey& key,
                                                const std::atomic<bool>* stop = nullptr);
 
+  // Whether the file at this path is the one that it reads.
+  [[nodiscard]] bool is_at(const std::string& path) const;
   // Reads the index again. False when the file is no share any more; true, and part of it or none, once `stop`.
   bool refresh(const std::atomic<bool>* stop = nullptr);
   // The first eight bytes of the hashes that the index lists, best score first.
@@ -141,8 +143,6 @@ class PageShareReader {
     float score = 0;
   };
   PageShareReader(UniqueFd fd, const ContentKey& key, std::uint64_t page_size);
-  [[nodiscard]] bool is_share() const;
-
   const UniqueFd fd_;
   const ContentHasher hasher_;
   const share::ShareLayout layout_;

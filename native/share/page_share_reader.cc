@@ -1,4 +1,5 @@
 #include <fcntl.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +28,13 @@ std::uint64_t PageShareReader::name_of(const ContentDigest& digest) {
   std::uint64_t name = 0;
   std::memcpy(&name, digest.data(), sizeof name);
   return name;
+}
+
+bool PageShareReader::is_at(const std::string& path) const {
+  struct stat there {};
+  struct stat here {};
+  return ::stat(path.c_str(), &there) == 0 && ::fstat(fd_.get(), &here) == 0 && there.st_dev == here.st_dev &&
+         there.st_ino == here.st_ino;
 }
 
 bool PageShareReader::refresh(const std::atomic<bool>* stop) {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 
 namespace memferry {
@@ -33,6 +34,16 @@ std::mutex& domains_mutex() {
 }
 
 using Domain = std::pair<ContentKey, std::string>;
+
+// What is in `all` and not in `told`, in the order of `all`.
+std::vector<wire::KnownName> beyond(const std::vector<wire::KnownName>& all,
+                                    std::vector<wire::KnownName> told) {
+  std::sort(told.begin(), told.end());
+  std::vector<wire::KnownName> rest;
+  std::copy_if(all.begin(), all.end(), std::back_inserter(rest),
+               [&](wire::KnownName name) { return !std::binary_search(told.begin(), told.end(), name); });
+  return rest;
+}
 
 // Guarded by domains_mutex(). What the process's owner has set up: a handful.
 std::map<Domain, std::weak_ptr<KnownPages>>& domains() {
@@ -77,6 +88,8 @@ std::unique_ptr<KnownPages::Guest> KnownPages::join(std::vector<ArrivalMap*> map
   const std::lock_guard lock(mutex_);
   memories_.push_back(memory);
   if (share_thread_.started()) {
+    memory->share_given = share_names_;
+    if (share_names_) memory->share_names.push_back(share_names_);
     loading_ = true;
     share_wanted_.notify_all();
   }
@@ -115,24 +128,42 @@ void KnownPages::load_share() {
     share_wanted_.wait(lock, [this] { return stopping_ || loading_; });
     if (stopping_) return;
     loading_ = false;
+    reading_ = true;
+    // By what they were told already; most have the same.
+    std::map<Names, Names> rests;
     for (const auto& each : memories_) {
-      if (const auto memory = each.lock()) memory->share_read_for = true;
+      const auto memory = each.lock();
+      if (!memory || !memory->wants_share) continue;
+      memory->share_read_for = true;
+      rests[memory->share_given];
     }
     std::shared_ptr<PageShareReader> share = share_;
+    Names names = share_names_;
     lock.unlock();
-    std::shared_ptr<const std::vector<wire::KnownName>> names;
     try {
-      if (!share || !share->refresh(&stopping_)) share = PageShareReader::open(share_path_, key_, &stopping_);
-      if (share) names = std::make_shared<const std::vector<wire::KnownName>>(share->names());
+      if (!share || !share->is_at(share_path_) || !share->refresh(&stopping_))
+        share = PageShareReader::open(share_path_, key_, &stopping_);
+      std::vector<wire::KnownName> listed = share ? share->names() : std::vector<wire::KnownName>();
+      if (!names || *names != listed)
+        names = std::make_shared<const std::vector<wire::KnownName>>(std::move(listed));
+      for (auto& [given, rest] : rests) {
+        if (given == names) continue;
+        rest = given ? std::make_shared<const std::vector<wire::KnownName>>(beyond(*names, *given)) : names;
+      }
     } catch (const std::exception&) {
       share = nullptr;
+      names = nullptr;
     }
     lock.lock();
+    reading_ = false;
     share_ = share;
+    share_names_ = names;
     for (const auto& each : memories_) {
       const auto memory = each.lock();
       if (!memory || !memory->share_read_for || !std::exchange(memory->wants_share, false)) continue;
-      memory->share_names = names;
+      const Names given = std::exchange(memory->share_given, nullptr);
+      if (const auto rest = rests.find(given); rest != rests.end() && rest->second)
+        memory->share_names.push_back(rest->second);
     }
     idle_.notify_all();
   }
@@ -142,13 +173,15 @@ std::vector<wire::KnownName> KnownPages::next_names(Memory& memory, std::size_t 
   std::vector<wire::KnownName> next;
   const std::unique_lock lock(mutex_, std::try_to_lock);
   if (!lock || memory.closed) return next;
-  if (memory.share_names) {
-    const auto& all = *memory.share_names;
-    const std::size_t count = std::min(most, all.size() - memory.share_told);
-    next.assign(all.begin() + static_cast<std::ptrdiff_t>(memory.share_told),
-                all.begin() + static_cast<std::ptrdiff_t>(memory.share_told + count));
+  while (!memory.share_names.empty() && next.size() < most) {
+    const auto& all = *memory.share_names.front();
+    const std::size_t count = std::min(most - next.size(), all.size() - memory.share_told);
+    const auto first = all.begin() + static_cast<std::ptrdiff_t>(memory.share_told);
+    next.insert(next.end(), first, first + static_cast<std::ptrdiff_t>(count));
     memory.share_told += count;
-    if (memory.share_told == all.size()) memory.share_names = nullptr;
+    if (memory.share_told < all.size()) break;
+    memory.share_names.pop_front();
+    memory.share_told = 0;
   }
   // What has gone meanwhile is passed over, some of it at a time.
   const std::size_t count = std::min(most - next.size(), names_.size() - memory.told);
@@ -336,12 +369,8 @@ void KnownPages::limit_places(std::size_t most) {
 bool KnownPages::wait_idle(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   return idle_.wait_for(lock, patience, [this] {
-    const bool asked = std::any_of(memories_.begin(), memories_.end(), [this](const auto& each) {
-      const auto memory = each.lock();
-      return memory && memory->wants_share && share_thread_.started();
-    });
     const std::lock_guard queue(queue_mutex_);
-    return waiting_.empty() && !hashing_ && !asked;
+    return waiting_.empty() && !hashing_ && !loading_ && !reading_;
   });
 }
 
@@ -349,6 +378,7 @@ std::uint64_t KnownPages::memory_bytes() const {
   constexpr std::uint64_t kPlaceBytes = 56;  // a node of the table
   const std::lock_guard lock(mutex_);
   return places_.size() * kPlaceBytes + names_.capacity() * sizeof(wire::KnownName) +
+         (share_names_ ? share_names_->capacity() * sizeof(wire::KnownName) : 0) +
          (share_ ? share_->memory_bytes() : 0);
 }
 

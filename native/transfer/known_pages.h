@@ -42,7 +42,8 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   // Pages of guests that are known at once, each some 60 bytes.
   static constexpr std::size_t kMostPlaces = std::size_t{1} << 20;
 
-  // The one of this domain and share in this process. `share_path` empty: no share.
+  // The one of this domain and share in this process. `share_path` empty: no share. Whoever holds it before guests come
+  // spares these the wait for the share's index: they are told what it listed when it was read last, and then the rest.
   static std::shared_ptr<KnownPages> of_domain(const ContentKey& key, const std::string& share_path);
   ~KnownPages();
   KnownPages(const KnownPages&) = delete;
@@ -60,6 +61,8 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:
+  using Names = std::shared_ptr<const std::vector<wire::KnownName>>;
+
   // Of one guest; outlives it in the hands of whoever still looks at it, and is closed then.
   struct Memory {
     explicit Memory(std::vector<ArrivalMap*> of) : maps(std::move(of)) {}
@@ -74,10 +77,11 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
     // Guarded by KnownPages::mutex_:
     bool hashing = false;  // the hashing thread reads it
     bool wants_share = true;
-    bool share_read_for = false;  // it was there when the reading began
-    std::shared_ptr<const std::vector<wire::KnownName>> share_names;
-    std::size_t share_told = 0;
-    std::size_t told = 0;  // of names_
+    bool share_read_for = false;    // it was there when the reading began
+    Names share_given;              // as they were when it came
+    std::deque<Names> share_names;  // to be told
+    std::size_t share_told = 0;     // of the first of these
+    std::size_t told = 0;           // of names_
     [[nodiscard]] bool has(std::uint32_t region, PageNumber page) const;
     bool read(std::uint32_t region, PageNumber page, std::span<std::byte> into) const;
     bool copy(std::uint32_t region, PageNumber page, std::span<std::byte> into);
@@ -136,7 +140,9 @@ class KnownPages : public std::enable_shared_from_this<KnownPages> {
   std::condition_variable share_wanted_;
   std::condition_variable idle_;
   std::shared_ptr<PageShareReader> share_;
-  bool loading_ = false;
+  Names share_names_;     // what it listed when it was read last, best first
+  bool loading_ = false;  // it is to be read
+  bool reading_ = false;  // it is being read
   std::vector<std::weak_ptr<Memory>> memories_;
   std::size_t most_places_ = kMostPlaces;
   std::unordered_map<wire::KnownName, Place> places_;

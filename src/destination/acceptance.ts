@@ -111,7 +111,7 @@ export class Acceptance {
       images: this.#images,
       known: this.#references && {
         key: this.#references.key,
-        share: this.#references.ofDomain ? domain.share : null,
+        share: (this.#references.ofDomain && domain.share?.path) || null,
       },
       grows: (bytes) => this.booking.grow(bytes, `the guest grows by ${bytes} bytes`),
       decided: tell.decided,

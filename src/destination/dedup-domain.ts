@@ -6,8 +6,8 @@ import { sharePath } from '../share/share-path.js';
 import { dedupDomainKey } from '../source/dedup-domain.js';
 
 export interface Domain {
-  /** The page share's file; null: none. */
-  share: string | null;
+  /** The page share's file, and the domain's key; null: none. */
+  share: { path: string; key: Uint8Array } | null;
   agree(offer: OfferMessage, sessionKey: Uint8Array, migration: Uint8Array): AgreedReferences | null;
 }
 
@@ -16,7 +16,7 @@ export async function domainOf({ dedup, share }: ResolvedListenOptions, secret: 
   if (dedup === false) return { share: null, agree: () => null };
   const key = dedup === true ? null : await dedupDomainKey(dedup, secret);
   return {
-    share: key && share !== undefined ? sharePath(share === 'auto' ? null : share, key) : null,
+    share: key && share !== undefined ? { path: sharePath(share === 'auto' ? null : share, key), key } : null,
     agree: (offer, sessionKey, migration) => agreeOnReferences(offer.references, key, sessionKey, migration),
   };
 }

@@ -129,6 +129,12 @@ class DestinationListener implements Listening {
         });
       }),
     );
+    try {
+      if (domain.share) this.#native.keepShare(domain.share.key, domain.share.path);
+    } catch (error) {
+      this.#native.close();
+      throw error;
+    }
     options.signal?.addEventListener('abort', this.#onSignal, { once: true });
     // The native listener's thread is none that Node waits for: this timer stands for it.
     this.#keepAlive = setInterval(() => {}, 2 ** 30);

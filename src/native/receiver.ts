@@ -89,5 +89,7 @@ export interface NativeListener {
   remove(migration: Uint8Array): void;
   /** Connections about images go to this stage from now on. Without one they are hung up on. */
   serveStage(stage: NativeStage): void;
+  /** Has this share's index read until it is closed, so that guests' sources are told of it as soon as they come. */
+  keepShare(key: Uint8Array, path: string): void;
   close(): void;
 }

@@ -319,6 +319,59 @@ TEST_F(KnownReceiver, ADiscardedPageThatWasReadIsMissingAfterTheSwitch) {
   bench.log.wait(EngineEventKind::kComplete);
 }
 
+// The names of page_of(first) to page_of(end - 1).
+std::vector<std::uint64_t> names_of(const ContentKey& key, std::uint64_t first, std::uint64_t end) {
+  std::vector<std::uint64_t> names;
+  for (std::uint64_t i = first; i < end; ++i)
+    names.push_back(PageShareReader::name_of(ContentHasher(key)(page_of(i))));
+  return names;
+}
+
+void put(PageShare& share, std::uint64_t first, std::uint64_t end) {
+  for (std::uint64_t i = first; i < end; ++i)
+    share.insert(share.digest(page_of(i)), page_of(i), static_cast<double>(1000 - i));
+}
+
+TEST(KnownPagesTest, AGuestIsToldAtOnceWhatTheShareListedBefore) {
+  const ShareFile file;
+  const auto share = open_share(file.path(), 1000 * test::Bench::page_size_of(), key_of(3));
+  put(*share, 0, 10);
+  const auto known = KnownPages::of_domain(key_of(3), file.path());
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  const auto first = known->join({});
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_EQ(first->next_names(100), names_of(key_of(3), 0, 10)) << "and once, though it was read again";
+  put(*share, 10, 14);
+  const auto second = known->join({});
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_EQ(second->next_names(9), names_of(key_of(3), 0, 9));
+  EXPECT_EQ(second->next_names(100), names_of(key_of(3), 9, 14)) << "what is new comes behind it";
+  // Nobody can read it now: what is told was known before.
+  ASSERT_EQ(::unlink(file.path().c_str()), 0);
+  const auto third = known->join({});
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  EXPECT_EQ(third->next_names(100), names_of(key_of(3), 0, 14));
+}
+
+TEST(KnownPagesTest, AShareThatWasMadeAnewIsRead) {
+  const ShareFile file;
+  auto share = open_share(file.path(), 1000 * test::Bench::page_size_of(), key_of(2));
+  put(*share, 0, 4);
+  const auto known = KnownPages::of_domain(key_of(2), file.path());
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  share.reset();
+  ASSERT_EQ(::unlink(file.path().c_str()), 0);
+  share = open_share(file.path(), 1000 * test::Bench::page_size_of(), key_of(2));
+  put(*share, 100, 104);
+  const auto guest = known->join({});
+  ASSERT_TRUE(known->wait_idle(test::kPatience));
+  (void)guest->next_names(4);
+  EXPECT_EQ(guest->next_names(100), names_of(key_of(2), 100, 104));
+  std::vector<std::byte> into(test::Bench::page_size_of());
+  EXPECT_TRUE(guest->resolve(ContentHasher(key_of(2))(page_of(101)), into));
+  EXPECT_EQ(into, page_of(101));
+}
+
 TEST(KnownPagesTest, NothingIsReadWhileHashingIsStopped) {
   const auto known = KnownPages::of_domain(key_of(7), "");
   const auto region = Region::allocate(4 * test::Bench::page_size_of());
