@@ -31,10 +31,11 @@ class ReceiverSilence : public testing::Test {
   void begin() {
     bench.start();
     bench.connect();
-    ASSERT_TRUE(bench.data(0).switch_over());
     ASSERT_TRUE(
         bench.data(0).pages(0, 0, std::span(content).first(kHalf * bench.page_size), bench.page_size));
     ASSERT_TRUE(bench.data(0).barrier(1).answered);
+    // Last: from here on silence is noticed.
+    ASSERT_TRUE(bench.data(0).switch_over());
   }
   std::span<const std::byte> of(std::uint64_t first, std::uint64_t count) const {
     return std::span(content).subspan(first * bench.page_size, count * bench.page_size);
@@ -54,13 +55,14 @@ class ReceiverSilence : public testing::Test {
 
 TEST_F(ReceiverSilence, ASourceThatHangsIsNoticedThoughNobodyWaits) {
   bench.config.recover_timeout = 300ms;
+  const auto began = std::chrono::steady_clock::now();
   begin();
   const auto request = bench.demand().request();
   ASSERT_TRUE(request);
   EXPECT_EQ(request->first_page, kHalf);
   EXPECT_EQ(request->page_count, 1U);
-  EXPECT_EQ(bench.log.count(EngineEventKind::kPaused), 0U);  // asked first
   const EngineEvent paused = bench.log.wait(EngineEventKind::kPaused);
+  EXPECT_GT(std::chrono::steady_clock::now() - began, bench.config.answer_timeout);  // it was given time
   EXPECT_EQ(paused.message, "the source says nothing, though pages are missing");
   for (const auto& wire : bench.wires) EXPECT_TRUE(wire->ended());
   const EngineEvent lost = bench.log.wait(EngineEventKind::kLost);
@@ -98,12 +100,13 @@ TEST_F(ReceiverSilence, AnUnansweredProbeIsNotRepeated) {
 
 // Behind a link of a few KB/s: a frame takes longer than both times together, and each byte of it is a sign.
 TEST_F(ReceiverSilence, ATrickleIsNoSilence) {
+  bench.config.answer_timeout = 2s;
   begin();
   const auto part = of(kHalf, kPages - kHalf);
   const wire::FrameHeader header = Wire::pages_header(0, kHalf, part, bench.page_size);
   EXPECT_TRUE(bench.data(1).raw(&header, sizeof header));
   const auto until =
-      std::chrono::steady_clock::now() + 2 * (bench.config.silence_timeout + bench.config.answer_timeout);
+      std::chrono::steady_clock::now() + (bench.config.silence_timeout + bench.config.answer_timeout) * 5 / 4;
   std::size_t sent = 0;
   for (; std::chrono::steady_clock::now() < until; ++sent) {
     ASSERT_TRUE(bench.data(1).raw(part.data() + sent, 1));
@@ -116,12 +119,13 @@ TEST_F(ReceiverSilence, ATrickleIsNoSilence) {
 
 // A probe was sent, and then bytes come again, but not its answer: that is a slow way, no silence.
 TEST_F(ReceiverSilence, WhoeverSendsAgainIsGivenTimeForTheProbesAnswer) {
+  bench.config.answer_timeout = 2s;
   begin();
   ASSERT_TRUE(bench.demand().request());
   const auto part = of(kHalf + 1, kPages - kHalf - 1);
   const wire::FrameHeader header = Wire::pages_header(0, kHalf + 1, part, bench.page_size);
   EXPECT_TRUE(bench.data(1).raw(&header, sizeof header));
-  const auto until = std::chrono::steady_clock::now() + 2 * bench.config.answer_timeout;
+  const auto until = std::chrono::steady_clock::now() + bench.config.answer_timeout * 5 / 4;
   std::size_t sent = 0;
   for (; std::chrono::steady_clock::now() < until; ++sent) {
     ASSERT_TRUE(bench.data(1).raw(part.data() + sent, 1));
@@ -135,15 +139,18 @@ TEST_F(ReceiverSilence, WhoeverSendsAgainIsGivenTimeForTheProbesAnswer) {
 
 // What lies here unread is this side's doing.
 TEST_F(ReceiverSilence, ADestinationThatTakesLittleInDoesNotBlameTheSource) {
-  bench.config.bandwidth = 64 * bench.page_size / 4;  // what was sent at first: four seconds
+  bench.config.bandwidth = 64 * bench.page_size / 4;  // each half of it: four seconds
+  bench.config.silence_timeout = 600ms;
   begin();
+  const auto began = std::chrono::steady_clock::now();
   // Sockets may hold less than that.
   std::thread sending(
       [&] { EXPECT_TRUE(bench.data(1).pages(0, kHalf, of(kHalf, kPages - kHalf), bench.page_size)); });
-  EXPECT_FALSE(readable(bench.demand(), 2 * (bench.config.silence_timeout + bench.config.answer_timeout)));
-  EXPECT_EQ(bench.log.count(EngineEventKind::kComplete), 0U) << "the limit did not hold";
+  const auto silent = (bench.config.silence_timeout + bench.config.answer_timeout) * 3 / 2;
+  EXPECT_FALSE(readable(bench.demand(), silent));
   sending.join();
   expect_whole();
+  EXPECT_GT(std::chrono::steady_clock::now() - began, silent) << "the limit did not hold";
   EXPECT_EQ(bench.log.count(EngineEventKind::kPaused), 0U);
 }
 
@@ -180,7 +187,7 @@ TEST_F(ReceiverSilence, ASourceThatGoesOnAfterItsStopComesBack) {
 // Both engines: a source that is held to a few KB/s sends a page now and then, and answers in between.
 TEST_F(ReceiverSilence, ASourceUnderALimitIsNotHurt) {
   bench.config.silence_timeout = 150ms;
-  bench.config.answer_timeout = 2s;
+  bench.config.answer_timeout = 4s;
   bench.start();
   const auto memory = Region::allocate(content.size());
   std::memcpy(memory->address(PageNumber{0}).pointer(), content.data(), content.size());
@@ -203,7 +210,7 @@ TEST_F(ReceiverSilence, ASourceUnderALimitIsNotHurt) {
   events.wait(EngineEventKind::kSwitched);
   const auto began = std::chrono::steady_clock::now();
   sender.start_push();
-  while (std::chrono::steady_clock::now() - began < 4 * bench.config.answer_timeout)
+  while (std::chrono::steady_clock::now() - began < 2 * bench.config.answer_timeout)
     std::this_thread::sleep_for(50ms);
   EXPECT_EQ(bench.log.count(EngineEventKind::kComplete), 0U) << "the limit did not hold";
   const std::uint64_t asked = sender.stats().faults_served;
@@ -232,7 +239,7 @@ TEST_F(ReceiverSilence, AProbeThatIsAnsweredWithZerosTouchesNothing) {
 
 // Some of the connections back are not the source back.
 TEST_F(ReceiverSilence, ASourceThatDialsAgainInPartIsNotBack) {
-  bench.config.recover_timeout = 1s;
+  bench.config.recover_timeout = 3s;
   begin();
   bench.data(0).close();
   bench.log.wait(EngineEventKind::kPaused);
