@@ -66,6 +66,8 @@ StageCommon::StageCommon(const StageConfig& config)
           static_cast<std::size_t>(MemberDesks::connections_for(reserve_of(config.memory_bytes)))),
       desks(MemberDesks::desks_for(reserve_of(config.memory_bytes))),
       member_timeout_ms(config.member_timeout_ms),
+      chain_timeouts{std::chrono::milliseconds(config.chain_dial_timeout_ms),
+                     std::chrono::milliseconds(config.chain_timeout_ms)},
       codecs(CodecSeats::seats_for(config.memory_bytes)) {
   slab->set_relief([table = &popular->table()](std::uint64_t slots) { table->relieve(slots); });
 }

@@ -44,6 +44,10 @@ struct StageConfig {
   std::uint64_t popular_share = 8;  // of the slab, one in so many slots may hold popular pages; 0: none
   // A member that stands still for so long within a frame or an answer is cut, and one that takes three times as long.
   std::uint64_t member_timeout_ms = 10'000;
+  // For a connection to another server that replicas go to, and for its answers: both well below what a source waits
+  // for the first of the two servers.
+  std::uint64_t chain_dial_timeout_ms = 1000;
+  std::uint64_t chain_timeout_ms = 1500;
   std::uint64_t popular_period_ms = 600'000;  // what nobody has reported for so long fades in as long again
 };
 

@@ -96,13 +96,14 @@ void ScatterAnswers::chain_broken(std::uint8_t ordinal) {
 
 ReplicaChains::ReplicaChains(std::shared_ptr<Image> image, std::uint32_t epoch,
                              std::shared_ptr<ChainTargets> targets, ScatterAnswers& answers,
-                             WorkerThread& self, std::function<void()> on_broken)
+                             WorkerThread& self, std::function<void()> on_broken, ChainTimeouts timeouts)
     : image_(std::move(image)),
       epoch_(epoch),
       targets_(std::move(targets)),
       answers_(answers),
       self_(self),
-      on_broken_(std::move(on_broken)) {}
+      on_broken_(std::move(on_broken)),
+      timeouts_(timeouts) {}
 
 bool ReplicaChains::broken(std::uint8_t ordinal) {
   // Where this side is ending, the other server is not to blame; and the source may still hear us.
@@ -185,12 +186,12 @@ bool ReplicaChains::introduce(wire::Stream& stream) {
 std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {
   const std::optional<ChainTargets::Target> target = targets_->next(ordinal);
   if (!target) return nullptr;
-  const auto deadline = std::chrono::steady_clock::now() + kDialTimeout;
+  const auto deadline = std::chrono::steady_clock::now() + timeouts_.dial;
   try {
-    wire::DialResult dialled = wire::dial(target->address, kDialTimeout, self_.wake_fd());
+    wire::DialResult dialled = wire::dial(target->address, timeouts_.dial, self_.wake_fd());
     if (dialled.kind != wire::DialResult::Kind::kConnected) return nullptr;
     // A replica that does not read ends the chain, not this server.
-    const timeval patience{kChainPatience.count() / 1000, kChainPatience.count() % 1000 * 1000};
+    const timeval patience{timeouts_.answer.count() / 1000, timeouts_.answer.count() % 1000 * 1000};
     ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     // Nor one that stops in the middle of an answer.
     ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
@@ -222,8 +223,9 @@ void ReplicaChains::read_answers(std::uint8_t ordinal, wire::Stream& stream) {
   for (;;) {
     // The source must learn which of two servers has stalled before it gives up the one that it talks to.
     const auto now = std::chrono::steady_clock::now();
-    if (wire::wait_readable(stream.fd(), now + kChainPatience / 4, -1) == wire::DialResult::Kind::kTimedOut) {
-      if (!answers_.owed_since(ordinal, now - kChainPatience)) continue;
+    if (wire::wait_readable(stream.fd(), now + timeouts_.answer / 4, -1) ==
+        wire::DialResult::Kind::kTimedOut) {
+      if (!answers_.owed_since(ordinal, now - timeouts_.answer)) continue;
       break;
     }
     wire::FrameHeader header;

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -23,6 +24,7 @@
 
 #include "os/worker_thread.h"
 #include "stage/image.h"
+#include "stage/stage.h"
 #include "wire/frame.h"
 #include "wire/socket.h"
 #include "wire/stream.h"
@@ -90,19 +92,23 @@ class ScatterAnswers {
   bool over_ = false;
 };
 
+// StageConfig's.
+struct ChainTimeouts {
+  std::chrono::milliseconds dial{StageConfig{}.chain_dial_timeout_ms};
+  std::chrono::milliseconds answer{StageConfig{}.chain_timeout_ms};
+};
+
 // The connections to other servers of one scatter connection. Threads: interrupt() any; the rest the one that serves
 // the scatter connection.
 class ReplicaChains {
  public:
   static constexpr std::size_t kMostChains = 32;
-  // Both well below what a source waits for the first of the two servers.
-  static constexpr std::chrono::milliseconds kDialTimeout{1000};
-  static constexpr std::chrono::milliseconds kChainPatience{1500};
 
   // `epoch`: of the scatter connection. `self`: the serving thread, whose stop cancels a dial. `on_broken` ends the
   // scatter connection, from any thread.
   ReplicaChains(std::shared_ptr<Image> image, std::uint32_t epoch, std::shared_ptr<ChainTargets> targets,
-                ScatterAnswers& answers, WorkerThread& self, std::function<void()> on_broken);
+                ScatterAnswers& answers, WorkerThread& self, std::function<void()> on_broken,
+                ChainTimeouts timeouts = {});
   ~ReplicaChains() { close(); }
   ReplicaChains(const ReplicaChains&) = delete;
   ReplicaChains& operator=(const ReplicaChains&) = delete;
@@ -138,6 +144,7 @@ class ReplicaChains {
   ScatterAnswers& answers_;
   WorkerThread& self_;
   const std::function<void()> on_broken_;
+  const ChainTimeouts timeouts_;
   std::atomic<bool> closing_{false};
   std::mutex mutex_;  // guards links_ against interrupt(); only the serving thread changes it
   std::map<std::uint8_t, std::unique_ptr<Link>> links_;

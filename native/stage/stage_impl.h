@@ -44,6 +44,7 @@ struct StageCommon {
   const std::size_t most_member_connections;
   MemberDesks desks;
   const std::uint64_t member_timeout_ms;
+  const ChainTimeouts chain_timeouts;
   CodecSeats codecs;
   wire::EncodingCounters packed;  // answers to reading ahead
 };

@@ -33,7 +33,9 @@ WritingConnection::WritingConnection(Place place, UniqueFd fd)
         iovec buffer{&header, sizeof header};
         return send(std::span(&buffer, 1));
       }),
-      chains_(place_.image, place_.epoch, place_.chains, answers_, thread_, [this] { interrupt(); }),
+      chains_(
+          place_.image, place_.epoch, place_.chains, answers_, thread_, [this] { interrupt(); },
+          place_.common->chain_timeouts),
       base_(place_.common->slab) {
   slots_.reserve(static_cast<std::size_t>(wire::max_run_pages(page_size_)));
 }

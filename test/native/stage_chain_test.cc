@@ -525,7 +525,7 @@ TEST_F(ChainTest, AStalledReplicaHoldsUpItsSourceAlone) {
   EXPECT_FALSE(gather->read(0, 0, 64).empty());
   const auto begun = Clock::now();
   EXPECT_TRUE(bench.stage->drop(id));
-  EXPECT_LT(Clock::now() - begun, 5s);
+  EXPECT_LT(Clock::now() - begun, 15s);
   writer.join();
   EXPECT_EQ(bench.stage->stats().free_bytes, bench.stage->stats().slab_bytes);
   EXPECT_EQ(bench.stage->stats().connections, 0U);
@@ -649,7 +649,7 @@ TEST_F(ChainTest, ADialIsCutShort) {
   ASSERT_TRUE(chain);
   const auto begun = Clock::now();
   EXPECT_TRUE(bench.stage->remove_session(id, StageBench::kSource));
-  EXPECT_LT(Clock::now() - begun, 3s);
+  EXPECT_LT(Clock::now() - begun, 15s);
   EXPECT_TRUE(source->ended());
   EXPECT_TRUE(chain->ended());
   EXPECT_EQ(bench.stage->stats().connections, 0U);

@@ -346,7 +346,10 @@ struct StageBench {
   static constexpr std::uint16_t kDestination = 2;  // session that may gather and demand
 
   explicit StageBench(std::uint64_t memory_bytes = 32ULL << 20, std::uint64_t bandwidth = 0)
-      : StageBench(StageConfig{.memory_bytes = memory_bytes, .bandwidth = bandwidth}) {}
+      : StageBench(StageConfig{.memory_bytes = memory_bytes,
+                               .bandwidth = bandwidth,
+                               .chain_dial_timeout_ms = 20'000,
+                               .chain_timeout_ms = 20'000}) {}
   explicit StageBench(StageConfig config) : stage(Stage::create(config)) {
     Listener::Config listening;
     listening.host = "127.0.0.1";
