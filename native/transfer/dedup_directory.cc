@@ -15,10 +15,6 @@
 namespace memferry {
 namespace {
 
-constexpr std::chrono::milliseconds kDialTimeout{1000};
-// For all answers to what is asked at once, sending included, however the bytes of them trickle in. Pages that are
-// put off wait for it. When one has used it up, only what is here already is taken from the others.
-constexpr std::chrono::milliseconds kPatience{1000};
 // What a writable socket takes without blocking.
 constexpr std::size_t kPiece = 4096;
 // Told of in one go, at most (twice that where runs have parts that are out of date): each has its answer within the
@@ -54,10 +50,12 @@ void Scatter::Dedup::dial() {
       if (!scatter_.servers_[i]->failed.empty()) continue;
     }
     Directory& directory = directories_[i];
-    auto dialled = dial_stage(address, scatter_.shared_.migration, wire::StageRole::kProbe, directory.attempt,
-                              Clock::now() + kDialTimeout, scatter_.shared_.cancel_fd);
+    auto dialled =
+        dial_stage(address, scatter_.shared_.migration, wire::StageRole::kProbe, directory.attempt,
+                   Clock::now() + scatter_.config_.directory_dial_timeout, scatter_.shared_.cancel_fd);
     if (!dialled.stream) continue;
-    const timeval patience{kPatience.count() / 1000, kPatience.count() % 1000 * 1000};
+    const auto most = scatter_.config_.directory_patience.count();
+    const timeval patience{most / 1000, most % 1000 * 1000};
     ::setsockopt(dialled.stream->fd(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     const std::lock_guard lock(scatter_.mutex_);
     if (scatter_.closing_) return;
@@ -113,7 +111,7 @@ void Scatter::Dedup::probe(std::vector<wire::KnownHolders>& answers) {
     if (const auto directory = directory_of(names_to_ask_[i], identities_)) asked[*directory].push_back(i);
   }
   const std::uint64_t tag = next_tag_++;
-  const auto deadline = Clock::now() + kPatience;
+  const auto deadline = Clock::now() + scatter_.config_.directory_patience;
   std::vector<wire::ContentName> names;
   std::vector<std::byte> bytes;
   for (std::size_t server = 0; server < asked.size(); ++server) {
@@ -177,7 +175,7 @@ bool Scatter::Dedup::tell() {
   }
   if (acknowledged.empty()) return false;
   const std::vector<Settled> settled = still_known(acknowledged);
-  const auto deadline = Clock::now() + kPatience;
+  const auto deadline = Clock::now() + scatter_.config_.directory_patience;
   const std::size_t servers = directories_.size();
   std::vector<std::vector<std::byte>> to_holders(servers);
   std::vector<std::map<std::pair<std::uint64_t, std::uint64_t>, std::vector<wire::ContentName>>> held(

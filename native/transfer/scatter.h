@@ -53,6 +53,11 @@ struct ScatterConfig {
   Encoding encoding;
   // Of the guest's deduplication domain; none: every page is sent.
   std::optional<ContentKey> dedup;
+  // For a connection to a directory; and for all answers to what is asked at once, sending included, however the bytes
+  // of them trickle in. Pages that are put off wait for it. When one has used it up, only what is here already is taken
+  // from the others.
+  std::chrono::milliseconds directory_dial_timeout{1000};
+  std::chrono::milliseconds directory_patience{1000};
 };
 
 class Scatter {

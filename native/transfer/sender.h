@@ -72,6 +72,8 @@ struct SenderConfig {
   KeyedHashKey base_key{};
   // Of a scatter: pages that the servers hold already for this domain go as references, after the switchover.
   std::optional<ContentKey> dedup;
+  std::chrono::milliseconds directory_dial_timeout{1000};
+  std::chrono::milliseconds directory_patience{1000};  // for all answers to what is asked at once
   // Without servers: the destination is of this domain too, and pages that it says it has go as references.
   std::optional<ContentKey> references;
   EngineCallback on_event;

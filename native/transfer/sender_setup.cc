@@ -116,6 +116,8 @@ std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
   ours.direct = config.direct;
   ours.encoding = encoding;
   ours.dedup = config.dedup;
+  ours.directory_dial_timeout = config.directory_dial_timeout;
+  ours.directory_patience = config.directory_patience;
   return std::make_unique<Scatter>(
       std::move(ours),
       Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
