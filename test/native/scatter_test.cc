@@ -51,8 +51,8 @@ class ScatterTest : public testing::Test {
     config.channels = kChannels;
     config.tokens = FakeDestination::tokens(kChannels);
     config.recover_timeout = 20s;
-    config.stall_timeout = 1500ms;
-    config.connect_timeout = 2s;
+    config.stall_timeout = 60s;
+    config.connect_timeout = 20s;
     for (const auto& stage : stages) config.servers.push_back(stage->address());
     config.on_event = events.callback();
     return config;
@@ -82,6 +82,25 @@ class ScatterTest : public testing::Test {
     const std::lock_guard lock(gate_mutex);
     direct_open = true;
     gate_changed.notify_all();
+  }
+  // The others take no more than their windows until this has had what it is to have: it is not for the scheduler.
+  template <typename Had>
+  void start_push_with(unsigned server, Had had) {
+    start_with(server, had, [this] { sender->start_push(); });
+  }
+  template <typename Had, typename Start>
+  void start_with(unsigned server, Had had, Start start) {
+    for (unsigned other = 0; other < stages.size(); ++other) stages[other]->stall(other != server);
+    start();
+    for (int i = 0; i < 20'000 && !had(); ++i) std::this_thread::sleep_for(1ms);
+    EXPECT_TRUE(had());
+    for (unsigned other = 0; other < stages.size(); ++other) {
+      if (other != server) stages[other]->stall(false);
+    }
+  }
+  bool has(unsigned server, std::size_t least) {
+    const std::lock_guard lock(stages[server]->mutex);
+    return stages[server]->pages.size() >= least;
   }
   void TearDown() override {
     open_direct();
@@ -186,15 +205,24 @@ TEST_F(ScatterTest, ADestinationThatTakesNothingDoesNotHoldUpEviction) {
   make({4000}, 2);
   block_direct();
   into_postcopy(config());
-  sender->start_push();
+  const auto acknowledged = [&](unsigned server) {
+    return [&, server] { return sender->stats().servers[server].pages > 0; };
+  };
+  start_push_with(0, acknowledged(0));
+  start_with(1, acknowledged(1), [] {});
   events.expect(kEvicted);
   expect_evicted();
   const auto stats = sender->stats();
   EXPECT_EQ(pages_at_servers(), all_pages());
   EXPECT_GT(stats.servers[0].pages, 0u);
   EXPECT_GT(stats.servers[1].pages, 0u);
-  // Only what the direct way had in hand went twice.
-  EXPECT_LE(stats.pages_resent * page_size(), 2 * (Lane::kFirstWindow + wire::kRunBytes));
+  // Only what the direct way had in hand went twice, and what a server was late to acknowledge: every sixteenth page of
+  // that is of zeros, and no more than a header.
+  const std::uint64_t to_servers = stats.servers[0].bytes + stats.servers[1].bytes;
+  const std::uint64_t once = all_pages() / 16 * 15 * page_size();
+  ASSERT_GE(to_servers, once);
+  EXPECT_LE(stats.pages_resent * page_size(),
+            2 * (Lane::kFirstWindow + wire::kRunBytes) + (to_servers - once) * 16 / 15);
 }
 
 TEST_F(ScatterTest, TheDestinationIsToldOfEveryScatteredPage) {
@@ -278,8 +306,10 @@ TEST_F(ScatterTest, AServerThatStopsReadingIsGivenUpAndItsPagesGoAgain) {
   make({4000}, 2);
   block_direct();
   stages[1]->stall_at = 100;
-  into_postcopy(config());
-  sender->start_push();
+  SenderConfig with = config();
+  with.stall_timeout = 2500ms;
+  into_postcopy(std::move(with));
+  start_push_with(1, [&] { return has(1, 100); });
   events.expect(kEvicted);
   expect_evicted({1});
   EXPECT_NE(sender->stats().servers[1].failed, "");
@@ -290,7 +320,9 @@ TEST_F(ScatterTest, AServerThatAnswersNoBarrierIsGivenUp) {
   make({1000}, 2);
   block_direct();
   stages[0]->forget_acks = true;
-  into_postcopy(config());
+  SenderConfig with = config();
+  with.stall_timeout = 2500ms;
+  into_postcopy(std::move(with));
   sender->start_push();
   events.expect(kEvicted);
   expect_evicted({0});
@@ -301,7 +333,7 @@ TEST_F(ScatterTest, AServerThatIsCutIsDialledAgainAndKeepsWhatItHas) {
   block_direct();
   stages[0]->cut_at = 200;
   into_postcopy(config());
-  sender->start_push();
+  start_push_with(0, [&] { return has(0, 200); });
   events.expect(kEvicted);
   expect_evicted();
   const std::lock_guard lock(stages[0]->mutex);
@@ -314,7 +346,7 @@ TEST_F(ScatterTest, AServerThatWasRestartedIsGivenUpAtOnce) {
   stages[0]->cut_at = 200;
   stages[0]->lost_when_cut = true;
   into_postcopy(config());
-  sender->start_push();
+  start_push_with(0, [&] { return has(0, 200); });
   events.expect(kEvicted);
   expect_evicted({0});
   EXPECT_NE(sender->stats().servers[0].failed.find("lost the image"), std::string::npos);
@@ -338,7 +370,7 @@ TEST_F(ScatterTest, AServerThatFindsNothingIntactIsGivenUp) {
   block_direct();
   stages[0]->tears = true;
   into_postcopy(config());
-  sender->start_push();
+  start_push_with(0, [&] { return !sender->stats().servers[0].failed.empty(); });
   events.expect(kEvicted);
   expect_evicted({0});
   EXPECT_NE(sender->stats().servers[0].failed.find("intact"), std::string::npos);
@@ -380,8 +412,7 @@ TEST_F(ScatterTest, ACutDirectConnectionIsTakenUpWhileTheServersGoOn) {
   make({20000}, 2);
   block_direct();
   into_postcopy(config());
-  sender->start_push();
-  ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 100; }));
+  start_push_with(0, [&] { return has(0, 101); });
   peer->cut();
   open_direct();
   peer->stop();
@@ -418,7 +449,7 @@ TEST_F(ScatterTest, WhatAServerDoesNotKeepGoesAgainBeforeTheEviction) {
     with.release_as_evicted = release;
     into_postcopy(std::move(with));
     sender->hold_eviction(true);
-    sender->start_push();
+    start_push_with(1, [&] { return sender->stats().servers[1].pages > 0; });
     for (int i = 0; i < 20'000 && pages_at_servers() < all_pages(); ++i) std::this_thread::sleep_for(1ms);
     ASSERT_EQ(pages_at_servers(), all_pages());
     ASSERT_GT(sender->stats().servers[1].pages, 0u);
@@ -470,7 +501,7 @@ TEST_F(ScatterTest, MemoryThatIsReleasedIsNeverServedAsZeros) {
   // The watcher gives it back in its own time; until then pages are answered from memory.
   const auto all = regions[0]->contiguous(run_of(0, 3000));
   std::vector<unsigned char> resident(3000);
-  for (int tries = 0; tries < 500; ++tries) {
+  for (int tries = 0; tries < 2000; ++tries) {
     ASSERT_EQ(::mincore(all.data(), all.size(), resident.data()), 0);
     if (std::count_if(resident.begin(), resident.end(), [](unsigned char r) { return (r & 1) != 0; }) < 1000)
       break;
@@ -522,11 +553,13 @@ TEST_F(ScatterTest, WhatIsTakenBackFromAServerGoesBehindTheEndOfItsChain) {
     // Received, and not acknowledged.
     stages[1]->forget_acks = true;
     (cut ? stages[1]->cut_at : stages[1]->stall_at) = 100;
+    with.stall_timeout = 2500ms;
     sender = std::make_unique<Sender>(std::move(with));
     sender->connect();
     events.expect(kConnected);
     sender->queue_populated();
-    sender->start_round(5);
+    start_with(
+        1, [&] { return has(1, 100); }, [&] { sender->start_round(5); });
     EXPECT_EQ(events.expect(kRoundDone).tag, 5u);
     {
       const std::scoped_lock lock(stages[0]->mutex, stages[1]->mutex);
@@ -569,7 +602,7 @@ class HoldUp final : public DirtyTracker {
   }
   bool wait_until_held() {
     std::unique_lock lock(mutex_);
-    return changed_.wait_for(lock, 10s, [&] { return held_; });
+    return changed_.wait_for(lock, 20s, [&] { return held_; });
   }
   void let_go() {
     const std::lock_guard lock(mutex_);
@@ -595,17 +628,21 @@ TEST_F(ScatterTest, ARoundDoesNotEndWhileAThreadOfAGivenUpServerHasPagesInHand) 
   sender->connect();
   events.expect(kConnected);
   sender->queue_populated();
+  stages[0]->stall(true);  // or it could have everything first
   sender->start_round(5);
   const struct LetGo {
     HoldUp& hold_up;
     ~LetGo() { hold_up.let_go(); }
   } let_go{*hold_up};  // or the sender could not end
   ASSERT_TRUE(hold_up->wait_until_held());
+  stages[0]->stall(false);
   stages[1]->say_garbage();
   const auto given_up = [&] { return !sender->stats().servers[1].failed.empty(); };
   for (int i = 0; i < 1000 && !given_up(); ++i) std::this_thread::sleep_for(10ms);
   ASSERT_TRUE(given_up());
   // All that the other server can have.
+  const auto some = [&] { return sender->stats().servers[0].pages > 0; };
+  for (int i = 0; i < 2000 && !some(); ++i) std::this_thread::sleep_for(10ms);
   std::uint64_t before = ~0ULL;
   for (std::uint64_t now = 0; now != before; now = sender->stats().servers[0].pages) {
     before = now;
@@ -782,14 +819,13 @@ TEST_F(ScatterTest, ClosingInTheMiddleIsPrompt) {
     SenderConfig with = config();
     with.stall_timeout = 60s;
     into_postcopy(std::move(with));
-    sender->start_push();
-    ASSERT_TRUE(stages[0]->wait_for([&] { return stages[0]->pages.size() > 50; }));
+    start_push_with(0, [&] { return has(0, 51); });
     if (stalled) {
       for (auto& stage : stages) stage->stall(true);
     }
     const auto start = std::chrono::steady_clock::now();
     sender->close(false);
-    EXPECT_LT(std::chrono::steady_clock::now() - start, 10s);
+    EXPECT_LT(std::chrono::steady_clock::now() - start, 30s);
     TearDown();
     regions.clear();
     oracle.clear();
