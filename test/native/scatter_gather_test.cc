@@ -79,7 +79,7 @@ class ScatterGatherTest : public testing::Test {
     config.servers = server_addresses(image, kSourceSession, ports());
     config.replicas = replicas_;
     config.direct = direct;
-    config.stall_timeout = 2s;
+    config.stall_timeout = stall_timeout;
     config.on_event = departures.callback();
     sender = std::make_unique<Sender>(std::move(config));
     sender->connect();
@@ -117,6 +117,7 @@ class ScatterGatherTest : public testing::Test {
 
   std::uint64_t pages_ = 0;
   unsigned replicas_ = 1;
+  std::chrono::milliseconds stall_timeout = 60s;
   const ImageId image = own_image_id(0x42);
   std::shared_ptr<Region> source;
   std::shared_ptr<Region> target;
@@ -131,11 +132,11 @@ class ScatterGatherTest : public testing::Test {
 
 TEST_F(ScatterGatherTest, TheSourceLeavesLongBeforeASlowDestinationHasEverything) {
   make(8192, 2);
-  receive(2 << 20, 4 << 20);
+  receive(128 << 10, 128 << 10);
   send();
   into_postcopy();
   evict();
-  // 32 MiB at 2 + 4 MiB/s there, as fast as it goes here.
+  // 32 MiB at 128 + 128 KiB/s there, as fast as it goes here.
   EXPECT_FALSE(arrivals.any(kComplete));
   EXPECT_GT(receiver->stats().pages_missing, pages_ / 4);
   receiver->set_bandwidth(0);
@@ -251,11 +252,14 @@ TEST_F(ScatterFaultsTest, AServerThatIsSilentIsNoneToWaitForWhileTheSourceLives)
   network.silence(true);
   other.silence(true);
   const Waits silent = touch_many();
-  EXPECT_LE(silent.late, control.late + 50);
-  EXPECT_LE(silent.long_ones, control.long_ones + 1) << "one for each server, where they are waited for";
   EXPECT_GT(sender->stats().pages_resent, sent_twice);
   network.silence(false);
   other.silence(false);
+  const Waits after = touch_many();
+  // Nearly all 300, where each is tried at a server first.
+  EXPECT_LE(silent.late, std::max(control.late, after.late) + 150);
+  EXPECT_LE(silent.long_ones, std::max(control.long_ones, after.long_ones) + 1)
+      << "one for each server, where they are waited for";
   leave();
 }
 
@@ -292,10 +296,11 @@ TEST_F(ScatterGatherTest, AServerThatEndsInTheMiddleOfTheScatterLosesNothing) {
     SCOPED_TRACE(replicas);
     make(16384, 3, replicas);
     receive(4 << 20, 0);
+    stall_timeout = 2s;
     send();
     into_postcopy();
     // Slowly, so that it is in the middle whenever this thread gets to end it.
-    sender->set_bandwidth(16 << 20);
+    sender->set_bandwidth(8 << 20);
     sender->start_push();
     for (int i = 0; i < 20'000 && sender->stats().servers[1].pages < 200; ++i)
       std::this_thread::sleep_for(1ms);
@@ -336,7 +341,7 @@ TEST_F(ScatterGatherTest, ALostServerWithoutReplicasLosesItsPagesAndNoOthers) {
   ASSERT_FALSE(gone.empty());
   ASSERT_LT(gone.size(), pages_);
   receiver->acknowledge_loss();
-  for (int i = 0; i < 5000 && receiver->stats().pages_missing > gone.size(); ++i)
+  for (int i = 0; i < 20'000 && receiver->stats().pages_missing > gone.size(); ++i)
     std::this_thread::sleep_for(1ms);
   EXPECT_EQ(receiver->stats().pages_missing, gone.size());
   for (std::uint64_t page = 0; page < pages_; ++page) {
@@ -432,7 +437,7 @@ class StaleMapTest : public ScatterGatherTest {
 TEST_F(StaleMapTest, HidesNothingFromOneThatDeniesWhatItTells) {
   park(2);
   claims(0);
-  gather_all(5s);
+  gather_all(30s);
 }
 
 // More of them than places are kept for a page.
@@ -440,14 +445,14 @@ TEST_F(StaleMapTest, HidesNothingWhereSeveralAreWrong) {
   park(4);
   holds(3);
   for (const unsigned ordinal : {0U, 1U, 2U}) claims(ordinal);
-  gather_all(5s);
+  gather_all(30s);
 }
 
 TEST_F(StaleMapTest, HidesNothingWhereItTellsOfOneThatIsGone) {
   park(3);
   holds(2);
   vmd[1].end();
-  gather_all(5s);
+  gather_all(30s);
 }
 
 // One that walks through it all, one that touches here and there, and servers that go away meanwhile: what was on its way
@@ -495,11 +500,13 @@ TEST_F(ScatterGatherTest, AServerThatFallsSilentInTheMiddleOfAPageIsRoutedAround
   network.silence_after(Forwarder::kDown, (1 << 20) + 1234);
   destination_ports = {network.port(), vmd[1].listener->port()};
   // Far longer than the test waits for anything: it is not for being given up that the others are asked. So slowly
-  // that both are connected long before the end.
-  receive(0, 16 << 20, 60s, true);
+  // that it falls silent long before the end.
+  receive(0, 2 << 20, 60s, true);
   arrivals.await(kSwitched);
-  arrivals.await(kComplete);
+  for (int i = 0; i < 20'000 && !network.silent(); ++i) std::this_thread::sleep_for(1ms);
   EXPECT_TRUE(network.silent());
+  receiver->set_gather_limit(0);
+  arrivals.await(kComplete);
   expect_equal();
 }
 
