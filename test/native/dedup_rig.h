@@ -57,13 +57,18 @@ class DedupRig : public testing::Test {
     bool direct = true;                 // false: it is parked
     std::uint64_t intake = 1ULL << 20;  // so that the servers have most of it
     std::uint64_t delta_cache = 0;
+    std::chrono::milliseconds stall_timeout{60'000};
+    std::chrono::milliseconds directory_patience{30'000};
     std::vector<std::size_t> order{};  // of the servers in its list; as they are
   };
 
   static std::size_t page_size() { return system_page_size(); }
 
   void servers(unsigned count, std::uint64_t memory = 128ULL << 20) {
-    for (unsigned i = 0; i < count; ++i) vmd.push_back(Vmd::start(memory));
+    for (unsigned i = 0; i < count; ++i) {
+      vmd.push_back(Vmd::start(
+          StageConfig{.memory_bytes = memory, .chain_dial_timeout_ms = 20'000, .chain_timeout_ms = 20'000}));
+    }
   }
   // 0 is zeros.
   static void fill(std::byte* page, std::uint64_t content) {
@@ -116,8 +121,10 @@ class DedupRig : public testing::Test {
     sending.servers = server_addresses(move->image, kSourceSession, ports(plan), 16, identities);
     sending.replicas = plan.replicas;
     sending.bandwidth = kLink;
-    sending.stall_timeout = std::chrono::milliseconds(2500);
+    sending.stall_timeout = plan.stall_timeout;
     sending.dedup = dedup_key(plan.domain);
+    sending.directory_dial_timeout = std::chrono::seconds(30);
+    sending.directory_patience = plan.directory_patience;
     sending.delta_cache_bytes = plan.delta_cache;
     sending.destination_encodings = plan.delta_cache > 0 ? wire::kFlagDelta : std::uint16_t{0};
     sending.on_event = move->departures.callback();
@@ -150,7 +157,10 @@ class DedupRig : public testing::Test {
   // One that is about to push.
   std::unique_ptr<Move> guest(std::uint64_t pages, const Contents& content_of, std::uint8_t domain = 1,
                               unsigned replicas = 1) {
-    auto move = prepare(pages, content_of, {.domain = domain, .replicas = replicas});
+    return guest(pages, content_of, {.domain = domain, .replicas = replicas});
+  }
+  std::unique_ptr<Move> guest(std::uint64_t pages, const Contents& content_of, const Plan& plan) {
+    auto move = prepare(pages, content_of, plan);
     move->sender->queue_populated();
     switch_over(*move);
     return move;
@@ -164,9 +174,9 @@ class DedupRig : public testing::Test {
     const SenderStats all = move.sender->stats();
     const DedupStats stats = *all.dedup;
     return std::to_string(stats.examined) + " pages looked at, " + std::to_string(stats.probes) +
-           " asked for, " + std::to_string(stats.pages) + " referred to, " + std::to_string(stats.refused) +
-           " refused, " + std::to_string(all.pages_sent) + " sent, " + std::to_string(all.pages_pending) +
-           " pending";
+           " asked for, " + std::to_string(stats.told) + " told of, " + std::to_string(stats.pages) +
+           " referred to, " + std::to_string(stats.refused) + " refused, " + std::to_string(all.pages_sent) +
+           " sent, " + std::to_string(all.pages_pending) + " pending";
   }
   // With a link that leaves time to look, until something has been found.
   template <typename Found, typename Start>
@@ -184,6 +194,18 @@ class DedupRig : public testing::Test {
   template <typename Found>
   static void evict_slowly_until(Move& move, Found found) {
     slowly_until(move, found, [&] { move.sender->start_push(); });
+    await_evicted(move);
+  }
+  // So that others find there what it had: what it has not told by the time that it goes nobody learns.
+  static void evict_known(Move& move) {
+    move.sender->hold_eviction(true);
+    slowly_until(
+        move, [&] { return dedup(move).told > 0; }, [&] { move.sender->start_push(); });
+    // Fewer than it looks at in one go before it has told any.
+    const auto enough = [&] { return dedup(move).told >= 256; };
+    for (int i = 0; i < 20'000 && !enough(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    EXPECT_TRUE(enough()) << told_of(move);
+    move.sender->hold_eviction(false);
     await_evicted(move);
   }
   static void await_evicted(Move& move) {

@@ -78,8 +78,11 @@ struct Vmd {
   std::unique_ptr<Listener> listener;
 
   static Vmd start(std::uint64_t memory_bytes, std::uint16_t port = 0) {
+    return start(StageConfig{.memory_bytes = memory_bytes}, port);
+  }
+  static Vmd start(const StageConfig& config, std::uint16_t port = 0) {
     Vmd vmd;
-    vmd.stage = Stage::create({.memory_bytes = memory_bytes, .bandwidth = 0});
+    vmd.stage = Stage::create(config);
     vmd.listener = std::make_unique<Listener>(Listener::Config{"127.0.0.1", port, {}});
     vmd.listener->serve_stage(vmd.stage);
     return vmd;

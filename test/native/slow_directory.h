@@ -61,7 +61,7 @@ class SlowDirectory {
   }
   void serve(UniqueFd fd) {
     auto dialled =
-        wire::dial(wire::SocketAddress::parse("127.0.0.1", behind_), std::chrono::milliseconds(1000), -1);
+        wire::dial(wire::SocketAddress::parse("127.0.0.1", behind_), std::chrono::milliseconds(20'000), -1);
     if (dialled.kind != wire::DialResult::Kind::kConnected) return;
     wire::PlainStream client(std::move(fd));
     wire::PlainStream server(std::move(dialled.fd));
