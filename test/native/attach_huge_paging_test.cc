@@ -295,7 +295,7 @@ TEST_F(AttachHugePaging, ItsDeathEndsTheArrivalAtOnce) {
   owner->kill();
   const EngineEvent failed = bench->log.wait(EngineEventKind::kFailed);
   EXPECT_EQ(failed.code, "OWNER_GONE") << failed.message;
-  EXPECT_LT(std::chrono::steady_clock::now() - began, 10s);
+  EXPECT_LT(std::chrono::steady_clock::now() - began, 20s);
 }
 
 TEST_F(AttachHugePaging, WhatIsLostTakesItsHugePageWithItAndIsNeverSentAsZeros) {

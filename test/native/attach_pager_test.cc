@@ -211,7 +211,7 @@ TEST_P(AttachPager, ItsDeathEndsTheArrivalAtOnce) {
   owner->kill();
   const EngineEvent failed = bench->log.wait(EngineEventKind::kFailed);
   EXPECT_EQ(failed.code, "OWNER_GONE") << failed.message;
-  EXPECT_LT(std::chrono::steady_clock::now() - began, 10s);
+  EXPECT_LT(std::chrono::steady_clock::now() - began, 20s);
 }
 
 TEST_P(AttachPager, SoDoesAnExec) {
