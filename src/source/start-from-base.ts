@@ -146,7 +146,8 @@ export class StartFromBase {
         }
         this.#told = deferred();
         this.#told.promise.catch(() => {});
-        const look = new Promise<void>((resolve) => setTimeout(resolve, 20));
+        // Timers that are due run before sockets are read: what came while this thread stood still counts first.
+        const look = new Promise<void>((resolve) => setTimeout(() => setImmediate(resolve), 20));
         await untilAborted(Promise.race([this.#told.promise, look]), this.signal);
       }
     } finally {
