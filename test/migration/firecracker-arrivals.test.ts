@@ -325,10 +325,16 @@ describe('a microVM', () => {
       accept: microVmArrivals(hostOf(fake)),
     });
     open.push(() => listening.close());
-    const migration = migrate(guest, { to: `127.0.0.1:${listening.port}`, mode: 'pre-copy', secret });
+    const migration = migrate(guest, {
+      to: `127.0.0.1:${listening.port}`,
+      mode: 'pre-copy',
+      secret,
+      holdSwitchover: true,
+    });
     const writing = source.microVm.obey('write 4000 10 6');
     const { value: arrival } = await listening[Symbol.asyncIterator]().next();
     await writing;
+    migration.switchover();
     await migration.evicted;
     expect(source.calls).toEqual(['PATCH /vm Paused', 'PUT /snapshot/create']);
     await expect.poll(() => fake.running).toBe(true);
