@@ -310,9 +310,10 @@ describe('peers that know the secret and lie', () => {
   });
 
   test('an offer, and silence afterwards', async () => {
-    const insider = (await Insider.connect(port)).say(offer(id()));
+    const insider = (await Insider.connect(port)).lives().say(offer(id()));
     await insider.hears('accepted');
-    await insider.untilEnded(10_000);
+    insider.silence();
+    await insider.untilEnded();
     await b.untilStep('intruder', 'abandon');
     await expectNothingLeft(b, before, LIMIT_MS);
   });
@@ -339,9 +340,9 @@ describe('peers that know the secret and lie', () => {
 
   test('the same offer twice: the second is declined, the first one lives', async () => {
     const one = id();
-    const first = (await Insider.connect(port)).say(offer(one));
+    const first = (await Insider.connect(port)).lives().say(offer(one));
     await first.hears('accepted');
-    const second = (await Insider.connect(port)).say(offer(one));
+    const second = (await Insider.connect(port)).lives().say(offer(one));
     await second.hears('declined');
     await second.untilEnded();
     expect(b.steps('intruder')).toEqual([]);
@@ -356,7 +357,7 @@ describe('peers that know the secret and lie', () => {
     ['PREPARE before its memory', { type: 'prepare', epoch: 0 }],
     ['a state without one', { type: 'state' }],
   ])('after its offer: %s', async (_, message) => {
-    const insider = (await Insider.connect(port)).say(offer(id()));
+    const insider = (await Insider.connect(port)).lives().say(offer(id()));
     await insider.hears('accepted');
     insider.say(message);
     await b.untilStep('intruder', 'abandon');
@@ -367,7 +368,7 @@ describe('peers that know the secret and lie', () => {
   });
 
   test('GRANT before READY runs nothing', async () => {
-    const insider = (await Insider.connect(port)).say(offer(id()));
+    const insider = (await Insider.connect(port)).lives().say(offer(id()));
     await insider.hears('accepted');
     insider.say({ type: 'grant', epoch: 0 });
     insider.close();
@@ -377,7 +378,7 @@ describe('peers that know the secret and lie', () => {
 
   test('pages outside its regions', async () => {
     const migrationId = id();
-    const insider = (await Insider.connect(port)).say(offer(migrationId));
+    const insider = (await Insider.connect(port)).lives().say(offer(migrationId));
     await insider.hears('accepted');
     const tokens = dataTokens(insider.sessionKey, Buffer.from(migrationId, 'hex'), 1, 1);
     const links = await Promise.all(

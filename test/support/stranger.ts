@@ -73,7 +73,7 @@ export class Stranger {
     this.#socket.destroy();
   }
 
-  async bytes(count: number, boundMs = 5000): Promise<Buffer> {
+  async bytes(count: number, boundMs = 20_000): Promise<Buffer> {
     await bounded(
       new Promise<void>((resolve) => {
         const watcher = () => {
@@ -109,6 +109,7 @@ export class Insider {
   readonly ended: Promise<void>;
   #text = '';
   readonly #watchers: (() => void)[] = [];
+  #pings: NodeJS.Timeout | undefined;
 
   private constructor(
     private readonly session: Awaited<ReturnType<typeof dial>>,
@@ -122,7 +123,12 @@ export class Insider {
       this.#text += (bytes as Buffer).toString('latin1');
       for (const watcher of this.#watchers) watcher();
     });
-    this.ended = new Promise((resolve) => socket.once('close', () => resolve()));
+    this.ended = new Promise((resolve) => {
+      socket.once('close', () => {
+        this.silence();
+        resolve();
+      });
+    });
   }
 
   static async connect(port: number): Promise<Insider> {
@@ -130,7 +136,7 @@ export class Insider {
       host: '127.0.0.1',
       port,
       secret: Buffer.from(SECRET),
-      connectTimeoutMs: 5000,
+      connectTimeoutMs: 15_000,
     });
     return new Insider(session, new FrameSealer(directionKey(session.sessionKey, 'dialler')));
   }
@@ -148,13 +154,25 @@ export class Insider {
     return this;
   }
 
+  /** Is heard of from now on as a real peer is, however long the other side takes for its answers. */
+  lives(): this {
+    this.#pings = setInterval(() => {
+      for (const part of this.sealer.seal(FrameKind.Ping)) this.session.duplex.write(part);
+    }, 500);
+    return this;
+  }
+
+  silence(): void {
+    clearInterval(this.#pings);
+  }
+
   /** Past every rule. */
   raw(bytes: Uint8Array): this {
     this.session.duplex.write(bytes);
     return this;
   }
 
-  async hears(word: string, boundMs = 8000): Promise<void> {
+  async hears(word: string, boundMs = 20_000): Promise<void> {
     await bounded(
       new Promise<void>((resolve) => {
         const watcher = () => {
@@ -168,7 +186,7 @@ export class Insider {
     );
   }
 
-  async untilEnded(boundMs = 8000): Promise<void> {
+  async untilEnded(boundMs = 20_000): Promise<void> {
     await bounded(this.ended, boundMs, () => 'the other side keeps the connection');
   }
 
