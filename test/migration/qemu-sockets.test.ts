@@ -203,18 +203,21 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
 
   test('a QEMU that hangs as it is told to stop, and is given up: its guest runs on when it comes to itself', async () => {
     const here = await machine();
+    const giveUp = new AbortController();
     let stops = 0;
     const hangs = await qmpProxy(here.qmp, (command) => {
-      if (command === 'stop' && ++stops === 1) process.kill(here.pid, 'SIGSTOP');
+      if (command === 'stop' && ++stops === 1) {
+        process.kill(here.pid, 'SIGSTOP');
+        setTimeout(() => giveUp.abort(), 1500);
+        // It has been asked twice about its migration by then, and waits with `cont`.
+        setTimeout(() => process.kill(here.pid, 'SIGCONT'), 13_000);
+      }
       return false;
     });
     await using guest = await QemuGuest.attach({ qmp: hangs, shim: here.shim });
     const warnings: Error[] = [];
     guest.on('warning', (warning: Error) => warnings.push(warning));
-    const pausing = guest.pause({ signal: AbortSignal.timeout(1500) });
-    // It has been asked twice about its migration by then, and waits with `cont`.
-    setTimeout(() => process.kill(here.pid, 'SIGCONT'), 13_000);
-    await expect(pausing).rejects.toMatchObject({ code: 'CANCELLED' });
+    await expect(guest.pause({ signal: giveUp.signal })).rejects.toMatchObject({ code: 'CANCELLED' });
     expect(warnings.length).toBeGreaterThan(0);
     for (let look = 0; look < 10; look++) {
       expect(await statusOf(here)).toBe('running');
