@@ -40,7 +40,10 @@ export async function reasonOfCut(
   cut: MemferryError,
   refusal: Promise<MemferryError>,
 ): Promise<MemferryError> {
-  const late = new Promise<null>((resolve) => setTimeout(resolve, refusalGraceMs, null));
+  // Timers that are due run before sockets are read: what came while this thread stood still counts first.
+  const late = new Promise<null>((resolve) => {
+    setTimeout(() => setImmediate(resolve, null), refusalGraceMs);
+  });
   const refused = await Promise.race([refusal, late]);
   // What only repeats our own cancel says nothing new.
   return refused && !['CHANNEL_LOST', 'CANCELLED'].includes(refused.code) ? refused : cut;
