@@ -24,8 +24,8 @@ const BESIDE_ANOTHER = [
 // A process a file (forks): native threads, signal handlers and userfaultfds of one cannot reach another.
 const processes = {
   pool: 'forks',
-  testTimeout: 60_000,
-  hookTimeout: 60_000,
+  testTimeout: 120_000,
+  hookTimeout: 120_000,
   expect: { poll: { timeout: 15_000 } },
 } as const;
 

@@ -36,7 +36,6 @@ describe('a guest of one’s own', () => {
       there.child.kill('SIGINT');
       expect(await there.closed).toBe(0);
     },
-    60_000,
   );
 
   test('moves at SIGUSR1, and --once ends the receiver with it', async () => {
@@ -47,14 +46,14 @@ describe('a guest of one’s own', () => {
     expect(await here.closed).toBe(0);
     expect(await there.closed).toBe(0);
     expect(there.lines.at(-1)).toMatchObject({ type: 'report', verified: true });
-  }, 60_000);
+  });
 
   test('does not come, and a receiver that waits for it --once is interrupted', async () => {
     const there = await receiver('--once');
     there.child.kill('SIGINT');
     expect(await there.closed).toBe(130);
     expect(there.errors()).toMatch(/^memferry: CANCELLED: [^\n]*\n$/);
-  }, 30_000);
+  });
 
   test('moves at the end of its input', async () => {
     const there = await receiver('--once');
@@ -62,7 +61,7 @@ describe('a guest of one’s own', () => {
     here.child.stdin.end();
     expect(await here.closed).toBe(0);
     expect(await there.closed).toBe(0);
-  }, 60_000);
+  });
 
   test('moves after a time, whatever its input does', async () => {
     const there = await receiver('--once');
@@ -70,7 +69,7 @@ describe('a guest of one’s own', () => {
     here.child.stdin.end();
     expect(await here.closed).toBe(0);
     expect(await there.closed).toBe(0);
-  }, 60_000);
+  });
 });
 
 describe('what is wrong is one line with a code', () => {
@@ -79,7 +78,7 @@ describe('what is wrong is one line with a code', () => {
     here.child.stdin.end();
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: CONNECT_FAILED: [^\n]*\n$/);
-  }, 30_000);
+  });
 
   test('a module that is not on the list', async () => {
     const there = await receiver();
@@ -89,7 +88,7 @@ describe('what is wrong is one line with a code', () => {
     expect(here.errors()).toMatch(/^memferry: MODULE_REFUSED: [^\n]*\n$/);
     there.child.kill('SIGINT');
     expect(await there.closed).toBe(0);
-  }, 30_000);
+  });
 
   test('another file under the same name', async () => {
     const there = await receiver();
@@ -105,7 +104,7 @@ describe('what is wrong is one line with a code', () => {
     here.child.stdin.end();
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: MODULE_REFUSED: [^\n]*SHA-256[^\n]*\n$/);
-  }, 30_000);
+  });
 
   test('another secret', async () => {
     const there = await receiver();
@@ -114,19 +113,19 @@ describe('what is wrong is one line with a code', () => {
     here.child.stdin.end();
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: AUTH_FAILED: [^\n]*\n$/);
-  }, 30_000);
+  });
 
   test('a module that does not load', async () => {
     const here = command('send', '--to', '127.0.0.1:9', '--module', 'x=/nowhere.mjs');
     expect(await here.closed).toBeGreaterThan(0);
     expect(here.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
-  }, 30_000);
+  });
 
   test('an open network without --plaintext', async () => {
     const here = command('receive', '--listen', '0.0.0.0:0', '--module', `counter=${counter}`);
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: PLAINTEXT_REQUIRED: [^\n]*\n$/);
-  }, 30_000);
+  });
 });
 
 describe('a destination that does not answer in time is asked on', () => {
@@ -204,7 +203,7 @@ describe('a guest that comes back', () => {
     expect(await home.next('report')).toMatchObject({ type: 'report', verified: true });
     far.child.kill('SIGINT');
     expect(await far.closed).toBe(0);
-  }, 60_000);
+  });
 
   test('nobody leaves before the stale copy is written', async () => {
     const here = command(
@@ -213,7 +212,7 @@ describe('a guest that comes back', () => {
     );
     expect(await here.closed).toBe(2);
     expect(here.errors()).toContain('INVALID_ARGUMENT: --leave-when-evicted');
-  }, 30_000);
+  });
 
   test('a log that cannot be read is said at once', async () => {
     const there = await receiver();
@@ -232,5 +231,5 @@ describe('a guest that comes back', () => {
     expect(here.errors()).toContain('INVALID_ARGUMENT: --replay');
     there.child.kill('SIGINT');
     expect(await there.closed).toBe(0);
-  }, 60_000);
+  });
 });

@@ -14,7 +14,7 @@ const lua = new URL('../../examples/lua/lua.mjs', import.meta.url).href;
 const threads = new URL('../support/guests/threads.mjs', import.meta.url).href;
 const holding = new URL('../support/guests/holding.mjs', import.meta.url).href;
 const modules = { lua, threads, holding };
-const LONG_MS = 60_000;
+const LONG_MS = 120_000;
 
 async function ask<T>(host: Host, request: unknown, worker = 0): Promise<T> {
   const answer = await host.call<{ ok: boolean; value: T; error?: { message: string } }>(

@@ -246,7 +246,7 @@ describe.skipIf(obstacle !== null)('between memferry and QEMU', () => {
     ready.release();
     await there.ended;
     await expect(done).rejects.toMatchObject(busy);
-    await expect.poll(() => statusOf(here), { timeout: 5000 }).toBe('running');
+    await expect.poll(() => statusOf(here)).toBe('running');
   });
 
   describe('GRANT, and the QMP connection to the QEMU that it left ends', () => {

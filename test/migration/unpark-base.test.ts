@@ -274,7 +274,7 @@ test('a server that goes: its replicas have what it had', async () => {
   await all[1]?.close();
   expect(await unparked.complete).toMatchObject({ verified: true });
   expect(Buffer.compare(unparked.regions[0]?.views[0] as Uint8Array, expected)).toBe(0);
-}, 20_000);
+});
 
 describe('what makes no sense is refused before anything is claimed', () => {
   test.each([

@@ -78,7 +78,6 @@ describe('send through servers', () => {
       }
       for (const { address } of servers) expect(await held(address)).toEqual([]);
     },
-    60_000,
   );
 
   test('servers that are too small: VMD_CAPACITY, and nothing is left at them', async () => {
@@ -94,7 +93,7 @@ describe('send through servers', () => {
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: VMD_CAPACITY: [^\n]*\n$/);
     expect(await held(small.address)).toEqual([]);
-  }, 30_000);
+  });
 });
 
 describe('park and unpark', () => {
@@ -128,7 +127,7 @@ describe('park and unpark', () => {
     expect(await there.ask({ add: 1 })).toBe(8);
     there.child.kill('SIGINT');
     await there.closed;
-  }, 60_000);
+  });
 
   test('a server loses its part while the guest is gathered: told at once, and the other pages still come', async () => {
     const servers = [await server('one'), await server('two')];
@@ -158,7 +157,7 @@ describe('park and unpark', () => {
     }
     expect(await there.closed).toBe(4);
     expect(there.errors()).toMatch(/^memferry: PAGES_LOST: [^\n]*\n$/);
-  }, 60_000);
+  });
 
   // Both at once, since each takes half a minute to be in doubt.
   test('a home server that does not answer GRANT is asked until it does, or one gives up', async () => {
@@ -191,7 +190,7 @@ describe('park and unpark', () => {
       expect(statSync(join(place.directory, 'given-up')).size).toBeGreaterThan(0);
     };
     await Promise.all([taken(), givenUp()]);
-  }, 90_000);
+  });
 
   test('interrupted while a guest of WebAssembly waits for a page of a server that says nothing: ends at once', async () => {
     const only = await server('one');
@@ -227,8 +226,8 @@ describe('park and unpark', () => {
     const since = performance.now();
     there.child.kill('SIGINT');
     expect(await there.closed, there.errors()).toBe(130);
-    expect(performance.now() - since).toBeLessThan(5000);
-  }, 60_000);
+    expect(performance.now() - since).toBeLessThan(15_000);
+  });
 
   test('it comes back to a host that kept what it was: only what changed comes', async () => {
     const servers = [await server('one'), await server('two')];
@@ -248,26 +247,22 @@ describe('park and unpark', () => {
     // What prepares the guest touches pages before they are here.
     expect(report['pagesGathered']).toBeLessThan(report['pagesFromBase'] as number);
     expect(await there.closed, there.errors()).toBe(0);
-  }, 60_000);
+  });
 
   test.each([
     [['--base', 'vmd:ticket'], '--base:'],
     [['--base-for-any'], '--base-for-any:'],
     [['--base', 'x', '--base-image', 'memory=y'], '--base-image:'],
     [['--base-image', 'elsewhere=y'], 'unpark.base.images:'],
-  ])(
-    '%j makes no sense, and nothing is claimed',
-    async (flags, about) => {
-      const only = await server('one');
-      const here = startPark(only.address, '--after-ms', '0');
-      expect(await here.closed, here.errors()).toBe(0);
-      const there = startUnpark(...flags);
-      expect(await there.closed).toBe(2);
-      expect(there.errors()).toContain(`memferry: INVALID_ARGUMENT: ${about}`);
-      expect(await held(only.address)).toMatchObject([{ phase: 'parked', epoch: 0 }]);
-    },
-    30_000,
-  );
+  ])('%j makes no sense, and nothing is claimed', async (flags, about) => {
+    const only = await server('one');
+    const here = startPark(only.address, '--after-ms', '0');
+    expect(await here.closed, here.errors()).toBe(0);
+    const there = startUnpark(...flags);
+    expect(await there.closed).toBe(2);
+    expect(there.errors()).toContain(`memferry: INVALID_ARGUMENT: ${about}`);
+    expect(await held(only.address)).toMatchObject([{ phase: 'parked', epoch: 0 }]);
+  });
 
   test('a ticket is never overwritten, and no guest is started for it', async () => {
     const only = await server('one');
@@ -279,14 +274,14 @@ describe('park and unpark', () => {
     expect(another.errors()).toMatch(/^memferry: INVALID_ARGUMENT: --ticket: [^\n]*\n$/);
     expect(another.lines).toEqual([]);
     expect(readFileSync(ticket(), 'utf8')).toBe(before);
-  }, 30_000);
+  });
 
   test('a park that fails leaves no ticket', async () => {
     const here = startPark('127.0.0.1:9', '--after-ms', '0');
     expect(await here.closed).toBe(1);
     expect(here.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
     expect(() => statSync(ticket())).toThrow(/ENOENT/);
-  }, 30_000);
+  });
 
   test('what is dropped is gone: its ticket says so', async () => {
     const only = await server('one');
@@ -306,5 +301,5 @@ describe('park and unpark', () => {
     const there = startUnpark();
     expect(await there.closed).toBeGreaterThan(0);
     expect(there.errors()).toMatch(/^memferry: [A-Z_]+: [^\n]*\n$/);
-  }, 30_000);
+  });
 });

@@ -7,7 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { held, heldAgain, type Inventory, inventory } from './leftovers.js';
 
 const program = fileURLToPath(new URL('host-program.mjs', import.meta.url));
-const BOUND_MS = 20_000;
+const BOUND_MS = 45_000;
 
 export interface HostEvent {
   event: string;
@@ -211,7 +211,7 @@ export class Host {
     try {
       await this.call('reset');
       const wanted = JSON.stringify(held(this.#baseline));
-      const now = JSON.stringify(await heldAgain(this, this.#baseline, 5000));
+      const now = JSON.stringify(await heldAgain(this, this.#baseline, 20_000));
       if (now === wanted) {
         all.delete(this);
         idle.push(this);

@@ -122,7 +122,7 @@ export function stageStatus({ host }: Stage): Promise<StageStatus> {
 }
 
 /** No image, and its memory is free again: dissolving is told by nobody, so it is waited for. */
-export async function expectEmpty(stage: Stage, boundMs = 5000): Promise<void> {
+export async function expectEmpty(stage: Stage, boundMs = 20_000): Promise<void> {
   for (const end = performance.now() + boundMs; ; await pause(LOOK_AGAIN_MS)) {
     const { images, held, freeBytes } = await stageStatus(stage);
     if (images === 0 && freeBytes === stage.freeBytes) return;
@@ -180,7 +180,7 @@ export async function expectIntact(host: Host, guest = 'g'): Promise<Check> {
  */
 export async function expectRuns(host: Host, guest = 'g'): Promise<void> {
   await expectIntact(host, guest);
-  await host.call('untilWrites', { guest }, 10_000);
+  await host.call('untilWrites', { guest });
 }
 
 export async function expectStands(host: Host, guest = 'g'): Promise<void> {
@@ -209,6 +209,6 @@ export async function expectOneOwner(where: Host[], guest = 'g'): Promise<void> 
 }
 
 /** Sockets, userfaultfds, registered mappings, native threads and open files are again what they were. */
-export async function expectNothingLeft(host: Host, before: Inventory, boundMs = 5000): Promise<void> {
+export async function expectNothingLeft(host: Host, before: Inventory, boundMs = 20_000): Promise<void> {
   expect(await heldAgain(host, before, boundMs)).toEqual(held(before));
 }

@@ -96,7 +96,7 @@ export class TcpProxy {
     return proxy;
   }
 
-  at(point: Point, deed: Deed, boundMs = 15_000): Reached {
+  at(point: Point, deed: Deed, boundMs = 45_000): Reached {
     let reach = () => {};
     let release = () => {};
     const reached = new Promise<void>((resolve) => {
@@ -144,7 +144,7 @@ export class TcpProxy {
   }
 
   /** The next attempt to connect, in any weather: a source that has noticed that nothing is heard any more. */
-  nextDial(boundMs = 15_000): Promise<void> {
+  nextDial(boundMs = 45_000): Promise<void> {
     const dialled = new Promise<void>((resolve) => this.#dialled.push(resolve));
     return bounded(dialled, boundMs, () => 'nobody dialled');
   }
