@@ -210,14 +210,14 @@ describe('one data connection stands still while the guest does', () => {
 
 /** Everything over the control connection gets through: the destination is READY, and its pager serves. */
 describe('the answer to the switch does not arrive', () => {
-  async function standing() {
+  async function standing(more: object = {}) {
     const [a, b, fresh] = await hosts('a', 'b', 'fresh');
     const port = await listen(b, { options: { grantTimeoutMs: 20_000, recoverTimeoutMs: 20_000 } });
     const proxy = await TcpProxy.start(port);
     await startGuest(a, regionsOf('allocate'), { behaviour: {} });
     const answer = proxy.at({ on: 'data', direction: 'down', name: 'switch-ack' }, 'hold');
     const ready = proxy.at({ on: 'control', direction: 'down', name: 'prepared', after: true }, () => {});
-    await migrate(a, proxy.port, { ...bounds, mode: 'post-copy' });
+    await migrate(a, proxy.port, { ...bounds, ...more, mode: 'post-copy' });
     await Promise.all([answer.reached, ready.reached]);
     ready.release();
     expect(proxy.counts.get('control up grant')).toBeUndefined();
@@ -225,7 +225,7 @@ describe('the answer to the switch does not arrive', () => {
   }
 
   test('in time: nothing was committed before it', async () => {
-    const { a, b, answer } = await standing();
+    const { a, b, answer } = await standing({ prepareTimeoutMs: 30_000 });
     answer.release();
     expect(await done(a, 'main')).toMatchObject({ ok: true, value: { verified: true } });
     await expectRuns(b);
