@@ -100,7 +100,7 @@ describe('a page-fault handler for Firecracker', () => {
     expect(await fake.obey('threads 2 1500')).toMatchObject({ wrong: 0 });
     await fake.obey('sequential');
     expect(await fake.obey('verify')).toMatchObject({ wrong: 0 });
-    expect(microVms[0]?.stats().removeEvents).toBeGreaterThan(10);
+    expect(microVms[0]?.stats().removeEvents).toBeGreaterThanOrEqual(2);
   });
 
   it('brings everything when told to, and goes', async () => {
@@ -188,7 +188,7 @@ describe('a page-fault handler for Firecracker', () => {
     const before = performance.now();
     fake.kill();
     expect(await microVms[0]?.ended).toMatchObject({ end: 'owner-gone' });
-    expect(performance.now() - before).toBeLessThan(5000);
+    expect(performance.now() - before).toBeLessThan(15_000);
   });
 
   it('lets a microVM fail rather than read zeros when it is closed', async () => {
@@ -238,7 +238,25 @@ describe('a page-fault handler for Firecracker', () => {
   });
 
   it('refuses what makes no sense, leaves no descriptor open, and serves the next one', async () => {
+    // Silence, and what is never whole.
     await serve({ handshakeTimeoutMs: 300 });
+    const silent = connect(socketPath);
+    silent.on('error', () => {});
+    const unfinished = [
+      () => null,
+      () => start('--message', '[{"size":'),
+      () => start('--message', 'nonsense'),
+    ];
+    for (const say of unfinished) {
+      const fake = say();
+      await expect.poll(() => refused.length).toBe(1);
+      expect(refused.pop()).toMatchObject({ code: 'PEER_LOST' });
+      fake?.kill();
+      await fake?.exit;
+    }
+    silent.destroy();
+    await server?.close();
+    await serve();
     const good = await loaded();
     good.kill();
     await microVms[0]?.ended;
@@ -248,8 +266,6 @@ describe('a page-fault handler for Firecracker', () => {
       ['PROTOCOL_ERROR', ['--no-descriptor']],
       ['PROTOCOL_ERROR', ['--message', '[]']],
       ['PROTOCOL_ERROR', ['--message', '[{"base_host_virt_addr":4096}]']],
-      ['PEER_LOST', ['--message', '[{"size":']],
-      ['PEER_LOST', ['--message', 'nonsense']],
       ['SYSTEM', ['--plain-file']],
       ['LIMIT_EXCEEDED', ['--third-descriptor']],
       // The memfd where the userfaultfd should be.
@@ -269,7 +285,7 @@ describe('a page-fault handler for Firecracker', () => {
     ];
     for (const [code, flags] of hostile) {
       const fake = start(...flags);
-      await expect.poll(() => refused.length, { timeout: 5000 }).toBe(1);
+      await expect.poll(() => refused.length).toBe(1);
       expect(refused.pop(), flags.join(' ')).toMatchObject({ code });
       fake.kill();
       await fake.exit;
@@ -277,25 +293,20 @@ describe('a page-fault handler for Firecracker', () => {
     // The snapshot is shorter than the memory.
     truncateSync(snapshot, bytes - 4096);
     const short = start();
-    await expect.poll(() => refused.length, { timeout: 5000 }).toBe(1);
+    await expect.poll(() => refused.length).toBe(1);
     expect(refused.pop()).toMatchObject({ code: 'INVALID_ARGUMENT' });
     short.kill();
     await short.exit;
     makeSnapshot(snapshot, bytes);
-    // Silence, and an end without a word.
-    const silent = connect(socketPath);
-    silent.on('error', () => {});
-    await expect.poll(() => refused.length, { timeout: 3000 }).toBe(1);
-    expect(refused.pop()).toMatchObject({ code: 'PEER_LOST' });
+    // An end without a word.
     await start('--early-close').exit;
     const flood = connect(socketPath);
     flood.on('error', () => {});
     flood.write(`[${' '.repeat(3 * 2 ** 20)}`);
-    await expect.poll(() => refused.length, { timeout: 3000 }).toBe(1);
+    await expect.poll(() => refused.length).toBe(1);
     expect(refused.pop()).toMatchObject({ code: 'LIMIT_EXCEEDED' });
     flood.destroy();
-    silent.destroy();
-    await expect.poll(openDescriptors, { timeout: 5000 }).toBeLessThanOrEqual(before);
+    await expect.poll(openDescriptors).toBeLessThanOrEqual(before);
     const fake = await loaded();
     expect(await fake.obey('verify')).toMatchObject({ wrong: 0 });
   });
