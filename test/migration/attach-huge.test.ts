@@ -141,7 +141,7 @@ test('what is lost takes whole huge pages with it, and is never zeros', async ()
   const from = await source(huge);
   const to = await destination(huge, { recoverTimeoutMs: 1500 });
   const proxy = await TcpProxy.start(to.port);
-  const point = proxy.at({ on: 'data', direction: 'up', name: 'pages', nth: 20 }, 'cut');
+  const point = proxy.at({ on: 'data', direction: 'up', name: 'pages', nth: 20 }, 'hold');
   const migration = await move(
     from,
     { ...to, port: proxy.port },
@@ -149,6 +149,9 @@ test('what is lost takes whole huge pages with it, and is never zeros', async ()
   );
   await to.resumed;
   await point.reached;
+  // Some of what was forwarded has been put in place, too.
+  await to.owner.ask('read 0');
+  proxy.cut();
   const error = await (await to.arrival).complete.then(
     () => null,
     (thrown: MemferryError) => thrown,
