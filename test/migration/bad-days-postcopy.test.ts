@@ -3,6 +3,7 @@
  * guest waits, both sides say so, and every byte is right afterwards. What is lost for good is named first, and
  * then reading it fails; it never reads as zeros.
  */
+import { readdirSync, readFileSync } from 'node:fs';
 import { afterEach, describe, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
 import {
@@ -50,6 +51,8 @@ async function resumedUnknown(
   const proxy = await TcpProxy.start(port);
   await startGuest(a, regionsOf('allocate'));
   const point = proxy.at(RESUMED, 'hold');
+  const written =
+    mode === 'hybrid' ? proxy.at({ on: 'data', direction: 'up', name: 'barrier' }, 'hold') : null;
   await migrate(a, proxy.port, {
     mode,
     hybridRounds: 1,
@@ -57,6 +60,12 @@ async function resumedUnknown(
     inDoubtTimeoutMs: 20_000,
     recoverTimeoutMs,
   });
+  if (written) {
+    await written.reached;
+    // Some of it was sent before, so that there is something to push.
+    for (let i = 0; i < 8; i++) await a.call('untilWrites', { guest: 'g' });
+    written.release();
+  }
   await point.reached;
   return { a, b, proxy, go: () => point.release() };
 }
@@ -66,7 +75,7 @@ const idle = { batch: 0, restMs: 100_000 };
 
 describe.each(['post-copy', 'hybrid'])('%s', (mode) => {
   test('a cut in the push is survived', async () => {
-    const { a, b, proxy, go } = await resumedUnknown(mode, 30_000);
+    const { a, b, proxy, go } = await resumedUnknown(mode, 30_000, { batch: 1, restMs: 50 });
     const point = proxy.at(PUSHED, 'cut');
     go();
     await point.reached;
@@ -237,6 +246,17 @@ test('the destination is killed while its pages come: the source says that the g
   expect((await inventory(a)).registered).toBeLessThanOrEqual(before.registered);
 });
 
+/** One of its threads stands in the kernel until a page comes. */
+function waitsForPage({ pid }: Host): boolean {
+  return readdirSync(`/proc/${pid}/task`).some((task) => {
+    try {
+      return readFileSync(`/proc/${pid}/task/${task}/wchan`, 'utf8').includes('handle_userfault');
+    } catch {
+      return false; // it has ended meanwhile
+    }
+  });
+}
+
 describe('an end in the middle of post-copy does not hang', () => {
   test.each(['worker.terminate', 'process.exit', 'the listener closed', 'the arrival disposed'])(
     '%s',
@@ -247,7 +267,7 @@ describe('an end in the middle of post-copy does not hang', () => {
       await point.reached;
       await b.untilState('arrival', 'main/g', 'postcopy-paused');
       const reading = b.call('touch', { guest: 'g', index: 0, page: 1000 }).catch(() => 'ended');
-      await b.call('inventory');
+      await expect.poll(() => waitsForPage(b)).toBe(true);
       if (how === 'process.exit') {
         await b.call('exit', { code: 7 });
         // Poisoned and woken: the reader may get its SIGBUS before the process is out.
@@ -294,7 +314,8 @@ test('a source that is closed during a cut does not wait for its end, and says w
   go();
   await point.reached;
   await a.untilState('migration', 'main', 'postcopy-paused');
-  await a.call('dispose', {}, 5000);
+  // Nor for the minute that it would go on redialling.
+  await a.call('dispose', {}, 20_000);
   expect(await failure(a)).toMatchObject({ code: 'GUEST_LOST', facts: { pages: expect.any(Number) } });
   await expectStands(a);
   expect(b.alive).toBe(true);
