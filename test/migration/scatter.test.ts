@@ -41,7 +41,11 @@ const modes = ['scatter', 'scatter-pre-copy', 'scatter-hybrid'] as const;
 /** A destination that takes little from the source, and from the servers in its own time. */
 const slow = { bandwidth: 2 * MB, gatherLimit: 4 * MB };
 /** Straight from the source next to nothing, however long the servers take to get theirs; until that is lifted. */
-const trickle = 0.2 * MB;
+const trickle = 0.05 * MB;
+/** And by its faults, which nothing holds back, next to nothing too. */
+const still = { batch: 1, restMs: 100 };
+/** For tests in which no server is lost: one that is slow stays. */
+const patient = { stallTimeoutMs: 20_000 };
 /** It writes all the time, but not so often that faults alone would fetch its memory. */
 const calm = { batch: 2, restMs: 5 };
 
@@ -64,13 +68,13 @@ describe.each(modes)('%s', (mode) => {
     const [a, b] = await hosts('a', 'b');
     const stages = await startStages('i', 'j');
     const before = await Promise.all([a, b].map(inventory));
-    const port = await listen(b, { options: slow, rate: calm });
+    const port = await listen(b, { options: slow, rate: still });
     // In a round what is on its way straight to the destination is waited for.
     const bandwidth = mode === 'scatter' ? trickle : 8 * MB;
     for (const kind of kinds) {
       await startGuest(a, regionsOf(kind), { guest: kind });
       // As they are: packed, the direct link would take more of them than this test leaves to it.
-      const options = { mode, maxRounds: 3, compress: 'off', ...via(...stages) };
+      const options = { mode, maxRounds: 3, compress: 'off', ...patient, ...via(...stages) };
       await b.call('limit', { limits: { bandwidth } });
       await migrate(a, port, options, { key: kind, guest: kind });
       await evicted(a, kind);
@@ -113,7 +117,7 @@ describe.each(['scatter', 'scatter-hybrid'])(
       const bandwidth = mode === 'scatter' ? trickle : slow.bandwidth;
       const port = await listen(b, { options: { bandwidth, gatherLimit: 0.1 * MB }, rate: calm });
       await startGuest(a, regionsOf('allocate', 2 * PAGES));
-      await migrate(a, port, { mode, hybridRounds: 1, replicas, ...via(i, j) });
+      await migrate(a, port, { mode, hybridRounds: 1, replicas, ...patient, ...via(i, j) });
       expect(await evicted(a)).toMatchObject({ ok: true });
       const { value } = await a.call<{ value: Report }>('evicted');
       await a.kill();
@@ -147,7 +151,7 @@ test('eviction does not wait for a destination that gathers at a crawl', async (
   // By the destination's own pace it would have been 40 s.
   expect(await evicted(a)).toMatchObject({ ok: true });
   const { value } = await a.call<{ value: Report }>('evicted');
-  expect(value.evictionMs).toBeLessThan(8000);
+  expect(value.evictionMs).toBeLessThan(20_000);
   expect(arrived(b)).toBe(false);
   await b.call('limit', { limits: { bandwidth: 0, gatherLimit: 0 } });
   expect(await report(a)).toMatchObject({ verified: true });
@@ -165,11 +169,11 @@ test('releaseAsEvicted: the source gives its memory back while the rest still go
   let most = await a.call<number>('residentBytes');
   // As long as this is not acknowledged the source is not evicted.
   const held = proxy.at({ on: 'stage', channel: 0, direction: 'up', name: 'pages' }, 'hold');
-  const options = { mode: 'scatter', releaseAsEvicted: true, bandwidth: 16 * MB, stallTimeoutMs: 30_000 };
+  const options = { mode: 'scatter', releaseAsEvicted: true, bandwidth: 16 * MB, stallTimeoutMs: 40_000 };
   await migrate(a, port, { ...options, ...via(i, proxy) });
   await held.reached;
   let now = most;
-  for (const end = performance.now() + 10_000; most - now < quarter && performance.now() < end; ) {
+  for (const end = performance.now() + 25_000; most - now < quarter && performance.now() < end; ) {
     now = await a.call<number>('residentBytes');
     most = Math.max(most, now);
     // Asking costs memory too.
@@ -252,9 +256,9 @@ describe('a server that is no use', () => {
       startStage('useful'),
     ]);
     if (how === 'not there') await useless.host.kill();
-    const port = await listen(b, { options: { ...slow, bandwidth: trickle }, rate: calm });
+    const port = await listen(b, { options: { ...slow, bandwidth: trickle }, rate: still });
     await startGuest(a, regionsOf('allocate'));
-    await migrate(a, port, { mode: 'scatter', ...via(useless, stage) });
+    await migrate(a, port, { mode: 'scatter', compress: 'off', ...patient, ...via(useless, stage) });
     await evicted(a);
     await b.call('limit', { limits: { bandwidth: 0 } });
     const figures = await report(a);
@@ -274,15 +278,16 @@ test('two guests at once through the same servers are kept apart', async () => {
   const [a, b, c] = await hosts('a', 'b', 'c');
   const stages = await startStages('i', 'j');
   const [toB, toC] = [
-    await listen(b, { options: { ...slow, bandwidth: trickle }, rate: calm }),
-    await listen(c, { options: { ...slow, bandwidth: trickle }, rate: calm }),
+    await listen(b, { options: { ...slow, bandwidth: trickle }, rate: still }),
+    await listen(c, { options: { ...slow, bandwidth: trickle }, rate: still }),
   ];
   // Of one shape, so that what is one's page is a page of the other's as well.
   await startGuest(a, regionsOf('allocate'), { guest: 'one', rate: { seed: 0x1111 } });
   await startGuest(a, regionsOf('allocate'), { guest: 'two', rate: { seed: 0x2222, batch: 64 } });
+  const options = { mode: 'scatter', compress: 'off', ...patient, ...via(...stages) };
   await Promise.all([
-    migrate(a, toB, { mode: 'scatter', ...via(...stages) }, { key: 'one', guest: 'one' }),
-    migrate(a, toC, { mode: 'scatter', replicas: 2, ...via(...stages) }, { key: 'two', guest: 'two' }),
+    migrate(a, toB, options, { key: 'one', guest: 'one' }),
+    migrate(a, toC, { ...options, replicas: 2 }, { key: 'two', guest: 'two' }),
   ]);
   await Promise.all([evicted(a, 'one'), evicted(a, 'two')]);
   await Promise.all([b, c].map((host) => host.call('limit', { limits: { bandwidth: 0 } })));
