@@ -30,8 +30,8 @@ afterEach(async () => {
 const MB = 1e6;
 /** The servers get nearly everything, and keep it for as long as the test wants. */
 const slow = { bandwidth: 0.5 * MB, gatherLimit: 0.2 * MB };
-/** A link that is slower than any hash. */
-const bandwidth = 16 * MB;
+/** A link that is slower than any hash, on a busy machine too. */
+const bandwidth = 8 * MB;
 /** It writes a little, wherever it runs. */
 const calm = { batch: 1, restMs: 20 };
 /** It writes all the time. */
@@ -73,7 +73,7 @@ test.each([1, 2])('a guest whose pages the servers hold sends references; %i rep
   // How many pages are looked at before they have gone plainly is a matter of speed, and none of what is right.
   const first = await evicted(a, 'first');
   expect(first.dedup?.probes).toBeGreaterThan(0);
-  await move(a, port, 'second', { domain: 'd' }, stages, { replicas });
+  await move(a, port, 'second', { domain: 'd' }, stages, { replicas, bandwidth: bandwidth / 2 });
   const second = await evicted(a, 'second');
   expect(second.dedup?.pagesDeduplicated).toBeGreaterThan(0);
   expect(second.dedup?.bytesSaved).toBeGreaterThan(0);
@@ -107,7 +107,7 @@ test('guests that leave at once, with a server that is lost meanwhile', async ()
 });
 
 /** The servers have most of it; what is taken over has to be whole, so it is gathered as fast as it can be. */
-const slowDirectly = { bandwidth: 4 * MB };
+const slowDirectly = { bandwidth: 2 * MB };
 
 test.each([
   [1, 'off', 0],
