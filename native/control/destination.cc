@@ -16,8 +16,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Type = SourceSays::Type;
 
-// An authenticated peer that says nothing.
-constexpr std::chrono::milliseconds kFirstMessage{5000};
+// An authenticated peer that is alive and offers nothing: VMD servers, which may be slow, take its guest's images first.
+constexpr std::chrono::milliseconds kFirstMessage{60'000};
 // After an arrival's end, for its goodbye.
 constexpr std::chrono::milliseconds kFarewell{2500};
 // Between two looks at what has ended, should no word of it come.

@@ -75,8 +75,10 @@ export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
 
 /** Control connections of peers that have proved themselves: so many, and two for each migration that may be. */
 const spareConnections = 256;
-/** An authenticated peer that says nothing. */
-const firstMessageMs = 5000;
+/**
+ * An authenticated peer that is alive and offers nothing: VMD servers, which may be slow, take its guest's images first.
+ */
+const firstMessageMs = 60_000;
 
 type Channel = ControlChannel<SourceMessage, DestinationMessage>;
 

@@ -341,6 +341,15 @@ describe('peers that know the secret and lie', () => {
     await stillAnswers();
   });
 
+  test('an offer that comes late, as from a source whose VMD servers are slow, is taken', async () => {
+    const insider = (await Insider.connect(port)).lives();
+    await new Promise((resolve) => setTimeout(resolve, 6500));
+    insider.say(offer(id()));
+    await insider.hears('accepted');
+    insider.close();
+    await b.untilStep('intruder', 'abandon');
+  });
+
   test('the same offer twice: the second is declined, the first one lives', async () => {
     const one = id();
     const first = (await Insider.connect(port)).lives().say(offer(one));
