@@ -29,9 +29,13 @@ const PRELOAD = new URL('./thread-preload.js', import.meta.url).href;
  * were given work: then they settle once more.
  */
 const HOLD_MS = 50;
+/** In so many waits: where the whole process stood still in one, its threads did not run either. */
+const HOLD_WAITS = 10;
 /** Every question gets as long at least, so that one asked at the end tells what stands in the way. */
 const FAIR_MS = 100;
 const POLL_MS = 2;
+/** A look that comes later than that counts as no more: this thread did not run, nor did those that it asks. */
+const LATE_MS = 10;
 /** What a thread sent before its answer has been dealt with after so many turns of the event loop. */
 const TURNS = 2;
 const ON_ITS_WAY = 'a message to or of a thread of its own that is on its way';
@@ -103,7 +107,7 @@ export class ProgramThreads {
    */
   async settle(mayRest: boolean, limitMs: number, then: (names: string[]) => void): Promise<void> {
     if (this.#threads.size === 0) then([]);
-    else then((await this.#settle(mayRest, performance.now() + limitMs)).names);
+    else then((await this.#settle(mayRest, new Patience(limitMs))).names);
   }
 
   /**
@@ -116,13 +120,15 @@ export class ProgramThreads {
     limitMs: number,
     then: (names: string[], sinceNs: bigint) => void,
   ): Promise<void> {
-    const end = performance.now() + limitMs;
+    const patience = new Patience(limitMs);
     for (;;) {
       const { names, passed } =
-        this.#threads.size === 0 ? { names: [], passed: this.#passed() } : await this.#settle(mayRest, end);
+        this.#threads.size === 0
+          ? { names: [], passed: this.#passed() }
+          : await this.#settle(mayRest, patience);
       const sinceNs = process.hrtime.bigint();
-      const moving = names.length > 0 ? names : this.#stop(passed);
-      if (moving.length === 0 || performance.now() >= end) {
+      const moving = names.length > 0 ? names : this.#stop(passed, patience);
+      if (moving.length === 0 || patience.look() <= 0) {
         then(moving, sinceNs);
         return;
       }
@@ -143,38 +149,37 @@ export class ProgramThreads {
   }
 
   /** `passed`: so many messages have passed, and all of them have been dealt with. */
-  async #settle(mayRest: boolean, end: number): Promise<{ names: string[]; passed: number }> {
+  async #settle(mayRest: boolean, patience: Patience): Promise<{ names: string[]; passed: number }> {
     for (;;) {
       const passed = this.#passed();
-      const names = mayRest ? await this.#ask(Math.max(end, performance.now() + FAIR_MS)) : this.names();
+      const names = mayRest ? await this.#ask(patience) : this.names();
       const quiet = passed === this.#passed();
       if (names.length === 0 && quiet) return { names, passed };
-      if (performance.now() >= end) return { names: names.length > 0 ? names : [ON_ITS_WAY], passed };
+      if (patience.look() <= 0) return { names: names.length > 0 ? names : [ON_ITS_WAY], passed };
       await later(POLL_MS);
     }
   }
 
   /** All stand still, or those are named that do not. */
-  #stop(passed: number): string[] {
-    const names = this.#threads.size === 0 ? [] : this.#block();
+  #stop(passed: number, patience: Patience): string[] {
+    const names = this.#threads.size === 0 ? [] : this.#block(patience);
     if (names.length === 0 && passed !== this.#passed()) names.push(ON_ITS_WAY);
     if (names.length > 0) this.release();
     else this.#givenBefore = this.#given;
     return names;
   }
 
-  #block(): string[] {
+  #block(patience: Patience): string[] {
     const question = this.#begin();
     Atomics.store(this.#words, RestWord.held, question);
     this.#post({ question, hold: true });
-    const end = performance.now() + HOLD_MS;
-    for (;;) {
+    for (let waits = 0; ; ) {
       const seen = Atomics.load(this.#words, RestWord.answers);
-      const left = end - performance.now();
       // The event loop, which would bring the answers, stands still here.
       for (let next = this.#received(); next; next = this.#received()) this.#take(next.message);
-      if (this.#answered(question) || left <= 0) break;
-      Atomics.wait(this.#words, RestWord.answers, seen, left);
+      if (this.#answered(question) || waits === HOLD_WAITS) break;
+      if (Atomics.wait(this.#words, RestWord.answers, seen, HOLD_MS / HOLD_WAITS) === 'timed-out') waits++;
+      patience.look();
     }
     return this.#obstacles(question);
   }
@@ -185,11 +190,12 @@ export class ProgramThreads {
   }
 
   /** Asks where they are, without holding them. */
-  async #ask(end: number): Promise<string[]> {
+  async #ask(patience: Patience): Promise<string[]> {
     if (this.#threads.size === 0) return [];
     const question = this.#begin();
     this.#post({ question, hold: false });
-    while (!this.#answered(question) && performance.now() < end) await later(POLL_MS);
+    const fair = new Patience(FAIR_MS);
+    while (!this.#answered(question) && Math.max(patience.look(), fair.look()) > 0) await later(POLL_MS);
     const names = this.#obstacles(question);
     await new Promise<void>((resolve) => afterTurns(TURNS, resolve));
     return names;
@@ -228,6 +234,24 @@ export class ProgramThreads {
       if (open === undefined) return [`a running thread of its own (${name})`];
       return open.map((what) => `${what} of a thread of its own (${name})`);
     });
+  }
+}
+
+/** So much time for others, as it passes for this thread. */
+class Patience {
+  #leftMs: number;
+  #lookedMs = performance.now();
+
+  constructor(limitMs: number) {
+    this.#leftMs = limitMs;
+  }
+
+  /** What is left of it. Whoever waits has to look every LATE_MS. */
+  look(): number {
+    const nowMs = performance.now();
+    this.#leftMs -= Math.min(nowMs - this.#lookedMs, LATE_MS);
+    this.#lookedMs = nowMs;
+    return this.#leftMs;
   }
 }
 
