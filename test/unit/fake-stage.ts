@@ -240,7 +240,7 @@ export class FakeServer {
 }
 
 export function connection(more: Partial<ImageSetConnection> = {}): ImageSetConnection {
-  return { secret: Buffer.from(secret), requestTimeoutMs: 3000, recoverTimeoutMs: 3000, ...more };
+  return { secret: Buffer.from(secret), requestTimeoutMs: 15_000, recoverTimeoutMs: 15_000, ...more };
 }
 
 export const imageId = '00112233445566778899aabbccddeeff';

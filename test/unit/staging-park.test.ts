@@ -30,12 +30,10 @@ interface Parking {
 async function parking(
   {
     whole = true,
-    timeoutsMs = {},
     sending = async () => true,
     hearing = () => true,
   }: {
     whole?: boolean;
-    timeoutsMs?: { retry?: number; doubt?: number };
     /** False: the message is lost. */
     sending?: (message: SourceMessage, parking: Parking) => Promise<boolean>;
     hearing?: (message: DestinationMessage, parking: Parking) => boolean;
@@ -66,8 +64,8 @@ async function parking(
     onLost: (error) => driver.connectionLost(error),
   });
   const driver: CommitDriver = new CommitDriver(guest, {
-    // `retry`: when the source asks the server anew.
-    timeoutsMs: { pause: 5000, ready: 5000, doubt: 5000, retry: 100, ...timeoutsMs },
+    // `retry`: when the source asks the server anew. Due before an answer is there, it would drop that with its connection.
+    timeoutsMs: { pause: 15_000, ready: 15_000, doubt: 15_000, retry: 5000 },
     send: (message) =>
       void sending(message, made).then((goes) => {
         try {
@@ -105,8 +103,6 @@ describe('parking', () => {
   it('survives a cut before GRANT arrives', async () => {
     let cuts = 0;
     const { driver, server, runs } = await parking({
-      // The first redial goes out at once. A retry that is due before the answer is there would be a third GRANT.
-      timeoutsMs: { retry: 5000, doubt: 15_000 },
       async sending({ type }, { server }) {
         if (type !== 'grant' || cuts++ > 0) return true;
         await server.cut();

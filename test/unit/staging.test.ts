@@ -374,7 +374,7 @@ describe('a VMD server', () => {
     await expect.poll(() => refused(server, state, 1)).toBe(true);
     held[0]?.destroy();
     await expect.poll(() => refused(server, state, 1000)).toBe(false);
-    expect(await refused(server, { type: 'status', request: 1 }, 1)).toBe(true);
+    expect(await refused(server, { type: 'status', request: 1 }, 1, 10_000)).toBe(true);
   });
 
   it('refuses a group that is none before it listens', async () => {
@@ -405,7 +405,7 @@ describe('a VMD server', () => {
 /** A peer that says that so many bytes come with a message, and sends none of them. */
 async function announcing(server: FakeServer, message: object, bytes: number): Promise<Duplex> {
   const session = await dialControl({
-    ...{ ...server.address, secret: Buffer.from(secret), plaintext: true, connectTimeoutMs: 3000 },
+    ...{ ...server.address, secret: Buffer.from(secret), plaintext: true, connectTimeoutMs: 10_000 },
   });
   const sealer = new FrameSealer(directionKey(session.sessionKey, 'dialler'));
   const length = Buffer.alloc(4);
@@ -417,11 +417,11 @@ async function announcing(server: FakeServer, message: object, bytes: number): P
   return session.duplex;
 }
 
-/** Whether its connection is ended for that within moments. */
-async function refused(server: FakeServer, message: object, bytes: number): Promise<boolean> {
+/** Whether its connection is ended for that within moments; where it has to be, they may be longer. */
+async function refused(server: FakeServer, message: object, bytes: number, boundMs = 100): Promise<boolean> {
   const peer = await announcing(server, message, bytes);
   const ended = new Promise<boolean>((resolve) => peer.once('end', () => resolve(true)));
-  const kept = new Promise<boolean>((resolve) => setTimeout(() => resolve(false), 100));
+  const kept = new Promise<boolean>((resolve) => setTimeout(() => resolve(false), boundMs));
   const answer = await Promise.race([ended, kept]);
   peer.destroy();
   return answer;
@@ -521,7 +521,7 @@ describe('a request', () => {
     await expect(client.firstAnnouncement()).rejects.toMatchObject({ code: 'PEER_LOST' });
     await client.close();
     await expect(client.status()).rejects.toMatchObject({ code: 'CANCELLED' });
-    expect(performance.now() - started).toBeLessThan(3000);
+    expect(performance.now() - started).toBeLessThan(10_000);
   });
 });
 
