@@ -33,6 +33,7 @@ describe('an alarm', () => {
   test('rings once', async () => {
     let rung = 0;
     new Alarm(10, () => ++rung);
+    await expect.poll(() => rung).toBe(1);
     await moment();
     expect(rung).toBe(1);
   });
@@ -52,6 +53,7 @@ describe('an alarm', () => {
     let rung = 0;
     new Alarm(100, () => ++rung);
     Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 500);
+    await expect.poll(() => rung).toBe(1);
     await moment();
     expect(rung).toBe(1);
   });
