@@ -160,13 +160,14 @@ describe('over multicast on loopback', () => {
       for (const one of announcers) one.announce(announcement);
     }, 20);
     try {
-      const found = await discover({
-        secret,
-        group: `${group.host}:${group.port}`,
-        interface: '127.0.0.1',
-        timeoutMs: 3000,
-      });
-      expect(found).toEqual([
+      const listen = () =>
+        discover({
+          secret,
+          group: `${group.host}:${group.port}`,
+          interface: '127.0.0.1',
+          timeoutMs: 1000,
+        });
+      await expect.poll(listen).toEqual([
         { ...announcement, host: '127.0.0.1', port: 7001 },
         { ...announcement, host: '127.0.0.1', port: 7002 },
       ]);
