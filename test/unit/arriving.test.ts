@@ -65,6 +65,7 @@ describe('preparing', () => {
     overrides: Partial<ArrivingGuest> = {},
     engine: object = {},
     gatherMs: number | null = null,
+    timeoutMs = 10_000,
   ) {
     order.length = 0;
     const guest = {
@@ -77,7 +78,12 @@ describe('preparing', () => {
         return true;
       },
     };
-    return new Preparation(guest, { receiver, ...engine } as unknown as DestinationEngine, 50, gatherMs);
+    return new Preparation(
+      guest,
+      { receiver, ...engine } as unknown as DestinationEngine,
+      timeoutMs,
+      gatherMs,
+    );
   }
 
   it('comes after the switch, where that is on its way', async () => {
@@ -90,7 +96,7 @@ describe('preparing', () => {
   });
 
   it('comes after the gathering, for as long as the source says', async () => {
-    const preparation = preparing({}, { filled: async () => void order.push('filled') }, 1000);
+    const preparation = preparing({}, { filled: async () => void order.push('filled') }, 10_000);
     preparation.stateCame(new Uint8Array(1), false);
     await preparation.run();
     expect(order).toEqual(['filled', 'seal', 'prepare']);
@@ -116,7 +122,7 @@ describe('preparing', () => {
     const own = preparing({ prepare: () => Promise.reject(busy) });
     own.stateCame(new Uint8Array(1), false);
     await expect(own.run()).rejects.toBe(busy);
-    const slow = preparing({ prepare: () => new Promise(() => {}) });
+    const slow = preparing({ prepare: () => new Promise(() => {}) }, {}, null, 50);
     slow.stateCame(new Uint8Array(1), false);
     await expect(slow.run()).rejects.toMatchObject({ code: 'PREPARE_TIMEOUT' });
   });

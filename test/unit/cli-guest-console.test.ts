@@ -11,6 +11,7 @@ let asked: Deferred<unknown>[];
 let ended: number;
 let typed: GuestConsole;
 const turn = () => new Promise(setImmediate);
+const until = (holds: () => void) => vi.waitFor(holds, 10_000);
 
 /** As readline of Node 24. */
 function throwOnceClosed(name: 'pause' | 'resume') {
@@ -51,10 +52,10 @@ afterEach(() => {
 
 test('a reply after the console was closed is told', async () => {
   input.write('"how are you"\n');
-  await vi.waitFor(() => expect(asked).toHaveLength(1));
+  await until(() => expect(asked).toHaveLength(1));
   typed.close();
   asked[0]?.resolve('well');
-  await vi.waitFor(() => expect(replies).toEqual(['well']));
+  await until(() => expect(replies).toEqual(['well']));
   await turn();
   expect(thrown()).toEqual([]);
   expect(ended).toBe(0);
@@ -62,21 +63,21 @@ test('a reply after the console was closed is told', async () => {
 
 test('a reply after the end of the input is told', async () => {
   input.end('"how are you"\n');
-  await vi.waitFor(() => expect(ended).toBe(1));
+  await until(() => expect(ended).toBe(1));
   asked[0]?.resolve('well');
-  await vi.waitFor(() => expect(replies).toEqual(['well']));
+  await until(() => expect(replies).toEqual(['well']));
   await turn();
   expect(thrown()).toEqual([]);
 });
 
 test('lines wait while too many have no answer, and come when there is one', async () => {
   for (let line = 0; line < 1000; line++) input.write(`${line}\n`);
-  await vi.waitFor(() => expect(asked).toHaveLength(1000));
+  await until(() => expect(asked).toHaveLength(1000));
   input.write('1000\n');
   await turn();
   expect(asked).toHaveLength(1000);
   asked[0]?.resolve(0);
-  await vi.waitFor(() => expect(asked).toHaveLength(1001));
+  await until(() => expect(asked).toHaveLength(1001));
   typed.close();
   for (const answer of asked) answer.resolve(0);
   await turn();

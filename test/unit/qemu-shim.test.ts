@@ -173,7 +173,7 @@ describe.skipIf(obstacle !== null)('the shim in other programs', () => {
 });
 
 async function connected(path: string): Promise<Shim> {
-  for (let turn = 0; turn < 100; turn++) {
+  for (let turn = 0; turn < 600; turn++) {
     const shim = await Shim.connect(path).catch(() => null);
     if (shim) return shim;
     await new Promise((resolve) => setTimeout(resolve, 20));
