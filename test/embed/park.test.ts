@@ -15,7 +15,7 @@ import {
   startStages,
 } from '../support/scenario.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
-import { contentOf, CParker, endParkers } from './c-parker.js';
+import { contentOf, CParker, endParkers, type Said } from './c-parker.js';
 
 const MIB = 2 ** 20;
 const regions: Region[] = [];
@@ -32,7 +32,7 @@ async function expectClaimed(ticket: ParkTicket, contents: readonly Buffer[]): P
   let state: Uint8Array | null = null;
   const unparked = await unpark(ticket, {
     secret: SECRET,
-    recoverTimeoutMs: 2000,
+    recoverTimeoutMs: 8000,
     accept: (offer) => {
       const own = offer.regions.map(({ lengthBytes }) => Region.allocate({ lengthBytes }));
       regions.push(...own);
@@ -166,40 +166,41 @@ describe('no image is made', () => {
 describe('in the middle', () => {
   const pace = { bandwidth: 8 * MIB, 'stall-timeout-ms': 2000 };
 
+  /** In front of a server that dies when more of the guest's pages come to it. */
+  async function dying({ port, host }: Stage): Promise<TcpProxy> {
+    const proxy = await TcpProxy.start(port);
+    proxy.at({ on: 'stage', channel: 0, direction: 'up', name: 'pages', nth: 3 }, () => {
+      host.killNow();
+      void proxy.close();
+    });
+    return proxy;
+  }
+
   test.each([1, 2] as const)(
     'a server is killed: its pages go to the others; %i replicas',
     async (replicas) => {
-      const stages = await startStages('i', 'j', 'k');
-      const parker = await CParker.start(stages, { ...pace, replicas }, [contentOf(4096)]);
-      const evicted = parker.evict();
-      await parker.sent(800);
-      await stages[1].host.kill();
-      expect(await evicted).toMatchObject({ code: 'OK' });
+      const [i, j, k] = await startStages('i', 'j', 'k');
+      const parker = await CParker.start([i, await dying(j), k], { ...pace, replicas }, [contentOf(4096)]);
+      expect(await parker.evict()).toMatchObject({ code: 'OK' });
       expect(await parker.stats()).toMatchObject({ serversFailed: 1 });
       await parker.end();
       await expectClaimed(parker.ticket, parker.contents);
-      for (const stage of [stages[0], stages[2]]) await expectEmpty(stage);
+      for (const stage of [i, k]) await expectEmpty(stage);
     },
   );
 
   test('a server is killed, and the rest has no room: the guest stays', async () => {
-    const stages = [await startStage('i', { memoryBytes: 16 * MIB }), await startStage('j')] as const;
-    const parker = await CParker.start(stages, pace, [contentOf(6000)]);
-    const evicted = parker.evict();
-    await parker.sent(800);
-    await stages[1].host.kill();
-    expect(await evicted).toMatchObject({ code: 'VMD_CAPACITY' });
-    await expectHere(parker, stages.slice(0, 1));
+    const [i, j] = [await startStage('i', { memoryBytes: 16 * MIB }), await startStage('j')];
+    const parker = await CParker.start([i, await dying(j)], pace, [contentOf(6000)]);
+    expect(await parker.evict()).toMatchObject({ code: 'VMD_CAPACITY' });
+    await expectHere(parker, [i]);
     expect(await parker.evict()).toMatchObject({ code: 'INVALID_ARGUMENT' });
   });
 
   test('the home server is killed: the guest stays, and the other one lets go', async () => {
     const [i, j] = await startStages('i', 'j');
-    const parker = await CParker.start([i, j], pace, [contentOf(4096)]);
-    const evicted = parker.evict();
-    await parker.sent(800);
-    await i.host.kill();
-    const { code, text } = await evicted;
+    const parker = await CParker.start([await dying(i), j], pace, [contentOf(4096)]);
+    const { code, text } = await parker.evict();
     expect(code).toMatch(/^(PEER_LOST|VMD_LOST)$/);
     expect(text).toContain('i');
     await expectHere(parker, [j]);
@@ -208,12 +209,14 @@ describe('in the middle', () => {
   test('the network of a server is cut for a moment, longer than its lease in all: it goes on', async () => {
     const [i, j] = await startStages('i', 'j');
     const proxy = await TcpProxy.start(j.port);
-    const options = { bandwidth: 4 * MIB, 'stall-timeout-ms': 3000, 'lease-ms': 1000 };
+    // Four seconds are still to come then.
+    const options = { bandwidth: 3 * MIB, 'stall-timeout-ms': 10_000, 'lease-ms': 2500 };
     const parker = await CParker.start([i, proxy], options, [contentOf(4096)]);
     const evicted = parker.evict();
     await parker.sent(400);
     proxy.cut();
-    setTimeout(() => proxy.heal(), 300);
+    await proxy.nextDial();
+    proxy.heal();
     expect(await evicted).toMatchObject({ code: 'OK' });
     expect(await parker.stats()).toMatchObject({ serversFailed: 0 });
     await expectClaimed(parker.ticket, parker.contents);
@@ -222,13 +225,14 @@ describe('in the middle', () => {
 
   test('cancelled: at once, and no server keeps anything', async () => {
     const stages = await startStages('i', 'j');
-    const parker = await CParker.start(stages, pace, [contentOf(4096)]);
+    // It would take seven seconds.
+    const parker = await CParker.start(stages, { ...pace, bandwidth: 2 * MIB }, [contentOf(4096)]);
     const evicted = parker.evict();
     await parker.sent(400);
     const since = performance.now();
     parker.say('cancel');
     expect(await evicted).toMatchObject({ code: 'CANCELLED' });
-    expect(performance.now() - since).toBeLessThan(3000);
+    expect(performance.now() - since).toBeLessThan(5000);
     await expectHere(parker, stages);
   });
 
@@ -277,7 +281,7 @@ describe('when every page is there', () => {
   test('READY is lost with the connection: home is told, and the guest stays', async () => {
     const [i, j] = await startStages('i', 'j');
     const proxy = await TcpProxy.start(i.port);
-    const parker = await CParker.start([proxy, j], { 'connect-timeout-ms': 1000 });
+    const parker = await CParker.start([proxy, j], { 'connect-timeout-ms': 10_000 });
     proxy.at({ on: 'control', direction: 'down', name: 'ready' }, () => {
       proxy.cut();
       proxy.heal();
@@ -302,7 +306,10 @@ describe('when every page is there', () => {
 });
 
 describe('the commit', () => {
-  async function begun(options: object = {}): Promise<{
+  async function begun(
+    options: object = {},
+    inDoubtMs = 1200,
+  ): Promise<{
     i: Stage;
     j: Stage;
     proxy: TcpProxy;
@@ -311,10 +318,18 @@ describe('the commit', () => {
     const [i, j] = [await startStage('i', options), await startStage('j')];
     const proxy = await TcpProxy.start(i.port);
     const parker = await CParker.start([proxy, j], {
-      'in-doubt-timeout-ms': 1200,
-      'connect-timeout-ms': 1000,
+      'in-doubt-timeout-ms': inDoubtMs,
+      'connect-timeout-ms': 10_000,
     });
     return { i, j, proxy, parker };
+  }
+
+  /** What has become of it, asked for as often as it takes. */
+  async function known(parker: CParker): Promise<Said> {
+    for (;;) {
+      const said = await parker.evict();
+      if (said.code !== 'MIGRATION_IN_DOUBT') return said;
+    }
   }
   const grant = { on: 'control', direction: 'up', name: 'grant' } as const;
   const resumed = { on: 'control', direction: 'down', name: 'resumed' } as const;
@@ -323,10 +338,10 @@ describe('the commit', () => {
     ['GRANT', grant],
     ['RESUMED', resumed],
   ])('%s is lost, and the network comes back: parked once', async (_, point) => {
-    const { i, j, proxy, parker } = await begun();
+    const { i, j, proxy, parker } = await begun({}, 15_000);
     proxy.at(point, () => {
       proxy.cut();
-      setTimeout(() => proxy.heal(), 300);
+      void proxy.nextDial().then(() => proxy.heal());
     });
     expect(await parker.evict()).toMatchObject({ code: 'OK' });
     await expectClaimed(parker.ticket, parker.contents);
@@ -338,13 +353,13 @@ describe('the commit', () => {
     proxy.at(grant, 'cut');
     const since = performance.now();
     expect(await parker.evict()).toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
-    expect(performance.now() - since).toBeLessThan(8000);
+    expect(performance.now() - since).toBeLessThan(20_000);
     expect(await phase(i)).toBe('parking');
     expect(await parker.evict()).toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
     // Too late for that.
     parker.say('cancel');
     proxy.heal();
-    expect(await parker.evict()).toMatchObject({ code: 'OK' });
+    expect(await known(parker)).toMatchObject({ code: 'OK' });
     await expectClaimed(parker.ticket, parker.contents);
     for (const stage of [i, j]) await expectEmpty(stage);
   });
@@ -357,16 +372,16 @@ describe('the commit', () => {
     proxy.heal();
     await expectClaimed(parker.ticket, parker.contents);
     for (const stage of [i, j]) await expectEmpty(stage);
-    expect(await parker.evict()).toMatchObject({ code: 'OK' });
+    expect(await known(parker)).toMatchObject({ code: 'OK' });
   });
 
   test('in doubt, and home refused meanwhile: asked again the guest is here, and nothing is kept', async () => {
-    const { i, j, proxy, parker } = await begun({ grantTimeoutMs: 300 });
+    const { i, j, proxy, parker } = await begun({ grantTimeoutMs: 3000 });
     proxy.at(grant, 'cut');
     expect(await parker.evict()).toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
-    expect(await phase(i)).toBe(undefined);
+    await expect.poll(() => phase(i)).toBe(undefined);
     proxy.heal();
-    expect(await parker.evict()).toMatchObject({ code: 'PEER_LOST' });
+    expect(await known(parker)).toMatchObject({ code: 'PEER_LOST' });
     await expectHere(parker, [i, j]);
   });
 
@@ -375,7 +390,7 @@ describe('the commit', () => {
     proxy.at(grant, () => i.host.killNow());
     expect(await parker.evict()).toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
     await startStage('i', { port: i.port });
-    expect(await parker.evict()).toMatchObject({ code: 'GUEST_LOST' });
+    expect(await known(parker)).toMatchObject({ code: 'GUEST_LOST' });
     expect(await parker.evict()).toMatchObject({ code: 'INVALID_ARGUMENT' });
     expect(await parker.close()).toMatchObject({ code: 'OK' });
   });
