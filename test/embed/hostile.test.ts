@@ -17,7 +17,7 @@ const id = () => randomBytes(16).toString('hex');
 let c: CDestination;
 
 beforeEach(async () => {
-  c = await CDestination.start({ 'max-bytes': 64 * 2 ** 20, 'peer-timeout-ms': 3000 });
+  c = await CDestination.start({ 'max-bytes': 64 * 2 ** 20, 'peer-timeout-ms': 8000 });
 });
 afterEach(async () => {
   closeStrangers();
@@ -149,6 +149,7 @@ test.each(wrong)('%s', async (_, act, word) => {
 });
 
 test('VMD servers that have no such image, or say nothing: it is over in bounded time', async () => {
+  c = await CDestination.start({ 'max-bytes': 64 * 2 ** 20, 'peer-timeout-ms': 3000 });
   const [stage] = await startStages('v');
   const insider = scattered(await Insider.connect(c.port), [{ host: '127.0.0.1', port: stage.port }]);
   await insider.hears('VMD_LOST');
