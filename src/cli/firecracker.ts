@@ -19,6 +19,7 @@ import type { ArrivalReport } from '../report.js';
 import { park } from '../source/park.js';
 import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import { tellParkInDoubt } from './in-doubt.js';
 import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, octal } from './parse-values.js';
@@ -265,6 +266,7 @@ async function parkSnapshot(flags: ParkFlags): Promise<void> {
       signal: interruption.signal,
       ...serverOptions(flags),
       onTicket: (made) => writeTicket(file, flags.ticket, made),
+      onInDoubt: () => tellParkInDoubt(flags.ticket, output),
     });
     output.result(
       `${report.guest} is parked; ${flags.ticket} claims it again, by \`memferry firecracker --from-vmd\`\n` +

@@ -38,6 +38,12 @@ export function tellDoubt({ code, message }: MemferryError, output: Output): voi
   );
 }
 
+/** Of a park, which asks on by itself. */
+export function tellParkInDoubt(ticket: string, output: Output): void {
+  const what = `the home server was granted the guest and has not answered; if it has it, ${ticket} claims it`;
+  tellDoubt(memferryError('MIGRATION_IN_DOUBT', what), output);
+}
+
 async function askOn(
   migration: Pick<Migration, 'resolve'>,
   doubt: MemferryError,

@@ -5,9 +5,9 @@
 import { rm } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
-import { MemferryError, memferryError } from '../errors.js';
+import { MemferryError } from '../errors.js';
 import { type ParkReport, park } from '../source/park.js';
-import { tellDoubt } from './in-doubt.js';
+import { tellParkInDoubt } from './in-doubt.js';
 import {
   addGuestFlags,
   addServerFlags,
@@ -18,14 +18,10 @@ import {
   serverOptions,
   startGuest,
 } from './leaving-guest.js';
-import { makeOutput, type Output, reportError } from './output.js';
+import { makeOutput } from './output.js';
 import { byteCount } from './parse-values.js';
-import { interrupted, onInterrupt } from './signals.js';
+import { onInterrupt } from './signals.js';
 import { newTicketFile, writeTicket } from './ticket.js';
-
-/** A home server that was to take the guest and does not answer: told after this long, and asked on. */
-const inDoubtAfterMs = 30_000;
-const askedForMs = 7 * 24 * 3600 * 1000;
 
 interface ParkFlags extends GuestFlags, ServerFlags {
   ticket: string;
@@ -59,7 +55,6 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
   const file = await newTicketFile(flags.ticket);
   let report: ParkReport;
   let left = false;
-  let unanswered: NodeJS.Timeout | undefined;
   try {
     await using guest = await startGuest(flags, 'is parked', output, signal);
     guest.once('departed', () => {
@@ -70,22 +65,15 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
       signal,
       ...given({ keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes } }),
       ...serverOptions(flags),
-      inDoubtTimeoutMs: askedForMs,
       // Before the commit: also a park that nobody heard the end of can be claimed.
-      onTicket: async (ticket) => {
-        // By then it was granted the guest, or the park has failed.
-        unanswered = setTimeout(() => {
-          if (!left) waitInDoubt(flags.ticket, output, signal, () => left);
-        }, inDoubtAfterMs);
-        await writeTicket(file, flags.ticket, ticket);
-      },
+      onTicket: (ticket) => writeTicket(file, flags.ticket, ticket),
+      onInDoubt: () => tellParkInDoubt(flags.ticket, output),
     });
   } catch (error) {
     const perhapsParked = error instanceof MemferryError && error.code === 'MIGRATION_IN_DOUBT';
     if (!left && !perhapsParked) await rm(flags.ticket);
     throw error;
   } finally {
-    clearTimeout(unanswered);
     await file.close();
   }
   const { ticket, ...rest } = report;
@@ -99,16 +87,4 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
     ].join('\n'),
     { type: 'report', image: ticket.image, home: ticket.home, ticket: flags.ticket, ...rest },
   );
-}
-
-/** Interrupted meanwhile the process ends at once: nothing else ends what waits for the server's answer. */
-function waitInDoubt(ticket: string, output: Output, signal: AbortSignal, answered: () => boolean): void {
-  const doubt = memferryError(
-    'MIGRATION_IN_DOUBT',
-    `the home server was granted the guest and has not answered; if it has it, ${ticket} claims it`,
-  );
-  tellDoubt(doubt, output);
-  interrupted(signal).catch(() => {
-    if (!answered()) process.exit(reportError(doubt, false));
-  });
 }

@@ -35,14 +35,22 @@ export type ParkOptions = Omit<
    * stands meanwhile): it runs on here.
    */
   onTicket?: (ticket: ParkTicket) => Promise<void> | void;
+  /**
+   * The home server was granted the guest and has not answered for `inDoubtTimeoutMs`. With this, which is called once, it
+   * is asked until it answers, or until `signal` aborts, which rejects with this error; without it, `park` rejects with it
+   * at once. Until then the guest stands here, and its memory stays.
+   */
+  onInDoubt?: (error: MemferryError) => void;
 };
 
-export type ResolvedParkOptions = ResolvedMigrateOptions & Pick<ParkOptions, 'onTicket'>;
+export type ResolvedParkOptions = ResolvedMigrateOptions & Pick<ParkOptions, 'onTicket' | 'onInDoubt'>;
 
 export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
-  const { onTicket, ...options } = given ?? {};
-  if (onTicket !== undefined && typeof onTicket !== 'function') {
-    throw new MemferryError('INVALID_ARGUMENT', 'park.onTicket: must be a function');
+  const { onTicket, onInDoubt, ...options } = given ?? {};
+  for (const [name, hook] of Object.entries({ onTicket, onInDoubt })) {
+    if (hook !== undefined && typeof hook !== 'function') {
+      throw new MemferryError('INVALID_ARGUMENT', `park.${name}: must be a function`);
+    }
   }
   // Where it goes is not said, so nothing may be said of where.
   for (const name of ['to', 'mode', 'channels', 'tracker', 'writers'] as const) {
@@ -57,5 +65,6 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
     ...parsed,
     to,
     ...(onTicket ? { onTicket } : {}),
+    ...(onInDoubt ? { onInDoubt } : {}),
   };
 }

@@ -75,11 +75,12 @@ export interface Settings {
  * @throws GUEST_UNMOVABLE when this QEMU cannot
  */
 export async function ignoreSharedRam(qmp: Qmp, wanted: readonly string[]): Promise<Settings> {
-  const known = checked(
-    'query-migrate-capabilities',
-    capabilitiesSchema,
-    await qmp.execute('query-migrate-capabilities'),
-  );
+  const [capabilities, values] = await Promise.all([
+    qmp.execute('query-migrate-capabilities'),
+    qmp.execute('query-migrate-parameters'),
+  ]);
+  const known = checked('query-migrate-capabilities', capabilitiesSchema, capabilities);
+  const parameters = checked('query-migrate-parameters', parametersSchema, values);
   const states = new Map(known.map(({ capability, state }) => [capability, state]));
   const lacking = wanted.filter((capability) => !states.has(capability));
   if (lacking.length > 0) {
@@ -99,11 +100,6 @@ export async function ignoreSharedRam(qmp: Qmp, wanted: readonly string[]): Prom
       .filter((capability) => !states.get(capability))
       .map((capability) => ({ capability, state: true })),
   ];
-  const parameters = checked(
-    'query-migrate-parameters',
-    parametersSchema,
-    await qmp.execute('query-migrate-parameters'),
-  );
   const before: Settings = {
     capabilities: changes.map(({ capability, state }) => ({ capability, state: !state })),
     maxBandwidth: parameters['max-bandwidth'],

@@ -73,26 +73,29 @@ export async function inspect(qmp: Qmp, options?: QmpOptions): Promise<Machine> 
   const ask = (command: string, args: object = {}) => qmp.execute(command, args, options);
   const text = async (command: string) =>
     checked(command, z.string(), await ask('human-monitor-command', { 'command-line': command }));
-  const migration = await requireNoMigration(qmp, options);
-  const type = checked(
-    'qom-get',
-    z.string().max(256),
-    await ask('qom-get', { path: '/machine', property: 'type' }),
-  );
-  const cpus = checked('query-cpus-fast', z.array(z.unknown()), await ask('query-cpus-fast')).length;
-  const backends = await sharedBackends(ask);
-  const foreign = [
-    ...(migration['blocked-reasons'] ?? []),
-    ...foreignObjects(await text('info qom-tree /machine')),
-    ...foreignObjects(await text('info qom-tree /objects')),
-    ...foreignNetworks(await text('info network')),
-  ];
+  const foreignIn = async (path: string) => foreignObjects(await text(`info qom-tree ${path}`));
+  // All of it asked at once: each answer waits for QEMU to come to it, and for this process to be woken.
+  const [migration, type, cpus, backends, ofMachine, ofUser, networks] = await Promise.all([
+    requireNoMigration(qmp, options),
+    ask('qom-get', { path: '/machine', property: 'type' }),
+    ask('query-cpus-fast'),
+    sharedBackends(ask),
+    foreignIn('/machine'),
+    foreignIn('/objects'),
+    text('info network').then(foreignNetworks),
+  ]);
+  const foreign = [...(migration['blocked-reasons'] ?? []), ...ofMachine, ...ofUser, ...networks];
   if (foreign.length > 0) {
     throw memferryError('GUEST_UNMOVABLE', `this QEMU cannot be moved: ${foreign.join('; ')}`, {
       facts: { names: foreign },
     });
   }
-  return { qemu: qmp.version, type, cpus, backends };
+  return {
+    qemu: qmp.version,
+    type: checked('qom-get', z.string().max(256), type),
+    cpus: checked('query-cpus-fast', z.array(z.unknown()), cpus).length,
+    backends,
+  };
 }
 
 /** @throws GUEST_BUSY */
@@ -144,7 +147,11 @@ export async function requireTrackableDisks(qmp: Qmp, options?: QmpOptions): Pro
 type Ask = (command: string, args?: object) => Promise<unknown>;
 
 async function sharedBackends(ask: Ask): Promise<Backend[]> {
-  const memdevs = checked('query-memdev', memdevSchema, await ask('query-memdev'));
+  const [listed, main] = await Promise.all([
+    ask('query-memdev'),
+    ask('qom-get', { path: '/machine', property: 'memory-backend' }).catch(() => ''),
+  ]);
+  const memdevs = checked('query-memdev', memdevSchema, listed);
   const apart = memdevs.filter(({ share, id }) => share !== true || id === undefined);
   const remedy =
     '-object memory-backend-file,id=ram0,size=SIZE,share=on,mem-path=/dev/shm -machine ...,memory-backend=ram0';
@@ -157,7 +164,6 @@ async function sharedBackends(ask: Ask): Promise<Backend[]> {
       { facts: { names } },
     );
   }
-  const main = await ask('qom-get', { path: '/machine', property: 'memory-backend' }).catch(() => '');
   const nodes = memdevs.length > 1;
   // Without it the RAM is QEMU's own and the backends are something else (a NUMA node's are the RAM together).
   if (!nodes && !memdevs.some(({ id }) => main === `/objects/${id}` || main === id)) {

@@ -52,7 +52,8 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   #settings: Settings | null = null;
   #ranBefore = true;
   #rounds = true;
-  #lookedAt = Number.NEGATIVE_INFINITY;
+  /** When QEMU was last asked what it is made of: by attach, at first. */
+  #lookedAt = performance.now();
   /** Under way, or done; a migration's failure may be known before the guest runs again. */
   #unpausing: Promise<void> = Promise.resolve();
   #pausing: Promise<unknown> = Promise.resolve();
@@ -118,18 +119,20 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   async check({ signal, rounds }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
     // One that was cancelled may still be giving back what it has changed.
     await untilAborted(Promise.allSettled([this.#pausing, this.#unpausing]), signal);
-    await this.#lookAgain({ signal, rounds });
+    if (rounds || !this.#lookIsFresh()) {
+      await this.#lookAgain({ signal, rounds });
+      this.#lookedAt = performance.now();
+    }
     // One that may not have rounds may still leave without any: what was agreed to before holds.
     this.#rounds = rounds;
-    this.#lookedAt = performance.now();
   }
 
   /**
-   * check() was a moment ago, and nothing has been sent since: what has come in that time does not load at the destination.
-   * A look takes 50 ms, in which nothing leaves.
+   * It was a moment ago, and nothing has been sent since: what has come in that time does not load at the destination. A look
+   * takes 20 to 50 ms, in which nothing leaves.
    */
   #lookIsFresh(): boolean {
-    return !this.#rounds && performance.now() - this.#lookedAt < freshMs;
+    return performance.now() - this.#lookedAt < freshMs;
   }
 
   async #lookAgain({ rounds, ...options }: { signal: AbortSignal; rounds: boolean }): Promise<void> {
@@ -164,7 +167,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
     const { qmp, uid } = this.#attachment;
     const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
     // Outside: a migration of somebody else's is not to be cancelled.
-    if (this.#lookIsFresh()) await requireNoMigration(qmp, { signal });
+    if (!this.#rounds && this.#lookIsFresh()) await requireNoMigration(qmp, { signal });
     else await this.#lookAgain({ signal, rounds: this.#rounds });
     this.#ranBefore = false; // until it is known: what was paused must not be let run
     this.#resumedByOthers = false;

@@ -21,7 +21,7 @@ import type { StageClient } from '../staging/client.js';
 import type { ServerFailure } from '../staging/image-set.js';
 import { checkGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
-import { CommitDriver, tellDeparted } from './commit-driver.js';
+import { CommitDriver, type Settlement, tellDeparted } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { followGrowth } from './growth.js';
@@ -63,7 +63,7 @@ export interface ParkReport {
 
 /**
  * Parks a guest. Rejects before the commit with the guest running on here; with MIGRATION_IN_DOUBT when the home
- * server did not answer after it: the guest may be parked there, and never runs here again.
+ * server did not answer after it (`onInDoubt`): the guest may be parked there, and never runs here again.
  * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, VMD_CAPACITY, VMD_LOST, REGION_BUSY, GUEST_BUSY, ...
  */
 export async function park(guest: Guest, options: ParkOptions): Promise<ParkReport> {
@@ -211,7 +211,7 @@ class Parking {
       );
       driver.transferred();
     })().catch((error) => driver.fail(error));
-    const settlement = await driver.settled;
+    const settlement = await this.#untilKnown(driver, await driver.settled);
     await flow;
     if (settlement.outcome !== 'departed') {
       if (settlement.outcome === 'reclaimed') {
@@ -243,6 +243,29 @@ class Parking {
       intermediaries: images.account(stats.servers),
       dedup: stats.dedup && dedupReport(stats.dedup, regions[0]?.pageSize ?? 4096),
     };
+  }
+
+  /** In doubt it asks on, where the caller wants that. */
+  async #untilKnown(driver: CommitDriver, first: Settlement): Promise<Settlement> {
+    const { onInDoubt } = this.options;
+    if (first.outcome !== 'in-doubt' || !onInDoubt) return first;
+    try {
+      onInDoubt(first.error);
+    } catch (error) {
+      process.emitWarning(`the guest is in doubt, and onInDoubt threw: ${String(error)}`, {
+        code: 'MEMFERRY_IN_DOUBT_THREW',
+      });
+    }
+    let last: Settlement = first;
+    try {
+      // Each time for as long as it took to be in doubt.
+      while (last.outcome === 'in-doubt')
+        last = await untilAborted(driver.resolve('ask-again'), this.#abort.signal);
+    } catch {
+      driver.release();
+      return first; // given up
+    }
+    return last;
   }
 
   async close(): Promise<void> {

@@ -1,9 +1,19 @@
 /** Parking: a guest leaves with no destination chosen, and one claimant, and only one, has it later. */
 import { getEventListeners } from 'node:events';
-import { afterEach, expect, test } from 'vitest';
+import { setTimeout as sleep } from 'node:timers/promises';
+import { afterEach, describe, expect, test } from 'vitest';
 import { MemferryError } from '../../src/errors.js';
 import type { ArrivingGuest, Guest, PausedGuest } from '../../src/guest.js';
-import { type Staging, stage, park, Region, unpark, type Unparked } from '../../src/index.js';
+import {
+  type ParkTicket,
+  type Staging,
+  stage,
+  park,
+  Region,
+  unpark,
+  type Unparked,
+} from '../../src/index.js';
+import { deferred } from '../../src/protocol/deferred.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const SECRET = 'a secret that only this test knows';
@@ -179,6 +189,66 @@ test('READY is lost with the connection: the guest stays, and the servers let go
   await expect(park(guest, { secret: SECRET, via: addresses })).rejects.toMatchObject({ code: 'PEER_LOST' });
   expect(guest).toMatchObject({ runs: true, released: false });
   await expect.poll(() => all.map((server) => server.status().held), { timeout: 15_000 }).toEqual([[], []]);
+});
+
+describe('a home server that does not answer GRANT', () => {
+  const inDoubt = async (options: Partial<Parameters<typeof park>[1]>) => {
+    const all = await servers(2);
+    const { proxy, addresses } = await throughProxy(all, 0);
+    proxy.at({ on: 'control', direction: 'down', name: 'resumed' }, 'cut');
+    const guest = new PlainGuest();
+    const tickets: ParkTicket[] = [];
+    const parking = park(guest, {
+      secret: SECRET,
+      via: addresses,
+      inDoubtTimeoutMs: 700,
+      onTicket: (ticket) => void tickets.push(ticket),
+      ...options,
+    });
+    parking.catch(() => {});
+    return { all, proxy, guest, tickets, parking };
+  };
+
+  test('is told of, and asked until it does', async () => {
+    const told = deferred<MemferryError>();
+    const { all, proxy, guest, tickets, parking } = await inDoubt({ onInDoubt: told.resolve });
+    expect((await told.promise).code).toBe('MIGRATION_IN_DOUBT');
+    const over = parking.then(() => true);
+    // It is in doubt again by then, and nobody is told a second time.
+    expect(await Promise.race([over, sleep(1500, false)])).toBe(false);
+    expect(guest).toMatchObject({ runs: false, released: false });
+    proxy.heal();
+    expect((await parking).ticket).toEqual(tickets[0]);
+    expect(guest).toMatchObject({ runs: false, released: true });
+    const home = { ...(tickets[0] as ParkTicket), home: via(all)[0] as string };
+    expect(await (await claimed(home)).complete).toMatchObject({ verified: true });
+  });
+
+  test('is asked until the caller gives up, and the guest never runs here again', async () => {
+    const told = deferred<MemferryError>();
+    const given = new AbortController();
+    const { all, guest, tickets, parking } = await inDoubt({
+      onInDoubt: (error) => {
+        told.resolve(error);
+        throw new Error('which ends nothing');
+      },
+      signal: given.signal,
+    });
+    await told.promise;
+    given.abort();
+    await expect(parking).rejects.toBe(await told.promise);
+    expect(guest).toMatchObject({ runs: false, released: false });
+    expect(getEventListeners(given.signal, 'abort')).toEqual([]);
+    // It has it.
+    const home = { ...(tickets[0] as ParkTicket), home: via(all)[0] as string };
+    expect(await (await claimed(home)).complete).toMatchObject({ verified: true });
+  });
+
+  test('ends the park where nobody wants to know', async () => {
+    const { guest, parking } = await inDoubt({});
+    await expect(parking).rejects.toMatchObject({ code: 'MIGRATION_IN_DOUBT' });
+    expect(guest).toMatchObject({ runs: false, released: false });
+  });
 });
 
 test('parking leaves nothing with the signal that could have ended it', async () => {

@@ -388,8 +388,12 @@ TEST_F(DedupStage, TheFirstToAskIsToSendAndTheOthersWait) {
   const auto bytes = random_pages(8, 11);
   const auto first = prober(a);
   const auto second = prober(b);
+  const auto asked = std::chrono::steady_clock::now();
   for (const auto& each : probe(*first, names(bytes))) EXPECT_EQ(each, KnownHolders{});
-  for (const auto& each : probe(*second, names(bytes))) EXPECT_EQ(each.first, KnownHolders::kOnItsWay);
+  const auto to_second = probe(*second, names(bytes));
+  if (std::chrono::steady_clock::now() - asked >= std::chrono::milliseconds(ContentDomain::kPatienceMs))
+    GTEST_SKIP() << "the first one's turn was over before the second had asked";
+  for (const auto& each : to_second) EXPECT_EQ(each.first, KnownHolders::kOnItsWay);
   for (const auto& each : probe(*first, names(bytes))) EXPECT_EQ(each, KnownHolders{}) << "it knows";
   ASSERT_TRUE(say_held(*first, {}, names(bytes)));
   ASSERT_EQ(probe(*first, names(random_pages(1, 99))).size(), 1u);  // it has been read

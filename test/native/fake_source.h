@@ -201,6 +201,8 @@ class Wire {
         std::memcpy(result.suspects.data() + before, answer->payload.data(), answer->payload.size());
         continue;
       }
+      // The last channel tells names whenever a page has been hashed.
+      if (answer->header.type == static_cast<std::uint16_t>(wire::FrameType::kKnown)) continue;
       EXPECT_EQ(answer->header.type, static_cast<std::uint16_t>(wire::FrameType::kBarrierAck));
       EXPECT_EQ(answer->header.tag, tag);
       result.suspect_pages = answer->header.page_count;

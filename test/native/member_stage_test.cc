@@ -390,7 +390,11 @@ class StallingMembers : public testing::Test {
   bool begin_report(StageClient& to, std::size_t sent) {
     wire::FrameHeader header = wire::make_header(FrameType::kReport, 0, {PageNumber{0}, names.size()}, 1);
     wire::seal(header, std::as_bytes(std::span(names)));
-    return to.wire().raw(&header, sizeof header) && to.wire().raw(names.data(), sent);
+    // In one piece: a whole report is never one that stalls.
+    std::vector<std::byte> bytes(sizeof header + sent);
+    std::memcpy(bytes.data(), &header, sizeof header);
+    std::memcpy(bytes.data() + sizeof header, names.data(), sent);
+    return to.wire().raw(bytes.data(), bytes.size());
   }
   std::vector<wire::ContentName> names = std::vector<wire::ContentName>(64, wire::ContentName{1, 2});
 };

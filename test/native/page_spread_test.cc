@@ -157,6 +157,10 @@ TEST_F(PageSpread, WithinTheBudgetAreThoseThatMostGuestsHave) {
   ASSERT_TRUE(wait_until([&] {
     return servers[0]->stage->stats().popular_pages + servers[1]->stage->stats().popular_pages >= 200;
   }));
+  // And each page is known to be in as many guests as it is in.
+  ASSERT_TRUE(wait_until([&] {
+    return guests[2]->sampler().stats().reported >= 100 && guests[3]->sampler().stats().reported >= 100;
+  }));
   spread_into(open_share(file.path(), budget_of(120)));
   ASSERT_TRUE(wait_until([&] { return held(four) == 100 && share->stats().pages >= 110; }));
   EXPECT_LE(share->stats().bytes_used, budget_of(120));

@@ -231,9 +231,10 @@ const scenarios = {
     console.log('ok');
   },
   async forgetful() {
-    const { id } = adoptMemory().region;
-    parentPort.postMessage(id);
+    let adopted = adoptMemory();
+    parentPort.postMessage(adopted.region.id);
     parentPort.on('message', async () => {
+      adopted = undefined; // not before: until the other thread has its handle, nothing else keeps the memory
       for (let i = 0; i < 20; i++) {
         globalThis.gc();
         await turn();
