@@ -1,8 +1,8 @@
 #!/bin/sh
 # Builds the native core and runs its tests: plain (gcc), asan (clang, with UBSan), tsan (clang).
 #   scripts/test-native.sh [plain|asan|tsan] [arguments of ctest...]
-# JOBS sets the number of compilers, and of tests, at once (but for those of test/native/serial_tests.cmake);
-# with BUILD_ONLY=1 no test runs.
+# JOBS sets the number of compilers at once; of tests, which wait more than they compute, there are twice as many (but for
+# those of test/native/serial_tests.cmake). With BUILD_ONLY=1 no test runs.
 set -eu
 cd "$(dirname "$0")/.."
 kind=${1:-plain}
@@ -30,4 +30,4 @@ export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_stri
 export UBSAN_OPTIONS="${UBSAN_OPTIONS:-print_stacktrace=1}"
 export TSAN_OPTIONS="${TSAN_OPTIONS:-halt_on_error=1:second_deadlock_stack=1}"
 cd "$build"
-exec ctest --output-on-failure -j "$jobs" "$@"
+exec ctest --output-on-failure -j "$((2 * jobs))" "$@"

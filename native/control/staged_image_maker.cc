@@ -12,7 +12,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::size_t kMostServers = StagedImage::kMostServers;
 // For what is tried again a moment later: a server that is away holds up nobody for longer.
 constexpr std::chrono::milliseconds kShort{1000};
 

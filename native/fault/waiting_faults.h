@@ -32,7 +32,7 @@ struct WaitingFault {
   bool remote = false;                         // was asked for over the demand channel at least once
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
-  std::chrono::steady_clock::time_point asked;  // where at_source: when that began
+  std::chrono::steady_clock::time_point asked{};  // where at_source: when that began
   bool at_source = false;                       // was sent to the source, and not elsewhere since
   bool tried = false;    // was sent elsewhere although the source is there, which is not done twice
   bool put_off = false;  // the same, and given more time

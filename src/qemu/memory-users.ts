@@ -2,8 +2,8 @@
  * Who else has the memory that a guest is to arrive in: a QEMU on the same host that was given the same file as its
  * `mem-path`, most of all the source. To discard what is in it would be to discard that guest.
  */
-import { fstatSync } from 'node:fs';
-import { readdir, readFile } from 'node:fs/promises';
+import { fstatSync, readdirSync, readFileSync } from 'node:fs';
+import { setImmediate as turn } from 'node:timers/promises';
 import { memferryError } from '../errors.js';
 
 /** Where the memory is, as `sharedMappings` names it, with the backend's id. One in which nothing is has no guest in it. */
@@ -14,16 +14,23 @@ export function filledFiles(backends: readonly { id: string; descriptor: number 
   return new Map(filled.map(({ id, descriptor }) => [placeOf(descriptor), id]));
 }
 
+/** The kernel writes them as they are read: to wait for another thread to do that takes longer than they do. */
+const processesAtOnce = 32;
+
 /**
  * @param owner the QEMU whose memory it is
  * @throws PREPARE_FAILED with the process; nothing where /proc does not let one look
  */
 export async function requireMappedByNoOther(files: FilledFiles, owner: number): Promise<void> {
   if (files.size === 0) return;
-  for (const name of await readdir('/proc')) {
+  const places = [...files.keys()];
+  let looked = 0;
+  for (const name of readdirSync('/proc')) {
     const pid = Number(name);
     if (!Number.isInteger(pid) || pid === owner || pid === process.pid) continue;
-    const maps = await readFile(`/proc/${name}/maps`, 'latin1').catch(() => ''); // ended, or not ours to see
+    if (++looked % processesAtOnce === 0) await turn();
+    const maps = mapsOf(pid);
+    if (!places.some((place) => maps.includes(place))) continue;
     const place = sharedMappings(maps).find((at) => files.has(at));
     if (place === undefined) continue;
     const id = files.get(place);
@@ -33,6 +40,14 @@ export async function requireMappedByNoOther(files: FilledFiles, owner: number):
         'give this QEMU a mem-path of its own',
       { facts: { names: [id], pid } },
     );
+  }
+}
+
+function mapsOf(pid: number): string {
+  try {
+    return readFileSync(`/proc/${pid}/maps`, 'latin1');
+  } catch {
+    return ''; // ended, or not ours to see
   }
 }
 

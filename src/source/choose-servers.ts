@@ -5,10 +5,11 @@
 import { MemferryError } from '../errors.js';
 import { parseAddress, type ResolvedMigrateOptions } from '../options.js';
 import type { Intermediary } from '../report.js';
+import { abortError } from '../protocol/bounded.js';
 import { discover } from '../staging/announce.js';
 import { StageClient } from '../staging/client.js';
-import type { ServerAddress } from '../staging/image-set.js';
-import { type PlaceableServer, place } from '../staging/placement.js';
+import type { ImageSetConnection, ServerAddress } from '../staging/image-set.js';
+import { type PlaceableServer, type PlacedServer, place } from '../staging/placement.js';
 
 export interface GuestNeed {
   bytes: number;
@@ -20,6 +21,7 @@ export interface GuestNeed {
 const listenMs = 2200;
 
 export interface ChosenServers {
+  /** Those that were asked with the connections on which they have answered. */
   servers: ServerAddress[];
   /** Of those that were named: who did not answer, for the report. */
   unanswered: Intermediary[];
@@ -31,7 +33,7 @@ export interface ChosenServers {
  */
 export async function chooseServers(
   options: ResolvedMigrateOptions,
-  secret: Uint8Array,
+  connection: ImageSetConnection,
   need: GuestNeed,
   signal: AbortSignal,
 ): Promise<ChosenServers> {
@@ -43,23 +45,54 @@ export async function chooseServers(
       `mode '${options.mode}' needs VMD servers: name some with via, or have them discovered`,
     );
   }
-  const [{ named, unanswered }, heard] = await Promise.all([
-    answering(options, secret, signal),
-    announced === false
-      ? []
-      : discover({
-          secret,
-          timeoutMs: listenMs,
-          signal,
-          ...(announced === true ? {} : { group: announced }),
-        }),
-  ]);
-  const servers: PlaceableServer[] = [...named];
-  for (const server of heard) {
-    if (!servers.some(({ host, port }) => host === server.host && port === server.port)) servers.push(server);
-  }
+  const asked: StageClient[] = [];
+  const kept = new Set<StageClient>();
+  const answers = answering(via, connection, asked);
   try {
-    const chosen = place({
+    const [{ named, unanswered }, heard] = await Promise.all([
+      answers,
+      announced === false
+        ? []
+        : discover({
+            secret: connection.secret,
+            timeoutMs: listenMs,
+            signal,
+            ...(announced === true ? {} : { group: announced }),
+          }),
+    ]);
+    const servers: PlaceableServer[] = [...named];
+    for (const server of heard) {
+      if (!servers.some((each) => isAt(each, server))) servers.push(server);
+    }
+    const chosen = placed(options, need, servers, named);
+    if (signal.aborted) throw abortError(signal);
+    const addresses = chosen.map((server): ServerAddress => {
+      const client = asked.find((each) => isAt(each, server));
+      if (client) kept.add(client);
+      return { ...server, client };
+    });
+    return { servers: addresses, unanswered };
+  } finally {
+    await answers.catch(() => {}); // nobody is asked any more
+    await Promise.all(asked.filter((client) => !kept.has(client)).map((client) => client.close()));
+  }
+}
+
+interface At {
+  host: string;
+  port: number;
+}
+const isAt = (one: At, other: At) => one.host === other.host && one.port === other.port;
+
+/** None when they cannot hold the guest and the caller chose to go on directly. */
+function placed(
+  options: ResolvedMigrateOptions,
+  need: GuestNeed,
+  servers: PlaceableServer[],
+  named: readonly PlaceableServer[],
+): PlacedServer[] {
+  try {
+    return place({
       need: {
         bytes: need.bytes,
         pages: need.capacityPages,
@@ -68,42 +101,29 @@ export async function chooseServers(
       },
       servers,
       // A fixed list is taken as it is; the placement chooses among what is heard.
-      via: announced === false ? named.map(({ host, port }) => `${host}:${port}`) : null,
+      via: options.discover === false ? named.map(({ host, port }) => `${host}:${port}`) : null,
       source: { rack: options.rack },
       destination: { rack: options.destinationRack },
     });
-    return { servers: chosen, unanswered };
   } catch (error) {
     const short = error instanceof MemferryError && error.code === 'VMD_CAPACITY';
     if (!short || options.onCapacity === 'fail') throw error;
-    return { servers: [], unanswered };
+    return [];
   }
 }
 
 /** Those of `via` that answer, with what they say of themselves. Rejects when there are some and none does. */
 async function answering(
-  options: ResolvedMigrateOptions,
-  secret: Uint8Array,
-  signal: AbortSignal,
+  via: readonly string[],
+  connection: ImageSetConnection,
+  asked: StageClient[],
 ): Promise<{ named: PlaceableServer[]; unanswered: Intermediary[] }> {
   const outcomes = await Promise.allSettled(
-    options.via.map(async (address): Promise<PlaceableServer> => {
+    via.map(async (address): Promise<PlaceableServer> => {
       const { host, port } = parseAddress(address);
-      const { plaintext, connectTimeoutMs, peerTimeoutMs } = options;
-      const client = await StageClient.dial({
-        host,
-        port,
-        secret,
-        plaintext,
-        connectTimeoutMs,
-        peerTimeoutMs,
-        signal,
-      });
-      try {
-        return { ...(await client.firstAnnouncement()), host: client.host, port };
-      } finally {
-        await client.close();
-      }
+      const client = await StageClient.dial({ ...connection, host, port });
+      asked.push(client);
+      return { ...(await client.firstAnnouncement()), host: client.host, port };
     }),
   );
   const named = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
@@ -112,7 +132,7 @@ async function answering(
   const unanswered = outcomes.flatMap((outcome, at): Intermediary[] =>
     outcome.status === 'fulfilled'
       ? []
-      : [{ name: String(options.via[at]), pages: 0, bytes: 0, failed: messageOf(outcome.reason) }],
+      : [{ name: String(via[at]), pages: 0, bytes: 0, failed: messageOf(outcome.reason) }],
   );
   return { named, unanswered };
 }

@@ -5,7 +5,7 @@
 import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { ResolvedMigrateOptions } from '../options.js';
-import { untilAborted, whileOpening } from '../protocol/bounded.js';
+import { whileOpening } from '../protocol/bounded.js';
 import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
 import { makeImageSecret } from '../staging/image-secret.js';
 import { ImageSet, imageConnection } from '../staging/image-set.js';
@@ -36,11 +36,12 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
     bytes: lengths.reduce((sum, length) => sum + length, 0),
     capacityPages: capacityBytes / pageSize,
   };
-  const { servers, unanswered } = await untilAborted(chooseServers(options, secret, need, signal), signal);
-  if (servers.length === 0) return null;
   const domainKey = await dedupDomainKey(options.dedup, secret);
-  return whileOpening(signal, (making) =>
-    ImageSet.create(servers, unanswered, imageConnection(secret, options, making), {
+  return whileOpening(signal, async (making) => {
+    const connection = imageConnection(secret, options, making);
+    const { servers, unanswered } = await chooseServers(options, connection, need, making);
+    if (servers.length === 0) return null;
+    return ImageSet.create(servers, unanswered, connection, {
       image,
       secret: makeImageSecret(),
       domainKey,
@@ -54,8 +55,8 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
         pages: (lengths[index] as number) / region.pageSize,
         capacityPages: region.capacityBytes / region.pageSize,
       })),
-    }),
-  );
+    });
+  });
 }
 
 /**

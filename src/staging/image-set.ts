@@ -22,6 +22,8 @@ export interface ServerAddress {
   readonly host: string;
   readonly port: number;
   readonly name?: string;
+  /** A connection to it that there is already: whoever is given the address has it, and closes it. */
+  readonly client?: StageClient | undefined;
 }
 
 /** How the servers are spoken to; the same for all. */
@@ -452,7 +454,7 @@ async function dialAll(
   connection: ImageSetConnection,
 ): Promise<StageClient[]> {
   const outcomes = await Promise.allSettled(
-    servers.map((server) => StageClient.dial({ ...connection, ...server })),
+    servers.map(async ({ client, ...server }) => client ?? StageClient.dial({ ...connection, ...server })),
   );
   const clients = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
   const failed = outcomes.find((outcome) => outcome.status === 'rejected');

@@ -251,6 +251,21 @@ describe('a home server that does not answer GRANT', () => {
   });
 });
 
+test('a server is asked, and has its image made, over one connection; who is not needed is let go of', async () => {
+  const all = await servers(2);
+  const { proxy, addresses } = await throughProxy(all, 1);
+  proxy.record();
+  await park(new PlainGuest(), { secret: SECRET, via: addresses });
+  expect(proxy.recorded().filter(({ role }) => role === 'control')).toHaveLength(1);
+  await expect.poll(() => proxy.connections('control')).toBe(0);
+
+  const small = await servers(1, 16 * MIB);
+  const beside = await throughProxy(small, 0);
+  const parking = park(new PlainGuest(32 * MIB), { secret: SECRET, via: beside.addresses });
+  await expect(parking).rejects.toMatchObject({ code: 'VMD_CAPACITY' });
+  await expect.poll(() => beside.proxy.connections('control')).toBe(0);
+});
+
 test('parking leaves nothing with the signal that could have ended it', async () => {
   const all = await servers(1);
   const { signal } = new AbortController();

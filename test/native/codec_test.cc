@@ -27,7 +27,7 @@ class CodecTest : public testing::TestWithParam<std::uint16_t> {
       EXPECT_EQ(buffer[i], std::byte{0x5a});
       EXPECT_EQ(buffer[kGuard + length + i], std::byte{0x5a});
     }
-    if (out != nullptr) out->assign(buffer.begin() + kGuard, buffer.begin() + kGuard + length);
+    if (out != nullptr) out->assign(&buffer[kGuard], &buffer[kGuard] + length);
     return decoded;
   }
   wire::Decompressor decompressor;

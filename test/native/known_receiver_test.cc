@@ -300,7 +300,7 @@ TEST_F(KnownReceiver, ADiscardedPageThatWasReadIsMissingAfterTheSwitch) {
   EXPECT_TRUE(send_page(0, 50));
   EXPECT_TRUE(bench.data(0).discard(0, {{0, 1}}));
   EXPECT_TRUE(bench.data(0).barrier(1).answered);
-  for (const std::uint64_t page : {0, 7}) {
+  for (const std::uint64_t page : {0U, 7U}) {
     EXPECT_EQ(*static_cast<const volatile unsigned char*>(static_cast<const void*>(bench.page(page))), 0U);
   }
   EXPECT_TRUE(bench.data(0).switch_over());

@@ -120,14 +120,14 @@ TEST_F(PagerPoison, NothingIsSparedWhereAnAreaIsTwoMappings) {
   pager_->stop();
   ASSERT_EQ(::mprotect(page(11), 5 * kPage, PROT_READ | PROT_WRITE), 0);
   expect_right(2);
-  for (const std::uint64_t number : {0, 10, 11, 15, 16, 31}) expect_fails(number);
+  for (const std::uint64_t number : {0U, 10U, 11U, 15U, 16U, 31U}) expect_fails(number);
 }
 
 TEST_F(PagerPoison, PagesArriveOverTheBorderOfTwoMappings) {
   start(Region::allocate(32 * kPage));
   ASSERT_EQ(::mprotect(page(11), 5 * kPage, PROT_READ), 0);
   ASSERT_TRUE(install(4, 20).intact);
-  for (const std::uint64_t number : {4, 10, 11, 15, 16, 23})
+  for (const std::uint64_t number : {4U, 10U, 11U, 15U, 16U, 23U})
     EXPECT_EQ(FailingAccess::load(page(number)), std::to_integer<int>(content_of(4)));
   EXPECT_EQ(broken_.load(), 0);
 }
@@ -141,7 +141,7 @@ TEST_F(PagerPoison, ChangingTheProtectionOfTheWholeAreaBringsNothingBack) {
   ASSERT_EQ(::mprotect(page(0), 16 * kPage, PROT_READ), 0);
   ASSERT_EQ(::mprotect(page(0), 16 * kPage, PROT_READ | PROT_WRITE), 0);
   expect_right(3);
-  for (const std::uint64_t number : {0, 2, 4, 15}) expect_fails(number);
+  for (const std::uint64_t number : {0U, 2U, 4U, 15U}) expect_fails(number);
 }
 
 TEST_F(PagerPoison, WhoWaitsForAPageFailsToo) {
@@ -188,7 +188,7 @@ TEST_F(PagerPoison, SharedMemoryFailsInThisMapping) {
   pager_->poison_missing();
   pager_->stop();
   expect_right(5);
-  for (const std::uint64_t number : {0, 4, 6, 15}) expect_fails(number);
+  for (const std::uint64_t number : {0U, 4U, 6U, 15U}) expect_fails(number);
 }
 
 // As a receiver that is closed does, and one whose pages were lost before: what fails goes on failing in the same way, and
@@ -359,7 +359,7 @@ TEST(FailingMemoryTest, FailsWhoeverTouchesItAndTakesOneMapping) {
   const FailingMemory failing;
   const std::uint64_t before = areas_of_this_process();
   // In pieces and in any order, and some of it twice.
-  for (const std::uint64_t number : {12, 10, 11, 13, 11}) {
+  for (const std::uint64_t number : {12U, 10U, 11U, 13U, 11U}) {
     ASSERT_TRUE(failing.put_over(memory.start().plus(number * kPage), kPage));
   }
   EXPECT_LE(areas_of_this_process(), before + 2);

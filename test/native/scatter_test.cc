@@ -718,7 +718,7 @@ TEST_F(ScatterDeltas, GoToTheServerThatHasTheFormerVersion) {
   start(1, 1);
   const std::uint64_t first = sender->stats().bytes_on_wire;
   EXPECT_EQ(deltas(), 0u);
-  for (int rounds = 1; rounds < 4; ++rounds) {
+  for (unsigned rounds = 1; rounds < 4; ++rounds) {
     write();
     EXPECT_EQ(round(), 0u);
     expect_evicted();
@@ -783,7 +783,7 @@ TEST_F(ScatterDeltas, AreOfWhatTheCacheHasRoomFor) {
 // Cut in the middle: what was not acknowledged goes again, and not against what may not have arrived.
 TEST_F(ScatterDeltas, OutliveACut) {
   start(2, 1);
-  for (int rounds = 0; rounds < 3; ++rounds) {
+  for (unsigned rounds = 0; rounds < 3; ++rounds) {
     write();
     sender->start_round(++tag);
     std::this_thread::sleep_for(std::chrono::milliseconds(rounds));

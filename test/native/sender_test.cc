@@ -1034,7 +1034,7 @@ INSTANTIATE_TEST_SUITE_P(
         frame_of("TakenOnDemand", 2, wire::make_header(FrameType::kTaken, 0, {}, 1)),
         Hostile{"FewerTakenThanBefore", 1,
                 [](FakeDestination& peer, unsigned on) {
-                  for (const std::uint64_t bytes : {5, 4})
+                  for (const std::uint64_t bytes : {5U, 4U})
                     peer.send(on, wire::make_header(FrameType::kTaken, 0, {}, bytes));
                 }},
         frame_of("BitmapOutOfTurn", 2, wire::make_header(FrameType::kBitmap), 16),
