@@ -33,7 +33,7 @@ struct WaitingFault {
   std::chrono::steady_clock::time_point seen;  // when the event was read
   std::chrono::steady_clock::time_point due;
   std::chrono::steady_clock::time_point asked{};  // where at_source: when that began
-  bool at_source = false;                       // was sent to the source, and not elsewhere since
+  bool at_source = false;                         // was sent to the source, and not elsewhere since
   bool tried = false;    // was sent elsewhere although the source is there, which is not done twice
   bool put_off = false;  // the same, and given more time
   bool probe = false;    // nobody waits for it yet: it is asked for to see whether the source is there
