@@ -2,6 +2,7 @@
  * Which regions are still waiting for pages of a migration that brought them here, so that a guest that
  * leaves again waits for its last page instead of being refused. Keyed by the region object itself.
  */
+import { memferryError } from './errors.js';
 import type { Region } from './region.js';
 
 const arriving = new WeakMap<Region, Promise<unknown>>();
@@ -18,6 +19,22 @@ export function markArriving(region: Region, complete: Promise<unknown>): void {
 /** The regions of `regions` that still wait for pages. */
 export function stillArriving(regions: readonly Region[]): Promise<unknown>[] {
   return regions.flatMap((region) => arriving.get(region) ?? []);
+}
+
+/**
+ * That pages may come into these: what two arrivals write into one is neither's.
+ * @throws REGION_BUSY where one of them waits for pages, is moving, or is there twice
+ */
+export function requireFree(regions: readonly Region[]): void {
+  const busy = regions.findIndex(
+    (region, index) => arriving.has(region) || region.native.claimed() || regions.indexOf(region) !== index,
+  );
+  if (busy < 0) return;
+  throw memferryError(
+    'REGION_BUSY',
+    `a guest is on its way into region ${busy} already, or out of it: each guest needs regions of its own`,
+    { facts: { id: regions[busy]?.id } },
+  );
 }
 
 const reported = new WeakMap<Region, Promise<unknown>>();

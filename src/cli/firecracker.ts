@@ -24,9 +24,16 @@ import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from
 import { makeOutput, type Output } from './output.js';
 import { byteCount, octal } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
-import { newTicketFile, ticketFrom, writeTicket } from './ticket.js';
+import {
+  addClaimFlags,
+  type ClaimFlags,
+  claimOptions,
+  newTicketFile,
+  ticketFrom,
+  writeTicket,
+} from './ticket.js';
 
-interface FirecrackerFlags extends ConnectionFlags {
+interface FirecrackerFlags extends ConnectionFlags, ClaimFlags {
   socket: string;
   snapshot?: string;
   fromVmd?: string;
@@ -36,7 +43,6 @@ interface FirecrackerFlags extends ConnectionFlags {
   prePaging: PrePaging;
   mode?: number;
   gatherLimit?: number;
-  rollback?: boolean;
   once?: boolean;
   json?: boolean;
 }
@@ -62,10 +68,9 @@ export function addFirecracker(program: Command): void {
     )
     .option('--mode <octal>', 'permissions of the socket (default 600)', octal)
     .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteCount)
-    .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
     .option('--once', 'end with the first microVM')
     .option('--json', 'one JSON object a line');
-  addConnectionFlags(command).action(serve);
+  addClaimFlags(addConnectionFlags(command)).action(serve);
 }
 
 async function serve(flags: FirecrackerFlags): Promise<void> {
@@ -142,7 +147,7 @@ async function fromVmd(
   await using unparked = await unpark(await ticketFrom(ticketFile), {
     ...connectionOptions(flags),
     signal,
-    rollback: flags.rollback === true,
+    ...claimOptions(flags),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     accept: microVmArrivals(host),
   });

@@ -1,9 +1,25 @@
 /** The file that `memferry park` writes, and that claims the guest again. */
 import { type FileHandle, open, readFile } from 'node:fs/promises';
 import { dirname } from 'node:path';
+import type { Command } from 'commander';
 import { memferryError } from '../errors.js';
-import { parseTicket } from '../options.js';
+import { parseTicket, type UnparkOptions } from '../options.js';
 import type { ParkTicket } from '../source/park.js';
+
+export interface ClaimFlags {
+  rollback?: boolean;
+  withLosses?: boolean;
+}
+
+export function addClaimFlags(command: Command): Command {
+  return command
+    .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
+    .option('--with-losses', 'go on without servers that are away though nobody else has their pages');
+}
+
+export function claimOptions(flags: ClaimFlags): Pick<UnparkOptions, 'rollback' | 'withLosses'> {
+  return { rollback: flags.rollback === true, withLosses: flags.withLosses === true };
+}
 
 /** @throws INVALID_ARGUMENT */
 export async function ticketFrom(path: string): Promise<ParkTicket> {

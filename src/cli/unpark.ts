@@ -14,16 +14,15 @@ import { makeOutput } from './output.js';
 import { byteCount, type NamedModule, namedModules, regionImages } from './parse-values.js';
 import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
-import { ticketFrom } from './ticket.js';
+import { addClaimFlags, type ClaimFlags, claimOptions, ticketFrom } from './ticket.js';
 
-interface UnparkFlags extends ConnectionFlags {
+interface UnparkFlags extends ConnectionFlags, ClaimFlags {
   ticket: string;
   module: NamedModule[];
   gatherLimit?: number;
   base?: string;
   baseForAny?: boolean;
   baseImage?: NamedModule[];
-  rollback?: boolean;
   once?: boolean;
   json?: boolean;
 }
@@ -49,10 +48,9 @@ export function addUnpark(program: Command): void {
       'a raw image that is like that region of the guest (repeatable); instead of --base',
       regionImages,
     )
-    .option('--rollback', 'the guest was resumed before, and whoever did it is dead and stays so')
     .option('--once', 'end when every page is here, and the guest with it')
     .option('--json', 'one JSON object a line');
-  addConnectionFlags(command).action(unparkGuest);
+  addClaimFlags(addConnectionFlags(command)).action(unparkGuest);
 }
 
 /** @throws INVALID_ARGUMENT */
@@ -79,7 +77,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
     ...connectionOptions(flags),
     signal: interruption.signal,
     ...base,
-    rollback: flags.rollback === true,
+    ...claimOptions(flags),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     accept: workerGuests({
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),

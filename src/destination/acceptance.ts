@@ -3,6 +3,7 @@
  * JavaScript thread.
  */
 import { baseKey, dataTokens } from '../control/tokens.js';
+import { requireFree } from '../arrivals.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { mayBeBase } from '../lineage.js';
@@ -96,6 +97,7 @@ export class Acceptance {
       // Its base is what it is.
       if (!this.#replayMemory) delete given.replayLog;
     }
+    requireFree(guest.regions);
     if (offer.base) this.#openParked(guest, options);
     this.#references = offer.scatter ? null : domain.agree(offer, sessionKey, migration);
     const arrival = new Arrival({
@@ -163,11 +165,18 @@ export class Acceptance {
     const given = this.#given;
     const guest = accept ? await accept(given, { signal: this.host.closing }) : allocateGuest(given);
     const offered = this.received.offer.guest.regions;
+    if (!Array.isArray(guest?.regions) || guest.regions.some((region) => !region?.native)) {
+      throw new MemferryError('PREPARE_FAILED', 'accept() gave no guest with regions');
+    }
     for (const [index, { name, lengthBytes }] of offered.entries()) {
       const here = guest.regions[index]?.lengthBytes ?? 0;
       if (here === lengthBytes) continue;
       await abandonGuest(guest, this.#given.name, prepareTimeoutMs);
-      if (here < lengthBytes) throw new MemferryError('NO_MEMORY', `region '${name}' is too short here`);
+      if (here < lengthBytes) {
+        throw new MemferryError('NO_MEMORY', `region '${name}' is too short here`, {
+          facts: { expected: lengthBytes, got: here },
+        });
+      }
       // What is beyond is nobody's to send, and would be waited for.
       throw new MemferryError('PREPARE_FAILED', `region '${name}' is longer here than it is offered`, {
         facts: { expected: lengthBytes, got: here },

@@ -65,20 +65,26 @@ export function tellLost(guest: ArrivingGuest, name: string, runs: NativeRun[]):
  * of a guest that is run by somebody else once that is known.
  */
 export function resumeHere(guest: ArrivingGuest, name: string): string | null | Promise<string | null> {
+  let resumed: unknown;
   try {
-    guest.resume();
+    // One that is asynchronous is what TypeScript takes for one that gives nothing.
+    resumed = guest.resume();
   } catch (error) {
     process.emitWarning(`guest '${name}' threw in resume(): ${String(error)}`, {
       code: 'MEMFERRY_RESUME_THREW',
     });
     return String(error);
   }
-  const { running } = guest;
+  const running = guest.running ?? (isPromise(resumed) ? resumed : undefined);
   if (running === undefined) return null;
   return within(running, runningTimeoutMs, 'RESUME_FAILED', 'nobody says whether the guest runs').then(
     () => null,
     (error) => (error instanceof Error ? error.message : String(error)),
   );
+}
+
+function isPromise(value: unknown): value is Promise<void> {
+  return typeof (Object(value) as { then?: unknown }).then === 'function';
 }
 
 export function pagesLost(name: string, runs: NativeRun[], why: string): MemferryError {

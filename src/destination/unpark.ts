@@ -3,7 +3,7 @@
  * grants one claim; until it has granted this one, nothing runs here. JavaScript thread.
  */
 import { randomBytes } from 'node:crypto';
-import { markArriving } from '../arrivals.js';
+import { markArriving, requireFree } from '../arrivals.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
@@ -49,6 +49,7 @@ const askAgainMs = 250;
  * Claims and resumes a parked guest. When it rejects the guest does not run here; with MIGRATION_IN_DOUBT nobody
  * knows whether the home server has granted the claim, or whether the guest was let go of here (its `abandon` failed):
  * only `rollback` brings it back.
+ * Servers that are away and hold pages that no other has are waited for, for `recoverTimeoutMs`, before anything is claimed.
  * With `base` only pages that differ from what this host has are gathered; the report says how many did not come.
  * @throws INVALID_ARGUMENT, VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
  */
@@ -68,6 +69,7 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     guest = resolved.accept
       ? await resolved.accept(known, { signal, state: claim.state })
       : allocateGuest(offer);
+    requireFree(guest.regions);
     const base = await unparkBase(guest, known, resolved.base);
     arriving = new GatheringGuest(ticket, offer, guest, images, base, resolved);
     const cancelled = AbortSignal.any([signal, arriving.broken]);
@@ -90,7 +92,7 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     // Whoever claims the guest next has the only one that may run.
     const letGo = !guest || (await abandonGuest(guest, claim.guest.name, resolved.prepareTimeoutMs));
     if (letGo) await images.release().catch(() => {});
-    const reason = letGo ? error : await keepClaim(images, error, resolved.inDoubtTimeoutMs);
+    const reason = letGo ? asPrepareError(error) : await keepClaim(images, error, resolved.inDoubtTimeoutMs);
     await images.close();
     throw reason;
   }
@@ -106,6 +108,7 @@ async function keepClaim(images: ImageSet, cause: unknown, timeoutMs: number): P
   const text = `the guest was not let go of (abandon() failed), and may still run here; ${why}`;
   try {
     await granted(images, timeoutMs);
+    await within(images.othersTold(), timeoutMs, 'PEER_LOST', 'a server did not hear of it').catch(() => {});
     return new MemferryError(
       'MIGRATION_IN_DOUBT',
       `${text}; its claim stays, only a rollback brings it back`,
@@ -133,6 +136,8 @@ async function claimImage(
     });
     try {
       checkBaseRegions(options.base, images.info);
+      // Once it is resumed there is no way back: a server that is away now would be missed then.
+      if (!options.withLosses) await images.untilWhole(options.recoverTimeoutMs);
       return { images, claim: await images.claim({ rollback: options.rollback }) };
     } catch (error) {
       await images.close();

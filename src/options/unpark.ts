@@ -14,6 +14,11 @@ const unparkSchema = z.strictObject({
   signal: z.instanceof(AbortSignal).optional(),
   /** The caller's word that whoever resumed the guest before is dead and stays so. */
   rollback: z.boolean().default(false),
+  /**
+   * Resume it although servers are away, or have lost it, that hold pages of which there is no other copy. These pages are
+   * lost if they do not come back. Without it such a guest stays parked.
+   */
+  withLosses: z.boolean().default(false),
   /** Compare digests with those of the guest as it was parked. */
   verify: z.boolean().default(true),
   /** Bytes a second fetched ahead of the guest; 0 for no limit. Faults are never held back. */

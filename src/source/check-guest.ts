@@ -1,6 +1,42 @@
 /** What cannot move is found before anything of a migration begins: no connection, no tracking, no page. */
+import { memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { untilAborted } from '../protocol/bounded.js';
+import { requireHere } from './commit-driver.js';
+
+const mostRegions = 64;
+
+/**
+ * What a caller may get wrong, told before anything begins.
+ * @throws INVALID_ARGUMENT, REGION_CLOSED; GUEST_BUSY for a guest that has left
+ */
+export function requireGuest(guest: Guest): void {
+  const refused = (message: string) => memferryError('INVALID_ARGUMENT', message);
+  if (typeof Object(guest).pause !== 'function' || typeof guest.unpause !== 'function') {
+    throw refused('a guest has pause() and unpause()');
+  }
+  const { name, regions } = guest;
+  if (typeof name !== 'string') throw refused('a guest has a name');
+  if (!Array.isArray(regions) || regions.length === 0) throw refused(`guest '${name}' has no regions`);
+  for (const { name: called, region } of regions.map(Object)) {
+    if (typeof called !== 'string') throw refused(`a region of guest '${name}' has no name`);
+    // Of any copy of this library.
+    if (typeof region?.native?.claim !== 'function') {
+      throw refused(
+        `'${called}' of guest '${name}' is no Region: make one by Region.allocate, adopt or attach`,
+      );
+    }
+    if (region.closed) {
+      throw memferryError('REGION_CLOSED', `region '${called}' of guest '${name}' is closed`, {
+        facts: { region: called },
+      });
+    }
+  }
+  if (new Set(regions.map((region) => region.name)).size !== regions.length || regions.length > mostRegions) {
+    throw refused(`a guest has at most ${mostRegions} regions, each with a name of its own`);
+  }
+  requireHere(guest);
+}
 
 /** Rejects with the guest's own error, or as aborted. A guest that cannot tell is taken at its word later, by `pause`. */
 export async function checkGuest(guest: Guest, signal: AbortSignal, rounds = true): Promise<void> {

@@ -2,7 +2,7 @@
  * Carries out what the source's commit machine decides: pauses and unpauses the guest, sends, redials, runs
  * the timers. The rules it keeps are listed in protocol/commit.ts. JavaScript thread.
  */
-import { type ErrorCode, MemferryError } from '../errors.js';
+import { type ErrorCode, fromNative, MemferryError, memferryError } from '../errors.js';
 import type { Guest, PausedGuest } from '../guest.js';
 import type { Cause, DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import {
@@ -44,6 +44,19 @@ function standingOf(guest: Guest): Standing {
   const known = standings.get(key) ?? { holder: null, owed: false, unpausing: null };
   standings.set(key, known);
   return known;
+}
+
+/** Guests that are the destination's, or may be, as far as this side knows. */
+const away = new WeakSet<Guest>();
+
+/** @throws GUEST_BUSY for a guest that has left, or may have: there would be two of it */
+export function requireHere(guest: Guest): void {
+  if (!away.has(guest)) return;
+  throw memferryError(
+    'GUEST_BUSY',
+    `guest '${guest.name}' has left, or may have: it is not this side's to move again`,
+    { facts: { names: ['departed'] } },
+  );
 }
 
 export type Settlement =
@@ -134,8 +147,11 @@ export class CommitDriver {
 
   fail(error: unknown): void {
     if (this.committed) return;
-    this.#error ??=
-      error instanceof MemferryError ? error : new MemferryError('SYSTEM', String(error), { cause: error });
+    // What the addon throws says what it is; what somebody's own code throws does not.
+    const known = error instanceof MemferryError || typeof Object(error).code === 'string';
+    this.#error ??= known
+      ? fromNative(error)
+      : new MemferryError('SYSTEM', error instanceof Error ? error.message : String(error), { cause: error });
     this.#dispatch({ type: 'fail', cause: { code: this.#error.code, message: this.#error.message } });
   }
 
@@ -160,6 +176,7 @@ export class CommitDriver {
   }
 
   release(): void {
+    if (this.committed) away.add(this.guest);
     this.#dispatch({ type: 'release' });
     this.#timers.stopAll();
   }
@@ -203,6 +220,8 @@ export class CommitDriver {
         this.#timers.stop(action.timer);
         break;
       case 'settle':
+        if (action.outcome === 'reclaimed') away.delete(this.guest);
+        else away.add(this.guest);
         if (action.outcome === 'reclaimed' && this.#standing.holder === this) {
           this.#standing.holder = null;
           if (this.#standing.owed) this.#letRun();
@@ -286,15 +305,6 @@ export class CommitDriver {
       const what = `guest '${this.guest.name}' could not be unpaused after its migration failed`;
       warn(what, error, 'MEMFERRY_UNPAUSE_FAILED');
     }
-  }
-}
-
-/** The destination has it, whatever the guest's own hook makes of that. */
-export async function tellDeparted(guest: Guest): Promise<void> {
-  try {
-    await guest.departed?.();
-  } catch (error) {
-    warn(`departed() of guest '${guest.name}' failed`, error, 'MEMFERRY_DEPARTED_FAILED');
   }
 }
 

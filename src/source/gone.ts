@@ -2,7 +2,7 @@
  * From what failed to what is said of it: whose end it was, and what became of the guest. Pure but for asking regions,
  * and for waiting for a destination's own words.
  */
-import { MemferryError, memferryError } from '../errors.js';
+import { fromNative, MemferryError, memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 
 /** How long a cut data connection waits for the destination's own words; they are on their way, or never come. */
@@ -54,8 +54,7 @@ export async function reasonOfCut(
  * @param pending pages that nobody has acknowledged; null when the guest was evicted
  */
 export function afterCommit(cause: unknown, pending: number | null): MemferryError {
-  const inner =
-    cause instanceof MemferryError ? cause : new MemferryError('SYSTEM', String(cause), { cause });
+  const inner = fromNative(cause);
   if (inner.code !== 'PEER_LOST' || pending === null) return inner;
   return new MemferryError(
     'GUEST_LOST',

@@ -1,10 +1,10 @@
 /** `migrate`: the source's entry. Checks what can be checked before anything is opened. */
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
-import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { type MigrateOptions, resolveMigrateOptions } from '../options.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
+import { requireGuest } from './check-guest.js';
 import { SourceMigration } from './migration.js';
 
 /** A migration under way, at its source. */
@@ -39,20 +39,11 @@ export interface Migration extends AsyncDisposable {
 /**
  * Moves a guest to a destination that listens (`listen`, or `memferry receive`). Returns at once; everything
  * after the checks of the arguments comes by `done`.
- * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, REGION_CLOSED; GUEST_BUSY for a guest that has left
  */
 export function migrate(guest: Guest, options: MigrateOptions): Migration {
   const resolved = resolveMigrateOptions(options);
-  if (typeof guest?.pause !== 'function' || typeof guest.unpause !== 'function' || !guest.regions?.length) {
-    throw new MemferryError('INVALID_ARGUMENT', 'a guest has at least one region, pause() and unpause()');
-  }
-  const names = new Set(guest.regions.map(({ name }) => name));
-  if (names.size !== guest.regions.length || guest.regions.length > 64) {
-    throw new MemferryError(
-      'INVALID_ARGUMENT',
-      'a guest has at most 64 regions, each with a name of its own',
-    );
-  }
+  requireGuest(guest);
   checkAddressPolicy(resolved.to.host, { plaintext: resolved.plaintext });
   const secret = loadSecret(resolved, { loopback: isLoopback(resolved.to.host) });
   return new SourceMigration(guest, resolved, secret);

@@ -24,11 +24,12 @@ import { gathersFirst, type ModeTraits, traitsOf } from '../protocol/mode-traits
 import { verificationFailed } from '../protocol/verification.js';
 import type { EvictionReport, MigrationReport, MigrationState } from '../report.js';
 import { tellListeners } from '../tell-listeners.js';
-import { CommitDriver, type Settlement, tellDeparted } from './commit-driver.js';
+import { CommitDriver, type Settlement } from './commit-driver.js';
 import { pushRest } from './eviction.js';
 import { evictionReport } from './eviction-report.js';
 import { afterCommit, ownerGone, reasonOfCut, regionGone } from './gone.js';
 import { followGrowth } from './growth.js';
+import { releaseGuest, tellDeparted } from './guest-hooks.js';
 import { Holdings } from './holdings.js';
 import { Measurements } from './measurements.js';
 import { comparablePages } from './migration-trackers.js';
@@ -142,10 +143,8 @@ export class SourceMigration extends EventEmitter {
    * dead and stays so; the guest then runs here again. `askAgain`: dial the destination once more.
    * Gives where the guest is now. Rejects with MIGRATION_IN_DOUBT when that is still not known.
    */
-  async resolve(
-    proof: { fence: 'destination-dead' } | { askAgain: true },
-  ): Promise<'source' | 'destination'> {
-    const settlement = await this.#commit.resolve('fence' in proof ? 'fence' : 'ask-again');
+  async resolve(proof: Proof): Promise<'source' | 'destination'> {
+    const settlement = await this.#commit.resolve(howToResolve(proof));
     if (settlement.outcome === 'departed') {
       this.#goOn();
       return 'destination';
@@ -312,7 +311,7 @@ export class SourceMigration extends EventEmitter {
 
   async #afterResumed(): Promise<void> {
     const engine = this.#held.requireEngine();
-    await tellDeparted(this.guest);
+    const departed = tellDeparted(this.guest); // nobody waits for its owner while pages are wanted
     await pushRest(engine, this.#held.images, this.#paging ? () => this.#to('postcopy-active') : null);
     this.#measured.evicted();
     const digests = this.options.verify
@@ -336,6 +335,7 @@ export class SourceMigration extends EventEmitter {
       // No fault is answered any more: the memory is its owner's again. The destination gathers the rest.
       engine.close(true, new MemferryError('CANCELLED', 'every page is elsewhere'));
     }
+    await departed;
     this.#evicted.resolve(evicted);
     // The destination does not wait for this side's disk.
     const session = this.#held.session as SourceSession;
@@ -344,7 +344,7 @@ export class SourceMigration extends EventEmitter {
     if (this.options.keepStaleCopy) {
       await keepStaleCopy(this.guest, this.#switchover.executionState, this.options.keepStaleCopy);
     }
-    await this.guest.release?.();
+    await releaseGuest(this.guest);
     const summary = await asked;
     if (summary.mismatched.length > 0) throw verificationFailed(this.guest.regions, summary.mismatched);
     await this.#letGo(true, new MemferryError('CANCELLED', 'the migration is over'));
@@ -428,4 +428,17 @@ export class SourceMigration extends EventEmitter {
     tellListeners(this, 'state', state, previous);
     this.#sampling.sample();
   }
+}
+
+type Proof = { fence: 'destination-dead' } | { askAgain: true };
+
+/** Anything else is no proof: were it taken for one, there could be two of the guest. */
+function howToResolve(proof: Partial<Record<'fence' | 'askAgain', unknown>>): 'fence' | 'ask-again' {
+  const { fence, askAgain } = Object(proof) as typeof proof;
+  if (fence === 'destination-dead' && askAgain === undefined) return 'fence';
+  if (askAgain === true && fence === undefined) return 'ask-again';
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    "resolve() takes { fence: 'destination-dead' }, with proof that it is, or { askAgain: true }",
+  );
 }

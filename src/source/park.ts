@@ -19,12 +19,13 @@ import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/enc
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { StageClient } from '../staging/client.js';
 import type { ServerFailure } from '../staging/image-set.js';
-import { checkGuest } from './check-guest.js';
+import { checkGuest, requireGuest } from './check-guest.js';
 import { claimRegions } from './claim-regions.js';
-import { CommitDriver, type Settlement, tellDeparted } from './commit-driver.js';
+import { CommitDriver, type Settlement } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
 import { SourceEngine } from './engine.js';
 import { followGrowth } from './growth.js';
+import { releaseGuest, tellDeparted } from './guest-hooks.js';
 import { Holdings } from './holdings.js';
 import { describeGuest, stageImage } from './stage-image.js';
 
@@ -68,6 +69,7 @@ export interface ParkReport {
  */
 export async function park(guest: Guest, options: ParkOptions): Promise<ParkReport> {
   const resolved = resolveParkOptions(options);
+  requireGuest(guest);
   for (const address of resolved.via)
     checkAddressPolicy(parseAddress(address).host, { plaintext: resolved.plaintext });
   const loopback = resolved.via.every((address) => isLoopback(parseAddress(address).host));
@@ -229,7 +231,7 @@ class Parking {
     await tellDeparted(guest);
     engine.close(true, new MemferryError('CANCELLED', 'the guest is parked'));
     if (options.keepStaleCopy) await keepStaleCopy(guest, this.#pausedState, options.keepStaleCopy);
-    await guest.release?.();
+    await releaseGuest(guest);
     return {
       ticket,
       guest: guest.name,

@@ -74,7 +74,7 @@ export interface ServerFailure {
 }
 
 interface Member {
-  readonly address: { name: string; host: string; port: number };
+  address: { name: string; host: string; port: number };
   /** Null where it could not be reached or lost the image. */
   client: StageClient | null;
   session: StageSession | null;
@@ -83,6 +83,10 @@ interface Member {
 
 /** Rejects when the engine gives the server up: its answers are not waited for any longer. */
 type GivenUp = Deferred<never>;
+
+/** Between two attempts at a server that is away. */
+const tryAgainMs = 250;
+const dissolveAgainMs = 1_000;
 
 export class ImageSet {
   readonly image: string;
@@ -99,6 +103,8 @@ export class ImageSet {
   readonly #connection: ImageSetConnection;
   #claim: { claimant: string; epoch: number } | null = null;
   #granted = 0;
+  #othersTold: Promise<unknown> | null = null;
+  #closed = false;
 
   private constructor(made: {
     image: string;
@@ -182,23 +188,8 @@ export class ImageSet {
     connection: ImageSetConnection,
     opened: { image: string; secret: Uint8Array; access: ImageAccess; required?: 'all' | 'home' | 'any' },
   ): Promise<ImageSet> {
-    const { image, secret, access, required = 'any' } = opened;
-    const outcomes = await Promise.all(
-      servers.map(async (server): Promise<Member & { info: ImageInfo | null }> => {
-        const { host, port } = server;
-        const address = { name: server.name ?? `${host}:${port}`, host, port };
-        let client: StageClient | null = null;
-        try {
-          client = await StageClient.dial({ ...connection, ...server });
-          const { info, session } = await client.open(image, secret, access);
-          const { name } = info.servers[info.ordinal] ?? address;
-          return { address: { name, host: client.host, port }, client, session, error: null, info };
-        } catch (error) {
-          await client?.close();
-          return { address, client: null, session: null, error: asError(error), info: null };
-        }
-      }),
-    );
+    const { image, secret, required = 'any' } = opened;
+    const outcomes = await Promise.all(servers.map((server) => openAt(server, connection, opened)));
     const home = outcomes[0];
     const failed = outcomes.find(({ error }) => error !== null);
     const needed =
@@ -217,6 +208,26 @@ export class ImageSet {
     const info = outcomes.find((outcome) => outcome.info !== null)?.info ?? null;
     const kind = info?.kind ?? 'migration';
     return new ImageSet({ image, secret, kind, info, members: outcomes, connection });
+  }
+
+  /**
+   * Opens it for reading where that has failed, again and again, until every page is at a server that is there.
+   * @throws the first error of a server that is missing, when `timeoutMs` are over or it has lost the image
+   */
+  async untilWhole(timeoutMs: number): Promise<void> {
+    const copies = this.info?.replicas ?? 1;
+    const deadline = performance.now() + timeoutMs;
+    for (;;) {
+      const missing = [...this.#members.entries()].filter(([, { client }]) => !client);
+      const [first] = missing;
+      if (!first || missing.length < copies) return;
+      const lost = missing.filter(([, { error }]) => error?.code === 'VMD_LOST');
+      if (lost.length >= copies) throw lost[0]?.[1].error as MemferryError;
+      if (performance.now() > deadline || this.#connection.signal?.aborted)
+        throw first[1].error as MemferryError;
+      await new Promise((resolve) => setTimeout(resolve, tryAgainMs));
+      await Promise.all(missing.map(([ordinal, member]) => this.#openAgain(ordinal, member)));
+    }
   }
 
   /** Opens a parked image by its home server alone, which knows the others. */
@@ -348,6 +359,10 @@ export class ImageSet {
    * others keep their pages, and its refusal is thrown. A home server that is gone refuses nothing.
    */
   async dissolve(): Promise<ServerFailure[]> {
+    const away = this.#members
+      .slice(1)
+      .filter(({ client, error }) => isAway(client) && error?.code !== 'VMD_LOST');
+    const asked = Promise.all(away.map((member) => this.#dissolveLater(member)));
     const home = this.#members[0]?.client;
     if (home) {
       try {
@@ -356,10 +371,12 @@ export class ImageSet {
         if (error instanceof MemferryError && error.code === 'VMD_REFUSED') throw error;
       }
     }
-    return this.#atAll(
+    const failed = await this.#atAll(
       (client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.dissolve(this.image, this.#granted)),
       { failedToo: true },
     );
+    await asked;
+    return failed;
   }
 
   /**
@@ -392,8 +409,15 @@ export class ImageSet {
     const { claimant, epoch } = this.#mustHaveClaimed();
     await this.home.grant(this.image, claimant, epoch);
     this.#granted = epoch;
-    // No time to live at the others either, now that somebody has resumed from them.
-    await this.#atAll((client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.commit(this.image)));
+    this.#othersTold ??= Promise.all(this.#members.slice(1).map((member) => this.#tellResumed(member)));
+  }
+
+  /**
+   * After grant(), which does not wait for it: the others know that somebody has resumed from them, so that no time to live
+   * ends what they hold. Or they have gone. Never rejects.
+   */
+  async othersTold(): Promise<void> {
+    await this.#othersTold;
   }
 
   async release(): Promise<void> {
@@ -404,6 +428,7 @@ export class ImageSet {
 
   /** Closes the connections; the image stays as it is. */
   async close(): Promise<void> {
+    this.#closed = true;
     await Promise.all(this.#members.map(({ client }) => client?.close()));
   }
 
@@ -437,6 +462,57 @@ export class ImageSet {
     return this.failures.filter(({ ordinal }) => !before.has(ordinal));
   }
 
+  async #openAgain(ordinal: number, member: Member): Promise<void> {
+    const { image, secret } = this;
+    const opened = await openAt(member.address, this.#connection, { image, secret, access: 'read' });
+    if (opened.info && opened.info.ordinal !== ordinal) {
+      await opened.client?.close();
+      return;
+    }
+    const { address, client, session, error } = opened;
+    Object.assign(member, { address, client, session, error });
+    this.#watch(member);
+  }
+
+  async #tellResumed(member: Member): Promise<void> {
+    while (!this.#closed && member.client && !isAway(member.client)) {
+      try {
+        await member.client.commit(this.image);
+        return;
+      } catch (error) {
+        const { code } = asError(error);
+        if (code === 'VMD_LOST' || code === 'VMD_REFUSED') return;
+      }
+      await new Promise((resolve) => setTimeout(resolve, tryAgainMs));
+    }
+  }
+
+  /** One that has not answered for long may be back, or come back. Only the first attempt is waited for. */
+  async #dissolveLater(member: Member): Promise<void> {
+    const until = performance.now() + (this.#connection.recoverTimeoutMs ?? 0);
+    const attempt = async () => {
+      if (await this.#dissolveAt(member)) return;
+      // Then it keeps its part until its operator drops it.
+      if (performance.now() < until) setTimeout(attempt, dissolveAgainMs).unref();
+    };
+    await attempt();
+  }
+
+  /** Over a connection of its own. False: it is still away. */
+  async #dissolveAt({ address }: Member): Promise<boolean> {
+    let client: StageClient | null = null;
+    try {
+      client = await StageClient.dial({ ...this.#connection, ...address });
+      await client.open(this.image, this.secret, 'control');
+      await client.dissolve(this.image, this.#granted);
+      return true;
+    } catch (error) {
+      return ['VMD_LOST', 'VMD_REFUSED', 'AUTH_FAILED'].includes(asError(error).code);
+    } finally {
+      await client?.close();
+    }
+  }
+
   #watch(member: Member): void {
     const { client } = member;
     if (!client) return;
@@ -446,6 +522,29 @@ export class ImageSet {
     void client.closed.then((error) => {
       if (error) member.error ??= error;
     });
+  }
+}
+
+function isAway(client: StageClient | null): boolean {
+  return client === null || client.ended !== null;
+}
+
+async function openAt(
+  server: ServerAddress,
+  connection: ImageSetConnection,
+  { image, secret, access }: { image: string; secret: Uint8Array; access: ImageAccess },
+): Promise<Member & { info: ImageInfo | null }> {
+  const { host, port } = server;
+  const address = { name: server.name ?? `${host}:${port}`, host, port };
+  let client: StageClient | null = null;
+  try {
+    client = await StageClient.dial({ ...connection, ...server });
+    const { info, session } = await client.open(image, secret, access);
+    const { name } = info.servers[info.ordinal] ?? address;
+    return { address: { name, host: client.host, port }, client, session, error: null, info };
+  } catch (error) {
+    await client?.close();
+    return { address, client: null, session: null, error: asError(error), info: null };
   }
 }
 

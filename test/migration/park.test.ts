@@ -266,6 +266,89 @@ test('a server is asked, and has its image made, over one connection; who is not
   await expect.poll(() => beside.proxy.connections('control')).toBe(0);
 });
 
+describe('a server is away when the guest is claimed', () => {
+  const parkedThrough = async (replicas: 1 | 2) => {
+    const all = await servers(2);
+    const { proxy, addresses } = await throughProxy(all, 1);
+    const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: addresses, replicas });
+    await expect.poll(() => proxy.connections()).toBe(0);
+    proxy.cut();
+    return { all, proxy, ticket };
+  };
+
+  test('and has pages of which there is no other copy: it is waited for', async () => {
+    const { all, proxy, ticket } = await parkedThrough(1);
+    const claiming = claimed(ticket);
+    await sleep(1000);
+    expect(all[0]?.status().held).toMatchObject([{ phase: 'parked' }]);
+    proxy.heal();
+    const unparked = await claiming;
+    expect(await unparked.complete).toMatchObject({ verified: true });
+    for (const server of all) await expect.poll(() => server.status().held).toEqual([]);
+  });
+
+  test('and does not come back: the guest stays parked, unless that is what one wants', async () => {
+    const { all, ticket } = await parkedThrough(1);
+    const options = { recoverTimeoutMs: 1000 };
+    await expect(claimed(ticket, options)).rejects.toMatchObject({ facts: { server: expect.any(String) } });
+    expect(all.map((server) => server.status().held)).toMatchObject([
+      [{ phase: 'parked' }],
+      [{ phase: 'parked' }],
+    ]);
+    const unparked = await claimed(ticket, { ...options, withLosses: true, verify: false });
+    await expect(unparked.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+  });
+
+  test('and another has its pages: it is let go of when it is back', async () => {
+    const { all, proxy, ticket } = await parkedThrough(2);
+    const unparked = await claimed(ticket);
+    expect(await unparked.complete).toMatchObject({ verified: true });
+    expect(all.map((server) => server.status().held)).toMatchObject([[], [{ phase: 'parked' }]]);
+    proxy.heal();
+    await expect.poll(() => all[1]?.status().held, { timeout: 15_000 }).toEqual([]);
+  });
+});
+
+test('a server that says nothing when the guest is granted does not hold it up, and hears of it later', async () => {
+  const all = await servers(2);
+  const { proxy, addresses } = await throughProxy(all, 1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: addresses });
+  const region = Region.allocate({ lengthBytes: 8 * MIB });
+  regions.push(region);
+  let prepared = 0;
+  const accept = (): ArrivingGuest => ({
+    regions: [region],
+    prepare: async () => {
+      proxy.stall();
+      prepared = performance.now();
+    },
+    resume: () => {},
+    abandon: () => {},
+  });
+  const unparked = await claimed(ticket, { accept, gatherLimit: 1e6 });
+  expect(performance.now() - prepared).toBeLessThan(4000);
+  proxy.heal();
+  await expect
+    .poll(() => all[1]?.status().held, { timeout: 15_000 })
+    .not.toMatchObject([{ phase: 'parked' }]);
+  await unparked[Symbol.asyncDispose]();
+});
+
+test.each(['accept', 'prepare'] as const)('%s throws what it likes: it is told what failed', async (at) => {
+  const all = await servers(1);
+  const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+  const thrown = new Error('not today');
+  const accept = (): ArrivingGuest => {
+    if (at === 'accept') throw thrown;
+    const region = Region.allocate({ lengthBytes: 8 * MIB });
+    regions.push(region);
+    const prepare = () => Promise.reject(thrown);
+    return { regions: [region], prepare, resume: () => {}, abandon: () => {} };
+  };
+  await expect(claimed(ticket, { accept })).rejects.toMatchObject({ code: 'PREPARE_FAILED', cause: thrown });
+  expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+});
+
 test('parking leaves nothing with the signal that could have ended it', async () => {
   const all = await servers(1);
   const { signal } = new AbortController();
