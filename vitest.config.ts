@@ -13,6 +13,7 @@ const BESIDE_ANOTHER = [
   'guests-guide',
   'guests-python',
   'guests-shapes',
+  'misuse',
   'park',
   'parked-base',
   'references',
