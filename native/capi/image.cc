@@ -34,6 +34,7 @@ VmdOptions options_of(const memferry_vmd_options& given) {
   options.in_doubt_timeout = milliseconds_or(given.in_doubt_timeout_ms, 30000);
   if (given.max_state_bytes != 0)
     options.max_state_bytes = std::min<std::uint64_t>(given.max_state_bytes, UINT32_MAX);
+  options.with_losses = given.with_losses != 0;
   return options;
 }
 

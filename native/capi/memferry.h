@@ -510,13 +510,16 @@ struct memferry_vmd_options {
   uint32_t recover_timeout_ms;  /* a server that is away; 0: 60000 */
   uint32_t in_doubt_timeout_ms; /* of grant(); 0: 30000 */
   uint64_t max_state_bytes;     /* 0: 64 MiB */
+  int with_losses;              /* claim it although pages are away with servers: they are lost */
 };
 
 /*
  *   claim - serve - (prepare the guest: everything that can fail) - grant - (it runs here) - wait - close
  *
  * `ticket`: JSON, as `memferry park`, park() and memferry_park_ticket() give it. Nobody else can have the guest from here
- * on, unless this is closed before it was granted. VMD_REFUSED: somebody has it.
+ * on, unless this is closed before it was granted. VMD_REFUSED: somebody has it. Servers that are away and have pages of
+ * which there is no other copy are waited for before that, for recover_timeout_ms; then their error is given, and the guest
+ * stays parked.
  */
 MEMFERRY_API int memferry_image_claim(const struct memferry_vmd_options* options, const char* ticket,
                                       memferry_image** image, struct memferry_error* error);

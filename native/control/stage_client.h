@@ -29,6 +29,8 @@ struct VmdOptions {
   std::chrono::milliseconds introduction_timeout{
       5000};  // of a new connection, until the server has said its name
   std::chrono::milliseconds answer_timeout{30000};
+  // Claims a guest although servers are away that have pages of which there is no other copy.
+  bool with_losses = false;
   // Looked at while an answer is waited for: true ends it (CANCELLED). May be empty; from the caller's threads.
   std::function<bool()> cancelled;
 };

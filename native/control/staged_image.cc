@@ -77,18 +77,45 @@ void StagedImage::open(const std::vector<OfferedServer>& servers, Required requi
     member.server.port = server.port;
     member.server.tokens.resize(kStageAttempts * wire::kStageRoles);
   }
-  at_all(0, [this](Member& member, std::size_t ordinal) {
-    try {
-      open_one(member, ordinal);
-    } catch (...) {
-      member.client.reset();
-      member.cause = cause_of_current("CONNECT_FAILED");
-    }
-  });
+  at_all(0, [this](Member& member, std::size_t ordinal) { try_to_open(member, ordinal); });
   const std::size_t needed = required == Required::kAll ? members_.size() : 1;
   for (std::size_t ordinal = 0; ordinal < members_.size(); ++ordinal) {
     const Member& member = members_[ordinal];
     if (member.cause && (ordinal < needed || member.misplaced)) throw Failure(*member.cause);
+  }
+}
+
+void StagedImage::until_whole(std::size_t copies, std::chrono::milliseconds patience) {
+  const Clock::time_point until = Clock::now() + patience;
+  for (;;) {
+    const Member* missing = nullptr;
+    std::size_t away = 0;
+    std::size_t lost = 0;
+    for (const Member& member : members_) {
+      if (member.opened) continue;
+      ++away;
+      const bool for_good = member.cause && member.cause->code == "VMD_LOST";
+      lost += for_good ? 1 : 0;
+      if (missing == nullptr || for_good) missing = &member;
+    }
+    if (away < copies || missing == nullptr) return;
+    const bool cancelled = options_.cancelled && options_.cancelled();
+    if (lost >= copies || cancelled || Clock::now() > until)
+      throw Failure(missing->cause.value_or(Cause{"CONNECT_FAILED", "a VMD server is away"}));
+    std::this_thread::sleep_for(kAskAgain);
+    at_all(0, [this](Member& member, std::size_t ordinal) {
+      if (!member.opened) try_to_open(member, ordinal);
+    });
+  }
+}
+
+void StagedImage::try_to_open(Member& member, std::size_t ordinal) const {
+  try {
+    open_one(member, ordinal);
+    member.cause.reset();
+  } catch (...) {
+    member.client.reset();
+    member.cause = cause_of_current("CONNECT_FAILED");
   }
 }
 
@@ -213,7 +240,8 @@ std::optional<std::vector<std::string>> StagedImage::digests() const {
 bool StagedImage::dissolve(std::uint32_t epoch) {
   bool kept = false;
   const auto at = [&](Member& member, std::size_t ordinal) {
-    if (!member.opened) return;
+    // One that was away may be back.
+    if (!member.opened && (!member.cause || member.cause->code == "VMD_LOST")) return;
     try {
       Json dissolve = about("dissolve");
       dissolve["epoch"] = epoch;

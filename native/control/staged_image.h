@@ -52,6 +52,9 @@ class StagedImage {
   // Throws Failure: the first required server that cannot be reached, or has lost the image, and PROTOCOL_ERROR for a
   // server whose place in the list is another.
   void open(const std::vector<OfferedServer>& servers, Required required);
+  // Opens it where that has failed, again and again, until every page is at a server that is there, of the so many that have
+  // it. Throws Failure: a server that is missing when the bound is reached, or that has lost the image.
+  void until_whole(std::size_t copies, std::chrono::milliseconds patience);
 
   // A parked guest's image at every one of these servers, in this order, or at none: throws Failure, the first server's that
   // refuses.
@@ -95,8 +98,8 @@ class StagedImage {
   void commit(std::size_t first);
   // What its source sealed it with; none where it has not sealed it, or nobody can be asked.
   [[nodiscard]] std::optional<std::vector<std::string>> digests() const;
-  // False: home does not let go of it, so nobody else was asked. A server that cannot be reached keeps its part until its
-  // operator drops it. `epoch`: of the claim by which the guest resumed, or 0.
+  // False: home does not let go of it, so nobody else was asked. A server that still cannot be reached keeps its part until
+  // its operator drops it. `epoch`: of the claim by which the guest resumed, or 0.
   bool dissolve(std::uint32_t epoch);
 
  private:
@@ -104,6 +107,7 @@ class StagedImage {
   [[nodiscard]] Json about(const char* type) const;
   [[nodiscard]] Json opening(const StageClient& client, const char* access, Json claim = nullptr) const;
   void open_one(Member& member, std::size_t ordinal) const;
+  void try_to_open(Member& member, std::size_t ordinal) const;
   void make_one(Member& member, Json create) const;
   // For control. `patience`: with each step of it, or as long as the options say.
   [[nodiscard]] std::unique_ptr<StageClient> dial_again(

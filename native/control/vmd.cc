@@ -66,10 +66,13 @@ ParkedImage::ParkedImage(const std::string& ticket, VmdOptions options) : option
     throw std::invalid_argument("this is no ticket of a parked guest");
   }
   image_ = std::make_unique<StagedImage>(image, secret, options_);
-  // The home server knows the others. Pages that only one has that cannot be reached are lost; the receiver finds out.
+  // The home server knows the others.
   const Json info = image_->look(home.host, home.port);
   digests_ = digests_of(info);
   image_->open(servers_of(info, home), StagedImage::Required::kHome);
+  // Once it is granted there is no way back: a server that is away now would be missed then.
+  if (!options_.with_losses)
+    image_->until_whole(Fields(info, "info").count("replicas", 1, 2), options_.recover_timeout);
 
   Bytes claimant(16);
   fill_random(claimant);
@@ -151,8 +154,12 @@ void ParkedImage::grant() {
     }
   }
   granted_ = true;
-  // No time to live at the others either, now that somebody has resumed from them.
-  image_->commit(1);
+  // No time to live at the others either, now that somebody has resumed from them. The guest does not wait for it.
+  try {
+    telling_ = std::make_unique<WorkerThread>("mf-resumed", [this](WorkerThread&) { image_->commit(1); });
+  } catch (const std::exception&) {
+    image_->commit(1);
+  }
 }
 
 void ParkedImage::verify_and_dissolve() {
@@ -160,6 +167,7 @@ void ParkedImage::verify_and_dissolve() {
     if (to_hex(receiver().digest(i)) != (*digests_)[i])
       throw Failure("VERIFICATION_FAILED", "the digest of '" + guest_.regions[i].name + "' differs");
   }
+  telling_.reset();
   (void)image_->dissolve(epoch_);
 }
 

@@ -12,6 +12,7 @@
 #include "control/messages.h"
 #include "control/stage_client.h"
 #include "control/staged_image.h"
+#include "os/worker_thread.h"
 #include "page/region.h"
 #include "transfer/receiver.h"
 
@@ -26,7 +27,8 @@ struct VmdAddress {
 
 class ParkedImage {
  public:
-  // Claims the guest of a ticket; nobody else has it while this is there. Throws Failure: VMD_REFUSED, VMD_LOST, ...
+  // Claims the guest of a ticket; nobody else has it while this is there. Servers that are away and have pages that no other
+  // has are waited for before that, for the recover timeout. Throws Failure: VMD_REFUSED, VMD_LOST, CONNECT_FAILED, ...
   ParkedImage(const std::string& ticket, VmdOptions options);
   ~ParkedImage();  // what was not granted goes back
   ParkedImage(const ParkedImage&) = delete;
@@ -57,6 +59,7 @@ class ParkedImage {
   OfferedGuest guest_;
   Bytes state_;
   std::shared_ptr<Receiver> receiver_;
+  std::unique_ptr<WorkerThread> telling_;  // the servers other than home that somebody has resumed; or null
 };
 
 }  // namespace memferry::control

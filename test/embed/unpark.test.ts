@@ -1,16 +1,19 @@
 /** A guest that TypeScript parked in the VMD is had back by a C program (examples/embed/unpark.c). */
 import { spawn } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, expect, test } from 'vitest';
 import { park, Region, stage, type Staging, unpark } from '../../src/index.js';
 import { SECRET } from '../support/scenario.js';
+import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const MIB = 2 ** 20;
 const staging: Staging[] = [];
 const directory = mkdtempSync(join(tmpdir(), 'memferry-unpark-'));
 afterEach(async () => {
+  await closeProxies();
   for (const server of staging.splice(0)) await server[Symbol.asyncDispose]();
   rmSync(directory, { recursive: true, force: true });
 });
@@ -37,7 +40,8 @@ function unparkInC(
   });
 }
 
-test('every byte, from two servers, and nobody has it a second time', async () => {
+/** At two servers; `through`: the way to the second one. */
+async function parkOne(through: (port: number) => Promise<number> = async (port) => port) {
   for (const name of ['I1', 'I2']) staging.push(await stage({ secret: SECRET, memoryBytes: 64 * MIB, name }));
   const region = Region.allocate({ lengthBytes: 8 * MIB });
   const [view] = region.views as [Uint8Array];
@@ -52,12 +56,35 @@ test('every byte, from two servers, and nobody has it a second time', async () =
     pause: async () => Uint8Array.of(1, 2, 3),
     unpause: () => {},
   };
-  const via = staging.map(({ port }) => `127.0.0.1:${port}`);
+  const [first, second] = staging as [Staging, Staging];
+  const via = [first.port, await through(second.port)].map((port) => `127.0.0.1:${port}`);
   const { ticket } = await park(guest, { secret: SECRET, via });
   region.close();
+  mkdirSync(directory, { recursive: true });
   const path = join(directory, 'ticket');
   writeFileSync(path, JSON.stringify(ticket));
+  return { content, ticket, path };
+}
 
+test('a server that is away, and has pages that no other has, is waited for', async () => {
+  let proxy: TcpProxy | undefined;
+  const { content, path } = await parkOne(async (port) => {
+    proxy = await TcpProxy.start(port);
+    return proxy.port;
+  });
+  proxy?.cut();
+  const had = unparkInC(path);
+  await sleep(1500);
+  expect(staging[0]?.status().held).toMatchObject([{ phase: 'parked' }]);
+  proxy?.heal();
+  const { status, stderr } = await had;
+  expect(`${status}: ${stderr}`).toBe('0: ');
+  expect(content.equals(readFileSync(join(directory, '0')))).toBe(true);
+  for (const server of staging) expect(server.status()).toMatchObject({ images: 0 });
+});
+
+test('every byte, from two servers, and nobody has it a second time', async () => {
+  const { content, ticket, path } = await parkOne();
   const stranger = await unparkInC(path, 'a secret that is none of theirs');
   expect(stranger).toMatchObject({ status: 1, stderr: expect.stringMatching(/^claim: AUTH_FAILED/) });
 
