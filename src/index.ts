@@ -27,6 +27,9 @@ export { type KvmLog, type KvmSlot, WriteMarks } from './kvm-log.js';
 export {
   type AcceptContext,
   type CompressChoice,
+  type ConnectionOptions,
+  type DedupOptions,
+  type DirectoriesOptions,
   type DistributeOptions,
   type ListenOptions,
   type MigrateOptions,

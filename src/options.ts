@@ -3,7 +3,7 @@
  * opened or allocated; C++ asserts what is promised here.
  */
 export { parseAddress, parseGroup } from './options/address.js';
-export type { DedupOptions } from './options/fields.js';
+export type { ConnectionOptions, DedupOptions } from './options/fields.js';
 export {
   type AcceptContext,
   type ListenOptions,
@@ -24,6 +24,7 @@ export {
 } from './options/migrate.js';
 export { type ParkOptions, type ResolvedParkOptions, resolveParkOptions } from './options/park.js';
 export {
+  type DirectoriesOptions,
   type DistributeOptions,
   type ResolvedDirectoriesOptions,
   type ResolvedDistributeOptions,

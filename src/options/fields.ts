@@ -9,31 +9,60 @@ export const milliseconds = z
   .max(7 * 24 * 3600 * 1000);
 /** What a name on the wire may be: a server's, a rack's, a region's. */
 export const label = z.string().min(1).max(64);
-const secret = z.union([z.instanceof(Uint8Array), z.string().min(1)]);
+/** With a buffer of any kind, as Buffers have: the constructor's own type says less. */
+export const uint8Array = z.instanceof<new () => Uint8Array>(Uint8Array);
+const secret = z.union([uint8Array, z.string().min(1)]);
+
+/** True where both are the same type: what users read of an interface is what its schema takes. */
+export type Same<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
+
+/** What every command that speaks to peers may be told. */
+export interface ConnectionOptions {
+  /**
+   * The shared secret itself, which both sides have; at least 16 bytes, a string's in UTF-8. Without one the secret file
+   * is read.
+   */
+  secret?: Uint8Array | string;
+  /**
+   * A file that holds the secret, this user's own, mode 0600 (AUTH_FAILED otherwise). With neither, loopback takes one
+   * that is made automatically for each user; other addresses are INVALID_ARGUMENT.
+   */
+  secretFile?: string;
+  /**
+   * Allow an address other than loopback (PLAINTEXT_REQUIRED without it) although the connection is not encrypted.
+   * Default false.
+   */
+  plaintext?: boolean;
+  /** Without a word from the peer for this long the control connection counts as cut, in ms. Default 10 000. */
+  peerTimeoutMs?: number;
+  /** Post-copy: how long a cut may last before it is final, in ms. Default 60 000. */
+  recoverTimeoutMs?: number;
+}
 
 export const connectionShape = {
-  /** The shared secret itself; at least 16 bytes. Without one the secret file is read. */
   secret: secret.optional(),
-  /** A file that holds the secret, mode 0600. On loopback one is made automatically when none is named. */
   secretFile: z.string().min(1).optional(),
-  /** Allow an address other than loopback although the connection is not encrypted. */
   plaintext: z.boolean().default(false),
-  /** Without a word from the peer for this long the control connection counts as cut, in ms. */
   peerTimeoutMs: milliseconds.default(10_000),
-  /** Post-copy: how long a cut may last before it is final, in ms. */
   recoverTimeoutMs: milliseconds.default(60_000),
 };
 
-export const dedupSchema = z.strictObject({
-  /** Guests of the domain of this name share pages. */
-  domain: z.string().min(1).max(256),
+/** A deduplication domain; see `MigrateOptions.dedup`. */
+export interface DedupOptions {
+  /** Guests of the domain of this name share pages; 1 to 256 characters. */
+  domain: string;
   /** What only hosts of the domain know, at least 16 bytes; without one its key comes from the hosts' shared secret. */
-  secret: secret.optional(),
+  secret?: Uint8Array | string;
   /** A file that holds it, mode 0600. */
+  secretFile?: string;
+}
+
+export const dedupSchema = z.strictObject({
+  domain: z.string().min(1).max(256),
+  secret: secret.optional(),
   secretFile: z.string().min(1).optional(),
 });
-/** See `MigrateOptions.dedup`. */
-export type DedupOptions = z.output<typeof dedupSchema>;
+true satisfies Same<z.input<typeof dedupSchema>, DedupOptions>;
 
 /** Throws INVALID_ARGUMENT, naming the field. */
 export function parse<T extends z.ZodType>(schema: T, value: unknown, what: string): z.output<T> {

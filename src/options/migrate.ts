@@ -1,10 +1,21 @@
 /** What `migrate` may be told. */
 import { z } from 'zod';
 import { MemferryError } from '../errors.js';
-import { writersChoices } from '../trackers.js';
+import { type Writers, writersChoices } from '../trackers.js';
 import { parseAddress } from './address.js';
-import { bytes, connectionShape, dedupSchema, milliseconds, parse } from './fields.js';
+import {
+  bytes,
+  type ConnectionOptions,
+  connectionShape,
+  type DedupOptions,
+  dedupSchema,
+  milliseconds,
+  parse,
+  type Same,
+  uint8Array,
+} from './fields.js';
 
+/** Every mode by its name; see `Mode`. */
 export const modes = [
   'stop-and-copy',
   'pre-copy',
@@ -34,91 +45,173 @@ export const nonConvergenceChoices = ['switch-over', 'fail', 'post-copy'] as con
 /** What pre-copy does when rounds stop shrinking: accept a longer downtime, fail, or go post-copy. */
 export type NonConvergence = (typeof nonConvergenceChoices)[number];
 
+/**
+ * What `migrate` may be told. Times are in ms, above 0 and up to 7 days; sizes and rates are whole numbers of bytes.
+ * Everything that is not as said here is INVALID_ARGUMENT, and names the field.
+ */
+export interface MigrateOptions extends ConnectionOptions {
+  /** Where a destination listens: `host:port`, `[v6]:port`, or the two apart. */
+  to: string | { host: string; port: number };
+  /** How the guest moves. Default `hybrid`. */
+  mode?: Mode;
+  /**
+   * Aborting it is `cancel`, with its reason as the cause: before the commit the guest runs on here, after it nothing
+   * happens.
+   */
+  signal?: AbortSignal;
+  /** Parallel data connections, 1 to 16. Default 2. */
+  channels?: number;
+  /** Bytes a second over all data channels; 0, the default, for no limit. */
+  bandwidth?: number;
+  /** Compression of pages on the way. Default `auto`. */
+  compress?: CompressChoice;
+  /**
+   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again to whom
+   * it was sent before goes as what has changed of it; 0, the default, for none. At most 1 TiB. The kernel gives it as it
+   * fills.
+   */
+  deltaCacheBytes?: number;
+  /** Pre-copy goes on until the expected downtime is below this, in ms. Default 300. */
+  downtimeLimitMs?: number;
+  /** At most this many rounds before the switchover is decided, the first full one counted, 1 to 1000. Default 30. */
+  maxRounds?: number;
+  /** What pre-copy does when rounds stop shrinking. Default `switch-over`. */
+  onNonConvergence?: NonConvergence;
+  /** Rounds that `hybrid` makes before it switches over, the first full one counted, 1 to 1000. Default 3. */
+  hybridRounds?: number;
+  /**
+   * A tracker's name; without one the first that the kernel offers and that may watch the memory. TRACKER_UNAVAILABLE
+   * where there is none.
+   */
+  tracker?: string;
+  /**
+   * Where writes to shared memory come from: `tracked-mapping` is the caller's word that all of them go through the
+   * region's own addresses. Without it (`anywhere`, the default) shared memory is compared by content. Says nothing of
+   * memory that is not shared.
+   */
+  writers?: Writers;
+  /** Compare a digest of every region from both sides at the end: VERIFICATION_FAILED. Default true. */
+  verify?: boolean;
+  /**
+   * A base that the destination has: compare with it where measured rates say that it pays (`auto`, the default), in any
+   * case (`always`: waits for it up to `baseTimeoutMs`), or not at all (`off`).
+   */
+  base?: 'auto' | 'always' | 'off';
+  /** How long the destination's base is waited for, in ms. Default 60 000. */
+  baseTimeoutMs?: number;
+  /** Operations since the base, for the destination's `replay`; at most 4 MiB. */
+  replayLog?: Uint8Array;
+  /**
+   * When the guest has left: write its regions there as a base for its return, if they have no more bytes than that. Not
+   * with `releaseAsEvicted`.
+   */
+  keepStaleCopy?: { directory: string; maxBytes: number };
+  /**
+   * Scatter modes: VMD servers (`memferry stage`), `host:port` each, at most 250, in addition to those that are
+   * discovered. Default none.
+   */
+  via?: readonly string[];
+  /**
+   * Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). Default false.
+   */
+  discover?: boolean | string;
+  /** Scatter modes: on how many servers a scattered page is kept. Default 1. */
+  replicas?: 1 | 2;
+  /**
+   * Scatter modes, when the servers cannot hold the guest: fail with VMD_CAPACITY (`fail`, the default), or go on with
+   * what there is (`direct`).
+   */
+  onCapacity?: 'fail' | 'direct';
+  /** Scatter modes: the rack where this side stands, at most 64 characters. Default null: not known. */
+  rack?: string | null;
+  /** Scatter modes: the destination's rack; servers near it are preferred. Default null: not known. */
+  destinationRack?: string | null;
+  /**
+   * Scatter modes: the source's own link in bytes/s, which the servers together are to fill. Default null: not known.
+   */
+  linkBytesPerSecond?: number | null;
+  /**
+   * Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms; at least 2000 with
+   * `replicas: 2`. Default 3000.
+   */
+  stallTimeoutMs?: number;
+  /**
+   * Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms.
+   * Default 60 000.
+   */
+  leaseMs?: number;
+  /**
+   * In direct modes pages that the destination has already (`ListenOptions.dedup`, `share`) go as references; in scatter
+   * modes and `park`, in rounds and after the switchover, those that the VMD servers hold. True: pages of this guest alone
+   * (a domain of its own); with a domain, pages of every guest of it. Default false. Guests of one domain can find out by
+   * timing what others of it hold, see docs/security.md.
+   */
+  dedup?: boolean | DedupOptions;
+  /** Scatter modes: give memory back to the system as others hold it, not all at the end. Default false. */
+  releaseAsEvicted?: boolean;
+  /**
+   * `scatter-pre-copy`: how long the paused guest may wait for the destination to gather the rest, in ms. Default
+   * 600 000.
+   */
+  gatherTimeoutMs?: number;
+  /** Wait in `pre-switchover` until `switchover()` is called. Default false. */
+  holdSwitchover?: boolean;
+  /** For the guest's `pause`, in ms: PAUSE_TIMEOUT, and the guest runs on here. Default 10 000. */
+  pauseTimeoutMs?: number;
+  /** From PREPARE until the destination is READY, in ms: PREPARE_TIMEOUT, and the guest runs on here. Default 10 000. */
+  prepareTimeoutMs?: number;
+  /** For each connection to be made, in ms: CONNECT_FAILED. Default 5000. */
+  connectTimeoutMs?: number;
+  /** After GRANT without an answer: how long to redial before MIGRATION_IN_DOUBT, in ms. Default 30 000. */
+  inDoubtTimeoutMs?: number;
+  /** How often `progress` gets a sample, in ms. Default 100. */
+  progressIntervalMs?: number;
+}
+
 export const migrateSchema = z.strictObject({
   ...connectionShape,
-  /** `host:port`, `[v6]:port`, or the two apart. */
   to: z.union([
     z.string().min(1),
     z.strictObject({ host: z.string().min(1), port: z.number().int().min(1).max(65535) }),
   ]),
   mode: z.enum(modes).default('hybrid'),
   signal: z.instanceof(AbortSignal).optional(),
-  /** Parallel data connections. */
   channels: z.number().int().min(1).max(16).default(2),
-  /** Bytes a second over all data channels; 0 for no limit. */
   bandwidth: bytes.default(0),
   compress: z.enum(compressChoices).default('auto'),
-  /**
-   * Modes with rounds: bytes of memory that keep what was last sent of pages, so that a page that is sent again to whom
-   * it was sent before goes as what has changed of it; 0 for none. The kernel gives it as it fills.
-   */
   deltaCacheBytes: bytes.max(2 ** 40).default(0),
-  /** Pre-copy goes on until the expected downtime is below this, in ms. */
   downtimeLimitMs: milliseconds.default(300),
-  /** At most this many rounds before the switchover is decided, the first full one counted. */
   maxRounds: z.number().int().min(1).max(1000).default(30),
   onNonConvergence: z.enum(nonConvergenceChoices).default('switch-over'),
-  /** Rounds that `hybrid` makes before it switches over, the first full one counted. */
   hybridRounds: z.number().int().min(1).max(1000).default(3),
-  /** A tracker's name; without one the first that the kernel offers and that may watch the memory. */
   tracker: z.string().optional(),
-  /**
-   * Where writes to shared memory come from: `tracked-mapping` is the caller's word that all of them go through the
-   * region's own addresses. Without it shared memory is compared by content. Says nothing of memory that is not shared.
-   */
   writers: z.enum(writersChoices).default('anywhere'),
-  /** Compare a digest of every region from both sides at the end. */
   verify: z.boolean().default(true),
-  /**
-   * A base that the destination has: compare with it where measured rates say that it pays (`auto`), in any case
-   * (`always`: waits for it up to `baseTimeoutMs`), or not at all (`off`).
-   */
   base: z.enum(['auto', 'always', 'off']).default('auto'),
   baseTimeoutMs: milliseconds.default(60_000),
-  /** Operations since the base, for the destination's `replay`; at most 4 MiB. */
-  replayLog: z.instanceof(Uint8Array).optional(),
-  /** When the guest has left: write its regions there as a base for its return, if they have no more bytes than that. */
+  replayLog: uint8Array.optional(),
   keepStaleCopy: z.strictObject({ directory: z.string().min(1), maxBytes: bytes }).optional(),
-  /** Scatter modes: VMD servers (`memferry stage`), `host:port` each, in addition to those that are discovered. */
-  via: z.array(z.string().min(1)).max(250).default([]),
-  /** Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). */
+  via: z.array(z.string().min(1)).max(250).readonly().default([]),
   discover: z.union([z.boolean(), z.string().min(1)]).default(false),
-  /** Scatter modes: on how many servers a scattered page is kept. */
   replicas: z.union([z.literal(1), z.literal(2)]).default(1),
-  /** Scatter modes, when the servers cannot hold the guest: fail with VMD_CAPACITY, or go on with what there is. */
   onCapacity: z.enum(['fail', 'direct']).default('fail'),
-  /** Scatter modes: where this side and the destination stand; servers near the destination are preferred. */
   rack: z.string().max(64).nullable().default(null),
   destinationRack: z.string().max(64).nullable().default(null),
-  /** Scatter modes: the source's own link in bytes/s, which the servers together are to fill; null: not known. */
   linkBytesPerSecond: z.number().positive().nullable().default(null),
-  /** Scatter modes: a receiver that does not acknowledge for so long is routed around, in ms; with replicas ≥ 2000. */
   stallTimeoutMs: milliseconds.default(3_000),
-  /** Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms. */
   leaseMs: milliseconds.default(60_000),
-  /**
-   * In direct modes pages that the destination has already (`ListenOptions.dedup`, `share`) go as references; in scatter
-   * modes and `park`, in rounds and after the switchover, those that the VMD servers hold. True: pages of this guest alone
-   * (a domain of its own); with a domain, pages of every guest of it. Guests of one domain can find out by timing what
-   * others of it hold, see docs/security.md.
-   */
   dedup: z.union([z.boolean(), dedupSchema]).default(false),
-  /** Scatter modes: give memory back to the system as others hold it, not all at the end. */
   releaseAsEvicted: z.boolean().default(false),
-  /** `scatter-pre-copy`: how long the paused guest may wait for the destination to gather the rest, in ms. */
   gatherTimeoutMs: milliseconds.default(600_000),
-  /** Wait in `pre-switchover` until `switchover()` is called. */
   holdSwitchover: z.boolean().default(false),
   pauseTimeoutMs: milliseconds.default(10_000),
   prepareTimeoutMs: milliseconds.default(10_000),
   connectTimeoutMs: milliseconds.default(5_000),
-  /** After GRANT without an answer: how long to redial before MIGRATION_IN_DOUBT, in ms. */
   inDoubtTimeoutMs: milliseconds.default(30_000),
-  /** How often `progress` gets a sample, in ms. */
   progressIntervalMs: milliseconds.default(100),
 });
+true satisfies Same<z.input<typeof migrateSchema>, MigrateOptions>;
 
-export type MigrateOptions = z.input<typeof migrateSchema>;
 export type ResolvedMigrateOptions = Omit<z.output<typeof migrateSchema>, 'to'> & {
   to: { host: string; port: number };
 };

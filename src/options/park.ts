@@ -1,34 +1,37 @@
 /** What `park` may be told: a migration's options, but for those that say where to. */
-import type { z } from 'zod';
 import { MemferryError } from '../errors.js';
 import type { ParkTicket } from '../source/park.js';
 import { parse } from './fields.js';
-import { checkStall, migrateSchema, type ResolvedMigrateOptions } from './migrate.js';
+import { checkStall, type MigrateOptions, migrateSchema, type ResolvedMigrateOptions } from './migrate.js';
 
-/** A park goes the way of a scatter without a destination; the mode and the rounds' options have no meaning there. */
-export type ParkOptions = Omit<
-  z.input<typeof migrateSchema>,
-  | 'to'
-  | 'mode'
-  | 'channels'
-  | 'downtimeLimitMs'
-  | 'maxRounds'
-  | 'onNonConvergence'
-  | 'hybridRounds'
-  | 'tracker'
-  | 'writers'
-  | 'verify'
-  | 'base'
-  | 'baseTimeoutMs'
-  | 'replayLog'
-  | 'holdSwitchover'
-  | 'destinationRack'
-  | 'onCapacity'
-  | 'releaseAsEvicted'
-  | 'gatherTimeoutMs'
-  | 'progressIntervalMs'
-  | 'deltaCacheBytes'
-> & {
+/**
+ * What `park` may be told. A park goes the way of a scatter without a destination; the mode and the rounds' options have
+ * no meaning there.
+ */
+export interface ParkOptions
+  extends Omit<
+    MigrateOptions,
+    | 'to'
+    | 'mode'
+    | 'channels'
+    | 'downtimeLimitMs'
+    | 'maxRounds'
+    | 'onNonConvergence'
+    | 'hybridRounds'
+    | 'tracker'
+    | 'writers'
+    | 'verify'
+    | 'base'
+    | 'baseTimeoutMs'
+    | 'replayLog'
+    | 'holdSwitchover'
+    | 'destinationRack'
+    | 'onCapacity'
+    | 'releaseAsEvicted'
+    | 'gatherTimeoutMs'
+    | 'progressIntervalMs'
+    | 'deltaCacheBytes'
+  > {
   /**
    * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
    * becomes of this process. Rejecting ends the park, and so does taking longer than `prepareTimeoutMs` (the guest
@@ -41,7 +44,7 @@ export type ParkOptions = Omit<
    * at once. Until then the guest stands here, and its memory stays.
    */
   onInDoubt?: (error: MemferryError) => void;
-};
+}
 
 export type ResolvedParkOptions = ResolvedMigrateOptions & Pick<ParkOptions, 'onTicket' | 'onInDoubt'>;
 
