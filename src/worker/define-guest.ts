@@ -12,10 +12,13 @@
  */
 import type { HostFunctions } from './host-functions.js';
 
+/** What a guest module is given by the worker that runs it. */
 export interface GuestContext {
-  /** The guest's name, and which of its workers this one is. */
+  /** The guest's name, the same at every host. */
   readonly name: string;
+  /** Which of its workers this one is, from 0. */
   readonly worker: number;
+  /** How many there are. */
   readonly workers: number;
   /** True at the destination: what `receive` writes to memory is discarded before the first page comes. */
   readonly arriving: boolean;
@@ -39,6 +42,11 @@ export interface GuestContext {
   send(value: unknown): void;
 }
 
+/**
+ * What a guest module exports. `App` is what `create` builds; it is given to everything else. `State` is what
+ * JavaScript alone knows and `save` gives; `Request` and `Reply` are what `handle` takes and gives. All but `App`
+ * cross by structured clone.
+ */
 export interface GuestDefinition<App, State = unknown, Request = unknown, Reply = unknown> {
   /** The first life: builds the program, opens its database, loads its WebAssembly. */
   create(context: GuestContext): App | Promise<App>;
@@ -70,9 +78,11 @@ export interface GuestDefinition<App, State = unknown, Request = unknown, Reply 
   statelessThreads?: boolean;
   /**
    * The destination: memory, globals and tables are the source's. Takes the JavaScript state back. Threads of the program
-   * stand still meanwhile: to start one, or to send one a message, throws, and the destination declines.
+   * stand still meanwhile: to start one, or to send one a message, throws, and the destination declines. It is awaited, and
+   * may give another `App` in the place of `app`.
    */
-  adopt?(app: App, state: State, context: GuestContext): App | undefined | Promise<App | undefined>;
+  // biome-ignore lint/suspicious/noConfusingVoidType: one that gives nothing may be written as such
+  adopt?(app: App, state: State, context: GuestContext): App | void | Promise<App | void>;
   /** One request at a time; between two of them lies the safepoint. */
   handle(app: App, request: Request, context: GuestContext): Reply | Promise<Reply>;
   /**
