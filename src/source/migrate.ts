@@ -11,6 +11,7 @@ import { SourceMigration } from './migration.js';
 export interface Migration extends AsyncDisposable {
   /** 32 hex digits. */
   readonly id: string;
+  /** Where the migration stands. */
   readonly state: MigrationState;
   /** Samples while it runs; ends with it and never throws. */
   readonly progress: AsyncIterable<Progress>;
@@ -19,9 +20,15 @@ export interface Migration extends AsyncDisposable {
   /** Before the commit the guest runs on here and `done` rejects with CANCELLED; after it nothing happens. */
   cancel(reason?: unknown): void;
   /**
-   * After MIGRATION_IN_DOUBT or GUEST_LOST. `fence`: the caller has proof that the destination's process is dead
-   * and stays so; the guest runs here again. `askAgain`: the destination is dialled once more.
-   * When that gives 'destination', the migration goes on from there: `evicted` and `done` are new promises.
+   * After MIGRATION_IN_DOUBT, and after the GUEST_LOST of a destination that was restarted before it had answered GRANT.
+   * `fence`: the caller has proof that the destination's process is dead and stays so; the guest runs here again.
+   * `askAgain`: the destination is dialled once more. Gives where the guest is. When that is 'destination', the migration
+   * goes on from there: `evicted` and `done` are new promises.
+   *
+   * Rejects with MIGRATION_IN_DOUBT when there is no answer this time either; with GUEST_LOST when the destination was
+   * restarted, after which only `fence` brings the guest back; with INVALID_ARGUMENT when there is nothing to resolve. So
+   * it is after a GUEST_LOST with `facts.pages`: the destination had said that it runs the guest, and was lost before it
+   * had every page. What was here of the guest is given up then.
    */
   resolve(proof: { fence: 'destination-dead' } | { askAgain: true }): Promise<'source' | 'destination'>;
   /**
@@ -31,9 +38,18 @@ export interface Migration extends AsyncDisposable {
   readonly evicted: Promise<EvictionReport>;
   /** The report, or the error (a MemferryError) that ended the migration. */
   readonly done: Promise<MigrationReport>;
+  /** Each change of `state`. What the listener throws is a warning of the process (MEMFERRY_LISTENER). */
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
   /** The guest has not wholly arrived here yet; the migration begins when its last page is there. */
   on(event: 'waiting', listener: (what: string) => void): this;
+  /**
+   * Lets go of everything, whenever it is called; for what has ended it does nothing. Before the commit it is `cancel`.
+   * After the commit of a post-copy it drops the pages that the destination does not have yet: the guest is lost, `evicted`
+   * and `done` reject with GUEST_LOST. Once `evicted` has resolved nothing can be lost by it, and only the destination's
+   * account is missing: `done` rejects with CHANNEL_LOST. So await `evicted` before a block with `await using` ends.
+   * In doubt it gives the guest up: nothing can be resolved any more, and it does not run here.
+   */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /**

@@ -139,9 +139,11 @@ export class SourceMigration extends EventEmitter {
   }
 
   /**
-   * After MIGRATION_IN_DOUBT or GUEST_LOST. `fence`: the caller has proof that the destination's process is
-   * dead and stays so; the guest then runs here again. `askAgain`: dial the destination once more.
-   * Gives where the guest is now. Rejects with MIGRATION_IN_DOUBT when that is still not known.
+   * After MIGRATION_IN_DOUBT, and after the GUEST_LOST of a destination that was restarted before it had answered GRANT.
+   * `fence`: the caller has proof that the destination's process is dead and stays so; the guest then runs here again.
+   * `askAgain`: dial the destination once more. Gives where the guest is now. Rejects with MIGRATION_IN_DOUBT when that is
+   * still not known, GUEST_LOST when the destination was restarted, INVALID_ARGUMENT when there is nothing to resolve: also
+   * after the GUEST_LOST of a destination that had resumed the guest.
    */
   async resolve(proof: Proof): Promise<'source' | 'destination'> {
     const settlement = await this.#commit.resolve(howToResolve(proof));
@@ -155,7 +157,10 @@ export class SourceMigration extends EventEmitter {
     return 'source';
   }
 
-  /** Cancels if there is still time, lets go of everything otherwise. The guest's fate is `done`'s to tell. */
+  /**
+   * Cancels if there is still time, lets go of everything otherwise: what the destination of a post-copy does not have yet
+   * is dropped, GUEST_LOST. The guest's fate is `done`'s to tell.
+   */
   async [Symbol.asyncDispose](): Promise<void> {
     this.cancel();
     this.#commit.release();
