@@ -45,31 +45,54 @@ import { type Booking, MemoryBudget } from './memory-budget.js';
 export interface Arrival extends AsyncDisposable {
   /** 32 hex digits, the source's. */
   readonly id: string;
+  /** What the source says of the guest, as `accept` was given it. */
   readonly offer: GuestOffer;
+  /** What `accept` made; without one, plain regions. */
   readonly guest: ArrivingGuest;
+  /** The guest's memory here, in the order of the offer. */
   readonly regions: readonly Region[];
+  /** Where the migration stands, as this side sees it. */
   readonly state: MigrationState;
   /** When the source has paused the guest; rejects when the migration fails before. */
   readonly executionState: Promise<Uint8Array>;
   /** The guest runs here. Rejects when it never will. */
   readonly resumed: Promise<void>;
-  /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
+  /**
+   * Every page is here, and was compared where the source asked for that. Rejects with PAGES_LOST (and the runs) before the
+   * lost pages are poisoned, with VERIFICATION_FAILED, and with what ended the migration before.
+   *
+   * The source is still being told then, and the VMD servers of a scatter mode: a process that exits at once leaves the
+   * image at the servers, committed, until somebody drops it, and the source without its report. So await `close()` of the
+   * listener, or this arrival's `Symbol.asyncDispose`, before the process exits.
+   */
   readonly complete: Promise<ArrivalReport>;
   /**
    * No page comes any more: each is here or lost for good, or the arrival is over. After PAGES_LOST the others still come
    * until then, and closing the arrival loses them. Never rejects.
    */
   readonly restHere: Promise<void>;
+  /** Each change of `state`. What the listener throws is a warning of the process (MEMFERRY_LISTENER). */
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  /**
+   * Before the commit: the migration fails, and the guest runs on at the source. After it: pages that have not come are
+   * lost, and the guest's memory stays. Resolves when nothing here holds the regions, and source and servers were told.
+   * Twice is fine.
+   */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** Yields each guest when its first page is about to come. */
 export interface Listening extends AsyncDisposable, AsyncIterable<Arrival> {
+  /** As it was asked for. */
   readonly host: string;
+  /** The port that it listens on, also where 0 was asked for. */
   readonly port: number;
   /** New limits for what is arriving and what will arrive, in bytes a second; 0 for none. */
   limit(limits: { bandwidth?: number; gatherLimit?: number }): void;
-  /** Ends the listening; arrivals that have not resumed fail, missing pages of those that have are lost. */
+  /**
+   * Ends the listening, and each arrival as its `Symbol.asyncDispose` does: those that have not resumed fail, missing pages
+   * of those that have are lost. Resolves when sources and VMD servers were told; a process may exit then. Twice is fine.
+   */
   close(): Promise<void>;
 }
 

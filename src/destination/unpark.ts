@@ -30,16 +30,24 @@ import { checkBaseRegions, type UnparkBase, unparkBase } from './unpark-base.js'
 
 /** A guest that was parked and runs here now; its pages follow. */
 export interface Unparked extends AsyncDisposable {
+  /** What was said of the guest when it was parked. */
   readonly offer: GuestOffer;
+  /** What `accept` made; without one, plain regions. */
   readonly guest: ArrivingGuest;
+  /** The guest's memory here, in the order of the offer. */
   readonly regions: readonly Region[];
-  /** Every page is here. Rejects with PAGES_LOST (and the runs) before the lost pages are poisoned. */
+  /**
+   * Every page is here, and the servers have let go of the image. Rejects with PAGES_LOST (and the runs) before the lost
+   * pages are poisoned, with VERIFICATION_FAILED, and with CANCELLED when the guest was closed before.
+   */
   readonly complete: Promise<ArrivalReport>;
   /**
    * No page comes any more: each is here or lost for good, or the guest was closed. After PAGES_LOST the others still come
    * until then, and closing the guest loses them. Never rejects.
    */
   readonly restHere: Promise<void>;
+  /** Lets go of the connections to the servers: pages that have not come are lost. The guest's memory stays. Twice is fine. */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** Between two attempts to learn whether the claim was granted. */
