@@ -5,6 +5,7 @@ import { loadAddon } from './addon.js';
 import { memferryError } from './errors.js';
 import type { NativeMapping } from './native.js';
 
+/** A piece of memory of another process. */
 export interface AttachedMapping {
   /** Where it is mapped in the other process; at a page boundary. */
   address: bigint;
@@ -14,6 +15,7 @@ export interface AttachedMapping {
   offset?: number;
 }
 
+/** What `Region.attach` takes. */
 export interface AttachOptions {
   /** A pidfd of the process that owns the memory. It is duplicated, like the other descriptors: yours stays yours. */
   pidfd: number;

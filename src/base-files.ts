@@ -15,7 +15,9 @@ import { offerSchema } from './protocol/messages.js';
 import { claimRegions } from './source/claim-regions.js';
 import { describeGuest } from './source/stage-image.js';
 
+/** Where a base is written, and how large it may be. */
 export interface BaseFilesOptions {
+  /** A directory of its own; made, mode 0700, where there is none. It has one base for each guest. */
   directory: string;
   /** A guest with more memory than this is not written. */
   maxBytes: number;
@@ -25,6 +27,7 @@ export interface BaseFilesOptions {
 export interface BaseFiles {
   /** As the guest was offered then. */
   offer: GuestOffer;
+  /** The execution state, with which it can be run again to replay a log. */
   state: Uint8Array;
   /** In the order of the regions, as `ArrivingGuest.bases` takes them. */
   bases: RegionBase[];

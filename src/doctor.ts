@@ -6,12 +6,15 @@ import { native } from './errors.js';
 import type { NativeFeature } from './native.js';
 import { type TrackerProbe, trackers } from './trackers.js';
 
+/** What this machine offers, as plain data. */
 export interface Doctor {
   /** The kernel's release, as `uname -r` says it. */
   kernel: string;
   /** How it was built, as `uname -v` says it. */
   kernelVersion: string;
+  /** As Node names it: `x64`, `arm64`. */
   arch: string;
+  /** Node's version, `v20.19.0`. */
   node: string;
   /** In bytes. */
   pageSize: number;
@@ -23,7 +26,7 @@ export interface Doctor {
   features: NativeFeature[];
 }
 
-/** @throws UNSUPPORTED_PLATFORM, ADDON_MISSING */
+/** Tries out what this machine offers: trackers, and features for paging. @throws UNSUPPORTED_PLATFORM, ADDON_MISSING */
 export function doctor(): Doctor {
   const addon = loadAddon();
   return {

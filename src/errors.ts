@@ -5,8 +5,11 @@
 
 /** A run of pages that an error is about; `region` is its index in the migration's region table. */
 export interface PageRunFact {
+  /** Its index in the order of the regions. */
   region: number;
+  /** The first page, counted from the beginning of the region. */
   first: number;
+  /** How many pages. */
   count: number;
 }
 
@@ -98,11 +101,13 @@ const MEANING = {
   INVALID_ARGUMENT: 'argument',
 } as const;
 
+/** The code of an error. Stable; the README says what each means. */
 export type ErrorCode = keyof typeof MEANING;
 type CodeOf<Kind extends string> = {
   [Code in ErrorCode]: (typeof MEANING)[Code] extends Kind ? Code : never;
 }[ErrorCode];
 
+/** Every code. */
 export const ERROR_CODES: readonly ErrorCode[] = Object.freeze(Object.keys(MEANING) as ErrorCode[]);
 
 /** For codes that come from a peer or from a log. */
@@ -110,10 +115,14 @@ export function isErrorCode(value: unknown): value is ErrorCode {
   return typeof value === 'string' && Object.hasOwn(MEANING, value);
 }
 
+/** What an error knows, as plain data; which facts there are depends on the code. */
 export type ErrorFacts = Readonly<Record<string, unknown>>;
 
+/** What an error is made with beside code and message. */
 export interface ErrorOptionsWithFacts {
+  /** What led to it. */
   cause?: unknown;
+  /** Default none. */
   facts?: ErrorFacts;
 }
 
@@ -122,9 +131,12 @@ export interface ErrorOptionsWithFacts {
  * `new MemferryError(code, ...)` gives an instance of the class that the code belongs to.
  */
 export class MemferryError extends Error {
+  /** Says what happened; stable, while messages may change. */
   readonly code: ErrorCode;
+  /** Never null; empty where nothing is known. */
   readonly facts: ErrorFacts;
 
+  /** Gives an instance of the code's own class. */
   constructor(code: ErrorCode, message: string, options: ErrorOptionsWithFacts = {}) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.code = code;

@@ -17,25 +17,33 @@ export const MOST_DESCRIPTORS = 253;
 export interface FdPeer {
   /** 0: in a pid namespace that this process does not see. */
   pid: number;
+  /** Its effective user. */
   uid: number;
+  /** Its effective group. */
   gid: number;
   /** The connection's own, closed with it; null: there is none to be had (not visible, or ended). */
   pidfd: number | null;
 }
 
+/** What one call of `receive` or `receiveWhole` takes at most. */
 export interface ReceiveBounds {
+  /** Bytes of a piece; what is beyond comes in the next. In `receiveWhole` of all pieces: LIMIT_EXCEEDED. */
   mostBytes: number;
   /** More in one message is LIMIT_EXCEEDED. */
   mostDescriptors: number;
+  /** How long to wait, in ms: PEER_LOST. */
   timeoutMs: number;
 }
 
 /** What came in one piece. No bytes: the peer has closed its end. */
 export interface FdPiece {
+  /** Empty: the end. */
   bytes: Buffer;
+  /** The caller closes them. */
   descriptors: number[];
 }
 
+/** What `FdListener` may be told. */
 export interface FdListenerOptions {
   /** Permissions of the socket's file, at most: 0o600 unless told. */
   mode?: number;
@@ -68,6 +76,7 @@ export class FdListener implements Disposable {
    * @throws SYSTEM (EADDRINUSE: something else is there, or somebody listens; EACCES, ENOENT), INVALID_ARGUMENT
    */
   constructor(
+    /** The path of its socket. */
     readonly path: string,
     options: FdListenerOptions,
   ) {
@@ -96,7 +105,12 @@ export class FdListener implements Disposable {
   }
 }
 
+/**
+ * A connection over a Unix socket that carries bytes and descriptors; accepted by an `FdListener`, or made by
+ * `connect`. Whoever has it closes it.
+ */
 export class FdConnection implements Disposable {
+  /** Who is at the other end. */
   readonly peer: FdPeer;
   readonly #native: NativeFdConnection;
   #receiving: { resolve(piece: FdPiece): void; reject(error: unknown): void } | null = null;
@@ -121,7 +135,7 @@ export class FdConnection implements Disposable {
     });
   }
 
-  /** @throws SYSTEM (ENOENT, ECONNREFUSED, EACCES, ETIMEDOUT), INVALID_ARGUMENT */
+  /** To the socket at `path`. @throws SYSTEM (ENOENT, ECONNREFUSED, EACCES, ETIMEDOUT), INVALID_ARGUMENT */
   static async connect(path: string, timeoutMs = 5000): Promise<FdConnection> {
     return new FdConnection(await nativeAsync(() => loadAddon().connectFdChannel(path, timeoutMs)));
   }

@@ -8,20 +8,25 @@ import type { Region } from './region.js';
 
 /** Code that a destination may be asked to run for a guest: a name on its list, and the SHA-256 of the file. */
 export interface GuestModule {
+  /** As destinations list it. */
   name: string;
   /** 64 hex digits. */
   sha256: string;
 }
 
+/** One piece of a guest's memory. */
 export interface GuestRegion {
   /** Unique within the guest, at most 64 characters. */
   name: string;
+  /** Its memory. */
   region: Region;
   /** The RAM of a KVM guest: KVM's own log finds its writes, unless the migration asks for another tracker by name. */
   tracker?: KvmLog;
 }
 
+/** What `pause` may give beside the state. */
 export interface PausedGuest {
+  /** The execution state: opaque bytes, given to `prepare` at the destination as they are. */
   state: Uint8Array;
   /** `process.hrtime.bigint()` at the guest's last instruction, where the guest knows it: downtime starts there. */
   pausedAtNs?: bigint;
@@ -36,6 +41,7 @@ export interface PausedGuest {
 export interface Guest {
   /** Shown in reports and errors, at most 64 characters. */
   readonly name: string;
+  /** Its memory: 1 to 64 regions, named differently. The destination makes them in this order. */
   readonly regions: readonly GuestRegion[];
   /** The module that runs it, or null for a guest that is memory alone. */
   readonly module: GuestModule | null;
@@ -65,9 +71,13 @@ export interface Guest {
 
 /** What a source says about a guest before the first page. Checked against the schema and the limits already. */
 export interface GuestOffer {
+  /** As `Guest.name`. */
   name: string;
+  /** As `Guest.module`; null for a guest that is memory alone. */
   module: GuestModule | null;
+  /** As `Guest.description`: whatever JSON the source sends. Check it before use. */
   description: unknown;
+  /** The regions in order: `lengthBytes` now, `capacityBytes` as far as each may grow, both multiples of `pageSize`. */
   regions: { name: string; lengthBytes: number; capacityBytes: number; pageSize: number }[];
   /** The source's `replayLog`: operations since the base, as the guest's owner wrote them. As untrusted as the guest. */
   replayLog?: Uint8Array;
@@ -82,9 +92,20 @@ export interface GuestOffer {
  * confirmed by hash, and what is not confirmed is never read. `unpark` takes image files alone.
  */
 export type RegionBase =
-  | { path: string; offsetBytes?: number }
-  | { region: Region }
-  | { inPlace: true }
+  | {
+      /** Of the image file. */
+      path: string;
+      /** Where the region begins in it. Default 0. */
+      offsetBytes?: number;
+    }
+  | {
+      /** It is read, not changed, and may have any length. */
+      region: Region;
+    }
+  | {
+      /** What the region itself has. */
+      inPlace: true;
+    }
   | {
       /** `progress`: how much of it is done, 0 to 1; a source waits for what makes headway. */
       fill(

@@ -10,18 +10,23 @@ import { memferryError, native } from './errors.js';
 import type { NativeWriteMarks } from './native.js';
 import type { Region } from './region.js';
 
+/** A memory slot of a VM, and the part of the region that it maps. */
 export interface KvmSlot {
   /** As in KVM_SET_USER_MEMORY_REGION (the address space in its upper 16 bits); KVM_MEM_LOG_DIRTY_PAGES is set. */
   slot: number;
-  /** The region's pages that the slot maps, all of it, contiguous in memory; default: the whole region. */
+  /** The first of the region's pages that the slot maps. Default 0. */
   first?: number;
+  /** How many of them, contiguous in memory: all that the slot maps. Default: to the region's end. */
   count?: number;
 }
 
+/** Says that a region is the RAM of a KVM guest (`GuestRegion.tracker`), and where its log is. */
 export interface KvmLog {
+  /** Always this. */
   kind: 'kvm-log';
   /** The VM's descriptor, of this process. It is duplicated. */
   vmFd: number;
+  /** One at least; together they map the whole region. */
   slots: readonly KvmSlot[];
   /**
    * The VMM's word that it marks here whatever it writes into the RAM itself, or has the kernel write (`read` into guest
@@ -39,6 +44,7 @@ export interface KvmLog {
 
 /** One bit for each page of a region: what a VMM has written. */
 export class WriteMarks {
+  /** The addon's handle; for the parts of memferry that drive engines. */
   readonly native: NativeWriteMarks;
   /**
    * For a VMM in another addon: page p is bit `p % 64` of word `p / 64`, to be set by an atomic OR after the write, by
@@ -46,7 +52,7 @@ export class WriteMarks {
    */
   readonly words: BigUint64Array;
 
-  /** @throws REGION_CLOSED, NO_MEMORY */
+  /** For every page that the region may have (its capacity); none is marked. @throws REGION_CLOSED, NO_MEMORY */
   constructor(region: Region) {
     this.native = native(() => new (loadAddon().WriteMarks)(region.capacityBytes / region.pageSize));
     const buffer = native(() => this.native.words());

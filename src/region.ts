@@ -17,6 +17,7 @@ export const HUGE_PAGE_BYTES = 2 ** 21;
 /** The longest view that every supported Node can make. */
 export const MAX_VIEW_BYTES = 2 ** 32;
 
+/** What `Region.allocate` takes. */
 export interface AllocateOptions {
   /** A positive multiple of the page size. */
   lengthBytes: number;
@@ -32,7 +33,9 @@ export interface AllocateOptions {
 
 /** A WebAssembly.Memory, as far as a region cares; spelt out because its type is part of no Node typings. */
 export interface WasmMemory {
+  /** The memory's buffer now. */
   readonly buffer: ArrayBufferLike;
+  /** By so many pages of 64 KiB; gives the length before, in pages. */
   grow(pages: number): number;
 }
 
@@ -48,6 +51,11 @@ interface Backing {
   lengthBytes(): number | null;
 }
 
+/**
+ * Memory that can move, as a handle: memferry's own (`allocate`), memory that JavaScript has already (`adopt`), memory
+ * of another process (`attach`), or a region of another thread of this process (`open`). One migration at a time has
+ * it. What needs the memory throws REGION_CLOSED once the handle is closed.
+ */
 export class Region {
   /** The addon's handle; for the parts of memferry that drive engines. */
   readonly native: NativeRegion;
@@ -174,14 +182,17 @@ export class Region {
     return this.native.id;
   }
 
+  /** In bytes: the system's page size, of huge pages too. */
   get pageSize(): number {
     return this.native.pageSize;
   }
 
+  /** Its length in pages; `refresh` takes note of growth. */
   get pages(): number {
     return this.#open().pages();
   }
 
+  /** Its length in bytes; `refresh` takes note of growth. */
   get lengthBytes(): number {
     return this.pages * this.pageSize;
   }
@@ -191,6 +202,7 @@ export class Region {
     return this.native.capacityPages * this.pageSize;
   }
 
+  /** Whether this handle was closed. */
   get closed(): boolean {
     return this.#closed;
   }

@@ -14,9 +14,12 @@ export const migrationStates = [
   'failed',
   'cancelled',
 ] as const;
+/** One of them. `completed`, `failed` and `cancelled` are the last. */
 export type MigrationState = (typeof migrationStates)[number];
 
+/** One sample of a migration under way, from its source. */
 export interface Progress {
+  /** Where the migration stands. */
   state: MigrationState;
   /** Since the start. */
   elapsedMs: number;
@@ -24,10 +27,13 @@ export interface Progress {
   round: number;
   /** Pages that the last collect found dirty, a second. Null before there was one. */
   dirtyPagesPerSecond: number | null;
+  /** Written to data connections so far, headers included. */
   bytesOnWire: number;
   /** Over the last interval. */
   bytesPerSecond: number;
+  /** Pages that are still to be sent, or to be sent again. */
   pagesPending: number;
+  /** Pages of all regions, as long as they are now. */
   pagesTotal: number;
   /** What a switchover now would cost, by the last round's figures. Null before there was one. */
   expectedDowntimeMs: number | null;
@@ -43,12 +49,17 @@ export interface Progress {
   waitingFor: string | null;
 }
 
+/** One round of copying: all of the memory first, then what was written meanwhile. */
 export interface RoundReport {
+  /** 1 for the first full copy. */
   round: number;
+  /** Pages with content that were sent. */
   pagesSent: number;
   /** Pages that went as references; not among those sent. */
   pagesDeduplicated: number;
+  /** On the wire. */
   bytes: number;
+  /** How long it took. */
   durationMs: number;
   /** Pages dirtied while the round ran. */
   dirtyPagesAfter: number;
@@ -56,6 +67,7 @@ export interface RoundReport {
   suspectPages: number;
 }
 
+/** What the downtime consists of, one after the other. */
 export interface DowntimeParts {
   /** Collecting the last dirty pages. */
   scanMs: number;
@@ -69,17 +81,25 @@ export interface DowntimeParts {
   commitMs: number;
 }
 
+/** Pages that somebody at the destination waited for, and that had to be fetched. */
 export interface RemoteFaults {
+  /** How many. */
   count: number;
+  /** Half of them took at most this long, in µs. */
   p50Us: number;
+  /** 99 of 100 took at most this long, in µs. */
   p99Us: number;
+  /** The longest, in µs. */
   maxUs: number;
 }
 
 /** What an encoding of pages came to: `rawBytes` of pages went as `encodedBytes`. */
 export interface EncodingReport {
+  /** Pages that went so. */
   pages: number;
+  /** Their bytes before. */
   rawBytes: number;
+  /** Their bytes on the wire. */
   encodedBytes: number;
   /** CPU time of the source's sending threads, with what was tried for nothing. */
   cpuMs: number;
@@ -95,19 +115,25 @@ export interface BaseReport {
   problem: string | null;
   /** Pages that did not have to be sent in the first round. */
   pagesSame: number;
+  /** Bytes of these pages. */
   bytesSaved: number;
+  /** Pages whose hashes were compared. */
   pagesCompared: number;
   /** On the wire for it, in both directions: requests, hashes, lists of equal pages. */
   bytesExchanged: number;
+  /** Questions that had to be answered, one after the other. */
   roundTrips: number;
   /** Until the base was there, or was not waited for any longer. */
   waitMs: number;
+  /** From when the base was there until the comparison was over or given up. */
   compareMs: number;
   /** At the destination, before the comparison. */
   fillMs: number;
+  /** At the destination: applying the `replayLog`. */
   replayMs: number;
   /** CPU time of hashing. */
   sourceCpuMs: number;
+  /** The same at the destination. */
   destinationCpuMs: number;
   /** As a probe before the first page found it. */
   linkBytesPerSecond: number | null;
@@ -115,30 +141,45 @@ export interface BaseReport {
 
 /** What the source knows when it has evicted the guest; the destination may still be gathering. */
 export interface EvictionReport {
+  /** 32 hex digits, the same at both sides. */
   migrationId: string;
+  /** The guest's name. */
   guest: string;
+  /** As it was asked for. */
   mode: Mode;
-  /** How it ended up: pre-copy may go post-copy. */
+  /** The guest ran at the destination before all of its pages were there: post-copy, hybrid, and pre-copy that went so. */
   switchedToPostCopy: boolean;
+  /** Bytes of all regions. */
   heapBytes: number;
+  /** The dirty tracker; null where none was needed. */
   tracker: string | null;
+  /** From the call of `pause` until the guest stood. */
   pauseWaitMs: number;
+  /** From the guest's last instruction here until the destination had resumed it, as the source heard of it. */
   downtimeMs: number;
+  /** The downtime in parts. */
   downtimeParts: DowntimeParts;
   /** Start until the source holds nothing that anyone still needs. */
   evictionMs: number;
+  /** Written to data connections, headers included; to servers too. */
   bytesOnWire: number;
+  /** Pages with content, counted each time that they were sent. */
   pagesSent: number;
+  /** Pages that went as zeros, which takes next to nothing. */
   pagesZero: number;
+  /** Of all these, pages that had been sent before. */
   pagesResent: number;
   /** lz4 and zstd; to the destination and to servers. */
   compression: EncodingReport;
   /** Pages sent again as what had changed of them. */
   delta: EncodingReport;
+  /** Each round, and the copying while the guest was paused; empty in `post-copy` and `scatter`. */
   rounds: RoundReport[];
+  /** How often the data connections were cut and dialled anew. */
   redials: number;
   /** Pages that went straight to the destination; in scatter modes the rest is at the intermediaries. */
   pagesDirect: number;
+  /** Scatter modes: what each server holds. */
   intermediaries: Intermediary[];
   /** Null where the destination had none. */
   base: BaseReport | null;
@@ -162,7 +203,9 @@ export interface DedupReport {
   refused: number;
 }
 
+/** The whole of a migration, from its source, when the destination holds every page. */
 export interface MigrationReport extends EvictionReport {
+  /** `completed`: other ends are errors. */
   state: MigrationState;
   /** Digests of both sides compared: true; not asked for: null. A mismatch is an error, never false. */
   verified: boolean | null;
@@ -170,6 +213,7 @@ export interface MigrationReport extends EvictionReport {
   totalMs: number;
   /** RESUMED until the destination holds every page. */
   gatherMs: number;
+  /** At the destination. */
   remoteFaults: RemoteFaults;
   /** Peak of what the engines hold beyond the regions, on each side. */
   extraMemoryBytes: { source: number; destination: number };
@@ -177,6 +221,7 @@ export interface MigrationReport extends EvictionReport {
 
 /** One VMD server's part in a migration. */
 export interface Intermediary {
+  /** As the server calls itself, or as it was named. */
   name: string;
   /** Source's side: pages it was given and holds. Destination's side: pages gathered from it. */
   pages: number;
@@ -188,25 +233,37 @@ export interface Intermediary {
 
 /** The destination's own account, for arrivals. */
 export interface ArrivalReport {
+  /** 32 hex digits, the source's; of a guest that was parked, its image's. */
   migrationId: string;
+  /** The guest's name. */
   guest: string;
+  /** Bytes of all regions that are open. */
   heapBytes: number;
   /** Why the guest does not run, although it is this side's and nobody else's; null: it does. */
   notRunning: string | null;
+  /** Digests compared with those of the guest as it left: true; not asked for, or not to be had: null. */
   verified: boolean | null;
+  /** How long `prepare` took, without the waiting for what it needs; 0 for `unpark`. */
   prepareMs: number;
+  /** Taken in over data connections, headers included. */
   bytesReceived: number;
+  /** Pages that came with content. */
   pagesReceived: number;
+  /** Pages that came as zeros. */
   pagesZero: number;
+  /** Pages that somebody waited for. */
   remoteFaults: RemoteFaults;
+  /** Peak of what the engine held beyond the regions. */
   extraMemoryBytes: number;
   /** The guest's first instruction here until every page was here. */
   gatherMs: number;
   /** Scatter modes: pages that were fetched from VMD servers. */
   pagesGathered: number;
+  /** Scatter modes, and `unpark`: what came from each server. */
   intermediaries: Intermediary[];
-  /** Pages that were here already, and confirmed by the source, or (`unpark`) by the VMD servers; and their bytes. */
+  /** Pages that were here already, and confirmed by the source, or (`unpark`) by the VMD servers. */
   pagesFromBase: number;
+  /** Bytes of these pages. */
   bytesFromBase: number;
   /** `unpark`: what could not be done with its base, or null. Of a migration the source's report has it. */
   baseProblem: string | null;

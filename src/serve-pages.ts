@@ -12,6 +12,7 @@ import type { Region } from './region.js';
 /** From the end of an owner's memory to the end of its process, at most. */
 const ownerEndsMs = 250;
 
+/** What `servePages` takes. */
 export interface ServePagesOptions {
   /** Attached, with the owner's userfaultfd; its missing pages are served. */
   region: Region;
@@ -29,24 +30,32 @@ export interface ServePagesOptions {
   onLost?: (runs: readonly { first: number; count: number }[], error: MemferryError) => void;
 }
 
+/** Figures of one pager. */
 export interface PagerStats {
+  /** The region's. */
   pages: number;
   /** There, or dropped by the owner. */
   pagesSettled: number;
   /** Of them those that were there when this pager began. */
   pagesFound: number;
+  /** That cannot be had, and fail to be read. */
   pagesLost: number;
+  /** Pages that somebody waited for. */
   faults: number;
+  /** Half of these were there within so long, in µs. */
   faultP50Us: number;
+  /** 99 of 100 of these, in µs. */
   faultP99Us: number;
 }
 
+/** A pager at work. */
 export interface PageService {
   /**
    * Every page is there, and the memory is ordinary. Rejects when paging cannot go on (OWNER_GONE, REGION_GONE, SYSTEM),
    * and with CANCELLED when it was stopped before.
    */
   readonly done: Promise<void>;
+  /** As they are now; also when it is over. */
   stats(): PagerStats;
   /** Stops. Whoever touches a missing page waits for a successor. */
   leave(): void;

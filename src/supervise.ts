@@ -16,36 +16,42 @@ import { MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import type { PagerStats } from './serve-pages.js';
 
+/** What `superviseGuest` takes. */
 export interface SuperviseOptions {
   /** The guest's memory, as for `Region.attach`; `uffd` is needed. Keep the descriptors open until `done` settles. */
   attachment: AttachOptions;
   /** Where its pages come from; see `servePages`. */
   snapshot: string;
+  /** Where in the file they begin. Default 0. */
   offsetBytes?: number;
+  /** Bring everything in order beside the faults. Default true; else only what is touched comes. */
   prepage?: boolean;
   /** What happens when a pager dies: a new one goes on (default), or the guest is ended. */
   onPagerDeath?: 'hand-over' | 'end';
   /** So many pagers in all, and the guest is ended when the last one dies. Default 5. */
   mostPagers?: number;
-  /** A pager that says nothing for so long has died. Default 5000. */
+  /** A pager that says nothing for so long has died, in ms. Default 5000. */
   stallMs?: number;
   /** Told of each pager as it begins to serve. */
   onPager?: (pager: { pid: number; turn: number }) => void;
 }
 
+/** What it took until every page was there. */
 export interface SupervisionReport {
   /** How many pagers it took. */
   pagers: number;
+  /** The last pager's. */
   stats: PagerStats;
 }
 
+/** A guest that is paged, and its pagers. */
 export interface Supervision {
   /**
    * Every page is there, and the memory is ordinary. Rejects with OWNER_GONE when the guest ended, with GUEST_LOST when it
    * was ended because nobody paged it.
    */
   readonly done: Promise<SupervisionReport>;
-  /** Of the pager that serves now. */
+  /** Of the pager that serves now; null between two of them, and when it is over. */
   readonly pagerPid: number | null;
   /** Ends the guest and the pager; `done` rejects with CANCELLED. */
   end(): void;
@@ -59,7 +65,13 @@ type PagerLine =
 const lookEveryMs = 100;
 const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
 
-/** @throws INVALID_ARGUMENT, SYSTEM, OWNER_GONE */
+/**
+ * Pages another process's memory from a snapshot file (as `servePages`), by a process that is started for it (`memferry
+ * page`): when that dies or stands still the next one goes on, or the guest is ended. This process holds the descriptors
+ * and never touches the memory; if it dies too, whoever touches a missing page waits as long as the owner keeps a
+ * duplicate of its userfaultfd (docs/attach.md). Needs root, or CAP_SYS_PTRACE over the owner.
+ * @throws INVALID_ARGUMENT, SYSTEM, OWNER_GONE
+ */
 export function superviseGuest(options: SuperviseOptions): Supervision {
   const { onPagerDeath = 'hand-over', mostPagers = 5, stallMs = 5000 } = options;
   const { pidfd, uffd, mappings, memory } = checkAttachment(options.attachment);

@@ -12,13 +12,14 @@ export const trackerNames = ['uffd-wp-async', 'soft-dirty', 'uffd-wp', 'hash-dif
 /** Those that need nothing but the region. */
 export type TrackerName = (typeof trackerNames)[number];
 
+export const writersChoices = ['anywhere', 'tracked-mapping'] as const;
 /**
  * Where writes to shared memory come from: through the tracked addresses alone (the caller's word), or from `anywhere`,
  * which only comparing content sees. Memory that is not shared is always tracked completely.
  */
-export const writersChoices = ['anywhere', 'tracked-mapping'] as const;
 export type Writers = (typeof writersChoices)[number];
 
+/** What `DirtyTracker.create` may be told. */
 export interface TrackerOptions {
   /** Default `anywhere`. */
   writers?: Writers;
@@ -82,7 +83,9 @@ export function chooseTracker(
  * that races with it may be reported twice, never lost.
  */
 export class DirtyTracker {
+  /** Which tracker it is. */
   readonly name: TrackerName | 'kvm-log';
+  /** What it watches. */
   readonly region: Region;
   /** The addon's handle; for the parts of memferry that drive engines. */
   readonly native: NativeTracker;

@@ -6,10 +6,16 @@ import { memferryError } from '../errors.js';
 
 const mostAnswerBytes = 2 ** 16;
 
+/**
+ * Firecracker's API over its socket. Every call rejects with SYSTEM when Firecracker refuses, with its words, and when
+ * it does not answer in time.
+ */
 export class FirecrackerApi {
+  /** Connects with each call. */
   constructor(
+    /** Firecracker's `--api-sock`. */
     readonly socketPath: string,
-    /** Loading touches guest memory, which may have to come from afar. */
+    /** For each answer, in ms. Loading touches guest memory, which may have to come from afar. */
     private readonly timeoutMs = 60_000,
   ) {}
 
@@ -28,10 +34,12 @@ export class FirecrackerApi {
     await this.#call('PUT', '/snapshot/load', body, options.signal);
   }
 
+  /** No virtual CPU runs from here on. */
   pause(signal?: AbortSignal): Promise<void> {
     return this.#call('PATCH', '/vm', { state: 'Paused' }, signal);
   }
 
+  /** It runs from here on. */
   resume(signal?: AbortSignal): Promise<void> {
     return this.#call('PATCH', '/vm', { state: 'Resumed' }, signal);
   }

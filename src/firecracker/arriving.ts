@@ -30,7 +30,7 @@ export interface FirecrackerHost {
   socketPath: string;
   /** Permissions of the socket. Default 0o600. */
   mode?: number;
-  /** From `load` until Firecracker has said where its memory is. Default 10 s. */
+  /** From `load` until Firecracker has said where its memory is, in ms. Default 10 000. */
   connectTimeoutMs?: number;
   /**
    * Firecracker loads this state (its snapshot file's bytes) with the socket as its memory's backend, and stays paused.
@@ -53,6 +53,10 @@ export interface FirecrackerHost {
   onMicroVm?(microVm: MicroVm): void;
 }
 
+/**
+ * Takes microVMs: for `unpark({ accept })`, which restores one lazily from the VMD, and for `listen({ accept })`,
+ * which takes a running one. What it gives throws MODULE_REFUSED for a guest that is no microVM.
+ */
 export function microVmArrivals(
   host: FirecrackerHost,
 ): (offer: GuestOffer, context: AcceptContext) => Promise<ArrivingGuest> {

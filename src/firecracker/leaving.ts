@@ -18,12 +18,13 @@ const resumeAgainMs = 200;
 export interface MicroVmControl {
   /** No virtual CPU runs and no device writes from here on. Gives the execution state. */
   pause(options: { signal: AbortSignal }): Promise<Uint8Array>;
+  /** It runs on here: the migration failed before the commit. */
   unpause(): Promise<void>;
   /** Its guest belongs to the destination; its memory here is not needed any more: end it. */
   release?(): Promise<void> | void;
 }
 
-/** `region`: of `MicroVm.toRegion`. */
+/** A microVM that runs, as `migrate` and `park` take it. `region`: of `MicroVm.toRegion`. */
 export function microVmGuest(name: string, region: Region, control: MicroVmControl): Guest {
   return {
     name,

@@ -18,18 +18,27 @@ import { asOneRegion, type GuestMapping, type GuestMemory } from './mappings.js'
  */
 export type PrePaging = 'none' | 'sequential' | 'all';
 
+/** How serving a microVM ended, and its figures. */
 export interface RestoreReport {
+  /** Of Firecracker. */
   pid: number;
   /** `complete`: all is there and the handler may go. `owner-gone`: Firecracker has ended. `closed`: we let go of it. */
   end: 'complete' | 'owner-gone' | 'closed';
+  /** Of its memory. */
   heapBytes: number;
+  /** Since its connection. */
   durationMs: number;
+  /** Figures of the handler. */
   stats: NativeRestoreStats;
 }
 
+/** A microVM whose memory is served from a snapshot or a region, for as long as it lives. */
 export class MicroVm {
+  /** Of Firecracker. */
   readonly pid: number;
+  /** Its user. */
   readonly uid: number;
+  /** Where its memory is, as Firecracker has said. */
   readonly memory: GuestMemory;
   readonly #restore: NativeRestore;
   readonly #ended = deferred<RestoreReport>();
@@ -96,6 +105,7 @@ export class MicroVm {
     return this.stats().tracksWrites;
   }
 
+  /** As they are now; also when it is over. */
   stats(): NativeRestoreStats {
     return this.#restore.stats();
   }

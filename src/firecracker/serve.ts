@@ -12,6 +12,7 @@ import { checkWithin } from './mappings.js';
 import { warn } from '../tell-listeners.js';
 import { MicroVm, type PrePaging } from './micro-vm.js';
 
+/** What `serveSnapshot` takes. */
 export interface ServeSnapshotOptions {
   /** Where Firecracker connects; the file is made, and removed at the end. */
   socketPath: string;
@@ -23,8 +24,9 @@ export interface ServeSnapshotOptions {
   mode?: number;
   /** MicroVMs served at once. Default 16. */
   mostMicroVms?: number;
-  /** How long a connection may take to say what it wants. Default 10 s. */
+  /** How long a connection may take to say what it wants, in ms. Default 10 000. */
   handshakeTimeoutMs?: number;
+  /** Told of each microVM when it is served. What it throws is a warning of the process. */
   onMicroVm?: (microVm: MicroVm) => void;
   /** A connection that made no sense, or whose memory cannot be served; the others go on. */
   onRefused?: (error: MemferryError, peer: { pid: number; uid: number }) => void;
@@ -39,14 +41,21 @@ const schema = z.object({
   handshakeTimeoutMs: z.number().positive().max(3_600_000).default(10_000),
 });
 
+/** A page-fault handler that listens. */
 export interface SnapshotServer extends AsyncDisposable {
+  /** As it was asked for. */
   readonly socketPath: string;
+  /** Those that are served now. */
   readonly microVms: ReadonlySet<MicroVm>;
   /** Listens no more, and lets go of every microVM. Twice is fine. */
   close(): Promise<void>;
 }
 
-/** @throws INVALID_ARGUMENT, SYSTEM (no such file, or the socket's path is in use) */
+/**
+ * Serves the memory of each microVM that loads a snapshot with this socket as its backend (`"backend_type": "Uffd"`), from
+ * the snapshot's memory file.
+ * @throws INVALID_ARGUMENT, SYSTEM (no such file, or the socket's path is in use)
+ */
 export async function serveSnapshot(options: ServeSnapshotOptions): Promise<SnapshotServer> {
   const parsed = schema.safeParse(options);
   if (!parsed.success) {

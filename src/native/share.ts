@@ -3,12 +3,15 @@ import type { NativeRegion } from './region.js';
 import type { NativeStageServer } from './transfer.js';
 
 export interface NativeShareStats {
+  /** In the share now. */
   pages: number;
   /** Of the file: header, index and pages. */
   bytesUsed: number;
+  /** As it was set last. */
   budgetBytes: number;
   /** Of this process, for the index. */
   memoryBytes: number;
+  /** Put in since this writer opened it. */
   inserted: number;
   /** For better ones, or for a smaller budget. */
   evicted: number;
@@ -21,10 +24,15 @@ export interface NativeShareStats {
 }
 
 export interface NativeShareFill {
+  /** Of the file. */
   pages: number;
+  /** Of zeros, left out. */
   zero: number;
+  /** Put in. */
   inserted: number;
+  /** Were there already. */
   there: number;
+  /** Worth no more than all that is there, or no room on the file system. */
   noRoom: number;
 }
 

@@ -23,10 +23,11 @@ import { runState } from './inspect.js';
 import type { Qmp, QmpEvent } from './qmp.js';
 import { decodeState, descriptionSchema, qemuModule } from './state.js';
 
+/** What `QemuDestination` takes. */
 export interface QemuArrivalOptions extends QemuSockets {
-  /** For QEMU to load the state; the listener's `prepareTimeoutMs` bounds it too. Default 10 s. */
+  /** For QEMU to load the state, in ms; the listener's `prepareTimeoutMs` bounds it too. Default 10 000. */
   stateTimeoutMs?: number | undefined;
-  /** For QEMU to let the guest run once it is granted; asked again and again until then. Default 30 s. */
+  /** For QEMU to let the guest run once it is granted, in ms; asked again and again until then. Default 30 000. */
   resumeTimeoutMs?: number | undefined;
   /** The guest runs here. */
   onResumed?: (() => void) | undefined;
@@ -50,6 +51,7 @@ export class QemuDestination implements AsyncDisposable {
   #guest: ArrivingQemuGuest | null = null;
   #taken = false;
 
+  /** Nothing is opened yet; `check` and `accept` do. */
   constructor(options: QemuArrivalOptions) {
     this.#options = options;
   }
@@ -65,6 +67,7 @@ export class QemuDestination implements AsyncDisposable {
   }
 
   /**
+   * For `listen({ accept })`; it is bound to this object.
    * @throws MODULE_REFUSED for a guest that is none of QEMU's; PREPARE_FAILED when QEMU was started otherwise than the
    *   source; GUEST_BUSY when it does not wait for a guest; GUEST_UNMOVABLE; as `QemuGuest.attach`
    */

@@ -13,11 +13,13 @@ import type { Qmp } from './qmp.js';
 import { connectTo } from './same-process.js';
 import { Shim } from './shim.js';
 
+/** How a QEMU is reached. */
 export interface QemuSockets {
   /** The path of QEMU's QMP socket. */
   qmp: string;
   /** The path that QEMU was given as MEMFERRY_SHIM_SOCKET. */
   shim: string;
+  /** Aborting it ends `QemuGuest.attach`; at a destination the listener's own counts. */
   signal?: AbortSignal | undefined;
 }
 

@@ -23,12 +23,13 @@ import { inspect, requireNoMigration, requireTrackableDisks, runState } from './
 import type { Qmp, QmpEvent } from './qmp.js';
 import { encodeState, type QemuDescription, qemuModule } from './state.js';
 
+/** What `QemuGuest.attach` takes. */
 export interface QemuGuestOptions extends QemuSockets {
   /** How it is called in reports and errors; QEMU's own name for it, or `qemu-PID`, without one. */
   name?: string | undefined;
   /** What the state of its CPUs and devices may have, in bytes. Default 64 MiB, as the destination's. */
   maxStateBytes?: number | undefined;
-  /** For QEMU to stop the guest, and then to give its state. Default 10 s. */
+  /** For QEMU to stop the guest, and then to give its state, in ms each. Default 10 000. */
   stateTimeoutMs?: number | undefined;
   /** What becomes of QEMU when nobody needs it any more: `quit`, or it stays, stopped. Default `quit`. */
   afterwards?: 'quit' | 'stay' | undefined;
@@ -43,7 +44,10 @@ const contTimeoutMs = 10_000;
 /** QEMU flushes its disks before it ends. */
 const quitTimeoutMs = 30_000;
 
-/** Emits `warning` (Error): what went wrong where no call can tell. */
+/**
+ * A guest of QEMU's that runs, as `migrate` and `park` take it. Emits `warning` (Error): what went wrong where no call can
+ * tell.
+ */
 export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly name: string;
   readonly module = qemuModule;
@@ -71,7 +75,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   }
 
   /**
-   * Nothing of the guest is changed by it.
+   * Of a QEMU that runs with the shim. Nothing of the guest is changed by it.
    * @throws GUEST_UNMOVABLE with what is in the way by name, GUEST_BUSY, CONNECT_FAILED, USERFAULTFD_UNAVAILABLE
    */
   static async attach(options: QemuGuestOptions): Promise<QemuGuest> {

@@ -9,21 +9,27 @@ import { type DistributeOptions, resolveDistributeOptions } from '../options.js'
 import { throwIfCancelled } from '../protocol/bounded.js';
 import { Directories, type DirectoryStatus, directoryKeys } from './directories.js';
 
+/** What a distribution has done so far. */
 export interface DistributionStats {
+  /** Each asks all servers once. */
   rounds: number;
   /** In the last round: the most popular pages of all servers, as many as the share's budget is for. */
   pagesPopular: number;
   /** Of these, in the share. */
   pagesHeld: number;
+  /** So far. */
   pagesFetched: number;
   /** That the share had no room for after all. */
   pagesRefused: number;
+  /** To and from the servers. */
   bytesOnWire: number;
+  /** Each server of `via`. */
   directories: DirectoryStatus[];
 }
 
 /** A share that is being filled. */
 export interface Distribution extends AsyncDisposable {
+  /** As they are now. */
   stats(): DistributionStats;
   /** Ends it; the share keeps what it has. Twice is fine. */
   close(): Promise<void>;

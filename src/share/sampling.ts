@@ -13,9 +13,11 @@ import { throwIfCancelled } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import { Directories, type DirectoryStatus, directoryKeys } from './directories.js';
 
+/** What a sampler has done so far. */
 export interface SamplingStats {
   /** Over the whole of its memory. A page is reported once it had the same content in two. */
   passes: number;
+  /** Each time again. */
   pagesHashed: number;
   /** Pages that were reported, each time again: what is reported no longer fades. */
   pagesReported: number;
@@ -25,12 +27,15 @@ export interface SamplingStats {
   cpuMs: number;
   /** What it takes beside the guest's memory. */
   memoryBytes: number;
+  /** To and from the servers. */
   bytesOnWire: number;
+  /** Each server of `via`. */
   directories: DirectoryStatus[];
 }
 
 /** A guest's sampler. */
 export interface Sampling extends AsyncDisposable {
+  /** As they are now. */
   stats(): SamplingStats;
   /** Ends it. Twice is fine. What was reported fades at the servers by itself. */
   close(): Promise<void>;

@@ -15,7 +15,9 @@ import { type ResolvedShareOptions, resolveShareOptions, type ShareOptions } fro
 import { domainKey } from '../source/dedup-domain.js';
 import { shareDirectory, sharePath } from './share-path.js';
 
+/** What a share holds, and what became of what it was given. */
 export type ShareStats = NativeShareStats;
+/** What became of the pages of a file. */
 export type ShareFill = NativeShareFill;
 
 /** Pages that were taken over are looked at in pieces of about 10 ms of a CPU; later all of them, a little at a time. */
@@ -23,11 +25,13 @@ const verifyEveryMs = 1000;
 const verifyTakenOver = 4096;
 const verifyAgain = 256;
 
+/** A host's page share, open for writing; one process at a time. */
 export class Share implements AsyncDisposable {
   readonly #verifying: NodeJS.Timeout;
   #closed = false;
 
   private constructor(
+    /** Its file, for `listen({ share })`. */
     readonly path: string,
     /** The writer itself, for those who fill it. */
     readonly native: NativeShare,
@@ -79,6 +83,7 @@ export class Share implements AsyncDisposable {
     await this.native.setBudget(bytes);
   }
 
+  /** As they are now. */
   stats(): ShareStats {
     return this.native.stats();
   }

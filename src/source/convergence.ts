@@ -9,21 +9,27 @@ import type { NonConvergence } from '../options.js';
 
 /** One finished round. */
 export interface RoundSample {
+  /** With content. */
   pagesSent: number;
   /** Beside these, as references: their time is in the round's, and they have no bytes on the wire to speak of. */
   pagesDeduplicated: number;
   /** On the wire, headers and all. */
   bytes: number;
+  /** How long it took. */
   durationMs: number;
   /** Pages that the guest dirtied meanwhile: the next round's work. */
   dirtyPagesAfter: number;
 }
 
+/** What `decideRound` decides by. */
 export interface ConvergenceInput {
   /** Oldest first; every round so far. */
   history: readonly RoundSample[];
+  /** In bytes. */
   pageSize: number;
+  /** As `MigrateOptions.downtimeLimitMs`. */
   downtimeLimitMs: number;
+  /** As `MigrateOptions.maxRounds`. */
   maxRounds: number;
   /** Bytes of pages a second, where the caller knows better than the last rounds do. */
   throughputBytesPerSecond?: number | null;
@@ -31,12 +37,17 @@ export interface ConvergenceInput {
   fixedDowntimeMs?: number;
 }
 
+/** What `decideRound` decides, and by which estimates. */
 export interface ConvergenceDecision {
+  /** `give-up`: no further round helps; `MigrateOptions.onNonConvergence` says what follows. */
   action: 'another-round' | 'switch-over' | 'give-up';
+  /** Why. */
   reason: 'first-round' | 'shrinking' | 'converged' | 'max-rounds' | 'not-shrinking';
   /** If the guest were paused now. Infinity while there is nothing to estimate it from. */
   expectedDowntimeMs: number;
+  /** In the last round; 0 before there was one. */
   dirtyPagesPerSecond: number;
+  /** Of page content, as it was given or over the last three rounds; null while nothing was sent. */
   throughputBytesPerSecond: number | null;
 }
 
@@ -52,6 +63,10 @@ const DESCENT_RATIO = 0.75;
 /** The throughput is averaged over the last rounds: the first is often slower (cold caches, slow start). */
 const THROUGHPUT_ROUNDS = 3;
 
+/**
+ * Whether pre-copy makes another round, switches over or gives up. Pure, for simulations and glue; a migration uses
+ * the same.
+ */
 export function decideRound(input: ConvergenceInput): ConvergenceDecision {
   const { history, pageSize, downtimeLimitMs, maxRounds, fixedDowntimeMs = 0 } = input;
   const throughputBytesPerSecond = input.throughputBytesPerSecond ?? throughputOf(history, pageSize);

@@ -8,27 +8,37 @@ import type { MigrateOptions } from '../options.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
 import { type Migration, migrate } from './migrate.js';
 
+/** One guest of a gang. */
 export interface GangMember {
+  /** What moves. */
   guest: Guest;
+  /** As for `migrate`; each may have a destination of its own. */
   options: MigrateOptions;
 }
 
+/** What is known when the last guest is evicted. */
 export interface GangEviction {
   /** The first one's start until the last one is evicted, in ms. */
   evictionMs: number;
+  /** In the order of the members. */
   guests: EvictionReport[];
 }
 
+/** What is known when every destination holds every page. */
 export interface GangReport extends GangEviction {
   /** The first one's start until every destination holds every page, in ms. */
   totalMs: number;
+  /** In the order of the members. */
   guests: MigrationReport[];
 }
 
+/** Several migrations under way. */
 export interface Gang {
+  /** In the order of the members. */
   readonly migrations: readonly Migration[];
   /** Every guest is evicted. Rejects with the first failure; the others go on, each with its own outcome. */
   readonly evicted: Promise<GangEviction>;
+  /** Every guest has arrived whole. Rejects with the first failure, as `evicted`. */
   readonly done: Promise<GangReport>;
 }
 

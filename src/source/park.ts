@@ -46,17 +46,27 @@ export interface ParkTicket {
   };
 }
 
+/** What the source knows when the guest is parked. */
 export interface ParkReport {
+  /** What `unpark` takes. A secret, to be kept like one. */
   ticket: ParkTicket;
+  /** The guest's name. */
   guest: string;
+  /** Bytes of all regions. */
   heapBytes: number;
   /** Start until the source holds nothing that anyone still needs. */
   evictionMs: number;
+  /** From when the guest stood until it was parked. */
   pausedMs: number;
+  /** Written to data connections, headers included. */
   bytesOnWire: number;
+  /** Pages with content, counted each time that they were sent. */
   pagesSent: number;
+  /** Pages that went as zeros. */
   pagesZero: number;
+  /** lz4 and zstd. */
   compression: EncodingReport;
+  /** What each server holds. */
   intermediaries: Intermediary[];
   /** What deduplication did; null where it was not asked for. */
   dedup: DedupReport | null;

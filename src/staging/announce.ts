@@ -39,7 +39,9 @@ export type AnnouncementDatagram = z.infer<typeof datagramSchema>;
 
 /** A server as heard: where it can be reached, and what it said of itself. */
 export interface HeardServer extends Announcement {
+  /** Its address: what it listens on, or where it was heard from. */
   readonly host: string;
+  /** TCP. */
   readonly port: number;
 }
 
@@ -166,13 +168,15 @@ export class Announcer {
   }
 }
 
+/** What `discover` may be told; `secret` or `secretFile` as for `migrate`. */
 export interface DiscoverOptions extends SecretChoice {
-  /** `group:port`. */
+  /** `group:port` of the announcements. Default `239.255.77.77:7077`. */
   group?: string;
-  /** How long to listen, in ms: servers announce themselves each second. */
+  /** How long to listen, in ms: servers announce themselves each second. Default 2500. */
   timeoutMs?: number;
   /** The IPv4 address of the interface to listen on; default: loopback, and the one that the system chooses. */
   interface?: string;
+  /** Aborting it rejects with CANCELLED. */
   signal?: AbortSignal;
 }
 

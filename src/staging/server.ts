@@ -22,9 +22,13 @@ import { StagedMembers } from './members.js';
 
 /** A VMD server that runs in this process. */
 export interface Staging extends AsyncDisposable {
+  /** How it is called in reports and errors. */
   readonly name: string;
+  /** As it was asked for. */
   readonly host: string;
+  /** The port that it listens on, also where 0 was asked for. */
   readonly port: number;
+  /** What it holds now, as `memferry status` says it. */
   status(): StageStatus;
   /** Lets an image go, whatever its phase; false when it is not here. `image`: 32 hex digits. */
   drop(image: string): boolean;

@@ -7,18 +7,24 @@ import type { PlainError } from './messages.js';
  * the destination.
  */
 export class GuestMovedError extends Error {
+  /** For code that tells errors apart by it. */
   readonly code = 'GUEST_MOVED';
+  /** `guest`: its name. */
   constructor(guest: string) {
     super(`guest "${guest}" has moved to another host; the request was not begun here`);
     this.name = 'GuestMovedError';
   }
 }
 
-/** What a guest's `handle` threw: the guest runs on. */
+/** What a guest's `handle` threw: the guest runs on. `message` is that of the error, and so is the `stack`. */
 export class GuestRequestError extends Error {
+  /** For code that tells errors apart by it. */
   readonly code = 'GUEST_REQUEST_FAILED';
+  /** Of an error that was thrown in a worker. */
   constructor(
+    /** That error's `name`. */
     readonly guestErrorName: string,
+    /** That error's `code`, where it has one. */
     readonly guestErrorCode: string | null,
     message: string,
     stack: string | null,

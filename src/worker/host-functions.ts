@@ -4,12 +4,20 @@ import { memferryError } from '../errors.js';
 /** The destination is told all names before the first page, in 64 KiB with everything else. */
 const MOST_NAMES = 256;
 
+/**
+ * Host functions and objects that WebAssembly may keep references to, by name: `GuestContext.hostFunctions`, one for
+ * each worker.
+ */
 export class HostFunctions {
   readonly #byName = new Map<string, object>();
   readonly #names = new WeakMap<object, string>();
   readonly #asWasm = new Map<string, object>();
 
-  /** Gives the function, or the object, back, to be put into a table. A name is taken once. */
+  /**
+   * Gives the function, or the object, back, to be put into a table. A name has 1 to 128 characters and is taken once; there
+   * are at most 256.
+   * @throws INVALID_ARGUMENT
+   */
   register<T extends object>(name: string, value: T): T {
     if (this.#byName.has(name)) {
       throw memferryError('INVALID_ARGUMENT', `a host function "${name}" is registered already`);
@@ -25,6 +33,7 @@ export class HostFunctions {
     return value;
   }
 
+  /** What was registered by that name. */
   get(name: string): object | undefined {
     return this.#byName.get(name);
   }
@@ -44,6 +53,7 @@ export class HostFunctions {
     return [...this.#byName.keys()];
   }
 
+  /** The name that it was registered by; null: by none. */
   nameOf(fn: object): string | null {
     return this.#names.get(fn) ?? null;
   }

@@ -8,9 +8,11 @@ import { Region } from '../region.js';
 import { WASM_PAGE_BYTES } from './wasm-registry.js';
 import { type WasmMemoryObject, wasm } from './webassembly.js';
 
+/** Lengths of a shared WebAssembly memory. */
 export interface SharedMemoryOptions {
-  /** In WebAssembly pages of 64 KiB. Threaded modules ask for exactly this maximum. */
+  /** In WebAssembly pages of 64 KiB, from 1. */
   initialPages: number;
+  /** The same, up to 65 536. Threaded modules ask for exactly this maximum. */
   maximumPages: number;
 }
 

@@ -19,24 +19,32 @@ import { closeQuietly, letGo, openRegions, startAll, type Unfinished, WorkerGues
 import { type WorkerBase, type WorkerBaseOptions, workerBase } from './worker-base.js';
 import { WorkerLink } from './worker-link.js';
 
+/** What `workerGuests` may be told. */
 export interface WorkerGuestsOptions {
   /** What this host is willing to run: names, and the files behind them. */
   modules: Readonly<Record<string, URL | string>>;
-  /** Called when a guest has arrived and runs; its pages may still be on their way. */
+  /** Called when a guest has arrived and runs; its pages may still be on their way. What it throws is a warning. */
   onGuest?: ((guest: WorkerGuest) => void) | undefined;
   /** Guests start from what lies there, where there is something. */
   base?: WorkerBaseOptions | undefined;
+  /** As `WorkerGuestOptions.pauseTimeoutMs`, for when the guest leaves again. Default 5000. */
   pauseTimeoutMs?: number;
+  /** Passed to the workers. */
   resourceLimits?: ResourceLimits;
 }
 
-/** For `listen({ accept })`. */
+/**
+ * Takes worker guests: for `listen({ accept })` and `unpark({ accept })`. What it gives throws MODULE_REFUSED for a module
+ * that is not on the list or has another SHA-256, and GUEST_UNMOVABLE where the module builds something else here than at
+ * the source.
+ */
 export function workerGuests(
   options: WorkerGuestsOptions,
 ): (offer: GuestOffer, context?: { signal?: AbortSignal }) => Promise<ArrivingWorkerGuest> {
   return (offer, context) => ArrivingWorkerGuest.start(offer, options, context?.signal);
 }
 
+/** The destination's side of a worker guest, as `workerGuests` makes it. */
 export class ArrivingWorkerGuest implements ArrivingGuest {
   readonly regions: readonly Region[];
   /** The guest itself; it runs, and may leave again, from `resume` on. */
@@ -66,6 +74,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     this.#onGuest = parts.onGuest;
   }
 
+  /** Starts the workers and makes their memories as long as the source's. `workerGuests` calls it. */
   static async start(
     offer: GuestOffer,
     options: WorkerGuestsOptions,

@@ -11,6 +11,7 @@ import type { Region } from '../region.js';
 import type { ArrivingWorkerGuest, WorkerGuestsOptions } from './worker-arrival.js';
 import type { WorkerGuest } from './worker-guest.js';
 
+/** What arriving worker guests start from, see `WorkerGuestsOptions.base`. */
 export interface WorkerBaseOptions {
   /** Where bases lie: what `keepStaleCopy` and `saveBase` have written. */
   directory: string;

@@ -20,6 +20,7 @@ import { unmovableError } from './wasm-state.js';
 import { GuestWiring } from './guest-wiring.js';
 import { type Paused, WorkerLink } from './worker-link.js';
 
+/** What `WorkerGuest.start` takes. */
 export interface WorkerGuestOptions {
   /** Shown in reports, at most 64 characters. Default: the module's name. */
   name?: string;
@@ -27,9 +28,9 @@ export interface WorkerGuestOptions {
   module: { name: string; url: URL | string };
   /** JSON for `context.data`; it moves with the guest. */
   data?: unknown;
-  /** Workers that run the module side by side and pause together. Default 1. */
+  /** Workers that run the module side by side and pause together, 1 to 64. Default 1. */
   workers?: number;
-  /** Memory that all workers share, as `context.sharedHeap`. Default none. */
+  /** Memory that all workers share, as `context.sharedHeap`, in bytes. Default none. */
   sharedHeapBytes?: number;
   /** A WebAssembly memory that all workers import, as `context.sharedMemory`: threads of one program. Default none. */
   sharedMemory?: SharedMemoryOptions;
@@ -42,8 +43,10 @@ export interface WorkerGuestOptions {
 /** Ending a worker takes milliseconds unless it is blocked in a page fault. */
 const TERMINATE_MS = 10_000;
 
+/** `departed`: it runs at another host. `lost`: it ended by itself, or by a lost page. `terminated`: by `terminate`. */
 export type WorkerGuestStatus = 'running' | 'pausing' | 'paused' | 'departed' | 'lost' | 'terminated';
 
+/** Its events, with what a listener is given. What a listener throws is a warning of the process. */
 export interface WorkerGuestEvents {
   /** What the guest sent with `context.send`, and which worker did. */
   message: [value: unknown, worker: number];
@@ -51,6 +54,7 @@ export interface WorkerGuestEvents {
   'pages-lost': [pages: { region: number; first: number; count: number }[]];
   /** The guest ended by itself, or by a lost page. */
   ended: [error: Error];
+  /** The guest belongs to the destination now. */
   departed: [];
 }
 
@@ -66,9 +70,14 @@ export interface GuestParts {
   pauseTimeoutMs: number;
 }
 
+/**
+ * A guest of one or more workers, at the host where it runs: `migrate` and `park` take it. `start` begins its first
+ * life; one that has arrived comes by `workerGuests({ onGuest })`.
+ */
 export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Guest {
   readonly name: string;
   readonly module: GuestModule;
+  /** As `WorkerGuestOptions.data`. */
   readonly data: unknown;
   /**
    * Runs before the workers are ended, and is awaited: an engine that still serves pages must poison what is
@@ -165,10 +174,12 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     return guest;
   }
 
+  /** What it does now. */
   get status(): WorkerGuestStatus {
     return this.#status;
   }
 
+  /** How many workers it has. */
   get workers(): number {
     return this.#links.length;
   }
