@@ -63,7 +63,10 @@ export interface Guest {
   pause(options: { signal: AbortSignal }): Promise<Uint8Array | PausedGuest>;
   /** Takes a successful pause back: the migration failed before the commit and the guest runs on here. */
   unpause(): Promise<void> | void;
-  /** The guest belongs to the destination now. Its memory here stays until `evicted`; then `release` is called. */
+  /**
+   * The guest belongs to the destination now. Its memory here stays until `evicted`; then `release` is called. What either
+   * throws is a warning of the process (MEMFERRY_DEPARTED_FAILED, MEMFERRY_RELEASE_FAILED), and changes nothing.
+   */
   departed?(): Promise<void> | void;
   /** Nothing of the guest is needed here any more; its regions can be closed once the migration's `done` has settled. */
   release?(): Promise<void> | void;
