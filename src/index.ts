@@ -94,9 +94,18 @@ export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { openPidfd, takeDescriptor } from './pidfd.js';
 export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
+export type { StageStatus } from './protocol/stage-messages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
-export { DirtyTracker, type TrackerOptions, trackers, type Writers } from './trackers.js';
+export {
+  DirtyTracker,
+  type PageRun,
+  type TrackerName,
+  type TrackerOptions,
+  type TrackerProbe,
+  trackers,
+  type Writers,
+} from './trackers.js';
 export {
   superviseGuest,
   type SuperviseOptions,
