@@ -1,6 +1,6 @@
 /**
- * Opens an authenticated control connection: address policy, TCP, preface, TLS seam, handshake. Each step has
- * its own bound, and the signal ends any of them.
+ * Opens an authenticated control connection: address policy, TCP, preface, TLS seam, handshake. One bound is over all
+ * of it, and the signal ends any step.
  */
 import { connect, type Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
@@ -18,8 +18,8 @@ export interface DialOptions {
   host: string;
   port: number;
   secret: Uint8Array;
+  /** For all of it, the handshake included. */
   connectTimeoutMs: number;
-  handshakeTimeoutMs?: number | undefined;
   /** Allow an address other than loopback without encryption. */
   plaintext?: boolean | undefined;
   signal?: AbortSignal | undefined;
@@ -37,7 +37,25 @@ export interface DialledSession extends AuthenticatedSession {
 export async function dial(options: DialOptions): Promise<DialledSession> {
   const encrypted = options.wrap !== undefined;
   checkAddressPolicy(options.host, { plaintext: options.plaintext ?? false, encrypted });
-  const socket = await connectTcp(options);
+  const { host, port, connectTimeoutMs } = options;
+  const late = new AbortController();
+  let step = 'did not answer';
+  const timer = setTimeout(() => {
+    const text = `${host}:${port} ${step} within ${connectTimeoutMs} ms`;
+    late.abort(new MemferryError('CONNECT_FAILED', text, { facts: { host, port, connectTimeoutMs } }));
+  }, connectTimeoutMs);
+  const signal = options.signal ? AbortSignal.any([options.signal, late.signal]) : late.signal;
+  try {
+    const socket = await connectTcp(options, signal);
+    step = 'took the connection, and did not finish the handshake';
+    return await greet(socket, options, signal);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+async function greet(socket: Socket, options: DialOptions, signal: AbortSignal): Promise<DialledSession> {
+  const encrypted = options.wrap !== undefined;
   try {
     const remoteAddress = socket.remoteAddress ?? options.host;
     // `localhost` is a name: what it was resolved to decides, not what it promises.
@@ -45,16 +63,12 @@ export async function dial(options: DialOptions): Promise<DialledSession> {
       checkAddressPolicy(remoteAddress, { plaintext: options.plaintext ?? false, encrypted });
     }
     socket.write(CONTROL_PREFACE);
-    const handshake = {
-      secret: options.secret,
-      timeoutMs: options.handshakeTimeoutMs,
-      signal: options.signal,
-      versions: options.versions,
-    };
+    // The signal comes first: it has run for longer.
+    const { secret, connectTimeoutMs: timeoutMs, versions } = options;
+    const handshake = { secret, timeoutMs, signal, versions };
     let duplex: Duplex = socket;
     if (options.wrap) {
       socket.on('error', () => {});
-      const signal = options.signal ?? new AbortController().signal;
       duplex = await withinHandshake(options.wrap(socket, signal), handshake);
     }
     return { ...(await handshakeAsDialler(duplex, handshake)), remoteAddress };
@@ -65,17 +79,15 @@ export async function dial(options: DialOptions): Promise<DialledSession> {
   }
 }
 
-function connectTcp({ host, port, connectTimeoutMs, signal }: DialOptions): Promise<Socket> {
+function connectTcp({ host, port }: DialOptions, signal: AbortSignal): Promise<Socket> {
   return new Promise((resolve, reject) => {
-    if (signal?.aborted) {
+    if (signal.aborted) {
       reject(signal.reason);
       return;
     }
-    const where = `${host}:${port}`;
     const socket = connect({ host, port, noDelay: true });
     const settle = (act: () => void) => {
-      clearTimeout(timer);
-      signal?.removeEventListener('abort', onAbort);
+      signal.removeEventListener('abort', onAbort);
       socket.off('connect', onConnect);
       act();
     };
@@ -91,19 +103,15 @@ function connectTcp({ host, port, connectTimeoutMs, signal }: DialOptions): Prom
       });
     const onError = (cause: Error) =>
       fail(
-        new MemferryError('CONNECT_FAILED', `${where} cannot be reached: ${cause.message}`, {
+        new MemferryError('CONNECT_FAILED', `${host}:${port} cannot be reached: ${cause.message}`, {
           cause,
           facts: { host, port },
         }),
       );
-    const onAbort = () => fail(signal?.reason);
-    const timer = setTimeout(() => {
-      const text = `${where} did not answer within ${connectTimeoutMs} ms`;
-      fail(new MemferryError('CONNECT_FAILED', text, { facts: { host, port, connectTimeoutMs } }));
-    }, connectTimeoutMs);
+    const onAbort = () => fail(signal.reason);
     socket.on('connect', onConnect);
     // Stays when the dial has failed: errors of a socket that is being destroyed are nobody's business.
     socket.on('error', onError);
-    signal?.addEventListener('abort', onAbort, { once: true });
+    signal.addEventListener('abort', onAbort, { once: true });
   });
 }

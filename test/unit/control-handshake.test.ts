@@ -294,8 +294,13 @@ describe('dial', () => {
       facts: { port },
     });
 
-    const silent = dial({ ...options(), handshakeTimeoutMs: 50 });
-    await expect(silent).rejects.toMatchObject({ code: 'PEER_LOST' });
+    const silent = dial({ ...options(), connectTimeoutMs: 50 });
+    await expect(silent).rejects.toMatchObject({
+      code: 'CONNECT_FAILED',
+      message: expect.stringContaining('handshake within 50 ms'),
+    });
+    const stuck = dial({ ...options(), connectTimeoutMs: 50, wrap: () => new Promise(() => {}) });
+    await expect(stuck).rejects.toMatchObject({ code: 'CONNECT_FAILED' });
 
     const abort = new AbortController();
     const dialling = dial({ ...options(), signal: abort.signal });
