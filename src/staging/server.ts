@@ -19,6 +19,7 @@ import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
 import { StagedImages } from './images.js';
 import { StagedMembers } from './members.js';
+import { systemMemory } from './system-memory.js';
 
 /** A VMD server that runs in this process. */
 export interface Staging extends AsyncDisposable {
@@ -56,8 +57,8 @@ const mostStatesAtOnce = 4;
 
 /**
  * Serves memory to migrations.
- * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), NO_MEMORY, SYSTEM (the port is taken, or
- *   memory that was to be taken at the start is not there)
+ * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, AUTH_FAILED (secret file), NO_MEMORY (more than the machine has; with
+ *   `preallocate`, more than is left of it, or of a control group's limit), SYSTEM (the port is taken)
  */
 export async function stage(options: StageOptions): Promise<Staging> {
   return stageOn(await addonRuntime(), options);
@@ -70,6 +71,7 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   throwIfCancelled(resolved.signal);
   const { memoryBytes, bandwidth, popularShare, popularHalfLifeMs } = resolved;
+  mustFit(memoryBytes, resolved.preallocate);
   const nativeStage = native(() =>
     runtime.createStage({
       memoryBytes,
@@ -86,6 +88,28 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
     nativeStage.close();
     throw error;
   }
+}
+
+/**
+ * The kernel promises any memory, and kills who takes what is not there.
+ * @throws NO_MEMORY
+ */
+function mustFit(memoryBytes: number, preallocate: boolean): void {
+  const { mostBytes, availableBytes, group } = systemMemory();
+  if (memoryBytes > mostBytes) {
+    throw new MemferryError(
+      'NO_MEMORY',
+      `stage.memoryBytes: ${memoryBytes} bytes; this machine has ${mostBytes}, RAM and swap together`,
+      { facts: { bytes: memoryBytes, limit: mostBytes } },
+    );
+  }
+  if (!preallocate || memoryBytes <= availableBytes) return;
+  const where = group === null ? 'are available' : `are left in the control group ${group}`;
+  throw new MemferryError(
+    'NO_MEMORY',
+    `stage.preallocate: ${memoryBytes} bytes cannot be taken now, ${availableBytes} ${where}`,
+    { facts: { bytes: memoryBytes, free: availableBytes, group } },
+  );
 }
 
 class StageServer implements Staging {
