@@ -3,8 +3,7 @@ import { memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { requireHere } from './commit-driver.js';
-
-const mostRegions = 64;
+import { checkIdentity } from './guest-identity.js';
 
 /**
  * What a caller may get wrong, told before anything begins.
@@ -15,13 +14,11 @@ export function requireGuest(guest: Guest): void {
   if (typeof Object(guest).pause !== 'function' || typeof guest.unpause !== 'function') {
     throw refused('a guest has pause() and unpause()');
   }
+  checkIdentity(guest);
   const { name, regions } = guest;
-  if (typeof name !== 'string') throw refused('a guest has a name');
-  if (!Array.isArray(regions) || regions.length === 0) throw refused(`guest '${name}' has no regions`);
-  for (const { name: called, region } of regions.map(Object)) {
-    if (typeof called !== 'string') throw refused(`a region of guest '${name}' has no name`);
+  for (const { name: called, region } of regions) {
     // Of any copy of this library.
-    if (typeof region?.native?.claim !== 'function') {
+    if (typeof Object(region).native?.claim !== 'function') {
       throw refused(
         `'${called}' of guest '${name}' is no Region: make one by Region.allocate, adopt or attach`,
       );
@@ -31,9 +28,6 @@ export function requireGuest(guest: Guest): void {
         facts: { region: called },
       });
     }
-  }
-  if (new Set(regions.map((region) => region.name)).size !== regions.length || regions.length > mostRegions) {
-    throw refused(`a guest has at most ${mostRegions} regions, each with a name of its own`);
   }
   requireHere(guest);
 }

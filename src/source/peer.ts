@@ -100,6 +100,12 @@ export class Peer {
     this.negotiation.fail(error);
     this.growth.fail(error);
     this.gatherWait.fail(error);
+    // Its own word, by which the caller knows what to do. Else the machine's would stand, that the connection is gone, or
+    // the engine's, when the data connections are cut first.
+    if (error.code === 'LIMIT_EXCEEDED') {
+      this.#refusal.resolve(error);
+      this.context.commit.fail(error);
+    }
     this.context.commit.connectionLost(error);
   }
 }

@@ -11,6 +11,7 @@ import { makeImageSecret } from '../staging/image-secret.js';
 import { ImageSet, imageConnection } from '../staging/image-set.js';
 import { chooseServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
+import { checkIdentity } from './guest-identity.js';
 
 /** With what else an offer says, it stays below a control message's bound. */
 const maxDescriptionBytes = 192 * 1024;
@@ -27,9 +28,14 @@ export interface ImageOrder {
   signal: AbortSignal;
 }
 
-/** Null when no servers are used, by the caller's choice (`onCapacity: 'direct'`). */
+/**
+ * Null when no servers are used, by the caller's choice (`onCapacity: 'direct'`).
+ * @throws INVALID_ARGUMENT for a guest of which nobody could be told
+ */
 export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   const { guest, lengths, options, secret, image, kind, signal } = order;
+  checkIdentity(guest);
+  checkDescription(guest.description);
   const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
   const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
   const need = {
@@ -61,9 +67,10 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
 
 /**
  * `lengths` as they are now: what a destination allocates.
- * @throws INVALID_ARGUMENT for a description that cannot be told
+ * @throws INVALID_ARGUMENT for names, a module or a description that cannot be told
  */
 export function describeGuest(guest: Guest, lengths: readonly number[]): ParkedGuest {
+  checkIdentity(guest);
   checkDescription(guest.description);
   return {
     name: guest.name,
