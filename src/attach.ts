@@ -2,6 +2,7 @@
  * What `Region.attach` takes, checked before the addon sees it: memory of another process.
  */
 import { loadAddon } from './addon.js';
+import { checkOptions } from './check-options.js';
 import { memferryError } from './errors.js';
 import type { NativeMapping } from './native.js';
 
@@ -48,6 +49,7 @@ export interface CheckedAttachment {
 
 /** @throws INVALID_ARGUMENT, with what is wrong */
 export function checkAttachment(options: AttachOptions): CheckedAttachment {
+  checkOptions(options, 'Region.attach', ['pidfd', 'uffd', 'mappings', 'memory', 'pageSize']);
   const { pageSize } = loadAddon();
   const given = options.pageSize ?? pageSize;
   if (given !== pageSize) wrong(`pageSize is ${given}, and memory moves here in pages of ${pageSize} bytes`);

@@ -8,11 +8,13 @@ import { createHash } from 'node:crypto';
 import { mkdir, open, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
-import { MemferryError, nativeAsync } from './errors.js';
+import { fromNative, MemferryError, nativeAsync } from './errors.js';
 import type { Guest, GuestOffer, PausedGuest, RegionBase } from './guest.js';
 import { lineageOf, mayBeBase } from './lineage.js';
+import { bytes as byteCount, parse } from './options/fields.js';
 import { offerSchema } from './protocol/messages.js';
 import { claimRegions } from './source/claim-regions.js';
+import { checkIdentity } from './source/guest-identity.js';
 import { describeGuest } from './source/stage-image.js';
 
 /** Where a base is written, and how large it may be. */
@@ -22,6 +24,8 @@ export interface BaseFilesOptions {
   /** A guest with more memory than this is not written. */
   maxBytes: number;
 }
+
+const optionsSchema = z.strictObject({ directory: z.string().min(1), maxBytes: byteCount });
 
 /** What `readBase` finds. */
 export interface BaseFiles {
@@ -52,7 +56,7 @@ function folderOf(directory: string, guest: string): string {
 
 const imageIn = (folder: string, index: number) => join(folder, `${index}.image`);
 
-/** Writes a paused guest, or one that has left. @throws LIMIT_EXCEEDED, SYSTEM, PAGES_LOST */
+/** Writes a paused guest, or one that has left. @throws INVALID_ARGUMENT, LIMIT_EXCEEDED, SYSTEM, PAGES_LOST */
 export async function writeBase(
   guest: Guest,
   { state, stillPaused }: Pick<PausedGuest, 'state' | 'stillPaused'>,
@@ -91,10 +95,22 @@ export async function writeBase(
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
     await rename(folder, former).catch(() => {});
     await rename(made, folder);
+  } catch (error) {
+    throw writeFailed(error, directory);
   } finally {
     await rm(made, { recursive: true, force: true }).catch(() => {});
     await rm(former, { recursive: true, force: true }).catch(() => {});
   }
+}
+
+/** What the guest itself says (`stillPaused`) passes unchanged. */
+function writeFailed(error: unknown, directory: string): unknown {
+  if (error instanceof MemferryError || typeof Object(error).syscall !== 'string') return error;
+  const { facts, message } = fromNative(error);
+  return new MemferryError('SYSTEM', `no base can be written to ${directory}: ${message}`, {
+    cause: error,
+    facts,
+  });
 }
 
 /**
@@ -124,15 +140,20 @@ export async function readBase(
 
 /**
  * A base of a guest that runs here: pauses it, writes it, and lets it run on. `pauseMs`: how long it stood.
- * @throws what `pause` throws, REGION_BUSY (it is moving), LIMIT_EXCEEDED, SYSTEM
+ * @throws what `pause` throws, INVALID_ARGUMENT, REGION_BUSY (it is moving), LIMIT_EXCEEDED, SYSTEM
  */
 export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise<{ pauseMs: number }> {
+  const { directory, maxBytes } = parse(optionsSchema, options, 'saveBase');
+  checkIdentity(guest);
   const started = performance.now();
   const release = claimRegions(guest);
   try {
     const paused = await guest.pause({ signal: new AbortController().signal });
     try {
-      await writeBase(guest, paused instanceof Uint8Array ? { state: paused } : paused, options);
+      await writeBase(guest, paused instanceof Uint8Array ? { state: paused } : paused, {
+        directory,
+        maxBytes,
+      });
     } finally {
       await guest.unpause();
     }

@@ -291,10 +291,11 @@ export function fromNative(error: unknown): MemferryError {
   const text = typeof message === 'string' ? message : String(error);
   const cause = error instanceof Error ? error : undefined;
   const facts: Record<string, unknown> = {};
-  if (typeof errno === 'number') facts['errno'] = errno;
+  // Node's own are negative.
+  if (typeof errno === 'number') facts['errno'] = Math.abs(errno);
   if (typeof syscall === 'string') facts['syscall'] = syscall;
   if (typeof code === 'string') facts['nativeCode'] = code;
-  if (errno === NO_MEMORY_ERRNO) return memferryError('NO_MEMORY', text, { cause, facts });
+  if (facts['errno'] === NO_MEMORY_ERRNO) return memferryError('NO_MEMORY', text, { cause, facts });
   if (typeof syscall === 'string' && syscall.startsWith('userfaultfd')) {
     const remedy =
       'run as root or with CAP_SYS_PTRACE, or grant /dev/userfaultfd; "memferry doctor" says more';

@@ -7,6 +7,7 @@ import { markAsUntransferable } from 'node:worker_threads';
 
 import { loadAddon } from './addon.js';
 import { type AttachOptions, checkAttachment } from './attach.js';
+import { checkOptions } from './check-options.js';
 import { type MemferryError, memferryError, native, nativeAsync } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import type { NativeRegion } from './native.js';
@@ -83,6 +84,7 @@ export class Region {
    * so many huge pages are free
    */
   static allocate(options: AllocateOptions): Region {
+    checkOptions(options, 'Region.allocate', ['lengthBytes', 'shared', 'hugePages']);
     const { lengthBytes, shared = false, hugePages = false } = options;
     const { pageSize } = loadAddon();
     checkLength(lengthBytes, hugePages ? HUGE_PAGE_BYTES : pageSize);

@@ -5,9 +5,10 @@
 import { closeSync, openSync } from 'node:fs';
 import { setTimeout } from 'node:timers/promises';
 import { loadAddon } from './addon.js';
+import { checkOptions } from './check-options.js';
 import { type MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
-import type { Region } from './region.js';
+import { Region } from './region.js';
 
 /** From the end of an owner's memory to the end of its process, at most. */
 const ownerEndsMs = 250;
@@ -68,7 +69,10 @@ export interface PageService {
  * @throws INVALID_ARGUMENT: a region that is not attached, has no userfaultfd, or is paged already; SYSTEM; OWNER_GONE
  */
 export function servePages(options: ServePagesOptions): PageService {
+  checkOptions(options, 'servePages', ['region', 'snapshot', 'offsetBytes', 'ledger', 'prepage', 'onLost']);
   const { region, snapshot, offsetBytes = 0, ledger = null, prepage = true, onLost } = options;
+  if (!(region instanceof Region))
+    throw memferryError('INVALID_ARGUMENT', 'servePages: region is no Region; Region.attach makes one');
   if (!Number.isSafeInteger(offsetBytes) || offsetBytes < 0)
     throw memferryError('INVALID_ARGUMENT', 'servePages: offsetBytes is no offset');
   if (!region.native.claim()) throw memferryError('REGION_BUSY', 'the region is moving, or paged already');

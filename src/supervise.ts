@@ -12,6 +12,7 @@ import { fileURLToPath } from 'node:url';
 
 import { loadAddon } from './addon.js';
 import { type AttachOptions, checkAttachment } from './attach.js';
+import { checkOptions } from './check-options.js';
 import { MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import type { PagerStats } from './serve-pages.js';
@@ -62,6 +63,16 @@ type PagerLine =
   | { type: 'serving' | 'beat' | 'done'; stats: PagerStats }
   | { type: 'failed'; code: string; message: string };
 
+const supervising = [
+  'attachment',
+  'snapshot',
+  'offsetBytes',
+  'prepage',
+  'onPagerDeath',
+  'mostPagers',
+  'stallMs',
+  'onPager',
+];
 const lookEveryMs = 100;
 const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
 
@@ -73,7 +84,10 @@ const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
  * @throws INVALID_ARGUMENT, SYSTEM, OWNER_GONE
  */
 export function superviseGuest(options: SuperviseOptions): Supervision {
+  checkOptions(options, 'superviseGuest', supervising);
   const { onPagerDeath = 'hand-over', mostPagers = 5, stallMs = 5000 } = options;
+  if (typeof options.snapshot !== 'string')
+    throw memferryError('INVALID_ARGUMENT', 'superviseGuest: snapshot is the path of a file');
   const { pidfd, uffd, mappings, memory } = checkAttachment(options.attachment);
   if (uffd === null) throw memferryError('INVALID_ARGUMENT', 'superviseGuest: the userfaultfd is missing');
   if (!Number.isInteger(mostPagers) || mostPagers < 1 || mostPagers > 1000)

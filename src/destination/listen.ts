@@ -5,6 +5,7 @@
  */
 import { Socket } from 'node:net';
 import { loadAddon } from '../addon.js';
+import { checkOptions } from '../check-options.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
@@ -176,6 +177,7 @@ class DestinationListener implements Listening {
   }
 
   limit(limits: { bandwidth?: number; gatherLimit?: number }): void {
+    checkOptions(limits, 'limit', ['bandwidth', 'gatherLimit']);
     for (const [name, value] of Object.entries(limits)) {
       if (!Number.isSafeInteger(value) || value < 0) {
         throw new MemferryError('INVALID_ARGUMENT', `limit.${name}: not a number of bytes a second`);

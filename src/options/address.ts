@@ -4,6 +4,9 @@ import { MemferryError } from '../errors.js';
 
 /** `host:port` or `[v6]:port`; throws INVALID_ARGUMENT. */
 export function parseAddress(text: string): { host: string; port: number } {
+  if (typeof text !== 'string') {
+    throw new MemferryError('INVALID_ARGUMENT', 'an address is missing; write HOST:PORT or [V6]:PORT');
+  }
   const match = /^(?:\[([^\]]+)\]|([^:[\]]+)):(\d{1,5})$/.exec(text);
   const port = Number(match?.[3]);
   const host = match?.[1] ?? match?.[2];

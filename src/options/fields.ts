@@ -11,7 +11,7 @@ export const milliseconds = z
 export const label = z.string().min(1).max(64);
 /** With a buffer of any kind, as Buffers have: the constructor's own type says less. */
 export const uint8Array = z.instanceof<new () => Uint8Array>(Uint8Array);
-const secret = z.union([uint8Array, z.string().min(1)]);
+const secret = z.union([uint8Array, z.string().min(1)], 'expected bytes or a text');
 
 /** True where both are the same type: what users read of an interface is what its schema takes. */
 export type Same<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
@@ -63,6 +63,10 @@ export const dedupSchema = z.strictObject({
   secretFile: z.string().min(1).optional(),
 });
 true satisfies Same<z.input<typeof dedupSchema>, DedupOptions>;
+export const dedupChoice = z.union(
+  [z.boolean(), dedupSchema],
+  'expected true, false or { domain, secret, secretFile }, the domain of 1 to 256 characters',
+);
 
 /** Throws INVALID_ARGUMENT, naming the field. */
 export function parse<T extends z.ZodType>(schema: T, value: unknown, what: string): z.output<T> {

@@ -8,7 +8,7 @@ import {
   type ConnectionOptions,
   connectionShape,
   type DedupOptions,
-  dedupSchema,
+  dedupChoice,
   milliseconds,
   parse,
   type Same,
@@ -87,7 +87,7 @@ const listenSchema = z.strictObject({
   gatherLimit: bytes.default(0),
   grantTimeoutMs: milliseconds.default(20_000),
   base: z.strictObject({ parked: ticketSchema, anySource: z.boolean().default(false) }).optional(),
-  dedup: z.union([z.boolean(), dedupSchema]).default(false),
+  dedup: dedupChoice.default(false),
   share: z.string().min(1).optional(),
 });
 true satisfies Same<z.input<typeof listenSchema>, Omit<ListenOptions, 'accept'>>;
@@ -95,7 +95,7 @@ true satisfies Same<z.input<typeof listenSchema>, Omit<ListenOptions, 'accept'>>
 export type ResolvedListenOptions = z.output<typeof listenSchema> & Pick<ListenOptions, 'accept'>;
 
 export function resolveListenOptions(options: ListenOptions): ResolvedListenOptions {
-  const { accept, ...rest } = options;
+  const { accept, ...rest } = options ?? {};
   if (accept !== undefined && typeof accept !== 'function') {
     throw new MemferryError('INVALID_ARGUMENT', 'listen.accept: must be a function');
   }

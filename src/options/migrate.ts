@@ -8,7 +8,7 @@ import {
   type ConnectionOptions,
   connectionShape,
   type DedupOptions,
-  dedupSchema,
+  dedupChoice,
   milliseconds,
   parse,
   type Same,
@@ -170,10 +170,13 @@ export interface MigrateOptions extends ConnectionOptions {
 
 export const migrateSchema = z.strictObject({
   ...connectionShape,
-  to: z.union([
-    z.string().min(1),
-    z.strictObject({ host: z.string().min(1), port: z.number().int().min(1).max(65535) }),
-  ]),
+  to: z.union(
+    [
+      z.string().min(1),
+      z.strictObject({ host: z.string().min(1), port: z.number().int().min(1).max(65535) }),
+    ],
+    "expected 'HOST:PORT', '[V6]:PORT' or { host, port } with a port of 1 to 65535",
+  ),
   mode: z.enum(modes).default('hybrid'),
   signal: z.instanceof(AbortSignal).optional(),
   channels: z.number().int().min(1).max(16).default(2),
@@ -192,15 +195,15 @@ export const migrateSchema = z.strictObject({
   replayLog: uint8Array.optional(),
   keepStaleCopy: z.strictObject({ directory: z.string().min(1), maxBytes: bytes }).optional(),
   via: z.array(z.string().min(1)).max(250).readonly().default([]),
-  discover: z.union([z.boolean(), z.string().min(1)]).default(false),
-  replicas: z.union([z.literal(1), z.literal(2)]).default(1),
+  discover: z.union([z.boolean(), z.string().min(1)], "expected true, false or 'GROUP:PORT'").default(false),
+  replicas: z.literal([1, 2], 'expected 1 or 2').default(1),
   onCapacity: z.enum(['fail', 'direct']).default('fail'),
   rack: z.string().max(64).nullable().default(null),
   destinationRack: z.string().max(64).nullable().default(null),
   linkBytesPerSecond: z.number().positive().nullable().default(null),
   stallTimeoutMs: milliseconds.default(3_000),
   leaseMs: milliseconds.default(60_000),
-  dedup: z.union([z.boolean(), dedupSchema]).default(false),
+  dedup: dedupChoice.default(false),
   releaseAsEvicted: z.boolean().default(false),
   gatherTimeoutMs: milliseconds.default(600_000),
   holdSwitchover: z.boolean().default(false),
@@ -245,9 +248,16 @@ function checkBase({ replayLog, keepStaleCopy, releaseAsEvicted }: z.output<type
   }
 }
 
+/** Port 0 is for whoever listens, and takes any. */
+function destinationOf(text: string): { host: string; port: number } {
+  const to = parseAddress(text);
+  if (to.port > 0) return to;
+  throw new MemferryError('INVALID_ARGUMENT', `migrate.to: '${text}' has no port to dial (1 to 65535)`);
+}
+
 export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
   const parsed = parse(migrateSchema, options, 'migrate');
   checkStall(parsed, 'migrate');
   checkBase(parsed);
-  return { ...parsed, to: typeof parsed.to === 'string' ? parseAddress(parsed.to) : parsed.to };
+  return { ...parsed, to: typeof parsed.to === 'string' ? destinationOf(parsed.to) : parsed.to };
 }

@@ -61,10 +61,13 @@ const unparkSchema = z.strictObject({
   verify: z.boolean().default(true),
   gatherLimit: bytes.default(0),
   base: z
-    .union([
-      z.strictObject({ directory: path, anySource: z.boolean().default(false) }),
-      z.strictObject({ images: baseImages }),
-    ])
+    .union(
+      [
+        z.strictObject({ directory: path, anySource: z.boolean().default(false) }),
+        z.strictObject({ images: baseImages }),
+      ],
+      'expected { directory } of bases in files, or { images } with at least one region',
+    )
     .optional(),
   maxStateBytes: bytes.default(64 * 2 ** 20),
   connectTimeoutMs: milliseconds.default(5_000),
@@ -76,6 +79,6 @@ true satisfies Same<z.input<typeof unparkSchema>, Omit<UnparkOptions, 'accept'>>
 export type ResolvedUnparkOptions = z.output<typeof unparkSchema> & Pick<ListenOptions, 'accept'>;
 
 export function resolveUnparkOptions(options: UnparkOptions): ResolvedUnparkOptions {
-  const { accept, ...rest } = options;
+  const { accept, ...rest } = options ?? {};
   return { ...parse(unparkSchema, rest, 'unpark'), ...(accept ? { accept } : {}) };
 }

@@ -3,7 +3,7 @@
  * thread; asking, fetching and keeping are a native one's.
  */
 import { loadAddon } from '../addon.js';
-import { native } from '../errors.js';
+import { MemferryError, native } from '../errors.js';
 import type { NativeShare, NativeSpreader } from '../native.js';
 import { type DistributeOptions, resolveDistributeOptions } from '../options.js';
 import { throwIfCancelled } from '../protocol/bounded.js';
@@ -42,9 +42,14 @@ export interface Distribution extends AsyncDisposable {
  * @throws INVALID_ARGUMENT, AUTH_FAILED (secret files)
  */
 export async function distribute(
-  share: { readonly native: NativeShare },
+  share: { readonly native: NativeShare; readonly closed?: boolean },
   options: DistributeOptions,
 ): Promise<Distribution> {
+  if (!share?.native || share.closed)
+    throw new MemferryError(
+      'INVALID_ARGUMENT',
+      'distribute: no share, or the share is closed; open one first',
+    );
   const resolved = resolveDistributeOptions(options);
   const keys = await directoryKeys(resolved);
   throwIfCancelled(resolved.signal);

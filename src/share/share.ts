@@ -9,7 +9,7 @@
 import { lstatSync, mkdirSync, rmSync } from 'node:fs';
 import { loadAddon } from '../addon.js';
 import { loadSecret } from '../control/secret.js';
-import { MemferryError, native } from '../errors.js';
+import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeShare, NativeShareFill, NativeShareStats } from '../native.js';
 import { type ResolvedShareOptions, resolveShareOptions, type ShareOptions } from '../options.js';
 import { domainKey } from '../source/dedup-domain.js';
@@ -62,7 +62,7 @@ export class Share implements AsyncDisposable {
 
   /**
    * Puts in the pages of a file, all with one score; pages of zeros are left out. For base images (`saveBase` writes
-   * them, a file a region) or any raw memory. Rejects with SYSTEM.
+   * them, a file a region) or any raw memory. Rejects with SYSTEM; INVALID_ARGUMENT, also of a share that is closed.
    */
   async fill(
     file: string,
@@ -72,7 +72,8 @@ export class Share implements AsyncDisposable {
       lengthBytes = 0,
     }: { score?: number; offsetBytes?: number; lengthBytes?: number } = {},
   ): Promise<ShareFill> {
-    return this.native.fill(file, offsetBytes, lengthBytes, score);
+    this.#mustBeOpen('fill');
+    return nativeAsync(() => this.native.fill(file, offsetBytes, lengthBytes, score));
   }
 
   /** A smaller one takes effect at once: what is worth least leaves, and its memory is given back. */
@@ -80,12 +81,18 @@ export class Share implements AsyncDisposable {
     if (!Number.isSafeInteger(bytes) || bytes < 0) {
       throw new MemferryError('INVALID_ARGUMENT', 'share.setBudget: not a number of bytes');
     }
-    await this.native.setBudget(bytes);
+    this.#mustBeOpen('setBudget');
+    await nativeAsync(() => this.native.setBudget(bytes));
   }
 
-  /** As they are now. */
+  /** As they are now. @throws INVALID_ARGUMENT when it is closed */
   stats(): ShareStats {
-    return this.native.stats();
+    this.#mustBeOpen('stats');
+    return native(() => this.native.stats());
+  }
+
+  get closed(): boolean {
+    return this.#closed;
   }
 
   /** Lets the next writer in. The file stays for those who read it, unless `discard` takes it away. */
@@ -93,12 +100,17 @@ export class Share implements AsyncDisposable {
     if (this.#closed) return;
     this.#closed = true;
     clearInterval(this.#verifying);
-    if (discard) rmSync(this.path, { force: true });
+    if (discard) native(() => rmSync(this.path, { force: true }));
     this.native.close();
   }
 
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
+  }
+
+  #mustBeOpen(call: string): void {
+    if (!this.#closed) return;
+    throw new MemferryError('INVALID_ARGUMENT', `share.${call}: the share is closed; open it again`);
   }
 }
 
@@ -114,8 +126,10 @@ async function keyOf({ dedup, secret, secretFile }: ResolvedShareOptions): Promi
 /** For this user alone: nobody else may say what lies there, or see how much. */
 function makeDirectory(): void {
   const directory = shareDirectory();
-  mkdirSync(directory, { recursive: true, mode: 0o700 });
-  const found = lstatSync(directory);
+  const found = native(() => {
+    mkdirSync(directory, { recursive: true, mode: 0o700 });
+    return lstatSync(directory);
+  });
   if (!found.isDirectory() || found.uid !== process.geteuid?.() || (found.mode & 0o077) !== 0) {
     throw new MemferryError('SYSTEM', `${directory}: not a directory of this user's alone (mode 0700)`);
   }

@@ -5,7 +5,9 @@
  * the link's, each round is shorter than the last (geometrically, Clark et al. 2005, section 2.1), until the
  * rest is the writable working set, which no further round makes smaller. That is what `not-shrinking` notices.
  */
+import { z } from 'zod';
 import type { NonConvergence } from '../options.js';
+import { parse } from '../options/fields.js';
 
 /** One finished round. */
 export interface RoundSample {
@@ -63,11 +65,31 @@ const DESCENT_RATIO = 0.75;
 /** The throughput is averaged over the last rounds: the first is often slower (cold caches, slow start). */
 const THROUGHPUT_ROUNDS = 3;
 
+const amount = z.number().nonnegative();
+const inputSchema = z.object({
+  history: z.array(
+    z.object({
+      pagesSent: amount,
+      pagesDeduplicated: amount,
+      bytes: amount,
+      durationMs: amount,
+      dirtyPagesAfter: amount,
+    }),
+  ),
+  pageSize: z.number().positive(),
+  downtimeLimitMs: amount,
+  maxRounds: amount,
+  throughputBytesPerSecond: amount.nullish(),
+  fixedDowntimeMs: amount.optional(),
+});
+
 /**
  * Whether pre-copy makes another round, switches over or gives up. Pure, for simulations and glue; a migration uses
  * the same.
+ * @throws INVALID_ARGUMENT
  */
 export function decideRound(input: ConvergenceInput): ConvergenceDecision {
+  parse(inputSchema, input, 'decideRound');
   const { history, pageSize, downtimeLimitMs, maxRounds, fixedDowntimeMs = 0 } = input;
   const throughputBytesPerSecond = input.throughputBytesPerSecond ?? throughputOf(history, pageSize);
   const last = history.at(-1);

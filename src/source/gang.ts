@@ -2,6 +2,7 @@
  * A gang: several guests leave a source at once, to one destination or several, through one VMD. Each is a
  * migration of its own with a commit of its own; what they share are the servers and the link. JavaScript thread.
  */
+import { checkOptions } from '../check-options.js';
 import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { MigrateOptions } from '../options.js';
@@ -36,7 +37,10 @@ export interface GangReport extends GangEviction {
 export interface Gang {
   /** In the order of the members. */
   readonly migrations: readonly Migration[];
-  /** Every guest is evicted. Rejects with the first failure; the others go on, each with its own outcome. */
+  /**
+   * Every guest is evicted. Rejects with the first failure, which names its guest (in `facts.guest` too); the others go
+   * on, each with its own outcome.
+   */
   readonly evicted: Promise<GangEviction>;
   /** Every guest has arrived whole. Rejects with the first failure, as `evicted`. */
   readonly done: Promise<GangReport>;
@@ -44,11 +48,19 @@ export interface Gang {
 
 /** Starts all of them at once. @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED; then none was started */
 export function migrateGang(members: readonly GangMember[]): Gang {
-  if (members.length === 0) throw new MemferryError('INVALID_ARGUMENT', 'a gang has at least one guest');
+  if (!Array.isArray(members) || members.length === 0)
+    throw new MemferryError('INVALID_ARGUMENT', 'a gang is a list of at least one { guest, options }');
   const started = performance.now();
   const migrations: Migration[] = [];
   try {
-    for (const { guest, options } of members) migrations.push(migrate(guest, options));
+    for (const [index, member] of members.entries()) {
+      checkOptions(member, `migrateGang[${index}]`, ['guest', 'options']);
+      try {
+        migrations.push(migrate(member.guest, member.options));
+      } catch (error) {
+        throw named(error, member.guest, index);
+      }
+    }
   } catch (error) {
     for (const migration of migrations) {
       migration.evicted.catch(() => {});
@@ -57,11 +69,19 @@ export function migrateGang(members: readonly GangMember[]): Gang {
     }
     throw error;
   }
-  const evicted = Promise.all(migrations.map((migration) => migration.evicted)).then((guests) => ({
+  const each = <T>(of: (migration: Migration) => Promise<T>) =>
+    Promise.all(
+      migrations.map((migration, index) =>
+        of(migration).catch((error) => {
+          throw named(error, members[index]?.guest, index);
+        }),
+      ),
+    );
+  const evicted = each((migration) => migration.evicted).then((guests) => ({
     evictionMs: performance.now() - started,
     guests,
   }));
-  const done = Promise.all(migrations.map((migration) => migration.done)).then(async (guests) => ({
+  const done = each((migration) => migration.done).then(async (guests) => ({
     totalMs: performance.now() - started,
     evictionMs: (await evicted).evictionMs,
     guests,
@@ -70,4 +90,14 @@ export function migrateGang(members: readonly GangMember[]): Gang {
   evicted.catch(() => {});
   done.catch(() => {});
   return { migrations, evicted, done };
+}
+
+/** As it was, with whose it is. */
+function named(error: unknown, guest: Guest | undefined, index: number): unknown {
+  if (!(error instanceof MemferryError)) return error;
+  const name = typeof guest?.name === 'string' ? guest.name : `number ${index}`;
+  return new MemferryError(error.code, `guest '${name}': ${error.message}`, {
+    cause: error,
+    facts: { ...error.facts, guest: name },
+  });
 }

@@ -6,6 +6,7 @@ import { EventEmitter } from 'node:events';
 import { serialize } from 'node:v8';
 import type { ResourceLimits } from 'node:worker_threads';
 
+import { checkOptions } from '../check-options.js';
 import { memferryError } from '../errors.js';
 import type { Guest, GuestModule, GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
@@ -106,17 +107,15 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     this.#pauseTimeoutMs = parts.pauseTimeoutMs;
   }
 
-  /** Starts a guest's first life. Rejects with what its module threw. */
+  /** Starts a guest's first life. Rejects with what its module threw, or INVALID_ARGUMENT. */
   static async start(options: WorkerGuestOptions): Promise<WorkerGuest> {
+    checkStart(options);
     const { data = null, workers = 1, sharedHeapBytes = 0, pauseTimeoutMs = 5000 } = options;
     const name = options.name ?? options.module.name;
-    if (name.length === 0 || name.length > 64) {
-      throw memferryError('INVALID_ARGUMENT', 'a guest has a name of 1 to 64 characters');
-    }
     if (!Number.isInteger(workers) || workers < 1 || workers > 64) {
       throw memferryError('INVALID_ARGUMENT', `a guest has 1 to 64 workers, not ${workers}`);
     }
-    const url = new URL(options.module.url);
+    const url = moduleUrl(options.module.url);
     const module = {
       name: options.module.name,
       sha256: await sha256OfModule(url),
@@ -207,7 +206,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
 
   /**
    * Asks the guest. Rejects with GUEST_MOVED when the guest left before it began, GUEST_REQUEST_FAILED with
-   * what its `handle` threw, GUEST_LOST when it ended.
+   * what its `handle` threw, GUEST_LOST when it ended, INVALID_ARGUMENT when `value` cannot be cloned.
    */
   async request(value: unknown, options: { worker?: number } = {}): Promise<unknown> {
     const link = this.#links[options.worker ?? 0];
@@ -390,6 +389,37 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       const pages = lengthBytes / region.pageSize;
       if (region.native.pages() < pages) region.native.grow(pages);
       if (region.lengthBytes < lengthBytes) throw memferryError('PAUSE_FAILED', `region ${name} fell behind`);
+    });
+  }
+}
+
+const starting = [
+  'name',
+  'module',
+  'data',
+  'workers',
+  'sharedHeapBytes',
+  'sharedMemory',
+  'pauseTimeoutMs',
+  'resourceLimits',
+];
+
+function checkStart(options: WorkerGuestOptions): void {
+  checkOptions(options, 'WorkerGuest.start', starting);
+  checkOptions(options.module, 'WorkerGuest.start: module', ['name', 'url']);
+  const names = { 'a guest': options.name ?? options.module.name, "a guest's module": options.module.name };
+  for (const [what, name] of Object.entries(names)) {
+    if (typeof name === 'string' && name.length > 0 && name.length <= 64) continue;
+    throw memferryError('INVALID_ARGUMENT', `${what} has a name of 1 to 64 characters`);
+  }
+}
+
+function moduleUrl(url: URL | string): URL {
+  try {
+    return new URL(url);
+  } catch (cause) {
+    throw memferryError('INVALID_ARGUMENT', `WorkerGuest.start: module.url is no URL: ${String(url)}`, {
+      cause,
     });
   }
 }

@@ -80,18 +80,23 @@ export class WorkerLink {
     }
     const { port1, port2 } = new MessageChannel();
     this.#port = port1;
-    this.#worker = new Worker(new URL('./bootstrap.js', import.meta.url), {
-      name: boot.name.slice(0, 15),
-      workerData: {
-        memferry: {
-          ...boot,
-          port: port2,
-          control: this.#control,
-        } satisfies BootData,
-      },
-      transferList: [port2],
-      ...(resourceLimits ? { resourceLimits } : {}),
-    });
+    try {
+      this.#worker = new Worker(new URL('./bootstrap.js', import.meta.url), {
+        name: boot.name.slice(0, 15),
+        workerData: {
+          memferry: {
+            ...boot,
+            port: port2,
+            control: this.#control,
+          } satisfies BootData,
+        },
+        transferList: [port2],
+        ...(resourceLimits ? { resourceLimits } : {}),
+      });
+    } catch (cause) {
+      port1.close();
+      throw uncloneable("the guest's data", cause);
+    }
     this.#port.on('message', (message: FromWorker) => this.#receive(message));
     this.#worker.on('error', (error) => this.#ended(error));
     this.#worker.on('exit', (code) => this.#ended(new Error(`its worker ended with exit code ${code}`)));
@@ -234,8 +239,8 @@ export class WorkerLink {
     try {
       this.#post({ type: 'request', id, value: request.value });
       this.#inFlight.set(id, request);
-    } catch (error) {
-      request.reject(error);
+    } catch (cause) {
+      request.reject(uncloneable('a request', cause));
     }
   }
 
@@ -327,4 +332,14 @@ export class WorkerLink {
     this.#port.close();
     if (unexpected && first && !this.#stopping) this.#events.ended(error);
   }
+}
+
+/** Other errors pass unchanged. */
+function uncloneable(what: string, cause: unknown): unknown {
+  if (Object(cause).name !== 'DataCloneError') return cause;
+  return memferryError(
+    'INVALID_ARGUMENT',
+    `${what} goes to the worker as a structured clone, and this cannot: ${(cause as Error).message}`,
+    { cause },
+  );
 }

@@ -1,0 +1,18 @@
+/** The shape of options that have no schema. Pure. */
+import { memferryError } from './errors.js';
+
+/**
+ * That they are an object, with no other keys than these: a misspelt option would be one that is not set.
+ * @throws INVALID_ARGUMENT
+ */
+export function checkOptions(options: unknown, what: string, keys: readonly string[]): void {
+  if (typeof options !== 'object' || options === null || Array.isArray(options)) {
+    throw memferryError('INVALID_ARGUMENT', `${what}: expected an object with ${keys.join(', ')}`);
+  }
+  const unknown = Object.keys(options).filter((key) => !keys.includes(key));
+  if (unknown.length === 0) return;
+  throw memferryError(
+    'INVALID_ARGUMENT',
+    `${what}: unknown option '${unknown.join("', '")}'; there are ${keys.join(', ')}`,
+  );
+}
