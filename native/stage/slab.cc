@@ -17,6 +17,11 @@ constexpr std::size_t kBatch = 512;
 // Taken in one system call, which a signal or the end of the process can end.
 constexpr std::uint64_t kPreallocatedAtOnce = 64ULL << 20;
 
+// Zeros, there once they are written: a server of terabytes starts at once.
+Mapping table(std::uint64_t bytes) {
+  return Mapping::anonymous(bytes, PROT_READ | PROT_WRITE, MAP_NORESERVE);
+}
+
 }  // namespace
 
 Slab::Slab(std::uint64_t bytes, std::uint64_t slot_bytes)
@@ -24,14 +29,14 @@ Slab::Slab(std::uint64_t bytes, std::uint64_t slot_bytes)
       slots_(bytes / slot_bytes),
       // Not reserved: memory is there once it is written, as far as the system has it then.
       mapping_(Mapping::anonymous(std::max<std::uint64_t>(slots_, 1) * slot_bytes, PROT_READ | PROT_WRITE,
-                                  MAP_NORESERVE)) {
+                                  MAP_NORESERVE)),
+      counts_(table(std::max<std::uint64_t>(slots_, 1) * sizeof(std::uint32_t))),
+      domains_(table(std::max<std::uint64_t>(slots_, 1) * sizeof(std::uint16_t))) {
   if (slots_ == 0 || slots_ > kMostSlots) throw std::invalid_argument("a slab of so many slots");
   // Receiving into fresh memory was two to four times as fast with huge pages, giving it back three times; where the
   // system has none it is as before. A part of one that is given back counts as ours no longer, and is the system's
   // once it needs it.
   (void)::madvise(mapping_.data(), mapping_.size(), MADV_HUGEPAGE);
-  counts_ = std::make_unique<std::atomic<std::uint32_t>[]>(static_cast<std::size_t>(slots_));
-  domains_ = std::make_unique<std::atomic<std::uint16_t>[]>(static_cast<std::size_t>(slots_));
   next_ = std::make_unique_for_overwrite<Slot[]>(static_cast<std::size_t>(slots_));
 }
 
@@ -66,7 +71,7 @@ Slab::Slot Slab::pop(Stack& stack) {
 }
 
 void Slab::give_out(Slot slot, std::vector<Slot>& slots) {
-  counts_[slot].store(1, std::memory_order_relaxed);
+  counts_of(slot).store(1, std::memory_order_relaxed);
   slots.push_back(slot);
 }
 
@@ -130,38 +135,38 @@ bool Slab::take_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
 
 void Slab::pin(Slot slot) {
   // From 0 the slot would be somebody else's already. Who shares stays far below what readers have left.
-  const std::uint32_t before = counts_[slot].fetch_add(1, std::memory_order_relaxed) & ~kSettled;
+  const std::uint32_t before = counts_of(slot).fetch_add(1, std::memory_order_relaxed) & ~kSettled;
   if (before == 0 || before >= kSettled - 1) std::abort();
 }
 
 void Slab::settle(std::span<const Slot> slots, std::uint16_t domain) {
   for (const Slot slot : slots) {
-    domains_[slot].store(domain, std::memory_order_relaxed);
+    domain_of(slot).store(domain, std::memory_order_relaxed);
     // Releases that, and what was written into the slot, to whoever shares it.
-    counts_[slot].fetch_or(kSettled, std::memory_order_release);
+    counts_of(slot).fetch_or(kSettled, std::memory_order_release);
   }
 }
 
 bool Slab::share(Slot slot, std::uint16_t domain) {
   if (slot >= slots_) return false;
-  std::uint32_t seen = counts_[slot].load(std::memory_order_relaxed);
+  std::uint32_t seen = counts_of(slot).load(std::memory_order_relaxed);
   do {
     const std::uint32_t counts = seen & ~kSettled;
     if ((seen & kSettled) == 0 || counts == 0 || counts >= kMostCounts) return false;
-  } while (!counts_[slot].compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
-                                                std::memory_order_relaxed));
+  } while (!counts_of(slot).compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
+                                                  std::memory_order_relaxed));
   // Settled and counted, so it is one domain's for as long as we have it.
-  if (domains_[slot].load(std::memory_order_relaxed) == domain) return true;
+  if (domain_of(slot).load(std::memory_order_relaxed) == domain) return true;
   release(std::span(&slot, 1));
   return false;
 }
 
 bool Slab::let_go(Slot slot) {
-  const std::uint32_t before = counts_[slot].fetch_sub(1, std::memory_order_acq_rel) & ~kSettled;
+  const std::uint32_t before = counts_of(slot).fetch_sub(1, std::memory_order_acq_rel) & ~kSettled;
   if (before == 0) std::abort();
   if (before > 1) return false;
   // Nobody shares what has no count, so nobody changes it any more.
-  counts_[slot].store(0, std::memory_order_release);
+  counts_of(slot).store(0, std::memory_order_release);
   return true;
 }
 

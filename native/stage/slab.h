@@ -81,6 +81,12 @@ class Slab {
     std::uint64_t size = 0;
   };
   static constexpr std::uint32_t kSettled = 1U << 31;
+  [[nodiscard]] std::atomic_ref<std::uint32_t> counts_of(Slot slot) const {
+    return std::atomic_ref(reinterpret_cast<std::uint32_t*>(counts_.data())[slot]);
+  }
+  [[nodiscard]] std::atomic_ref<std::uint16_t> domain_of(Slot slot) const {
+    return std::atomic_ref(reinterpret_cast<std::uint16_t*>(domains_.data())[slot]);
+  }
   // Takes one count away; true when it was the last.
   bool let_go(Slot slot);
   void push(Stack& stack, Slot slot);
@@ -93,12 +99,11 @@ class Slab {
   const std::uint64_t slot_bytes_;
   const std::uint64_t slots_;
   Mapping mapping_;
+  Mapping counts_;   // and kSettled
+  Mapping domains_;  // of settled slots
   std::atomic<bool> preallocated_{false};
   std::function<void(std::uint64_t)> relief_;
-  // Counts, and kSettled.
-  std::unique_ptr<std::atomic<std::uint32_t>[]> counts_;
-  std::unique_ptr<std::atomic<std::uint16_t>[]> domains_;  // of settled slots
-  mutable std::mutex mutex_;                               // guards what follows
+  mutable std::mutex mutex_;  // guards what follows
   std::unique_ptr<Slot[]> next_;
   Stack warm_;
   Stack cold_;

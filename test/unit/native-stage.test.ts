@@ -68,6 +68,15 @@ function ended(socket: net.Socket): Promise<void> {
 }
 
 describe('NativeStage', () => {
+  it('touches next to nothing of a large memory at its start', () => {
+    const before = process.memoryUsage.rss();
+    const stage = addon.createStage({ memoryBytes: 2 ** 40, bandwidth: 0 });
+    closing.push(stage);
+    // The counts of its slots alone are 1.5 GiB.
+    expect(process.memoryUsage.rss() - before).toBeLessThan(256 * 2 ** 20);
+    expect(stage.createImage(image, [1024], 0, null)).toBe(true);
+  });
+
   it('keeps images, sessions and states', async () => {
     const stage = makeStage();
     expect(stage.createImage(image, [1024, 10], 2, null)).toBe(true);
