@@ -77,6 +77,7 @@ class ReceiverHandle : public Napi::ObjectWrap<ReceiverHandle>, public Engine {
   Napi::Value paging(const Napi::CallbackInfo& info);
   Napi::Value stats(const Napi::CallbackInfo& info);
   Napi::Value missing(const Napi::CallbackInfo& info);
+  Napi::Value reach(const Napi::CallbackInfo& info);
   Napi::Value digest(const Napi::CallbackInfo& info);
   Napi::Value acknowledge_loss(const Napi::CallbackInfo& info);
   Napi::Value base_sampled(const Napi::CallbackInfo& info);

@@ -98,6 +98,7 @@ void ReceiverHandle::define(Napi::Env env) {
                       InstanceMethod<&ReceiverHandle::paging>("paging"),
                       InstanceMethod<&ReceiverHandle::stats>("stats"),
                       InstanceMethod<&ReceiverHandle::missing>("missing"),
+                      InstanceMethod<&ReceiverHandle::reach>("reach"),
                       InstanceMethod<&ReceiverHandle::digest>("digest"),
                       InstanceMethod<&ReceiverHandle::acknowledge_loss>("acknowledgeLoss"),
                       InstanceMethod<&ReceiverHandle::base_sampled>("baseSampled"),
@@ -183,6 +184,19 @@ Napi::Value ReceiverHandle::missing(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const std::uint64_t max_runs = std::min(count_of(info[0], "maxRuns"), kMaxMissingRuns);
     return run_objects(info.Env(), receiver().missing(static_cast<std::size_t>(max_runs)));
+  });
+}
+
+Napi::Value ReceiverHandle::reach(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const Napi::Array flags = array_of(info[0], "away");
+    std::vector<bool> away(flags.Length());
+    for (std::uint32_t i = 0; i < flags.Length(); ++i) away[i] = flag_of(flags.Get(i), "away");
+    const Gather::Reach reach = receiver().reach(away);
+    Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("away", number(info.Env(), reach.away));
+    object.Set("unknown", number(info.Env(), reach.unknown));
+    return object;
   });
 }
 

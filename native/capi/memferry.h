@@ -517,9 +517,8 @@ struct memferry_vmd_options {
  *   claim - serve - (prepare the guest: everything that can fail) - grant - (it runs here) - wait - close
  *
  * `ticket`: JSON, as `memferry park`, park() and memferry_park_ticket() give it. Nobody else can have the guest from here
- * on, unless this is closed before it was granted. VMD_REFUSED: somebody has it. Servers that are away and have pages of
- * which there is no other copy are waited for before that, for recover_timeout_ms; then their error is given, and the guest
- * stays parked.
+ * on, unless this is closed before it was granted. VMD_REFUSED: somebody has it. Servers that are away are waited for before
+ * that, for connect_timeout_ms.
  */
 MEMFERRY_API int memferry_image_claim(const struct memferry_vmd_options* options, const char* ticket,
                                       memferry_image** image, struct memferry_error* error);
@@ -536,7 +535,8 @@ MEMFERRY_API int memferry_image_serve(memferry_image* image, memferry_region* co
                                       struct memferry_error* error);
 /*
  * The commit. MEMFERRY_OK: the guest is the caller's, and runs nowhere else. MIGRATION_IN_DOUBT: nobody knows, and it
- * must not run here.
+ * must not run here. CONNECT_FAILED, PEER_LOST, VMD_LOST: a server is away that has pages which no other has, and the guest
+ * stays parked (with_losses).
  */
 MEMFERRY_API int memferry_image_grant(memferry_image* image, struct memferry_error* error);
 /*

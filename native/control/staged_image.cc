@@ -85,28 +85,35 @@ void StagedImage::open(const std::vector<OfferedServer>& servers, Required requi
   }
 }
 
-void StagedImage::until_whole(std::size_t copies, std::chrono::milliseconds patience) {
+void StagedImage::open_missing(std::size_t copies, std::chrono::milliseconds patience) {
   const Clock::time_point until = Clock::now() + patience;
+  const auto may_come = [](const Member& member) {
+    return !member.opened && !(member.cause && member.cause->code == "VMD_LOST");
+  };
   for (;;) {
-    const Member* missing = nullptr;
-    std::size_t away = 0;
-    std::size_t lost = 0;
-    for (const Member& member : members_) {
-      if (member.opened) continue;
-      ++away;
-      const bool for_good = member.cause && member.cause->code == "VMD_LOST";
-      lost += for_good ? 1 : 0;
-      if (missing == nullptr || for_good) missing = &member;
-    }
-    if (away < copies || missing == nullptr) return;
-    const bool cancelled = options_.cancelled && options_.cancelled();
-    if (lost >= copies || cancelled || Clock::now() > until)
-      throw Failure(missing->cause.value_or(Cause{"CONNECT_FAILED", "a VMD server is away"}));
+    const std::vector<bool> away = missing();
+    if (static_cast<std::size_t>(std::ranges::count(away, true)) < copies) return;
+    if (!std::ranges::any_of(members_, may_come) || Clock::now() > until) return;
+    if (options_.cancelled && options_.cancelled()) return;
     std::this_thread::sleep_for(kAskAgain);
-    at_all(0, [this](Member& member, std::size_t ordinal) {
-      if (!member.opened) try_to_open(member, ordinal);
+    at_all(0, [&](Member& member, std::size_t ordinal) {
+      if (may_come(member)) try_to_open(member, ordinal);
     });
   }
+}
+
+std::vector<bool> StagedImage::missing() const {
+  std::vector<bool> missing;
+  missing.reserve(members_.size());
+  for (const Member& member : members_) missing.push_back(!member.opened);
+  return missing;
+}
+
+Failure StagedImage::why_missing() const {
+  for (const Member& member : members_) {
+    if (!member.opened && member.cause) return Failure(*member.cause);
+  }
+  return {"CONNECT_FAILED", "a VMD server is away"};
 }
 
 void StagedImage::try_to_open(Member& member, std::size_t ordinal) const {

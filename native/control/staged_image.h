@@ -52,9 +52,13 @@ class StagedImage {
   // Throws Failure: the first required server that cannot be reached, or has lost the image, and PROTOCOL_ERROR for a
   // server whose place in the list is another.
   void open(const std::vector<OfferedServer>& servers, Required required);
-  // Opens it where that has failed, again and again, until every page is at a server that is there, of the so many that have
-  // it. Throws Failure: a server that is missing when the bound is reached, or that has lost the image.
-  void until_whole(std::size_t copies, std::chrono::milliseconds patience);
+  // Opens it where that has failed, again and again, until fewer servers are missing than have a copy of each page, or the
+  // bound is reached.
+  void open_missing(std::size_t copies, std::chrono::milliseconds patience);
+  // By ordinal, whether it could not be opened there.
+  [[nodiscard]] std::vector<bool> missing() const;
+  // Why not, of the first of them.
+  [[nodiscard]] Failure why_missing() const;
 
   // A parked guest's image at every one of these servers, in this order, or at none: throws Failure, the first server's that
   // refuses.

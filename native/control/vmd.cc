@@ -14,6 +14,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kAskAgain{250};
+// Until the servers have told where pages are.
+constexpr std::chrono::milliseconds kAskReach{20};
 
 // Of an image that home has told of. Home is where it was found, whatever its maker called it.
 std::vector<OfferedServer> servers_of(const Json& info, const VmdAddress& home) {
@@ -70,9 +72,8 @@ ParkedImage::ParkedImage(const std::string& ticket, VmdOptions options) : option
   const Json info = image_->look(home.host, home.port);
   digests_ = digests_of(info);
   image_->open(servers_of(info, home), StagedImage::Required::kHome);
-  // Once it is granted there is no way back: a server that is away now would be missed then.
   if (!options_.with_losses)
-    image_->until_whole(Fields(info, "info").count("replicas", 1, 2), options_.recover_timeout);
+    image_->open_missing(Fields(info, "info").count("replicas", 1, 2), options_.connect_timeout);
 
   Bytes claimant(16);
   fill_random(claimant);
@@ -131,9 +132,28 @@ Receiver& ParkedImage::receiver() const {
   return *receiver_;
 }
 
+// Once it is granted there is no way back, and a page that only a server has that is away would be missed. One that had
+// nothing any more, since it was away as the guest was parked, is not.
+void ParkedImage::require_within_reach() const {
+  const std::vector<bool> away = image_->missing();
+  if (options_.with_losses || !receiver_ || std::ranges::count(away, true) == 0) return;
+  const Clock::time_point until = Clock::now() + options_.recover_timeout;
+  for (;;) {
+    const Gather::Reach reach = receiver_->reach(away);
+    if (reach.away == 0 && reach.unknown == 0) return;
+    if (reach.away > 0 || Clock::now() > until) {
+      const Failure why = image_->why_missing();
+      throw Failure(why.code(), std::string(why.what()) + "; " + std::to_string(reach.away) +
+                                    " pages are there and nowhere else");
+    }
+    std::this_thread::sleep_for(kAskReach);
+  }
+}
+
 // Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant.
 void ParkedImage::grant() {
   if (granted_) return;
+  require_within_reach();
   const Clock::time_point until = Clock::now() + options_.in_doubt_timeout;
   for (;;) {
     try {

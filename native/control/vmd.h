@@ -27,8 +27,8 @@ struct VmdAddress {
 
 class ParkedImage {
  public:
-  // Claims the guest of a ticket; nobody else has it while this is there. Servers that are away and have pages that no other
-  // has are waited for before that, for the recover timeout. Throws Failure: VMD_REFUSED, VMD_LOST, CONNECT_FAILED, ...
+  // Claims the guest of a ticket; nobody else has it while this is there. Servers that are away are waited for before that,
+  // for the connect timeout. Throws Failure: VMD_REFUSED, VMD_LOST, ...
   ParkedImage(const std::string& ticket, VmdOptions options);
   ~ParkedImage();  // what was not granted goes back
   ParkedImage(const ParkedImage&) = delete;
@@ -40,6 +40,7 @@ class ParkedImage {
   void serve(const std::vector<std::shared_ptr<Region>>& regions, EngineCallback on_event);
   [[nodiscard]] Receiver& receiver() const;
   // The commit: from its return on the guest is the caller's. MIGRATION_IN_DOUBT: nobody knows; it does not run here.
+  // CONNECT_FAILED, PEER_LOST, VMD_LOST: a server is away that has pages which no other has; it was not asked for.
   void grant();
   [[nodiscard]] bool granted() const { return granted_; }
   // Every page is here and is what left the source: the image goes.
@@ -47,6 +48,7 @@ class ParkedImage {
 
  private:
   [[nodiscard]] Json claim_json() const;
+  void require_within_reach() const;
 
   const VmdOptions options_;
   wire::MigrationId id_{};

@@ -125,6 +125,12 @@ class Gather {
     std::string failed;
   };
   [[nodiscard]] std::vector<ServerStats> stats() const;
+  // Of the pages that are still to come, with these servers away (by ordinal).
+  struct Reach {
+    std::uint64_t away = 0;     // nobody else has them
+    std::uint64_t unknown = 0;  // nobody has said yet where they are
+  };
+  [[nodiscard]] Reach reach(const std::vector<bool>& away) const;
   [[nodiscard]] std::uint64_t memory_bytes() const;
   [[nodiscard]] GatherBase::Stats base_stats() const;
 

@@ -151,6 +151,31 @@ std::optional<RegionRun> Gather::first_uncovered() const {
   return std::nullopt;
 }
 
+Gather::Reach Gather::reach(const std::vector<bool>& away) const {
+  Reach reach;
+  const auto is_away = [&](std::uint8_t ordinal) {
+    return ordinal >= servers_.size() || (ordinal < away.size() && away[ordinal]);
+  };
+  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
+    const ArrivalMap& map = *maps_[region];
+    const PageNumber end{map.pages()};
+    for (PageNumber from{0};;) {
+      const auto run = map.received.next_clear(from, end, map.pages());
+      if (!run) break;
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        const Holders holders = where_[region]->holders(page);
+        if (holders.first == Holders::kNobody) {
+          reach.unknown += map.received.test(page) ? 0 : 1;
+        } else if (is_away(holders.first) && is_away(holders.second)) {
+          ++reach.away;
+        }
+      }
+      from = run->end();
+    }
+  }
+  return reach;
+}
+
 // Of each index server: a source that died may have told one of them what the others do not know.
 bool Gather::maps_since(Clock::time_point since) const {
   const std::lock_guard lock(mutex_);

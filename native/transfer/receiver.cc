@@ -253,6 +253,11 @@ ReceiverStats Receiver::stats() const {
   return stats;
 }
 
+Gather::Reach Receiver::reach(const std::vector<bool>& away) const {
+  if (!impl_->gather) throw std::invalid_argument("there are no servers");
+  return impl_->gather->reach(away);
+}
+
 std::vector<RegionRun> Receiver::missing(std::size_t max_runs) const { return impl_->missing_runs(max_runs); }
 
 Hash128 Receiver::digest(std::uint32_t region) const {

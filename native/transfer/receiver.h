@@ -111,6 +111,8 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   [[nodiscard]] bool seal();
   [[nodiscard]] bool paging() const;
   [[nodiscard]] ReceiverStats stats() const;
+  // With servers. What cannot be had while these are away, by ordinal.
+  [[nodiscard]] Gather::Reach reach(const std::vector<bool>& away) const;
   [[nodiscard]] std::vector<RegionRun> missing(std::size_t max_runs) const;
   // XXH3_128 over the hashes of the pages as they arrived (keep_page_hashes), region by region; equal to
   // Sender::digest() of the paused source.

@@ -6,11 +6,12 @@ import { randomBytes } from 'node:crypto';
 import { markArriving, requireFree } from '../arrivals.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
-import { MemferryError } from '../errors.js';
+import { MemferryError, native } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { inherit } from '../lineage.js';
 import {
   parseAddress,
+  parseTicket,
   type ResolvedUnparkOptions,
   resolveUnparkOptions,
   type UnparkOptions,
@@ -52,18 +53,21 @@ export interface Unparked extends AsyncDisposable {
 
 /** Between two attempts to learn whether the claim was granted. */
 const askAgainMs = 250;
+/** Until the servers have told where pages are. */
+const askReachMs = 20;
 
 /**
  * Claims and resumes a parked guest. When it rejects the guest does not run here; with MIGRATION_IN_DOUBT nobody
  * knows whether the home server has granted the claim, or whether the guest was let go of here (its `abandon` failed):
  * only `rollback` brings it back.
- * Servers that are away and hold pages that no other has are waited for, for `recoverTimeoutMs`, before anything is claimed.
+ * Servers that are away are waited for, for `connectTimeoutMs`; where they have pages that no other has, the guest stays
+ * parked (CONNECT_FAILED, PEER_LOST, VMD_LOST, with the server's name), but for `withLosses`.
  * With `base` only pages that differ from what this host has are gathered; the report says how many did not come.
  * @throws INVALID_ARGUMENT, VMD_REFUSED (somebody else has it, or had it), VMD_LOST, AUTH_FAILED, PREPARE_FAILED, ...
  */
 export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): Promise<Unparked> {
   const resolved = resolveUnparkOptions(options);
-  const home = parseAddress(ticket.home);
+  const home = parseAddress(parseTicket(ticket).home);
   checkAddressPolicy(home.host, { plaintext: resolved.plaintext });
   const secret = await loadSecret(resolved, { loopback: isLoopback(home.host) });
   const signal = resolved.signal ?? new AbortController().signal;
@@ -90,6 +94,9 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
       'PREPARE_TIMEOUT',
       `prepare did not end within ${resolved.prepareTimeoutMs} ms`,
     );
+    if (!resolved.withLosses) {
+      await untilAborted(withinReach(images, arriving.engine, resolved.recoverTimeoutMs), cancelled);
+    }
     // The last moment: whatever comes after the question, its answer has to be waited for.
     if (cancelled.aborted) throw abortError(cancelled);
     await granted(images, resolved.inDoubtTimeoutMs);
@@ -144,14 +151,37 @@ async function claimImage(
     });
     try {
       checkBaseRegions(options.base, images.info);
-      // Once it is resumed there is no way back: a server that is away now would be missed then.
-      if (!options.withLosses) await images.untilWhole(options.recoverTimeoutMs);
+      if (!options.withLosses) await images.openMissing(options.connectTimeoutMs);
       return { images, claim: await images.claim({ rollback: options.rollback }) };
     } catch (error) {
       await images.close();
       throw error;
     }
   });
+}
+
+/**
+ * Once it is resumed there is no way back, and a page that only a server has that is away would be missed. One that had
+ * nothing any more, since it was away as the guest was parked, is not.
+ */
+async function withinReach(images: ImageSet, engine: DestinationEngine, timeoutMs: number): Promise<void> {
+  const away = images.missing;
+  const ordinal = away.indexOf(true);
+  const failure = images.failures.find((each) => each.ordinal === ordinal);
+  if (!failure) return;
+  const deadline = performance.now() + timeoutMs;
+  for (;;) {
+    const reach = native(() => engine.receiver.reach(away));
+    if (reach.away === 0 && reach.unknown === 0) return;
+    if (reach.away > 0 || performance.now() > deadline) {
+      throw new MemferryError(
+        failure.error.code,
+        `${failure.error.message}; ${reach.away} pages are there and nowhere else, and the guest stays parked`,
+        { cause: failure.error, facts: { server: failure.name, pages: reach.away } },
+      );
+    }
+    await new Promise((resolve) => setTimeout(resolve, askReachMs));
+  }
 }
 
 /** Asks until the home server has said yes or no: a claim that was granted once stays granted for its claimant. */

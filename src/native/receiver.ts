@@ -67,6 +67,11 @@ export interface NativeReceiver {
   paging(): boolean;
   stats(): NativeReceiverStats;
   missing(maxRuns: number): NativeRun[];
+  /**
+   * Of the pages that are still to come, while these servers (by ordinal) are away: how many nobody else has, and of how
+   * many nobody has said yet where they are.
+   */
+  reach(away: readonly boolean[]): { away: number; unknown: number };
   digest(region: number): Promise<string>;
   acknowledgeLoss(): void;
   /** Of the bases the sample's nodes are, for good: those may be compared already. */

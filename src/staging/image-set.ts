@@ -211,23 +211,24 @@ export class ImageSet {
   }
 
   /**
-   * Opens it for reading where that has failed, again and again, until every page is at a server that is there.
-   * @throws the first error of a server that is missing, when `timeoutMs` are over or it has lost the image
+   * Opens it for reading where that has failed, again and again, until so few servers are missing that every page should have
+   * a copy at another, or `timeoutMs` are over.
    */
-  async untilWhole(timeoutMs: number): Promise<void> {
-    const copies = this.info?.replicas ?? 1;
+  async openMissing(timeoutMs: number): Promise<void> {
     const deadline = performance.now() + timeoutMs;
-    for (;;) {
-      const missing = [...this.#members.entries()].filter(([, { client }]) => !client);
-      const [first] = missing;
-      if (!first || missing.length < copies) return;
-      const lost = missing.filter(([, { error }]) => error?.code === 'VMD_LOST');
-      if (lost.length >= copies) throw lost[0]?.[1].error as MemferryError;
-      if (performance.now() > deadline || this.#connection.signal?.aborted)
-        throw first[1].error as MemferryError;
+    const mayCome = ({ client, error }: Member) => !client && error?.code !== 'VMD_LOST';
+    const tooMany = () => this.missing.filter(Boolean).length >= (this.info?.replicas ?? 1);
+    while (tooMany() && this.#members.some(mayCome) && performance.now() < deadline) {
+      if (this.#connection.signal?.aborted) return;
       await new Promise((resolve) => setTimeout(resolve, tryAgainMs));
-      await Promise.all(missing.map(([ordinal, member]) => this.#openAgain(ordinal, member)));
+      const away = [...this.#members.entries()].filter(([, member]) => mayCome(member));
+      await Promise.all(away.map(([ordinal, member]) => this.#openAgain(ordinal, member)));
     }
+  }
+
+  /** By ordinal, whether it could not be opened there. */
+  get missing(): boolean[] {
+    return this.#members.map(({ client }) => client === null);
   }
 
   /** Opens a parked image by its home server alone, which knows the others. */
