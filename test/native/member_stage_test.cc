@@ -391,9 +391,10 @@ class StallingMembers : public testing::Test {
     wire::FrameHeader header = wire::make_header(FrameType::kReport, 0, {PageNumber{0}, names.size()}, 1);
     wire::seal(header, std::as_bytes(std::span(names)));
     // In one piece: a whole report is never one that stalls.
-    std::vector<std::byte> bytes(sizeof header + sent);
-    std::memcpy(bytes.data(), &header, sizeof header);
-    std::memcpy(bytes.data() + sizeof header, names.data(), sent);
+    std::vector<std::byte> bytes;
+    for (const auto part :
+         {std::as_bytes(std::span(&header, 1)), std::as_bytes(std::span(names)).first(sent)})
+      bytes.insert(bytes.end(), part.begin(), part.end());
     return to.wire().raw(bytes.data(), bytes.size());
   }
   std::vector<wire::ContentName> names = std::vector<wire::ContentName>(64, wire::ContentName{1, 2});
