@@ -75,7 +75,8 @@ describe('options that are not there, or not known', () => {
   });
 
   it.each<[string, () => Promise<unknown>, RegExp]>([
-    ['unpark', () => unpark({ image: '', secret: '' } as never, null as never), /an address is missing/],
+    ['unpark', () => unpark({ image: '', secret: '' } as never, null as never), /^ticket\./],
+    ['unpark', () => unpark(none), /^ticket/],
     ['stage', () => stage(none), /stage/],
     ['park', () => park(guest(), none), /park|via|server/],
     ['WorkerGuest.start', () => WorkerGuest.start(none), /module/],
