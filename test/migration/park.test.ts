@@ -326,7 +326,7 @@ test('a server that says nothing when the guest is granted does not hold it up, 
     abandon: () => {},
   });
   const unparked = await claimed(ticket, { accept, gatherLimit: 1e6 });
-  expect(performance.now() - prepared).toBeLessThan(4000);
+  expect(performance.now() - prepared).toBeLessThan(6000);
   proxy.heal();
   await expect
     .poll(() => all[1]?.status().held, { timeout: 15_000 })
