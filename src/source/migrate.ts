@@ -44,9 +44,9 @@ export interface Migration extends AsyncDisposable {
   on(event: 'waiting', listener: (what: string) => void): this;
   /**
    * Lets go of everything, whenever it is called; for what has ended it does nothing. Before the commit it is `cancel`.
-   * After the commit it waits until `evicted` has settled, so that the destination has every page, or cannot be reached for
-   * `recoverTimeoutMs`. Only the destination's account is then missing: `done` rejects with CHANNEL_LOST where it had not
-   * come by then.
+   * After the commit of a post-copy it drops the pages that the destination does not have yet: the guest is lost, `evicted`
+   * and `done` reject with GUEST_LOST. Once `evicted` has resolved nothing can be lost by it, and only the destination's
+   * account is missing: `done` rejects with CHANNEL_LOST. So await `evicted` before a block with `await using` ends.
    * In doubt it gives the guest up: nothing can be resolved any more, and it does not run here.
    */
   [Symbol.asyncDispose](): Promise<void>;

@@ -158,17 +158,13 @@ export class SourceMigration extends EventEmitter {
   }
 
   /**
-   * Cancels if there is still time. Otherwise the destination first gets what it does not have yet, or cannot be reached for
-   * `recoverTimeoutMs`; its account is not waited for. The guest's fate is `done`'s to tell.
+   * Cancels if there is still time, lets go of everything otherwise: what the destination of a post-copy does not have yet
+   * is dropped, GUEST_LOST. The guest's fate is `done`'s to tell.
    */
   async [Symbol.asyncDispose](): Promise<void> {
     this.cancel();
-    if (this.#commit.committed) {
-      const { outcome } = await this.#commit.settled;
-      if (outcome === 'departed') await this.#evicted.promise.catch(() => {});
-    }
     this.#commit.release();
-    // Nothing above ends what still waits for the destination, which may be cut off for long.
+    // After the commit nothing above ends what waits for the destination, which may be cut off for long.
     if (this.#commit.committed) await this.#abandonRest();
     await this.#running;
     await this.#letGo(false, new MemferryError('CANCELLED', 'the migration was closed'));
