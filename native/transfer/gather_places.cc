@@ -10,6 +10,23 @@ namespace {
 
 using wire::Holders;
 
+// Of all regions, until `visit` says true. One may come meanwhile.
+template <class Visit>
+void for_each_missing(const std::vector<ArrivalMap*>& maps, Visit visit) {
+  for (std::uint32_t region = 0; region < maps.size(); ++region) {
+    const ArrivalMap& map = *maps[region];
+    const PageNumber end{map.pages()};
+    for (PageNumber from{0};;) {
+      const auto run = map.received.next_clear(from, end, map.pages());
+      if (!run) break;
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        if (visit(region, page)) return;
+      }
+      from = run->end();
+    }
+  }
+}
+
 }  // namespace
 
 bool Gather::record(std::uint32_t region, PageRun run, Holders holders, bool zero,
@@ -133,22 +150,15 @@ void Gather::map_done(Server& server, Clock::time_point asked) {
 }
 
 std::optional<RegionRun> Gather::first_uncovered() const {
-  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    const ArrivalMap& map = *maps_[region];
-    const PageNumber end{map.pages()};
-    for (PageNumber from{0};;) {
-      const auto run = map.received.next_clear(from, end, map.pages());
-      if (!run) break;
-      for (PageNumber page = run->first; page < run->end(); ++page.value) {
-        const Holders holders = where_[region]->holders(page);
-        // Looked at again: it may have come since.
-        if (!usable(holders.first) && !usable(holders.second) && !map.received.test(page))
-          return RegionRun{region, {page, 1}};
-      }
-      from = run->end();
-    }
-  }
-  return std::nullopt;
+  std::optional<RegionRun> found;
+  for_each_missing(maps_, [&](std::uint32_t region, PageNumber page) {
+    const Holders holders = where_[region]->holders(page);
+    // Looked at again: it may have come since.
+    if (usable(holders.first) || usable(holders.second) || maps_[region]->received.test(page)) return false;
+    found = RegionRun{region, {page, 1}};
+    return true;
+  });
+  return found;
 }
 
 Gather::Reach Gather::reach(const std::vector<bool>& away) const {
@@ -156,23 +166,16 @@ Gather::Reach Gather::reach(const std::vector<bool>& away) const {
   const auto is_away = [&](std::uint8_t ordinal) {
     return ordinal >= servers_.size() || (ordinal < away.size() && away[ordinal]);
   };
-  for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    const ArrivalMap& map = *maps_[region];
-    const PageNumber end{map.pages()};
-    for (PageNumber from{0};;) {
-      const auto run = map.received.next_clear(from, end, map.pages());
-      if (!run) break;
-      for (PageNumber page = run->first; page < run->end(); ++page.value) {
-        const Holders holders = where_[region]->holders(page);
-        if (holders.first == Holders::kNobody) {
-          reach.unknown += map.received.test(page) ? 0 : 1;
-        } else if (is_away(holders.first) && is_away(holders.second)) {
-          ++reach.away;
-        }
-      }
-      from = run->end();
+  for_each_missing(maps_, [&](std::uint32_t region, PageNumber page) {
+    const Holders holders = where_[region]->holders(page);
+    if (maps_[region]->received.test(page)) return false;
+    if (holders.first == Holders::kNobody) {
+      ++reach.unknown;
+    } else if (is_away(holders.first) && is_away(holders.second)) {
+      ++reach.away;
     }
-  }
+    return false;
+  });
   return reach;
 }
 

@@ -360,10 +360,6 @@ export class ImageSet {
    * others keep their pages, and its refusal is thrown. A home server that is gone refuses nothing.
    */
   async dissolve(): Promise<ServerFailure[]> {
-    const away = this.#members
-      .slice(1)
-      .filter(({ client, error }) => isAway(client) && error?.code !== 'VMD_LOST');
-    const asked = Promise.all(away.map((member) => this.#dissolveLater(member)));
     const home = this.#members[0]?.client;
     if (home) {
       try {
@@ -372,11 +368,16 @@ export class ImageSet {
         if (error instanceof MemferryError && error.code === 'VMD_REFUSED') throw error;
       }
     }
-    const failed = await this.#atAll(
-      (client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.dissolve(this.image, this.#granted)),
-      { failedToo: true },
-    );
-    await asked;
+    const away = this.#members
+      .slice(1)
+      .filter(({ client, error }) => isAway(client) && error?.code !== 'VMD_LOST');
+    const [failed] = await Promise.all([
+      this.#atAll(
+        (client, ordinal) => (ordinal === 0 ? Promise.resolve() : client.dissolve(this.image, this.#granted)),
+        { failedToo: true },
+      ),
+      ...away.map((member) => this.#dissolveLater(member)),
+    ]);
     return failed;
   }
 

@@ -9,6 +9,7 @@ import { stageRoles } from '../../src/staging/image-secret.js';
 import { StageClient } from '../../src/staging/client.js';
 import { ImageSet } from '../../src/staging/image-set.js';
 import { stageOn } from '../../src/staging/server.js';
+import { TcpProxy } from '../support/tcp-proxy.js';
 import { Loopback, readPreface, secret as pairSecret } from './control-pair.js';
 import {
   connection,
@@ -541,10 +542,34 @@ describe('a parked guest', () => {
     const [owner, other] = [claimants[winner], claimants[1 - winner]] as [ImageSet, ImageSet];
     await owner.grant();
     await owner.grant();
+    await owner.othersTold();
     expect(servers.map(phaseAt)).toEqual(['resumed', 'committed']);
     await expect(other.claim()).rejects.toMatchObject({ reason: 'resumed' });
     await expect(other.dissolve()).rejects.toMatchObject({ reason: 'stale' });
     expect(servers.map(has)).toEqual([true, true]);
+    expect(await owner.dissolve()).toEqual([]);
+    expect(servers.map(has)).toEqual([false, false]);
+  });
+
+  it('is let go of nowhere when home refuses, not by a server either that was away before', async () => {
+    const servers = [await serve(), await serve()] as const;
+    await park([...servers]);
+    const proxy = await TcpProxy.start(servers[1].address.port);
+    owned(proxy);
+    proxy.cut();
+    const opened = { image: imageId, secret: imageSecret, access: 'read', required: 'home' } as const;
+    const list = [servers[0].address, { host: '127.0.0.1', port: proxy.port }];
+    const stranger = owned(await ImageSet.open(list, connection(), opened));
+    expect(stranger.missing).toEqual([false, true]);
+    const owner = await claimant([...servers]);
+    await owner.claim();
+    await owner.grant();
+    proxy.heal();
+    await expect(stranger.dissolve()).rejects.toMatchObject({ reason: 'stale' });
+    // Whatever it had begun would have been done by now.
+    await new Promise((resolve) => setTimeout(resolve, 500));
+    expect(servers.map(has)).toEqual([true, true]);
+    // Its owner may, there too.
     expect(await owner.dissolve()).toEqual([]);
     expect(servers.map(has)).toEqual([false, false]);
   });
