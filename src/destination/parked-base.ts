@@ -16,7 +16,8 @@ import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { ImageInfo } from '../protocol/stage-messages.js';
 import { Region } from '../region.js';
 import type { ParkTicket } from '../source/park.js';
-import { ImageSet, type ImageSetConnection } from '../staging/image-set.js';
+import type { ImageSetConnection } from '../staging/image-member.js';
+import { ImageSet } from '../staging/image-set.js';
 import { DestinationEngine } from './engine.js';
 
 export interface ParkedBaseConfig {

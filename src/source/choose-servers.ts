@@ -8,7 +8,7 @@ import type { Intermediary } from '../report.js';
 import { abortError } from '../protocol/bounded.js';
 import { discover } from '../staging/announce.js';
 import { StageClient } from '../staging/client.js';
-import type { ImageSetConnection, ServerAddress } from '../staging/image-set.js';
+import type { ImageSetConnection, ServerAddress } from '../staging/image-member.js';
 import { type PlaceableServer, type PlacedServer, place } from '../staging/placement.js';
 
 export interface GuestNeed {

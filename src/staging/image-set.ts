@@ -15,41 +15,18 @@ import type {
   ParkedGuest,
 } from '../protocol/stage-messages.js';
 import type { Intermediary } from '../report.js';
-import { type Claim, StageClient, type StageClientConfig, type StageSession } from './client.js';
+import { type Claim, StageClient, type StageSession } from './client.js';
+import {
+  asError,
+  dialAll,
+  dissolveAt,
+  type ImageSetConnection,
+  isAway,
+  type Member,
+  openAt,
+  type ServerAddress,
+} from './image-member.js';
 import { stageAttempts, stageRoleCount } from './image-secret.js';
-
-export interface ServerAddress {
-  readonly host: string;
-  readonly port: number;
-  readonly name?: string;
-  /** A connection to it that there is already: whoever is given the address has it, and closes it. */
-  readonly client?: StageClient | undefined;
-}
-
-/** How the servers are spoken to; the same for all. */
-export type ImageSetConnection = Omit<StageClientConfig, 'host' | 'port' | 'name'>;
-
-/** As the options of either end of a migration say. A server is as long away as the engine looks for it. */
-export function imageConnection(
-  secret: Uint8Array,
-  options: {
-    plaintext: boolean;
-    connectTimeoutMs: number;
-    peerTimeoutMs: number;
-    recoverTimeoutMs: number;
-    inDoubtTimeoutMs?: number;
-    maxStateBytes?: number;
-  },
-  signal?: AbortSignal,
-): ImageSetConnection {
-  const { plaintext, connectTimeoutMs, peerTimeoutMs, maxStateBytes } = options;
-  const recoverTimeoutMs = Math.max(options.recoverTimeoutMs, options.inDoubtTimeoutMs ?? 0);
-  return {
-    ...{ secret, plaintext, connectTimeoutMs, peerTimeoutMs, recoverTimeoutMs },
-    ...(maxStateBytes === undefined ? {} : { maxStateBytes }),
-    ...(signal ? { signal } : {}),
-  };
-}
 
 export interface NewImage {
   /** 32 hex digits: the migration's id. */
@@ -71,14 +48,6 @@ export interface ServerFailure {
   readonly ordinal: number;
   readonly name: string;
   readonly error: MemferryError;
-}
-
-interface Member {
-  address: { name: string; host: string; port: number };
-  /** Null where it could not be reached or lost the image. */
-  client: StageClient | null;
-  session: StageSession | null;
-  error: MemferryError | null;
 }
 
 /** Rejects when the engine gives the server up: its answers are not waited for any longer. */
@@ -493,26 +462,11 @@ export class ImageSet {
   async #dissolveLater(member: Member): Promise<void> {
     const until = performance.now() + (this.#connection.recoverTimeoutMs ?? 0);
     const attempt = async () => {
-      if (await this.#dissolveAt(member)) return;
+      if (await dissolveAt(member, this.#connection, this, this.#granted)) return;
       // Then it keeps its part until its operator drops it.
       if (performance.now() < until) setTimeout(attempt, dissolveAgainMs).unref();
     };
     await attempt();
-  }
-
-  /** Over a connection of its own. False: it is still away. */
-  async #dissolveAt({ address }: Member): Promise<boolean> {
-    let client: StageClient | null = null;
-    try {
-      client = await StageClient.dial({ ...this.#connection, ...address });
-      await client.open(this.image, this.secret, 'control');
-      await client.dissolve(this.image, this.#granted);
-      return true;
-    } catch (error) {
-      return ['VMD_LOST', 'VMD_REFUSED', 'AUTH_FAILED'].includes(asError(error).code);
-    } finally {
-      await client?.close();
-    }
   }
 
   #watch(member: Member): void {
@@ -525,47 +479,4 @@ export class ImageSet {
       if (error) member.error ??= error;
     });
   }
-}
-
-function isAway(client: StageClient | null): boolean {
-  return client === null || client.ended !== null;
-}
-
-async function openAt(
-  server: ServerAddress,
-  connection: ImageSetConnection,
-  { image, secret, access }: { image: string; secret: Uint8Array; access: ImageAccess },
-): Promise<Member & { info: ImageInfo | null }> {
-  const { host, port } = server;
-  const address = { name: server.name ?? `${host}:${port}`, host, port };
-  let client: StageClient | null = null;
-  try {
-    client = await StageClient.dial({ ...connection, ...server });
-    const { info, session } = await client.open(image, secret, access);
-    const { name } = info.servers[info.ordinal] ?? address;
-    return { address: { name, host: client.host, port }, client, session, error: null, info };
-  } catch (error) {
-    await client?.close();
-    return { address, client: null, session: null, error: asError(error), info: null };
-  }
-}
-
-async function dialAll(
-  servers: readonly ServerAddress[],
-  connection: ImageSetConnection,
-): Promise<StageClient[]> {
-  const outcomes = await Promise.allSettled(
-    servers.map(async ({ client, ...server }) => client ?? StageClient.dial({ ...connection, ...server })),
-  );
-  const clients = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
-  const failed = outcomes.find((outcome) => outcome.status === 'rejected');
-  if (!failed) return clients;
-  await Promise.all(clients.map((client) => client.close()));
-  throw failed.reason;
-}
-
-function asError(error: unknown): MemferryError {
-  return error instanceof MemferryError
-    ? error
-    : new MemferryError('SYSTEM', String(error), { cause: error });
 }

@@ -4,7 +4,8 @@ import type { NativeImageStats, NativeStage, NativeStageStats } from '../../src/
 import type { StageOptions } from '../../src/options.js';
 import type { StageRuntime } from '../../src/staging/server.js';
 import { type Staging, stageOn } from '../../src/staging/server.js';
-import type { ImageSetConnection, NewImage } from '../../src/staging/image-set.js';
+import type { ImageSetConnection } from '../../src/staging/image-member.js';
+import type { NewImage } from '../../src/staging/image-set.js';
 import { readPreface } from './control-pair.js';
 
 interface FakeImage {
