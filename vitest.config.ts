@@ -2,22 +2,35 @@ import { availableParallelism } from 'node:os';
 import { defineConfig } from 'vitest/config';
 
 /**
- * Of the tests of migrations those that mostly wait, for a slow link or a process to start, and may wait longer: they
- * measure no time, and use nothing that there is one of on a machine. Two of these files run at once. A new file is not
- * among them until somebody has looked.
+ * Of the tests of migrations those that mostly wait, for a slow link or a process to start, and may wait longer: of time
+ * they want no more than that nothing hangs, and they use nothing that there is one of on a machine. Two of these files run
+ * at once. A new file is not among them until somebody has looked.
  */
 const BESIDE_ANOTHER = [
+  'arrival-ends',
+  'attach',
+  'bad-days-before-grant',
+  'bad-days-commit',
   'bad-days-guests',
+  'bad-days-hostile',
+  'bad-days-postcopy',
+  'bad-days-worker',
   'base',
   'demo-by-hand',
+  'encodings',
   'guests-guide',
   'guests-python',
   'guests-shapes',
+  'kvm',
   'misuse',
+  'modes',
+  'modes-more',
   'park',
   'parked-base',
   'references',
   'replay',
+  'scatter',
+  'scatter-loss',
   'unpark-base',
   'vmd-by-hand',
 ].map((name) => `test/migration/${name}.test.ts`);

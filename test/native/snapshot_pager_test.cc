@@ -569,6 +569,7 @@ TEST_F(SnapshotPagerTest, HugePagesAreServedWhole) {
   }
   serve(config(PrePaging::kNone));
   EXPECT_EQ(wait_for_owner(), 0);
+  for (int i = 0; i < 10'000 && pager_->stats().installed < 2; ++i) ::usleep(1000);  // counted once it is in
   EXPECT_EQ(pager_->stats().installed, 2U);
   set(former);
 }
