@@ -238,7 +238,7 @@ FdListenerHandle::FdListenerHandle(const Napi::CallbackInfo& info)
                   seats->fetch_sub(1, std::memory_order_relaxed);
                   continue;
                 }
-                events->post([core](Napi::Env js, const Napi::Function& accepted) {
+                events->post([core = std::move(core)](Napi::Env js, const Napi::Function& accepted) {
                   accepted.Call({js.Null(), FdConnectionHandle::make(js, core)});
                 });
               }

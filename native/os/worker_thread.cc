@@ -40,11 +40,14 @@ void WorkerThread::start(const std::string& name, std::function<void(WorkerThrea
   if (!wake_fd_) throw_errno("eventfd");
   stopping_.store(false, std::memory_order_release);
   const SignalsBlocked inherited_by_the_new_thread;
-  thread_ = std::thread([this, short_name = name.substr(0, 15), body = std::move(body)] {
+  // By itself, for whatever it does first; and from here, so that who lists threads finds it as soon as this returns.
+  const std::string short_name = name.substr(0, 15);
+  thread_ = std::thread([this, short_name, body = std::move(body)] {
     pthread_setname_np(pthread_self(), short_name.c_str());
     (void)set_this_thread_slice(kSlice);
     body(*this);
   });
+  pthread_setname_np(thread_.native_handle(), short_name.c_str());
 }
 
 void WorkerThread::wake() {

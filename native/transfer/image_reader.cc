@@ -64,10 +64,8 @@ ImageReader::ReadFile ImageReader::regular_files() {
 ImageReader::ImageReader(ReadFile read_file) : state_(std::make_shared<State>()) {
   state_->read_file = std::move(read_file);
   const SignalsBlocked inherited_by_the_new_thread;
-  thread_ = std::thread([state = state_] {
-    pthread_setname_np(pthread_self(), "mf-image");
-    run(state);
-  });
+  thread_ = std::thread([state = state_] { run(state); });
+  pthread_setname_np(thread_.native_handle(), "mf-image");
 }
 
 ImageReader::~ImageReader() {

@@ -213,7 +213,7 @@ test('held in pre-switchover, then cancelled', async () => {
 
 test('aborted before it began', async () => {
   await begin();
-  await migrate(a, port, { mode: 'pre-copy' }, { abortable: true, key: 'x' });
+  await migrate(a, port, { mode: 'pre-copy', holdSwitchover: true }, { abortable: true, key: 'x' });
   await a.call('abort', { key: 'x' });
   expect((await failure(a, 'x')).code).toBe('CANCELLED');
   await expectUntouched();

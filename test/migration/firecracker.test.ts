@@ -81,13 +81,13 @@ describe('a page-fault handler for Firecracker', () => {
       const microVm = microVms.at(-1) as MicroVm;
       expect(microVm.pid).toBe(fake.child.pid);
       await fake.obey('exit').catch(() => {});
-      expect(await microVm.ended).toMatchObject({
-        end: 'owner-gone',
-        stats: { pagesInstalled: pages, pagesLost: 0 },
-      });
+      // Every page is there before its owner goes: which of both is told first depends on who looks when.
+      const { end, stats } = await microVm.ended;
+      expect(['complete', 'owner-gone']).toContain(end);
+      expect(stats).toMatchObject({ pagesInstalled: pages, pagesLost: 0 });
     }
     expect(refused).toEqual([]);
-    expect(server?.microVms.size).toBe(0);
+    await expect.poll(() => server?.microVms.size).toBe(0);
   });
 
   it('gives zeros for what the balloon took, with several CPUs faulting meanwhile', async () => {

@@ -240,7 +240,7 @@ test.each(['allocate', 'wasm'] as const)(
 
 test('a guest leaves again before its last page has come: it says that it waits, and then goes', async () => {
   const [a, b, c] = await hosts('a', 'b', 'c');
-  const toB = await listen(b);
+  const toB = await listen(b, { rate: { batch: 0, restMs: 100_000 } });
   const toC = await listen(c);
   const proxy = await TcpProxy.start(toB);
   await startGuest(a, regionsOf('allocate'));

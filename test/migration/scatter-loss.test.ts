@@ -247,7 +247,9 @@ test('servers that fill up refuse the rest, and it goes to those that have room'
   // Each fits when it is placed; together they do not.
   const proxy = await TcpProxy.start(small.port);
   const nodes = [{ ...small, proxy }];
-  const held = run.proxy.at({ on: 'control', direction: 'down', name: 'accepted', nth: 2 }, 'hold');
+  const held = [1, 2, 3].map((nth) =>
+    run.proxy.at({ on: 'control', direction: 'down', name: 'accepted', nth }, 'hold'),
+  );
   await startGuest(run.a, regionsOf('allocate', 2 * PAGES), { guest: 'third', rate: { seed: 0x99 } });
   const moving = ['g', 'other', 'third'];
   for (const guest of moving) {
@@ -258,8 +260,8 @@ test('servers that fill up refuse the rest, and it goes to those that have room'
       { key: guest, guest },
     );
   }
-  await held.reached;
-  held.release();
+  await Promise.all(held.map(({ reached }) => reached));
+  for (const each of held) each.release();
   for (const guest of moving) {
     expect(await report(run.a, guest, 30_000)).toMatchObject({
       verified: true,

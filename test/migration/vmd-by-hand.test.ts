@@ -58,6 +58,8 @@ describe('send through servers', () => {
         'send',
         ...['--to', `127.0.0.1:${port}`, '--module', `counter=${counter}`, '--mode', mode],
         ...['--via', servers.map(({ address }) => address).join(','), '--leave-when-evicted'],
+        // The destination takes so much a second of what comes, which these pages packed are little of.
+        ...['--compress', 'off'],
       );
       await here.next('started');
       // A page of its own each, so that the servers hold something that takes a while to gather.

@@ -156,7 +156,7 @@ TEST_F(GatherBaseTest, AServerEndsAndTheReplicasHaveTheRest) {
   make(4096, 2, true);
   auto base = guest;
   change(base, 2);
-  gather(file_of(base), 8 << 20, 500ms);
+  gather(file_of(base), 8 << 20);
   while (receiver->stats().pages_gathered < 100) std::this_thread::sleep_for(1ms);
   vmd[1].end();
   receiver->set_gather_limit(0);

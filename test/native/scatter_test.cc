@@ -209,7 +209,13 @@ TEST_F(ScatterTest, ADestinationThatTakesNothingDoesNotHoldUpEviction) {
   const auto acknowledged = [&](unsigned server) {
     return [&, server] { return sender->stats().servers[server].pages > 0; };
   };
+  // By itself: it would take all of it while this thread is late.
+  stages[0]->stall_at = 1000;
   start_push_with(0, acknowledged(0));
+  {
+    const std::lock_guard lock(stages[0]->mutex);
+    stages[0]->stall_at = ~std::size_t{0};
+  }
   start_with(1, acknowledged(1), [] {});
   events.expect(kEvicted);
   expect_evicted();

@@ -25,8 +25,9 @@ class ScheduleVerdict : public ScheduleAudit {
   void arrive(Migration& of) {
     using enum EngineEventKind;
     for (;;) {
-      const auto event = of.arrivals.take({kComplete, kLost, kFailed}, Clock::now() + ms(20));
+      const auto event = of.arrivals.take({kComplete, kLost, kFailed, kRestHere}, Clock::now() + ms(20));
       if (event && event->kind == kComplete) return complete(of);
+      if (event && event->kind == kRestHere) return lost(of);
       if (event && event->kind == kFailed) {
         of.outcome = Outcome::kClosed;
         if (!of.destination_closed)
@@ -43,7 +44,6 @@ class ScheduleVerdict : public ScheduleAudit {
         const std::lock_guard lock(mutex_);
         why_[of.index] = event->message;
       }
-      if (!of.lost.empty() && of.receiver->stats().pages_missing == of.lost.size()) return lost(of);
       if (Clock::now() > deadline_) return fail(of, "hangs\n" + state());
     }
   }

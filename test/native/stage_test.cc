@@ -745,6 +745,8 @@ TEST(Stage, WritersAndReadersAtOnce) {
   }
   for (auto& thread : threads) thread.join();
   EXPECT_GT(read, 0U);
+  // What the last answers had pinned is given back after they were sent.
+  while (bench.stage->stats().connections > 0) std::this_thread::yield();
   const StageStats stats = bench.stage->stats();
   EXPECT_EQ(stats.free_bytes, stats.slab_bytes - bench.stage->image(id)->bytes);
 }

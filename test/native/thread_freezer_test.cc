@@ -129,8 +129,9 @@ TEST_F(ThreadFreezerTest, SignalsAreNeitherLostNorDoubled) {
   ASSERT_EQ(::sigaction(SIGUSR2, &action, &former), 0);
   signals_seen = 0;
   std::atomic<bool> stop{false};
+  std::atomic<bool> all_seen{false};  // a signal to a thread that ends is dropped with it
   std::thread receiver([&] {
-    while (!stop.load()) {
+    while (!all_seen.load()) {
     }
   });
   std::atomic<int> sent{0};
@@ -150,6 +151,9 @@ TEST_F(ThreadFreezerTest, SignalsAreNeitherLostNorDoubled) {
   }
   stop = true;
   sender.join();
+  for (int i = 0; i < 10'000 && signals_seen.load() < sent.load(); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  all_seen = true;
   receiver.join();
   EXPECT_EQ(signals_seen.load(), sent.load());
   ::sigaction(SIGUSR2, &former, nullptr);
