@@ -222,6 +222,8 @@ describe('past the bound', () => {
     const reading = b.call('touch', { guest: 'g', index: 0, page: 1000 });
     await expect(reading).rejects.toThrow();
     expect(await b.exited).toMatchObject({ signal: 'SIGBUS' });
+    // The loss had been reported before that.
+    expect(b.steps('g')).toContain('lost');
     expect(['GUEST_LOST', 'PAGES_LOST', 'PEER_LOST']).toContain((await failure(a)).code);
   });
 });

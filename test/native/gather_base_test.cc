@@ -30,7 +30,7 @@ TEST_F(GatherBaseTest, OnlyWhatDiffersComes) {
   EXPECT_EQ(stats.base_problem, "");
   std::uint64_t bytes = 0;
   for (const auto& server : stats.servers) bytes += server.bytes;
-  EXPECT_LT(bytes, (changed + content_pages() / 16) * page_size());
+  EXPECT_LT(bytes, (changed + content_pages() / 64) * page_size());
 }
 
 TEST_F(GatherBaseTest, AllOfIt) {

@@ -103,7 +103,6 @@ class Campaign {
       deduplicated_ += run->pages_deduplicated();
       remote_faults_ += run->remote_faults();
       given_up_for_nothing_ += run->given_up_for_nothing();
-      stood_still_ += run->stood_still() ? 1 : 0;
       audits_ += run->audits();
       if (!run->failed()) continue;
       ++failures_;
@@ -114,10 +113,7 @@ class Campaign {
   }
   void watch() {
     while (!over_) {
-      constexpr std::chrono::milliseconds kEvery{50};
-      const auto asleep = Clock::now();
-      std::this_thread::sleep_for(kEvery);
-      ScheduleRun::note_lateness(Clock::now() - asleep - kEvery);
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
       const std::lock_guard lock(mutex_);
       for (const Running& each : running_) {
         if (!each.run || Clock::now() - each.since < kStuck) continue;
@@ -134,11 +130,11 @@ class Campaign {
     std::printf(
         "%s: %u schedules in %.1f s, the slowest %.1f s; guests:%s; %llu pages gathered, %llu deduplicated, "
         "%llu faults, "
-        "%llu audits, %llu servers given up for nothing; the machine stood still in %u\n",
+        "%llu audits, %llu servers given up for nothing\n",
         test::name_of(way_), done_, seconds, slowest_, text.c_str(),
         static_cast<unsigned long long>(gathered_), static_cast<unsigned long long>(deduplicated_),
         static_cast<unsigned long long>(remote_faults_), static_cast<unsigned long long>(audits_),
-        static_cast<unsigned long long>(given_up_for_nothing_), stood_still_);
+        static_cast<unsigned long long>(given_up_for_nothing_));
     text.clear();
     for (std::size_t i = 0; i < struck_.size(); ++i)
       text += std::string(" ") + test::name_of(static_cast<FaultKind>(i)) + " " + std::to_string(struck_[i]);
@@ -177,7 +173,6 @@ class Campaign {
   std::uint64_t deduplicated_ = 0;
   std::uint64_t remote_faults_ = 0;
   std::uint64_t given_up_for_nothing_ = 0;
-  unsigned stood_still_ = 0;
   std::uint64_t audits_ = 0;
 };
 

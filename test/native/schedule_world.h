@@ -44,13 +44,6 @@ class ScheduleWorld {
 
   explicit ScheduleWorld(const Schedule& schedule) : schedule_(schedule), deadline_(Clock::now() + kBound) {}
 
-  // Whoever watches this process tells how late he was woken.
-  static void note_lateness(Clock::duration late) {
-    if (late >= kStoodStill) stood_still_at_ = Clock::now();
-  }
-  // Since this schedule began.
-  [[nodiscard]] bool stood_still() const { return stood_still_at_.load() >= began_; }
-
   [[nodiscard]] bool failed() const { return !failures_.empty(); }
   [[nodiscard]] std::string failures() const {
     std::string all;
@@ -121,8 +114,6 @@ class ScheduleWorld {
   static constexpr int kSlow = kSanitized ? 3 : 1;
   static constexpr ms kStall{500 * kSlow};
   static constexpr ms kChainStall{2500 * kSlow};
-  // Where the machine has let nobody run for so long, a server that was there may count as stalled.
-  static constexpr ms kStoodStill = kStall / 3;
   static constexpr ms kRecover{1200 * kSlow};
   static constexpr ms kRecoverFromPause{2500 * kSlow};
   static constexpr ms kSourceRecover{2500 * kSlow};
@@ -216,7 +207,7 @@ class ScheduleWorld {
   }
 
   bool may_lose(const Migration& of, const PageId& page) {
-    if (of.source_killed_early || stood_still()) return true;
+    if (of.source_killed_early) return true;
     const std::lock_guard lock(mutex_);
     unsigned gone = 0;
     unsigned short_of_copies = 0;
@@ -243,7 +234,7 @@ class ScheduleWorld {
     return any;
   }
   bool may_stay(const Migration& of) {
-    if (of.source_killed || of.destination_closed || of.direct_disturbed || stood_still()) return true;
+    if (of.source_killed || of.destination_closed || of.direct_disturbed) return true;
     const SenderStats stats = of.sender->stats();
     bool nobody_takes = true;
     {
@@ -267,9 +258,7 @@ class ScheduleWorld {
     });
   }
 
-  static inline std::atomic<Clock::time_point> stood_still_at_{};
   const Schedule& schedule_;
-  const Clock::time_point began_ = Clock::now();
   const Clock::time_point deadline_;
   std::vector<std::unique_ptr<Server>> servers_;
   std::vector<std::unique_ptr<Migration>> migrations_;
