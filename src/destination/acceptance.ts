@@ -16,7 +16,8 @@ import type { OfferMessage } from '../protocol/messages.js';
 import type { AgreedReferences } from '../protocol/references.js';
 import { unsealLineage, unsealSecret } from '../staging/image-secret.js';
 import { imageConnection } from '../staging/image-member.js';
-import { ImageSet } from '../staging/image-set.js';
+import { openImage } from '../staging/image-opening.js';
+import type { ImageSet } from '../staging/image-set.js';
 import { Arrival } from './arrival.js';
 import type { ArrivalLink } from './arrival-config.js';
 import { abandonGuest } from './arrived.js';
@@ -156,7 +157,7 @@ export class Acceptance {
     const { servers } = offer.scatter;
     // An arrival that is complete when the listener closes has an image to let go of.
     return whileOpening(closing, (opening) =>
-      ImageSet.open(servers, imageConnection(hostsSecret, options, opening), {
+      openImage(servers, imageConnection(hostsSecret, options, opening), {
         ...{ image: offer.migrationId, secret, access: 'read', required: 'all' },
       }),
     );

@@ -17,7 +17,7 @@ import type { ImageInfo } from '../protocol/stage-messages.js';
 import { Region } from '../region.js';
 import type { ParkTicket } from '../source/park.js';
 import type { ImageSetConnection } from '../staging/image-member.js';
-import { ImageSet } from '../staging/image-set.js';
+import { openParkedImage } from '../staging/image-opening.js';
 import { DestinationEngine } from './engine.js';
 
 export interface ParkedBaseConfig {
@@ -83,7 +83,7 @@ export class ParkedBase {
 
   async #read(signal: AbortSignal, progress: (fraction: number) => void): Promise<void> {
     const { image, secret } = this.ticket;
-    const images = await ImageSet.openParked(
+    const images = await openParkedImage(
       parseAddress(this.ticket.home),
       { ...this.config.connection, signal },
       { image, secret: Buffer.from(secret, 'hex'), access: 'read' },

@@ -24,7 +24,8 @@ import type { ArrivalReport } from '../report.js';
 import type { ParkTicket } from '../source/park.js';
 import type { Claim } from '../staging/client.js';
 import { imageConnection, type ServerAddress } from '../staging/image-member.js';
-import { ImageSet } from '../staging/image-set.js';
+import { openParkedImage } from '../staging/image-opening.js';
+import type { ImageSet } from '../staging/image-set.js';
 import { abandonGuest, arrivalReport, pagesLost, resumeHere, tellLost } from './arrived.js';
 import { DestinationEngine } from './engine.js';
 import { allocateGuest } from './plain-guest.js';
@@ -147,7 +148,7 @@ async function claimImage(
   signal: AbortSignal,
 ): Promise<{ images: ImageSet; claim: Claim }> {
   return whileOpening(signal, async (claiming) => {
-    const images = await ImageSet.openParked(home, imageConnection(secret, options, claiming), {
+    const images = await openParkedImage(home, imageConnection(secret, options, claiming), {
       ...{ image: ticket.image, secret: Buffer.from(ticket.secret, 'hex'), access: 'read' },
     });
     try {

@@ -9,7 +9,8 @@ import { whileOpening } from '../protocol/bounded.js';
 import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
 import { makeImageSecret } from '../staging/image-secret.js';
 import { imageConnection } from '../staging/image-member.js';
-import { ImageSet } from '../staging/image-set.js';
+import { createImage } from '../staging/image-opening.js';
+import type { ImageSet } from '../staging/image-set.js';
 import { chooseServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
 import { checkIdentity } from './guest-identity.js';
@@ -48,7 +49,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
     const connection = imageConnection(secret, options, making);
     const { servers, unanswered } = await chooseServers(options, connection, need, making);
     if (servers.length === 0) return null;
-    return ImageSet.create(servers, unanswered, connection, {
+    return createImage(servers, unanswered, connection, {
       image,
       secret: makeImageSecret(),
       domainKey,

@@ -5,7 +5,7 @@ import type { StageOptions } from '../../src/options.js';
 import type { StageRuntime } from '../../src/staging/server.js';
 import { type Staging, stageOn } from '../../src/staging/server.js';
 import type { ImageSetConnection } from '../../src/staging/image-member.js';
-import type { NewImage } from '../../src/staging/image-set.js';
+import type { NewImage } from '../../src/staging/image-opening.js';
 import { readPreface } from './control-pair.js';
 
 interface FakeImage {

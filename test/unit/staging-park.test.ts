@@ -3,7 +3,8 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { Guest } from '../../src/guest.js';
 import type { DestinationMessage, SourceMessage } from '../../src/protocol/commit.js';
 import { CommitDriver } from '../../src/source/commit-driver.js';
-import { ImageSet } from '../../src/staging/image-set.js';
+import { createImage, openParkedImage } from '../../src/staging/image-opening.js';
+import type { ImageSet } from '../../src/staging/image-set.js';
 import { connection, FakeServer, imageId, imageSecret, newImage, parkedGuest } from './fake-stage.js';
 
 const open: { close(): Promise<unknown> }[] = [];
@@ -41,7 +42,7 @@ async function parking(
   options: Parameters<typeof FakeServer.start>[0] = {},
 ): Promise<Parking> {
   const server = owned(await FakeServer.start(options));
-  const set = owned(await ImageSet.create([server.address], [], connection(), newImage({ kind: 'park' })));
+  const set = owned(await createImage([server.address], [], connection(), newImage({ kind: 'park' })));
   (server.native.images.get(imageId) as { whole: boolean }).whole = whole;
   await set.putState(parkedGuest, new Uint8Array(5));
   let runs = true;
@@ -198,7 +199,7 @@ describe('parking', () => {
     expect(await driver.settled).toMatchObject({ outcome: 'reclaimed' });
     expect(runs()).toBe(true);
     expect(phaseAt(server)).toBeNull();
-    const late = ImageSet.openParked(server.address, connection(), {
+    const late = openParkedImage(server.address, connection(), {
       image: imageId,
       secret: imageSecret,
       access: 'read',

@@ -7,7 +7,8 @@ import { FrameKind, FrameSealer } from '../../src/control/frame.js';
 import { directionKey, handshakeAsAcceptor } from '../../src/control/handshake.js';
 import { stageRoles } from '../../src/staging/image-secret.js';
 import { StageClient } from '../../src/staging/client.js';
-import { ImageSet } from '../../src/staging/image-set.js';
+import { createImage, openImage, openParkedImage } from '../../src/staging/image-opening.js';
+import type { ImageSet } from '../../src/staging/image-set.js';
 import { stageOn } from '../../src/staging/server.js';
 import { TcpProxy } from '../support/tcp-proxy.js';
 import { Loopback, readPreface, secret as pairSecret } from './control-pair.js';
@@ -36,7 +37,7 @@ const dial = async (server: FakeServer, more = {}) =>
   owned(await StageClient.dial({ ...connection(more), ...server.address }));
 const make = async (servers: FakeServer[], more = {}, link = {}) =>
   owned(
-    await ImageSet.create(
+    await createImage(
       servers.map(({ address }) => address),
       [],
       connection(link),
@@ -62,7 +63,7 @@ async function park(servers: FakeServer[], image = imageId): Promise<void> {
 }
 const claimant = async (servers: FakeServer[]) =>
   owned(
-    await ImageSet.openParked((servers[0] as FakeServer).address, connection(), {
+    await openParkedImage((servers[0] as FakeServer).address, connection(), {
       image: imageId,
       secret: imageSecret,
       access: 'read',
@@ -109,7 +110,7 @@ describe('a VMD server', () => {
     const server = await serve();
     await make([server]);
     const set = owned(
-      await ImageSet.open([server.address], connection(), {
+      await openImage([server.address], connection(), {
         image: imageId,
         secret: imageSecret,
         access: 'read',
@@ -163,7 +164,7 @@ describe('a VMD server', () => {
     expect(servers.map(phaseAt)).toEqual(['committed', 'committed']);
 
     const end = owned(
-      await ImageSet.open(
+      await openImage(
         servers.map(({ address }) => address),
         connection(),
         {
@@ -205,7 +206,7 @@ describe('a VMD server', () => {
     expect(await set.dissolve()).toEqual([]);
     expect(servers.map(has)).toEqual([false, false]);
 
-    const none = ImageSet.open(
+    const none = openImage(
       servers.map(({ address }) => address),
       connection(),
       {
@@ -223,7 +224,7 @@ describe('a VMD server', () => {
     await set.commit();
     await servers[1]?.close();
     const opened = owned(
-      await ImageSet.open(
+      await openImage(
         servers.map(({ address }) => address),
         connection(),
         {
@@ -460,7 +461,7 @@ describe('a request', () => {
     // Four seconds each way.
     const state = Buffer.alloc(8 * 2 ** 20, 7);
     const link = connection({ requestTimeoutMs: 2000 });
-    const set = owned(await ImageSet.create([await slowly(server)], [], link, newImage({ kind: 'park' })));
+    const set = owned(await createImage([await slowly(server)], [], link, newImage({ kind: 'park' })));
     (server.native.images.get(imageId) as { whole: boolean }).whole = true;
     await set.putState(parkedGuest, state);
     const answers: string[] = [];
@@ -474,7 +475,7 @@ describe('a request', () => {
     await until(() => answers.includes('resumed'));
     await set.close();
     const opened = { image: imageId, secret: imageSecret, access: 'read' } as const;
-    const claimed = owned(await ImageSet.openParked(await slowly(server), link, opened));
+    const claimed = owned(await openParkedImage(await slowly(server), link, opened));
     expect(Buffer.compare((await claimed.claim()).state, state)).toBe(0);
   });
 
@@ -559,7 +560,7 @@ describe('a parked guest', () => {
     proxy.cut();
     const opened = { image: imageId, secret: imageSecret, access: 'read', required: 'home' } as const;
     const list = [servers[0].address, { host: '127.0.0.1', port: proxy.port }];
-    const stranger = owned(await ImageSet.open(list, connection(), opened));
+    const stranger = owned(await openImage(list, connection(), opened));
     expect(stranger.missing).toEqual([false, true]);
     const owner = await claimant([...servers]);
     await owner.claim();
@@ -648,7 +649,7 @@ describe('a parked guest', () => {
     const other = await dial(servers[1] as FakeServer);
     await other.open(imageId, imageSecret, 'read');
     await expect(other.claim(imageId, 'aa'.repeat(16))).rejects.toMatchObject({ reason: 'not-home' });
-    const wrong = ImageSet.openParked((servers[1] as FakeServer).address, connection(), {
+    const wrong = openParkedImage((servers[1] as FakeServer).address, connection(), {
       image: imageId,
       secret: imageSecret,
       access: 'read',
@@ -664,7 +665,7 @@ describe('an image of a guest that moved', () => {
     await set.commit();
     const image = server.native.images.get(imageId) as { whole: boolean };
     const other = owned(
-      await ImageSet.open([server.address], connection(), {
+      await openImage([server.address], connection(), {
         image: imageId,
         secret: imageSecret,
         access: 'read',
