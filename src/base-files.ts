@@ -13,8 +13,8 @@ import type { Guest, GuestOffer, PausedGuest, RegionBase } from './guest.js';
 import { lineageOf, mayBeBase } from './lineage.js';
 import { bytes as byteCount, parse } from './options/fields.js';
 import { offerSchema } from './protocol/messages.js';
+import { requireGuest } from './source/check-guest.js';
 import { claimRegions } from './source/claim-regions.js';
-import { checkIdentity } from './source/guest-identity.js';
 import { describeGuest } from './source/stage-image.js';
 
 /** Where a base is written, and how large it may be. */
@@ -140,11 +140,12 @@ export async function readBase(
 
 /**
  * A base of a guest that runs here: pauses it, writes it, and lets it run on. `pauseMs`: how long it stood.
- * @throws what `pause` throws, INVALID_ARGUMENT, REGION_BUSY (it is moving), LIMIT_EXCEEDED, SYSTEM
+ * @throws what `pause` throws, INVALID_ARGUMENT, GUEST_BUSY (it has left), REGION_CLOSED, REGION_BUSY (it is moving),
+ * LIMIT_EXCEEDED, SYSTEM
  */
 export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise<{ pauseMs: number }> {
   const { directory, maxBytes } = parse(optionsSchema, options, 'saveBase');
-  checkIdentity(guest);
+  requireGuest(guest);
   const started = performance.now();
   const release = claimRegions(guest);
   try {

@@ -4,7 +4,6 @@
  */
 import { baseKey, dataTokens } from '../control/tokens.js';
 import { requireFree } from '../arrivals.js';
-import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { mayBeBase } from '../lineage.js';
 import type { NativeListener } from '../native.js';
@@ -23,9 +22,9 @@ import type { ArrivalLink } from './arrival-config.js';
 import { abandonGuest } from './arrived.js';
 import { basesOf } from './base.js';
 import type { Domain } from './dedup-domain.js';
+import { makeArriving } from './make-arriving.js';
 import type { Booking, MemoryBudget } from './memory-budget.js';
 import { ParkedBase } from './parked-base.js';
-import { allocateGuest } from './plain-guest.js';
 
 /** What a listener has for all of its arrivals. */
 export interface AcceptanceHost {
@@ -50,6 +49,7 @@ export class Acceptance {
   readonly #given: GuestOffer;
   #images: ImageSet | null = null;
   #guest: ArrivingGuest | null = null;
+  #making: Promise<void> = Promise.resolve();
   #parked: ParkedBase | null = null;
   #parkedMemory: Booking | null = null;
   #replayMemory: Booking | null = null;
@@ -74,6 +74,11 @@ export class Acceptance {
   /** For the source: both are of one deduplication domain. */
   get referencesProof(): string | null {
     return this.#references?.proof ?? null;
+  }
+
+  /** Never rejects. Until then the owner's `accept` goes on, whether anybody waits for it or not. */
+  get made(): Promise<void> {
+    return this.#making;
   }
 
   /** All that takes time. Rejects why the offer is declined. */
@@ -163,28 +168,10 @@ export class Acceptance {
     );
   }
 
-  async #makeGuest({ accept, prepareTimeoutMs }: ResolvedListenOptions): Promise<ArrivingGuest> {
-    const given = this.#given;
-    const guest = accept ? await accept(given, { signal: this.host.closing }) : allocateGuest(given);
-    const offered = this.received.offer.guest.regions;
-    if (!Array.isArray(guest?.regions) || guest.regions.some((region) => !region?.native)) {
-      throw new MemferryError('PREPARE_FAILED', 'accept() gave no guest with regions');
-    }
-    for (const [index, { name, lengthBytes }] of offered.entries()) {
-      const here = guest.regions[index]?.lengthBytes ?? 0;
-      if (here === lengthBytes) continue;
-      await abandonGuest(guest, this.#given.name, prepareTimeoutMs);
-      if (here < lengthBytes) {
-        throw new MemferryError('NO_MEMORY', `region '${name}' is too short here`, {
-          facts: { expected: lengthBytes, got: here },
-        });
-      }
-      // What is beyond is nobody's to send, and would be waited for.
-      throw new MemferryError('PREPARE_FAILED', `region '${name}' is longer here than it is offered`, {
-        facts: { expected: lengthBytes, got: here },
-      });
-    }
-    return guest;
+  async #makeGuest(options: ResolvedListenOptions): Promise<ArrivingGuest> {
+    const making = makeArriving(options.accept, this.#given, { signal: this.host.closing }, options);
+    this.#making = making.over;
+    return making.guest;
   }
 
   /** Not where the listener has none for this guest, nor where there is no room to read it. */

@@ -1,5 +1,6 @@
 /** What every guest that arrives comes to, whether a source sent it or it was parked: its report, its losses, its end. */
 import { loadAddon } from '../addon.js';
+import { markArrived } from '../departed.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest } from '../guest.js';
 import type { NativeReceiverStats, NativeRun } from '../native.js';
@@ -65,6 +66,7 @@ export function tellLost(guest: ArrivingGuest, name: string, runs: NativeRun[]):
  * of a guest that is run by somebody else once that is known.
  */
 export function resumeHere(guest: ArrivingGuest, name: string): string | null | Promise<string | null> {
+  markArrived(guest.regions);
   let resumed: unknown;
   try {
     // One that is asynchronous is what TypeScript takes for one that gives nothing.

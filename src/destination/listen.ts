@@ -261,6 +261,13 @@ class DestinationListener implements Listening {
     let booking: Booking | null = null;
     let acceptance: Acceptance | null = null;
     let arrival: ArrivalInProgress | null = null;
+    const settled = () => {
+      made.resolve();
+      this.#making.delete(made.promise);
+      // Of an offer that comes twice, the first one's stays.
+      if (booking) this.#accepting.delete(id);
+      if (!arrival) booking?.release();
+    };
     try {
       if (offer.replay !== (replayLog !== null)) {
         throw new MemferryError('PROTOCOL_ERROR', 'a log that was not announced, or one that is missing');
@@ -284,17 +291,15 @@ class DestinationListener implements Listening {
       this.#arrivals.set(id, { arrival, sessionKey });
     } catch (error) {
       await acceptance?.undo(this.options);
+      // Whoever hears of it may offer again at once.
+      if (acceptance) void acceptance.made.then(settled);
+      else settled();
       const { code, message, names } = toPeer(error, 'PREPARE_FAILED');
       await channel.send({ type: 'declined', code, message, names }).catch(() => {});
       await channel.close();
       return;
-    } finally {
-      made.resolve();
-      this.#making.delete(made.promise);
-      // Of an offer that comes twice, the first one's stays.
-      if (booking) this.#accepting.delete(id);
-      if (!arrival) booking?.release();
     }
+    settled();
     this.#queue.put(arrival);
     void channel.send({
       type: 'accepted',

@@ -28,7 +28,7 @@ import { openParkedImage } from '../staging/image-opening.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { abandonGuest, arrivalReport, pagesLost, resumeHere, tellLost } from './arrived.js';
 import { DestinationEngine } from './engine.js';
-import { allocateGuest } from './plain-guest.js';
+import { makeArriving } from './make-arriving.js';
 import { checkBaseRegions, type UnparkBase, unparkBase } from './unpark-base.js';
 
 /** A guest that was parked and runs here now; its pages follow. */
@@ -80,9 +80,7 @@ export async function unpark(ticket: ParkTicket, options: UnparkOptions = {}): P
     const offer: GuestOffer = { ...claim.guest, description: claim.guest.description };
     // For `readBase`; not to be shown to whoever looks at `offer` later.
     const known = ticket.guest ? { ...offer, lineage: Buffer.from(ticket.guest.lineage, 'hex') } : offer;
-    guest = resolved.accept
-      ? await resolved.accept(known, { signal, state: claim.state })
-      : allocateGuest(offer);
+    guest = await makeArriving(resolved.accept, known, { signal, state: claim.state }, resolved).guest;
     requireFree(guest.regions);
     const base = await unparkBase(guest, known, resolved.base);
     arriving = new GatheringGuest(ticket, offer, guest, images, base, resolved);

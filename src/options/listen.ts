@@ -30,6 +30,11 @@ export interface ListenOptions extends ConnectionOptions {
   /** Migrations at the same time, 1 to 1024; one more is declined with LIMIT_EXCEEDED. Default 16. */
   maxMigrations?: number;
   /**
+   * For `accept`, in ms: the migration is declined with PREPARE_TIMEOUT, and what `accept` comes to later is abandoned.
+   * Until it settles it counts against `maxMigrations` and `maxBytes`. Default 120 000.
+   */
+  acceptTimeoutMs?: number;
+  /**
    * For `prepare`, in ms: PREPARE_TIMEOUT, and the guest runs on at the source. `abandon` is not waited for any longer
    * either. Default 10 000.
    */
@@ -81,6 +86,7 @@ const listenSchema = z.strictObject({
   maxBytes: bytes.default(64 * 2 ** 30),
   maxStateBytes: bytes.default(64 * 2 ** 20),
   maxMigrations: z.number().int().min(1).max(1024).default(16),
+  acceptTimeoutMs: milliseconds.default(120_000),
   prepareTimeoutMs: milliseconds.default(10_000),
   bandwidth: bytes.default(0),
   connectTimeoutMs: milliseconds.default(5_000),
@@ -94,11 +100,14 @@ true satisfies Same<z.input<typeof listenSchema>, Omit<ListenOptions, 'accept'>>
 
 export type ResolvedListenOptions = z.output<typeof listenSchema> & Pick<ListenOptions, 'accept'>;
 
+export function checkAccept(accept: unknown, what: string): void {
+  if (accept === undefined || typeof accept === 'function') return;
+  throw new MemferryError('INVALID_ARGUMENT', `${what}.accept: must be a function`);
+}
+
 export function resolveListenOptions(options: ListenOptions): ResolvedListenOptions {
   const { accept, ...rest } = options ?? {};
-  if (accept !== undefined && typeof accept !== 'function') {
-    throw new MemferryError('INVALID_ARGUMENT', 'listen.accept: must be a function');
-  }
+  checkAccept(accept, 'listen');
   const parsed = parse(listenSchema, rest, 'listen');
   if (parsed.share !== undefined && typeof parsed.dedup === 'boolean') {
     throw new MemferryError('INVALID_ARGUMENT', 'listen.share: a page share belongs to a domain (dedup)');

@@ -9,7 +9,7 @@ import {
   parse,
   type Same,
 } from './fields.js';
-import type { ListenOptions } from './listen.js';
+import { checkAccept, type ListenOptions } from './listen.js';
 
 /** What `unpark` may be told. Times are in ms, above 0 and up to 7 days; sizes and rates are whole numbers of bytes. */
 export interface UnparkOptions extends ConnectionOptions, Pick<ListenOptions, 'accept'> {
@@ -39,6 +39,8 @@ export interface UnparkOptions extends ConnectionOptions, Pick<ListenOptions, 'a
   maxStateBytes?: number;
   /** For each server to answer, in ms: CONNECT_FAILED. Default 5000. */
   connectTimeoutMs?: number;
+  /** For `accept`, in ms: PREPARE_TIMEOUT, the guest stays parked, and what `accept` comes to later is abandoned. Default 120 000. */
+  acceptTimeoutMs?: number;
   /**
    * For `prepare`, in ms: PREPARE_TIMEOUT, and the guest stays parked. After so long an `abandon` counts as failed. Default
    * 10 000.
@@ -71,6 +73,7 @@ const unparkSchema = z.strictObject({
     .optional(),
   maxStateBytes: bytes.default(64 * 2 ** 20),
   connectTimeoutMs: milliseconds.default(5_000),
+  acceptTimeoutMs: milliseconds.default(120_000),
   prepareTimeoutMs: milliseconds.default(10_000),
   inDoubtTimeoutMs: milliseconds.default(30_000),
 });
@@ -80,5 +83,6 @@ export type ResolvedUnparkOptions = z.output<typeof unparkSchema> & Pick<ListenO
 
 export function resolveUnparkOptions(options: UnparkOptions): ResolvedUnparkOptions {
   const { accept, ...rest } = options ?? {};
+  checkAccept(accept, 'unpark');
   return { ...parse(unparkSchema, rest, 'unpark'), ...(accept ? { accept } : {}) };
 }

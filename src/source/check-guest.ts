@@ -1,8 +1,8 @@
 /** What cannot move is found before anything of a migration begins: no connection, no tracking, no page. */
+import { requireHere } from '../departed.js';
 import { memferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { untilAborted } from '../protocol/bounded.js';
-import { requireHere } from './commit-driver.js';
 import { checkIdentity } from './guest-identity.js';
 
 /**

@@ -2,7 +2,8 @@
  * Carries out what the source's commit machine decides: pauses and unpauses the guest, sends, redials, runs
  * the timers. The rules it keeps are listed in protocol/commit.ts. JavaScript thread.
  */
-import { type ErrorCode, fromNative, MemferryError, memferryError } from '../errors.js';
+import { markDeparted, markHere } from '../departed.js';
+import { type ErrorCode, fromNative, MemferryError } from '../errors.js';
 import type { Guest, PausedGuest } from '../guest.js';
 import type { Cause, DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import {
@@ -44,19 +45,6 @@ function standingOf(guest: Guest): Standing {
   const known = standings.get(key) ?? { holder: null, owed: false, unpausing: null };
   standings.set(key, known);
   return known;
-}
-
-/** Guests that are the destination's, or may be, as far as this side knows. */
-const away = new WeakSet<Guest>();
-
-/** @throws GUEST_BUSY for a guest that has left, or may have: there would be two of it */
-export function requireHere(guest: Guest): void {
-  if (!away.has(guest)) return;
-  throw memferryError(
-    'GUEST_BUSY',
-    `guest '${guest.name}' has left, or may have: it is not this side's to move again`,
-    { facts: { names: ['departed'] } },
-  );
 }
 
 export type Settlement =
@@ -176,7 +164,7 @@ export class CommitDriver {
   }
 
   release(): void {
-    if (this.committed) away.add(this.guest);
+    if (this.committed) markDeparted(this.guest);
     this.#dispatch({ type: 'release' });
     this.#timers.stopAll();
   }
@@ -220,8 +208,8 @@ export class CommitDriver {
         this.#timers.stop(action.timer);
         break;
       case 'settle':
-        if (action.outcome === 'reclaimed') away.delete(this.guest);
-        else away.add(this.guest);
+        if (action.outcome === 'reclaimed') markHere(this.guest);
+        else markDeparted(this.guest);
         if (action.outcome === 'reclaimed' && this.#standing.holder === this) {
           this.#standing.holder = null;
           if (this.#standing.owed) this.#letRun();

@@ -1,7 +1,8 @@
 /** What a caller gets wrong, or its guest's own code: said clearly and at once, and nobody's guest is lost or doubled by it. */
+import { tmpdir } from 'node:os';
 import { afterEach, describe, expect, test } from 'vitest';
 import type { ArrivingGuest, Guest } from '../../src/guest.js';
-import { type Arrival, type Listening, listen, migrate, park, Region } from '../../src/index.js';
+import { type Arrival, type Listening, listen, migrate, park, Region, saveBase } from '../../src/index.js';
 import { deferred } from '../../src/protocol/deferred.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -134,7 +135,89 @@ test('a guest that has left is not moved again: there would be two of it', async
   await expect(park(guest, { via: ['127.0.0.1:9'], secret: SECRET })).rejects.toMatchObject({
     code: 'GUEST_BUSY',
   });
+  await expect(saveBase(guest, { directory: tmpdir(), maxBytes: 2 ** 30 })).rejects.toMatchObject({
+    code: 'GUEST_BUSY',
+  });
+  // Its memory says so, whatever object stands for it.
+  expect(() => migrate({ ...guest }, to(listener))).toThrow(expect.objectContaining({ code: 'GUEST_BUSY' }));
   expect(guest.steps).toEqual(['pause']);
+});
+
+test('a guest that comes back into the memory that it had left may leave again, and so may another one from there', async () => {
+  const home = made();
+  const there = made();
+  const guest = (name: string, region: Region) => ({
+    ...guestOf(name),
+    regions: [{ name: 'memory', region }],
+  });
+  const away = await listening(() => arriving(there));
+  const back = await listening(() => arriving(home));
+  for (const name of ['one', 'other']) {
+    (home.views[0] as Uint8Array).fill(name.charCodeAt(0));
+    for (const [region, listener] of [
+      [home, away],
+      [there, back],
+      [home, away],
+    ] as const) {
+      const migration = migrate(guest(name, region), to(listener));
+      open.push(migration);
+      const arrival = await arrivalOf(listener);
+      expect(await migration.done).toMatchObject({ verified: true });
+      await arrival[Symbol.asyncDispose]();
+    }
+  }
+});
+
+describe('what accept() gives is looked at before the first page', () => {
+  const hooks = { prepare: async () => {}, resume: () => {}, abandon: () => {} };
+  test.each<[string, () => unknown, { code: string; message?: unknown }]>([
+    ['nothing', () => undefined, { code: 'PREPARE_FAILED' }],
+    ['no resume()', () => arriving(made(), { resume: undefined as never }), { code: 'PREPARE_FAILED' }],
+    ['a region too many', () => ({ ...hooks, regions: [made(), made()] }), { code: 'PREPARE_FAILED' }],
+    ['a shorter region', () => arriving(Region.allocate({ lengthBytes: 4096 })), { code: 'NO_MEMORY' }],
+    [
+      'a longer region',
+      () => arriving(Region.allocate({ lengthBytes: 2 * LENGTH })),
+      { code: 'PREPARE_FAILED' },
+    ],
+  ])('%s', async (_, make, refused) => {
+    const abandoned: unknown[] = [];
+    const listener = await listening(() => {
+      const guest = make() as ArrivingGuest;
+      return guest && { ...guest, abandon: () => void abandoned.push(guest) };
+    });
+    const guest = guestOf('g');
+    const migration = migrate(guest, to(listener));
+    open.push(migration);
+    await expect(migration.done).rejects.toMatchObject(refused);
+    expect(guest.steps).toEqual([]);
+    expect(abandoned).toHaveLength(make() === undefined ? 0 : 1);
+  });
+
+  test('one that never ends holds up its source no longer than it may, and its seat for as long as it goes on', async () => {
+    const late = deferred<ArrivingGuest>();
+    let asked = 0;
+    const listener = await listen({
+      secret: SECRET,
+      acceptTimeoutMs: 200,
+      maxMigrations: 1,
+      accept: () => (asked++ === 0 ? late.promise : arriving(made())),
+    });
+    open.push(listener);
+    const guest = guestOf('g');
+    const move = () => {
+      const migration = migrate(guest, to(listener));
+      open.push(migration);
+      return migration.done;
+    };
+    await expect(move()).rejects.toMatchObject({ code: 'PREPARE_TIMEOUT' });
+    await expect(move()).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
+    const abandoned = deferred<void>();
+    late.resolve(arriving(made(), { abandon: () => abandoned.resolve() }));
+    await abandoned.promise;
+    expect(await move()).toMatchObject({ verified: true });
+    expect(guest.steps).toEqual(['pause']);
+  });
 });
 
 describe('a guest in doubt', () => {
