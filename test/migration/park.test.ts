@@ -439,6 +439,49 @@ test('a claim whose prepare fails goes back', async () => {
   expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
 });
 
+describe('what accept() gives for a parked guest is looked at before the guest is granted', () => {
+  const arriving = (...lengths: number[]) => ({
+    regions: lengths.map((lengthBytes) => Region.allocate({ lengthBytes })),
+    prepare: async () => {},
+    resume: () => {},
+    abandon: () => {},
+  });
+  const whole = () => arriving(8 * MIB);
+  test.each<[string, unknown, object]>([
+    ['a shorter region', () => arriving(4 * MIB), { code: 'NO_MEMORY' }],
+    ['a longer region', () => arriving(16 * MIB), { code: 'PREPARE_FAILED' }],
+    ['a region too many', () => arriving(8 * MIB, 4096), { code: 'PREPARE_FAILED' }],
+    ['no resume()', () => ({ ...whole(), resume: null }), { code: 'PREPARE_FAILED' }],
+    ['nothing', () => undefined, { code: 'PREPARE_FAILED', message: /no guest with regions/ }],
+    ['no end', () => new Promise(() => {}), { code: 'PREPARE_TIMEOUT' }],
+    ['no function', 'accept', { code: 'INVALID_ARGUMENT' }],
+    ['null', null, { code: 'INVALID_ARGUMENT' }],
+  ])('%s', async (_, accept, { message, ...refused }: { message?: RegExp }) => {
+    const all = await servers(1);
+    const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+    const wrong = claimed(ticket, { accept, acceptTimeoutMs: 300 });
+    await expect(wrong).rejects.toMatchObject({
+      ...refused,
+      ...(message ? { message: expect.stringMatching(message) } : {}),
+    });
+    expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+  });
+
+  test('its signal ends the wait for it', async () => {
+    const all = await servers(1);
+    const { ticket } = await park(new PlainGuest(), { secret: SECRET, via: via(all) });
+    const controller = new AbortController();
+    const accept = () => {
+      controller.abort();
+      return new Promise<never>(() => {});
+    };
+    await expect(claimed(ticket, { accept, signal: controller.signal })).rejects.toMatchObject({
+      code: 'CANCELLED',
+    });
+    expect(await (await claimed(ticket)).complete).toMatchObject({ verified: true });
+  });
+});
+
 test('a ticket that nobody ever has kept ends the park, and the guest runs on', async () => {
   const all = await servers(1);
   const guest = new PlainGuest();
