@@ -29,9 +29,13 @@ export function markArrived(regions: readonly Region[]): void {
   for (const region of regions) departed.delete(region);
 }
 
+export function isHere(guest: Held): boolean {
+  return memoryOf(guest).every((memory) => departed.get(memory) !== guest.name);
+}
+
 /** @throws GUEST_BUSY for a guest that has left, or may have */
 export function requireHere(guest: Held): void {
-  if (!memoryOf(guest).some((memory) => departed.get(memory) === guest.name)) return;
+  if (isHere(guest)) return;
   throw memferryError(
     'GUEST_BUSY',
     `guest '${guest.name}' has left, or may have: it is not this side's to move or keep again`,

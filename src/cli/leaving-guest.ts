@@ -5,6 +5,7 @@
 import { pathToFileURL } from 'node:url';
 import { type Command, Option } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
+import { isHere } from '../departed.js';
 import { memferryError } from '../errors.js';
 import { type CompressChoice, compressChoices, type MigrateOptions } from '../options.js';
 import { rehearse } from '../rehearse.js';
@@ -105,36 +106,123 @@ export function given(options: Record<string, unknown>): Record<string, unknown>
   return Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined));
 }
 
-/** Starts it and waits until it is to leave. `leaves`: what it does then, for people. `whileHere`: until then. */
-export async function startGuest(
-  flags: GuestFlags,
-  leaves: string,
-  output: Output,
-  signal: AbortSignal,
-  whileHere: (guest: WorkerGuest) => Promise<AsyncDisposable | null> = async () => null,
-): Promise<WorkerGuest> {
+export interface Leaving {
+  flags: GuestFlags;
+  /** What it does when it is told to, for people. */
+  leaves: string;
+  output: Output;
+  signal: AbortSignal;
+  /** Begun while the guest waits to be told, and disposed of when it is. */
+  whileHere?: (guest: WorkerGuest) => Promise<AsyncDisposable | null>;
+}
+
+/**
+ * Starts a guest and waits until it is told to leave. When `leave` fails and the guest is still here, it waits to be told
+ * again, as long as there is somebody who can: until the input has ended.
+ */
+export async function untilItLeaves<T>(
+  { flags, leaves, output, signal, whileHere = async () => null }: Leaving,
+  leave: (guest: WorkerGuest) => Promise<T>,
+): Promise<T> {
   const { name, path } = flags.module;
-  const guest = await WorkerGuest.start({
+  // Before there is a guest: the signal's own meaning in Node is a debugger, and it may come at any time.
+  using signs = new Signs(flags);
+  await using guest = await WorkerGuest.start({
     module: { name, url: pathToFileURL(path) },
     ...(flags.data === undefined ? {} : { data: flags.data }),
   });
-  try {
-    sayMessages(guest, output);
-    await using _companion = await whileHere(guest);
-    const lengthBytes = guest.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
-    // Before it is said that the guest runs: whoever reads that may give the sign at once.
-    const told = untilTold(guest, flags, output, signal);
-    told.catch(() => {});
-    output.say(
-      `guest ${name} runs, ${mebibytes(lengthBytes)} MiB; a line asks it; at an empty one it ${leaves}`,
-    );
-    output.line({ type: 'started', guest: name, pid: process.pid, heapBytes: lengthBytes });
-    void rehearse(); // it will leave some day, and the guest has time now
-    await told;
-    return guest;
-  } catch (error) {
-    await guest.terminate();
-    throw error;
+  const ended = new Promise<never>((_, reject) => guest.once('ended', reject));
+  ended.catch(() => {});
+  sayMessages(guest, output);
+  for (let again = false; ; again = true) {
+    {
+      await using _companion = await whileHere(guest);
+      const told = signs.next();
+      if (!again) {
+        const lengthBytes = guest.regions.reduce((sum, { region }) => sum + region.refresh(), 0);
+        // Only now are they read: whoever sees that the guest runs may give the sign at once.
+        signs.listen(guest, output);
+        output.say(
+          `guest ${name} runs, ${mebibytes(lengthBytes)} MiB; a line asks it; at an empty one it ${leaves}`,
+        );
+        output.line({ type: 'started', guest: name, pid: process.pid, heapBytes: lengthBytes });
+        void rehearse(); // it will leave some day, and the guest has time now
+      }
+      await Promise.race([told, ended, interrupted(signal)]);
+    }
+    try {
+      return await leave(guest);
+    } catch (error) {
+      if (signal.aborted || !signs.more || !(await runsHere(guest, ended))) throw error;
+      const { code, message } = error as { code?: string; message: string };
+      output.say(
+        `memferry: ${code ?? 'ERROR'}: ${message}; guest ${name} runs on here, until it is told again`,
+      );
+      output.line({ type: 'failed', guest: name, code: code ?? 'ERROR', message });
+    }
+  }
+}
+
+async function runsHere(guest: WorkerGuest, ended: Promise<never>): Promise<boolean> {
+  if (!isHere(guest)) return false;
+  const turn = new Promise<true>((resolve) => setImmediate(resolve, true));
+  return await Promise.race([turn, ended.catch(() => false)]);
+}
+
+/** That the guest is to leave: an empty line, the end of the input, SIGUSR1, or a time that is over. */
+class Signs {
+  #given = false;
+  /** It is on its way, and need not be told again. */
+  #leaving = false;
+  #tell: (() => void) | null = null;
+  #timer: NodeJS.Timeout | undefined;
+  #console: GuestConsole | null = null;
+  #inputEnded = false;
+  readonly #onSign = () => {
+    if (this.#leaving) return;
+    this.#given = true;
+    this.#tell?.();
+  };
+
+  constructor(private readonly flags: Pick<GuestFlags, 'afterMs'>) {
+    process.on('SIGUSR1', this.#onSign);
+  }
+
+  /** The next one, or one that nobody has waited for yet. */
+  async next(): Promise<void> {
+    this.#leaving = false;
+    if (!this.#given) {
+      await new Promise<void>((resolve) => {
+        this.#tell = resolve;
+      });
+    }
+    this.#given = false;
+    this.#leaving = true;
+  }
+
+  listen(guest: WorkerGuest, output: Output): void {
+    const { afterMs } = this.flags;
+    if (afterMs !== undefined) this.#timer = setTimeout(this.#onSign, afterMs);
+    this.#console = new GuestConsole({
+      ...{ input: process.stdin, output, guest: () => guest, onEmptyLine: this.#onSign },
+      onEnd: () => {
+        this.#inputEnded = true;
+        // With a time given, an input that ends (or has none, as in a script) is no sign.
+        if (afterMs === undefined) this.#onSign();
+      },
+    });
+  }
+
+  /** Another one may come. */
+  get more(): boolean {
+    return !this.#inputEnded;
+  }
+
+  [Symbol.dispose](): void {
+    clearTimeout(this.#timer);
+    process.removeListener('SIGUSR1', this.#onSign);
+    this.#console?.close();
+    process.stdin.destroy();
   }
 }
 
@@ -143,34 +231,5 @@ function parseData(text: string): unknown {
     return JSON.parse(text);
   } catch (cause) {
     throw memferryError('INVALID_ARGUMENT', '--data is not JSON', { cause });
-  }
-}
-
-/** Resolves at the first of the signs to go; rejects when interrupted or when the guest ends first. */
-async function untilTold(
-  guest: WorkerGuest,
-  flags: GuestFlags,
-  output: Output,
-  signal: AbortSignal,
-): Promise<void> {
-  let typed: GuestConsole | null = null;
-  let timer: NodeJS.Timeout | undefined;
-  let go = () => {};
-  try {
-    await new Promise<void>((resolve, reject) => {
-      go = resolve;
-      process.once('SIGUSR1', go);
-      if (flags.afterMs !== undefined) timer = setTimeout(go, flags.afterMs);
-      // With a time given, an input that ends (or has none, as in a script) is no sign.
-      const onEnd = flags.afterMs === undefined ? go : () => {};
-      typed = new GuestConsole({ input: process.stdin, output, guest: () => guest, onEmptyLine: go, onEnd });
-      guest.once('ended', reject);
-      interrupted(signal).catch(reject);
-    });
-  } finally {
-    clearTimeout(timer);
-    process.removeListener('SIGUSR1', go);
-    (typed as GuestConsole | null)?.close();
-    process.stdin.destroy();
   }
 }

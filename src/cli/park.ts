@@ -6,7 +6,7 @@ import { rm } from 'node:fs/promises';
 import type { Command } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { MemferryError } from '../errors.js';
-import { type ParkReport, park } from '../source/park.js';
+import { checkParkOptions, type ParkReport, park } from '../source/park.js';
 import { tellParkInDoubt } from './in-doubt.js';
 import {
   addGuestFlags,
@@ -16,7 +16,7 @@ import {
   given,
   type ServerFlags,
   serverOptions,
-  startGuest,
+  untilItLeaves,
 } from './leaving-guest.js';
 import { makeOutput } from './output.js';
 import { byteCount } from './parse-values.js';
@@ -51,23 +51,29 @@ async function parkGuest(flags: ParkFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
+  const { keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
+  const options = {
+    ...given({ keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes } }),
+    ...serverOptions(flags),
+  };
+  // Before there is a guest, which would be ended by a wrong word.
+  await checkParkOptions(options);
   // First, so that a guest is never parked with nobody able to claim it.
   const file = await newTicketFile(flags.ticket);
   let report: ParkReport;
   let left = false;
   try {
-    await using guest = await startGuest(flags, 'is parked', output, signal);
-    guest.once('departed', () => {
-      left = true;
-    });
-    const { keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
-    report = await park(guest, {
-      signal,
-      ...given({ keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes } }),
-      ...serverOptions(flags),
-      // Before the commit: also a park that nobody heard the end of can be claimed.
-      onTicket: (ticket) => writeTicket(file, flags.ticket, ticket),
-      onInDoubt: () => tellParkInDoubt(flags.ticket, output),
+    report = await untilItLeaves({ flags, leaves: 'is parked', output, signal }, (guest) => {
+      guest.once('departed', () => {
+        left = true;
+      });
+      return park(guest, {
+        signal,
+        ...options,
+        // Before the commit: also a park that nobody heard the end of can be claimed.
+        onTicket: (ticket) => writeTicket(file, flags.ticket, ticket),
+        onInDoubt: () => tellParkInDoubt(flags.ticket, output),
+      });
     });
   } catch (error) {
     const perhapsParked = error instanceof MemferryError && error.code === 'MIGRATION_IN_DOUBT';

@@ -2,11 +2,13 @@
  * `memferry send`: starts a guest from a module of one's own, lets one talk to it line by line, and moves it
  * when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first.
  */
-import { readFile } from 'node:fs/promises';
+import { access, readFile } from 'node:fs/promises';
+import { dirname } from 'node:path';
 import { type Command, Option } from 'commander';
 import { describeEncodings, figure, mebibytes } from '../demo/table.js';
 import { MemferryError, memferryError } from '../errors.js';
 import {
+  type MigrateOptions,
   type Mode,
   modes,
   type NonConvergence,
@@ -16,7 +18,7 @@ import {
 import { sampleGuest } from '../share/sampling.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
-import { type Migration, migrate } from '../source/migrate.js';
+import { checkMigrateOptions, type Migration, migrate } from '../source/migrate.js';
 import { type Writers, writersChoices } from '../trackers.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
@@ -27,7 +29,7 @@ import {
   given,
   type ServerFlags,
   serverOptions,
-  startGuest,
+  untilItLeaves,
 } from './leaving-guest.js';
 import { connectionOptions } from './connection-flags.js';
 import { untilKnown } from './in-doubt.js';
@@ -116,18 +118,57 @@ export function addSend(program: Command): void {
 }
 
 async function send(flags: SendFlags): Promise<void> {
-  if (flags.keepStaleCopy && flags.leaveWhenEvicted) {
-    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
-  }
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
   const sampled = sampleOptions(flags);
-  await using guest = await startGuest(flags, 'moves', output, signal, async (started) =>
-    sampled ? await sampleGuest(started, sampled) : null,
+  await checkFlags(flags);
+  const report = await untilItLeaves(
+    {
+      ...{ flags, leaves: 'moves', output, signal },
+      whileHere: async (guest) => (sampled ? await sampleGuest(guest, sampled) : null),
+    },
+    (guest) => move(guest, flags, output, signal),
   );
-  const report = await move(guest, flags, output, signal);
   output.result(describeReport(report, flags.to), { type: 'report', ...report });
+}
+
+/** Before there is a guest, which would be ended by a wrong word. */
+async function checkFlags(flags: SendFlags): Promise<void> {
+  if (flags.keepStaleCopy && flags.leaveWhenEvicted) {
+    throw memferryError('INVALID_ARGUMENT', '--leave-when-evicted does not wait for --keep-stale-copy');
+  }
+  const { replay } = flags;
+  if (replay !== undefined) {
+    // Whoever writes it may do so until the guest goes, but somewhere.
+    await access(dirname(replay)).catch((cause) => {
+      throw memferryError('INVALID_ARGUMENT', `--replay: ${replay} cannot be read`, { cause });
+    });
+  }
+  await checkMigrateOptions(migrateOptions(flags));
+}
+
+/** But for the replay log, which is read when the guest goes. */
+function migrateOptions(flags: SendFlags): MigrateOptions {
+  const { to, mode, verify, channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers } =
+    flags;
+  const { onCapacity, destinationRack, releaseAsEvicted, useBase, keepStaleCopy } = flags;
+  const { staleBytes = 64 * 2 ** 30 } = flags;
+  return {
+    ...{ to, mode, verify },
+    ...given({
+      base: useBase,
+      keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
+    }),
+    ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers }),
+    ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
+    ...serverOptions(flags.sample && !traitsOf(mode).scatter ? withoutServers(flags) : flags),
+  };
+}
+
+/** Those that the guest's pages are told of are no way for them. */
+function withoutServers({ via: _via, ...others }: SendFlags): Omit<SendFlags, 'via'> {
+  return others;
 }
 
 async function move(
@@ -136,27 +177,9 @@ async function move(
   output: Output,
   signal: AbortSignal,
 ): Promise<EvictionReport | MigrationReport> {
-  const { to, mode, verify } = flags;
-  const { channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers } = flags;
-  const { onCapacity, destinationRack, releaseAsEvicted } = flags;
-  const { useBase, replay, keepStaleCopy, staleBytes = 64 * 2 ** 30 } = flags;
-  const options = {
-    ...given({
-      base: useBase,
-      replayLog: replay === undefined ? undefined : new Uint8Array(await readReplay(replay)),
-      keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
-    }),
-    ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers }),
-    ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
-    ...serverOptions(flags),
-  };
-  await using migration = migrate(guest, {
-    to,
-    mode,
-    verify,
-    signal,
-    ...options,
-  });
+  const { replay } = flags;
+  const replayLog = replay === undefined ? undefined : new Uint8Array(await readReplay(replay));
+  await using migration = migrate(guest, { ...migrateOptions(flags), signal, ...given({ replayLog }) });
   // Awaited here: what is left of the migration is let go of when this function ends.
   return await accountOf(migration, flags, output, signal);
 }

@@ -40,9 +40,11 @@ export async function newTicketFile(path: string): Promise<FileHandle> {
   }
 }
 
-/** All of it, and so that it outlives a crash of this machine, under its name. */
+/** All of it and nothing else, and so that it outlives a crash of this machine, under its name. */
 export async function writeTicket(file: FileHandle, path: string, ticket: ParkTicket): Promise<void> {
-  await file.writeFile(`${JSON.stringify(ticket)}\n`);
+  // Of a park that failed after it.
+  await file.truncate(0);
+  await file.write(`${JSON.stringify(ticket)}\n`, 0);
   await file.sync();
   const directory = await open(dirname(path), 'r');
   try {

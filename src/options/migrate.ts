@@ -1,8 +1,9 @@
 /** What `migrate` may be told. */
 import { z } from 'zod';
 import { MemferryError } from '../errors.js';
+import { traitsOf } from '../protocol/mode-traits.js';
 import { type Writers, writersChoices } from '../trackers.js';
-import { parseAddress } from './address.js';
+import { parseAddress, parseGroup } from './address.js';
 import {
   bytes,
   type ConnectionOptions,
@@ -47,7 +48,8 @@ export type NonConvergence = (typeof nonConvergenceChoices)[number];
 
 /**
  * What `migrate` may be told. Times are in ms, above 0 and up to 7 days; sizes and rates are whole numbers of bytes.
- * Everything that is not as said here is INVALID_ARGUMENT, and names the field.
+ * Everything that is not as said here is INVALID_ARGUMENT, and names the field; so is what is said of scatter modes alone,
+ * in another one.
  */
 export interface MigrateOptions extends ConnectionOptions {
   /** Where a destination listens: `host:port`, `[v6]:port`, or the two apart. */
@@ -233,6 +235,18 @@ export function checkStall(
   );
 }
 
+/** Addresses that can be dialled, and a group that can be listened to. */
+export function checkServers(
+  { via, discover }: Pick<z.output<typeof migrateSchema>, 'via' | 'discover'>,
+  what: string,
+): void {
+  for (const address of via) {
+    if (parseAddress(address).port > 0) continue;
+    throw new MemferryError('INVALID_ARGUMENT', `${what}.via: '${address}' has no port to dial (1 to 65535)`);
+  }
+  if (typeof discover === 'string') parseGroup(discover);
+}
+
 /** A replay log comes with the offer, which has to be there whole within seconds. */
 export const mostReplayBytes = 4 * 2 ** 20;
 
@@ -255,9 +269,32 @@ function destinationOf(text: string): { host: string; port: number } {
   throw new MemferryError('INVALID_ARGUMENT', `migrate.to: '${text}' has no port to dial (1 to 65535)`);
 }
 
+/** Options that say where else pages go: whoever sets one for nothing believes that they are there. */
+const ofScatter = [
+  'via',
+  'discover',
+  'replicas',
+  'onCapacity',
+  'rack',
+  'destinationRack',
+  'linkBytesPerSecond',
+  'stallTimeoutMs',
+  'leaseMs',
+  'releaseAsEvicted',
+] as const;
+
+function checkMode(given: MigrateOptions, { mode }: z.output<typeof migrateSchema>): void {
+  if (traitsOf(mode).scatter) return;
+  const [name] = ofScatter.filter((option) => given[option] !== undefined);
+  if (name === undefined) return;
+  throw new MemferryError('INVALID_ARGUMENT', `migrate.${name}: for scatter modes, and this is ${mode}`);
+}
+
 export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
   const parsed = parse(migrateSchema, options, 'migrate');
+  checkMode(options, parsed);
   checkStall(parsed, 'migrate');
   checkBase(parsed);
+  checkServers(parsed, 'migrate');
   return { ...parsed, to: typeof parsed.to === 'string' ? destinationOf(parsed.to) : parsed.to };
 }

@@ -2,36 +2,43 @@
 import { MemferryError } from '../errors.js';
 import type { ParkTicket } from '../source/park.js';
 import { parse } from './fields.js';
-import { checkStall, type MigrateOptions, migrateSchema, type ResolvedMigrateOptions } from './migrate.js';
+import {
+  checkServers,
+  checkStall,
+  type MigrateOptions,
+  migrateSchema,
+  type ResolvedMigrateOptions,
+} from './migrate.js';
+
+/** Options that say where a guest goes, or how it is made ready there; and those of rounds. */
+const ofMigrate = [
+  'to',
+  'mode',
+  'channels',
+  'downtimeLimitMs',
+  'maxRounds',
+  'onNonConvergence',
+  'hybridRounds',
+  'tracker',
+  'writers',
+  'verify',
+  'base',
+  'baseTimeoutMs',
+  'replayLog',
+  'holdSwitchover',
+  'destinationRack',
+  'onCapacity',
+  'releaseAsEvicted',
+  'gatherTimeoutMs',
+  'progressIntervalMs',
+  'deltaCacheBytes',
+] as const satisfies readonly (keyof MigrateOptions)[];
 
 /**
  * What `park` may be told. A park goes the way of a scatter without a destination; the mode and the rounds' options have
  * no meaning there.
  */
-export interface ParkOptions
-  extends Omit<
-    MigrateOptions,
-    | 'to'
-    | 'mode'
-    | 'channels'
-    | 'downtimeLimitMs'
-    | 'maxRounds'
-    | 'onNonConvergence'
-    | 'hybridRounds'
-    | 'tracker'
-    | 'writers'
-    | 'verify'
-    | 'base'
-    | 'baseTimeoutMs'
-    | 'replayLog'
-    | 'holdSwitchover'
-    | 'destinationRack'
-    | 'onCapacity'
-    | 'releaseAsEvicted'
-    | 'gatherTimeoutMs'
-    | 'progressIntervalMs'
-    | 'deltaCacheBytes'
-  > {
+export interface ParkOptions extends Omit<MigrateOptions, (typeof ofMigrate)[number]> {
   /**
    * Called with the ticket before the commit, and awaited: a ticket that is kept then claims the guest whatever
    * becomes of this process. Rejecting ends the park, and so does taking longer than `prepareTimeoutMs` (the guest
@@ -55,8 +62,7 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: must be a function`);
     }
   }
-  // Where it goes is not said, so nothing may be said of where.
-  for (const name of ['to', 'mode', 'channels', 'tracker', 'writers'] as const) {
+  for (const name of ofMigrate) {
     if (name in options) {
       throw new MemferryError('INVALID_ARGUMENT', `park.${name}: a park has none`);
     }
@@ -64,6 +70,7 @@ export function resolveParkOptions(given: ParkOptions): ResolvedParkOptions {
   const to = { host: '127.0.0.1', port: 1 };
   const parsed = parse(migrateSchema, { ...options, to, mode: 'scatter' }, 'park');
   checkStall(parsed, 'park');
+  checkServers(parsed, 'park');
   return {
     ...parsed,
     to,

@@ -2,7 +2,12 @@
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
 import type { Guest } from '../guest.js';
-import { type MigrateOptions, resolveMigrateOptions } from '../options.js';
+import {
+  type MigrateOptions,
+  parseAddress,
+  type ResolvedMigrateOptions,
+  resolveMigrateOptions,
+} from '../options.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
 import { requireGuest } from './check-guest.js';
 import { SourceMigration } from './migration.js';
@@ -60,7 +65,19 @@ export interface Migration extends AsyncDisposable {
 export function migrate(guest: Guest, options: MigrateOptions): Migration {
   const resolved = resolveMigrateOptions(options);
   requireGuest(guest);
-  checkAddressPolicy(resolved.to.host, { plaintext: resolved.plaintext });
-  const secret = loadSecret(resolved, { loopback: isLoopback(resolved.to.host) });
-  return new SourceMigration(guest, resolved, secret);
+  return new SourceMigration(guest, resolved, openSecret(resolved));
+}
+
+/** That nothing is wrong with them as far as it can be seen without a guest and without dialling anybody. */
+export async function checkMigrateOptions(options: MigrateOptions): Promise<void> {
+  await openSecret(resolveMigrateOptions(options));
+}
+
+/** @throws PLAINTEXT_REQUIRED; rejects with AUTH_FAILED, INVALID_ARGUMENT */
+function openSecret(options: ResolvedMigrateOptions): Promise<Uint8Array> {
+  const { to, via, plaintext } = options;
+  for (const host of [to.host, ...via.map((address) => parseAddress(address).host)]) {
+    checkAddressPolicy(host, { plaintext });
+  }
+  return loadSecret(options, { loopback: isLoopback(to.host) });
 }

@@ -80,16 +80,25 @@ export interface ParkReport {
 export async function park(guest: Guest, options: ParkOptions): Promise<ParkReport> {
   const resolved = resolveParkOptions(options);
   requireGuest(guest);
-  for (const address of resolved.via)
-    checkAddressPolicy(parseAddress(address).host, { plaintext: resolved.plaintext });
-  const loopback = resolved.via.every((address) => isLoopback(parseAddress(address).host));
-  const secret = await loadSecret(resolved, { loopback });
+  const secret = await openSecret(resolved);
   const parking = new Parking(guest, resolved, secret);
   try {
     return await parking.run();
   } finally {
     await parking.close();
   }
+}
+
+/** That nothing is wrong with them as far as it can be seen without a guest and without dialling anybody. */
+export async function checkParkOptions(options: ParkOptions): Promise<void> {
+  await openSecret(resolveParkOptions(options));
+}
+
+/** Rejects with PLAINTEXT_REQUIRED, AUTH_FAILED, INVALID_ARGUMENT. */
+async function openSecret(options: ResolvedParkOptions): Promise<Uint8Array> {
+  const hosts = options.via.map((address) => parseAddress(address).host);
+  for (const host of hosts) checkAddressPolicy(host, { plaintext: options.plaintext });
+  return loadSecret(options, { loopback: hosts.every(isLoopback) });
 }
 
 class Parking {

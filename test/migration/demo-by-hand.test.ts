@@ -159,8 +159,14 @@ describe('a destination that does not answer in time is asked on', () => {
     const refused = async () => {
       const { proxy, here } = await inDoubt(GRANT);
       proxy.heal();
-      expect(await here.closed).toBe(1);
-      expect(here.errors()).toMatch(/\nmemferry: PEER_LOST: [^\n]* let run on here\n$/);
+      expect(await here.next('failed')).toMatchObject({
+        code: 'PEER_LOST',
+        message: expect.stringMatching(/ let run on here$/),
+      });
+      // Somebody can still tell it.
+      expect(await here.ask({ add: 1, slot: 1_000_000 })).toBe(4);
+      here.child.stdin.write('\n');
+      expect(await here.closed, here.errors()).toBe(0);
     };
     const givenUp = async () => {
       const { here } = await inDoubt(GRANT);
@@ -214,22 +220,65 @@ describe('a guest that comes back', () => {
     expect(here.errors()).toContain('INVALID_ARGUMENT: --leave-when-evicted');
   });
 
-  test('a log that cannot be read is said at once', async () => {
+  test('a log that is not there yet may be written until the guest goes', async () => {
     const there = await receiver();
-    const here = command(
-      'send',
-      '--to',
-      there.to,
-      '--module',
-      `counter=${counter}`,
-      '--replay',
-      '/nowhere/log',
-    );
+    const log = join(place.directory, 'log');
+    const here = command('send', '--to', there.to, '--module', `counter=${counter}`, '--replay', log);
     await here.next('started');
     here.child.stdin.write('\n');
-    expect(await here.closed).toBe(2);
-    expect(here.errors()).toContain('INVALID_ARGUMENT: --replay');
+    expect(await here.next('failed')).toMatchObject({ code: 'INVALID_ARGUMENT' });
+    writeFileSync(log, '{"add": 4}\n');
+    here.child.stdin.write('\n');
+    expect(await here.closed, here.errors()).toBe(0);
     there.child.kill('SIGINT');
     expect(await there.closed).toBe(0);
+  });
+});
+
+describe('a guest that cannot leave', () => {
+  test.each([
+    [2, 'INVALID_ARGUMENT', ['--to', 'nonsense']],
+    [1, 'PLAINTEXT_REQUIRED', ['--to', '10.0.0.1:7000']],
+    [2, 'INVALID_ARGUMENT', ['--downtime-limit-ms', '1e12']],
+    [2, 'INVALID_ARGUMENT', ['--replay', '/nowhere/log']],
+    [2, 'INVALID_ARGUMENT', ['--replicas', '2']],
+    [2, 'INVALID_ARGUMENT', ['--mode', 'scatter', '--via', 'nonsense']],
+    [1, 'PLAINTEXT_REQUIRED', ['--mode', 'scatter', '--via', '10.0.0.1:7100']],
+    [1, 'AUTH_FAILED', ['--secret-file', '/nowhere']],
+  ])('is not started: %i %s %j', async (exit, code, wrong) => {
+    const right = ['--to', '127.0.0.1:9', '--secret-file', place.secretFile];
+    const here = run('send', '--module', `counter=${counter}`, ...right, ...wrong);
+    expect(await here.closed).toBe(exit);
+    expect(here.errors()).toMatch(new RegExp(`^memferry: ${code}: [^\\n]*\\n$`));
+    expect(here.lines).toEqual([]);
+  });
+
+  test('runs on, and leaves when it is told again', async () => {
+    const free = await receiver();
+    free.child.kill('SIGINT');
+    expect(await free.closed).toBe(0);
+    const here = command('send', '--to', free.to, '--module', `counter=${counter}`);
+    await here.next('started');
+    expect(await here.ask({ add: 3 })).toBe(3);
+    for (const sign of [() => here.child.stdin.write('\n'), () => here.child.kill('SIGUSR1')]) {
+      sign();
+      expect(await here.next('failed')).toMatchObject({ guest: 'counter', code: 'CONNECT_FAILED' });
+      expect(await here.ask({ add: 1 })).toBeGreaterThan(3);
+    }
+    const there = await receiver('--listen', free.to, '--once');
+    // More than one sign is one.
+    for (let times = 0; times < 5; times++) here.child.kill('SIGUSR1');
+    expect(await here.closed, here.errors()).toBe(0);
+    expect(await there.closed).toBe(0);
+  });
+
+  test('ends with its input, when nobody can tell it again', async () => {
+    const here = command('send', '--to', '127.0.0.1:9', '--module', `counter=${counter}`);
+    await here.next('started');
+    here.child.stdin.write('\n');
+    await here.next('failed');
+    here.child.stdin.end();
+    expect(await here.closed).toBe(1);
+    expect(here.errors()).toMatch(/^memferry: CONNECT_FAILED: [^\n]*\n$/);
   });
 });
