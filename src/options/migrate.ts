@@ -283,16 +283,23 @@ const ofScatter = [
   'releaseAsEvicted',
 ] as const;
 
-function checkMode(given: MigrateOptions, { mode }: z.output<typeof migrateSchema>): void {
-  if (traitsOf(mode).scatter) return;
-  const [name] = ofScatter.filter((option) => given[option] !== undefined);
+const unsaid = migrateSchema.parse({ to: 'anywhere:1' });
+
+function checkMode(parsed: z.output<typeof migrateSchema>): void {
+  if (traitsOf(parsed.mode).scatter) return;
+  const name = ofScatter.find((option) =>
+    option === 'via' ? parsed.via.length > 0 : parsed[option] !== unsaid[option],
+  );
   if (name === undefined) return;
-  throw new MemferryError('INVALID_ARGUMENT', `migrate.${name}: for scatter modes, and this is ${mode}`);
+  throw new MemferryError(
+    'INVALID_ARGUMENT',
+    `migrate.${name}: for scatter modes, and this is ${parsed.mode}`,
+  );
 }
 
 export function resolveMigrateOptions(options: MigrateOptions): ResolvedMigrateOptions {
   const parsed = parse(migrateSchema, options, 'migrate');
-  checkMode(options, parsed);
+  checkMode(parsed);
   checkStall(parsed, 'migrate');
   checkBase(parsed);
   checkServers(parsed, 'migrate');

@@ -162,6 +162,12 @@ describe('where to', () => {
     [{ dedup: 'web' }, /migrate\.dedup: expected true, false or/],
     [{ replicas: 3 }, /migrate\.replicas: expected 1 or 2/],
     [{ discover: 1 }, /migrate\.discover: expected/],
+    [{ replicas: 2 }, /migrate\.replicas: for scatter modes, and this is hybrid/],
+    [{ mode: 'pre-copy', via: ['127.0.0.1:1'] }, /migrate\.via: for scatter modes/],
+    [{ mode: 'post-copy', releaseAsEvicted: true }, /migrate\.releaseAsEvicted: for scatter modes/],
+    [{ mode: 'scatter', via: ['nonsense'] }, /nonsense/],
+    [{ mode: 'scatter', via: ['127.0.0.1:0'] }, /migrate\.via: '127\.0\.0\.1:0' has no port/],
+    [{ mode: 'scatter', discover: 'nonsense' }, /nonsense/],
   ])('%j says what is allowed', (options, message) => {
     const all = { to: '127.0.0.1:1', secret, ...options } as never;
     expect(() => migrate(guest(), all)).toThrow(wrong(message));
