@@ -284,7 +284,8 @@ std::optional<wire::Holders> Scatter::Dedup::usable_locked(wire::KnownHolders kn
   // Only chains that are there, or would be without this: a server has but so many for an image.
   for (const wire::Holders holders : {wire::Holders{first, second}, wire::Holders{second, first}}) {
     const Way& way = *scatter_.servers_[holders.first]->way;
-    if (way.replicas[holders.second] || scatter_.holders_for(way).second == holders.second) return holders;
+    const auto of_next = scatter_.holders_for(way);
+    if (way.replicas[holders.second] || (of_next && of_next->second == holders.second)) return holders;
   }
   return std::nullopt;
 }

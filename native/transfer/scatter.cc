@@ -28,6 +28,7 @@ Scatter::Scatter(ScatterConfig config, Shared shared, std::uint64_t page_size)
   for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region) {
     const std::uint64_t pages = shared_.queue.region(region)->capacity_pages();
     suspects_.push_back(std::make_unique<AtomicBitmap>(pages));
+    for_second_.push_back(std::make_unique<AtomicBitmap>(pages));
     released_.push_back(std::make_unique<AtomicBitmap>(pages));
     discarders_.emplace_back();
     sent_twice_.push_back(std::make_unique<AtomicBitmap>(pages));
@@ -83,8 +84,9 @@ void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks, bool refer
     // A server that failed since the last round took them along.
     queue_suspects_locked();
     forget_pending();
-    if (dedup_) dedup_->begin_locked(kind, references);
     kind_ = kind;
+    queue_seconds_locked();
+    if (dedup_) dedup_->begin_locked(kind, references);
     auto all = std::make_shared<std::vector<PageFrames::OnHash>>(note_sinks_);
     for (std::size_t i = 0; i < sinks.size(); ++i) {
       if (!sinks[i]) continue;
@@ -157,9 +159,8 @@ void Scatter::wake() {
 
 bool Scatter::servers_can_take() const {
   const std::lock_guard lock(mutex_);
-  return std::any_of(servers_.begin(), servers_.end(), [](const auto& server) {
-    return server->failed.empty() && (!server->way || !server->way->full);
-  });
+  return std::any_of(servers_.begin(), servers_.end(),
+                     [](const auto& server) { return server->failed.empty() && !server->full; });
 }
 
 std::vector<Scatter::ServerStats> Scatter::server_stats() const {
@@ -177,13 +178,15 @@ std::optional<DedupStats> Scatter::dedup_stats() const {
 
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 
-std::uint64_t Scatter::memory_bytes() const {
+bool Scatter::encodes() const {
   const bool deltas = config_.encoding.cache != nullptr && (config_.encoding.servers & wire::kFlagDelta) != 0;
-  const bool encodes =
-      deltas || (config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0);
+  return deltas || (config_.encoding.compress != wire::Compress::kOff && config_.encoding.servers != 0);
+}
+
+std::uint64_t Scatter::memory_bytes() const {
   return where_.memory_bytes() + (dedup_ ? dedup_->memory_bytes() : 0) +
          (config_.servers.size() + 1) * PageFrames(page_size_).memory_bytes() +
-         (encodes ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);
+         (encodes() ? config_.servers.size() * PageEncoder::most_memory_bytes(page_size_) : 0);
 }
 
 void Scatter::shut_down() {

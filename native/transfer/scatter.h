@@ -12,6 +12,11 @@
 // A server has *failed* for this migration when it is cut and cannot be dialled again, has lost the image, or does
 // not acknowledge for stall_timeout: what only it holds is pending again, and it gets nothing more.
 //
+// With two replicas a page goes to a server only together with a second one, as long as two live that are not full.
+// While all others are merely being dialled again a server gets nothing: each of them is there soon, or fails. What is
+// left with one copy by a failure goes out again (in rounds, in the next one); with fewer than two takers one copy is
+// enough, and what went out again for a second one is as safe as before.
+//
 // Threads: one a server (mf-scatter-N, with a reader each), the data channels' own, and one that looks after
 // deadlines (mf-evict). `mutex_` guards the ways; it is not held over a socket call, and the demand server takes it
 // only after it has answered. Lock order: Sender's mutex, then this one.
@@ -162,10 +167,17 @@ class Scatter {
   class Dedup;
   [[nodiscard]] bool wants_work(const Way& way) const;
   [[nodiscard]] bool may_take(const Way& way) const;
-  static bool takes_more(const Way& way);
+  [[nodiscard]] bool takes_more(const Way& way) const;
+  [[nodiscard]] bool full(const Way& way) const;
   [[nodiscard]] bool direct_is_full() const;
   [[nodiscard]] bool drained_locked() const;
-  [[nodiscard]] wire::Holders holders_for(const Way& way) const;
+  // nullopt: a second one is to hold it, and may be there again soon.
+  [[nodiscard]] std::optional<wire::Holders> holders_for(const Way& way) const;
+  [[nodiscard]] bool second_copies_locked() const;
+  [[nodiscard]] bool encodes() const;  // what goes to servers, or some of it
+  void want_second_locked(const std::vector<RegionRun>& single, std::vector<RegionRun>& again);
+  void queue_seconds_locked();
+  void takes_no_more_locked();
   void check_drained();
   std::uint64_t queue_suspects_locked();
   bool run(Way& way, const std::function<bool()>& over, std::string& cut);
@@ -202,6 +214,7 @@ class Scatter {
   Whereabouts where_;
   std::vector<PageFrames::OnHash> note_sinks_;  // hashes into where_
   std::vector<std::unique_ptr<AtomicBitmap>> suspects_;
+  std::vector<std::unique_ptr<AtomicBitmap>> for_second_;  // safe at one server: again in the next round
   std::vector<std::unique_ptr<AtomicBitmap>> released_;
   std::vector<std::unique_ptr<AtomicBitmap>>
       sent_twice_;  // perhaps still being read somewhere: not released early

@@ -29,7 +29,6 @@ class Scatter::Way {
   std::map<std::uint8_t, std::uint32_t> told_over;  // of Scatter::chains_over_, what went out on it
   bool open = true;
   bool stalled = false;  // does not acknowledge: gets nothing until it does
-  bool full = false;     // a server that has no room
   bool in_hand = false;  // its thread has taken something that is not in the lane yet
   // The watcher's own: since when it was seen to give no sign, and how much of that time this process ran.
   std::optional<Clock::time_point> silent_since;
@@ -46,6 +45,7 @@ struct Scatter::Server {
   // Guarded by Scatter::mutex_:
   std::shared_ptr<Way> way;  // while connected
   bool tried = false;        // the first dial is over, either way
+  bool full = false;         // has no room: gets no pages any more
   std::string failed;
   std::uint64_t bytes = 0;
   std::size_t torn = 0;                      // frames, since nothing writes the pages any more

@@ -156,14 +156,21 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
           wrong = "pages refused that it was not sent";
           break;
         }
+        const bool no_room = (header.flags & (wire::kFlagTorn | wire::kFlagReference)) == 0;
+        // For want of room it forgets nothing that is as what came, but where it could not unpack that.
+        if (!no_room || encodes()) {
+          where_.drop_spares(header.region, {PageNumber{header.first_page}, header.page_count},
+                             std::bitset<256>().set(static_cast<std::size_t>(header.tag)));
+        }
         if ((header.flags & wire::kFlagReference) != 0 && dedup_) {
           dedup_->refused_locked(header.region, {PageNumber{header.first_page}, header.page_count});
           break;
         }
         // It, or the server that it passes replicas on to.
         Server& refuser = *servers_[static_cast<std::size_t>(header.tag)];
-        if ((header.flags & (wire::kFlagTorn | wire::kFlagReference)) == 0) {
-          if (refuser.way) refuser.way->full = true;  // takes no more
+        if (no_room) {
+          refuser.full = true;
+          takes_no_more_locked();
         } else if (kind_ == Kind::kPush && ++refuser.torn > kTornForgiven) {
           fail_server_locked(refuser,
                              "server " + refuser.address.name + " does not get what it is sent intact");
@@ -190,8 +197,14 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
 
 // The connection has ended: whatever it had not acknowledged.
 std::vector<RegionRun> Scatter::take_back_locked(Way& way) {
-  if (config_.replicas > 1) chains_over_[static_cast<std::uint8_t>(way.server)] = way.epoch;
-  return way.lane.take_back(true);
+  std::vector<RegionRun> runs = way.lane.take_back(true);
+  if (config_.replicas < 2) return runs;
+  chains_over_[static_cast<std::uint8_t>(way.server)] = way.epoch;
+  // They may have refused any of them, and forgotten it: that answer has not come.
+  std::bitset<256> perhaps = way.replicas;
+  perhaps.set(static_cast<std::size_t>(way.server));
+  for (const RegionRun& each : runs) where_.drop_spares(each.region, each.run, perhaps);
+  return runs;
 }
 
 // For this migration, and for good.
@@ -207,17 +220,17 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
     const auto unacknowledged = take_back_locked(*server.way);
     again.insert(again.end(), unacknowledged.begin(), unacknowledged.end());
   }
-  std::vector<RegionRun> lost;
-  where_.lose(server.ordinal, lost, &released_);
+  const Whereabouts::Lost lost = where_.lose(server.ordinal, &released_);
   if (kind_ == Kind::kRound) {
     // Their records are on the way to the destination: sent again now, such a record could come after the page.
-    for (const RegionRun& each : lost) suspects_[each.region]->set_run(each.run);
+    for (const RegionRun& each : lost.nowhere) suspects_[each.region]->set_run(each.run);
   } else {
-    again.insert(again.end(), lost.begin(), lost.end());
+    again.insert(again.end(), lost.nowhere.begin(), lost.nowhere.end());
   }
+  want_second_locked(lost.single, again);
+  takes_no_more_locked();
   put_back_locked(again);
   if (dedup_) dedup_->server_failed_locked(server.ordinal);
-  changed_.notify_all();
 }
 
 void Scatter::give_up(std::size_t ordinal, std::string why) {

@@ -107,9 +107,9 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
   }
   wire::Holders holders = batch.holders;
   // Its replica's server failed since: one copy is left, and lose() knows nothing of it yet.
-  if (holders.second < servers_.size() && !servers_[holders.second]->failed.empty()) {
-    holders.second = wire::Holders::kNobody;
-  }
+  const bool single = holders.second < servers_.size() && !servers_[holders.second]->failed.empty();
+  if (single) holders.second = wire::Holders::kNobody;
+  std::vector<RegionRun> singles;
   const std::vector<RegionRun> refused = joined(batch.torn, batch.no_room);
   const auto skipped = [&](std::uint32_t region, PageNumber page) {
     return where_.safe(region, page) || within(refused, region, page);
@@ -129,12 +129,71 @@ void Scatter::settle_locked(const Lane::Batch& batch, std::vector<RegionRun>& ag
           sent_twice_[each.region]->set_run(part);
         }
         where_.settle(each.region, part, holders);
+        if (single) singles.push_back({each.region, part});
         if (dedup_) dedup_->settled_locked(each.region, part, holders, batch.references);
         if (config_.release_as_evicted && kind_ == Kind::kPush) to_release_.push_back({each.region, part});
       }
       left = {part.end(), left.count - count};
     }
   }
+  want_second_locked(singles, again);
+}
+
+// Whether a page that one server holds is to go out for a second copy: two live that take pages, or may again soon.
+bool Scatter::second_copies_locked() const {
+  return config_.replicas > 1 && std::count_if(servers_.begin(), servers_.end(), [](const auto& server) {
+                                   return server->failed.empty() && !server->full;
+                                 }) > 1;
+}
+
+// They are safe at one server each. In a round as what is lost: in the next one. When all is evicted nothing is sent
+// any more.
+void Scatter::want_second_locked(const std::vector<RegionRun>& single, std::vector<RegionRun>& again) {
+  if (!second_copies_locked()) return;
+  for (const RegionRun& each : single) {
+    if (kind_ == Kind::kRound) {
+      for_second_[each.region]->set_run(each.run);
+    } else if (begun_) {
+      where_.make_spare(each.region, each.run);
+      again.push_back(each);
+    }
+  }
+}
+
+// A round or the push begins. What was written since is pending, and not safe any more. A guest that runs, as it does
+// in the rounds before a destination takes over, may write the rest while it is sent: then the copy that there is may
+// come to be another version than the one that is told.
+void Scatter::queue_seconds_locked() {
+  const bool wanted = second_copies_locked();
+  const bool as_it_is = kind_ == Kind::kPush || !config_.direct;
+  for (std::uint32_t region = 0; region < for_second_.size(); ++region) {
+    const PageNumber end{for_second_[region]->capacity()};
+    PageNumber at{0};
+    while (const auto run = for_second_[region]->take_run(at, end, end.value)) {
+      at = run->end();
+      for (PageNumber page = run->first; wanted && page < run->end(); ++page.value) {
+        const wire::Holders holders = where_.holders(region, page);
+        const bool single = holders.first < servers_.size() && holders.second == wire::Holders::kNobody;
+        if (!single || !where_.safe(region, page)) continue;
+        if (as_it_is) {
+          where_.make_spare(region, {page, 1});
+        } else {
+          where_.forget(region, {page, 1});
+        }
+        shared_.queue.pending(region).set(page);
+      }
+    }
+  }
+}
+
+// A server takes no pages any more. With fewer than two that do one copy is enough.
+void Scatter::takes_no_more_locked() {
+  if (config_.replicas > 1 && !second_copies_locked()) {
+    for (const auto& each : for_second_) each->clear_run({PageNumber{0}, each->capacity()});
+    for (const RegionRun& each : where_.restore()) shared_.queue.pending(each.region).clear_run(each.run);
+  }
+  // Whoever waited for it to be there again.
+  changed_.notify_all();
 }
 
 void Scatter::put_back_locked(const std::vector<RegionRun>& runs) {
@@ -216,7 +275,9 @@ bool Scatter::drained_locked() const {
     const bool index = server->ordinal < where_.index_servers();
     // In a push only what has to be told is waited for: every page is safe already.
     if (index && (!told(server->ordinal) || !server->way || !server->way->idle())) return false;
-    if (kind_ == Kind::kRound && (!server->way || !server->way->idle())) return false;
+    // Nor does a record of this round come behind a page of the next one.
+    if (kind_ == Kind::kRound && (!told(server->ordinal) || !server->way || !server->way->idle()))
+      return false;
   }
   return true;
 }
@@ -240,7 +301,7 @@ std::uint64_t Scatter::queue_suspects_locked() {
   std::uint64_t listed = 0;
   for (std::uint32_t region = 0; region < suspects_.size(); ++region) {
     AtomicBitmap& bitmap = *suspects_[region];
-    listed += bitmap.count();
+    listed += bitmap.count() + for_second_[region]->count();
     for (std::uint64_t i = 0; i < bitmap.words(); ++i)
       shared_.queue.pending(region).or_word(i, bitmap.word(i));
     bitmap.clear_run({PageNumber{0}, bitmap.capacity()});

@@ -63,16 +63,15 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       for (const auto& server : servers_) {
         if (server->way) ways.push_back(server->way.get());
       }
-      const bool somebody_idle = std::any_of(ways.begin(), ways.end(), [](const Way* way) {
-        return way->idle() && way->open && !way->stalled && !way->full;
+      const bool somebody_idle = std::any_of(ways.begin(), ways.end(), [this](const Way* way) {
+        return way->idle() && way->open && !way->stalled && !full(*way) && holders_for(*way);
       });
       if (demand_) ways.push_back(demand_.get());
       // With no destination only servers can take what is left.
-      hopeless =
-          begun_ && !config_.direct && !dry_ &&
-          std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
-            return !server->failed.empty() || (server->way && server->way->full && server->way->idle());
-          });
+      hopeless = begun_ && !config_.direct && !dry_ &&
+                 std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
+                   return !server->failed.empty() || (server->way && server->full && server->way->idle());
+                 });
       const bool awake = now - looked_at < kWatchGap;
       const Clock::duration ran = awake ? now - looked_at : kWatchInterval;
       looked_at = now;

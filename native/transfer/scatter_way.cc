@@ -26,27 +26,36 @@ bool Scatter::direct_is_full() const {
   });
 }
 
-wire::Holders Scatter::holders_for(const Way& way) const {
-  if (way.server == Way::kNobody) return {wire::Holders::kDestination, wire::Holders::kNobody};
+std::optional<wire::Holders> Scatter::holders_for(const Way& way) const {
+  if (way.server == Way::kNobody) return wire::Holders{wire::Holders::kDestination, wire::Holders::kNobody};
   wire::Holders holders{static_cast<std::uint8_t>(way.server), wire::Holders::kNobody};
   if (config_.replicas < 2) return holders;
+  bool away = false;
   for (std::size_t step = 1; step < servers_.size(); ++step) {
     const auto& next = servers_[(static_cast<std::size_t>(way.server) + step) % servers_.size()];
-    if (next->failed.empty() && next->way && !next->way->full) {
+    if (!next->failed.empty() || next->full) continue;
+    if (next->way) {
       holders.second = next->ordinal;
-      break;
+      return holders;
     }
+    away = true;
   }
-  return holders;
+  return away ? std::nullopt : std::optional(holders);
 }
 
-bool Scatter::takes_more(const Way& way) {
+bool Scatter::full(const Way& way) const {
+  return way.server != Way::kNobody && servers_[static_cast<std::size_t>(way.server)]->full;
+}
+
+bool Scatter::takes_more(const Way& way) const {
   // Servers keep so many barriers; the destination answers each at once.
   const bool room = way.server == Way::kNobody ? way.lane.has_room() : way.lane.has_room_for_small_batch();
-  return !way.stalled && !way.full && !way.lane.owes() && room;
+  return !way.stalled && !full(way) && !way.lane.owes() && room;
 }
 
-bool Scatter::may_take(const Way& way) const { return !dry_ && !way.demand && takes_more(way); }
+bool Scatter::may_take(const Way& way) const {
+  return !dry_ && !way.demand && takes_more(way) && holders_for(way);
+}
 
 bool Scatter::wants_work(const Way& way) const {
   if (way.server == Way::kNobody) return may_take(way);
@@ -177,7 +186,7 @@ bool Scatter::send_chunk(Way& way, ChunkGatherer& chunks, std::string& cut) {
     // While it waited for its turn the round may have ended, or what it had been taken back: what is pending now is for
     // the next one, when everybody knows that it is.
     if (!begun_ || !may_take(way)) return true;
-    holders = holders_for(way);
+    holders = *holders_for(way);
     returns = returns_;
     sinks = sinks_;
     other_holders = way.lane.needs_barrier(holders);

@@ -7,6 +7,15 @@ namespace {
 
 constexpr std::uint16_t packed(wire::Holders holders) { return static_cast<std::uint16_t>(holders.tag()); }
 
+void append(std::vector<RegionRun>& runs, std::uint32_t region, PageNumber page) {
+  const bool joins = !runs.empty() && runs.back().region == region && runs.back().run.end() == page;
+  if (joins) {
+    ++runs.back().run.count;
+  } else {
+    runs.push_back({region, {page, 1}});
+  }
+}
+
 }  // namespace
 
 Whereabouts::Whereabouts(std::span<const std::uint64_t> capacities, unsigned servers, unsigned index_servers)
@@ -21,6 +30,7 @@ Whereabouts::Whereabouts(std::span<const std::uint64_t> capacities, unsigned ser
     for (std::size_t i = 0; i < count; ++i) holders_.back()[i].store(packed({}), std::memory_order_relaxed);
     zero_.push_back(std::make_unique<AtomicBitmap>(pages));
     safe_.push_back(std::make_unique<AtomicBitmap>(pages));
+    spare_.push_back(std::make_unique<AtomicBitmap>(pages));
   }
   for (unsigned i = 0; i <= servers_; ++i) {
     auto listener = std::make_unique<Listener>();
@@ -54,6 +64,7 @@ std::uint64_t Whereabouts::settle(std::uint32_t region, PageRun run, wire::Holde
         mark_untold(each, region, {page, 1});
     }
   }
+  spare_[region]->clear_run(run);
   const std::uint64_t newly = safe_[region]->set_run(run);
   safe_count_.fetch_add(newly, std::memory_order_acq_rel);
   for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, run);
@@ -62,55 +73,100 @@ std::uint64_t Whereabouts::settle(std::uint32_t region, PageRun run, wire::Holde
   return newly;
 }
 
+// With the mutex held. False: it was not safe.
+bool Whereabouts::unsettle_locked(std::uint32_t region, PageNumber page) {
+  if (!safe_[region]->clear(page)) return false;
+  --at_[holders(region, page).first];
+  safe_count_.fetch_sub(1, std::memory_order_acq_rel);
+  // What waits to be told of it is out of date.
+  for (const auto& listener : listeners_) {
+    if (listener->untold[region]->clear(page)) listener->count.fetch_sub(1, std::memory_order_acq_rel);
+  }
+  return true;
+}
+
 void Whereabouts::forget(std::uint32_t region, PageRun run) {
   const std::lock_guard lock(mutex_);
+  spare_[region]->clear_run(run);
+  for (PageNumber page = run.first; page < run.end(); ++page.value) unsettle_locked(region, page);
+}
+
+void Whereabouts::make_spare(std::uint32_t region, PageRun run) {
+  const std::lock_guard lock(mutex_);
   for (PageNumber page = run.first; page < run.end(); ++page.value) {
-    if (!safe_[region]->clear(page)) continue;
-    --at_[holders(region, page).first];
-    safe_count_.fetch_sub(1, std::memory_order_acq_rel);
-    // What waits to be told of it is out of date.
-    holders_[region][page.value].store(packed({}), std::memory_order_relaxed);
-    for (const auto& listener : listeners_) {
-      if (listener->untold[region]->clear(page)) listener->count.fetch_sub(1, std::memory_order_acq_rel);
-    }
+    if (unsettle_locked(region, page)) spare_[region]->set(page);
   }
 }
 
-void Whereabouts::lose(std::uint8_t ordinal, std::vector<RegionRun>& again,
-                       const std::vector<std::unique_ptr<AtomicBitmap>>* gone) {
+void Whereabouts::drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders) {
+  const std::lock_guard lock(mutex_);
+  const PageNumber end = run.end();
+  while (const auto some = spare_[region]->next_set(run.first, end, end.value - run.first.value)) {
+    for (PageNumber page = some->first; page < some->end(); ++page.value) {
+      if (holders[this->holders(region, page).first]) spare_[region]->clear(page);
+    }
+    run.first = some->end();
+    if (run.first == end) return;
+  }
+}
+
+std::vector<RegionRun> Whereabouts::restore() {
+  std::vector<RegionRun> restored;
   const std::lock_guard lock(mutex_);
   for (std::uint32_t region = 0; region < capacities_.size(); ++region) {
-    PageNumber at{0};
     const PageNumber end{capacities_[region]};
+    PageNumber at{0};
+    while (const auto run = spare_[region]->take_run(at, end, capacities_[region])) {
+      at = run->end();
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        ++at_[holders(region, page).first];
+        append(restored, region, page);
+      }
+      safe_count_.fetch_add(safe_[region]->set_run(*run), std::memory_order_acq_rel);
+      for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, *run);
+      mark_untold(destination(), region, *run);
+    }
+  }
+  return restored;
+}
+
+Whereabouts::Lost Whereabouts::lose(std::uint8_t ordinal,
+                                    const std::vector<std::unique_ptr<AtomicBitmap>>* gone) {
+  Lost lost;
+  const std::lock_guard lock(mutex_);
+  for (std::uint32_t region = 0; region < capacities_.size(); ++region) {
+    const PageNumber end{capacities_[region]};
+    PageNumber at{0};
+    while (const auto run = spare_[region]->next_set(at, end, capacities_[region])) {
+      at = run->end();
+      for (PageNumber page = run->first; page < run->end(); ++page.value) {
+        if (holders(region, page).first == ordinal) spare_[region]->clear(page);
+      }
+    }
+    at = PageNumber{0};
     while (const auto run = safe_[region]->next_set(at, end, capacities_[region])) {
       at = run->end();
       for (PageNumber page = run->first; page < run->end(); ++page.value) {
-        std::atomic<std::uint16_t>& holders = holders_[region][page.value];
-        wire::Holders now = wire::Holders::of(holders.load(std::memory_order_relaxed));
+        const wire::Holders now = holders(region, page);
         if (!now.has(ordinal)) continue;
+        const bool here = gone == nullptr || !(*gone)[region]->test(page);
         const std::uint8_t other = now.first == ordinal ? now.second : now.first;
         if (other != wire::Holders::kNobody) {
           --at_[now.first];
           ++at_[other];
-          holders.store(packed({other, wire::Holders::kNobody}), std::memory_order_relaxed);
+          holders_[region][page.value].store(packed({other, wire::Holders::kNobody}),
+                                             std::memory_order_relaxed);
           for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, {page, 1});
           mark_untold(destination(), region, {page, 1});
-          continue;
-        }
-        if (gone != nullptr && (*gone)[region]->test(page)) continue;
-        holders.store(packed({}), std::memory_order_relaxed);
-        --at_[now.first];
-        safe_[region]->clear(page);
-        safe_count_.fetch_sub(1, std::memory_order_acq_rel);
-        const bool joins = !again.empty() && again.back().region == region && again.back().run.end() == page;
-        if (joins) {
-          ++again.back().run.count;
-        } else {
-          again.push_back({region, {page, 1}});
+          if (here) append(lost.single, region, page);
+        } else if (here) {
+          unsettle_locked(region, page);
+          append(lost.nowhere, region, page);
         }
       }
     }
   }
+  return lost;
 }
 
 wire::Holders Whereabouts::holders(std::uint32_t region, PageNumber page) const {
@@ -151,10 +207,14 @@ bool Whereabouts::next_untold(unsigned listener, std::uint64_t max_pages, Record
     };
     const std::uint16_t first = holders_at(taken->first);
     const bool zero = zero_[to.region]->test(taken->first);
+    const bool safe = safe_[to.region]->test(taken->first);
     std::uint64_t count = 1;
     while (count < taken->count) {
       const PageNumber page{taken->first.value + count};
-      if (holders_at(page) != first || zero_[to.region]->test(page) != zero) break;
+      if (holders_at(page) != first || zero_[to.region]->test(page) != zero ||
+          safe_[to.region]->test(page) != safe) {
+        break;
+      }
       ++count;
     }
     if (count < taken->count) {
@@ -173,7 +233,7 @@ bool Whereabouts::next_untold(unsigned listener, std::uint64_t max_pages, Record
                         ? std::span<const std::uint64_t>()
                         : std::span(&hashes_[to.region][taken->first.value], static_cast<std::size_t>(count));
     // Lost again since it was marked: whoever settles it next marks it anew.
-    if (record.holders.first == wire::Holders::kNobody) {
+    if (!safe) {
       step = 0;
       continue;
     }
@@ -204,7 +264,7 @@ std::uint64_t Whereabouts::memory_bytes() const {
   std::uint64_t bytes = 0;
   for (const std::uint64_t pages : capacities_) {
     bytes += pages * (sizeof(std::uint64_t) + sizeof(std::uint16_t)) +
-             (2 + listeners_.size()) * ((pages + 63) / 64) * 8;
+             (3 + listeners_.size()) * ((pages + 63) / 64) * 8;
   }
   return bytes;
 }

@@ -5,13 +5,17 @@
 // every server that is to hold it. Whoever is to know of it (the destination, the index servers) has a bitmap of pages
 // whose record has not been sent to it yet, so what waits to be told is bounded however slow a listener is.
 //
+// A page that goes out again because one of its two holders failed is not safe meanwhile, but has a *spare*: the other
+// one's copy, which counts again where nobody takes a second one (restore()).
+//
 // Threads: any. A page's record changes in one of two ways at a time: the lane that sends it notes its hash, and
-// after that the acknowledgement notes its holders; both are single atomic words. settle(), forget() and lose() keep
-// the counts; they take the mutex.
+// after that the acknowledgement notes its holders; both are single atomic words. settle(), forget(), lose() and what
+// is about spares keep the counts; they take the mutex.
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <bitset>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -37,10 +41,19 @@ class Whereabouts {
   std::uint64_t settle(std::uint32_t region, PageRun run, wire::Holders holders);
   // Written by the guest since, or wanted again: not safe any more, until they are settled anew.
   void forget(std::uint32_t region, PageRun run);
-  // A server failed. What another one holds too stays safe, its record is told anew; the rest is given to `again`
-  // as runs, unless `kept` says that the source has let go of the page.
-  void lose(std::uint8_t ordinal, std::vector<RegionRun>& again,
-            const std::vector<std::unique_ptr<AtomicBitmap>>* gone);
+  struct Lost {
+    std::vector<RegionRun> nowhere;  // not safe any more
+    std::vector<RegionRun> single;   // another one holds them too: still safe, and told anew
+  };
+  // A server failed. Gives what it held, but for pages that the source has let go of (`gone`).
+  Lost lose(std::uint8_t ordinal, const std::vector<std::unique_ptr<AtomicBitmap>>* gone);
+
+  // Single ones that go out for another copy, their content as it is: not safe until they are settled anew or restored.
+  void make_spare(std::uint32_t region, PageRun run);
+  // One of these may have let go of its copy.
+  void drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders);
+  // All spares count again: safe, and told anew. Gives their pages.
+  std::vector<RegionRun> restore();
 
   [[nodiscard]] bool safe(std::uint32_t region, PageNumber page) const { return safe_[region]->test(page); }
   [[nodiscard]] bool zero(std::uint32_t region, PageNumber page) const { return zero_[region]->test(page); }
@@ -80,17 +93,20 @@ class Whereabouts {
     PageNumber at{0};
   };
   void mark_untold(unsigned listener, std::uint32_t region, PageRun run);
+  bool unsettle_locked(std::uint32_t region, PageNumber page);
 
   const unsigned servers_;
   const unsigned index_servers_;
   std::vector<std::uint64_t> capacities_;
-  std::vector<std::unique_ptr<std::uint64_t[]>> hashes_;                // by atomic_ref
-  std::vector<std::unique_ptr<std::atomic<std::uint16_t>[]>> holders_;  // first | second << 8
+  std::vector<std::unique_ptr<std::uint64_t[]>> hashes_;  // by atomic_ref
+  // first | second << 8; of a page that is not safe, who held it before
+  std::vector<std::unique_ptr<std::atomic<std::uint16_t>[]>> holders_;
   std::vector<std::unique_ptr<AtomicBitmap>> zero_;
   std::vector<std::unique_ptr<AtomicBitmap>> safe_;
+  std::vector<std::unique_ptr<AtomicBitmap>> spare_;  // not safe, and its holder has it as it is
   std::vector<std::unique_ptr<Listener>> listeners_;
   std::atomic<std::uint64_t> safe_count_{0};
-  mutable std::mutex mutex_;             // one of settle(), forget(), lose() at a time; guards at_
+  mutable std::mutex mutex_;             // one change at a time of what is safe; guards at_
   std::array<std::uint64_t, 256> at_{};  // safe pages by first holder
 };
 

@@ -1,6 +1,6 @@
 // A VMD server for tests of the source: accepts scatter connections over real loopback sockets, checks every frame,
 // keeps pages and map records in a plain model, and misbehaves as it is told. Replicas are a matter of the model
-// alone: whoever is named second is given a copy.
+// alone: where it knows the others, whoever is named second is given a copy.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -113,6 +113,7 @@ class FakeStage {
   std::atomic<std::uint64_t> room{~0ULL};  // pages
   std::atomic<bool> forget_acks{false};    // reads everything and answers no barrier
   std::atomic<bool> tears{false};          // finds nothing intact
+  std::vector<FakeStage*> others;          // by ordinal; before anything is connected
 
   std::mutex mutex;  // guards the rest
   std::condition_variable changed;
@@ -128,6 +129,7 @@ class FakeStage {
   std::size_t stall_at = ~std::size_t{0};
   std::size_t cut_at = ~std::size_t{0};  // once
   bool lost_when_cut = false;
+  bool away_when_cut = false;  // `refuse` is set
 
  private:
   void accept() {
@@ -139,7 +141,11 @@ class FakeStage {
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
         continue;
       }
-      if (refuse) continue;
+      if (refuse) {
+        const std::lock_guard lock(mutex);
+        ++hellos;
+        continue;
+      }
       auto stream = std::make_shared<wire::PlainStream>(std::move(fd));
       const std::lock_guard lock(mutex);
       streams_.push_back(stream);
@@ -197,6 +203,7 @@ class FakeStage {
 
   bool apply(wire::PlainStream& stream, const wire::FrameHeader& h, std::span<const std::byte> payload) {
     std::vector<wire::FrameHeader> answers;
+    std::map<Key, Page> passed_on;
     {
       const std::lock_guard lock(mutex);
       switch (static_cast<wire::FrameType>(h.type)) {
@@ -236,6 +243,7 @@ class FakeStage {
               const auto bytes = payload.subspan(i * page_size_, page_size_);
               page.content.assign(bytes.begin(), bytes.end());
             }
+            if (!others.empty()) passed_on[{h.region, h.first_page + i}] = page;
           }
           break;
         }
@@ -264,9 +272,16 @@ class FakeStage {
       if (pages.size() >= cut_at) {
         cut_at = ~std::size_t{0};
         if (lost_when_cut) lost = true;
+        if (away_when_cut) refuse = true;
         for (auto& each : streams_) each->shutdown();
       }
       changed.notify_all();
+    }
+    const std::uint8_t second = wire::Holders::of(h.tag).second;
+    if (!passed_on.empty() && second != wire::Holders::kNobody) {
+      FakeStage& other = *others.at(second);
+      const std::lock_guard lock(other.mutex);
+      for (auto& [key, page] : passed_on) other.pages[key] = std::move(page);
     }
     for (wire::FrameHeader& answer : answers) {
       wire::seal(answer);

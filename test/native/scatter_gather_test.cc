@@ -76,7 +76,7 @@ class ScatterGatherTest : public testing::Test {
     config.migration = image;
     config.channels = kChannels;
     config.tokens = direct_tokens(kChannels);
-    config.servers = server_addresses(image, kSourceSession, ports());
+    config.servers = server_addresses(image, kSourceSession, source_ports.empty() ? ports() : source_ports);
     config.replicas = replicas_;
     config.direct = direct;
     config.stall_timeout = stall_timeout;
@@ -123,6 +123,7 @@ class ScatterGatherTest : public testing::Test {
   std::shared_ptr<Region> target;
   std::vector<Vmd> vmd;
   std::vector<std::uint16_t> destination_ports;  // where they are not the servers' own
+  std::vector<std::uint16_t> source_ports;
   EventBox departures;
   EventBox arrivals;
   std::unique_ptr<Sender> sender;
@@ -321,6 +322,33 @@ TEST_F(ScatterGatherTest, AServerThatEndsInTheMiddleOfTheScatterLosesNothing) {
     TearDown();
     vmd.clear();
   }
+}
+
+// What goes out while one of two is away for a moment waits for it.
+TEST_F(ScatterGatherTest, WithReplicasACutServerIsWaitedForAndTheOtherOneMayBeLost) {
+  make(16384, 2, 2);
+  Forwarder network(vmd[1].listener->port());
+  source_ports = {vmd[0].listener->port(), network.port()};
+  receive(2 << 20, 8 << 20);
+  stall_timeout = 20s;
+  send();
+  into_postcopy();
+  // Slowly, so that it is in the middle whenever this thread gets to cut it.
+  sender->set_bandwidth(8 << 20);
+  sender->start_push();
+  for (int i = 0; i < 20'000 && sender->stats().servers[1].pages < 200; ++i) std::this_thread::sleep_for(1ms);
+  ASSERT_GE(sender->stats().servers[1].pages, 200u);
+  network.refuse();
+  sender->set_bandwidth(0);
+  std::this_thread::sleep_for(1s);
+  EXPECT_FALSE(departures.any(kEvicted));
+  network.welcome(vmd[1].listener->port());
+  departures.await(kEvicted);
+  for (const auto& each : sender->stats().servers) EXPECT_EQ(each.failed, "");
+  sender->close(true);
+  vmd[0].end();
+  arrivals.await(kComplete);
+  expect_equal();
 }
 
 TEST_F(ScatterGatherTest, ALostServerWithoutReplicasLosesItsPagesAndNoOthers) {

@@ -841,10 +841,11 @@ TEST(WhereaboutsTest, ALostServerLeavesWhatAnotherOneHolds) {
   std::uint64_t told = 0;
   while (where.next_untold(2, 1000, record)) told += record.run.count;
   EXPECT_EQ(told, 30u);
-  std::vector<RegionRun> again;
-  where.lose(0, again, nullptr);
-  ASSERT_EQ(again.size(), 1u);
-  EXPECT_EQ(again[0].run, run_of(10, 10));
+  const Whereabouts::Lost lost = where.lose(0, nullptr);
+  ASSERT_EQ(lost.nowhere.size(), 1u);
+  EXPECT_EQ(lost.nowhere[0].run, run_of(10, 10));
+  ASSERT_EQ(lost.single.size(), 1u);
+  EXPECT_EQ(lost.single[0].run, run_of(0, 10));
   EXPECT_EQ(where.safe_count(), 20u);
   EXPECT_EQ(where.holders(0, PageNumber{3}).first, 1);
   EXPECT_EQ(where.pages_at(1), 10u);
@@ -854,6 +855,47 @@ TEST(WhereaboutsTest, ALostServerLeavesWhatAnotherOneHolds) {
   ASSERT_TRUE(where.next_untold(2, 1000, record));
   EXPECT_TRUE(record.zero);
   EXPECT_TRUE(record.hashes.empty());
+}
+
+TEST(WhereaboutsTest, ASpareCountsAgainWhileItsHolderHasIt) {
+  const std::array<std::uint64_t, 1> capacities{100};
+  Whereabouts where(capacities, 3, 3);
+  where.settle(0, run_of(0, 40), {0, 1});
+  Whereabouts::Record record;
+  while (where.next_untold(2, 1000, record)) {
+  }
+  where.lose(1, nullptr);
+  where.make_spare(0, run_of(0, 40));
+  EXPECT_EQ(where.safe_count(), 0u);
+  EXPECT_FALSE(where.next_untold(2, 1000, record));
+  where.settle(0, run_of(0, 10), {2, 0});  // another copy
+  where.forget(0, run_of(10, 10));         // written
+  where.drop_spares(0, run_of(20, 5), std::bitset<256>().set(2));
+  where.drop_spares(0, run_of(25, 5), std::bitset<256>().set(0));
+  const auto restored = where.restore();
+  ASSERT_EQ(restored.size(), 2u);
+  EXPECT_EQ(restored[0].run, run_of(20, 5));
+  EXPECT_EQ(restored[1].run, run_of(30, 10));
+  EXPECT_EQ(where.safe_count(), 25u);
+  EXPECT_EQ(where.pages_at(0), 15u);
+  EXPECT_EQ(where.holders(0, PageNumber{35}), (Holders{0, Holders::kNobody}));
+  // And is lost with it.
+  where.make_spare(0, run_of(30, 10));
+  EXPECT_EQ(where.lose(0, nullptr).nowhere.size(), 1u);
+  EXPECT_TRUE(where.restore().empty());
+}
+
+TEST(WhereaboutsTest, AFormerHolderIsToldThatItMayDropItsCopy) {
+  const std::array<std::uint64_t, 1> capacities{100};
+  Whereabouts where(capacities, 3, 1);
+  Whereabouts::Record record;
+  where.settle(0, run_of(0, 10), {2, Holders::kNobody});
+  EXPECT_FALSE(where.next_untold(2, 1000, record));
+  where.forget(0, run_of(0, 5));
+  where.settle(0, run_of(0, 5), {1, Holders::kNobody});
+  ASSERT_TRUE(where.next_untold(2, 1000, record));
+  EXPECT_EQ(record.run, run_of(0, 5));
+  EXPECT_EQ(record.holders.first, 1);
 }
 
 }  // namespace
