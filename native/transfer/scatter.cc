@@ -157,10 +157,11 @@ void Scatter::wake() {
   changed_.notify_all();
 }
 
-bool Scatter::servers_can_take() const {
+bool Scatter::goes_on_alone() const {
   const std::lock_guard lock(mutex_);
-  return std::any_of(servers_.begin(), servers_.end(),
-                     [](const auto& server) { return server->failed.empty() && !server->full; });
+  return index_lives_locked() && std::any_of(servers_.begin(), servers_.end(), [](const auto& server) {
+           return server->failed.empty() && !server->full;
+         });
 }
 
 std::vector<Scatter::ServerStats> Scatter::server_stats() const {

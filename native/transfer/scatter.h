@@ -83,8 +83,8 @@ class Scatter {
     std::function<void(const PageFrames::Sent&)> count_sent;
     std::function<void(std::uint64_t)> count_bytes;
     std::function<void()> drained;  // once a begin(); from any thread, no lock held
-    // This side cannot go on; empty: no destination, and no server takes what is left. No lock held.
-    std::function<void(std::string why)> broken;
+    // This side cannot go on. No lock held.
+    std::function<void(std::string code, std::string why)> broken;
   };
 
   Scatter(ScatterConfig config, Shared shared, std::uint64_t page_size);
@@ -150,7 +150,8 @@ class Scatter {
   };
   [[nodiscard]] std::vector<ServerStats> server_stats() const;
   [[nodiscard]] std::optional<DedupStats> dedup_stats() const;
-  [[nodiscard]] bool servers_can_take() const;
+  // The push needs no destination: servers take pages, and one that others can ask where they are lives.
+  [[nodiscard]] bool goes_on_alone() const;
   [[nodiscard]] std::uint64_t pages_direct() const;
   [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
   // A fault is being answered, was answered: all ways leave it room on this host's link.
@@ -171,6 +172,8 @@ class Scatter {
   [[nodiscard]] bool full(const Way& way) const;
   [[nodiscard]] bool direct_is_full() const;
   [[nodiscard]] bool drained_locked() const;
+  [[nodiscard]] bool index_lives_locked() const;
+  [[nodiscard]] bool destination_knows_locked() const;
   // nullopt: a second one is to hold it, and may be there again soon.
   [[nodiscard]] std::optional<wire::Holders> holders_for(const Way& way) const;
   [[nodiscard]] bool second_copies_locked() const;

@@ -36,7 +36,7 @@ void Scatter::serve(Server& server) {
     fail_server_locked(server, why);
   }
   check_drained();
-  if (in_hand) shared_.broken(why);
+  if (in_hand) shared_.broken("SYSTEM", why);
 }
 
 void Scatter::serve_until_failed(Server& server) {

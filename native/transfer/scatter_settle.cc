@@ -259,12 +259,14 @@ bool Scatter::drained_locked() const {
     for (std::uint32_t region = 0; region < shared_.queue.regions(); ++region)
       all += shared_.queue.known_pages(region);
     if (where_.safe_count() < all) return false;
+    const bool at_servers = where_.pages_at(wire::Holders::kDestination) < all;
+    if (at_servers && !index_lives_locked() && !destination_knows_locked()) return false;
   } else {
     if (!dry_ || (dedup_ && !dedup_->idle_locked())) return false;
     for (const auto& way : direct_) {
       if (!way->idle()) return false;
     }
-    if (config_.direct && !told(where_.destination())) return false;
+    if (config_.direct ? !told(where_.destination()) : !index_lives_locked()) return false;
   }
   for (const auto& server : servers_) {
     if (!server->failed.empty()) {
@@ -280,6 +282,20 @@ bool Scatter::drained_locked() const {
       return false;
   }
   return true;
+}
+
+bool Scatter::index_lives_locked() const {
+  return std::any_of(servers_.begin(), servers_.begin() + where_.index_servers(),
+                     [](const auto& server) { return server->failed.empty(); });
+}
+
+// Of everything that servers hold, and it has said so.
+bool Scatter::destination_knows_locked() const {
+  const unsigned destination = where_.destination();
+  return config_.direct && !where_.anything_untold(destination) &&
+         std::any_of(direct_.begin(), direct_.end(), [&](const auto& way) {
+           return way->listener == static_cast<int>(destination) && way->open && way->idle();
+         });
 }
 
 // Said by the watcher: whoever finds it out may hold locks of its own.

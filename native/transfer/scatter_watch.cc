@@ -43,7 +43,7 @@ void Scatter::watch(WorkerThread& self) {
   try {
     watch_until_stopped(self);
   } catch (const std::exception& error) {
-    shared_.broken(error.what());
+    shared_.broken("SYSTEM", error.what());
   }
 }
 
@@ -53,6 +53,7 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
     self.wait(static_cast<int>(kWatchInterval.count()));
     bool due = false;
     bool hopeless = false;
+    std::string unknown;  // where the pages are, and why
     {
       const std::lock_guard lock(mutex_);
       if (closing_) return;
@@ -72,6 +73,10 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
                  std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
                    return !server->failed.empty() || (server->way && server->full && server->way->idle());
                  });
+      if (begun_ && !config_.direct && !index_lives_locked()) {
+        unknown = "every server that knows where the pages are has failed";
+        for (unsigned i = 0; i < where_.index_servers(); ++i) unknown += "; " + servers_[i]->failed;
+      }
       const bool awake = now - looked_at < kWatchGap;
       const Clock::duration ran = awake ? now - looked_at : kWatchInterval;
       looked_at = now;
@@ -110,8 +115,12 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       }
     }
     if (due) shared_.drained();
-    if (hopeless) {
-      shared_.broken({});
+    if (hopeless || !unknown.empty()) {
+      if (unknown.empty()) {
+        shared_.broken("VMD_CAPACITY", "no server takes the pages that are left");
+      } else {
+        shared_.broken("VMD_LOST", unknown);
+      }
       return;
     }
     check_drained();

@@ -123,13 +123,9 @@ std::unique_ptr<Scatter> Sender::Impl::make_scatter() {
       Scatter::Shared{config.migration, queue, gate, pacer, cancel.get(),
                       [this](const PageFrames::Sent& sent) { count_sent(sent); },
                       [this](std::uint64_t bytes) { bytes_on_wire += bytes; }, [this] { scatter_drained(); },
-                      [this](const std::string& why) {
+                      [this](const std::string& code, const std::string& why) {
                         const std::lock_guard lock(mutex);
-                        if (!fatal) {
-                          fatal = why.empty()
-                                      ? Failure{"VMD_CAPACITY", "no server takes the pages that are left"}
-                                      : Failure{"SYSTEM", why};
-                        }
+                        if (!fatal) fatal = Failure{code, why};
                         supervisor_changed.notify_all();
                       }},
       page_size);

@@ -239,7 +239,7 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     deliver_events(lock);
     // Evicted: the servers have what the destination lacks.
     if (over()) return;
-    const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->servers_can_take();
+    const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->goes_on_alone();
     if (Clock::now() >= deadline && !goes_on)
       return fail_locked("RECOVERY_TIMEOUT", "the destination did not come back: " + why);
     if (token(next_epoch, 0) == nullptr && goes_on) {

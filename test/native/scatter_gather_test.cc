@@ -12,6 +12,7 @@
 #include "forwarder.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
+#include "transfer/scatter.h"
 #include "transfer/sender.h"
 
 namespace memferry::test {
@@ -347,6 +348,34 @@ TEST_F(ScatterGatherTest, WithReplicasACutServerIsWaitedForAndTheOtherOneMayBeLo
   for (const auto& each : sender->stats().servers) EXPECT_EQ(each.failed, "");
   sender->close(true);
   vmd[0].end();
+  arrivals.await(kComplete);
+  expect_equal();
+}
+
+TEST_F(ScatterGatherTest, WithoutAnyServerThatHasTheMapTheDestinationFindsEverything) {
+  constexpr unsigned kServers = 6;
+  make(16384, kServers);
+  receive(4 << 20, 1 << 20);
+  stall_timeout = 2s;
+  send();
+  into_postcopy();
+  sender->set_bandwidth(8 << 20);
+  sender->start_push();
+  const auto held = [&] {
+    const auto servers = sender->stats().servers;
+    return std::all_of(servers.begin(), servers.end(), [](const auto& each) { return each.pages >= 100; });
+  };
+  for (int i = 0; i < 20'000 && !held(); ++i) std::this_thread::sleep_for(1ms);
+  ASSERT_TRUE(held());
+  for (unsigned i = 0; i < Scatter::kIndexServers; ++i) vmd[i].end();
+  sender->set_bandwidth(0);
+  departures.await(kEvicted);
+  const auto stats = sender->stats();
+  for (unsigned i = 0; i < kServers; ++i)
+    EXPECT_EQ(stats.servers[i].failed.empty(), i >= Scatter::kIndexServers);
+  sender->close(false);  // as if killed: what the destination has not been told nobody tells it any more
+  EXPECT_GT(receiver->stats().pages_missing, 0u);
+  receiver->set_gather_limit(0);
   arrivals.await(kComplete);
   expect_equal();
 }

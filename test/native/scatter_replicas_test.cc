@@ -1,4 +1,4 @@
-// Two copies of every page at servers, while servers are cut, full or fail.
+// Two copies of every page at servers, and who knows where they are, while servers are cut, full or fail.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -13,6 +13,7 @@ namespace {
 
 using namespace std::chrono_literals;
 using enum EngineEventKind;
+using wire::FrameType;
 using wire::Holders;
 
 class ReplicasTest : public ScatterTest {
@@ -61,6 +62,22 @@ class ReplicasTest : public ScatterTest {
   std::map<FakeStage::Key, FakeStage::Record> records(unsigned server) {
     const std::lock_guard lock(stages[server]->mutex);
     return stages[server]->records;
+  }
+  void await_failed(unsigned server) {
+    const auto failed = [&] { return !sender->stats().servers[server].failed.empty(); };
+    for (int i = 0; i < 20'000 && !failed(); ++i) std::this_thread::sleep_for(1ms);
+    ASSERT_TRUE(failed());
+  }
+  // Where the destination was told last that a page is.
+  std::map<std::uint64_t, Holders> told() {
+    std::map<std::uint64_t, Holders> all;
+    const std::lock_guard lock(peer->mutex);
+    for (const SeenFrame& frame : peer->seen) {
+      if (frame.type() != FrameType::kMap) continue;
+      for (std::uint64_t i = 0; i < frame.header.page_count; ++i)
+        all[frame.header.first_page + i] = Holders::of(frame.header.tag);
+    }
+    return all;
   }
 };
 
@@ -139,6 +156,87 @@ TEST_F(ReplicasTest, WhereNobodyTakesASecondCopyTheFirstOneCounts) {
   sender->start_round(2);
   EXPECT_EQ(events.expect(kRoundDone).suspects, 0u);
   expect_evicted({1});
+}
+
+class IndexTest : public ReplicasTest {
+ protected:
+  static constexpr unsigned kServers = 6;
+  static constexpr unsigned kIndex = 4;
+
+  void push_and_lose_the_index() {
+    make({12000}, kServers);
+    block_direct();
+    for (unsigned i = 0; i < kIndex; ++i) {
+      stages[i]->cut_at = 200;
+      stages[i]->lost_when_cut = true;
+    }
+    into_postcopy(config());
+    sender->start_push();
+    for (unsigned i = 0; i < kIndex; ++i) await_failed(i);
+  }
+};
+
+TEST_F(IndexTest, WithoutItAPushIsDrainedWhenTheDestinationKnows) {
+  push_and_lose_the_index();
+  const auto safe = [&] { return pages_at_servers() + sender->stats().pages_direct == all_pages(); };
+  for (int i = 0; i < 20'000 && !safe(); ++i) std::this_thread::sleep_for(1ms);
+  ASSERT_TRUE(safe());
+  std::this_thread::sleep_for(200ms);
+  EXPECT_TRUE(events.empty()) << "the destination knows nothing yet";
+  open_direct();
+  events.expect(kEvicted);
+  const auto where = told();
+  const std::lock_guard lock(peer->mutex);
+  std::uint64_t elsewhere = 0;
+  for (std::uint64_t page = 0; page < all_pages(); ++page) {
+    const auto* want = oracle[0].data() + page * page_size();
+    if (peer->have[0][page]) {
+      ASSERT_EQ(std::memcmp(peer->memory[0].data() + page * page_size(), want, page_size()), 0) << page;
+      continue;
+    }
+    ++elsewhere;
+    const auto found = where.find(page);
+    ASSERT_NE(found, where.end()) << page;
+    ASSERT_GE(found->second.first, kIndex) << page;
+    ASSERT_LT(found->second.first, kServers) << page;
+    FakeStage& holder = *stages[found->second.first];
+    const std::lock_guard looking(holder.mutex);
+    const auto held = holder.pages.find({0, page});
+    ASSERT_NE(held, holder.pages.end()) << page;
+    if (held->second.content.empty()) continue;  // zeros
+    ASSERT_EQ(std::memcmp(held->second.content.data(), want, page_size()), 0) << page;
+  }
+  EXPECT_GT(elsewhere, 0u);
+}
+
+TEST_F(IndexTest, WithoutItADestinationThatDoesNotComeBackEndsTheMigration) {
+  make({12000}, kServers);
+  block_direct();
+  for (unsigned i = 0; i < kIndex; ++i) {
+    stages[i]->cut_at = 200;
+    stages[i]->lost_when_cut = true;
+  }
+  SenderConfig with = config();
+  with.recover_timeout = 1s;
+  into_postcopy(std::move(with));
+  sender->start_push();
+  for (unsigned i = 0; i < kIndex; ++i) await_failed(i);
+  open_direct();
+  peer->cut();
+  events.expect(kPaused);
+  EXPECT_EQ(events.expect(kFailed).code, "RECOVERY_TIMEOUT");
+}
+
+TEST_F(IndexTest, WithoutItAParkFails) {
+  park(12000, kServers, 1);
+  for (unsigned i = 0; i < kIndex; ++i) {
+    stages[i]->cut_at = 100;
+    stages[i]->lost_when_cut = true;
+  }
+  sender->start_round(1);
+  const EngineEvent failed = events.expect(kFailed);
+  EXPECT_EQ(failed.code, "VMD_LOST");
+  EXPECT_NE(failed.message.find("lost the image"), std::string::npos) << failed.message;
 }
 
 }  // namespace
