@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "transfer/scatter.h"
 #include "wire/codec_choice.h"
 #include "wire/frame.h"
 
@@ -52,6 +53,7 @@ struct Schedule {
     kEvicted,  // the source has just said so; pre-copy: the destination has taken over; park: nobody gathers yet
   };
   static constexpr std::size_t kWhens = 8;
+  static constexpr unsigned kIndexServers = Scatter::kIndexServers;
 
   struct Fault {
     FaultKind kind{};
@@ -241,6 +243,20 @@ inline Schedule Schedule::of(std::uint64_t seed) {
       guest.send_limit = 1ULL << number(20, 23);
       guest.intake_limit = 1ULL << number(16, 19);
       guest.hurry_ms = number(100, 500);
+    }
+  }
+  // Last, so that a seed's schedule is otherwise what it was when all servers had the map.
+  if (one_in(8)) {
+    made.servers = number(kIndexServers + 1, kIndexServers + 2);
+    const bool without_map = one_in(2);
+    for (unsigned server = 0; without_map && server < kIndexServers; ++server) {
+      Fault fault;
+      fault.kind = one_in(2) ? FaultKind::kServerKilled : FaultKind::kServerRestarted;
+      fault.when = When::kAcknowledged;
+      fault.permille = number(0, 600);
+      fault.guest = number(0, guests - 1);
+      fault.server = server;
+      made.faults.push_back(fault);
     }
   }
   return made;

@@ -36,7 +36,7 @@ class ScheduleAudit : public ScheduleFaults {
       const auto client = server->vmd.observe(of.image, wire::StageRole::kGather);
       if (!client) continue;
       read_all(of, *client, missing, held);
-      if (!of.given_up[server->ordinal].empty()) continue;
+      if (!of.given_up[server->ordinal].empty() || server->ordinal >= Schedule::kIndexServers) continue;
       const StageClient::Map map = client->read_map();
       const std::set<PageId> known = known_in(map);
       std::uint64_t unknown = 0;

@@ -115,6 +115,7 @@ class ScheduleFaults : public ScheduleWorld {
       case FaultKind::kServerSilent:
         note([&] {
           server.gone = server.silent = true;
+          if (server.gone_at == Clock::time_point{}) server.gone_at = Clock::now();
           server.vmd.go_silent();
         });
         break;

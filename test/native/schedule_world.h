@@ -206,25 +206,44 @@ class ScheduleWorld {
     return why_[of.index];
   }
 
+  // A server takes its copy of a page along when it ends or keeps other bytes, but not where the source had given it up
+  // by the time that it was done: then the page went elsewhere, while the source had it. So a page may be lost where
+  //
+  //   - every server is lost that has the map of where pages are, and had not been given up; or
+  //   - one copy is all that is asked for, and one server is lost; or
+  //   - two are asked for, and two servers are lost, which may be the page's; or
+  //   - two are asked for, one server is lost, and it may have been the page's only one: of the servers that had not been
+  //     given up fewer than two had room, or the source had let go of its memory before it gave one up.
+  //
+  // A server that was merely cut, paused or sent other bits excuses nothing, unless it was given up for it.
   bool may_lose(const Migration& of, const PageId& page) {
     if (of.source_killed_early) return true;
     const std::lock_guard lock(mutex_);
-    unsigned gone = 0;
-    unsigned short_of_copies = 0;
+    unsigned lost_ones = 0;
+    unsigned takers = 0;
+    unsigned index = 0;
+    unsigned index_lost = 0;
+    bool any_given_up = false;
     for (const auto& server : servers_) {
       const bool given_up = server->ordinal < of.given_up.size() && !of.given_up[server->ordinal].empty();
       bool lost = server->gone;
-      // The source has seen it in time, and still had everything: its pages went elsewhere.
-      if (lost && given_up && !server->silent && !of.plan.release_as_evicted && of.settled_at &&
+      // The source has seen it in time, and still had everything.
+      if (lost && given_up && !of.plan.release_as_evicted && of.settled_at &&
           *of.settled_at - server->gone_at > kNoticed) {
         lost = false;
       }
+      any_given_up = any_given_up || given_up;
+      takers += given_up || is_small(*server) ? 0 : 1;
+      if (server->ordinal < Schedule::kIndexServers && !given_up) {
+        ++index;
+        index_lost += lost ? 1 : 0;
+      }
       lost = lost || server->spoiled[of.index].count(page) > 0;
-      gone += lost ? 1 : 0;
-      short_of_copies += lost || server->disturbed || given_up ? 1 : 0;
+      lost_ones += lost ? 1 : 0;
     }
-    if (gone == 0) return false;
-    return schedule_.replicas == 1 || schedule_.servers == 1 || short_of_copies > 1;
+    if (lost_ones == 0) return false;
+    if (schedule_.replicas == 1 || lost_ones > 1 || (index > 0 && index_lost == index)) return true;
+    return takers < 2 || (of.plan.release_as_evicted && any_given_up);
   }
   bool may_lose_anything(const Migration& of) {
     bool any = false;
@@ -237,14 +256,18 @@ class ScheduleWorld {
     if (of.source_killed || of.destination_closed || of.direct_disturbed) return true;
     const SenderStats stats = of.sender->stats();
     bool nobody_takes = true;
+    bool nobody_knows = true;
     {
       const std::lock_guard lock(mutex_);
       for (const auto& server : servers_) {
         const bool given_up = server->ordinal < stats.servers.size() &&
                               !stats.servers[server->ordinal].failed.empty() && server->disturbed;
         nobody_takes = nobody_takes && (server->gone || given_up || is_small(*server));
+        if (server->ordinal < Schedule::kIndexServers)
+          nobody_knows = nobody_knows && (server->gone || given_up);
       }
     }
+    if (nobody_knows && schedule_.way == Way::kPark) return true;
     if (nobody_takes) return schedule_.way == Way::kPark || !of.has_sender || all_gone();
     return schedule_.way == Way::kScatterPreCopy && may_lose_anything(of);
   }
