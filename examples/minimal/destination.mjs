@@ -6,9 +6,14 @@ const listening = await listen({ port: Number(process.argv[2] ?? 7000), accept }
 console.log(`listening on ${listening.host}:${listening.port}`);
 
 for await (const arrival of listening) {
-  const report = await arrival.complete; // or PAGES_LOST, with the numbers of the pages that never came
-  console.log(`complete: ${report.bytesReceived} bytes, ${report.remoteFaults.count} remote faults`);
-  await listening.close(); // takes no further guests; the one that has arrived stays
+  try {
+    const report = await arrival.complete;
+    console.log(`complete: ${report.bytesReceived} bytes, ${report.remoteFaults.count} remote faults`);
+    await listening.close(); // takes no further guests; the one that has arrived stays
+  } catch (error) {
+    // It never came and runs on at its source; or PAGES_LOST, with the numbers of the pages that will never come.
+    console.log(`${error.code}: ${error.message}`);
+  }
 }
 
 function accept(offer) {

@@ -16,9 +16,13 @@ const listening = await listen({
 console.log(`listening on ${listening.host}:${listening.port}`);
 
 for await (const arrival of listening) {
-  await arrival.resumed;
-  console.log('there', await arrived.request({ add: 4 }), await arrived.request('history'));
-  await arrival.complete;
-  await listening.close();
+  try {
+    await arrival.resumed;
+    console.log('there', await arrived.request({ add: 4 }), await arrived.request('history'));
+    await arrival.complete;
+    await listening.close();
+  } catch (error) {
+    console.log(`${error.code}: ${error.message}`); // it never came and runs on at its source, or pages are lost
+  }
 }
 await arrived.terminate();

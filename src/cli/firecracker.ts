@@ -116,7 +116,7 @@ async function fromFile(
   });
   output.say(`${snapshot} is served at ${server.socketPath}`);
   output.line({ type: 'listening', socket: server.socketPath });
-  if (!flags.once) return await stopped;
+  if (!flags.once) return await stopped.catch(() => {}); // as every server that is told to end
   const microVm = await Promise.race([arrived, stopped]);
   await Promise.race([microVm.ended, stopped]);
 }

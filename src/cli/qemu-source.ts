@@ -1,10 +1,16 @@
 /** `memferry qemu source`: moves QEMU's guest at once. Ctrl-C before the commit: it runs on here. */
 import { type Command, Option } from 'commander';
 import { mebibytes } from '../demo/table.js';
-import { type Mode, modes, type NonConvergence, nonConvergenceChoices } from '../options.js';
+import {
+  type MigrateOptions,
+  type Mode,
+  modes,
+  type NonConvergence,
+  nonConvergenceChoices,
+} from '../options.js';
 import { QemuGuest } from '../qemu/source-guest.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
-import { migrate } from '../source/migrate.js';
+import { checkMigrateOptions, migrate } from '../source/migrate.js';
 import { addConnectionFlags } from './connection-flags.js';
 import {
   addServerFlags,
@@ -83,6 +89,7 @@ async function source(flags: QemuSourceFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   const { signal } = interruption;
+  await checkMigrateOptions(migrateOptions(flags));
   await using guest = await QemuGuest.attach({
     qmp: flags.qmp,
     shim: flags.shim,
@@ -98,23 +105,25 @@ async function source(flags: QemuSourceFlags): Promise<void> {
   output.result(describeReport(report, flags.to), { type: 'report', ...report });
 }
 
+function migrateOptions(flags: QemuSourceFlags): MigrateOptions {
+  const { to, mode } = flags;
+  const { channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker } = flags;
+  const { onCapacity, destinationRack } = flags;
+  return {
+    ...{ to, mode },
+    ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker }),
+    ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),
+    ...serverOptions(flags),
+  };
+}
+
 async function move(
   guest: QemuGuest,
   flags: QemuSourceFlags,
   output: Output,
   signal: AbortSignal,
 ): Promise<EvictionReport | MigrationReport> {
-  const { to, mode } = flags;
-  const { channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker } = flags;
-  const { onCapacity, destinationRack } = flags;
-  await using migration = migrate(guest, {
-    to,
-    mode,
-    signal,
-    ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker }),
-    ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),
-    ...serverOptions(flags),
-  });
+  await using migration = migrate(guest, { ...migrateOptions(flags), signal });
   // Awaited here: what is left of the migration is let go of when this function ends.
   return await accountOf(migration, flags, output, signal);
 }

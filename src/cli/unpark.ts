@@ -71,7 +71,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   let here: WorkerGuest | null = null;
-  const ended = deferred<void>();
+  const ended = deferred<'ended'>();
   const ticket = await ticketFrom(flags.ticket);
   await using unparked = await unpark(ticket, {
     ...connectionOptions(flags),
@@ -83,7 +83,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
       modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
       onGuest: (guest) => {
         here = guest;
-        guest.once('ended', () => ended.resolve());
+        guest.once('ended', () => ended.resolve('ended'));
         follow(guest, output);
       },
     }),
@@ -103,7 +103,10 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
         (report.pagesFromBase > 0 ? `, ${report.pagesFromBase} pages were here already` : ''),
       { type: 'report', ...report },
     );
-    if (!flags.once) await stopped;
+    // With all of it here the command is its guest's: it ends with it, or when it is told to.
+    if (!flags.once && (await Promise.race([stopped.catch(() => null), ended.promise])) === 'ended') {
+      throw memferryError('GUEST_LOST', `guest ${name} ended`);
+    }
   } finally {
     typed.close();
     process.stdin.destroy();
