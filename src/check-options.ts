@@ -16,3 +16,14 @@ export function checkOptions(options: unknown, what: string, keys: readonly stri
     `${what}: unknown option '${unknown.join("', '")}'; there are ${keys.join(', ')}`,
   );
 }
+
+/**
+ * That what is given is called: found where it is given, not when there is something to tell.
+ * @throws INVALID_ARGUMENT
+ */
+export function checkCallbacks(what: string, callbacks: Readonly<Record<string, unknown>>): void {
+  for (const [name, value] of Object.entries(callbacks)) {
+    if (value === undefined || typeof value === 'function') continue;
+    throw memferryError('INVALID_ARGUMENT', `${what}.${name}: must be a function`);
+  }
+}

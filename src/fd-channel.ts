@@ -6,8 +6,11 @@
  * fails.
  */
 import { closeSync } from 'node:fs';
+import { z } from 'zod';
 import { loadAddon } from './addon.js';
 import { fromNative, type MemferryError, memferryError, native, nativeAsync } from './errors.js';
+import { callback, parse, type Same } from './options/fields.js';
+import { callOut } from './tell-listeners.js';
 import type { NativeFdConnection, NativeFdListener, NativeFdOutcome } from './native.js';
 
 /** The most descriptors that the kernel puts into one message. */
@@ -49,14 +52,26 @@ export interface FdListenerOptions {
   mode?: number;
   /** Open at once; one more is closed as it comes. 16 unless told. */
   mostConnections?: number;
-  /** Gets each connection, and closes it in the end. */
+  /**
+   * Gets each connection, and closes it in the end. What it throws is a warning of the process, and closes the connection.
+   */
   onConnection: (connection: FdConnection) => void;
-  /** The listener has failed, and accepts no more. */
+  /** The listener has failed, and accepts no more. What it throws is a warning. */
   onError?: (error: MemferryError) => void;
 }
 
-/** Closes what can be closed; for descriptors that nobody took. */
+const listenerSchema = z.strictObject({
+  mode: z.int().min(0).max(0o777).default(0o600),
+  mostConnections: z.int().min(1).max(65_536).default(16),
+  onConnection: callback<[connection: FdConnection]>(),
+  onError: callback<[error: MemferryError]>().optional(),
+});
+true satisfies Same<z.input<typeof listenerSchema>, FdListenerOptions>;
+
+/** Closes what can be closed; for descriptors that nobody took. @throws INVALID_ARGUMENT: no list */
 export function closeDescriptors(descriptors: readonly number[]): void {
+  if (!Array.isArray(descriptors))
+    throw memferryError('INVALID_ARGUMENT', 'closeDescriptors: expected a list of descriptors');
   for (const descriptor of descriptors) {
     try {
       closeSync(descriptor);
@@ -80,14 +95,19 @@ export class FdListener implements Disposable {
     readonly path: string,
     options: FdListenerOptions,
   ) {
+    const { mode, mostConnections, onConnection, onError } = parse(listenerSchema, options, 'FdListener');
+    const code = 'MEMFERRY_LISTENER';
     const accepted = (error: unknown, connection: NativeFdConnection | null) => {
-      if (connection) options.onConnection(new FdConnection(connection));
-      else options.onError?.(fromNative(error));
+      if (!connection) {
+        callOut({ what: 'onError', code }, onError, fromNative(error));
+        return;
+      }
+      // Whoever did not get through with it closes nothing any more.
+      const failed = () => connection.close();
+      callOut({ what: 'onConnection', code, failed }, () => onConnection(new FdConnection(connection)));
     };
     try {
-      this.#native = native(() =>
-        loadAddon().createFdListener(path, options.mode ?? 0o600, options.mostConnections ?? 16, accepted),
-      );
+      this.#native = native(() => loadAddon().createFdListener(path, mode, mostConnections, accepted));
     } catch (error) {
       clearInterval(this.#keepAlive);
       throw error;

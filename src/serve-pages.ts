@@ -5,10 +5,11 @@
 import { closeSync, openSync } from 'node:fs';
 import { setTimeout } from 'node:timers/promises';
 import { loadAddon } from './addon.js';
-import { checkOptions } from './check-options.js';
+import { checkCallbacks, checkOptions } from './check-options.js';
 import { type MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import { Region } from './region.js';
+import { callOut } from './tell-listeners.js';
 
 /** From the end of an owner's memory to the end of its process, at most. */
 const ownerEndsMs = 250;
@@ -27,6 +28,7 @@ export interface ServePagesOptions {
   prepage?: boolean;
   /**
    * Pages that the file does not have: they fail to be read soon after. What is lost within a moment comes in one call.
+   * What it throws is a warning of the process.
    */
   onLost?: (runs: readonly { first: number; count: number }[], error: MemferryError) => void;
 }
@@ -73,6 +75,11 @@ export function servePages(options: ServePagesOptions): PageService {
   const { region, snapshot, offsetBytes = 0, ledger = null, prepage = true, onLost } = options;
   if (!(region instanceof Region))
     throw memferryError('INVALID_ARGUMENT', 'servePages: region is no Region; Region.attach makes one');
+  if (typeof snapshot !== 'string' || snapshot === '')
+    throw memferryError('INVALID_ARGUMENT', 'servePages: snapshot is the path of a file');
+  if (typeof prepage !== 'boolean')
+    throw memferryError('INVALID_ARGUMENT', 'servePages: prepage is true or false');
+  checkCallbacks('servePages', { onLost });
   if (!Number.isSafeInteger(offsetBytes) || offsetBytes < 0)
     throw memferryError('INVALID_ARGUMENT', 'servePages: offsetBytes is no offset');
   if (!region.native.claim()) throw memferryError('REGION_BUSY', 'the region is moving, or paged already');
@@ -95,7 +102,8 @@ export function servePages(options: ServePagesOptions): PageService {
           }
           if (kind === 'lost') {
             const pages = lost.reduce((sum, { count }) => sum + count, 0);
-            onLost?.(lost, memferryError('PAGES_LOST', message, { facts: { runs: lost, pages } }));
+            const error = memferryError('PAGES_LOST', message, { facts: { runs: lost, pages } });
+            callOut({ what: 'onLost', code: 'MEMFERRY_LOST_THREW' }, onLost, lost, error);
           }
           if (kind === 'failed') void fail(code === 'REGION_GONE' ? code : 'SYSTEM', message);
         },

@@ -124,7 +124,8 @@ export class Arrival extends EventEmitter {
       markArriving(region, this.#everyPage.promise);
       markReported(region, this.#over.promise);
     }
-    void guest.broken?.then((error) => this.#fail(error));
+    const broken = (error: unknown) => this.#fail(error);
+    guest.broken?.then(broken, broken);
     const gatherTimeoutMs = offer.scatter?.gatherTimeoutMs ?? null;
     this.#preparation = new Preparation(guest, this.#engine, options.prepareTimeoutMs, gatherTimeoutMs);
     this.#outcome = new ArrivalOutcome({

@@ -7,7 +7,7 @@ import type { NativeReceiverStats, NativeRun } from '../native.js';
 import { within } from '../protocol/bounded.js';
 import type { Region } from '../region.js';
 import type { ArrivalReport } from '../report.js';
-import { warn } from '../tell-listeners.js';
+import { callOut, isPromise } from '../tell-listeners.js';
 
 const runningTimeoutMs = 120_000;
 
@@ -54,11 +54,7 @@ export async function abandonGuest(guest: ArrivingGuest, name: string, boundMs: 
 
 /** The guest runs here: whatever its own hook makes of it, the pages are poisoned next. */
 export function tellLost(guest: ArrivingGuest, name: string, runs: NativeRun[]): void {
-  try {
-    guest.lost?.(runs);
-  } catch (error) {
-    warn(`guest '${name}' threw in lost()`, error, 'MEMFERRY_LOST_THREW');
-  }
+  callOut({ what: `lost() of guest '${name}'`, code: 'MEMFERRY_LOST_THREW' }, () => guest.lost?.(runs));
 }
 
 /**
@@ -77,16 +73,16 @@ export function resumeHere(guest: ArrivingGuest, name: string): string | null | 
     });
     return String(error);
   }
-  const running = guest.running ?? (isPromise(resumed) ? resumed : undefined);
+  const resuming = isPromise(resumed) ? Promise.resolve(resumed) : undefined;
+  const running = guest.running ?? resuming;
   if (running === undefined) return null;
+  if (resuming && running !== resuming) {
+    callOut({ what: `resume() of guest '${name}'`, code: 'MEMFERRY_RESUME_THREW' }, () => resuming);
+  }
   return within(running, runningTimeoutMs, 'RESUME_FAILED', 'nobody says whether the guest runs').then(
     () => null,
     (error) => (error instanceof Error ? error.message : String(error)),
   );
-}
-
-function isPromise(value: unknown): value is Promise<void> {
-  return typeof (Object(value) as { then?: unknown }).then === 'function';
 }
 
 export function pagesLost(name: string, runs: NativeRun[], why: string): MemferryError {

@@ -72,7 +72,7 @@ export interface Arrival extends AsyncDisposable {
    * until then, and closing the arrival loses them. Never rejects.
    */
   readonly restHere: Promise<void>;
-  /** Each change of `state`. What the listener throws is a warning of the process (MEMFERRY_LISTENER). */
+  /** Each change of `state`. What the listener throws, or rejects with, is a warning of the process (MEMFERRY_LISTENER). */
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
   /**
    * Before the commit: the migration fails, and the guest runs on at the source. After it: pages that have not come are

@@ -230,7 +230,8 @@ class GatheringGuest implements Unparked {
     options: ResolvedUnparkOptions,
   ) {
     this.#complete.promise.catch(() => {});
-    void guest.broken?.then((error) => this.#broken.abort(asPrepareError(error)));
+    const broken = (error: unknown) => this.#broken.abort(asPrepareError(error));
+    guest.broken?.then(broken, broken);
     this.engine = new DestinationEngine(
       {
         regions: guest.regions.map((region) => region.native),

@@ -19,10 +19,13 @@ import type { AcceptContext } from '../options.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { Region } from '../region.js';
+import { callOut } from '../tell-listeners.js';
 import { Held } from './giving-up.js';
 import { type Greeted, greet } from './greet.js';
 import { asOneRegion, type GuestMapping } from './mappings.js';
 import { attachMemory, MicroVm } from './micro-vm.js';
+
+const code = 'MEMFERRY_FIRECRACKER_THREW';
 
 /** Who runs Firecracker here. */
 export interface FirecrackerHost {
@@ -44,11 +47,11 @@ export interface FirecrackerHost {
    * if it has connected.
    */
   abandon?(): Promise<void> | void;
-  /** Told once Firecracker is connected. */
+  /** Told once Firecracker is connected. What it throws is a warning of the process. */
   onConnected?(pid: number): void;
   /**
    * Of a migration: its memory comes by way of this process, which may not end before `microVm.ended` has settled, also
-   * when the arrival is complete.
+   * when the arrival is complete. What it throws is a warning of the process.
    */
   onMicroVm?(microVm: MicroVm): void;
 }
@@ -158,7 +161,8 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
         { region },
         { prePaging: 'all', mappings },
       );
-      host.onMicroVm?.(microVm);
+      const served = microVm;
+      callOut({ what: 'onMicroVm', code }, () => host.onMicroVm?.(served));
       await untilAborted(loading, signal);
     },
     resume() {
@@ -260,11 +264,11 @@ async function loadInto(
     const greeted = await connected.promise;
     try {
       held.take(greeted);
-      host.onConnected?.(greeted.connection.peer.pid);
     } catch (error) {
       greeted.discard();
       throw error;
     }
+    callOut({ what: 'onConnected', code }, () => host.onConnected?.(greeted.connection.peer.pid));
     return { greeted, loading };
   } finally {
     clearTimeout(timer);

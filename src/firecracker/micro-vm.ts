@@ -9,6 +9,7 @@ import type { FdConnection } from '../fd-channel.js';
 import type { NativeRestore, NativeRestoreStats, NativeRun } from '../native.js';
 import { deferred } from '../protocol/deferred.js';
 import { Region } from '../region.js';
+import { callOut } from '../tell-listeners.js';
 import type { Handshake } from './handshake.js';
 import { asOneRegion, type GuestMapping, type GuestMemory } from './mappings.js';
 
@@ -170,7 +171,7 @@ export class MicroVm {
         break;
       case 'lost':
         this.#ended.reject(lostPages(lost, message));
-        onLost?.(lost, message);
+        callOut({ what: 'onLost', code: 'MEMFERRY_FIRECRACKER_THREW' }, onLost, lost, message);
         setImmediate(() => {
           if (!this.#over) this.#restore.acknowledgeLoss();
         });

@@ -7,9 +7,10 @@ import { statSync } from 'node:fs';
 import { z } from 'zod';
 import { MemferryError, memferryError } from '../errors.js';
 import { type FdConnection, FdListener } from '../fd-channel.js';
+import { callback, parse, type Same } from '../options/fields.js';
 import { greet } from './greet.js';
 import { checkWithin } from './mappings.js';
-import { warn } from '../tell-listeners.js';
+import { callOut } from '../tell-listeners.js';
 import { MicroVm, type PrePaging } from './micro-vm.js';
 
 /** What `serveSnapshot` takes. */
@@ -28,18 +29,23 @@ export interface ServeSnapshotOptions {
   handshakeTimeoutMs?: number;
   /** Told of each microVM when it is served. What it throws is a warning of the process. */
   onMicroVm?: (microVm: MicroVm) => void;
-  /** A connection that made no sense, or whose memory cannot be served; the others go on. */
+  /**
+   * A connection that made no sense, or whose memory cannot be served; the others go on. What it throws is a warning.
+   */
   onRefused?: (error: MemferryError, peer: { pid: number; uid: number }) => void;
 }
 
-const schema = z.object({
+const schema = z.strictObject({
   socketPath: z.string().min(1),
   snapshot: z.string().min(1),
   prePaging: z.enum(['none', 'sequential', 'all']).default('sequential'),
   mode: z.int().min(0).max(0o777).default(0o600),
   mostMicroVms: z.int().min(1).max(1024).default(16),
   handshakeTimeoutMs: z.number().positive().max(3_600_000).default(10_000),
+  onMicroVm: callback<[microVm: MicroVm]>().optional(),
+  onRefused: callback<[error: MemferryError, peer: { pid: number; uid: number }]>().optional(),
 });
+true satisfies Same<z.input<typeof schema>, ServeSnapshotOptions>;
 
 /** A page-fault handler that listens. */
 export interface SnapshotServer extends AsyncDisposable {
@@ -57,26 +63,16 @@ export interface SnapshotServer extends AsyncDisposable {
  * @throws INVALID_ARGUMENT, SYSTEM (no such file, or the socket's path is in use)
  */
 export async function serveSnapshot(options: ServeSnapshotOptions): Promise<SnapshotServer> {
-  const parsed = schema.safeParse(options);
-  if (!parsed.success) {
-    const [issue] = parsed.error.issues;
-    throw memferryError('INVALID_ARGUMENT', `serveSnapshot: ${issue?.path.join('.')}: ${issue?.message}`);
-  }
-  const { socketPath, snapshot, prePaging, mode, mostMicroVms, handshakeTimeoutMs } = parsed.data;
+  const { socketPath, snapshot, prePaging, mode, mostMicroVms, handshakeTimeoutMs, onMicroVm, onRefused } =
+    parse(schema, options, 'serveSnapshot');
   snapshotBytes(snapshot);
   const microVms = new Set<MicroVm>();
   const greeting = new Set<FdConnection>();
   let closed = false;
 
-  const tell = (what: string, told: () => void) => {
-    try {
-      told();
-    } catch (error) {
-      warn(`${what} threw`, error, 'MEMFERRY_FIRECRACKER_THREW');
-    }
-  };
+  const code = 'MEMFERRY_FIRECRACKER_THREW';
   const refused = (error: MemferryError, peer: { pid: number; uid: number }) =>
-    tell('onRefused', () => options.onRefused?.(error, peer));
+    callOut({ what: 'onRefused', code }, onRefused, error, peer);
   const serve = async (connection: FdConnection) => {
     greeting.add(connection);
     const { pid, uid } = connection.peer;
@@ -94,7 +90,7 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
       const microVm = new MicroVm(connection, handshake, { path: snapshot }, { prePaging });
       microVms.add(microVm);
       microVm.closed.then(() => microVms.delete(microVm));
-      tell('onMicroVm', () => options.onMicroVm?.(microVm));
+      callOut({ what: 'onMicroVm', code }, onMicroVm, microVm);
     } catch (error) {
       if (!closed) refused(error as MemferryError, { pid, uid });
     } finally {

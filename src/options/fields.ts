@@ -68,6 +68,11 @@ export const dedupChoice = z.union(
   'expected true, false or { domain, secret, secretFile }, the domain of 1 to 256 characters',
 );
 
+/** What is called later: found where it is given, not when there is something to tell. */
+export function callback<Args extends readonly unknown[]>() {
+  return z.custom<(...args: Args) => void>((value) => typeof value === 'function', 'must be a function');
+}
+
 /** Throws INVALID_ARGUMENT, naming the field. */
 export function parse<T extends z.ZodType>(schema: T, value: unknown, what: string): z.output<T> {
   const result = schema.safeParse(value);

@@ -10,6 +10,7 @@ import { type MemferryError, memferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
+import { callOut } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
 import {
   type IncomingState,
@@ -292,24 +293,15 @@ class ArrivingQemuGuest implements ArrivingGuest {
 
   /** The guest runs, whatever its owner makes of that. */
   #tellResumed(): void {
-    try {
-      this.options.onResumed?.();
-    } catch (error) {
-      process.emitWarning(`the guest runs, and onResumed threw: ${String(error)}`, {
-        code: 'MEMFERRY_RESUME_THREW',
-      });
-    }
+    callOut({ what: 'the guest runs, and onResumed', code: 'MEMFERRY_RESUME_THREW' }, this.options.onResumed);
   }
 
   #warn(error: Error): void {
-    let unheard = this.options.onWarning === undefined;
-    try {
-      this.options.onWarning?.(error);
-    } catch (thrown) {
-      process.emitWarning(`onWarning threw: ${String(thrown)}`, { code: 'MEMFERRY_RESUME_FAILED' });
-      unheard = true;
-    }
-    if (unheard) process.emitWarning(error.message, { code: 'MEMFERRY_RESUME_FAILED' });
+    const code = 'MEMFERRY_RESUME_FAILED';
+    const unheard = () => process.emitWarning(error.message, { code });
+    const { onWarning } = this.options;
+    if (onWarning) callOut({ what: 'onWarning', code, failed: unheard }, onWarning, error);
+    else unheard();
   }
 }
 

@@ -43,7 +43,7 @@ export interface Migration extends AsyncDisposable {
   readonly evicted: Promise<EvictionReport>;
   /** The report, or the error (a MemferryError) that ended the migration. */
   readonly done: Promise<MigrationReport>;
-  /** Each change of `state`. What the listener throws is a warning of the process (MEMFERRY_LISTENER). */
+  /** Each change of `state`. What the listener throws, or rejects with, is a warning of the process (MEMFERRY_LISTENER). */
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
   /** The guest has not wholly arrived here yet; the migration begins when its last page is there. */
   on(event: 'waiting', listener: (what: string) => void): this;

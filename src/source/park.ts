@@ -28,6 +28,7 @@ import { followGrowth } from './growth.js';
 import { releaseGuest, tellDeparted } from './guest-hooks.js';
 import { Holdings } from './holdings.js';
 import { describeGuest, stageImage } from './stage-image.js';
+import { callOut } from '../tell-listeners.js';
 
 /** All that is needed to claim a parked guest: a secret, to be kept like one. */
 export interface ParkTicket {
@@ -270,13 +271,11 @@ class Parking {
   async #untilKnown(driver: CommitDriver, first: Settlement): Promise<Settlement> {
     const { onInDoubt } = this.options;
     if (first.outcome !== 'in-doubt' || !onInDoubt) return first;
-    try {
-      onInDoubt(first.error);
-    } catch (error) {
-      process.emitWarning(`the guest is in doubt, and onInDoubt threw: ${String(error)}`, {
-        code: 'MEMFERRY_IN_DOUBT_THREW',
-      });
-    }
+    callOut(
+      { what: 'the guest is in doubt, and onInDoubt', code: 'MEMFERRY_IN_DOUBT_THREW' },
+      onInDoubt,
+      first.error,
+    );
     let last: Settlement = first;
     try {
       // Each time for as long as it took to be in doubt.

@@ -9,7 +9,7 @@ import { loadAddon } from '../addon.js';
 import { memferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { Region } from '../region.js';
-import { warn } from '../tell-listeners.js';
+import { callOut } from '../tell-listeners.js';
 import { type GuestDescription, parseDescription } from './description.js';
 import { sha256OfModule } from './module-file.js';
 import { SharedMemory } from './shared-memory.js';
@@ -192,11 +192,8 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
     for (const link of this.#links) link.unpause();
     // Apart: what the host does with its guest cannot make the resume fail.
     queueMicrotask(() => {
-      try {
-        this.#onGuest?.(this.guest);
-      } catch (error) {
-        warn(`onGuest threw for guest '${this.guest.name}'`, error, 'MEMFERRY_ON_GUEST_THREW');
-      }
+      const what = `onGuest, for guest '${this.guest.name}',`;
+      callOut({ what, code: 'MEMFERRY_ON_GUEST_THREW' }, this.#onGuest, this.guest);
     });
   }
 

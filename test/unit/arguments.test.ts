@@ -1,12 +1,15 @@
 /** What callers get wrong is said by a MemferryError that says what, at the side where it was got wrong. */
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import {
+  closeDescriptors,
   decideRound,
   distribute,
+  FdListener,
   type Guest,
+  type GuestRegion,
   listen,
   migrate,
   migrateGang,
@@ -15,6 +18,7 @@ import {
   Share,
   saveBase,
   servePages,
+  serveSnapshot,
   stage,
   superviseGuest,
   unpark,
@@ -107,6 +111,41 @@ describe('options that are not there, or not known', () => {
     await using started = await WorkerGuest.start({ module: { name: 'm', url: guestModule('busy.mjs') } });
     await expect(started.request(() => 1)).rejects.toEqual(wrong(/structured clone/));
     expect(await started.request({ op: 'echo', value: 1 })).toBe(1);
+  });
+});
+
+describe('callbacks', () => {
+  const none = undefined as never;
+  it.each<[string, () => unknown, RegExp]>([
+    ['FdListener', () => new FdListener(join(folder, 's'), {} as never), /FdListener\.onConnection: must be/],
+    ['FdListener', () => new FdListener(join(folder, 's'), none), /FdListener/],
+    [
+      'FdListener',
+      () => new FdListener(join(folder, 's'), { onConnection() {}, onEror() {} } as never),
+      /onEror/,
+    ],
+    ['closeDescriptors', () => closeDescriptors(none), /list of descriptors/],
+    [
+      'servePages',
+      () => {
+        const { region } = guest().regions[0] as GuestRegion;
+        return servePages({ region, snapshot: '/x', onLost: 'x' as never });
+      },
+      /servePages\.onLost: must be a function/,
+    ],
+  ])('%s', (_, call, message) => {
+    expect(call).toThrow(wrong(message));
+    expect(readdirSync(folder)).toEqual([]);
+  });
+
+  it.each([
+    [{ prepaging: 'all' }, /prepaging/],
+    [{ prePaging: 'some' }, /prePaging/],
+    [{ onMicroVm: 'x' }, /onMicroVm: must be a function/],
+    [{ onRefused: {} }, /onRefused: must be a function/],
+  ])('serveSnapshot %j', async (options, message) => {
+    const all = { socketPath: join(folder, 's'), snapshot: '/dev/null', ...options };
+    await expect(serveSnapshot(all as never)).rejects.toEqual(wrong(message));
   });
 });
 

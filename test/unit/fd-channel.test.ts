@@ -1,4 +1,5 @@
 import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import {
   closeSync,
   mkdtempSync,
@@ -50,6 +51,36 @@ describe('a socket that carries descriptors', () => {
     for (const connection of accepted) connection.close();
     listener.close();
     rmSync(folder, { recursive: true });
+  });
+
+  it.each<[string, () => unknown]>([
+    [
+      'throws',
+      () => {
+        throw new Error('not mine');
+      },
+    ],
+    ['rejects', () => Promise.reject(new Error('not mine'))],
+  ])('whoever %s in onConnection has it closed, and others come', async (_, fails) => {
+    const other = join(folder, 'other');
+    let seen = 0;
+    const warned = once(process, 'warning');
+    using _failing = new FdListener(other, {
+      onConnection: () => {
+        seen += 1;
+        return fails() as undefined;
+      },
+    });
+    for (let times = 1; times < 3; times++) {
+      const client = await FdConnection.connect(other);
+      expect((await client.receive(bounds)).bytes).toHaveLength(0);
+      client.close();
+      expect(seen).toBe(times);
+    }
+    expect((await warned)[0]).toMatchObject({
+      code: 'MEMFERRY_LISTENER',
+      message: expect.stringMatching(/^onConnection (threw|rejected): not mine$/),
+    });
   });
 
   it('keeps a process that waits for an answer alive', async () => {
