@@ -52,7 +52,7 @@ export interface PagerStats {
 }
 
 /** A pager at work. */
-export interface PageService {
+export interface PageService extends Disposable {
   /**
    * Every page is there, and the memory is ordinary. Rejects when paging cannot go on (OWNER_GONE, REGION_GONE, SYSTEM),
    * and with CANCELLED when it was stopped before.
@@ -64,6 +64,8 @@ export interface PageService {
   leave(): void;
   /** Stops, and what is missing fails to be read. */
   end(): void;
+  /** As `leave`. Twice is fine. */
+  close(): void;
 }
 
 /**
@@ -135,6 +137,8 @@ export function servePages(options: ServePagesOptions): PageService {
       stats: () => last ?? native(() => pager.stats()),
       leave: () => stop('leave'),
       end: () => stop('end'),
+      close: () => stop('leave'),
+      [Symbol.dispose]: () => stop('leave'),
     };
   } catch (error) {
     region.native.release();

@@ -6,36 +6,20 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { closeSync, openSync, unlinkSync } from 'node:fs';
+import { closeSync, fstatSync, openSync, unlinkSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 
 import { loadAddon } from './addon.js';
-import { type AttachOptions, checkAttachment } from './attach.js';
-import { checkOptions } from './check-options.js';
-import { MemferryError, memferryError, native } from './errors.js';
+import { checkAttachment } from './attach.js';
+import { isErrorCode, MemferryError, memferryError, native } from './errors.js';
+import { resolveSuperviseOptions, type SuperviseOptions } from './options/supervise.js';
 import { deferred } from './protocol/deferred.js';
 import type { PagerStats } from './serve-pages.js';
+import { callOut } from './tell-listeners.js';
+import { holdUnpaged, takeOver } from './unpaged.js';
 
-/** What `superviseGuest` takes. */
-export interface SuperviseOptions {
-  /** The guest's memory, as for `Region.attach`; `uffd` is needed. Keep the descriptors open until `done` settles. */
-  attachment: AttachOptions;
-  /** Where its pages come from; see `servePages`. */
-  snapshot: string;
-  /** Where in the file they begin. Default 0. */
-  offsetBytes?: number;
-  /** Bring everything in order beside the faults. Default true; else only what is touched comes. */
-  prepage?: boolean;
-  /** What happens when a pager dies: a new one goes on (default), or the guest is ended. */
-  onPagerDeath?: 'hand-over' | 'end';
-  /** So many pagers in all, and the guest is ended when the last one dies. Default 5. */
-  mostPagers?: number;
-  /** A pager that says nothing for so long has died, in ms. Default 5000. */
-  stallMs?: number;
-  /** Told of each pager as it begins to serve. */
-  onPager?: (pager: { pid: number; turn: number }) => void;
-}
+export type { SuperviseOptions } from './options/supervise.js';
 
 /** What it took until every page was there. */
 export interface SupervisionReport {
@@ -46,16 +30,26 @@ export interface SupervisionReport {
 }
 
 /** A guest that is paged, and its pagers. */
-export interface Supervision {
+export interface Supervision extends Disposable {
   /**
    * Every page is there, and the memory is ordinary. Rejects with OWNER_GONE when the guest ended, with GUEST_LOST when it
-   * was ended because nobody paged it.
+   * was ended because nobody paged it any more.
+   *
+   * Where no pager could begin to serve it rejects with why (SYSTEM, ADDON_MISSING, ...), and so it does with CANCELLED
+   * after `close`. The guest lives then, whoever touches a missing page waits, and `facts.unpaged` is true: call
+   * `superviseGuest` anew in this process, with the same `mappings`, or `end()`. A process that exits before that ends the guest, since nobody would
+   * keep it from reading zeros.
    */
   readonly done: Promise<SupervisionReport>;
   /** Of the pager that serves now; null between two of them, and when it is over. */
   readonly pagerPid: number | null;
-  /** Ends the guest and the pager; `done` rejects with CANCELLED. */
+  /** Ends the guest and the pager; `done` rejects with CANCELLED. Also when `done` has rejected and left the guest unpaged. */
   end(): void;
+  /**
+   * Ends the pager, and lets the guest wait for another supervision; see `done`. When every page is there it does nothing.
+   * Twice is fine.
+   */
+  close(): void;
 }
 
 /** A line that a pager prints. */
@@ -63,16 +57,6 @@ type PagerLine =
   | { type: 'serving' | 'beat' | 'done'; stats: PagerStats }
   | { type: 'failed'; code: string; message: string };
 
-const supervising = [
-  'attachment',
-  'snapshot',
-  'offsetBytes',
-  'prepage',
-  'onPagerDeath',
-  'mostPagers',
-  'stallMs',
-  'onPager',
-];
 const lookEveryMs = 100;
 const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
 
@@ -81,33 +65,48 @@ const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
  * page`): when that dies or stands still the next one goes on, or the guest is ended. This process holds the descriptors
  * and never touches the memory; if it dies too, whoever touches a missing page waits as long as the owner keeps a
  * duplicate of its userfaultfd (docs/attach.md). Needs root, or CAP_SYS_PTRACE over the owner.
- * @throws INVALID_ARGUMENT, SYSTEM, OWNER_GONE
+ * @throws INVALID_ARGUMENT, SYSTEM (also of a snapshot that cannot be opened), OWNER_GONE: the guest is as it was
  */
 export function superviseGuest(options: SuperviseOptions): Supervision {
-  checkOptions(options, 'superviseGuest', supervising);
-  const { onPagerDeath = 'hand-over', mostPagers = 5, stallMs = 5000 } = options;
-  if (typeof options.snapshot !== 'string')
-    throw memferryError('INVALID_ARGUMENT', 'superviseGuest: snapshot is the path of a file');
+  const { snapshot, offsetBytes, prepage, onPagerDeath, mostPagers, stallMs, onPager } =
+    resolveSuperviseOptions(options);
   const { pidfd, uffd, mappings, memory } = checkAttachment(options.attachment);
   if (uffd === null) throw memferryError('INVALID_ARGUMENT', 'superviseGuest: the userfaultfd is missing');
-  if (!Number.isInteger(mostPagers) || mostPagers < 1 || mostPagers > 1000)
-    throw memferryError('INVALID_ARGUMENT', 'superviseGuest: mostPagers is 1 to 1000');
   const owner = native(() => loadAddon().holdProcess(pidfd));
-  // Before the first pager: what nobody has registered would read as zeros until then.
-  native(() => loadAddon().registerMissing(pidfd, uffd, mappings, memory));
-  const ledger = openLedger();
+  // What can fail comes before the memory is registered: from then on only a pager can give the guest its pages.
+  const image = openSnapshot(snapshot, offsetBytes);
+  let ledger = -1;
+  try {
+    ledger = openLedger();
+    // Before the first pager: what nobody has registered would read as zeros until then.
+    native(() => loadAddon().registerMissing(pidfd, uffd, mappings, memory));
+  } catch (error) {
+    closeSync(image);
+    if (ledger >= 0) closeSync(ledger);
+    throw error;
+  }
+  const ours = mappings.map(({ address, lengthBytes }) => `${address}:${lengthBytes}`).join();
+  // What an earlier supervision has left behind goes on: what the owner has discarded since must not come back.
+  const former = takeOver(ours, owner);
+  if (former !== null) {
+    closeSync(ledger);
+    ledger = former;
+  }
   const done = deferred<SupervisionReport>();
   let child: ChildProcess | null = null;
   let turn = 0;
   let heard = performance.now();
   let stats: PagerStats | null = null;
-  let why = '';
+  /** Why the last pager failed; the code where it has said one. */
+  let why: { code: string; message: string } | null = null;
+  /** That any has: its ledger and its pages are there, and who follows it goes on. */
+  let served = false;
 
   const args = [
-    ...['page', '--pidfd', '3', '--uffd', '4', '--ledger', '5', '--snapshot', options.snapshot],
-    ...['--offset', String(options.offsetBytes ?? 0)],
-    ...(options.prepage === false ? ['--no-prepage'] : []),
-    ...(memory === null ? [] : ['--memory', '6']),
+    ...['page', '--pidfd', '3', '--uffd', '4', '--ledger', '5', '--snapshot', '/proc/self/fd/6'],
+    ...['--offset', String(offsetBytes)],
+    ...(prepage ? [] : ['--no-prepage']),
+    ...(memory === null ? [] : ['--memory', '7']),
     ...mappings.flatMap(({ address, lengthBytes, offset }) => [
       '--mapping',
       `0x${address.toString(16)}:${lengthBytes}:${offset}`,
@@ -117,39 +116,61 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   const settle = (error: MemferryError | null) => {
     if (done.settled) return;
     clearInterval(look);
-    closeSync(ledger);
-    if (error) done.reject(error);
-    else if (stats) done.resolve({ pagers: turn, stats });
+    if (!unpaged) closeSync(ledger);
+    closeSync(image);
     child?.kill('SIGKILL');
     child = null;
+    if (error) done.reject(error);
+    else if (stats) done.resolve({ pagers: turn, stats });
   };
-  const lose = () => {
+  /** Its pages are missing already, so that whoever touches one waits; that it goes on waiting is all that can be done. */
+  const leave = (code: MemferryError['code'], message: string) => {
+    if (unpaged) return;
+    unpaged = true;
+    holdUnpaged(ours, owner, uffd, ledger);
+    const over = () => settle(new MemferryError(code, message, { facts: { pagers: turn, unpaged: true } }));
+    // What it says from now on, and that it ends, means nothing any more; but the next one comes only after it.
+    const last = child;
+    child = null;
+    if (last?.pid === undefined || last.exitCode !== null || last.signalCode !== null) {
+      over();
+      return;
+    }
+    last.once('exit', over);
+    last.kill('SIGKILL');
+  };
+  let unpaged = false;
+  const giveUp = () => {
+    const because = why?.message ?? 'its pager died';
+    if (!served) {
+      leave(
+        isErrorCode(why?.code) ? why.code : 'SYSTEM',
+        `no pager could begin, and the guest waits for its pages: ${because}`,
+      );
+      return;
+    }
     owner.end();
     settle(
-      memferryError(
-        'GUEST_LOST',
-        `the guest was ended, since nobody pages its memory: ${why || 'its pager died'}`,
-        {
-          facts: { pagers: turn },
-        },
-      ),
+      memferryError('GUEST_LOST', `the guest was ended, since nobody pages its memory: ${because}`, {
+        facts: { pagers: turn },
+      }),
     );
   };
   const start = () => {
     turn += 1;
     heard = performance.now();
-    const fds = [pidfd, uffd, ledger, ...(memory === null ? [] : [memory])];
+    const fds = [pidfd, uffd, ledger, image, ...(memory === null ? [] : [memory])];
     const own = spawn(process.execPath, [program, ...args], { stdio: ['ignore', 'pipe', 'ignore', ...fds] });
     child = own;
     const died = () => {
       if (own !== child || done.settled) return;
       child = null;
       if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
-      else if (onPagerDeath === 'end' || turn >= mostPagers) lose();
+      else if (turn >= mostPagers || (served ? onPagerDeath === 'end' : why?.code)) giveUp();
       else start();
     };
     own.on('error', (error) => {
-      why = error.message;
+      why = { code: '', message: error.message };
       // It was never started, and then 'close' may not come.
       if (own.pid === undefined) died();
     });
@@ -159,9 +180,12 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
         heard = performance.now();
         const line = parseLine(text);
         if (line === null) return;
-        if (line.type === 'failed') why = line.message;
+        if (line.type === 'failed') why = line;
         else stats = line.stats;
-        if (line.type === 'serving') options.onPager?.({ pid: own.pid ?? 0, turn });
+        if (line.type === 'serving') {
+          served = true;
+          callOut({ what: 'onPager', code: 'MEMFERRY_PAGER_THREW' }, onPager, { pid: own.pid ?? 0, turn });
+        }
         if (line.type === 'done') settle(null);
       });
     }
@@ -175,22 +199,27 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
     lookedAt = now;
     if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
     else if (now - heard > stallMs) {
-      why = `a pager stood still for ${stallMs} ms`;
+      why = { code: '', message: `a pager stood still for ${stallMs} ms` };
       heard = now;
       child?.kill('SIGKILL');
     }
   }, lookEveryMs);
   start();
+  const close = () => {
+    if (!done.settled) leave('CANCELLED', 'the supervision was closed; the guest waits for its pages');
+  };
   return {
     done: done.promise,
     get pagerPid() {
       return child?.pid ?? null;
     },
     end() {
-      if (done.settled) return;
+      if (done.settled && !unpaged) return;
       owner.end();
       settle(new MemferryError('CANCELLED', 'the guest was ended'));
     },
+    close,
+    [Symbol.dispose]: close,
   };
 }
 
@@ -199,6 +228,25 @@ function parseLine(text: string): PagerLine | null {
     return JSON.parse(text) as PagerLine;
   } catch {
     return null;
+  }
+}
+
+/** Once: a pager that follows must have the pages of the one before it, whatever lies at the path by then. */
+function openSnapshot(path: string, offsetBytes: number): number {
+  const file = native(() => openSync(path, 'r'));
+  try {
+    const info = fstatSync(file);
+    if (info.isDirectory())
+      throw memferryError('INVALID_ARGUMENT', 'superviseGuest: snapshot is a directory, not a file');
+    if (info.isFile() && offsetBytes >= info.size)
+      throw memferryError(
+        'INVALID_ARGUMENT',
+        `superviseGuest: offsetBytes is ${offsetBytes}, and the snapshot has ${info.size} bytes`,
+      );
+    return file;
+  } catch (error) {
+    closeSync(file);
+    throw error;
   }
 }
 

@@ -34,7 +34,7 @@ export interface RestoreReport {
 }
 
 /** A microVM whose memory is served from a snapshot or a region, for as long as it lives. */
-export class MicroVm {
+export class MicroVm implements Disposable {
   /** Of Firecracker. */
   readonly pid: number;
   /** Its user. */
@@ -143,6 +143,10 @@ export class MicroVm {
    */
   close(): void {
     this.#close(() => this.#end('closed'));
+  }
+
+  [Symbol.dispose](): void {
+    this.close();
   }
 
   /** Whoever sees the end sees that nothing is held any more. */

@@ -173,6 +173,95 @@ test('a guest that nobody pages any more is ended, and never reads zeros', async
   expect(await owner.ask('read 100')).toBeNull();
 });
 
+describe('before a pager has begun', () => {
+  const begin = async () => {
+    const owner = await MemoryOwner.start({ pages: 64, shared: false });
+    const snapshot = join(folder, 'snapshot-begin');
+    const content = Buffer.alloc(64 * 4096, 0x77);
+    writeFileSync(snapshot, content);
+    return { owner, snapshot, content };
+  };
+
+  test.each<[object, string, RegExp]>([
+    [{ offsetBytes: -1 }, 'INVALID_ARGUMENT', /offsetBytes/],
+    [{ offsetBytes: 2 ** 30 }, 'INVALID_ARGUMENT', /snapshot has 262144 bytes/],
+    [{ snapshot: '/nowhere/at/all' }, 'SYSTEM', /ENOENT/],
+    [{ snapshot: folder }, 'INVALID_ARGUMENT', /directory/],
+    [{ onPagerDeath: 'End' }, 'INVALID_ARGUMENT', /onPagerDeath/],
+    [{ stallMs: '5s' }, 'INVALID_ARGUMENT', /stallMs/],
+    [{ prepage: 'no' }, 'INVALID_ARGUMENT', /prepage/],
+    [{ onPager: 1 }, 'INVALID_ARGUMENT', /onPager: must be a function/],
+    [{ prepaging: true }, 'INVALID_ARGUMENT', /prepaging/],
+  ])('%j is refused, and the guest is as it was', async (wrong, code, message) => {
+    const { owner, snapshot, content } = await begin();
+    const options = { attachment: owner.attachment(), snapshot, ...wrong };
+    expect(() => superviseGuest(options as never)).toThrow(
+      expect.objectContaining({ code, message: expect.stringMatching(message) }),
+    );
+    // Nothing is registered, and nobody was ended.
+    const supervision = superviseGuest({ attachment: owner.attachment(), snapshot });
+    expect(await supervision.done).toMatchObject({ stats: { pagesSettled: 64, pagesLost: 0 } });
+    expect(Buffer.compare(await owner.content(), content)).toBe(0);
+  });
+
+  test('a first pager that fails leaves the guest waiting, and the next supervision goes on', async () => {
+    const { owner, snapshot, content } = await begin();
+    const before = process.execPath;
+    process.execPath = '/bin/false';
+    const failing = superviseGuest({ attachment: owner.attachment(), snapshot, onPagerDeath: 'end' });
+    await expect(failing.done).rejects.toMatchObject({
+      code: 'SYSTEM',
+      facts: { pagers: 5, unpaged: true },
+      message: expect.stringMatching(/no pager could begin, and the guest waits/),
+    });
+    process.execPath = before;
+    // Not even where the owner keeps no descriptor of its own, and ours is closed.
+    const read = owner.ask('read 7');
+    const first = await Promise.race([read, new Promise((resolve) => setTimeout(resolve, 300, 'waits'))]);
+    expect(first).toBe('waits');
+    const supervision = superviseGuest({ attachment: owner.attachment(), snapshot });
+    expect(await read).toBe(String(0x7777777777777777n));
+    await supervision.done;
+    expect(Buffer.compare(await owner.content(), content)).toBe(0);
+    failing.end();
+    expect(await owner.ask('read 7')).toBeNull();
+  });
+
+  test('one that is closed lets the guest wait for another', async () => {
+    const { owner, snapshot, content } = await begin();
+    {
+      using supervision = superviseGuest({ attachment: owner.attachment(), snapshot, prepage: false });
+      supervision.done.catch(() => {});
+      expect(await owner.ask('read 9')).toBe(String(0x7777777777777777n));
+      supervision.close();
+      await expect(supervision.done).rejects.toMatchObject({ code: 'CANCELLED', facts: { unpaged: true } });
+    }
+    const supervision = superviseGuest({ attachment: owner.attachment(), snapshot });
+    await supervision.done;
+    expect(Buffer.compare(await owner.content(), content)).toBe(0);
+  });
+
+  test('a process that ends with a guest that nobody pages ends the guest', async () => {
+    const { owner, snapshot } = await begin();
+    const { pidfd, uffd, mappings } = owner.attachment();
+    const library = new URL('../../lib/index.js', import.meta.url);
+    const [{ address, lengthBytes }] = mappings as [{ address: bigint; lengthBytes: number }];
+    const program = `
+      import { superviseGuest } from '${library}';
+      const supervision = superviseGuest({
+        attachment: { pidfd: 3, uffd: 4, mappings: [{ address: ${address}n, lengthBytes: ${lengthBytes} }] },
+        snapshot: '${snapshot}', prepage: false,
+      });
+      supervision.done.catch(() => {});
+      supervision.close();`;
+    const supervisor = spawn(process.execPath, ['--input-type=module', '-e', program], {
+      stdio: ['ignore', 'ignore', 'inherit', pidfd, uffd as number],
+    });
+    await once(supervisor, 'exit');
+    await expect.poll(() => owner.exitSignal).toBe('SIGKILL');
+  });
+});
+
 test('a supervisor that stood still itself blames no pager', async () => {
   const owner = await MemoryOwner.start({ pages, shared: false });
   const snapshot = join(folder, 'snapshot-stood');
