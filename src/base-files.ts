@@ -11,11 +11,14 @@ import { z } from 'zod';
 import { fromNative, MemferryError, nativeAsync } from './errors.js';
 import type { Guest, GuestOffer, PausedGuest, RegionBase } from './guest.js';
 import { lineageOf, mayBeBase } from './lineage.js';
-import { bytes as byteCount, parse } from './options/fields.js';
+import { bytes as byteCount, milliseconds, parse, type Same, uint8Array } from './options/fields.js';
+import { throwIfCancelled, untilAborted } from './protocol/bounded.js';
 import { offerSchema } from './protocol/messages.js';
 import { requireGuest } from './source/check-guest.js';
 import { claimRegions } from './source/claim-regions.js';
+import { Alarm } from './protocol/timers.js';
 import { describeGuest } from './source/stage-image.js';
+import { warn } from './tell-listeners.js';
 
 /** Where a base is written, and how large it may be. */
 export interface BaseFilesOptions {
@@ -26,6 +29,29 @@ export interface BaseFilesOptions {
 }
 
 const optionsSchema = z.strictObject({ directory: z.string().min(1), maxBytes: byteCount });
+
+/** What `saveBase` takes. */
+export interface SaveBaseOptions extends BaseFilesOptions {
+  /** Aborting it lets the guest run on, and nothing is written. */
+  signal?: AbortSignal;
+  /**
+   * How long the guest may be held, from asking it to pause until it is written, in ms: PAUSE_TIMEOUT, and it runs on.
+   * Default 600 000.
+   */
+  pauseTimeoutMs?: number;
+}
+
+const saveSchema = optionsSchema.extend({
+  signal: z.instanceof(AbortSignal).optional(),
+  pauseTimeoutMs: milliseconds.default(600_000),
+});
+true satisfies Same<z.input<typeof saveSchema>, SaveBaseOptions>;
+
+const wanted = z.looseObject({
+  name: z.string().min(1),
+  module: z.looseObject({ name: z.string(), sha256: z.string() }).nullable(),
+  lineage: uint8Array.optional(),
+});
 
 /** What `readBase` finds. */
 export interface BaseFiles {
@@ -61,6 +87,7 @@ export async function writeBase(
   guest: Guest,
   { state, stillPaused }: Pick<PausedGuest, 'state' | 'stillPaused'>,
   options: BaseFilesOptions,
+  signal: AbortSignal = new AbortController().signal,
 ): Promise<void> {
   const regions = guest.regions.map(({ region }) => region);
   const lengths = regions.map((region) => region.lengthBytes);
@@ -84,12 +111,13 @@ export async function writeBase(
       const file = await open(path, 'wx', 0o600);
       await file.truncate(lengths[index]).finally(() => file.close());
       for (let first = 0; first < region.pages; first += piecePages) {
+        throwIfCancelled(signal);
         const count = Math.min(piecePages, region.pages - first);
         await nativeAsync(() => region.native.save(path, first, count));
       }
     }
     await writeFile(join(made, 'state'), state, { mode: 0o600 });
-    await stillPaused?.();
+    await untilAborted(Promise.resolve(stillPaused?.()), signal);
     const lineage = Buffer.from(lineageOf(regions)).toString('hex');
     const manifest = { version: 1, lineage, guest: describeGuest(guest, lengths) };
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
@@ -117,12 +145,17 @@ function writeFailed(error: unknown, directory: string): unknown {
  * The base of the guest that is offered, or null when there is none that can be used. Whoever offers a guest learns
  * what equals its base, so a base is for the same guest only: the same name, module and lineage. `anySource`: the
  * lineage does not matter. Any host with the shared secret can have the base then (docs/security.md).
+ * @throws INVALID_ARGUMENT
  */
 export async function readBase(
   directory: string,
   offer: Pick<GuestOffer, 'name' | 'module' | 'lineage'>,
-  { anySource = false }: { anySource?: boolean | undefined } = {},
+  options: { anySource?: boolean | undefined } = {},
 ): Promise<BaseFiles | null> {
+  if (typeof directory !== 'string' || directory === '')
+    throw new MemferryError('INVALID_ARGUMENT', 'readBase: expected the path of a directory');
+  parse(wanted, offer, 'readBase: offer');
+  const { anySource = false } = Object(options) as typeof options;
   const folder = folderOf(directory, offer.name);
   try {
     const manifest = join(folder, 'base.json');
@@ -141,27 +174,61 @@ export async function readBase(
 /**
  * A base of a guest that runs here: pauses it, writes it, and lets it run on. `pauseMs`: how long it stood.
  * @throws what `pause` throws, INVALID_ARGUMENT, GUEST_BUSY (it has left), REGION_CLOSED, REGION_BUSY (it is moving),
- * LIMIT_EXCEEDED, SYSTEM
+ * LIMIT_EXCEEDED, SYSTEM, PAUSE_TIMEOUT, CANCELLED
  */
-export async function saveBase(guest: Guest, options: BaseFilesOptions): Promise<{ pauseMs: number }> {
-  const { directory, maxBytes } = parse(optionsSchema, options, 'saveBase');
+export async function saveBase(guest: Guest, options: SaveBaseOptions): Promise<{ pauseMs: number }> {
+  const { pauseTimeoutMs, signal: given, ...where } = parse(saveSchema, options, 'saveBase');
   requireGuest(guest);
+  throwIfCancelled(given);
   const started = performance.now();
   const release = claimRegions(guest);
+  const limit = new AbortController();
+  const signal = given ? AbortSignal.any([given, limit.signal]) : limit.signal;
+  const alarm = new Alarm(pauseTimeoutMs, () =>
+    limit.abort(
+      new MemferryError('PAUSE_TIMEOUT', `guest '${guest.name}' was held for ${pauseTimeoutMs} ms`),
+    ),
+  );
   try {
-    const paused = await guest.pause({ signal: new AbortController().signal });
+    const paused = await pauseOrLeave(guest, signal, release);
     try {
-      await writeBase(guest, paused instanceof Uint8Array ? { state: paused } : paused, {
-        directory,
-        maxBytes,
-      });
+      await writeBase(guest, paused instanceof Uint8Array ? { state: paused } : paused, where, signal);
     } finally {
-      await guest.unpause();
+      try {
+        await guest.unpause();
+      } finally {
+        release();
+      }
     }
   } finally {
-    release();
+    alarm.stop();
   }
   return { pauseMs: performance.now() - started };
+}
+
+/** A pause that was given up may succeed all the same: until that is known nobody else may move the guest. */
+async function pauseOrLeave(
+  guest: Guest,
+  signal: AbortSignal,
+  release: () => void,
+): Promise<Uint8Array | PausedGuest> {
+  const pausing = (async () => guest.pause({ signal }))();
+  let failed = false;
+  pausing.catch(() => {
+    failed = true;
+    release();
+  });
+  try {
+    return await untilAborted(pausing, signal);
+  } catch (error) {
+    if (!failed) {
+      pausing
+        .then(() => guest.unpause())
+        .catch((cause) => warn(`guest '${guest.name}' may stand`, cause, 'MEMFERRY_UNPAUSE_FAILED'))
+        .finally(release);
+    }
+    throw error;
+  }
 }
 
 /**

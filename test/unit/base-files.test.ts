@@ -180,3 +180,40 @@ test('a region is filled only inside, from files only, as far as they go', async
   await expect(region.native.fill(join(directory, 'none'), 0, 0, 1)).rejects.toThrow();
   await expect(region.native.save(join(directory, 'none'), 0, 1)).rejects.toThrow();
 });
+
+describe('a guest that is held', () => {
+  const cannot = (pause: Guest['pause'], steps: string[]): Guest => ({
+    ...guest('held', steps),
+    pause,
+  });
+
+  test('for too long runs on, also where it pauses only then', async () => {
+    const steps: string[] = [];
+    let paused = (_: Uint8Array) => {};
+    const of = cannot(() => new Promise((resolve) => (paused = resolve)), steps);
+    const options = { directory, maxBytes: 2 ** 30, pauseTimeoutMs: 50 };
+    await expect(saveBase(of, options)).rejects.toMatchObject({ code: 'PAUSE_TIMEOUT' });
+    // It may stand any moment: nobody else has it until that is known.
+    await expect(saveBase(of, options)).rejects.toMatchObject({ code: 'REGION_BUSY' });
+    expect(steps).toEqual([]);
+    paused(new Uint8Array());
+    await expect.poll(() => steps).toEqual(['unpause']);
+    await saveBase({ ...of, pause: async () => new Uint8Array() }, { ...options, pauseTimeoutMs: 20_000 });
+    expect(readdirSync(directory)).toHaveLength(1);
+  });
+
+  test('runs on when its signal aborts, and nothing is left of what was written', async () => {
+    const steps: string[] = [];
+    const aborting = new AbortController();
+    const of = guest('held', steps);
+    const stillPaused = async () => aborting.abort(new Error('enough'));
+    const pause = async () => ({ state: await of.pause({ signal: aborting.signal }), stillPaused });
+    const options = { directory, maxBytes: 2 ** 30, signal: aborting.signal };
+    await expect(saveBase({ ...of, pause } as Guest, options)).rejects.toMatchObject({ code: 'CANCELLED' });
+    expect(steps).toEqual(['pause', 'unpause']);
+    expect(readdirSync(directory)).toEqual([]);
+    await expect(saveBase(of, options)).rejects.toMatchObject({ code: 'CANCELLED' });
+    expect(steps).toHaveLength(2);
+    await saveBase(of, { directory, maxBytes: 2 ** 30 });
+  });
+});
