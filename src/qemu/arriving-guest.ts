@@ -8,6 +8,7 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { type MemferryError, memferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { type ResolvedQemuArrivalOptions, resolveQemuArrivalOptions } from '../options/qemu.js';
 import { deferred } from '../protocol/deferred.js';
 import type { Region } from '../region.js';
 import { callOut } from '../tell-listeners.js';
@@ -30,13 +31,12 @@ export interface QemuArrivalOptions extends QemuSockets {
   stateTimeoutMs?: number | undefined;
   /** For QEMU to let the guest run once it is granted, in ms; asked again and again until then. Default 30 000. */
   resumeTimeoutMs?: number | undefined;
-  /** The guest runs here. */
+  /** The guest runs here. What it throws is a warning of the process. */
   onResumed?: (() => void) | undefined;
   /** Where no call can tell: QEMU does not let the guest run, or has ended. A warning of the process without it. */
   onWarning?: ((error: Error) => void) | undefined;
 }
 
-const stateTimeoutMs = 10_000;
 const contTimeoutMs = 10_000;
 const firstPauseMs = 50;
 const longestPauseMs = 1_000;
@@ -48,13 +48,13 @@ const attaching = { features: [1n << 3n, 0n], discards: true };
 
 /** A QEMU that waits for a guest: `listen({ accept: destination.accept })`. It takes one; it is ended when that fails. */
 export class QemuDestination implements AsyncDisposable {
-  readonly #options: QemuArrivalOptions;
+  readonly #options: ResolvedQemuArrivalOptions;
   #guest: ArrivingQemuGuest | null = null;
   #taken = false;
 
-  /** Nothing is opened yet; `check` and `accept` do. */
+  /** Nothing is opened yet; `check` and `accept` do. @throws INVALID_ARGUMENT */
   constructor(options: QemuArrivalOptions) {
-    this.#options = options;
+    this.#options = resolveQemuArrivalOptions(options);
   }
 
   /** Whether QEMU is there and waits, asked before a source is. @throws as `accept` */
@@ -130,7 +130,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
 
   private constructor(
     private readonly attachment: QemuAttachment,
-    private readonly options: QemuArrivalOptions,
+    private readonly options: ResolvedQemuArrivalOptions,
   ) {
     this.regions = attachment.regions.map(({ region }) => region);
   }
@@ -143,7 +143,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
     return this.#running ?? undefined;
   }
 
-  static async accept(offer: GuestOffer, options: QemuArrivalOptions): Promise<ArrivingQemuGuest> {
+  static async accept(offer: GuestOffer, options: ResolvedQemuArrivalOptions): Promise<ArrivingQemuGuest> {
     const { module } = offer;
     if (module?.name !== qemuModule.name || module.sha256.toLowerCase() !== qemuModule.sha256) {
       throw memferryError(
@@ -188,7 +188,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
   async prepare(state: Uint8Array, { signal }: { signal: AbortSignal }): Promise<void> {
     const { running, stream } = decodeState(state);
     this.#runs = running;
-    const timeoutMs = this.options.stateTimeoutMs ?? stateTimeoutMs;
+    const timeoutMs = this.options.stateTimeoutMs;
     if (!this.#incoming) throw memferryError('PREPARE_FAILED', 'QEMU has been given a state already');
     await this.#incoming.load(stream, { timeoutMs, signal });
     // That somebody else has let it run, QEMU would have told before this.
@@ -258,7 +258,7 @@ class ArrivingQemuGuest implements ArrivingGuest {
     const { process: owner } = this.attachment;
     let { qmp } = this.attachment;
     let anew: Qmp | null = null;
-    const deadline = performance.now() + (this.options.resumeTimeoutMs ?? 30_000);
+    const deadline = performance.now() + this.options.resumeTimeoutMs;
     try {
       for (let pauseMs = firstPauseMs; this.#runs; pauseMs = Math.min(2 * pauseMs, longestPauseMs)) {
         try {

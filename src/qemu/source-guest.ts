@@ -8,6 +8,7 @@
 import { EventEmitter } from 'node:events';
 import { type MemferryError, memferryError } from '../errors.js';
 import type { Guest, GuestRegion, PausedGuest } from '../guest.js';
+import { type ResolvedQemuGuestOptions, resolveQemuGuestOptions } from '../options/qemu.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { tellListeners } from '../tell-listeners.js';
 import { QemuAttachment, type QemuSockets } from './attachment.js';
@@ -52,7 +53,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   readonly name: string;
   readonly module = qemuModule;
   readonly #attachment: QemuAttachment;
-  readonly #options: QemuGuestOptions;
+  readonly #options: ResolvedQemuGuestOptions;
   #settings: Settings | null = null;
   #ranBefore = true;
   #rounds = true;
@@ -66,7 +67,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
   #resumedByOthers = false;
   #state: 'here' | 'pausing' | 'paused' | 'departed' = 'here';
 
-  private constructor(attachment: QemuAttachment, name: string, options: QemuGuestOptions) {
+  private constructor(attachment: QemuAttachment, name: string, options: ResolvedQemuGuestOptions) {
     super();
     this.#attachment = attachment;
     this.#options = options;
@@ -76,9 +77,10 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
 
   /**
    * Of a QEMU that runs with the shim. Nothing of the guest is changed by it.
-   * @throws GUEST_UNMOVABLE with what is in the way by name, GUEST_BUSY, CONNECT_FAILED, USERFAULTFD_UNAVAILABLE
+   * @throws INVALID_ARGUMENT; GUEST_UNMOVABLE with what is in the way by name, GUEST_BUSY, CONNECT_FAILED, USERFAULTFD_UNAVAILABLE
    */
-  static async attach(options: QemuGuestOptions): Promise<QemuGuest> {
+  static async attach(given: QemuGuestOptions): Promise<QemuGuest> {
+    const options = resolveQemuGuestOptions(given);
     const attachment = await QemuAttachment.open(options, { features: trackingFeatures });
     try {
       const { status } = await runState(attachment.qmp);
@@ -169,7 +171,7 @@ export class QemuGuest extends EventEmitter implements Guest, AsyncDisposable {
 
   async #pause({ signal }: { signal: AbortSignal }): Promise<PausedGuest> {
     const { qmp, uid } = this.#attachment;
-    const { maxStateBytes = 64 * 2 ** 20, stateTimeoutMs = 10_000 } = this.#options;
+    const { maxStateBytes, stateTimeoutMs } = this.#options;
     // Outside: a migration of somebody else's is not to be cancelled.
     if (!this.#rounds && this.#lookIsFresh()) await requireNoMigration(qmp, { signal });
     else await this.#lookAgain({ signal, rounds: this.#rounds });
