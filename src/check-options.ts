@@ -1,5 +1,6 @@
 /** The shape of options that have no schema. Pure. */
 import { memferryError } from './errors.js';
+import type { Region } from './region.js';
 
 /**
  * That they are an object, with no other keys than these: a misspelt option would be one that is not set.
@@ -26,4 +27,11 @@ export function checkCallbacks(what: string, callbacks: Readonly<Record<string, 
     if (value === undefined || typeof value === 'function') continue;
     throw memferryError('INVALID_ARGUMENT', `${what}.${name}: must be a function`);
   }
+}
+
+/** Of any copy of this library. @throws INVALID_ARGUMENT */
+export function checkRegion(region: unknown, what: string): asserts region is Region {
+  const { native } = Object(region) as { native?: unknown };
+  if (typeof (Object(native) as { claim?: unknown }).claim === 'function') return;
+  throw memferryError('INVALID_ARGUMENT', `${what}: no Region; Region.allocate, adopt or attach makes one`);
 }

@@ -26,7 +26,7 @@ export function hashPages(
   return hashes;
 }
 
-/** XXH3_64 (seed 0) of the whole view. */
+/** XXH3_64 (seed 0) of the whole view. @throws INVALID_ARGUMENT */
 export function hash(view: Uint8Array): bigint {
   return native(() => loadAddon().hash(view));
 }
@@ -37,6 +37,7 @@ export function hash(view: Uint8Array): bigint {
  */
 export function diffPages(a: Uint8Array, b: Uint8Array, pageSize: number = loadAddon().pageSize): PageRun[] {
   wholePages(a, pageSize);
+  wholePages(b, pageSize);
   if (a.byteLength !== b.byteLength) {
     throw memferryError(
       'INVALID_ARGUMENT',
@@ -52,6 +53,7 @@ export function hashImplementation(): string {
 }
 
 function wholePages(view: Uint8Array, pageSize: number): number {
+  if (!(view instanceof Uint8Array)) throw memferryError('INVALID_ARGUMENT', 'pages are in a Uint8Array');
   if (!Number.isSafeInteger(pageSize) || pageSize <= 0) {
     throw memferryError('INVALID_ARGUMENT', `a page size is a positive number of bytes, not ${pageSize}`);
   }

@@ -6,9 +6,11 @@
 import { markAsUntransferable } from 'node:worker_threads';
 
 import { loadAddon } from './addon.js';
+import { checkOptions } from './check-options.js';
 import { memferryError, native } from './errors.js';
 import type { NativeWriteMarks } from './native.js';
 import type { Region } from './region.js';
+import type { TrackerName } from './trackers.js';
 
 /** A memory slot of a VM, and the part of the region that it maps. */
 export interface KvmSlot {
@@ -34,7 +36,7 @@ export interface KvmLog {
    */
   marks?: WriteMarks;
   /** Which other tracker, where there are no marks; default the first that works. */
-  others?: string;
+  others?: TrackerName;
   /**
    * Reading the log and protecting pages again are two steps where KVM can (Linux 5.2): KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
    * is turned on for the VM and stays on. False: the VM has it off, and it stays off. Default true.
@@ -64,6 +66,18 @@ export class WriteMarks {
   mark(first: number, count = 1): void {
     native(() => this.native.mark(first, count));
   }
+}
+
+/** @throws INVALID_ARGUMENT */
+export function checkKvmLog(log: KvmLog): void {
+  checkOptions(log, 'kvm-log', ['kind', 'vmFd', 'slots', 'marks', 'others', 'manualProtect']);
+  const { kind, vmFd, marks, manualProtect = true } = log;
+  const wrong = (why: string) => memferryError('INVALID_ARGUMENT', `kvm-log: ${why}`);
+  if (kind !== 'kvm-log') throw wrong("kind is 'kvm-log'");
+  if (!Number.isInteger(vmFd) || vmFd < 0 || vmFd > 0x7fffffff) throw wrong('vmFd is no descriptor');
+  if (marks !== undefined && typeof Object(marks).native?.mark !== 'function')
+    throw wrong('marks: expected WriteMarks');
+  if (typeof manualProtect !== 'boolean') throw wrong('manualProtect is true or false');
 }
 
 /** The slots as they cross the boundary: triples [slot, first page, pages]. */

@@ -3,14 +3,17 @@
  * migration uses the same objects.
  */
 import { loadAddon } from './addon.js';
+import { checkOptions, checkRegion } from './check-options.js';
 import { memferryError, native } from './errors.js';
-import { type KvmLog, slotTriples } from './kvm-log.js';
+import { checkKvmLog, type KvmLog, slotTriples } from './kvm-log.js';
 import type { NativeTracker } from './native.js';
 import type { Region } from './region.js';
 
 export const trackerNames = ['uffd-wp-async', 'soft-dirty', 'uffd-wp', 'hash-diff'] as const;
 /** Those that need nothing but the region. */
 export type TrackerName = (typeof trackerNames)[number];
+/** `kvm-log`: KVM's own, of a region that names its VM (`KvmLog`). */
+export const trackerChoices = [...trackerNames, 'kvm-log'] as const;
 
 export const writersChoices = ['anywhere', 'tracked-mapping'] as const;
 /**
@@ -99,21 +102,21 @@ export class DirtyTracker {
   /**
    * A tracker over `region`, not armed yet.
    * @param name which one; default the first that works here and may watch this memory
-   * @throws TRACKER_UNAVAILABLE, REGION_CLOSED, REGION_GONE
+   * @throws INVALID_ARGUMENT, TRACKER_UNAVAILABLE, REGION_CLOSED, REGION_GONE
    */
-  static create(region: Region, name?: string, options: TrackerOptions = {}): DirtyTracker {
+  static create(region: Region, name?: TrackerName | 'kvm-log', options: TrackerOptions = {}): DirtyTracker {
+    checkRegion(region, 'DirtyTracker.create');
+    if (name !== undefined) oneOf(trackerChoices, name, 'DirtyTracker.create: name');
+    checkOptions(options, 'DirtyTracker.create', ['writers', 'kvmLog']);
     const { writers = 'anywhere' } = options;
-    if (!writersChoices.includes(writers)) {
-      throw memferryError(
-        'INVALID_ARGUMENT',
-        `writers: one of ${writersChoices.join(', ')}, not '${writers}'`,
-      );
-    }
+    oneOf(writersChoices, writers, 'DirtyTracker.create: writers');
     const refusal = (candidate: TrackerName) =>
       native(() => loadAddon().trackerRefusal(candidate, region.native, writers));
     const { kvmLog } = options;
     if (kvmLog !== undefined && (name === undefined || name === 'kvm-log')) {
+      checkKvmLog(kvmLog);
       const { vmFd, marks, others, manualProtect = true } = kvmLog;
+      if (others !== undefined) oneOf(trackerNames, others, 'kvm-log: others');
       const slots = slotTriples(region, kvmLog);
       const second = marks === undefined ? chooseTracker(others, undefined, refusal) : null;
       const handle = native(() =>
@@ -170,6 +173,11 @@ export class DirtyTracker {
   [Symbol.dispose](): void {
     this.close();
   }
+}
+
+function oneOf(choices: readonly string[], value: string, what: string): void {
+  if (choices.includes(value)) return;
+  throw memferryError('INVALID_ARGUMENT', `${what}: one of ${choices.join(', ')}, not '${value}'`);
 }
 
 /** Runs out of the pairs [first, count, ...] in which they cross the boundary. */

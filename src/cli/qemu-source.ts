@@ -20,6 +20,7 @@ import {
   type ServerFlags,
   serverOptions,
 } from './leaving-guest.js';
+import { type TrackerName, trackerChoices } from '../trackers.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
 import { addQemuFlags, type QemuFlags } from './qemu.js';
@@ -35,7 +36,7 @@ interface QemuSourceFlags extends QemuFlags, ServerFlags, Omit<GuestFlags, 'modu
   maxRounds?: number;
   hybridRounds?: number;
   onNonConvergence?: NonConvergence;
-  tracker?: string;
+  tracker?: TrackerName | 'kvm-log';
   onCapacity?: 'fail' | 'direct';
   deltaCache?: number;
   destinationRack?: string;
@@ -71,7 +72,9 @@ export function addQemuSource(qemu: Command): void {
         nonConvergenceChoices,
       ),
     )
-    .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .addOption(
+      new Option('--tracker <name>', 'a dirty tracker; see `memferry doctor`').choices([...trackerChoices]),
+    )
     .addOption(
       new Option('--on-capacity <choice>', 'scatter modes: when the servers cannot hold the guest').choices([
         'fail',

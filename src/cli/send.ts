@@ -19,7 +19,7 @@ import { sampleGuest } from '../share/sampling.js';
 import { traitsOf } from '../protocol/mode-traits.js';
 import type { BaseReport, EvictionReport, MigrationReport } from '../report.js';
 import { checkMigrateOptions, type Migration, migrate } from '../source/migrate.js';
-import { type Writers, writersChoices } from '../trackers.js';
+import { type TrackerName, trackerChoices, type Writers, writersChoices } from '../trackers.js';
 import type { WorkerGuest } from '../worker/index.js';
 import {
   addGuestFlags,
@@ -45,7 +45,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   downtimeLimitMs?: number;
   maxRounds?: number;
   onNonConvergence?: NonConvergence;
-  tracker?: string;
+  tracker?: TrackerName | 'kvm-log';
   writers?: Writers;
   deltaCache?: number;
   onCapacity?: 'fail' | 'direct';
@@ -78,7 +78,9 @@ export function addSend(program: Command): void {
         nonConvergenceChoices,
       ),
     )
-    .option('--tracker <name>', 'a dirty tracker; see `memferry doctor`')
+    .addOption(
+      new Option('--tracker <name>', 'a dirty tracker; see `memferry doctor`').choices([...trackerChoices]),
+    )
     .addOption(
       new Option('--writers <where>', 'where writes to shared memory come from').choices([...writersChoices]),
     )

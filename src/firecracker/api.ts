@@ -2,22 +2,32 @@
  * Firecracker's API, as far as moving a microVM needs it: HTTP over its unix socket.
  */
 import { request } from 'node:http';
+import { z } from 'zod';
 import { memferryError } from '../errors.js';
+import { milliseconds, parse } from '../options/fields.js';
 
 const mostAnswerBytes = 2 ** 16;
+
+/** Without a path it would be a connection to port 80. */
+const apiSchema = z.strictObject({
+  socketPath: z.string('expected the path of a socket').min(1, 'expected the path of a socket'),
+  timeoutMs: milliseconds,
+});
 
 /**
  * Firecracker's API over its socket. Every call rejects with SYSTEM when Firecracker refuses, with its words, and when
  * it does not answer in time.
  */
 export class FirecrackerApi {
-  /** Connects with each call. */
+  /** Connects with each call. @throws INVALID_ARGUMENT */
   constructor(
     /** Firecracker's `--api-sock`. */
     readonly socketPath: string,
     /** For each answer, in ms. Loading touches guest memory, which may have to come from afar. */
     private readonly timeoutMs = 60_000,
-  ) {}
+  ) {
+    parse(apiSchema, { socketPath, timeoutMs }, 'FirecrackerApi');
+  }
 
   /** The microVM stays paused. `memfd`: a fork's, which backs the memory with a file then. */
   async loadSnapshot(

@@ -10,12 +10,14 @@
  *
  * In both Firecracker loads paused, and runs only after the claim or the GRANT.
  */
+import { z } from 'zod';
 import { arrivalOver, stillArriving } from '../arrivals.js';
 import { loadAddon } from '../addon.js';
 import { type MemferryError, memferryError } from '../errors.js';
 import { FdListener } from '../fd-channel.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import type { AcceptContext } from '../options.js';
+import { callback, milliseconds, parse } from '../options/fields.js';
 import { abortError, untilAborted } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { Region } from '../region.js';
@@ -59,10 +61,12 @@ export interface FirecrackerHost {
 /**
  * Takes microVMs: for `unpark({ accept })`, which restores one lazily from the VMD, and for `listen({ accept })`,
  * which takes a running one. What it gives throws MODULE_REFUSED for a guest that is no microVM.
+ * @throws INVALID_ARGUMENT
  */
 export function microVmArrivals(
   host: FirecrackerHost,
 ): (offer: GuestOffer, context: AcceptContext) => Promise<ArrivingGuest> {
+  checkHost(host);
   return async (offer, context) => {
     const [memory] = offer.regions;
     if (offer.module || offer.regions.length !== 1 || !memory) {
@@ -74,6 +78,23 @@ export function microVmArrivals(
     const { state } = context;
     return state ? attached(host, memory.lengthBytes, state, context) : throughHere(host, memory.lengthBytes);
   };
+}
+
+const hostShape = {
+  socketPath: z.string('expected the path of a socket').min(1, 'expected the path of a socket'),
+  mode: z.int().min(0).max(0o777).optional(),
+  connectTimeoutMs: milliseconds.optional(),
+  load: callback(),
+  resume: callback(),
+  abandon: callback().optional(),
+  onConnected: callback().optional(),
+  onMicroVm: callback().optional(),
+};
+
+/** An object of a class may have more than what is asked of it; in a literal that is a mistake. */
+function checkHost(host: FirecrackerHost): void {
+  const literal = host && Object.getPrototypeOf(Object(host)) === Object.prototype;
+  parse(literal ? z.strictObject(hostShape) : z.looseObject(hostShape), host, 'microVmArrivals');
 }
 
 /** The state is there: the pages go straight into Firecracker's memory. */

@@ -6,8 +6,11 @@ import { mkdtemp, readFile, rm, stat } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
+import { z } from 'zod';
+import { checkCallbacks, checkRegion } from '../check-options.js';
 import { memferryError, nativeAsync } from '../errors.js';
 import type { Guest } from '../guest.js';
+import { callback, label, parse } from '../options/fields.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { Region } from '../region.js';
 import type { FirecrackerApi } from './api.js';
@@ -24,8 +27,14 @@ export interface MicroVmControl {
   release?(): Promise<void> | void;
 }
 
-/** A microVM that runs, as `migrate` and `park` take it. `region`: of `MicroVm.toRegion`. */
+/** A microVM that runs, as `migrate` and `park` take it. `region`: of `MicroVm.toRegion`. @throws INVALID_ARGUMENT */
 export function microVmGuest(name: string, region: Region, control: MicroVmControl): Guest {
+  parse(label, name, 'microVmGuest.name');
+  checkRegion(region, 'microVmGuest.region');
+  const { pause, unpause, release } = Object(control) as Partial<MicroVmControl>;
+  if (typeof pause !== 'function' || typeof unpause !== 'function')
+    throw memferryError('INVALID_ARGUMENT', 'microVmGuest.control: it has pause() and unpause()');
+  checkCallbacks('microVmGuest.control', { release });
   return {
     name,
     module: null,
@@ -36,11 +45,20 @@ export function microVmGuest(name: string, region: Region, control: MicroVmContr
   };
 }
 
-/** By Firecracker's API. The state comes by a file in a directory that Firecracker may write too. */
+const controlSchema = z.strictObject({
+  directory: z.string().min(1).optional(),
+  release: callback().optional(),
+});
+
+/** By Firecracker's API. The state comes by a file in a directory that Firecracker may write too. @throws INVALID_ARGUMENT */
 export function firecrackerControl(
   api: FirecrackerApi,
   options: { directory?: string; release?: () => Promise<void> | void } = {},
 ): MicroVmControl {
+  const { pause: pausing, resume, createSnapshot } = Object(api) as Partial<FirecrackerApi>;
+  if ([pausing, resume, createSnapshot].some((call) => typeof call !== 'function'))
+    throw memferryError('INVALID_ARGUMENT', 'firecrackerControl.api: expected a FirecrackerApi');
+  parse(controlSchema, options, 'firecrackerControl');
   // One that was cancelled lets the microVM run again: it must not do so under the next one's feet.
   let before: Promise<unknown> = Promise.resolve();
   const after = <T>(turn: Promise<T>): Promise<T> => {
@@ -85,6 +103,8 @@ async function resumed(api: FirecrackerApi): Promise<void> {
   }
 }
 
+const filesSchema = z.strictObject({ memory: z.string().min(1), state: z.string().min(1) });
+
 /**
  * A snapshot on files as a guest: `park(await snapshotGuest(...), ...)` puts it into the VMD. It is read into memory
  * first; `close` the region after.
@@ -94,6 +114,8 @@ export async function snapshotGuest(
   name: string,
   files: { memory: string; state: string },
 ): Promise<Guest & Disposable> {
+  parse(label, name, 'snapshotGuest.name');
+  parse(filesSchema, files, 'snapshotGuest.files');
   const [state, { size }] = await Promise.all([readFile(files.state), stat(files.memory)]).catch((cause) => {
     throw memferryError('SYSTEM', `the snapshot cannot be read: ${(cause as Error).message}`, { cause });
   });

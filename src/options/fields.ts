@@ -78,6 +78,10 @@ export function parse<T extends z.ZodType>(schema: T, value: unknown, what: stri
   const result = schema.safeParse(value);
   if (result.success) return result.data;
   const issue = result.error.issues[0];
+  if (schema instanceof z.ZodObject && issue?.code === 'invalid_type' && issue.path.length === 0) {
+    const keys = Object.keys(schema.shape).join(', ');
+    throw new MemferryError('INVALID_ARGUMENT', `${what}: expected an object with ${keys}`);
+  }
   const where = issue?.path.length ? `${what}.${issue.path.join('.')}` : what;
   throw new MemferryError('INVALID_ARGUMENT', `${where}: ${issue?.message ?? 'not valid'}`);
 }

@@ -2,7 +2,7 @@
 import { z } from 'zod';
 import { MemferryError } from '../errors.js';
 import { traitsOf } from '../protocol/mode-traits.js';
-import { type Writers, writersChoices } from '../trackers.js';
+import { type TrackerName, trackerChoices, type Writers, writersChoices } from '../trackers.js';
 import { parseAddress, parseGroup } from './address.js';
 import {
   bytes,
@@ -85,7 +85,7 @@ export interface MigrateOptions extends ConnectionOptions {
    * A tracker's name; without one the first that the kernel offers and that may watch the memory. TRACKER_UNAVAILABLE
    * where there is none.
    */
-  tracker?: string;
+  tracker?: TrackerName | 'kvm-log';
   /**
    * Where writes to shared memory come from: `tracked-mapping` is the caller's word that all of them go through the
    * region's own addresses. Without it (`anywhere`, the default) shared memory is compared by content. Says nothing of
@@ -189,7 +189,7 @@ export const migrateSchema = z.strictObject({
   maxRounds: z.number().int().min(1).max(1000).default(30),
   onNonConvergence: z.enum(nonConvergenceChoices).default('switch-over'),
   hybridRounds: z.number().int().min(1).max(1000).default(3),
-  tracker: z.string().optional(),
+  tracker: z.enum(trackerChoices).optional(),
   writers: z.enum(writersChoices).default('anywhere'),
   verify: z.boolean().default(true),
   base: z.enum(['auto', 'always', 'off']).default('auto'),

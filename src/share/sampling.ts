@@ -4,7 +4,8 @@
  */
 import { createHmac } from 'node:crypto';
 import { loadAddon } from '../addon.js';
-import { native } from '../errors.js';
+import { checkRegion } from '../check-options.js';
+import { memferryError, native } from '../errors.js';
 import type { Guest } from '../guest.js';
 import { lineageOf } from '../lineage.js';
 import type { NativeSampler } from '../native.js';
@@ -53,8 +54,8 @@ export async function sampleGuest(
   options: SampleOptions,
 ): Promise<Sampling> {
   const resolved = resolveSampleOptions(options);
+  const regions = regionsOf(guest);
   const keys = await directoryKeys(resolved);
-  const regions = isRegions(guest) ? guest : guest.regions.map(({ region }) => region);
   throwIfCancelled(resolved.signal);
   const { cpuShare, passIntervalMs, maxPages, signal } = resolved;
   const sampler = native(() =>
@@ -69,8 +70,16 @@ export async function sampleGuest(
   return new GuestSampling(sampler, new Directories(resolved, keys, guestId(regions), sampler), signal);
 }
 
-function isRegions(guest: Pick<Guest, 'regions'> | readonly Region[]): guest is readonly Region[] {
-  return Array.isArray(guest);
+/** @throws INVALID_ARGUMENT */
+function regionsOf(guest: Pick<Guest, 'regions'> | readonly Region[]): readonly Region[] {
+  const list: unknown = Array.isArray(guest) ? guest : (Object(guest) as Partial<Guest>).regions;
+  if (!Array.isArray(list) || list.length === 0)
+    throw memferryError('INVALID_ARGUMENT', 'sampleGuest: expected a guest, or a list of regions');
+  return list.map((entry, index) => {
+    const region = list === guest ? entry : Object(entry).region;
+    checkRegion(region, `sampleGuest: region ${index}`);
+    return region;
+  });
 }
 
 /** The same wherever it runs, so that a guest that has moved does not count as two; and nothing of its lineage. */

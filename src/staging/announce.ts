@@ -11,8 +11,15 @@ import { createSocket, type Socket } from 'node:dgram';
 import { isIPv4 } from 'node:net';
 import { z } from 'zod';
 import { isLoopback } from '../control/address.js';
-import { loadSecret, type SecretChoice } from '../control/secret.js';
+import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
+import {
+  type ConnectionOptions,
+  connectionShape,
+  milliseconds,
+  parse,
+  type Same,
+} from '../options/fields.js';
 import { defaultAnnounceGroup, parseGroup } from '../options.js';
 import { untilAborted } from '../protocol/bounded.js';
 import { type Announcement, announcementSchema } from '../protocol/stage-messages.js';
@@ -169,10 +176,10 @@ export class Announcer {
 }
 
 /** What `discover` may be told; `secret` or `secretFile` as for `migrate`. */
-export interface DiscoverOptions extends SecretChoice {
+export interface DiscoverOptions extends Pick<ConnectionOptions, 'secret' | 'secretFile'> {
   /** `group:port` of the announcements. Default `239.255.77.77:7077`. */
   group?: string;
-  /** How long to listen, in ms: servers announce themselves each second. Default 2500. */
+  /** How long to listen, in ms, above 0 and up to a day: servers announce themselves each second. Default 2500. */
   timeoutMs?: number;
   /** The IPv4 address of the interface to listen on; default: loopback, and the one that the system chooses. */
   interface?: string;
@@ -180,13 +187,24 @@ export interface DiscoverOptions extends SecretChoice {
   signal?: AbortSignal;
 }
 
+const discoverSchema = z.strictObject({
+  secret: connectionShape.secret,
+  secretFile: connectionShape.secretFile,
+  group: z.string().default(defaultAnnounceGroup),
+  timeoutMs: milliseconds.max(24 * 3600 * 1000).default(2500),
+  interface: z.ipv4().optional(),
+  signal: z.instanceof(AbortSignal).optional(),
+});
+true satisfies Same<z.input<typeof discoverSchema>, DiscoverOptions>;
+
 /**
  * The servers that are heard within `timeoutMs`. Hints only: they may be gone, or full, when they are asked.
  * @throws INVALID_ARGUMENT, AUTH_FAILED (secret file), SYSTEM (the port cannot be bound), CANCELLED
  */
-export async function discover(options: DiscoverOptions = {}): Promise<HeardServer[]> {
-  const { timeoutMs = 2500, signal = new AbortController().signal } = options;
-  const group = parseGroup(options.group ?? defaultAnnounceGroup);
+export async function discover(given: DiscoverOptions = {}): Promise<HeardServer[]> {
+  const options = parse(discoverSchema, given, 'discover');
+  const { timeoutMs, signal = new AbortController().signal } = options;
+  const group = parseGroup(options.group);
   // On loopback the automatic secret will do; elsewhere nobody else has it, and nobody is heard.
   const secret = await loadSecret(options, { loopback: true });
   const heard = new HeardServers(secret);

@@ -61,7 +61,7 @@ describe.each([
   });
 });
 
-test.each(['uffd-wp-async', 'hash-diff'])('tracked by %s while it writes', async (tracker) => {
+test.each(['uffd-wp-async', 'hash-diff'] as const)('tracked by %s while it writes', async (tracker) => {
   const from = await source(huge);
   const to = await destination(huge);
   const migration = await move(from, to, { mode: 'pre-copy', tracker, maxRounds: 5 });

@@ -48,7 +48,7 @@ describe.each([
     await expectArrives(from, to, migration);
   });
 
-  test.each(['uffd-wp-async', 'hash-diff'])('tracked by %s while it writes', async (tracker) => {
+  test.each(['uffd-wp-async', 'hash-diff'] as const)('tracked by %s while it writes', async (tracker) => {
     const from = await source({ shared });
     const to = await destination({ shared });
     const migration = await move(from, to, { mode: 'pre-copy', tracker, maxRounds: 5 });

@@ -21,7 +21,7 @@ describe('kvm-log', () => {
     closeSync(file);
     region.close();
   });
-  const create = (log: Partial<KvmLog>, name?: string) =>
+  const create = (log: Partial<KvmLog>, name?: Parameters<typeof DirtyTracker.create>[1]) =>
     DirtyTracker.create(region, name, {
       kvmLog: { kind: 'kvm-log', vmFd: file, slots: [{ slot: 0 }], marks: new WriteMarks(region), ...log },
     });
