@@ -74,6 +74,10 @@ export interface Arrival extends AsyncDisposable {
   readonly restHere: Promise<void>;
   /** Each change of `state`. What the listener throws, or rejects with, is a warning of the process (MEMFERRY_LISTENER). */
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  /** As `on`, for the next time only. */
+  once(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  /** Takes a listener away that `on` or `once` was given. */
+  off(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
   /**
    * Before the commit: the migration fails, and the guest runs on at the source. After it: pages that have not come are
    * lost, and the guest's memory stays. Resolves when nothing here holds the regions, and source and servers were told.

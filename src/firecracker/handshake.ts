@@ -6,8 +6,11 @@ import { memferryError } from '../errors.js';
 import { closeDescriptors, type FdConnection } from '../fd-channel.js';
 import { type GuestMemory, MOST_MESSAGE_BYTES, mayBeWhole, parseMappings } from './mappings.js';
 
+/** What Firecracker says when it connects, with its descriptors: whoever has it closes them. */
 export interface Handshake {
+  /** Where its memory is. */
   memory: GuestMemory;
+  /** Its userfaultfd. */
   uffd: number;
   /** What backs the memory, shared; null: private memory. */
   memfd: number | null;

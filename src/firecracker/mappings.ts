@@ -10,18 +10,23 @@
 import { z } from 'zod';
 import { memferryError } from '../errors.js';
 
+/** A piece of a microVM's memory. */
 export interface GuestMapping {
   /** Where it is mapped in Firecracker. */
   address: bigint;
+  /** Whole pages. */
   lengthBytes: number;
   /** Where its content lies in the snapshot. */
   offset: number;
 }
 
+/** Where a microVM's memory is. */
 export interface GuestMemory {
   /** In Firecracker's order. */
   mappings: GuestMapping[];
+  /** In bytes: 4096, or 2 MiB. */
   pageSize: number;
+  /** Of all mappings together. */
   lengthBytes: number;
 }
 

@@ -22,9 +22,14 @@ export interface NativeWriteMarks {
   mark(first: number, count: number): void;
 }
 
+/** Something that the kernel or this process may have, or lack. */
 export interface NativeFeature {
+  /** As `memferry doctor` names it. */
   name: string;
+  /** Tried out just now. */
   available: boolean;
+  /** Why not; empty when available. */
   reason: string;
+  /** How to grant it; empty when available, or when there is no way. */
   remedy: string;
 }

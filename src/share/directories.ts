@@ -16,6 +16,7 @@ import { StageClient } from '../staging/client.js';
 export interface DirectoryStatus {
   /** As it was named: `host:port`. */
   address: string;
+  /** It counts, now. */
   connected: boolean;
   /** Why it is not connected; null while it is, and before the first attempt has failed. */
   problem: string | null;

@@ -34,7 +34,7 @@ export interface GangReport extends GangEviction {
 }
 
 /** Several migrations under way. */
-export interface Gang {
+export interface Gang extends AsyncDisposable {
   /** In the order of the members. */
   readonly migrations: readonly Migration[];
   /**
@@ -44,6 +44,13 @@ export interface Gang {
   readonly evicted: Promise<GangEviction>;
   /** Every guest has arrived whole. Rejects with the first failure, as `evicted`. */
   readonly done: Promise<GangReport>;
+  /**
+   * Each guest that is not committed yet runs on here, and its migration rejects with CANCELLED; the others go on, since
+   * there is no way back for these.
+   */
+  cancel(reason?: unknown): void;
+  /** As each migration's: before its commit it is `cancel`, and after it lets go of what its destination lacks. */
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** Starts all of them at once. @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED; then none was started */
@@ -89,7 +96,20 @@ export function migrateGang(members: readonly GangMember[]): Gang {
   // Whoever asks is told; whoever waits for the single migrations has been told already.
   evicted.catch(() => {});
   done.catch(() => {});
-  return { migrations, evicted, done };
+  return {
+    migrations,
+    evicted,
+    done,
+    cancel(reason) {
+      for (const migration of migrations) migration.cancel(reason);
+    },
+    async [Symbol.asyncDispose]() {
+      // Whoever disposes of the gang waits for no single one.
+      for (const { evicted, done } of migrations) for (const one of [evicted, done]) one.catch(() => {});
+      const disposed = await Promise.allSettled(migrations.map((each) => each[Symbol.asyncDispose]()));
+      for (const one of disposed) if (one.status === 'rejected') throw one.reason;
+    },
+  };
 }
 
 /** As it was, with whose it is. */

@@ -47,6 +47,12 @@ export interface Migration extends AsyncDisposable {
   on(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
   /** The guest has not wholly arrived here yet; the migration begins when its last page is there. */
   on(event: 'waiting', listener: (what: string) => void): this;
+  /** As `on`, for the next time only. */
+  once(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  once(event: 'waiting', listener: (what: string) => void): this;
+  /** Takes a listener away that `on` or `once` was given. */
+  off(event: 'state', listener: (state: MigrationState, previous: MigrationState) => void): this;
+  off(event: 'waiting', listener: (what: string) => void): this;
   /**
    * Lets go of everything, whenever it is called; for what has ended it does nothing. Before the commit it is `cancel`.
    * After the commit of a post-copy it drops the pages that the destination does not have yet: the guest is lost, `evicted`
