@@ -77,7 +77,9 @@ export function describeError(error: unknown, debug: boolean): { text: string; e
   };
   const name = typeof code === 'string' ? code : 'ERROR';
   const firstLine = String(typeof message === 'string' ? message : error).replace(/\s*\n\s*/g, ' ');
-  const lines = [`memferry: ${name}: ${firstLine}`];
+  // Node's own begin with it.
+  const text = firstLine.startsWith(`${name}: `) ? firstLine : `${name}: ${firstLine}`;
+  const lines = [`memferry: ${text}`];
   if (debug && typeof stack === 'string') lines.push(stack);
   if (debug && cause instanceof Error) lines.push(`caused by: ${cause.stack ?? cause.message}`);
   // That the other side was interrupted is no reason to say so of this one.

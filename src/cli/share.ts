@@ -60,9 +60,8 @@ export function budgetOf({ budget, budgetFile }: Pick<ShareFlags, 'budget' | 'bu
     throw memferryError('INVALID_ARGUMENT', 'either --budget or --budget-file');
   }
   if (budget !== undefined) return budget;
-  const text = readFileSync(budgetFile as string, 'utf8').trim();
   try {
-    return byteCount(text);
+    return byteCount(readFileSync(budgetFile as string, 'utf8').trim());
   } catch (cause) {
     // Of commander's errors only those about the command line have been told.
     throw memferryError('INVALID_ARGUMENT', `--budget-file: ${budgetFile}: ${(cause as Error).message}`, {

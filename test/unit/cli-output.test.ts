@@ -15,6 +15,13 @@ describe('errors', () => {
     });
   });
 
+  test('of Node say their code once', () => {
+    const error = Object.assign(new Error("ENOENT: no such file or directory, open '/x'"), {
+      code: 'ENOENT',
+    });
+    expect(describeError(error, false).text).toBe("memferry: ENOENT: no such file or directory, open '/x'\n");
+  });
+
   test('show the stack and its cause only to who asks', () => {
     const error = memferryError('PEER_LOST', 'gone', { cause: new Error('reset') });
     expect(describeError(error, false).text).not.toContain(' at ');

@@ -177,6 +177,12 @@ describe('memferry share', () => {
     expect(budgetOf({ budgetFile: path })).toBe(3 * 2 ** 20);
     expect(() => budgetOf({})).toThrow(invalid);
     expect(() => budgetOf({ budget: 5, budgetFile: path })).toThrow(invalid);
+    expect(() => budgetOf({ budgetFile: '/nope' })).toThrow(
+      expect.objectContaining({
+        code: 'INVALID_ARGUMENT',
+        message: expect.stringMatching(/^--budget-file: \/nope: ENOENT/),
+      }),
+    );
   });
 
   it('names the file whose budget is none', async () => {
