@@ -97,6 +97,11 @@ const MEANING = {
   /** A VMD server refused, and would again: somebody else has the claim, or it is not the time; `reason` says which. */
   VMD_REFUSED: 'vmd',
 
+  /** A worker guest is leaving or has left this host, and the request was not begun. */
+  GUEST_MOVED: 'moved',
+  /** What a worker guest's `handle` threw; the guest runs on. */
+  GUEST_REQUEST_FAILED: 'request',
+
   /** A call was made with arguments that make no sense; nothing happened. */
   INVALID_ARGUMENT: 'argument',
 } as const;
@@ -138,6 +143,9 @@ export class MemferryError extends Error {
 
   /** Gives an instance of the code's own class. */
   constructor(code: ErrorCode, message: string, options: ErrorOptionsWithFacts = {}) {
+    if (!isErrorCode(code)) {
+      throw memferryError('INVALID_ARGUMENT', `there is no code '${String(code)}' (of an error: ${message})`);
+    }
     super(message, options.cause === undefined ? undefined : { cause: options.cause });
     this.code = code;
     this.facts = options.facts ?? {};
@@ -232,6 +240,29 @@ export class StagingError extends MemferryError {
   }
 }
 
+/**
+ * The guest is leaving or has left this host, and the request was not begun: whoever asked may ask again at
+ * the destination.
+ */
+export class GuestMovedError extends MemferryError {
+  declare readonly code: CodeOf<'moved'>;
+}
+
+/** What a guest's `handle` threw: the guest runs on. `message` is that of the error, and so is the `stack`. */
+export class GuestRequestError extends MemferryError {
+  declare readonly code: CodeOf<'request'>;
+  /** That error's `name`. */
+  get guestErrorName(): string {
+    const value = this.facts['guestErrorName'];
+    return typeof value === 'string' ? value : 'Error';
+  }
+  /** That error's `code`, where it has one. */
+  get guestErrorCode(): string | null {
+    const value = this.facts['guestErrorCode'];
+    return typeof value === 'string' ? value : null;
+  }
+}
+
 /** A caller's mistake. */
 export class ArgumentError extends MemferryError {
   declare readonly code: CodeOf<'argument'>;
@@ -246,6 +277,8 @@ const CLASSES = {
   migration: MigrationError,
   loss: LossError,
   vmd: StagingError,
+  moved: GuestMovedError,
+  request: GuestRequestError,
   argument: ArgumentError,
 } as const;
 

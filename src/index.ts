@@ -1,8 +1,35 @@
 /** memferry: moves live memory between processes and machines while its owner keeps running. */
 export { type Arrival, type Listening, listen } from './destination/listen.js';
-export { type BaseFiles, type BaseFilesOptions, readBase, saveBase } from './base-files.js';
+export {
+  type BaseFiles,
+  type BaseFilesOptions,
+  readBase,
+  type SaveBaseOptions,
+  saveBase,
+} from './base-files.js';
 export { type Doctor, doctor } from './doctor.js';
-export * from './errors.js';
+export type { NativeFeature, NativeRestoreStats, NativeRun } from './native.js';
+export {
+  ArgumentError,
+  ChannelError,
+  ERROR_CODES,
+  type ErrorCode,
+  type ErrorFacts,
+  type ErrorOptionsWithFacts,
+  GuestError,
+  GuestMovedError,
+  GuestRequestError,
+  isErrorCode,
+  LossError,
+  MemferryError,
+  MigrationError,
+  memferryError,
+  type PageRunFact,
+  PlatformError,
+  RegionError,
+  StagingError,
+  SystemCallError,
+} from './errors.js';
 export type {
   ArrivingGuest,
   Guest,
@@ -45,6 +72,7 @@ export {
 export { QemuDestination, type QemuArrivalOptions } from './qemu/arriving-guest.js';
 export type { QemuSockets } from './qemu/attachment.js';
 export { shimPath } from './qemu/shim.js';
+export type { QemuDescription } from './qemu/state.js';
 export { QemuGuest, type QemuGuestOptions } from './qemu/source-guest.js';
 export type { AttachedMapping, AttachOptions } from './attach.js';
 export { type Adoptable, type AllocateOptions, Region, type WasmMemory } from './region.js';
@@ -77,6 +105,8 @@ export {
   microVmGuest,
   snapshotGuest,
 } from './firecracker/leaving.js';
+export type { Handshake } from './firecracker/handshake.js';
+export type { GuestMapping, GuestMemory } from './firecracker/mappings.js';
 export { MicroVm, type PrePaging, type RestoreReport } from './firecracker/micro-vm.js';
 export { type ServeSnapshotOptions, type SnapshotServer, serveSnapshot } from './firecracker/serve.js';
 export {
@@ -89,12 +119,13 @@ export {
 export { type Migration, migrate } from './source/migrate.js';
 export { park, type ParkReport, type ParkTicket } from './source/park.js';
 export { type DiscoverOptions, discover, type HeardServer } from './staging/announce.js';
+export type { DirectoryStatus } from './share/directories.js';
 export { type Distribution, type DistributionStats, distribute } from './share/distribution.js';
 export { type Sampling, type SamplingStats, sampleGuest } from './share/sampling.js';
 export { Share, type ShareFill, type ShareStats } from './share/share.js';
 export { openPidfd, takeDescriptor } from './pidfd.js';
 export { type PagerStats, type PageService, servePages, type ServePagesOptions } from './serve-pages.js';
-export type { StageStatus } from './protocol/stage-messages.js';
+export type { Announcement, StageStatus } from './protocol/stage-messages.js';
 export { stage, type Staging } from './staging/server.js';
 export { rehearse } from './rehearse.js';
 export {

@@ -1,6 +1,8 @@
 /** Values on the command line: numbers within bounds, sizes with their units, modes, NAME=PATH pairs. */
+import { pathToFileURL } from 'node:url';
 import { resolve } from 'node:path';
 import { InvalidArgumentError } from 'commander';
+import { sha256OfModule } from '../worker/module-file.js';
 
 export function wholeNumber(least: number, most: number): (text: string) => number {
   return (text) => {
@@ -85,6 +87,13 @@ export function namedModule(text: string): NamedModule {
 
 export function namedModules(text: string, before: NamedModule[] | undefined): NamedModule[] {
   return oneMore('modules', namedModule(text), before);
+}
+
+/** Found here, not when a guest is refused for it. @throws INVALID_ARGUMENT */
+export async function readableModules(named: readonly NamedModule[]): Promise<Record<string, URL>> {
+  const modules = named.map(({ name, path }): [string, URL] => [name, pathToFileURL(path)]);
+  for (const [, url] of modules) await sha256OfModule(url);
+  return Object.fromEntries(modules);
 }
 
 /** `REGION=FILE`: the image of a region. */

@@ -2,7 +2,6 @@
  * `memferry receive`: waits for guests, runs only the modules it was told of, and lets one talk to the guest
  * that arrived last, line by line.
  */
-import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { type Arrival, listen } from '../destination/listen.js';
@@ -17,7 +16,13 @@ import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './c
 import { GuestConsole, sayMessages } from './guest-console.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
-import { byteCount, type NamedModule, namedModules, positiveNumber } from './parse-values.js';
+import {
+  byteCount,
+  type NamedModule,
+  namedModules,
+  positiveNumber,
+  readableModules,
+} from './parse-values.js';
 import { replayLines } from './replay-lines.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { ticketFrom } from './ticket.js';
@@ -83,6 +88,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   const guests = new Set<WorkerGuest>();
   let latest: WorkerGuest | null = null;
   const ended = deferred<void>();
+  const modules = await readableModules(flags.module);
   const parked = flags.base?.startsWith(vmd) ? await ticketFrom(flags.base.slice(vmd.length)) : null;
   const anySource = flags.baseForAny ?? false;
   const listening = await listen({
@@ -95,7 +101,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
     ...given({ dedup: dedupOption(flags), share: flags.share }),
     signal: interruption.signal,
     accept: workerGuests({
-      modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
+      modules,
       base:
         flags.base === undefined || parked
           ? undefined

@@ -1,5 +1,4 @@
 /** `memferry unpark`: claims a parked guest, resumes it here, and lets one talk to it. */
-import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { unpark } from '../destination/unpark.js';
@@ -11,7 +10,7 @@ import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
-import { byteCount, type NamedModule, namedModules, regionImages } from './parse-values.js';
+import { byteCount, type NamedModule, namedModules, readableModules, regionImages } from './parse-values.js';
 import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { addClaimFlags, type ClaimFlags, claimOptions, ticketFrom } from './ticket.js';
@@ -68,6 +67,7 @@ export function baseOption(flags: UnparkFlags): Pick<UnparkOptions, 'base'> {
 
 async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const base = baseOption(flags);
+  const modules = await readableModules(flags.module);
   const output = makeOutput(flags.json);
   using interruption = onInterrupt();
   let here: WorkerGuest | null = null;
@@ -80,7 +80,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
     ...claimOptions(flags),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
     accept: workerGuests({
-      modules: Object.fromEntries(flags.module.map(({ name, path }) => [name, pathToFileURL(path)])),
+      modules,
       onGuest: (guest) => {
         here = guest;
         guest.once('ended', () => ended.resolve('ended'));

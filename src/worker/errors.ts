@@ -1,38 +1,30 @@
 /** Errors of live workers beside those of the whole package. */
-import { isErrorCode, type MemferryError, memferryError } from '../errors.js';
+import { fileURLToPath } from 'node:url';
+import {
+  type GuestMovedError,
+  type GuestRequestError,
+  isErrorCode,
+  type MemferryError,
+  memferryError,
+} from '../errors.js';
 import type { PlainError } from './messages.js';
 
-/**
- * The guest is leaving or has left this host, and the request was not begun: whoever asked may ask again at
- * the destination.
- */
-export class GuestMovedError extends Error {
-  /** For code that tells errors apart by it. */
-  readonly code = 'GUEST_MOVED';
-  /** `guest`: its name. */
-  constructor(guest: string) {
-    super(`guest "${guest}" has moved to another host; the request was not begun here`);
-    this.name = 'GuestMovedError';
-  }
+/** `guest`: its name. */
+export function guestMoved(guest: string): GuestMovedError {
+  return memferryError(
+    'GUEST_MOVED',
+    `guest "${guest}" has moved to another host; the request was not begun here`,
+    { facts: { guest } },
+  );
 }
 
-/** What a guest's `handle` threw: the guest runs on. `message` is that of the error, and so is the `stack`. */
-export class GuestRequestError extends Error {
-  /** For code that tells errors apart by it. */
-  readonly code = 'GUEST_REQUEST_FAILED';
-  /** Of an error that was thrown in a worker. */
-  constructor(
-    /** That error's `name`. */
-    readonly guestErrorName: string,
-    /** That error's `code`, where it has one. */
-    readonly guestErrorCode: string | null,
-    message: string,
-    stack: string | null,
-  ) {
-    super(message);
-    this.name = 'GuestRequestError';
-    if (stack !== null) this.stack = `${this.name}: in the guest: ${stack}`;
-  }
+/** Of an error that was thrown in a worker. */
+export function guestRequestFailed({ name, code, message, stack }: PlainError): GuestRequestError {
+  const error = memferryError('GUEST_REQUEST_FAILED', message, {
+    facts: { guestErrorName: name, guestErrorCode: code },
+  });
+  if (stack !== null) error.stack = `${error.name}: in the guest: ${stack}`;
+  return error;
 }
 
 export function busyError(names: string[]): MemferryError {
@@ -50,5 +42,21 @@ export function fromWorker(error: PlainError, otherwise: 'PAUSE_FAILED' | 'PREPA
       guestError: error.name,
       guestStack: error.stack,
     },
+  });
+}
+
+/**
+ * Why a guest could not begin its first life: its module is the caller's own. What the module itself said with a code
+ * keeps that.
+ */
+export function notStarted(error: PlainError, url: string): MemferryError {
+  const cause = Object.assign(new Error(error.message), { name: error.name });
+  if (error.stack !== null) cause.stack = error.stack;
+  const path = url.startsWith('file:') ? fileURLToPath(url) : url;
+  const code = isErrorCode(error.code) ? error.code : 'INVALID_ARGUMENT';
+  const said = isErrorCode(error.code) ? '' : `${error.name}: `;
+  return memferryError(code, `the guest's module ${path} failed to start: ${said}${error.message}`, {
+    cause,
+    facts: { names: error.names, module: path, guestError: error.name, guestStack: error.stack },
   });
 }

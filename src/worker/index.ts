@@ -4,7 +4,7 @@ export {
   type GuestContext,
   type GuestDefinition,
 } from './define-guest.js';
-export { GuestMovedError, GuestRequestError } from './errors.js';
+export { GuestMovedError, GuestRequestError } from '../errors.js';
 export type { HostFunctions } from './host-functions.js';
 export type { SharedMemoryOptions } from './shared-memory.js';
 export {

@@ -8,6 +8,7 @@ import type { ResourceLimits } from 'node:worker_threads';
 import { loadAddon } from '../addon.js';
 import { memferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
+import { checkWorkerGuestsOptions, moduleUrl } from '../options/worker.js';
 import { Region } from '../region.js';
 import { callOut } from '../tell-listeners.js';
 import { type GuestDescription, parseDescription } from './description.js';
@@ -21,7 +22,7 @@ import { WorkerLink } from './worker-link.js';
 
 /** What `workerGuests` may be told. */
 export interface WorkerGuestsOptions {
-  /** What this host is willing to run: names, and the files behind them. */
+  /** What this host is willing to run: names, and the file: URLs of the files behind them. */
   modules: Readonly<Record<string, URL | string>>;
   /** Called when a guest has arrived and runs; its pages may still be on their way. What it throws is a warning. */
   onGuest?: ((guest: WorkerGuest) => void) | undefined;
@@ -37,10 +38,12 @@ export interface WorkerGuestsOptions {
  * Takes worker guests: for `listen({ accept })` and `unpark({ accept })`. What it gives throws MODULE_REFUSED for a module
  * that is not on the list or has another SHA-256, and GUEST_UNMOVABLE where the module builds something else here than at
  * the source.
+ * @throws INVALID_ARGUMENT
  */
 export function workerGuests(
   options: WorkerGuestsOptions,
 ): (offer: GuestOffer, context?: { signal?: AbortSignal }) => Promise<ArrivingWorkerGuest> {
+  checkWorkerGuestsOptions(options);
   return (offer, context) => ArrivingWorkerGuest.start(offer, options, context?.signal);
 }
 
@@ -218,7 +221,7 @@ async function listedModule(offer: GuestOffer, modules: WorkerGuestsOptions['mod
   if (module === null) return refuse('it names no module to run');
   const listed = Object.hasOwn(modules, module.name) ? modules[module.name] : undefined;
   if (listed === undefined) return refuse(`module "${module.name}" is not on this host's list`);
-  const url = new URL(listed);
+  const url = moduleUrl(listed, `module "${module.name}"`);
   const sha256 = await sha256OfModule(url);
   if (sha256 !== module.sha256.toLowerCase()) {
     return refuse(`module "${module.name}" has SHA-256 ${sha256} here and ${module.sha256} at the source`);

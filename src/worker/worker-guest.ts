@@ -8,12 +8,13 @@ import type { ResourceLimits } from 'node:worker_threads';
 
 import { checkOptions } from '../check-options.js';
 import { memferryError } from '../errors.js';
+import { moduleUrl, resolveWorkerGuestOptions } from '../options/worker.js';
 import type { Guest, GuestModule, GuestRegion } from '../guest.js';
 import { Region } from '../region.js';
 import { tellListeners } from '../tell-listeners.js';
 import { checkWorker } from './check-worker.js';
 import { describeGuest } from './description.js';
-import { GuestMovedError } from './errors.js';
+import { guestMoved } from './errors.js';
 import { sha256OfModule } from './module-file.js';
 import { SharedMemory, type SharedMemoryOptions } from './shared-memory.js';
 import { pauseLimit } from './pause-limit.js';
@@ -107,15 +108,12 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
     this.#pauseTimeoutMs = parts.pauseTimeoutMs;
   }
 
-  /** Starts a guest's first life. Rejects with what its module threw, or INVALID_ARGUMENT. */
-  static async start(options: WorkerGuestOptions): Promise<WorkerGuest> {
-    checkStart(options);
-    const { data = null, workers = 1, sharedHeapBytes = 0, pauseTimeoutMs = 5000 } = options;
+  /** Starts a guest's first life. Rejects with INVALID_ARGUMENT, also where its module throws (as the `cause`). */
+  static async start(given: WorkerGuestOptions): Promise<WorkerGuest> {
+    const options = resolveWorkerGuestOptions(given);
+    const { data = null, workers, sharedHeapBytes, pauseTimeoutMs } = options;
     const name = options.name ?? options.module.name;
-    if (!Number.isInteger(workers) || workers < 1 || workers > 64) {
-      throw memferryError('INVALID_ARGUMENT', `a guest has 1 to 64 workers, not ${workers}`);
-    }
-    const url = moduleUrl(options.module.url);
+    const url = moduleUrl(options.module.url, 'WorkerGuest.start: module.url');
     const module = {
       name: options.module.name,
       sha256: await sha256OfModule(url),
@@ -209,6 +207,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
    * what its `handle` threw, GUEST_LOST when it ended, INVALID_ARGUMENT when `value` cannot be cloned.
    */
   async request(value: unknown, options: { worker?: number } = {}): Promise<unknown> {
+    checkOptions(options, 'request', ['worker']);
     const link = this.#links[options.worker ?? 0];
     if (!link)
       throw memferryError('INVALID_ARGUMENT', `guest "${this.name}" has no worker ${options.worker}`);
@@ -297,7 +296,7 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
   }
 
   release(): Promise<void> {
-    return this.#end(new GuestMovedError(this.name));
+    return this.#end(guestMoved(this.name));
   }
 
   /** Pages of an arrived guest are lost for good: it ends at the first touch. */
@@ -389,37 +388,6 @@ export class WorkerGuest extends EventEmitter<WorkerGuestEvents> implements Gues
       const pages = lengthBytes / region.pageSize;
       if (region.native.pages() < pages) region.native.grow(pages);
       if (region.lengthBytes < lengthBytes) throw memferryError('PAUSE_FAILED', `region ${name} fell behind`);
-    });
-  }
-}
-
-const starting = [
-  'name',
-  'module',
-  'data',
-  'workers',
-  'sharedHeapBytes',
-  'sharedMemory',
-  'pauseTimeoutMs',
-  'resourceLimits',
-];
-
-function checkStart(options: WorkerGuestOptions): void {
-  checkOptions(options, 'WorkerGuest.start', starting);
-  checkOptions(options.module, 'WorkerGuest.start: module', ['name', 'url']);
-  const names = { 'a guest': options.name ?? options.module.name, "a guest's module": options.module.name };
-  for (const [what, name] of Object.entries(names)) {
-    if (typeof name === 'string' && name.length > 0 && name.length <= 64) continue;
-    throw memferryError('INVALID_ARGUMENT', `${what} has a name of 1 to 64 characters`);
-  }
-}
-
-function moduleUrl(url: URL | string): URL {
-  try {
-    return new URL(url);
-  } catch (cause) {
-    throw memferryError('INVALID_ARGUMENT', `WorkerGuest.start: module.url is no URL: ${String(url)}`, {
-      cause,
     });
   }
 }

@@ -4,8 +4,8 @@
  */
 import { MessageChannel, type MessagePort, Worker } from 'node:worker_threads';
 
-import { memferryError } from '../errors.js';
-import { fromWorker, GuestMovedError, GuestRequestError } from './errors.js';
+import { GuestMovedError, memferryError } from '../errors.js';
+import { fromWorker, guestMoved, guestRequestFailed, notStarted } from './errors.js';
 import {
   type BootData,
   type FromWorker,
@@ -57,6 +57,8 @@ export class WorkerLink {
   readonly #control = new Int32Array(new SharedArrayBuffer(4 * Word.length));
   readonly #events: LinkEvents;
   readonly #name: string;
+  /** The guest's module, where the guest begins with it; null for one that arrives. */
+  readonly #firstLifeOf: string | null;
   /** Posted to the worker and not answered yet, in order. */
   readonly #inFlight = new Map<number, Request>();
   /** Not posted yet: the guest stands still. */
@@ -74,6 +76,7 @@ export class WorkerLink {
   private constructor(boot: LinkBoot, events: LinkEvents, resourceLimits: Worker['resourceLimits']) {
     this.#events = events;
     this.#name = boot.name;
+    this.#firstLifeOf = boot.plan ? null : boot.url;
     if (boot.plan) {
       this.#control[Word.pause] = NOT_ARRIVED;
       this.#holding = true;
@@ -193,7 +196,7 @@ export class WorkerLink {
 
   /** The guest runs elsewhere: what it has not begun here is handed back to the askers. */
   departed(): void {
-    this.#end ??= new GuestMovedError(this.#name);
+    this.#end ??= guestMoved(this.#name);
     for (const [, request] of this.#waiting.splice(0)) request.reject(this.#end);
   }
 
@@ -256,7 +259,7 @@ export class WorkerLink {
         this.#settleStage();
         return;
       case 'failed':
-        this.#ended(fromWorker(message.error, 'PREPARE_FAILED'), false);
+        this.#ended(this.#startFailed(message.error), false);
         return;
       case 'reply':
         this.#take(message.id)?.resolve(message.value);
@@ -295,6 +298,13 @@ export class WorkerLink {
     }
   }
 
+  /** At the destination the module is on the host's own list, and the source hears of it: nothing of a path. */
+  #startFailed(error: PlainError): Error {
+    return this.#firstLifeOf === null
+      ? fromWorker(error, 'PREPARE_FAILED')
+      : notStarted(error, this.#firstLifeOf);
+  }
+
   #settleStage(): void {
     this.#stage?.resolve();
     this.#stage = null;
@@ -309,7 +319,7 @@ export class WorkerLink {
   #threw(id: number, error: PlainError): void {
     const fatal = error.name === 'RuntimeError' ? this.#events.trapped(error) : null;
     const request = this.#take(id);
-    request?.reject(fatal ?? new GuestRequestError(error.name, error.code, error.message, error.stack));
+    request?.reject(fatal ?? guestRequestFailed(error));
   }
 
   /** Settles everything that waits, once; nobody may hang on a worker that is gone. */

@@ -5,25 +5,40 @@ import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import {
   closeDescriptors,
+  DirtyTracker,
   decideRound,
+  diffPages,
+  discover,
   distribute,
   FdListener,
+  FirecrackerApi,
+  firecrackerControl,
   type Guest,
   type GuestRegion,
+  hash,
+  hashPages,
   listen,
+  MemferryError,
+  microVmArrivals,
+  microVmGuest,
   migrate,
   migrateGang,
   park,
+  QemuDestination,
+  QemuGuest,
   Region,
+  readBase,
   Share,
+  sampleGuest,
   saveBase,
   servePages,
   serveSnapshot,
+  snapshotGuest,
   stage,
   superviseGuest,
   unpark,
 } from '../../lib/index.js';
-import { WorkerGuest } from '../../lib/worker/index.js';
+import { WorkerGuest, workerGuests } from '../../lib/worker/index.js';
 import { guestModule } from '../support/guests/by-hand.js';
 
 const secret = 'a secret of sixteen bytes, or more';
@@ -58,6 +73,15 @@ function guest(more: object = {}): Guest & { steps: string[] } {
   };
 }
 
+const memory = () => {
+  const region = Region.allocate({ lengthBytes: 4096 });
+  regions.push(region);
+  return region;
+};
+const qemu = { qmp: '/nowhere/qmp', shim: '/nowhere/shim' };
+const sampled = { via: ['127.0.0.1:1'], dedup: { domain: 'd' }, secret };
+const bounds = () => ({ directory: folder, maxBytes: 2 ** 20 });
+
 describe('options that are not there, or not known', () => {
   const none = undefined as never;
   it.each<[string, () => unknown, RegExp]>([
@@ -72,6 +96,20 @@ describe('options that are not there, or not known', () => {
     ['superviseGuest', () => superviseGuest({ attachment: {} } as never), /path of a file/],
     ['migrateGang', () => migrateGang(none), /a list/],
     ['migrateGang', () => migrateGang([none]), /migrateGang\[0\]/],
+    ['workerGuests', () => workerGuests(none), /workerGuests/],
+    ['workerGuests', () => workerGuests({} as never), /workerGuests\.modules/],
+    [
+      'workerGuests',
+      () => workerGuests({ modules: { a: '/srv/a.mjs' } }),
+      /modules\['a'\] is no URL: .*pathToFileURL/,
+    ],
+    ['workerGuests', () => workerGuests({ modules: { a: 'https://x/a.mjs' } }), /file: URL, not https:/],
+    ['workerGuests', () => workerGuests({ modules: {}, onguest() {} } as never), /onguest/],
+    ['workerGuests', () => workerGuests({ modules: {}, onGuest: 1 as never }), /onGuest: must be/],
+    ['workerGuests', () => workerGuests({ modules: {}, base: '/x' as never }), /workerGuests\.base/],
+    ['workerGuests', () => workerGuests({ modules: {}, base: { directry: '/x' } as never }), /base/],
+    ['workerGuests', () => workerGuests({ modules: {}, pauseTimeoutMs: -1 }), /pauseTimeoutMs/],
+    ['MemferryError', () => new MemferryError('NOPE' as never, 'text'), /no code 'NOPE'.*text/],
     ['decideRound', () => decideRound(none), /decideRound/],
     ['decideRound', () => decideRound({ history: [{}] } as never), /decideRound\.history\.0/],
   ])('%s', (_, call, message) => {
@@ -86,10 +124,26 @@ describe('options that are not there, or not known', () => {
     ['WorkerGuest.start', () => WorkerGuest.start(none), /module/],
     ['WorkerGuest.start', () => WorkerGuest.start({} as never), /module/],
     ['WorkerGuest.start', () => WorkerGuest.start({ module: { name: 'm', url: 'x' } }), /no URL: x/],
+    ...[
+      { pauseTimeoutMs: 1e10 },
+      { pauseTimeoutMs: Number.NaN },
+      { pauseTimeoutMs: -1 },
+      { pauseTimeoutMs: '5000' },
+      { sharedHeapBytes: -4096 },
+      { resourceLimits: 5 },
+      { resourceLimits: { maxOldGenerationSize: 5 } },
+      { sharedMemory: { initialPages: 1, maximumPages: 2, pages: 3 } },
+      { workers: 1.5 },
+      { nam: 'x' },
+    ].map((wrong): [string, () => Promise<unknown>, RegExp] => [
+      `WorkerGuest.start, ${JSON.stringify(wrong)},`,
+      () => WorkerGuest.start({ module: { name: 'm', url: guestModule('busy.mjs') }, ...wrong } as never),
+      new RegExp(`WorkerGuest\\.start.*${Object.keys(wrong)[0]}`),
+    ]),
     [
       'WorkerGuest.start',
       () => WorkerGuest.start({ module: { name: 'm'.repeat(65), url: guestModule('busy.mjs') } }),
-      /a guest has a name of 1 to 64/,
+      /a guest's module has a name of 1 to 64/,
     ],
     [
       'WorkerGuest.start',
@@ -111,6 +165,92 @@ describe('options that are not there, or not known', () => {
     await using started = await WorkerGuest.start({ module: { name: 'm', url: guestModule('busy.mjs') } });
     await expect(started.request(() => 1)).rejects.toEqual(wrong(/structured clone/));
     expect(await started.request({ op: 'echo', value: 1 })).toBe(1);
+    const asks = (options: unknown) => started.request({ op: 'echo', value: 1 }, options as never);
+    await expect(asks({ workr: 1 })).rejects.toEqual(wrong(/'workr'/));
+    await expect(asks(null)).rejects.toEqual(wrong(/request: expected an object/));
+    await expect(asks({ worker: 7 })).rejects.toEqual(wrong(/no worker 7/));
+  });
+});
+
+describe('what has the wrong shape', () => {
+  const none = undefined as never;
+  const host = { socketPath: '/s', load: async () => {}, resume() {} };
+  it.each<[string, () => unknown, RegExp]>([
+    ['hashPages', () => hashPages(none), /Uint8Array/],
+    ['diffPages', () => diffPages(new Uint8Array(4096), none), /Uint8Array/],
+    ['hash', () => hash(none), /./],
+    ['FirecrackerApi', () => new FirecrackerApi(none), /socketPath: expected the path/],
+    ['FirecrackerApi', () => new FirecrackerApi('/s', -1), /timeoutMs/],
+    ['microVmArrivals', () => microVmArrivals(none), /microVmArrivals/],
+    ['microVmArrivals', () => microVmArrivals({ ...host, resume: 1 } as never), /resume: must be/],
+    ['microVmArrivals', () => microVmArrivals({ ...host, abandn() {} } as never), /abandn/],
+    ['microVmGuest', () => microVmGuest('vm', none, none), /microVmGuest\.region: no Region/],
+    ['microVmGuest', () => microVmGuest('vm', memory(), none), /pause\(\) and unpause\(\)/],
+    ['firecrackerControl', () => firecrackerControl(none), /FirecrackerApi/],
+    ['firecrackerControl', () => firecrackerControl(new FirecrackerApi('/s'), { dir: '/x' } as never), /dir/],
+    ['QemuDestination', () => new QemuDestination(none), /QemuDestination/],
+    ['QemuDestination', () => new QemuDestination({ ...qemu, resumeTimeoutMs: -1 }), /resumeTimeoutMs/],
+    ['QemuDestination', () => new QemuDestination({ ...qemu, onResume() {} } as never), /onResume/],
+    ['QemuDestination', () => new QemuDestination({ ...qemu, onWarning: 1 as never }), /onWarning: must be/],
+    ['DirtyTracker.create', () => DirtyTracker.create(none), /no Region/],
+    [
+      'DirtyTracker.create',
+      () => DirtyTracker.create(memory(), 'nope' as never),
+      /name: one of .*not 'nope'/,
+    ],
+    [
+      'DirtyTracker.create',
+      () => DirtyTracker.create(memory(), 'hash-diff', { writer: 'anywhere' } as never),
+      /'writer'/,
+    ],
+    [
+      'DirtyTracker.create',
+      () => DirtyTracker.create(memory(), undefined, { kvmLog: { kind: 'kvm-log', vmFd: 'x' } as never }),
+      /vmFd/,
+    ],
+    [
+      'migrate',
+      () => migrate(guest(), { to: '127.0.0.1:1', secret, tracker: 'nope' as never }),
+      /migrate\.tracker/,
+    ],
+  ])('%s', (_, call, message) => {
+    expect(call).toThrow(wrong(message));
+  });
+
+  it('an object of a class may have more than a host of Firecracker has', () => {
+    class Host {
+      readonly started = [];
+      readonly socketPath = '/s';
+      async load() {}
+      resume() {}
+    }
+    expect(microVmArrivals(new Host())).toBeTypeOf('function');
+  });
+
+  it.each<[string, () => Promise<unknown>, RegExp]>([
+    ['discover', () => discover({ groop: 'x' } as never), /groop/],
+    ['discover', () => discover({ timeoutMs: 'x' } as never), /timeoutMs/],
+    ['discover', () => discover({ timeoutMs: -5 }), /timeoutMs/],
+    ['discover', () => discover({ timeoutMs: 1e12 }), /timeoutMs/],
+    ['discover', () => discover({ interface: 'lo' }), /interface/],
+    ['sampleGuest', () => sampleGuest(none, sampled), /expected a guest/],
+    ['sampleGuest', () => sampleGuest({} as never, sampled), /expected a guest/],
+    ['sampleGuest', () => sampleGuest([none], sampled), /region 0: no Region/],
+    ['readBase', () => readBase(none, none), /directory/],
+    ['readBase', () => readBase(folder, {} as never), /readBase: offer\.name/],
+    ['QemuGuest.attach', () => QemuGuest.attach(none), /QemuGuest\.attach/],
+    ['QemuGuest.attach', () => QemuGuest.attach({} as never), /QemuGuest\.attach\.qmp: expected the path/],
+    ['QemuGuest.attach', () => QemuGuest.attach({ ...qemu, afterward: 'stay' } as never), /afterward/],
+    ['QemuGuest.attach', () => QemuGuest.attach({ ...qemu, afterwards: 'Stay' } as never), /afterwards/],
+    ['QemuGuest.attach', () => QemuGuest.attach({ ...qemu, maxStateBytes: -1 }), /maxStateBytes/],
+    ['QemuGuest.attach', () => QemuGuest.attach({ ...qemu, stateTimeoutMs: Number.NaN }), /stateTimeoutMs/],
+    ['snapshotGuest', () => snapshotGuest(none, none), /snapshotGuest\.name/],
+    ['snapshotGuest', () => snapshotGuest('vm', { memory: '/x' } as never), /files\.state/],
+    ['saveBase', () => saveBase(guest({ pause: 5 }), bounds()), /pause\(\)/],
+    ['saveBase', () => saveBase(guest({ regions: [{ name: 'r', region: {} }] }), bounds()), /no Region/],
+    ['saveBase', () => saveBase(guest(), { ...bounds(), pauseTimeoutMs: 0 }), /pauseTimeoutMs/],
+  ])('%s', async (_, call, message) => {
+    await expect(call()).rejects.toEqual(wrong(message));
   });
 });
 
@@ -234,5 +374,48 @@ describe('a gang', () => {
       facts: { guest: 'one', port: 1 },
     });
     await expect(gang.evicted).rejects.toMatchObject({ facts: { guest: 'one' } });
+  });
+
+  it('is cancelled as a whole, and disposed of', async () => {
+    await using listening = await listen({ secret });
+    const held = () => ({
+      guest: guest(),
+      options: {
+        to: `127.0.0.1:${listening.port}`,
+        secret,
+        mode: 'stop-and-copy',
+        holdSwitchover: true,
+      } as const,
+    });
+    const members = [held(), held()];
+    const gang = migrateGang(members);
+    const each = gang.migrations.map(({ done }) => done.catch((error: unknown) => error));
+    for (const { evicted } of gang.migrations) evicted.catch(() => {});
+    await Promise.all(
+      gang.migrations.map(async (one) => {
+        if (one.state !== 'pre-switchover')
+          await new Promise<void>((resolve) => {
+            const hear = (state: string) => {
+              if (state !== 'pre-switchover') return;
+              one.off('state', hear);
+              resolve();
+            };
+            one.on('state', hear);
+          });
+      }),
+    );
+    gang.cancel('enough');
+    for (const error of await Promise.all(each)) {
+      expect(error).toMatchObject({ code: 'CANCELLED', cause: 'enough' });
+    }
+    await expect(gang.done).rejects.toMatchObject({ code: 'CANCELLED' });
+    {
+      await using other = migrateGang(members);
+      expect(other.migrations).toHaveLength(2);
+    }
+    for (const { guest: of } of members) {
+      expect(of.steps).toEqual([]);
+      expect(of.regions[0]?.region.native.claimed()).toBe(false);
+    }
   });
 });

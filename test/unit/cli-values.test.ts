@@ -6,9 +6,23 @@ import {
   namedModule,
   namedModules,
   positiveNumber,
+  readableModules,
   regionImages,
   wholeNumber,
 } from '../../src/cli/parse-values.js';
+
+test('modules are looked for before anybody waits for guests', async () => {
+  const [here, there] = [new URL(import.meta.url).pathname, '/nope/b.mjs'];
+  expect(await readableModules([{ name: 'a', path: here }])).toEqual({ a: new URL(import.meta.url) });
+  const both = [
+    { name: 'a', path: here },
+    { name: 'b', path: there },
+  ];
+  await expect(readableModules(both)).rejects.toMatchObject({
+    code: 'INVALID_ARGUMENT',
+    message: expect.stringContaining(there),
+  });
+});
 
 describe('whole numbers', () => {
   test('within the bounds pass', () => {
