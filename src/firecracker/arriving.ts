@@ -27,8 +27,6 @@ import { type Greeted, greet } from './greet.js';
 import { asOneRegion, type GuestMapping } from './mappings.js';
 import { attachMemory, MicroVm } from './micro-vm.js';
 
-const code = 'MEMFERRY_FIRECRACKER_THREW';
-
 /** Who runs Firecracker here. */
 export interface FirecrackerHost {
   /** Where Firecracker is to connect: `mem_backend.backend_path`. The file is made, and removed when it has. */
@@ -49,11 +47,12 @@ export interface FirecrackerHost {
    * if it has connected.
    */
   abandon?(): Promise<void> | void;
-  /** Told once Firecracker is connected. What it throws is a warning of the process. */
+  /** Told once Firecracker is connected. As `onMicroVm` where it throws. */
   onConnected?(pid: number): void;
   /**
    * Of a migration: its memory comes by way of this process, which may not end before `microVm.ended` has settled, also
-   * when the arrival is complete. What it throws is a warning of the process.
+   * when the arrival is complete. Throwing ends the arrival, and the guest stays at the source; it is not awaited, and what
+   * it rejects with is a warning of the process.
    */
   onMicroVm?(microVm: MicroVm): void;
 }
@@ -95,6 +94,11 @@ const hostShape = {
 function checkHost(host: FirecrackerHost): void {
   const literal = host && Object.getPrototypeOf(Object(host)) === Object.prototype;
   parse(literal ? z.strictObject(hostShape) : z.looseObject(hostShape), host, 'microVmArrivals');
+}
+
+/** It has not thrown; what comes of it later ends nothing. */
+function tell(what: string, given: unknown): void {
+  callOut({ what, code: 'MEMFERRY_FIRECRACKER_THREW' }, () => given);
 }
 
 /** The state is there: the pages go straight into Firecracker's memory. */
@@ -182,8 +186,7 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
         { region },
         { prePaging: 'all', mappings },
       );
-      const served = microVm;
-      callOut({ what: 'onMicroVm', code }, () => host.onMicroVm?.(served));
+      tell('onMicroVm', host.onMicroVm?.(microVm));
       await untilAborted(loading, signal);
     },
     resume() {
@@ -285,11 +288,11 @@ async function loadInto(
     const greeted = await connected.promise;
     try {
       held.take(greeted);
+      tell('onConnected', host.onConnected?.(greeted.connection.peer.pid));
     } catch (error) {
       greeted.discard();
       throw error;
     }
-    callOut({ what: 'onConnected', code }, () => host.onConnected?.(greeted.connection.peer.pid));
     return { greeted, loading };
   } finally {
     clearTimeout(timer);
