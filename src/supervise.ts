@@ -17,7 +17,7 @@ import { resolveSuperviseOptions, type SuperviseOptions } from './options/superv
 import { deferred } from './protocol/deferred.js';
 import type { PagerStats } from './serve-pages.js';
 import { callOut } from './tell-listeners.js';
-import { holdUnpaged, takeOver } from './unpaged.js';
+import { holdUnpaged, isUnpaged, takeOver } from './unpaged.js';
 
 export type { SuperviseOptions } from './options/supervise.js';
 
@@ -214,7 +214,8 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
       return child?.pid ?? null;
     },
     end() {
-      if (done.settled && !unpaged) return;
+      // Whoever has taken it over has it.
+      if (done.settled && !isUnpaged(ours, owner)) return;
       owner.end();
       settle(new MemferryError('CANCELLED', 'the guest was ended'));
     },

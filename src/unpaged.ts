@@ -51,6 +51,10 @@ export function holdUnpaged(memory: string, owner: HeldProcess, uffd: number, le
   }, lookEveryMs).unref();
 }
 
+export function isUnpaged(memory: string, owner: HeldProcess): boolean {
+  return held.has(keyOf(memory, owner));
+}
+
 /** Who asks pages it from here on. Gives the ledger, which is the caller's then; null where nothing is held. */
 export function takeOver(memory: string, owner: HeldProcess): number | null {
   return letGo(keyOf(memory, owner));

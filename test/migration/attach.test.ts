@@ -223,8 +223,9 @@ describe('before a pager has begun', () => {
     expect(await read).toBe(String(0x7777777777777777n));
     await supervision.done;
     expect(Buffer.compare(await owner.content(), content)).toBe(0);
+    // It is not that one's any more.
     failing.end();
-    expect(await owner.ask('read 7')).toBeNull();
+    expect(await owner.ask('read 7')).toBe(String(0x7777777777777777n));
   });
 
   test('one that is closed lets the guest wait for another', async () => {
@@ -239,6 +240,17 @@ describe('before a pager has begun', () => {
     const supervision = superviseGuest({ attachment: owner.attachment(), snapshot });
     await supervision.done;
     expect(Buffer.compare(await owner.content(), content)).toBe(0);
+    supervision.close();
+    expect(await owner.ask('read 9')).toBe(String(0x7777777777777777n));
+  });
+
+  test('one that is closed can be ended', async () => {
+    const { owner, snapshot } = await begin();
+    const supervision = superviseGuest({ attachment: owner.attachment(), snapshot, prepage: false });
+    supervision.close();
+    await expect(supervision.done).rejects.toMatchObject({ code: 'CANCELLED' });
+    supervision.end();
+    expect(await owner.ask('read 9')).toBeNull();
   });
 
   test('a process that ends with a guest that nobody pages ends the guest', async () => {
