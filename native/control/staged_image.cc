@@ -64,7 +64,8 @@ Json StagedImage::opening(const StageClient& client, const char* access, Json cl
 
 Json StagedImage::look(const std::string& host, std::uint16_t port) const {
   StageClient client(host, port, options_);
-  return client.ask(opening(client, "control"), "opened").message.at("info");
+  const Channel::Received opened = client.ask(opening(client, "control"), "opened");
+  return Fields(opened.message, "").any("info");
 }
 
 void StagedImage::open(const std::vector<OfferedServer>& servers, Required required) {
