@@ -1,12 +1,13 @@
 #!/bin/sh
 # Builds the fuzzers of test/fuzz/ with clang's libFuzzer, AddressSanitizer and UBSan, and runs each on its kept corpus
 # for a while; what it finds beyond the corpus stays in build-fuzz/.
-#   scripts/fuzz.sh [SECONDS] [NAME...]   20 seconds each and all of them, unless said otherwise
-# The last line is `N passed, N failed, N skipped`; without clang's libFuzzer all are skipped. A failure's input is left
-# in build-fuzz/NAME/: run build-fuzz/NAME.fuzz with it.
+#   scripts/fuzz.sh [SECONDS] [NAME...]   8 seconds each and all of them, unless said otherwise
+# The core that they link is the one of `scripts/test-native.sh asan`, so that nothing is compiled twice. The last line is
+# `N passed, N failed, N skipped`; without clang's libFuzzer all are skipped. A failure's input is left in
+# build-fuzz/NAME/: run build-native-asan/test/fuzz/NAME_fuzz with it.
 set -eu
 cd "$(dirname "$0")/.."
-seconds=${1:-20}
+seconds=${1:-8}
 [ $# -gt 0 ] && shift
 build=build-fuzz
 compiler=${CXX:-clang++}
@@ -21,15 +22,22 @@ if ! printf 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigne
   exit 0
 fi
 
+# Every one by itself: one that does not compile fails alone.
+targets=$(for name in $names; do echo "${name}_fuzz"; done)
+# shellcheck disable=SC2086
+BUILD_TARGETS=$targets scripts/test-native.sh asan || true
+
 passed=0 failed=0
 for name in $names; do
   echo "==> $name, $seconds s"
   mkdir -p "$build/$name"
-  if "$compiler" -std=c++20 -O1 -g -Inative -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-    "test/fuzz/${name}_fuzz.cc" native/wire/codec.cc native/wire/delta.cc native/wire/frame.cc -llz4 -lzstd \
-    -o "$build/$name.fuzz" &&
-    "$build/$name.fuzz" -max_total_time="$seconds" -max_len=4096 -timeout=60 -rss_limit_mb=1024 -verbosity=0 \
-      -print_final_stats=1 -artifact_prefix="$build/$name/" "$build/$name" "test/fuzz/corpus/$name"; then
+  program=build-native-asan/test/fuzz/${name}_fuzz
+  # shellcheck disable=SC2046
+  if [ -x "$program" ] &&
+    "$program" -max_total_time="$seconds" -max_len=4096 -timeout=60 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+      -verbosity=0 -print_final_stats=1 -artifact_prefix="$build/$name/" \
+      $([ -e "test/fuzz/$name.dict" ] && echo "-dict=test/fuzz/$name.dict") \
+      "$build/$name" "test/fuzz/corpus/$name"; then
     passed=$((passed + 1))
   else
     echo "fuzz: $name FAILED" >&2
