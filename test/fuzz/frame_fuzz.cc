@@ -74,6 +74,71 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (type == FrameType::kPopularPages) {
     require(static_cast<int>(header.page_count) == std::popcount(header.first_page));
   }
+  const auto lists = [&](std::uint64_t before, std::uint64_t each, std::uint64_t most) {
+    require(header.page_count > 0 && header.page_count <= most);
+    require(header.payload_bytes == before + header.page_count * each);
+  };
+  switch (type) {
+    case FrameType::kProbe:
+    case FrameType::kNames:
+      lists(0, sizeof(ContentName), kMostNames);
+      break;
+    case FrameType::kProbed:
+      lists(0, sizeof(KnownHolders), kMostNames);
+      break;
+    case FrameType::kHeld:
+      lists(sizeof(KnownHolders), sizeof(ContentName), kMostNames);
+      break;
+    case FrameType::kReference:
+      lists(0, sizeof(ContentHash), kMostNames);
+      break;
+    case FrameType::kTreeRequest:
+      require(header.page_count > 0 && header.payload_bytes == 0);
+      require(header.tag == kTreePages || header.tag == kTreeNodes);
+      break;
+    case FrameType::kTree: {
+      const std::uint64_t level = header.tag & 0xff;
+      require(level == kTreePages || level == kTreeNodes);
+      const std::uint64_t hashes = level == kTreePages ? header.page_count : tree_nodes(header.page_count);
+      require(hashes > 0 && hashes <= max_payload(page_size) / sizeof(TreeHash));
+      require(header.payload_bytes == hashes * sizeof(TreeHash));
+      break;
+    }
+    case FrameType::kSame:
+      require(header.payload_bytes > 0 && header.payload_bytes % sizeof(WireRun) == 0);
+      break;
+    case FrameType::kBitmap:
+      require(header.payload_bytes > 0 && header.payload_bytes % sizeof(std::uint64_t) == 0);
+      require(header.first_page % 64 == 0);
+      break;
+    case FrameType::kLinkProbe:
+      require(header.payload_bytes > 0);
+      break;
+    case FrameType::kZero:
+    case FrameType::kFaultRequest:
+    case FrameType::kAbsent:
+    case FrameType::kRefused:
+    case FrameType::kElsewhere:
+      require(header.page_count > 0 && header.payload_bytes == 0);
+      break;
+    case FrameType::kSwitch:
+    case FrameType::kSwitchAck:
+    case FrameType::kBarrier:
+    case FrameType::kBarrierAck:
+    case FrameType::kBitmapEnd:
+    case FrameType::kGoodbye:
+    case FrameType::kMapRequest:
+    case FrameType::kMapEnd:
+    case FrameType::kChainBroken:
+    case FrameType::kChainOf:
+    case FrameType::kChainOver:
+    case FrameType::kNamed:
+    case FrameType::kBaseEnd:
+      require(header.payload_bytes == 0);
+      break;
+    default:
+      break;
+  }
   for (const std::uint64_t pages : {std::uint64_t{1}, std::uint64_t{100}, ~std::uint64_t{0}}) {
     if (!run_inside(header.first_page, header.page_count, pages)) continue;
     require(header.first_page < pages && header.first_page + (header.page_count - 1) < pages &&
