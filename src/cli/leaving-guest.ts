@@ -1,6 +1,7 @@
 /**
  * What `send` and `park` have in common: a guest is started from a module, one may talk to it line by line, and it
- * leaves when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first.
+ * leaves when told to: by an empty line, the end of standard input, SIGUSR1, or after `--after-ms`, whichever is first. One
+ * that cannot leave runs on where it can be told again.
  */
 import { pathToFileURL } from 'node:url';
 import { type Command, Option } from 'commander';
@@ -118,7 +119,7 @@ export interface Leaving {
 
 /**
  * Starts a guest and waits until it is told to leave. When `leave` fails and the guest is still here, it waits to be told
- * again, as long as there is somebody who can: until the input has ended.
+ * again, as long as there is somebody who can: until the input has ended, and not after `--after-ms`.
  */
 export async function untilItLeaves<T>(
   { flags, leaves, output, signal, whileHere = async () => null }: Leaving,
@@ -213,9 +214,9 @@ class Signs {
     });
   }
 
-  /** Another one may come. */
+  /** Another one may come: somebody is there, and has not left it to a time. */
   get more(): boolean {
-    return !this.#inputEnded;
+    return !this.#inputEnded && this.flags.afterMs === undefined;
   }
 
   [Symbol.dispose](): void {
