@@ -82,7 +82,7 @@ Parking::Parking(ParkOptions options, const std::vector<std::shared_ptr<Region>>
     of.length_bytes = region.bytes();
     of.capacity_bytes = region.capacity_pages() * region.page_size();
     need.bytes += of.length_bytes;
-    need.capacity_pages += region.capacity_pages();
+    need.index_pages += index_pages(region.capacity_pages(), region.page_size());
   }
   options_.vmd.cancelled = [this] { return cancelled_ && !unwinding_; };
   fill_random(id_);

@@ -8,12 +8,15 @@
 namespace memferry::control {
 
 struct PlacementNeed {
-  std::uint64_t bytes = 0;           // of the guest, without the index
-  std::uint64_t capacity_pages = 0;  // what the index is made for
+  std::uint64_t bytes = 0;        // of the guest, without the index
+  std::uint64_t index_pages = 0;  // what the index is made for, see index_pages()
   unsigned replicas = 1;
 };
 
-// `free_bytes`: of each server, in the list's order; the first four hold the index. Throws Failure (VMD_CAPACITY) with the
+// Of a region of that capacity: a slot of a server's memory, a page, indexes pages of one region only.
+std::uint64_t index_pages(std::uint64_t capacity_pages, std::uint64_t page_size);
+
+// `free_bytes`: of each server; every one of them holds the index. Throws Failure (VMD_CAPACITY) with the
 // numbers.
 void must_hold(const PlacementNeed& need, const std::vector<std::uint64_t>& free_bytes);
 

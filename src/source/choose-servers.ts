@@ -13,8 +13,8 @@ import { type PlaceableServer, type PlacedServer, place } from '../staging/place
 
 export interface GuestNeed {
   bytes: number;
-  /** Of its whole capacity. */
-  capacityPages: number;
+  /** Of its whole capacity, see `indexPages`. */
+  indexPages: number;
 }
 
 /** Announcements come each second; two of them, in case one is lost. */
@@ -95,7 +95,7 @@ function placed(
     return place({
       need: {
         bytes: need.bytes,
-        pages: need.capacityPages,
+        pages: need.indexPages,
         linkBytesPerSecond: options.linkBytesPerSecond,
         replicas: options.replicas,
       },

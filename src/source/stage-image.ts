@@ -11,6 +11,7 @@ import { makeImageSecret } from '../staging/image-secret.js';
 import { imageConnection } from '../staging/image-member.js';
 import { createImage } from '../staging/image-opening.js';
 import type { ImageSet } from '../staging/image-set.js';
+import { indexPages } from '../staging/placement.js';
 import { chooseServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
 import { checkIdentity } from './guest-identity.js';
@@ -39,10 +40,10 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   checkIdentity(guest);
   checkDescription(guest.description);
   const pageSize = guest.regions[0]?.region.pageSize ?? 4096;
-  const capacityBytes = guest.regions.reduce((sum, { region }) => sum + region.capacityBytes, 0);
+  const capacities = guest.regions.map(({ region }) => region.capacityBytes / region.pageSize);
   const need = {
     bytes: lengths.reduce((sum, length) => sum + length, 0),
-    capacityPages: capacityBytes / pageSize,
+    indexPages: indexPages(capacities, pageSize),
   };
   const domainKey = await dedupDomainKey(options.dedup, secret);
   return whileOpening(signal, async (making) => {
@@ -61,7 +62,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
       regions: guest.regions.map(({ name, region }, index) => ({
         name,
         pages: (lengths[index] as number) / region.pageSize,
-        capacityPages: region.capacityBytes / region.pageSize,
+        capacityPages: capacities[index] as number,
       })),
     });
   });

@@ -6,7 +6,9 @@
  *    memory, as backpressure and its size will make it; the whole fits when the sum of what all may give does.
  *  - With two replicas a page has two holders, and never one server twice. That works exactly when no server has to
  *    hold more than half of the copies: beyond the size of the guest its memory does not count.
- *  - The index (16 bytes a page) lies at the first four servers of the list, whole at each.
+ *  - Every server of the list takes the memory of the whole index when the image is made (16 bytes a page, in slots of
+ *    a page for each region), also those behind the first four, which are told of their own pages alone. One that
+ *    cannot hold it is of no use.
  *  - The destination's rack comes first, the source's last; then free memory, then the name: the same answer for
  *    the same facts, wherever it is asked.
  */
@@ -22,7 +24,7 @@ export interface PlacementInput {
   need: {
     /** Of the guest: pages of content, without the index. */
     bytes: number;
-    /** Of its whole capacity: what the index is made for. */
+    /** Of its whole capacity: what the index is made for; see `indexPages`. */
     pages: number;
     /** What the source's link carries; null where it is not known, and one server fills it as far as anyone knows. */
     linkBytesPerSecond: number | null;
@@ -38,13 +40,18 @@ export interface PlacementInput {
 }
 
 export interface PlacedServer extends PlaceableServer {
-  /** What it is expected to hold, in bytes: its share of the pages, and the index where it has one. */
+  /** What it is expected to hold, in bytes: its share of the pages, and the index. */
   readonly shareBytes: number;
 }
 
-export const indexServers = 4;
 export const indexBytesPerPage = 16;
 export const defaultHeadroom = 0.9;
+
+/** What the index of such regions is made for: a slot of a server's memory indexes pages of one region only. */
+export function indexPages(capacities: readonly number[], pageSize: number): number {
+  const inSlot = pageSize / indexBytesPerPage;
+  return capacities.reduce((sum, pages) => sum + Math.ceil(pages / inSlot) * inSlot, 0);
+}
 
 /** Throws VMD_CAPACITY with the numbers, INVALID_ARGUMENT for a `via` that names nobody, or somebody twice. */
 export function place(input: PlacementInput): PlacedServer[] {
@@ -55,7 +62,7 @@ export function place(input: PlacementInput): PlacedServer[] {
   const candidates = via === null ? ranked(input) : named(input, via);
   let chosen = via === null ? choose(candidates, input, headroom) : candidates;
   if (via === null && !holds(chosen, input, headroom)) {
-    // More than a list can have, or the index at the wrong ones: racks matter less than room.
+    // More than a list can have: racks matter less than room.
     chosen = choose([...candidates].sort(byRoom), input, headroom);
   }
   refuse(chosen, candidates, input, headroom);
@@ -68,14 +75,10 @@ function choose(
   input: PlacementInput,
   headroom: number,
 ): PlaceableServer[] {
-  const index = input.need.pages * indexBytesPerPage;
+  const index = indexBytes(input);
   const large = candidates.filter((server) => usable(server, headroom) >= index);
-  // One that cannot hold the index can hold pages, but only where four others hold the index.
-  const first = large.slice(0, indexServers);
-  const rest = candidates.filter((server) => !first.includes(server));
-  const order = first.length < indexServers ? first : [...first, ...rest];
   const chosen: PlaceableServer[] = [];
-  for (const server of order.slice(0, maxServers)) {
+  for (const server of large.slice(0, maxServers)) {
     if (suffices(chosen, input, headroom)) break;
     chosen.push(server);
   }
@@ -87,10 +90,14 @@ function usable({ freeBytes }: PlaceableServer, headroom: number): number {
   return Math.floor(freeBytes * headroom);
 }
 
-/** What each may hold of the pages, by its place in the list; below zero when the index alone does not fit. */
-function room(chosen: readonly PlaceableServer[], { need }: PlacementInput, headroom: number): number[] {
-  const index = need.pages * indexBytesPerPage;
-  return chosen.map((server, at) => usable(server, headroom) - (at < indexServers ? index : 0));
+function indexBytes({ need }: PlacementInput): number {
+  return need.pages * indexBytesPerPage;
+}
+
+/** What each may hold of the pages; below zero when the index alone does not fit. */
+function room(chosen: readonly PlaceableServer[], input: PlacementInput, headroom: number): number[] {
+  const index = indexBytes(input);
+  return chosen.map((server) => usable(server, headroom) - index);
 }
 
 /** Copies of pages that all of them together can hold, no server two of one page. */
@@ -124,13 +131,13 @@ function refuse(
   headroom: number,
 ): void {
   if (holds(chosen, input, headroom)) return;
-  const { bytes, pages, replicas } = input.need;
+  const { bytes, replicas } = input.need;
   const free = candidates.reduce((sum, { freeBytes }) => sum + freeBytes, 0);
   const copies = replicas === 2 ? 'twice, at two servers each, ' : '';
-  const index = pages * indexBytesPerPage;
+  const index = indexBytes(input);
   throw new MemferryError(
     'VMD_CAPACITY',
-    `the guest's ${bytes} bytes ${copies}and its index of ${index} bytes at each of the first ${indexServers} ` +
+    `the guest's ${bytes} bytes ${copies}and its index of ${index} bytes at each server ` +
       `do not fit into ${candidates.length} VMD servers with ${free} bytes free, of which ` +
       `${Math.round(headroom * 100)} % may be planned for`,
     {
@@ -197,7 +204,7 @@ function withShares(
   input: PlacementInput,
   headroom: number,
 ): PlacedServer[] {
-  const { bytes, pages, replicas } = input.need;
+  const { bytes, replicas } = input.need;
   const most = room(chosen, input, headroom).map((free) => (replicas === 2 ? Math.min(free, bytes) : free));
   const total = most.reduce((sum, free) => sum + free, 0);
   const wanted = bytes * replicas;
@@ -210,7 +217,7 @@ function withShares(
   }
   return chosen.map((server, at) => ({
     ...server,
-    shareBytes: (shares[at] as number) + (at < indexServers ? pages * indexBytesPerPage : 0),
+    shareBytes: (shares[at] as number) + indexBytes(input),
   }));
 }
 

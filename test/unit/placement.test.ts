@@ -4,7 +4,7 @@ import type { MemferryError } from '../../src/errors.js';
 import { maxServers } from '../../src/protocol/stage-messages.js';
 import {
   indexBytesPerPage,
-  indexServers,
+  indexPages,
   place,
   type PlaceableServer,
   type PlacementInput,
@@ -82,18 +82,21 @@ describe('a placement', () => {
     expect(codeOf(input([server('huge', 10_000)], { replicas: 2 }))).toBe('VMD_CAPACITY');
   });
 
-  it('has the index at servers that it fits into', () => {
+  it('has servers that the index fits into, whatever their place in the list', () => {
     const pages = 2 ** 22; // an index of 64 MiB
-    const large = ['a', 'b', 'c', 'd'].map((name) => server(name, 90));
+    const large = ['a', 'b', 'c', 'd', 'e'].map((name) => server(name, 90));
     const small = server('small', 40, { rack: 'there' });
-    expect(names(input([small, ...large], { pages, bytes: 90 * mib }))).toEqual([
-      'a',
-      'b',
-      'c',
-      'd',
-      'small',
-    ]);
-    expect(codeOf(input([small, ...large.slice(1)], { pages, bytes: 70 * mib }))).toBe('VMD_CAPACITY');
+    // 81 MiB of each may be planned for: 17 for pages.
+    expect(names(input([small, ...large], { pages, bytes: 80 * mib }))).toEqual(['a', 'b', 'c', 'd', 'e']);
+    expect(codeOf(input([small, ...large], { pages, bytes: 86 * mib }))).toBe('VMD_CAPACITY');
+    const of = input([...large, small], { pages, bytes: 10 * mib });
+    expect(codeOf({ ...of, via: ['a', 'b', 'c', 'd', 'small'] })).toBe('VMD_CAPACITY');
+    expect(names({ ...of, via: ['a', 'b', 'c', 'd', 'e'] })).toHaveLength(5);
+  });
+
+  it('counts an index by its slots, which are of one region each, as `Image::create` takes them', () => {
+    expect(indexPages([1, 256, 257], 4096)).toBe(256 + 256 + 512);
+    expect(indexPages([1, 4097], 65_536)).toBe(4096 + 8192);
   });
 
   it('refuses with the numbers', () => {
@@ -172,17 +175,15 @@ function checkLaws(of: PlacementInput, outcomes: { placed: number; refused: numb
   } catch (error) {
     expect((error as MemferryError).code).toBe('VMD_CAPACITY');
     outcomes.refused++;
-    // Nobody is refused who would fit: with everybody who may serve, and the index at the roomiest four.
+    // Nobody is refused who would fit: with everybody who can hold the index.
     if (via === null) {
-      const usable = servers
-        .map(({ freeBytes }) => Math.floor(freeBytes * headroom))
-        .filter((free) => free > 0)
-        .sort((a, b) => b - a);
-      const large = usable.filter((free) => free >= index);
-      const rooms = large.length < indexServers ? large : usable;
-      const holds = rooms
-        .map((free, at) => (at < indexServers ? free - index : free))
-        .reduce((sum, free) => sum + (need.replicas === 2 ? Math.min(free, need.bytes) : free), 0);
+      const rooms = servers
+        .map(({ freeBytes }) => Math.floor(freeBytes * headroom) - index)
+        .filter((room) => room >= 0);
+      const holds = rooms.reduce(
+        (sum, room) => sum + (need.replicas === 2 ? Math.min(room, need.bytes) : room),
+        0,
+      );
       expect(rooms.length >= need.replicas && holds >= need.bytes * need.replicas).toBe(false);
     }
     return;
@@ -193,8 +194,8 @@ function checkLaws(of: PlacementInput, outcomes: { placed: number; refused: numb
   expect(placed.length).toBeLessThanOrEqual(maxServers);
   expect(placed.length).toBeGreaterThanOrEqual(need.replicas);
   let pages = 0;
-  for (const [at, { freeBytes, shareBytes }] of placed.entries()) {
-    const share = shareBytes - (at < indexServers ? index : 0);
+  for (const { freeBytes, shareBytes } of placed) {
+    const share = shareBytes - index;
     expect(share).toBeGreaterThanOrEqual(0);
     expect(shareBytes).toBeLessThanOrEqual(freeBytes * headroom);
     if (need.replicas === 2) expect(share).toBeLessThanOrEqual(need.bytes);
