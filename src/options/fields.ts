@@ -7,6 +7,8 @@ export const milliseconds = z
   .number()
   .positive()
   .max(7 * 24 * 3600 * 1000);
+/** How long servers keep an image that was not committed and that nobody has open: what `create` may say on the wire. */
+export const leaseMilliseconds = z.number().int().min(100).max(3_600_000);
 /** What a name on the wire may be: a server's, a rack's, a region's. */
 export const label = z.string().min(1).max(64);
 /** With a buffer of any kind, as Buffers have: the constructor's own type says less. */

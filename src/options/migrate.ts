@@ -10,6 +10,7 @@ import {
   connectionShape,
   type DedupOptions,
   dedupChoice,
+  leaseMilliseconds,
   milliseconds,
   parse,
   type Same,
@@ -138,8 +139,8 @@ export interface MigrateOptions extends ConnectionOptions {
    */
   stallTimeoutMs?: number;
   /**
-   * Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms.
-   * Default 60 000.
+   * Scatter modes: an image whose source is gone before the commit is dropped by the servers after so long, in ms: a
+   * whole number from 100 to 3 600 000. Default 60 000.
    */
   leaseMs?: number;
   /**
@@ -204,7 +205,7 @@ export const migrateSchema = z.strictObject({
   destinationRack: z.string().max(64).nullable().default(null),
   linkBytesPerSecond: z.number().positive().nullable().default(null),
   stallTimeoutMs: milliseconds.default(3_000),
-  leaseMs: milliseconds.default(60_000),
+  leaseMs: leaseMilliseconds.default(60_000),
   dedup: dedupChoice.default(false),
   releaseAsEvicted: z.boolean().default(false),
   gatherTimeoutMs: milliseconds.default(600_000),

@@ -8,6 +8,7 @@
  * the image that the connection has created or asked to open last; so a claim's grant is called `grant-claim`.
  */
 import { z } from 'zod';
+import { leaseMilliseconds } from '../options/fields.js';
 import { fromDestinationCommit, fromSourceCommit } from './commit-messages.js';
 import { count, encodingNames, hex, label, offerSchema, regionIndex } from './messages.js';
 
@@ -96,7 +97,7 @@ const createImage = z.strictObject({
     .max(2 ** 30),
   regions,
   /** How long an uncommitted image outlives the last connection that has it open. */
-  leaseMs: z.number().int().min(100).max(3_600_000),
+  leaseMs: leaseMilliseconds,
 });
 export type CreateImage = z.infer<typeof createImage>;
 
