@@ -20,6 +20,7 @@ constexpr std::size_t kAtATime = 16;
 struct Outcome {
   std::unique_ptr<StageClient> client;
   std::uint64_t free_bytes = 0;
+  std::string identity;
   std::optional<Cause> cause;
 };
 
@@ -29,6 +30,7 @@ Outcome dial(const VmdAddress& server, const VmdOptions& options) {
     outcome.client = std::make_unique<StageClient>(server.host, server.port, options);
     Fields said(outcome.client->announcement(), "announce");
     outcome.free_bytes = said.count("freeBytes");
+    outcome.identity = said.hex("identity", 8);
   } catch (...) {
     outcome.client.reset();
     outcome.cause = cause_of_current("CONNECT_FAILED");
@@ -73,6 +75,7 @@ std::vector<std::unique_ptr<StageClient>> dial_servers(const std::vector<VmdAddr
   check_list(servers);
   std::vector<std::unique_ptr<StageClient>> clients;
   std::vector<std::uint64_t> free_bytes;
+  std::vector<std::string> identities;
   std::string unanswered;
   std::optional<Cause> first;
   for (Outcome& outcome : dial_all(servers, options)) {
@@ -83,8 +86,13 @@ std::vector<std::unique_ptr<StageClient>> dial_servers(const std::vector<VmdAddr
     }
     clients.push_back(std::move(outcome.client));
     free_bytes.push_back(outcome.free_bytes);
+    identities.push_back(std::move(outcome.identity));
   }
   if (clients.empty()) throw Failure(*first);
+  // By whatever addresses.
+  std::ranges::sort(identities);
+  if (std::ranges::adjacent_find(identities) != identities.end())
+    throw std::invalid_argument("servers: one is named twice");
   try {
     must_hold(need, free_bytes);
   } catch (const Failure& small) {

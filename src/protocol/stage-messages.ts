@@ -160,6 +160,8 @@ export type ImageInfo = z.infer<typeof imageInfo>;
 
 const announced = {
   name: label,
+  /** The same by whatever address it is reached. */
+  identity,
   rack: label.nullable(),
   memoryBytes: count,
   freeBytes: count,

@@ -159,10 +159,9 @@ function ranked({ servers, source, destination }: PlacementInput): PlaceableServ
   };
   const unique = new Map<string, PlaceableServer>();
   for (const server of servers) {
-    const key = addressOf(server);
-    const before = unique.get(key);
-    // Heard twice: the smaller word is the safer one.
-    if (!before || server.freeBytes < before.freeBytes) unique.set(key, server);
+    const before = unique.get(server.identity);
+    // Known by two addresses, or heard twice: the smaller word is the safer one.
+    if (!before || byRoom(server, before) > 0) unique.set(server.identity, server);
   }
   return [...unique.values()]
     .filter(({ freeBytes }) => freeBytes > 0)
@@ -183,13 +182,13 @@ function named({ servers }: PlacementInput, via: readonly string[]): PlaceableSe
   const chosen = via.map((wanted) => {
     const found = servers.filter((server) => addressOf(server) === wanted || server.name === wanted);
     const [first] = found;
-    if (first && new Set(found.map(addressOf)).size === 1) return first;
+    if (first && new Set(found.map(({ identity }) => identity)).size === 1) return first;
     const why = first ? 'several VMD servers have that name' : 'no such VMD server is known';
     throw new MemferryError('INVALID_ARGUMENT', `via '${wanted}': ${why}`, {
       facts: { via: wanted, known: servers.map(addressOf) },
     });
   });
-  if (new Set(chosen.map(addressOf)).size < chosen.length) {
+  if (new Set(chosen.map(({ identity }) => identity)).size < chosen.length) {
     throw new MemferryError('INVALID_ARGUMENT', 'via names one VMD server twice', { facts: { via } });
   }
   return chosen;

@@ -245,7 +245,8 @@ class StageServer implements Staging {
   #announcement(): Announcement {
     const { memoryBytes, freeBytes } = this.stage.stats();
     const { rack, bandwidth } = this.options;
-    return { name: this.name, rack, memoryBytes, freeBytes, bandwidth, images: this.#images.size };
+    const { identity, size: images } = this.#images;
+    return { name: this.name, identity, rack, memoryBytes, freeBytes, bandwidth, images };
   }
 
   #announce(): void {

@@ -197,7 +197,15 @@ test('which servers hold a guest, and what is said where they do not', () => {
   const held = { yes: 0, no: 0 };
   for (const [index, { need, freeBytes }] of questions.entries()) {
     const servers = freeBytes.map((free, at) => ({
-      ...{ name: `s${at}`, rack: null, memoryBytes: free, freeBytes: free, bandwidth: 0, images: 0 },
+      ...{
+        name: `s${at}`,
+        identity: at.toString(16).padStart(16, '0'),
+        rack: null,
+        memoryBytes: free,
+        freeBytes: free,
+        bandwidth: 0,
+        images: 0,
+      },
       ...{ host: '127.0.0.1', port: 7000 + at },
     }));
     let said: unknown = null;

@@ -22,6 +22,7 @@ const datagram: AnnouncementDatagram = {
   host: '10.0.0.7',
   port: 7000,
   name: 'a',
+  identity: '00112233aabbccdd',
   rack: 'r1',
   memoryBytes: 2 ** 30,
   freeBytes: 2 ** 29,
@@ -97,6 +98,7 @@ describe('who was heard', () => {
         host: '10.0.0.7',
         port: 7000,
         name: 'a',
+        identity: '00112233aabbccdd',
         rack: 'r1',
         memoryBytes: 2 ** 30,
         freeBytes: 1,
@@ -144,7 +146,8 @@ describe('over multicast on loopback', () => {
 
   it('servers with the same secret are heard', async () => {
     const group = { host: '239.255.77.77', port: 20_000 + (process.pid % 20_000) };
-    const announcement = { name: 'a', rack: null, memoryBytes: 9, freeBytes: 8, bandwidth: 7, images: 6 };
+    const said = { name: 'a', rack: null, memoryBytes: 9, freeBytes: 8, bandwidth: 7, images: 6 };
+    const announcement = { ...said, identity: '00112233aabbccdd' };
     const make = (port: number, key: Uint8Array) => {
       const announcer = new Announcer({ group, secret: key, boot: 'ab'.repeat(8), host: '127.0.0.1', port });
       open.push(announcer);

@@ -13,8 +13,10 @@ import { randomFrom } from '../support/random.js';
 
 const mib = 2 ** 20;
 let port = 0;
+let started = 0;
 const server = (name: string, freeMib: number, more: Partial<PlaceableServer> = {}): PlaceableServer => ({
   name,
+  identity: (++started).toString(16).padStart(16, '0'),
   rack: null,
   memoryBytes: freeMib * mib,
   freeBytes: freeMib * mib,
@@ -124,6 +126,18 @@ describe('a placement', () => {
     expect(codeOf({ ...input([...servers, server('c', 1)]), via: ['c'] })).toBe('INVALID_ARGUMENT');
     expect(codeOf({ ...input(servers, { bytes: 5000 * mib }), via: ['c'] })).toBe('VMD_CAPACITY');
     expect(codeOf({ ...input(servers), headroom: 0 })).toBe('INVALID_ARGUMENT');
+  });
+
+  it('counts a server once that is known by two addresses', () => {
+    const a = server('a', 60);
+    const again = { ...a, host: '10.0.0.2', freeBytes: 59 * mib };
+    expect(codeOf(input([a, again]))).toBe('VMD_CAPACITY');
+    const b = server('b', 80);
+    expect(place(input([a, b, again]))).toMatchObject([{ name: 'b' }, { name: 'a', host: '10.0.0.2' }]);
+    expect(place(input([again, b, a]))).toEqual(place(input([a, b, again])));
+    const via = [`${a.host}:${a.port}`, `10.0.0.2:${a.port}`];
+    expect(codeOf({ ...input([a, again, b]), via })).toBe('INVALID_ARGUMENT');
+    expect(codeOf({ ...input([a, again, b]), via: ['a', 'b'] })).toBe(null);
   });
 
   it('has at most as many servers as there are ordinals, the roomiest if need be', () => {

@@ -67,7 +67,15 @@ const requests: Record<string, unknown>[] = [
   { type: 'cancel', epoch: 0, code: 'CANCELLED', message: '' },
 ];
 
-const announced = { name: 'a', rack: null, memoryBytes: 1, freeBytes: 1, bandwidth: 0, images: 0 };
+const announced = {
+  name: 'a',
+  identity: 'ab'.repeat(8),
+  rack: null,
+  memoryBytes: 1,
+  freeBytes: 1,
+  bandwidth: 0,
+  images: 0,
+};
 const status: StageStatus = {
   ...announced,
   memoryBytes: 64 * 2 ** 20,
