@@ -1,13 +1,15 @@
 /**
  * A gang: several guests leave a source at once, to one destination or several, through one VMD. Each is a
- * migration of its own with a commit of its own; what they share are the servers and the link. JavaScript thread.
+ * migration of its own with a commit of its own; what they share are the servers, whose memory is planned for together,
+ * and the link. JavaScript thread.
  */
 import { checkOptions } from '../check-options.js';
 import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { MigrateOptions } from '../options.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
-import { type Migration, migrate } from './migrate.js';
+import { type Migration, startMigration } from './migrate.js';
+import { PlannedRoom } from './planned-room.js';
 
 /** One guest of a gang. */
 export interface GangMember {
@@ -59,11 +61,12 @@ export function migrateGang(members: readonly GangMember[]): Gang {
     throw new MemferryError('INVALID_ARGUMENT', 'a gang is a list of at least one { guest, options }');
   const started = performance.now();
   const migrations: Migration[] = [];
+  const room = new PlannedRoom();
   try {
     for (const [index, member] of members.entries()) {
       checkOptions(member, `migrateGang[${index}]`, ['guest', 'options']);
       try {
-        migrations.push(migrate(member.guest, member.options));
+        migrations.push(startMigration(member.guest, member.options, room));
       } catch (error) {
         throw named(error, member.guest, index);
       }
@@ -75,6 +78,10 @@ export function migrateGang(members: readonly GangMember[]): Gang {
       migration.cancel(error);
     }
     throw error;
+  }
+  for (const { id, done } of migrations) {
+    const over = () => room.release(id);
+    void done.then(over, over);
   }
   const each = <T>(of: (migration: Migration) => Promise<T>) =>
     Promise.all(

@@ -11,6 +11,7 @@ import {
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
 import { requireGuest } from './check-guest.js';
 import { SourceMigration } from './migration.js';
+import type { PlannedRoom } from './planned-room.js';
 
 /** A migration under way, at its source. */
 export interface Migration extends AsyncDisposable {
@@ -69,9 +70,14 @@ export interface Migration extends AsyncDisposable {
  * @throws INVALID_ARGUMENT, PLAINTEXT_REQUIRED, REGION_CLOSED; GUEST_BUSY for a guest that has left
  */
 export function migrate(guest: Guest, options: MigrateOptions): Migration {
+  return startMigration(guest, options, null);
+}
+
+/** The same for a guest of a gang, with what its guests have planned for at the servers. */
+export function startMigration(guest: Guest, options: MigrateOptions, room: PlannedRoom | null): Migration {
   const resolved = resolveMigrateOptions(options);
   requireGuest(guest);
-  return new SourceMigration(guest, resolved, openSecret(resolved));
+  return new SourceMigration(guest, resolved, openSecret(resolved), room);
 }
 
 /** That nothing is wrong with them as far as it can be seen without a guest and without dialling anybody. */

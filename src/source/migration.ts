@@ -34,6 +34,7 @@ import { Holdings } from './holdings.js';
 import { Measurements } from './measurements.js';
 import { comparablePages } from './migration-trackers.js';
 import { Peer } from './peer.js';
+import type { PlannedRoom } from './planned-room.js';
 import { discardWhileRunning, preCopy } from './precopy.js';
 import { ProgressSampling } from './progress-sampling.js';
 import type { SourceSession } from './session.js';
@@ -62,6 +63,8 @@ export class SourceMigration extends EventEmitter {
     private readonly guest: Guest,
     private readonly options: ResolvedMigrateOptions,
     private readonly secret: Promise<Uint8Array>,
+    /** Of its gang. */
+    private readonly room: PlannedRoom | null = null,
   ) {
     super();
     secret.catch(() => {}); // reported by setUp, if it gets there
@@ -236,6 +239,7 @@ export class SourceMigration extends EventEmitter {
         migrationId: this.#migrationId,
         peer: this.#peer,
         signal: this.#abort.signal,
+        room: this.room,
         engineListener: {
           paused: () => this.#to('postcopy-paused'),
           recovered: () => {

@@ -13,6 +13,7 @@ import { engineConfig } from './engine-config.js';
 import type { Holdings } from './holdings.js';
 import { comparablePages, trackersForBase, trackersForRounds } from './migration-trackers.js';
 import type { Peer } from './peer.js';
+import type { PlannedRoom } from './planned-room.js';
 import { SourceSession } from './session.js';
 import { stageImage } from './stage-image.js';
 
@@ -25,12 +26,14 @@ export interface SetUpContext {
   migrationId: Buffer;
   peer: Peer;
   signal: AbortSignal;
+  /** Of the gang that the guest leaves with. */
+  room: PlannedRoom | null;
   engineListener: EngineListener;
 }
 
 /** Whoever owns `held` lets go of what is in it when this rejects. */
 export async function setUp(context: SetUpContext, held: Holdings): Promise<void> {
-  const { guest, options, migrationId, peer, signal } = context;
+  const { guest, options, migrationId, peer, signal, room } = context;
   const { negotiation } = peer;
   const traits = traitsOf(options.mode);
   const id = migrationId.toString('hex');
@@ -52,7 +55,8 @@ export async function setUp(context: SetUpContext, held: Holdings): Promise<void
   held.session = session;
   const lengths = regions.map((region) => region.refresh());
   if (traits.scatter) {
-    held.images = await stageImage({ guest, lengths, options, secret, image: id, kind: 'migration', signal });
+    const staged = { guest, lengths, options, secret, image: id, kind: 'migration', signal, room } as const;
+    held.images = await stageImage(staged);
   }
   const encodings = await negotiation.offer({
     session,

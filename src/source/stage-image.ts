@@ -9,13 +9,18 @@ import { whileOpening } from '../protocol/bounded.js';
 import type { ImageKind, ParkedGuest } from '../protocol/stage-messages.js';
 import { makeImageSecret } from '../staging/image-secret.js';
 import { imageConnection } from '../staging/image-member.js';
-import { createImage } from '../staging/image-opening.js';
+import type { StageClient } from '../staging/client.js';
+import { createImage, type Refusal } from '../staging/image-opening.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { indexPages } from '../staging/placement.js';
-import { chooseServers } from './choose-servers.js';
+import { Candidates } from './candidates.js';
+import { chooseServers, type GuestNeed, mayHaveServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
 import { checkIdentity } from './guest-identity.js';
+import type { PlannedRoom } from './planned-room.js';
 
+/** Each asks servers that were not asked before, or leaves one out: rarely more than two or three. */
+const mostAttempts = 16;
 /** With what else an offer says, it stays below a control message's bound. */
 const maxDescriptionBytes = 192 * 1024;
 
@@ -29,11 +34,14 @@ export interface ImageOrder {
   image: string;
   kind: ImageKind;
   signal: AbortSignal;
+  /** Of the gang that the guest leaves with. */
+  room?: PlannedRoom | null;
 }
 
 /**
  * Null when no servers are used, by the caller's choice (`onCapacity: 'direct'`).
- * @throws INVALID_ARGUMENT for a guest of which nobody could be told
+ * @throws INVALID_ARGUMENT for a guest of which nobody could be told, or without servers to ask; VMD_CAPACITY,
+ *   CONNECT_FAILED (none that was named answers, or never all that were chosen), what a named server refuses with
  */
 export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   const { guest, lengths, options, secret, image, kind, signal } = order;
@@ -45,27 +53,76 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
     bytes: lengths.reduce((sum, length) => sum + length, 0),
     indexPages: indexPages(capacities, pageSize),
   };
+  if (!mayHaveServers(options)) return null;
   const domainKey = await dedupDomainKey(options.dedup, secret);
+  const made = {
+    image,
+    domainKey,
+    kind,
+    name: guest.name,
+    pageSize,
+    replicas: options.replicas,
+    leaseMs: options.leaseMs,
+    regions: guest.regions.map(({ name, region }, index) => ({
+      name,
+      pages: (lengths[index] as number) / region.pageSize,
+      capacityPages: capacities[index] as number,
+    })),
+  };
   return whileOpening(signal, async (making) => {
     const connection = imageConnection(secret, options, making);
-    const { servers, unanswered } = await chooseServers(options, connection, need, making);
-    if (servers.length === 0) return null;
-    return createImage(servers, unanswered, connection, {
-      image,
-      secret: makeImageSecret(),
-      domainKey,
-      kind,
-      name: guest.name,
-      pageSize,
-      replicas: options.replicas,
-      leaseMs: options.leaseMs,
-      regions: guest.regions.map(({ name, region }, index) => ({
-        name,
-        pages: (lengths[index] as number) / region.pageSize,
-        capacityPages: capacities[index] as number,
-      })),
-    });
+    await using candidates = await Candidates.find(options, connection, making);
+    return makeWhere(order, candidates, need, (clients) =>
+      // Nothing of an attempt is good for the next one.
+      createImage(clients, candidates.unanswered, connection, { ...made, secret: makeImageSecret() }),
+    );
   });
+}
+
+/**
+ * Where the placement says, made anew as long as servers that were only heard of turn out to be no use. One that was
+ * named and refuses ends it; where it has no room, by the caller's choice without servers.
+ */
+async function makeWhere(
+  { options, image, room = null }: ImageOrder,
+  candidates: Candidates,
+  need: GuestNeed,
+  make: (clients: StageClient[]) => Promise<ImageSet | Refusal[]>,
+): Promise<ImageSet | null> {
+  try {
+    for (let attempt = 1; ; attempt++) {
+      const placed = chooseServers(options, candidates, need, image, room);
+      if (!placed) break;
+      if (await candidates.reach(placed)) {
+        const clients = candidates.clientsOf(placed);
+        const made = await make(clients);
+        if (!Array.isArray(made)) {
+          candidates.handOver(clients);
+          return made;
+        }
+        const named = made.filter(({ client, error }) => !candidates.mayDoWithout(client, error));
+        const [first] = [...named.filter(({ error }) => error.code !== 'VMD_CAPACITY'), ...named];
+        if (first?.error.code === 'VMD_CAPACITY' && options.onCapacity === 'direct') break;
+        if (first) throw first.error;
+      }
+      if (attempt >= mostAttempts) throw neverTheSame(candidates);
+    }
+    room?.release(image);
+    return null;
+  } catch (error) {
+    room?.release(image);
+    throw error;
+  }
+}
+
+function neverTheSame({ unanswered }: Candidates): MemferryError {
+  const last = unanswered.at(-1);
+  return new MemferryError(
+    'CONNECT_FAILED',
+    `VMD servers were chosen ${mostAttempts} times, and never all of them took the guest` +
+      (last ? `; the last that did not was ${last.name}: ${last.failed}` : ''),
+    { facts: { unanswered: unanswered.map(({ name, failed }) => ({ name, failed })) } },
+  );
 }
 
 /**

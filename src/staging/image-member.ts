@@ -9,8 +9,6 @@ export interface ServerAddress {
   readonly host: string;
   readonly port: number;
   readonly name?: string;
-  /** A connection to it that there is already: whoever is given the address has it, and closes it. */
-  readonly client?: StageClient | undefined;
 }
 
 /** How the servers are spoken to; the same for all. */
@@ -69,21 +67,6 @@ export async function openAt(
     await client?.close();
     return { address, client: null, session: null, error: asError(error), info: null };
   }
-}
-
-/** All of them, or none. */
-export async function dialAll(
-  servers: readonly ServerAddress[],
-  connection: ImageSetConnection,
-): Promise<StageClient[]> {
-  const outcomes = await Promise.allSettled(
-    servers.map(async ({ client, ...server }) => client ?? StageClient.dial({ ...connection, ...server })),
-  );
-  const clients = outcomes.flatMap((outcome) => (outcome.status === 'fulfilled' ? [outcome.value] : []));
-  const failed = outcomes.find((outcome) => outcome.status === 'rejected');
-  if (!failed) return clients;
-  await Promise.all(clients.map((client) => client.close()));
-  throw failed.reason;
 }
 
 export function asError(error: unknown): MemferryError {

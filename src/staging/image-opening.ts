@@ -6,7 +6,7 @@ import { MemferryError } from '../errors.js';
 import type { CreateImage, ImageAccess, ImageKind } from '../protocol/stage-messages.js';
 import type { Intermediary } from '../report.js';
 import { StageClient, type StageSession } from './client.js';
-import { dialAll, type ImageSetConnection, type Member, openAt, type ServerAddress } from './image-member.js';
+import { asError, type ImageSetConnection, type Member, openAt, type ServerAddress } from './image-member.js';
 import { ImageSet } from './image-set.js';
 
 export interface NewImage {
@@ -24,49 +24,52 @@ export interface NewImage {
   leaseMs: number;
 }
 
+/** A server that did not take an image, and why. */
+export interface Refusal {
+  readonly client: StageClient;
+  readonly error: MemferryError;
+}
+
 /**
- * Makes the image at every server. All of them have it, or none: the first failure is thrown, with the server's
- * name, after the others have let go of theirs. `unanswered`: who could not be asked, for account().
+ * Makes the image at every server. All of them have it, or none: then gives those that refused, by errors with their
+ * names, after the others have let go of theirs. The connections are the image's when it is made, else still the
+ * caller's. `unanswered`: who could not be asked, for account().
  */
 export async function createImage(
-  servers: readonly ServerAddress[],
+  clients: readonly StageClient[],
   unanswered: readonly Intermediary[],
   connection: ImageSetConnection,
   made: NewImage,
-): Promise<ImageSet> {
-  const clients = await dialAll(servers, connection);
-  try {
-    await Promise.all(clients.map((client) => client.firstAnnouncement()));
-    const list = clients.map(({ host, port, name }) => ({ name, host, port }));
-    const { secret, domainKey, ...rest } = made;
-    const sessions = await Promise.allSettled(
-      clients.map((client, ordinal) => client.create({ ...rest, ordinal, servers: list }, secret, domainKey)),
+): Promise<ImageSet | Refusal[]> {
+  const list = clients.map(({ host, port, name }) => ({ name, host, port }));
+  const { secret, domainKey, ...rest } = made;
+  const sessions = await Promise.allSettled(
+    clients.map((client, ordinal) => client.create({ ...rest, ordinal, servers: list }, secret, domainKey)),
+  );
+  const refusals = clients.flatMap((client, at): Refusal[] => {
+    const session = sessions[at];
+    return session?.status === 'rejected' ? [{ client, error: asError(session.reason) }] : [];
+  });
+  if (refusals.length > 0) {
+    await Promise.allSettled(
+      clients.map((client, at) =>
+        sessions[at]?.status === 'fulfilled' ? client.dissolve(made.image) : undefined,
+      ),
     );
-    const failed = sessions.find((outcome) => outcome.status === 'rejected');
-    if (failed) {
-      await Promise.allSettled(
-        clients.map((client, at) =>
-          sessions[at]?.status === 'fulfilled' ? client.dissolve(made.image) : undefined,
-        ),
-      );
-      throw failed.reason;
-    }
-    return new ImageSet({
-      ...made,
-      connection,
-      unanswered,
-      info: null,
-      members: clients.map((client, at) => ({
-        address: list[at] as Member['address'],
-        client,
-        session: (sessions[at] as PromiseFulfilledResult<StageSession>).value,
-        error: null,
-      })),
-    });
-  } catch (error) {
-    await Promise.all(clients.map((client) => client.close()));
-    throw error;
+    return refusals;
   }
+  return new ImageSet({
+    ...made,
+    connection,
+    unanswered,
+    info: null,
+    members: clients.map((client, at) => ({
+      address: list[at] as Member['address'],
+      client,
+      session: (sessions[at] as PromiseFulfilledResult<StageSession>).value,
+      error: null,
+    })),
+  });
 }
 
 /**

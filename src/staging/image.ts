@@ -60,8 +60,11 @@ export interface StagedImageConfig {
   parkTtlMs: number | null;
   /** The park's commit has an outcome. */
   decided(state: DestinationState): void;
-  /** Nobody finds it any more; resolves when its memory is free. */
-  gone(cause: DissolveCause, givenBack: Promise<void> | null): void;
+  /**
+   * Nobody finds it any more; `givenBack` resolves when its memory is free. `untouched`: its maker has let go of it before
+   * anything came, or anybody else knew of it: its place among the servers is another one, perhaps, and it makes it again.
+   */
+  gone(cause: DissolveCause, givenBack: Promise<void> | null, untouched: boolean): void;
 }
 
 export class StagedImage {
@@ -76,13 +79,14 @@ export class StagedImage {
   /** What the claims machine answered to each event that is under way. */
   readonly #answers = new Map<ClaimsEvent, ClaimsAnswer>();
   readonly #events = new InTurn<ClaimsEvent>((event) => {
+    const { phase } = this.#claims;
     const { state, actions } = stepClaims(this.#claims, event);
     this.#claims = state;
     for (const action of actions) {
       if (action.type === 'answer') this.#answers.set(event, action.answer);
       else if (action.type === 'start-timer') this.#timers.start(action.timer);
       else if (action.type === 'stop-timer') this.#timers.stop(action.timer);
-      else this.#drop(action.cause);
+      else this.#drop(action.cause, phase);
     }
   });
   readonly #openers = new Set<Opener>();
@@ -332,14 +336,22 @@ export class StagedImage {
     return answer;
   }
 
-  #drop(cause: DissolveCause): void {
+  #isUntouched(): boolean {
+    const { bytesIn, pagesKnown } = this.stats() ?? { bytesIn: 1, pagesKnown: 0 };
+    return bytesIn === 0 && pagesKnown === 0 && !this.#stateStored && this.#nextSession <= 2;
+  }
+
+  #drop(cause: DissolveCause, phase: ImagePhase): void {
+    const untouched = cause === 'dissolve' && phase === 'migrating' && this.#isUntouched();
     this.#timers.stopAll();
     this.#openers.clear();
     this.#holders.clear();
     this.config.gone(
       cause,
       native(() => this.#stage.drop(this.bytes)),
+      untouched,
     );
+    if (untouched) return; // nobody asks about its park
     // A source that is READY hears at once that its guest will not be parked.
     this.#park?.fail(new MemferryError('VMD_LOST', `the image is gone (${cause})`));
   }

@@ -43,7 +43,7 @@ export class StagedImages {
 
   constructor(private readonly config: StagedImagesConfig) {}
 
-  /** Of the server's memory, for the hints of deduplication. */
+  /** Of the server's memory: for the hints of deduplication, and to know it again at another address. */
   get identity(): string {
     return native(() => this.config.stage.identity());
   }
@@ -81,7 +81,7 @@ export class StagedImages {
         create,
         secret,
         decided: (state) => this.tombstones.record(id, state),
-        gone: (cause, givenBack) => this.#forget(id, cause, givenBack),
+        gone: (cause, givenBack, untouched) => this.#forget(id, untouched ? null : cause, givenBack),
       });
       this.#images.set(id, image);
       return image;
@@ -186,9 +186,11 @@ export class StagedImages {
     this.#givingBack.set(id, over);
   }
 
-  #forget(id: string, cause: DissolveCause, givenBack: Promise<void> | null): void {
+  /** `cause`: null where nothing needs to be remembered, and the id may be used again. */
+  #forget(id: string, cause: DissolveCause | null, givenBack: Promise<void> | null): void {
     this.#awaitMemory(id, givenBack);
     this.#images.delete(id);
+    if (cause === null) return;
     this.#gone.set(id, cause);
     if (this.#gone.size <= maxRemembered) return;
     const oldest = this.#gone.keys().next();

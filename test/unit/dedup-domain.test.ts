@@ -8,8 +8,7 @@ import { modes, resolveMigrateOptions, resolveParkOptions } from '../../src/opti
 import { dedupDomainKey, domainKey } from '../../src/source/dedup-domain.js';
 import { dedupReport } from '../../src/source/dedup-report.js';
 import { sealDomainKey, sealSecret, unsealDomainKey, unsealSecret } from '../../src/staging/image-secret.js';
-import { createImage } from '../../src/staging/image-opening.js';
-import { connection, FakeServer, imageId, newImage } from './fake-stage.js';
+import { connection, FakeServer, imageId, makeImage, newImage } from './fake-stage.js';
 
 const hosts = Buffer.from('the secret of all hosts');
 const key = Uint8Array.from({ length: 32 }, (_, at) => 255 - at);
@@ -74,13 +73,13 @@ describe('the key of a deduplication domain', () => {
   it('reaches every server with the image, and their identities come back', async () => {
     const server = await FakeServer.start();
     const image = newImage({ domainKey: key });
-    const set = await createImage([server.address], [], connection(), image);
+    const set = await makeImage([server.address], connection(), image);
     try {
       expect(server.native.images.get(imageId)?.domainKey).toEqual(key);
       expect(set.domainKey).toEqual(key);
-      expect(set.servers[0]?.identity).toBe('0123456789abcdef');
+      expect(set.servers[0]?.identity).toBe(server.native.identity());
       const other = '11'.repeat(16);
-      const plain = await createImage([server.address], [], connection(), newImage({ image: other }));
+      const plain = await makeImage([server.address], connection(), newImage({ image: other }));
       expect(server.native.images.get(other)?.domainKey).toBe(null);
       expect(plain.domainKey).toBe(null);
       await plain.close();

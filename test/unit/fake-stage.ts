@@ -1,11 +1,14 @@
 /** A VMD server without its native part: what holds pages is counted, nothing is moved. */
+import { randomBytes } from 'node:crypto';
 import { createServer, type Socket } from 'node:net';
 import type { NativeImageStats, NativeStage, NativeStageStats } from '../../src/native.js';
 import type { StageOptions } from '../../src/options.js';
 import type { StageRuntime } from '../../src/staging/server.js';
 import { type Staging, stageOn } from '../../src/staging/server.js';
 import type { ImageSetConnection } from '../../src/staging/image-member.js';
-import type { NewImage } from '../../src/staging/image-opening.js';
+import { StageClient } from '../../src/staging/client.js';
+import { createImage, type NewImage } from '../../src/staging/image-opening.js';
+import type { ImageSet } from '../../src/staging/image-set.js';
 import { readPreface } from './control-pair.js';
 
 interface FakeImage {
@@ -37,8 +40,10 @@ export class FakeStage implements NativeStage {
 
   async preallocate(): Promise<void> {}
 
+  readonly #identity = randomBytes(8).toString('hex');
+
   identity(): string {
-    return '0123456789abcdef';
+    return this.#identity;
   }
 
   createImage(
@@ -242,6 +247,20 @@ export class FakeServer {
 
 export function connection(more: Partial<ImageSetConnection> = {}): ImageSetConnection {
   return { secret: Buffer.from(secret), requestTimeoutMs: 15_000, recoverTimeoutMs: 15_000, ...more };
+}
+
+/** An image at these servers, or the first one's refusal. */
+export async function makeImage(
+  servers: readonly { host: string; port: number }[],
+  link: ImageSetConnection,
+  made: NewImage,
+): Promise<ImageSet> {
+  const clients = await Promise.all(servers.map((address) => StageClient.dial({ ...link, ...address })));
+  await Promise.all(clients.map((client) => client.firstAnnouncement()));
+  const images = await createImage(clients, [], link, made);
+  if (!Array.isArray(images)) return images;
+  await Promise.all(clients.map((client) => client.close()));
+  throw images[0]?.error;
 }
 
 export const imageId = '00112233445566778899aabbccddeeff';

@@ -3,9 +3,17 @@ import { afterEach, describe, expect, it } from 'vitest';
 import type { Guest } from '../../src/guest.js';
 import type { DestinationMessage, SourceMessage } from '../../src/protocol/commit.js';
 import { CommitDriver } from '../../src/source/commit-driver.js';
-import { createImage, openParkedImage } from '../../src/staging/image-opening.js';
+import { openParkedImage } from '../../src/staging/image-opening.js';
 import type { ImageSet } from '../../src/staging/image-set.js';
-import { connection, FakeServer, imageId, imageSecret, newImage, parkedGuest } from './fake-stage.js';
+import {
+  connection,
+  FakeServer,
+  imageId,
+  imageSecret,
+  makeImage,
+  newImage,
+  parkedGuest,
+} from './fake-stage.js';
 
 const open: { close(): Promise<unknown> }[] = [];
 const drivers: CommitDriver[] = [];
@@ -42,7 +50,7 @@ async function parking(
   options: Parameters<typeof FakeServer.start>[0] = {},
 ): Promise<Parking> {
   const server = owned(await FakeServer.start(options));
-  const set = owned(await createImage([server.address], [], connection(), newImage({ kind: 'park' })));
+  const set = owned(await makeImage([server.address], connection(), newImage({ kind: 'park' })));
   (server.native.images.get(imageId) as { whole: boolean }).whole = whole;
   await set.putState(parkedGuest, new Uint8Array(5));
   let runs = true;

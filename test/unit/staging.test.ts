@@ -7,7 +7,7 @@ import { FrameKind, FrameSealer } from '../../src/control/frame.js';
 import { directionKey, handshakeAsAcceptor } from '../../src/control/handshake.js';
 import { stageRoles } from '../../src/staging/image-secret.js';
 import { StageClient } from '../../src/staging/client.js';
-import { createImage, openImage, openParkedImage } from '../../src/staging/image-opening.js';
+import { openImage, openParkedImage } from '../../src/staging/image-opening.js';
 import type { ImageSet } from '../../src/staging/image-set.js';
 import { stageOn } from '../../src/staging/server.js';
 import { TcpProxy } from '../support/tcp-proxy.js';
@@ -17,6 +17,7 @@ import {
   FakeServer,
   imageId,
   imageSecret,
+  makeImage,
   newImage,
   parkedGuest,
   secret,
@@ -37,9 +38,8 @@ const dial = async (server: FakeServer, more = {}) =>
   owned(await StageClient.dial({ ...connection(more), ...server.address }));
 const make = async (servers: FakeServer[], more = {}, link = {}) =>
   owned(
-    await createImage(
+    await makeImage(
       servers.map(({ address }) => address),
-      [],
       connection(link),
       newImage(more),
     ),
@@ -461,7 +461,7 @@ describe('a request', () => {
     // Four seconds each way.
     const state = Buffer.alloc(8 * 2 ** 20, 7);
     const link = connection({ requestTimeoutMs: 2000 });
-    const set = owned(await createImage([await slowly(server)], [], link, newImage({ kind: 'park' })));
+    const set = owned(await makeImage([await slowly(server)], link, newImage({ kind: 'park' })));
     (server.native.images.get(imageId) as { whole: boolean }).whole = true;
     await set.putState(parkedGuest, state);
     const answers: string[] = [];
