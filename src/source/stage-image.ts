@@ -72,7 +72,7 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   return whileOpening(signal, async (making) => {
     const connection = imageConnection(secret, options, making);
     await using candidates = await Candidates.find(options, connection, making);
-    return makeWhere(order, candidates, need, (clients) =>
+    return await makeWhere(order, candidates, need, (clients) =>
       // Nothing of an attempt is good for the next one.
       createImage(clients, candidates.unanswered, connection, { ...made, secret: makeImageSecret() }),
     );

@@ -128,6 +128,32 @@ describe('a VMD server', () => {
     expect((await other.status()).held).toHaveLength(1);
   });
 
+  it('makes an image again that its maker has let go of before anything came, and no other', async () => {
+    const server = await serve();
+    for (const kind of ['migration', 'park'] as const) {
+      const image = Buffer.alloc(16, kind).toString('hex');
+      const first = await make([server], { kind, image });
+      expect(await first.dissolve()).toEqual([]);
+      const again = await make([server], { kind, image, secret: new Uint8Array(32) });
+      expect(server.native.images.size).toBe(1);
+      // Now somebody else knows it, and asks for it later.
+      await owned(
+        await openImage([server.address], connection(), {
+          ...{ image, secret: new Uint8Array(32), access: 'read' },
+        }),
+      ).close();
+      expect(await again.dissolve()).toEqual([]);
+      await expect(make([server], { kind, image })).rejects.toMatchObject({
+        code: 'VMD_REFUSED',
+        facts: { reason: 'exists' },
+      });
+    }
+    const committed = await make([server]);
+    expect(await committed.commit()).toEqual([]);
+    expect(await committed.dissolve()).toEqual([]);
+    await expect(make([server])).rejects.toMatchObject({ facts: { reason: 'exists' } });
+  });
+
   it('does not answer a client with another secret', async () => {
     const server = await serve();
     const config = {
