@@ -15,7 +15,7 @@ import { WorkerGuest } from '../worker/index.js';
 import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import type { Output } from './output.js';
-import { byteCount, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
+import { byteCount, byteRate, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
 import { interrupted } from './signals.js';
 
 export interface GuestFlags extends ConnectionFlags {
@@ -33,6 +33,7 @@ export interface ServerFlags {
   discover?: string | boolean;
   replicas?: number;
   rack?: string;
+  linkRate?: number;
   dedup?: boolean;
   dedupDomain?: string;
   dedupSecretFile?: string;
@@ -59,6 +60,11 @@ export function addServerFlags(command: Command): Command {
     .option('--discover [group:port]', 'take VMD servers that announce themselves')
     .option('--replicas <count>', 'on how many servers a page is kept', wholeNumber(1, 2))
     .option('--rack <name>', 'where this host stands; servers there are taken last')
+    .option(
+      '--link-rate <rate>',
+      "bytes a second of this host's link, as 125M: with --discover, as many servers as fill it",
+      byteRate,
+    )
     .option('--dedup', 'with VMD servers: pages that they hold already go as references')
     .option('--dedup-domain <name>', 'the same, and pages of all guests of this domain count')
     .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one");
@@ -73,11 +79,11 @@ export function compressFlag(): Option {
 
 /** The options of `migrate` and `park` that these flags are. */
 export function serverOptions(flags: Omit<GuestFlags, 'module'> & ServerFlags): Record<string, unknown> {
-  const { bandwidth, compress, via, discover, replicas, rack } = flags;
+  const { bandwidth, compress, via, discover, replicas, rack, linkRate: linkBytesPerSecond } = flags;
   const dedup = dedupOption(flags);
   return {
     ...connectionOptions(flags),
-    ...given({ bandwidth, compress, via, discover, replicas, rack, dedup }),
+    ...given({ bandwidth, compress, via, discover, replicas, rack, linkBytesPerSecond, dedup }),
   };
 }
 

@@ -1,6 +1,8 @@
 import { resolve } from 'node:path';
+import { Command } from 'commander';
 import { describe, expect, test } from 'vitest';
 import { parseRequest } from '../../src/cli/guest-console.js';
+import { addServerFlags, type ServerFlags, serverOptions } from '../../src/cli/leaving-guest.js';
 import {
   byteCount,
   namedModule,
@@ -52,6 +54,26 @@ describe('bytes', () => {
   ])('%s', (text, value) => expect(byteCount(text)).toBe(value));
   test.each(['', 'M', '-1', '1T', '1.M', '0x10', '1Mi i'])('%j is refused', (text) => {
     expect(() => byteCount(text)).toThrow('write bytes');
+  });
+});
+
+describe('the rate of the link', () => {
+  const optionsOf = (...words: string[]) => {
+    const command = addServerFlags(new Command().exitOverride().configureOutput({ writeErr: () => {} }));
+    return serverOptions(command.parse(words, { from: 'user' }).opts<ServerFlags>());
+  };
+  test.each([
+    ['125M', 125e6],
+    ['1Gi/s', 2 ** 30],
+    ['1.25g/S', 1.25e9],
+  ])('%s', (text, value) =>
+    expect(optionsOf('--link-rate', text)).toMatchObject({ linkBytesPerSecond: value }),
+  );
+  test('is not known where it is not said', () => {
+    expect(optionsOf()).not.toHaveProperty('linkBytesPerSecond');
+  });
+  test.each(['fast', '125 Mbit', ''])('%j is refused', (text) => {
+    expect(() => optionsOf('--link-rate', text)).toThrow('write bytes');
   });
 });
 
