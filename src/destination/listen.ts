@@ -9,6 +9,7 @@ import { checkOptions } from '../check-options.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
+import { numericHost } from '../control/numeric-host.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError, native } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
@@ -123,8 +124,9 @@ export async function listen(options: ListenOptions = {}): Promise<Listening> {
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   throwIfCancelled(resolved.signal);
   rehearseSwitchover();
+  const numeric = await numericHost(resolved.host, 'listen.host', resolved.signal);
   const domain = await domainOf(resolved, secret);
-  return new DestinationListener(resolved, secret, domain);
+  return new DestinationListener(resolved, numeric, secret, domain);
 }
 
 class DestinationListener implements Listening {
@@ -146,12 +148,12 @@ class DestinationListener implements Listening {
 
   constructor(
     private options: ResolvedListenOptions,
+    numeric: string,
     private readonly secret: Uint8Array,
     private readonly domain: Domain,
   ) {
     this.host = options.host;
     this.#budget = new MemoryBudget(options.maxBytes);
-    const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
     this.#native = native(() =>
       loadAddon().createListener(numeric, options.port, (fd) => {
         this.#onControl(fd).catch(() => {

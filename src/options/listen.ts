@@ -17,7 +17,10 @@ import { ticketSchema } from './ticket.js';
 
 /** What `listen` may be told. Times are in ms, above 0 and up to 7 days; sizes and rates are whole numbers of bytes. */
 export interface ListenOptions extends ConnectionOptions {
-  /** An address or a name of this host; `0.0.0.0` and `::` are all of its addresses. Default `127.0.0.1`. */
+  /**
+   * An address of this host, or a name that has one; `0.0.0.0` and `::` are all of its addresses. Names other than
+   * `localhost` count as an open network, which needs `plaintext` and a secret. Default `127.0.0.1`.
+   */
   host?: string;
   /** 0, the default: any that is free; `Listening.port` says which. */
   port?: number;

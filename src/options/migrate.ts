@@ -115,14 +115,15 @@ export interface MigrateOptions extends ConnectionOptions {
    */
   via?: readonly string[];
   /**
-   * Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). Default false.
+   * Scatter modes: listen for the servers' announcements: true, or the group they use (`address:port`). One that was
+   * heard and does not answer, or refuses, is left out, and others are chosen. Default false.
    */
   discover?: boolean | string;
   /** Scatter modes: on how many servers a scattered page is kept. Default 1. */
   replicas?: 1 | 2;
   /**
-   * Scatter modes, when the servers cannot hold the guest: fail with VMD_CAPACITY (`fail`, the default), or go on with
-   * what there is (`direct`).
+   * Scatter modes, when the servers cannot hold the guest, or one that was named says so as it is asked: fail with
+   * VMD_CAPACITY (`fail`, the default), or go on with what there is (`direct`).
    */
   onCapacity?: 'fail' | 'direct';
   /** Scatter modes: the rack where this side stands, at most 64 characters. Default null: not known. */

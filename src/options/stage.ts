@@ -16,7 +16,10 @@ export const defaultAnnounceGroup = '239.255.77.77:7077';
 
 /** What `stage` may be told. Times are in ms, above 0 and up to 7 days; sizes and rates are whole numbers of bytes. */
 export interface StageOptions extends Omit<ConnectionOptions, 'recoverTimeoutMs'> {
-  /** An address or a name of this host; `0.0.0.0` and `::` are all of its addresses. Default `127.0.0.1`. */
+  /**
+   * An address of this host, or a name that has one; `0.0.0.0` and `::` are all of its addresses. Names other than
+   * `localhost` count as an open network, which needs `plaintext` and a secret. Default `127.0.0.1`.
+   */
   host?: string;
   /** 0, the default: any that is free; `Staging.port` says which. */
   port?: number;

@@ -9,6 +9,7 @@ import { loadAddon } from '../addon.js';
 import { checkAddressPolicy, isLoopback } from '../control/address.js';
 import { ControlChannel } from '../control/channel.js';
 import { HandshakeGate } from '../control/gate.js';
+import { numericHost } from '../control/numeric-host.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage, NativeStageConfig } from '../native.js';
@@ -71,6 +72,7 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   const secret = await loadSecret(resolved, { loopback: isLoopback(resolved.host) });
   throwIfCancelled(resolved.signal);
   const { memoryBytes, bandwidth, popularShare, popularHalfLifeMs } = resolved;
+  const numeric = await numericHost(resolved.host, 'stage.host', resolved.signal);
   mustFit(memoryBytes, resolved.preallocate);
   const nativeStage = native(() =>
     runtime.createStage({
@@ -83,7 +85,7 @@ export async function stageOn(runtime: StageRuntime, options: StageOptions): Pro
   try {
     if (resolved.preallocate) await nativeAsync(() => nativeStage.preallocate());
     throwIfCancelled(resolved.signal);
-    return new StageServer(runtime, resolved, secret, nativeStage);
+    return new StageServer(runtime, resolved, numeric, secret, nativeStage);
   } catch (error) {
     nativeStage.close();
     throw error;
@@ -130,11 +132,11 @@ class StageServer implements Staging {
   constructor(
     runtime: StageRuntime,
     private readonly options: ResolvedStageOptions,
+    private readonly numeric: string,
     private readonly secret: Uint8Array,
     private readonly stage: NativeStage,
   ) {
     this.host = options.host;
-    const numeric = options.host === 'localhost' ? '127.0.0.1' : options.host;
     this.#listener = native(() =>
       runtime.listen({ host: numeric, port: options.port }, stage, (connection) => {
         this.#onControl(connection).catch(() => {
@@ -260,7 +262,8 @@ class StageServer implements Staging {
       group: parseGroup(group),
       secret: this.secret,
       boot: randomBytes(8).toString('hex'),
-      host: this.host,
+      // Whoever hears it may not know the name, or another host by it.
+      host: this.numeric,
       port: this.port,
     });
   }
