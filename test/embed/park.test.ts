@@ -145,6 +145,9 @@ describe('no image is made', () => {
     expect(small.text).toContain(`127.0.0.1:${j.port}`);
     // Two copies of each page have to be at two servers.
     expect(await CParker.refused([i], { replicas: 2 })).toMatchObject({ code: 'VMD_CAPACITY' });
+    // One server by two addresses is one.
+    const again = await CParker.refused([i, await TcpProxy.start(i.port)]);
+    expect(again).toMatchObject({ code: 'INVALID_ARGUMENT', text: expect.stringContaining('named twice') });
     const stranger = await CParker.refused([i], {}, { secret: 'a secret that is none of theirs' });
     expect(stranger).toMatchObject({ code: 'AUTH_FAILED' });
     await expectEmpty(i);
