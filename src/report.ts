@@ -227,7 +227,7 @@ export interface Intermediary {
   pages: number;
   /** On the wire between it and this side. */
   bytes: number;
-  /** Why it was given up during the migration, or was named and could not be asked at all; or null. */
+  /** Why it was given up during the migration, or was named or heard and takes no part in it at all; or null. */
   failed: string | null;
 }
 
