@@ -6,6 +6,7 @@
 import sqlite from 'node-sqlite3-wasm';
 
 import { defineGuest } from '../worker/index.js';
+import { KeptStatements } from './statements.js';
 
 export type SqlValue = null | number | bigint | string | Uint8Array;
 
@@ -19,6 +20,11 @@ export type SqliteRequest =
   | { op: 'exec'; sql: string }
   | { op: 'run'; sql: string; params?: SqlValue[] }
   | { op: 'all'; sql: string; params?: SqlValue[] }
+  /** A query whose rows are taken one by one: gives its number. It does not move: close it before. */
+  | { op: 'open'; sql: string; params?: SqlValue[] }
+  /** Its next row; null when there is none, and then it is closed. */
+  | { op: 'next'; cursor: number }
+  | { op: 'close'; cursor: number }
   /** One transaction, applied once however often it is asked for. */
   | { op: 'apply'; id: string; statements: SqlStatement[] }
   /** Is this id applied? */
@@ -34,14 +40,36 @@ export interface SqliteStats {
   inTransaction: boolean;
 }
 
+type Row = Record<string, SqlValue>;
+
+interface Statement {
+  readonly isFinalized: boolean;
+  iterate(values?: SqlValue[]): IterableIterator<Row>;
+  finalize(): void;
+}
+
 interface Database {
-  /** The address of the sqlite3 structure: all that JavaScript knows of the open database. */
+  /** The address of the sqlite3 structure: all that JavaScript knows of the open database, but for statements. */
   _ptr: number;
   readonly inTransaction: boolean;
   exec(sql: string): void;
   run(sql: string, values?: SqlValue[]): { changes: number; lastInsertRowid: number | bigint };
-  all(sql: string, values?: SqlValue[]): Record<string, SqlValue>[];
-  get(sql: string, values?: SqlValue[]): Record<string, SqlValue> | null;
+  all(sql: string, values?: SqlValue[]): Row[];
+  get(sql: string, values?: SqlValue[]): Row | null;
+  prepare(sql: string): Statement;
+}
+
+interface Cursor {
+  statement: Statement;
+  rows: IterableIterator<Row>;
+}
+
+/** The database, and what JavaScript keeps of it beside its address. */
+interface Open {
+  db: Database;
+  statements: KeptStatements;
+  cursors: Map<number, Cursor>;
+  opened: number;
 }
 
 interface State {
@@ -51,7 +79,38 @@ interface State {
 const FILLER_ROW_BYTES = 65_536;
 const FILL_STEP_BYTES = 4 * 2 ** 20;
 
-const open = (): Database => new sqlite.Database(':memory:') as unknown as Database;
+function open(): Open {
+  const db = new sqlite.Database(':memory:') as unknown as Database;
+  const statements = new KeptStatements();
+  const prepare = db.prepare.bind(db);
+  db.prepare = (sql) => {
+    const statement = prepare(sql);
+    statements.add(statement, sql);
+    return statement;
+  };
+  return { db, statements, cursors: new Map(), opened: 0 };
+}
+
+function openCursor(guest: Open, sql: string, params?: SqlValue[]): number {
+  const statement = guest.db.prepare(sql);
+  guest.opened += 1;
+  guest.cursors.set(guest.opened, { statement, rows: statement.iterate(params) });
+  return guest.opened;
+}
+
+function closeCursor({ cursors }: Open, number: number): void {
+  cursors.get(number)?.statement.finalize();
+  cursors.delete(number);
+}
+
+function nextRow(guest: Open, number: number): Row | null {
+  const cursor = guest.cursors.get(number);
+  if (!cursor) throw new Error(`no cursor ${number} is open`);
+  const row = cursor.rows.next();
+  if (!row.done) return row.value;
+  closeCursor(guest, number);
+  return null;
+}
 
 function first(db: Database, sql: string): number {
   return Number(Object.values(db.get(sql) ?? {})[0] ?? 0);
@@ -93,33 +152,36 @@ function fill(db: Database, target: number, most: number): { databaseBytes: numb
   return { databaseBytes: has };
 }
 
-export default defineGuest<Database, State, SqliteRequest>({
+export default defineGuest<Open, State, SqliteRequest>({
   create() {
-    const db = open();
-    db.exec('CREATE TABLE applied_transactions (id TEXT PRIMARY KEY) WITHOUT ROWID');
-    return db;
+    const guest = open();
+    guest.db.exec('CREATE TABLE applied_transactions (id TEXT PRIMARY KEY) WITHOUT ROWID');
+    return guest;
   },
 
   /** Loading SQLite makes its instance and its memory; the database in it is dropped with the memory's pages. */
   receive: open,
 
-  save: (db) => ({ databasePointer: db._ptr }),
+  save: ({ db }) => ({ databasePointer: db._ptr }),
 
-  /** Files belong to the host: a database that is attached from one cannot move. */
-  busy: (db) =>
-    db
+  /** Files belong to the host: a database that is attached from one cannot move. Nor can a statement. */
+  busy: ({ db, statements }) => [
+    ...statements.names(),
+    ...db
       .all('PRAGMA database_list')
       .flatMap(({ name, file }) =>
         file ? [`database file ${String(file)} attached as ${String(name)}`] : [],
       ),
+  ],
 
-  adopt(db, state) {
+  adopt({ db }, state) {
     if (!Number.isInteger(state?.databasePointer)) throw new TypeError('no database in the state');
     db._ptr = state.databasePointer;
     return undefined;
   },
 
-  handle(db, request) {
+  handle(guest, request) {
+    const { db } = guest;
     switch (request.op) {
       case 'exec':
         db.exec(request.sql);
@@ -128,6 +190,13 @@ export default defineGuest<Database, State, SqliteRequest>({
         return db.run(request.sql, request.params);
       case 'all':
         return db.all(request.sql, request.params);
+      case 'open':
+        return openCursor(guest, request.sql, request.params);
+      case 'next':
+        return nextRow(guest, request.cursor);
+      case 'close':
+        closeCursor(guest, request.cursor);
+        return null;
       case 'apply':
         return apply(db, request.id, request.statements);
       case 'applied':

@@ -108,6 +108,27 @@ describe('a SQLite database', () => {
     expect(await guest.request({ op: 'integrity' })).toEqual(['ok']);
   });
 
+  it('of which JavaScript keeps a statement refuses, by its text, until it is finalized', async () => {
+    const source = await start('sqlite');
+    await source.request({ op: 'exec', sql: 'CREATE TABLE t (id INTEGER PRIMARY KEY, v TEXT)' });
+    await source.request({ op: 'exec', sql: "INSERT INTO t (v) VALUES ('one'), ('two')" });
+    const sql = 'SELECT v FROM t ORDER BY id';
+    const cursor = await source.request({ op: 'open', sql });
+    expect(await source.request({ op: 'next', cursor })).toEqual({ v: 'one' });
+    const refused = { code: 'GUEST_BUSY', names: [`statement that is not finalized: ${sql}`] };
+    await expect(source.check()).rejects.toMatchObject({ code: 'GUEST_BUSY' });
+    await expect(source.pause()).rejects.toMatchObject(refused);
+    // Nothing became of it.
+    expect(await source.request({ op: 'next', cursor })).toEqual({ v: 'two' });
+    expect(await source.request({ op: 'next', cursor })).toBe(null);
+    const { guest } = await move(source);
+    expect(await guest.request({ op: 'all', sql })).toEqual([{ v: 'one' }, { v: 'two' }]);
+    const here = await guest.request({ op: 'open', sql });
+    expect(await guest.request({ op: 'next', cursor: here })).toEqual({ v: 'one' });
+    await guest.request({ op: 'close', cursor: here });
+    expect(await guest.request({ op: 'integrity' })).toEqual(['ok']);
+  });
+
   it('with a file attached refuses, by the name of the file', async () => {
     const source = await start('sqlite');
     const file = `/tmp/memferry-attached-${process.pid}.db`;
