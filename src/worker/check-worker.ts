@@ -11,6 +11,10 @@ const CHECK_PAUSE_MS = 20;
 /**
  * One worker's look. A request in progress may keep its thread for as long as it likes, which is the pause's concern;
  * a thread that has nothing to do and does not answer reaches no safepoint either.
+ *
+ * It is not waited for until its end: a guest that always has a request in progress would begin each migration later by
+ * the pause's whole limit, for a look that comes to nothing. The rounds are what that time is for. What is found in the
+ * pause instead costs the rounds, never the guest, which runs on.
  */
 export async function checkWorker(link: WorkerLink, limitMs: number, signal?: AbortSignal): Promise<void> {
   const end = performance.now() + CHECK_MS;
