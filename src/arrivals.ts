@@ -37,6 +37,18 @@ export function requireFree(regions: readonly Region[]): void {
   );
 }
 
+const resting = new WeakMap<Region, Promise<unknown>>();
+
+/** `rest` settles when no page comes into the region any more: each is here, or lost. */
+export function markResting(region: Region, rest: Promise<unknown>): void {
+  resting.set(region, rest);
+}
+
+/** Settles, and never rejects, when no arrival brings the region any page more. */
+export async function restHere(region: Region): Promise<void> {
+  await resting.get(region)?.catch(() => {});
+}
+
 const reported = new WeakMap<Region, Promise<unknown>>();
 
 /** `over` settles when the arrival that brought it needs the region no more: its pages are compared after the last came. */

@@ -8,7 +8,7 @@ import { Option } from 'commander';
 import { figure, mebibytes } from '../demo/table.js';
 import { listen } from '../destination/listen.js';
 import { unpark } from '../destination/unpark.js';
-import { memferryError } from '../errors.js';
+import { type MemferryError, memferryError } from '../errors.js';
 import { FirecrackerApi } from '../firecracker/api.js';
 import { type FirecrackerHost, microVmArrivals } from '../firecracker/arriving.js';
 import { snapshotGuest } from '../firecracker/leaving.js';
@@ -110,15 +110,17 @@ async function fromFile(
       follow(microVm, output);
       first(microVm);
     },
-    onRefused: (error, { pid }) => {
-      process.stderr.write(`memferry: ${error.code}: a connection of pid ${pid}: ${error.message}\n`);
-    },
+    onRefused,
   });
   output.say(`${snapshot} is served at ${server.socketPath}`);
   output.line({ type: 'listening', socket: server.socketPath });
   if (!flags.once) return await stopped.catch(() => {}); // as every server that is told to end
   const microVm = await Promise.race([arrived, stopped]);
   await Promise.race([microVm.ended, stopped]);
+}
+
+function onRefused(error: MemferryError, { pid }: { pid: number }): void {
+  process.stderr.write(`memferry: ${error.code}: a connection of pid ${pid}: ${error.message}\n`);
 }
 
 function follow(microVm: MicroVm, output: Output): void {
@@ -236,6 +238,7 @@ function hostOf(flags: FirecrackerFlags, stateFile: string, output: Output): Fir
     onConnected(pid) {
       output.line({ type: 'connected', pid });
     },
+    onRefused,
   };
 }
 

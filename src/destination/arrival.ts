@@ -5,7 +5,7 @@
  * here is needed for a page fault to be served.
  */
 import { EventEmitter } from 'node:events';
-import { markArriving, markReported } from '../arrivals.js';
+import { markArriving, markReported, markResting } from '../arrivals.js';
 import { MemferryError } from '../errors.js';
 import type { ArrivingGuest, GuestOffer } from '../guest.js';
 import { inherit } from '../lineage.js';
@@ -122,6 +122,7 @@ export class Arrival extends EventEmitter {
     if (config.given.lineage) inherit(guest.regions, config.given.lineage);
     for (const region of guest.regions) {
       markArriving(region, this.#everyPage.promise);
+      markResting(region, this.#restHere.promise);
       markReported(region, this.#over.promise);
     }
     const broken = (error: unknown) => this.#fail(error);

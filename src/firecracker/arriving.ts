@@ -11,7 +11,7 @@
  * In both Firecracker loads paused, and runs only after the claim or the GRANT.
  */
 import { z } from 'zod';
-import { arrivalOver, stillArriving } from '../arrivals.js';
+import { arrivalOver, restHere, stillArriving } from '../arrivals.js';
 import { loadAddon } from '../addon.js';
 import { type MemferryError, memferryError } from '../errors.js';
 import { FdListener } from '../fd-channel.js';
@@ -49,6 +49,8 @@ export interface FirecrackerHost {
   abandon?(): Promise<void> | void;
   /** Told once Firecracker is connected. As `onMicroVm` where it throws. */
   onConnected?(pid: number): void;
+  /** Told of a connection that made no sense; Firecracker is waited for on. What it throws is a warning of the process. */
+  onRefused?(error: MemferryError, peer: { pid: number; uid: number }): void;
   /**
    * Of a migration: its memory comes by way of this process, which may not end before `microVm.ended` has settled, also
    * when the arrival is complete. Throwing ends the arrival, and the guest stays at the source; it is not awaited, and what
@@ -88,6 +90,7 @@ const hostShape = {
   abandon: callback().optional(),
   onConnected: callback().optional(),
   onMicroVm: callback().optional(),
+  onRefused: callback().optional(),
 };
 
 /** An object of a class may have more than what is asked of it; in a literal that is a mistake. */
@@ -194,10 +197,9 @@ function throughHere(host: FirecrackerHost, lengthBytes: number): ArrivingGuest 
       const served = microVm as MicroVm;
       // What it was marked with settles when the last page is here, or never will be.
       const arrived = Promise.all(stillArriving([region]));
-      arrived.then(
-        () => served.sourceComplete(),
-        () => {},
-      );
+      // With pages lost too: looking for more of them would go on for as long as it lives, and nobody would tell of those
+      // that it does not touch.
+      void restHere(region).then(() => served.sourceComplete());
       // With pages lost the others are served from here for as long as it lives.
       Promise.all([arrived, served.ended])
         .catch(() => served.closed)
@@ -250,6 +252,15 @@ async function loadInto(
   if (signal.aborted) throw abortError(signal);
   const connected = deferred<Greeted>();
   connected.promise.catch(() => {});
+  let refusals = 0;
+  let lastRefusal: MemferryError | null = null;
+  // Anybody may connect who may open the socket: what a stranger says wrong is not Firecracker's doing.
+  const refused = (error: MemferryError, peer: { pid: number; uid: number }) => {
+    if (connected.settled) return;
+    refusals += 1;
+    lastRefusal = error;
+    callOut({ what: 'onRefused', code: 'MEMFERRY_FIRECRACKER_THREW' }, () => host.onRefused?.(error, peer));
+  };
   const listener = new FdListener(host.socketPath, {
     mode: host.mode ?? 0o600,
     mostConnections: 4,
@@ -260,15 +271,21 @@ async function loadInto(
           if (connected.settled) greeted?.discard();
           else if (greeted) connected.resolve(greeted);
         },
-        (error) => connected.reject(error),
+        (error) => refused(error, connection.peer),
       );
     },
-    onError: (error) => connected.reject(error),
+    onError: (error) => refused(error, { pid: 0, uid: 0 }),
   });
-  const timer = setTimeout(
-    () => connected.reject(memferryError('CONNECT_FAILED', `no Firecracker came to ${host.socketPath}`)),
-    host.connectTimeoutMs ?? 10_000,
-  );
+  const late = () => {
+    const why = lastRefusal
+      ? `; ${refusals} connections made no sense, the last: ${lastRefusal.message}`
+      : '';
+    const options = lastRefusal ? { cause: lastRefusal } : {};
+    connected.reject(
+      memferryError('CONNECT_FAILED', `no Firecracker came to ${host.socketPath}${why}`, options),
+    );
+  };
+  const timer = setTimeout(late, host.connectTimeoutMs ?? 10_000);
   const stop = () =>
     connected.reject(memferryError('CANCELLED', 'the arrival was ended', { cause: signal.reason }));
   signal.addEventListener('abort', stop, { once: true });

@@ -1,5 +1,6 @@
 /** MicroVMs restored lazily from the VMD and from running migrations, and a running one that leaves. */
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -269,6 +270,87 @@ describe('a microVM', () => {
     await using unparked = await unpark(ticket, { secret, accept: microVmArrivals(hostOf(second)) });
     await unparked.complete;
     await right(second);
+  });
+
+  it('whose pages are lost is told of each, touched or not, and has the others', async () => {
+    const fake = await firecracker('a');
+    let microVm: MicroVm | undefined;
+    const listening = await listen({
+      ...{ host: '127.0.0.1', port: 0, secret, recoverTimeoutMs: 500 },
+      accept: microVmArrivals({ ...hostOf(fake), onMicroVm: (served) => (microVm = served) }),
+    });
+    const proxy = await TcpProxy.start(listening.port);
+    open.push(
+      () => listening.close(),
+      () => closeProxies(),
+    );
+    using guest = await snapshotGuest('box', files);
+    const migration = migrate(guest, {
+      ...{ to: `127.0.0.1:${proxy.port}`, mode: 'post-copy', secret, bandwidth: 4e6, recoverTimeoutMs: 500 },
+    });
+    const failed = expect(migration.done).rejects.toBeInstanceOf(Error);
+    const { value: arrival } = await listening[Symbol.asyncIterator]().next();
+    await expect.poll(() => fake.running).toBe(true);
+    const lost = expect(arrival.complete).rejects.toMatchObject({ code: 'PAGES_LOST' });
+    proxy.cut();
+    await lost;
+    // It stands still.
+    await expect(microVm?.ended).rejects.toMatchObject({ code: 'PAGES_LOST' });
+    const settled = () => {
+      const { pagesInstalled = 0, pagesLost = 0 } = microVm?.stats() ?? {};
+      expect(pagesLost).toBeGreaterThan(0);
+      return pagesInstalled + pagesLost;
+    };
+    await expect.poll(settled, { timeout: 20_000 }).toBe(pages);
+    await failed;
+  });
+
+  it('waits for Firecracker whatever strangers say before it', async () => {
+    const { ticket } = await parked();
+    const fake = await firecracker('a');
+    const host = hostOf(fake);
+    const refused: string[] = [];
+    let heard = () => {};
+    const strangerHeard = new Promise<void>((resolve) => {
+      heard = resolve;
+    });
+    const stranger = (path: string) =>
+      connect(path)
+        .on('error', () => {})
+        .end('no mappings');
+    const accept = microVmArrivals({
+      ...host,
+      load: async (state, context) => {
+        stranger(context.socketPath);
+        await strangerHeard;
+        await host.load(state, context);
+      },
+      onRefused: ({ code }, { pid }) => {
+        refused.push(`${code} ${pid === process.pid}`);
+        heard();
+      },
+    });
+    await using unparked = await unpark(ticket, { secret, accept });
+    expect(refused).toEqual(['PROTOCOL_ERROR true']);
+    await right(fake);
+    await unparked.complete;
+  });
+
+  it('of which only strangers come says what they said', async () => {
+    const { ticket } = await parked();
+    const accept = microVmArrivals({
+      socketPath: join(folder, 'nobody.uffd'),
+      connectTimeoutMs: 500,
+      load: async (_, { socketPath }) =>
+        void connect(socketPath)
+          .on('error', () => {})
+          .end('no mappings'),
+      resume: () => {},
+    });
+    await expect(unpark(ticket, { secret, accept })).rejects.toMatchObject({
+      code: 'CONNECT_FAILED',
+      message: expect.stringContaining('made no sense'),
+    });
   });
 
   it('that does not resume after GRANT is reported so', async () => {
