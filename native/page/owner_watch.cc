@@ -8,13 +8,13 @@
 namespace memferry {
 namespace {
 
-constexpr int kLookMs = 100;  // an exec does not show in poll()
-constexpr int kBusyMs = 20;   // somebody else reads the events
+constexpr int kBusyMs = 20;  // somebody else reads the events
 
 }  // namespace
 
-OwnerWatch::OwnerWatch(const std::shared_ptr<Region>& region, std::function<void(const std::string&)> gone)
-    : region_(region), owner_(region->owner()), gone_(std::move(gone)) {
+OwnerWatch::OwnerWatch(const std::shared_ptr<Region>& region, std::function<void(const std::string&)> gone,
+                       std::chrono::milliseconds look_every)
+    : region_(region), owner_(region->owner()), gone_(std::move(gone)), look_every_(look_every) {
   const Userfaultfd* const uffd = region->uffd();
   // Faults alone can wait: whoever pages has them raised again.
   constexpr std::uint64_t kEvents = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP |
@@ -30,7 +30,7 @@ void OwnerWatch::run(WorkerThread& self) {
   while (!self.stopping()) {
     const nfds_t count = events_ && !others_read ? 3 : 2;
     waiting[2].revents = 0;
-    (void)::poll(waiting.data(), count, others_read ? kBusyMs : kLookMs);
+    (void)::poll(waiting.data(), count, others_read ? kBusyMs : static_cast<int>(look_every_.count()));
     if (self.stopping()) return;
     if ((waiting[0].revents & POLLIN) != 0) self.drain_wake();
     const std::shared_ptr<Region> region = region_.lock();

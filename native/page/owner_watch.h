@@ -6,6 +6,7 @@
 // Threads: one of its own, which calls `gone`; construct and destroy from any other.
 #pragma once
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <string>
@@ -17,8 +18,10 @@ namespace memferry {
 
 class OwnerWatch {
  public:
+  static constexpr std::chrono::milliseconds kLookEvery{100};  // an exec does not show in poll()
   // `gone` is called at most once, after the region was retired, with what has happened.
-  OwnerWatch(const std::shared_ptr<Region>& region, std::function<void(const std::string&)> gone);
+  OwnerWatch(const std::shared_ptr<Region>& region, std::function<void(const std::string&)> gone,
+             std::chrono::milliseconds look_every = kLookEvery);
   ~OwnerWatch() { thread_.stop(); }
   OwnerWatch(const OwnerWatch&) = delete;
   OwnerWatch& operator=(const OwnerWatch&) = delete;
@@ -29,6 +32,7 @@ class OwnerWatch {
   const std::weak_ptr<Region> region_;
   const std::shared_ptr<Process> owner_;
   const std::function<void(const std::string&)> gone_;
+  const std::chrono::milliseconds look_every_;
   UniqueFd events_;
   WorkerThread thread_;
 };
