@@ -35,6 +35,7 @@ const { code, console: messages } = await runInside(kernel, {
   deadlineSeconds: Number(process.env.DEADLINE ?? 300),
   hostSeconds: 3600,
   memoryMiB: 2048,
+  modules: ['zram'],
   accelerator,
   onOutput: (text) => process.stdout.write(text),
 });

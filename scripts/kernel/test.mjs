@@ -42,7 +42,8 @@ const NATIVE = [
   ],
   ...['*TrackerTest*', 'TrackerNames*', 'HashDiff*', '*/SharedMemory*', '*/HugePages*', '*/LargePages*'],
   ...['AttachProcess*', '*AttachTracker*', '*AttachWriters*', '*AttachKinds*', '*AttachPager*'],
-  ...['PagerPoison*', 'ReceiverPaging*', 'ReceiverRecovery*'],
+  ...['PagerPoison*', 'PagerWalk*', '*AttachSourcePager*', 'SnapshotPager*', '*SwappedMemory*'],
+  ...['ReceiverPaging*', 'ReceiverRecovery*'],
   ...['*/EngineTest*/softdirty*', '*/EngineTest*/uffdwp2*', '*/EngineTest*/hashdiff2Channels'],
   '-Kvm/*:*/uffdwpasync*', // what the machine has not
 ].join(':');
@@ -51,7 +52,7 @@ const UNIT = {
   files: ['unit/doctor', 'unit/trackers', 'unit/lifetime'],
   tests: ['^doctor', "^'[a-z-]+' ", '^the choice', '^a poisoned page'],
 };
-/** Whole migrations between processes. They take many minutes. */
+/** More migrations between processes. They take many minutes. */
 const MIGRATION = {
   files: ['migration/trackers', 'migration/modes', 'migration/modes-more', 'migration/bad-days-postcopy'],
   tests: [
@@ -59,7 +60,7 @@ const MIGRATION = {
     ...['a cut in the push', '^past the bound', 'not hang process.exit'],
   ],
 };
-/** Of both what CI has time for. Every file costs the start of a process. */
+/** What CI has time for: trackers, and whole migrations. Every file costs the start of a process. */
 const SHORT = {
   files: ['unit/trackers', 'migration/modes-more'],
   tests: [
@@ -68,9 +69,9 @@ const SHORT = {
   ],
 };
 const CHOICES = new Map([
-  [undefined, [UNIT]],
+  [undefined, [UNIT, SHORT]],
   ['short', [SHORT]],
-  ['migration', [UNIT, MIGRATION]],
+  ['migration', [UNIT, SHORT, MIGRATION]],
 ]);
 const [asked, ...tooMany] = process.argv.slice(2);
 const chosen = CHOICES.get(asked);
@@ -78,7 +79,7 @@ if (chosen === undefined || tooMany.length > 0) {
   process.stderr.write('usage: npm run test:kernel [-- short | migration]\n');
   process.exit(2);
 }
-const TYPESCRIPT = chosen.flatMap(({ files }) => files).map((name) => `test/${name}.test.ts`);
+const TYPESCRIPT = [...new Set(chosen.flatMap(({ files }) => files))].map((name) => `test/${name}.test.ts`);
 const TYPESCRIPT_TESTS = chosen.flatMap(({ tests }) => tests).join('|');
 
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) process.once(signal, () => process.exit(130));
@@ -163,6 +164,8 @@ async function inside(name, script) {
     deadlineSeconds: MACHINE_SECONDS,
     hostSeconds: HOST_SECONDS,
     memoryMiB: 2048,
+    // To swap to.
+    modules: ['zram'],
     accelerator,
     onOutput: (text) => {
       output += text;
