@@ -77,7 +77,7 @@ void Pager::unregister_attached() {
 
 void Pager::let_go_attached() {
   for (std::uint32_t region = 0; region < maps_.size(); ++region) {
-    if (attached_[region].events) maps_[region]->region().end_events();
+    if (attached_[region].events) maps_[region]->region().end_events(Region::Missing::kNone);
     attached_[region].events = false;
   }
 }

@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -35,10 +36,11 @@ void between_tries(int tries) {
 
 }  // namespace
 
+// The events first, so that they lie in one page.
 std::uint64_t PageLedger::bytes_for(std::uint64_t pages) {
   const std::uint64_t page = system_page_size();
   const std::uint64_t words = (pages + 63) / 64 + 1;  // the last: it has begun
-  return std::max(page, (words * sizeof(std::uint64_t) + page - 1) / page * page);
+  return (kEvents * sizeof(uffd_msg) + words * sizeof(std::uint64_t) + page - 1) / page * page;
 }
 
 PageLedger::PageLedger(std::uint64_t pages)
@@ -47,10 +49,22 @@ PageLedger::PageLedger(std::uint64_t pages)
 PageLedger::PageLedger(std::uint64_t pages, int fd) : words_((pages + 63) / 64) {
   if (::ftruncate(fd, static_cast<off_t>(bytes_for(pages))) != 0) throw_errno("ftruncate(ledger)");
   bits_ = Mapping::shared(fd, bytes_for(pages));
+  // The kernel writes events there while this process may be being killed, and should not have to wait for it. May fail.
+  (void)::mlock(bits_.data(), system_page_size());
+}
+
+std::span<uffd_msg, PageLedger::kEvents> PageLedger::events() const {
+  return std::span<uffd_msg, kEvents>(reinterpret_cast<uffd_msg*>(bits_.data()), kEvents);
+}
+
+// After what was noted of them.
+void PageLedger::forget_events(std::size_t count) {
+  std::atomic_thread_fence(std::memory_order_release);
+  for (uffd_msg& event : events().first(count)) event.event = 0;
 }
 
 std::uint64_t& PageLedger::word(std::uint64_t index) const {
-  return reinterpret_cast<std::uint64_t*>(bits_.data())[index];
+  return reinterpret_cast<std::uint64_t*>(bits_.data() + kEvents * sizeof(uffd_msg))[index];
 }
 
 bool PageLedger::test(PageNumber page) const {
@@ -100,6 +114,7 @@ SourcePager::SourcePager(Config config)
       begin_paging(memory_);
       ledger_.begin();
     }
+    note_what_was_read();
     look_for_what_is_there();
     user_ = memory_.enlist([this] { leave(); });
     if (!user_) throw RegionGone("page");
@@ -120,12 +135,25 @@ void SourcePager::look_for_what_is_there() {
   settled_ = found_;
 }
 
+// By a predecessor that died before it had noted it. Twice is fine: what was discarded once stays settled.
+void SourcePager::note_what_was_read() {
+  for (const uffd_msg& event : ledger_.events()) {
+    if (event.event == UFFD_EVENT_FORK || event.event == UFFD_EVENT_PAGEFAULT)
+      continue;  // gone; raised again
+    on_event(event);
+  }
+  ledger_.forget_events(PageLedger::kEvents);
+}
+
 void SourcePager::leave() {
   {
     const std::lock_guard lock(leaving_);
     prepage_thread_.stop();
     faults_thread_.stop();
-    if (!over_.exchange(true)) memory_.end_events();
+    // What is discarded from here on is the successor's to know.
+    const bool unfinished = ledger_.begun() && settled_ < pages_;
+    if (!over_.exchange(true))
+      memory_.end_events(unfinished ? Region::Missing::kSome : Region::Missing::kNone);
     // What children have of a file is ordinary memory as well, then.
     if (settled_ >= pages_) children_.reset();
   }
@@ -133,6 +161,8 @@ void SourcePager::leave() {
 
 void SourcePager::end() {
   leave();
+  // There is no successor: whoever discards goes on, or what is missing could not be made to fail.
+  if (memory_.begin_events()) memory_.end_events(Region::Missing::kNone);
   for_each_unsettled([this](PageRun run) { poison(run); });
 }
 
@@ -169,7 +199,8 @@ void SourcePager::tell(EventKind kind, std::string code, std::string message, st
 void SourcePager::run(WorkerThread& self) {
   set_this_thread_nice(kFaultThreadNice);
   std::array<pollfd, 2> waiting{pollfd{self.wake_fd(), POLLIN, 0}, pollfd{memory_.uffd()->fd(), POLLIN, 0}};
-  std::array<uffd_msg, 32> events;
+  const std::span<uffd_msg, PageLedger::kEvents> read = ledger_.events();
+  std::array<uffd_msg, PageLedger::kEvents> events;
   std::vector<std::byte> buffer(SequentialDetector::kLargestWindow * page_size_);
   while (!self.stopping()) {
     (void)::poll(waiting.data(), waiting.size(), -1);
@@ -179,7 +210,8 @@ void SourcePager::run(WorkerThread& self) {
       std::size_t count = 0;
       {
         const std::unique_lock whole(layout_);
-        count = memory_.uffd()->read_events(events);
+        count = memory_.uffd()->read_events(read);
+        std::copy_n(read.begin(), count, events.begin());
         for (std::size_t i = 0; i < count; ++i) {
           // One that fails keeps nobody from the others, which are read for good.
           try {
@@ -188,6 +220,7 @@ void SourcePager::run(WorkerThread& self) {
             tell(EventKind::kFailed, "SYSTEM", error.what());
           }
         }
+        ledger_.forget_events(count);
       }
       for (std::size_t i = 0; i < count; ++i) {
         if (events[i].event != UFFD_EVENT_PAGEFAULT) continue;
@@ -209,14 +242,16 @@ void SourcePager::run(WorkerThread& self) {
 void SourcePager::on_event(const uffd_msg& event) {
   switch (event.event) {
     case UFFD_EVENT_REMOVE:
-    case UFFD_EVENT_UNMAP:  // nobody can touch it any more: whatever is mapped there next is not ours
-      memory_.for_each_run_between(OwnerAddress{event.arg.remove.start}, OwnerAddress{event.arg.remove.end},
-                                   [this](PageRun run) {
-                                     settle(run);
-                                     // A loss that is discarded is zeros like anything else; who waits for it looks again.
-                                     if (losses_.forget(run) > 0) wake(run);
-                                   });
+    case UFFD_EVENT_UNMAP: {  // nobody can touch it any more: whatever is mapped there next is not ours
+      const OwnerAddress start{event.arg.remove.start};
+      const OwnerAddress end{event.arg.remove.end};
+      memory_.for_each_run_between(start, end, [this](PageRun run) { settle(run); });
+      // A loss that is discarded is zeros like anything else; who waits for it looks again.
+      memory_.for_each_run_between(start, end, [this](PageRun run) {
+        if (losses_.forget(run) > 0) wake(run);
+      });
       break;
+    }
     case UFFD_EVENT_REMAP:
       tell(EventKind::kFailed, "REGION_GONE",
            "the owner has moved a part of its memory while pages are missing there");

@@ -4,11 +4,22 @@
 //   what is there      is what the owner's memory says: its page tables, or the file that it is
 //   what was dropped   (discarded by the owner, after it was there or before) is in the *ledger*: a bit for each page
 //                      that was once settled, in a shared file where a successor is to know it
-//   who waits          is woken when a pager begins, and faults again
+//   what was read      of the userfaultfd, and not noted yet, is in the ledger too: the kernel writes the events there
+//   who waits          is woken when a pager begins, and faults again; who discards waits for its event to be read
 //
 // A successor without the ledger brings a page that was discarded from the source again: old content where the owner
-// expects zeros. (Between reading a discard's event and its bit in the ledger lie some microseconds in which a death
-// has the same effect.) The first one refuses memory that anybody has touched: what is there would count as brought. Nobody may close the last userfaultfd in between: missing pages would read as zeros.
+// expects zeros. The first one refuses memory that anybody has touched: what is there would count as brought. Nobody may
+// close the last userfaultfd in between: missing pages would read as zeros.
+//
+// Why events are read into the ledger, and not into memory of the pager's own (test: ADeathBetweenAReadAndItsNote):
+//
+//   owner                      pager                      successor
+//   discard: event, waits
+//                              reads the event
+//   goes on                    SIGKILL
+//                                                         no bit: would bring the old page; finds the event, and notes it
+//
+// A process is not killed within read(), and what it reads is there before the signal counts.
 //
 // Life: construct, which serves; everything is there (kDone): the memory is ordinary again; or leave() for a successor;
 // or end(): what is missing fails to be read. Its destructor leaves.
@@ -23,6 +34,7 @@
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,7 +50,8 @@
 
 namespace memferry {
 
-// A bit for each page, and whether a pager has begun, in memory or in a file that outlives the process.
+// A bit for each page, whether a pager has begun, and the events that it is about to note, in memory or in a file that
+// outlives the process.
 class PageLedger {
  public:
   explicit PageLedger(std::uint64_t pages);
@@ -48,12 +61,16 @@ class PageLedger {
   std::uint64_t set(PageRun run);  // gives how many were not
   [[nodiscard]] bool begun() const;
   void begin();
+  static constexpr std::size_t kEvents = 32;
+  // Where events are read to; event 0 is none. They stay there until they are noted.
+  [[nodiscard]] std::span<uffd_msg, kEvents> events() const;
+  void forget_events(std::size_t count);
   [[nodiscard]] static std::uint64_t bytes_for(std::uint64_t pages);
 
  private:
   [[nodiscard]] std::uint64_t& word(std::uint64_t index) const;
   const std::uint64_t words_;
-  Mapping bits_;  // and one word more
+  Mapping bits_;  // and the events, and one word more
 };
 
 class SourcePager {
@@ -103,6 +120,7 @@ class SourcePager {
  private:
   enum class Outcome { kHere, kAgain, kGone };
   void look_for_what_is_there();
+  void note_what_was_read();
   void run(WorkerThread& self);
   void prepage(WorkerThread& self);
   void on_event(const uffd_msg& event);

@@ -115,10 +115,13 @@ class Region : public std::enable_shared_from_this<Region> {
   // Who reads the events of its userfaultfd: one at a time. False when somebody does. No other process of memferry's has a
   // region with it: attach() refuses that (EBUSY).
   [[nodiscard]] bool begin_events();
-  void end_events();
+  // kSome: the events wait for the next pager, whose process may be another one. kUnknown: whoever drains looks.
+  enum class Missing { kUnknown, kNone, kSome };
+  void end_events(Missing missing);
   // Reads what is there, so that the owner's system calls go on. What it has discarded is kept for take_removed(), of
-  // every region that has the same userfaultfd. False when somebody here reads them, for any of those regions, or when
-  // somebody elsewhere seems to: there were faults, which are raised again, and should be left alone for a while.
+  // every region that has the same userfaultfd. False when somebody here reads them, for any of those regions; when pages
+  // are missing for which a pager has been asked: what is discarded then is that pager's to know, for good; or when
+  // somebody elsewhere seems to read: there were faults, which are raised again, and should be left alone for a while.
   bool drain_events();
   // ORs the pages that the owner has discarded since the last call, and those of the call before once more: the event is
   // read before the pages go.
@@ -126,6 +129,8 @@ class Region : public std::enable_shared_from_this<Region> {
   // What is not there while a userfaultfd, whoever has it, is asked for it would be taken for zeros: throws SystemError
   // (EBUSY) with the pages. Gives whether one is asked at all. Attached memory only; some milliseconds a GiB.
   bool check_not_missing(const char* operation) const;
+  // Whether that would throw.
+  [[nodiscard]] bool awaits_pages() const;
   // Of an attached file what was lost, and fails to be read at the owner's, is a hole in the file, zeros for who reads that:
   // throws SystemError (EIO) with the pages.
   void check_not_lost(const char* operation) const;
@@ -220,8 +225,9 @@ class Region : public std::enable_shared_from_this<Region> {
   std::mutex stage_mutex_;  // guards the making of a waiting room
   struct EventTurn;         // shared by all regions here that have the same userfaultfd
   struct EventTurns;
-  std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the three below
+  std::shared_ptr<EventTurn> turn_;  // nullptr: it has none; guards the four below
   bool events_taken_ = false;
+  Missing missing_ = Missing::kUnknown;
   std::unique_ptr<AtomicBitmap> removed_;  // nullptr: its userfaultfd does not tell
   std::unique_ptr<AtomicBitmap> removed_before_;
   std::uint64_t capacity_pages_ = 0;

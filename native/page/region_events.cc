@@ -136,11 +136,12 @@ bool Region::begin_events() {
   return true;
 }
 
-void Region::end_events() {
+void Region::end_events(Missing missing) {
   if (!turn_) return;
   const std::lock_guard lock(turn_->mutex);
   if (events_taken_) --turn_->taken;
   events_taken_ = false;
+  missing_ = missing;
 }
 
 void Region::note_removed(OwnerAddress start, OwnerAddress end) {
@@ -151,6 +152,11 @@ bool Region::drain_events() {
   if (!turn_) return false;
   const std::lock_guard lock(turn_->mutex);
   if (turn_->taken != 0 || !turn_->claim) return false;
+  for (Region* member : turn_->members) {
+    if (member->missing_ == Missing::kUnknown)
+      member->missing_ = member->awaits_pages() ? Missing::kSome : Missing::kNone;
+    if (member->missing_ == Missing::kSome) return false;
+  }
   std::array<uffd_msg, 16> events;
   bool faults = false;
   // A fault that is raised again comes with the next call.

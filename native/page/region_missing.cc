@@ -112,6 +112,16 @@ bool Region::check_not_missing(const char* operation) const {
                     EBUSY);
 }
 
+bool Region::awaits_pages() const {
+  try {
+    (void)check_not_missing("attach");
+    return false;
+  } catch (const SystemError& error) {
+    if (error.error() == EBUSY) return true;
+    throw;
+  }
+}
+
 // A page that was made to fail is a mark in the owner's page table, which looks swapped out. Nothing else does where the file
 // has a hole, but for the marks of write protection.
 // A huge page that fails may be there in part: the mark alone says that it is lost.

@@ -55,7 +55,8 @@ void UffdWpAsyncTracker::arm() {
     return part.kind == MemoryPart::Kind::kPrivateAnonymous;
   });
   // Held until it is registered, so that no pager comes in between.
-  std::unique_ptr<Region, void (*)(Region*)> events(nullptr, [](Region* region) { region->end_events(); });
+  std::unique_ptr<Region, void (*)(Region*)> events(
+      nullptr, [](Region* region) { region->end_events(Region::Missing::kUnknown); });
   if (region_->owner()) {
     region_->check_attached("uffd-wp-async");
     // One range has one kind of registration: what is missing there would read as zeros.
@@ -254,7 +255,7 @@ void UffdWpAsyncTracker::disarm() {
         // It belongs to another userfaultfd by now, or is of a kind that has none.
       }
     }
-    region_->end_events();
+    region_->end_events(Region::Missing::kUnknown);
   }
   armed_ = false;
   populated_.reset();

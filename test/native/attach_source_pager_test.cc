@@ -1,14 +1,19 @@
 // A pager that serves from a file, and its successors.
+#include <dirent.h>
 #include <gtest/gtest.h>
+#include <sys/ptrace.h>
+#include <sys/uio.h>
 
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <random>
 #include <thread>
 
 #include "fake_source.h"
 #include "fault/source_pager.h"
 #include "owner_process.h"
+#include "page/owner_watch.h"
 
 namespace memferry::test {
 namespace {
@@ -17,8 +22,11 @@ using Op = OwnerProcess::Op;
 const std::uint64_t kPage = system_page_size();
 
 TEST(PageLedger, HasRoomForItsMarkWhateverItsLength) {
-  for (const std::uint64_t pages : {1U, 64U, 511U * 64, 512U * 64, 512U * 64 + 1, 8U * 512 * 64}) {
-    EXPECT_GE(PageLedger::bytes_for(pages), ((pages + 63) / 64 + 1) * sizeof(std::uint64_t)) << pages;
+  for (const std::uint64_t pages :
+       {1U, 64U, 383U * 64, 384U * 64, 384U * 64 + 1, 511U * 64, 512U * 64, 512U * 64 + 1, 8U * 512 * 64}) {
+    EXPECT_GE(PageLedger::bytes_for(pages),
+              PageLedger::kEvents * sizeof(uffd_msg) + ((pages + 63) / 64 + 1) * sizeof(std::uint64_t))
+        << pages;
     const UniqueFd file(::memfd_create("ledger", MFD_CLOEXEC));
     PageLedger ledger(pages, file.get());
     EXPECT_EQ(ledger.set({PageNumber{0}, pages}), pages);
@@ -51,7 +59,7 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
   }
   SourcePager::Config config(bool prepage) {
     SourcePager::Config made;
-    made.region = owner->attach();
+    made.region = last_region = owner->attach();
     made.source = std::make_unique<FilePageSource>(snapshot.get(), kOffset, kPage);
     made.ledger = ledger.get();
     made.prepage = prepage;
@@ -78,6 +86,7 @@ class AttachSourcePager : public testing::TestWithParam<bool> {
   UniqueFd snapshot;
   UniqueFd ledger;
   std::optional<OwnerProcess> owner;
+  std::shared_ptr<Region> last_region;  // that config() has attached
   std::atomic<bool> done{false};
   std::atomic<std::uint64_t> lost{0};
   std::mutex reports_mutex;
@@ -144,6 +153,117 @@ TEST_P(AttachSourcePager, PagersThatAreKilledOneAfterTheOther) {
   EXPECT_EQ(owner->reply(60'000), hash(0, kPages));
   await_done();
   EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+}
+
+// The thread of this name, of another process, as soon as there is one; 0: there is none.
+pid_t thread_of(pid_t pid, const std::string& name) {
+  const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
+  for (int i = 0; i < 10'000; ++i) {
+    std::vector<std::string> ids;
+    if (DIR* const directory = ::opendir(tasks.c_str())) {
+      while (const dirent* const entry = ::readdir(directory)) ids.emplace_back(entry->d_name);
+      ::closedir(directory);
+    }
+    for (const std::string& id : ids) {
+      std::ifstream file(tasks + "/" + id + "/comm");
+      std::string comm;
+      if (std::getline(file, comm) && comm == name) return std::stoi(id);
+    }
+    std::this_thread::sleep_for(1ms);
+  }
+  return 0;
+}
+
+// Lets a thread of another process run until it has read a REMOVE event, and stops it before it has done anything more.
+bool stop_after_reading_a_discard(pid_t pid, pid_t thread) {
+  __ptrace_syscall_info entry{};
+  int status = 0;
+  while (::waitpid(thread, &status, __WALL) == thread && WIFSTOPPED(status)) {
+    __ptrace_syscall_info now{};
+    if (WSTOPSIG(status) == (SIGTRAP | 0x80) &&
+        ::ptrace(PTRACE_GET_SYSCALL_INFO, thread, sizeof now, &now) > 0) {
+      if (now.op == PTRACE_SYSCALL_INFO_ENTRY) entry = now;
+      if (now.op == PTRACE_SYSCALL_INFO_EXIT && entry.entry.nr == SYS_read && now.exit.rval > 0) {
+        std::array<uffd_msg, 32> events{};
+        const std::size_t bytes =
+            std::min<std::size_t>(static_cast<std::size_t>(now.exit.rval), sizeof events);
+        const iovec into{events.data(), bytes};
+        const iovec from{reinterpret_cast<void*>(entry.entry.args[1]), bytes};
+        if (::process_vm_readv(pid, &into, 1, &from, 1, 0) == static_cast<ssize_t>(bytes)) {
+          for (const uffd_msg& event : events)
+            if (event.event == UFFD_EVENT_REMOVE) return true;
+        }
+      }
+    }
+    if (::ptrace(PTRACE_SYSCALL, thread, nullptr, nullptr) != 0) return false;
+  }
+  return false;
+}
+
+// The owner goes on as soon as its event has been read, whatever becomes of the reader.
+TEST_P(AttachSourcePager, ADeathBetweenAReadAndItsNote) {
+  const pid_t pid = ::fork();
+  if (pid == 0) {
+    try {
+      SourcePager pager(config(false));
+      ::pause();
+    } catch (...) {
+    }
+    ::_exit(1);
+  }
+  const pid_t thread = thread_of(pid, "mf-faults");
+  ASSERT_NE(thread, 0);
+  if (::ptrace(PTRACE_SEIZE, thread, nullptr, PTRACE_O_TRACESYSGOOD) != 0) {
+    const int error = errno;
+    ::kill(pid, SIGKILL);
+    ::waitpid(pid, nullptr, 0);
+    GTEST_SKIP() << "ptrace is not permitted here: " << std::strerror(error);
+  }
+  ASSERT_EQ(::ptrace(PTRACE_INTERRUPT, thread, nullptr, nullptr), 0);
+  owner->tell(Op::kDiscard, 30, 10);
+  EXPECT_TRUE(stop_after_reading_a_discard(pid, thread));
+  ::kill(pid, SIGKILL);
+  while (::waitpid(thread, nullptr, __WALL) == thread) {
+  }
+  ::waitpid(pid, nullptr, 0);
+  EXPECT_EQ(owner->reply(), 0U) << "the discard is over, and nobody has noted it";
+
+  SourcePager second(config(true));
+  await_done();
+  std::memset(content.data() + 30 * kPage, 0, 10 * kPage);
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages)) << "zeros are to be read there";
+}
+
+// Its process looks after the owner's events from the moment at which it attaches, and knows no ledger yet.
+TEST_P(AttachSourcePager, ADiscardBetweenTwoPagersWaitsForTheSecond) {
+  {
+    SourcePager first(config(false));
+    const OwnerWatch watch(last_region, nullptr);
+    EXPECT_EQ(owner->ask(Op::kHash, 0, 20), hash(0, 20));
+    first.leave();
+    owner->tell(Op::kDiscard, 30, 10);
+    EXPECT_EQ(owner->reply(100), std::nullopt) << "read after the last pager, by nobody who notes it";
+  }
+  last_region.reset();
+  SourcePager::Config made = config(true);
+  {
+    const OwnerWatch watch(made.region, nullptr);
+    EXPECT_EQ(owner->reply(300), std::nullopt) << "read before the next pager";
+    last_region.reset();
+    SourcePager second(std::move(made));
+    EXPECT_EQ(owner->reply(), 0U);
+    await_done();
+  }
+  std::memset(content.data() + 30 * kPage, 0, 10 * kPage);
+  EXPECT_EQ(owner->ask(Op::kHash, 0, kPages), hash(0, kPages));
+}
+
+// Whoever ends it leaves nobody waiting for a successor.
+TEST_P(AttachSourcePager, ADiscardAfterTheEndGoesOn) {
+  SourcePager pager(config(false));
+  const OwnerWatch watch(last_region, nullptr);
+  pager.end();
+  EXPECT_EQ(owner->ask(Op::kDiscard, 30, 10), 0U);
 }
 
 TEST_P(AttachSourcePager, WhatTheFileHasNotFailsToBeRead) {

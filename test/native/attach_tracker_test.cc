@@ -440,6 +440,7 @@ TEST(AttachEvents, AChildThatIsDrainedNeverReadsZeros) {
   if ((Userfaultfd::probe().features & abi::kUffdFeaturePoison) == 0) GTEST_SKIP() << "no UFFDIO_POISON";
   OwnerProcess owner({.pages = 8, .features = UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_FORK});
   const auto region = owner.attach();
+  EXPECT_TRUE(region->drain_events());  // nothing was missing then: no pager is waited for
   Userfaultfd pager = Userfaultfd::adopt(owner.uffd(), 0);
   pager.register_missing(owner.address(), owner.bytes());
   const OwnerWatch watch(region, nullptr);
@@ -460,9 +461,9 @@ TEST(AttachEvents, TwoRegionsOfOneUserfaultfdHaveOneReader) {
   EXPECT_FALSE(second->drain_events());
   EXPECT_FALSE(again->begin_events());  // the same memory
   EXPECT_TRUE(second->begin_events());  // the same reader's
-  first->end_events();
+  first->end_events(Region::Missing::kNone);
   EXPECT_FALSE(again->drain_events());
-  second->end_events();
+  second->end_events(Region::Missing::kNone);
   // What one has read is told to whom it concerns.
   pollfd look{owner.uffd(), POLLIN, 0};
   Userfaultfd::adopt(owner.uffd(), 0).register_wp(owner.address(), owner.bytes());
