@@ -91,6 +91,8 @@ std::uint64_t HashDiffTracker::collect(AtomicBitmap& dirty) {
     dirty.set(PageNumber{page});
     ++written;
   });
+  // A file is read by a mapping of its own, and looks the same to it whatever its owner has unmapped or moved.
+  region_->check_attached("hash-diff");
   armed_pages_ = pages;
   return written;
 }

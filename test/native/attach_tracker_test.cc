@@ -255,11 +255,8 @@ TEST_P(AttachTracker, MemoryThatWasUnmappedOrMovedIsAnError) {
   AtomicBitmap dirty(kPages);
   EXPECT_EQ(tracker->collect(dirty), 0U);
   owner_->ask(GetParam().shared ? Op::kUnmap : Op::kRemap, 40, 2);
-  if (GetParam().tracker == TrackerKind::kHashDiff && GetParam().shared) {
-    EXPECT_EQ(tracker->collect(dirty), 0U);  // it looks at the file, which has not changed
-  } else {
-    EXPECT_THROW(tracker->collect(dirty), SystemError);
-  }
+  // Of shared memory hash-diff looks at the file, which has not changed.
+  EXPECT_THROW(tracker->collect(dirty), SystemError);
 }
 
 TEST_P(AttachTracker, ADeadOwnerIsNeverNothingWritten) {
@@ -269,7 +266,6 @@ TEST_P(AttachTracker, ADeadOwnerIsNeverNothingWritten) {
   tracker->arm();
   owner_->kill();
   AtomicBitmap dirty(kPages);
-  if (GetParam().tracker == TrackerKind::kHashDiff && GetParam().shared) return;  // the file outlives it
   EXPECT_THROW(tracker->collect(dirty), OwnerGone);
   tracker->disarm();
 }
