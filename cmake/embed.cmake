@@ -44,7 +44,7 @@ set(MEMFERRY_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/memferry)
 install(FILES native/capi/memferry.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 # The C++ classes: for the static library, with no promise between versions.
 install(DIRECTORY native/os native/page native/track native/wire native/fault native/stage native/share native/transfer
-                  native/spread
+                  native/spread native/restore native/control
   DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/memferry/core FILES_MATCHING PATTERN *.h)
 install(TARGETS memferry_shared memferry_static EXPORT memferry
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})

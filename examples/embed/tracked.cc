@@ -5,8 +5,10 @@
 #include <cstdio>
 #include <cstring>
 
+#include "control/tombstones.h"
 #include "page/bitmap.h"
 #include "page/region.h"
+#include "restore/guest_layout.h"
 #include "track/dirty_tracker.h"
 
 int main() {
@@ -27,6 +29,10 @@ int main() {
     if (written != 1 || !dirty.test(memferry::PageNumber{7})) return 1;
     tracker->disarm();
   }
+  // The same memory as a snapshot's pager names it, and what a destination remembers of migrations: of none yet.
+  const auto memory = region->extents().front();
+  const memferry::GuestLayout layout({{memory.start, memory.bytes, nullptr}}, memferry_page_size());
+  if (layout.pages() != kPages || memferry::control::Tombstones().has("0123")) return 1;
   // Both at once, in one program.
   memferry_region* other = nullptr;
   memferry_error error{};
