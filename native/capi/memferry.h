@@ -142,9 +142,31 @@ typedef struct memferry_tracker memferry_tracker;
 
 /* Whether the tracker of this name ("uffd-wp-async", "hash-diff", ...) works here; it is tried out. */
 MEMFERRY_API int memferry_tracker_check(const char* name, struct memferry_error* why_not);
-/* NULL: the best that works here. One thread at a time for each tracker. */
+/*
+ * NULL: the best that works here and may watch this region. Shared memory may be written by other mappings, which only
+ * comparing content sees (hash-diff): cheaper ways need the caller's word, below. One that is named is not tried out: arming
+ * it says what is wrong. One thread at a time for each tracker.
+ */
 MEMFERRY_API int memferry_tracker_create(memferry_region* region, const char* name,
                                          memferry_tracker** tracker, struct memferry_error* error);
+
+/* Where writes to shared memory come from; private memory has no others. */
+enum memferry_writers {
+  MEMFERRY_WRITERS_ANYWHERE = 0,       /* other mappings, other processes, pwrite() on the file */
+  MEMFERRY_WRITERS_TRACKED_MAPPING = 1 /* the caller's word: all of them go through the region's addresses */
+};
+
+struct memferry_tracker_options {
+  size_t size;
+  const char* name; /* NULL: the best that works here and may watch this region */
+  int32_t writers;  /* enum memferry_writers */
+  uint32_t reserved;
+};
+
+/* The same with options; NULL: none. */
+MEMFERRY_API int memferry_tracker_create_with(memferry_region* region,
+                                              const struct memferry_tracker_options* options,
+                                              memferry_tracker** tracker, struct memferry_error* error);
 MEMFERRY_API const char* memferry_tracker_name(const memferry_tracker* tracker);
 /* From now on writes are seen; those before are not. */
 MEMFERRY_API int memferry_tracker_arm(memferry_tracker* tracker, struct memferry_error* error);

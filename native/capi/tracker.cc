@@ -7,6 +7,7 @@
 using memferry::AtomicBitmap;
 using memferry::TrackerProbe;
 using memferry::capi::guarded;
+using memferry::capi::read_sized;
 using memferry::capi::required;
 
 namespace {
@@ -16,18 +17,34 @@ namespace {
                                    name + ": " + reason + (remedy.empty() ? "" : "; it needs " + remedy));
 }
 
-// The best that works, or the one of this name; throws where it does not.
-memferry::TrackerKind kind_of(const char* name) {
-  if (name && !memferry::tracker_kind(name))
-    throw std::invalid_argument(std::string("no tracker '") + name + "'");
+memferry::TrackerKind kind_named(const char* name) {
+  const auto kind = memferry::tracker_kind(name);
+  if (!kind) throw std::invalid_argument(std::string("no tracker '") + name + "'");
+  return *kind;
+}
+
+// The best that works here and may watch this region.
+memferry::TrackerKind best_for(const memferry::Region& region, const memferry::TrackerOptions& options) {
   std::string reasons;
-  for (const TrackerProbe& probe : memferry::probe_trackers()) {
-    if (name && probe.name != name) continue;
-    if (probe.available) return *memferry::tracker_kind(probe.name);
-    if (name) unavailable(probe.name, probe.reason, probe.remedy);
-    reasons += probe.name + ": " + probe.reason + "; ";
+  for (const memferry::TrackerKind kind : memferry::tracker_kinds()) {
+    const TrackerProbe probe = memferry::probe_tracker(kind);
+    const auto refused =
+        probe.available ? memferry::tracker_refusal(kind, region, options) : std::optional(probe.reason);
+    if (!refused) return kind;
+    reasons += probe.name + ": " + *refused + "; ";
   }
-  unavailable(name ? name : "no tracker works here", reasons, "");
+  unavailable("no tracker works here", reasons, "");
+}
+
+memferry::Writers writers_of(std::int32_t writers) {
+  switch (writers) {
+    case MEMFERRY_WRITERS_ANYWHERE:
+      return memferry::Writers::kAnywhere;
+    case MEMFERRY_WRITERS_TRACKED_MAPPING:
+      return memferry::Writers::kTrackedMapping;
+    default:
+      throw std::invalid_argument("writers: there is no " + std::to_string(writers));
+  }
 }
 
 }  // namespace
@@ -35,18 +52,31 @@ memferry::TrackerKind kind_of(const char* name) {
 extern "C" {
 
 int memferry_tracker_check(const char* name, memferry_error* why_not) {
-  return guarded(why_not, [&] { (void)kind_of(&required(name, "name")); });
+  return guarded(why_not, [&] {
+    const TrackerProbe probe = memferry::probe_tracker(kind_named(&required(name, "name")));
+    if (!probe.available) unavailable(probe.name, probe.reason, probe.remedy);
+  });
 }
 
 int memferry_tracker_create(memferry_region* region, const char* name, memferry_tracker** tracker,
                             memferry_error* error) {
+  const memferry_tracker_options options{
+      .size = sizeof options, .name = name, .writers = MEMFERRY_WRITERS_ANYWHERE, .reserved = 0};
+  return memferry_tracker_create_with(region, &options, tracker, error);
+}
+
+int memferry_tracker_create_with(memferry_region* region, const memferry_tracker_options* options,
+                                 memferry_tracker** tracker, memferry_error* error) {
   return guarded(error, [&] {
     required(tracker, "tracker") = nullptr;
+    const memferry_tracker_options given =
+        options ? read_sized(options, "options") : memferry_tracker_options{};
+    if (given.reserved != 0) throw std::invalid_argument("options: what is reserved is not 0");
+    const memferry::TrackerOptions how{.writers = writers_of(given.writers)};
     auto made = std::make_unique<memferry_tracker>();
     made->region = required(region, "region").region;
-    // One that was named is not tried out: arming it says what is wrong.
-    const auto named = name ? memferry::tracker_kind(name) : std::nullopt;
-    made->tracker = memferry::make_tracker(named ? *named : kind_of(name), made->region);
+    made->tracker = memferry::make_tracker(given.name ? kind_named(given.name) : best_for(*made->region, how),
+                                           made->region, how);
     *tracker = made.release();
   });
 }

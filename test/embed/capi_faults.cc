@@ -1,6 +1,9 @@
 // No exception leaves the C interface: every entry is called with each of its memory allocations failing in turn, with
 // system calls that fail, and with arguments that make no sense, and answers by code and text. Ends with 0 when all did.
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
@@ -8,6 +11,7 @@
 #include <cstring>
 #include <functional>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "capi/memferry.h"
@@ -272,6 +276,44 @@ void park_arguments() {
   memferry_region_close(region, nullptr);
 }
 
+// The best that works on this kernel may be one that may not watch this memory.
+void trackers() {
+  memferry_error error = blank();
+  const auto bytes = memferry_page_size() * 4;
+  const int file = memfd_create("shared", MFD_CLOEXEC);
+  expect(file >= 0 && ftruncate(file, static_cast<off_t>(bytes)) == 0, "a memfd", error);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  void* const other = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  expect(memory != MAP_FAILED && other != MAP_FAILED, "two mappings", error);
+  const memferry_extent extent{memory, bytes};
+  memferry_region* region = nullptr;
+  expect(memferry_region_adopt(&extent, 1, 0, &region, &error) == MEMFERRY_OK, "a region of it", error);
+  // Gives the tracker's name, when it has seen a write of page 2 through `written`.
+  const auto sees = [&](const memferry_tracker_options* options, void* written) -> std::string {
+    memferry_tracker* tracker = nullptr;
+    uint64_t dirty[1] = {0};
+    expect(memferry_tracker_create_with(region, options, &tracker, &error) == MEMFERRY_OK, "made", error);
+    expect(memferry_tracker_arm(tracker, &error) == MEMFERRY_OK, "armed", error);
+    volatile unsigned char* const byte = static_cast<unsigned char*>(written) + 2 * memferry_page_size();
+    *byte = static_cast<unsigned char>(*byte + 1);
+    expect(memferry_tracker_collect(tracker, dirty, 1, nullptr, &error) == MEMFERRY_OK, "collected", error);
+    std::string name = (dirty[0] & 4U) != 0 ? memferry_tracker_name(tracker) : "nothing";
+    memferry_tracker_close(tracker);
+    return name;
+  };
+  expect(sees(nullptr, other) == "hash-diff", "shared memory: whoever writes", error);
+  const memferry_tracker_options word{
+      .size = sizeof word, .name = nullptr, .writers = MEMFERRY_WRITERS_TRACKED_MAPPING, .reserved = 0};
+  const std::string cheapest =
+      memferry_tracker_check("uffd-wp-async", nullptr) == MEMFERRY_OK ? "uffd-wp-async" : "";
+  const std::string given = sees(&word, memory);
+  expect(given != "nothing" && (cheapest.empty() || given == cheapest), "on the caller's word", error);
+  memferry_region_close(region, nullptr);
+  munmap(memory, bytes);
+  munmap(other, bytes);
+  close(file);
+}
+
 void arguments() {
   memferry_error error = blank();
   const auto invalid = [&](int code, const char* what) {
@@ -285,6 +327,14 @@ void arguments() {
   memferry_tracker* tracker = nullptr;
   invalid(memferry_tracker_create(nullptr, nullptr, &tracker, &error), "no region");
   invalid(memferry_tracker_check("no-such", &error), "no such tracker");
+  memferry_region_allocate(memferry_page_size(), &region, nullptr);
+  memferry_tracker_options tracking{};
+  invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "a size that is not set");
+  tracking = {.size = sizeof tracking, .name = "no-such", .writers = 0, .reserved = 0};
+  invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "no such tracker");
+  tracking = {.size = sizeof tracking, .name = nullptr, .writers = 7, .reserved = 0};
+  invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "no such writers");
+  memferry_region_close(region, nullptr);
   memferry_sender* sender = nullptr;
   invalid(memferry_sender_create(nullptr, &sender, &error), "no options");
   memferry_sender_options sending{};
@@ -353,6 +403,7 @@ void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 #endif
 
 int main() {
+  trackers();
   arguments();
   park_arguments();
   system_calls();
