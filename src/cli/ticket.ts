@@ -44,7 +44,10 @@ export async function newTicketFile(path: string): Promise<FileHandle> {
 export async function writeTicket(file: FileHandle, path: string, ticket: ParkTicket): Promise<void> {
   // Of a park that failed after it.
   await file.truncate(0);
-  await file.write(`${JSON.stringify(ticket)}\n`, 0);
+  const bytes = Buffer.from(`${JSON.stringify(ticket)}\n`);
+  for (let at = 0; at < bytes.length; ) {
+    at += (await file.write(bytes, at, bytes.length - at, at)).bytesWritten;
+  }
   await file.sync();
   const directory = await open(dirname(path), 'r');
   try {

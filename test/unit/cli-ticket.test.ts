@@ -46,14 +46,18 @@ test('a file that is not there', async () => {
 test('it is written whole, however little a write takes, and its name is on the disk before anybody relies on it', async () => {
   const path = join(directory, 'ticket');
   const file = await newTicketFile(path);
-  const write = file.write.bind(file) as (text: string) => ReturnType<FileHandle['write']>;
-  file.write = ((text: string) => write(text.slice(0, 10))) as unknown as FileHandle['write'];
+  const write = file.write.bind(file);
+  file.write = ((bytes: Buffer, from: number, length: number, at: number) =>
+    write(bytes, from, Math.min(length, 10), at)) as FileHandle['write'];
   const synced: string[] = [];
   const sync = vi.spyOn(Object.getPrototypeOf(file) as FileHandle, 'sync');
   sync.mockImplementation(async function (this: FileHandle) {
     synced.push(fstatSync(this.fd).isDirectory() ? 'directory' : await readFile(path, 'utf8'));
   });
   try {
+    // Of a park that failed, and was longer.
+    await writeTicket(file, path, { ...bare, home: `${bare.home}0` });
+    synced.length = 0;
     await writeTicket(file, path, bare);
   } finally {
     sync.mockRestore();

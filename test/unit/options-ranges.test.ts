@@ -46,7 +46,7 @@ describe('leaseMs', () => {
 
   it.each([100, 60_000, 3_600_000])('of %d is one', (leaseMs) => {
     expect(stageRequest.safeParse(create(leaseMs)).success).toBe(true);
-    expect(resolveMigrateOptions({ to, leaseMs }).leaseMs).toBe(leaseMs);
+    expect(resolveMigrateOptions({ to, mode: 'scatter', leaseMs }).leaseMs).toBe(leaseMs);
     expect(resolveParkOptions({ via: [to], leaseMs }).leaseMs).toBe(leaseMs);
   });
 });
