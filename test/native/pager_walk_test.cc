@@ -1,6 +1,7 @@
 // Who walks forward waits for what is read ahead of it: that does not stand back for such faults, and what is on its way
 // is not asked for again at once. Who touches here and there is asked for by itself.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <condition_variable>
 #include <memory>
@@ -30,6 +31,9 @@ class PagerWalk : public testing::Test {
     const Userfaultfd::Offer offer = Userfaultfd::probe();
     if (!offer.kernel_faults) GTEST_SKIP() << "no userfaultfd for faults of system calls here";
     region_ = Region::allocate(kPages * kPage);
+    // As a receiver does: whoever touches what is mapped beside it would populate parts of it, a huge page at once.
+    const auto memory = region_->contiguous({PageNumber{0}, kPages});
+    ::madvise(memory.data(), memory.size(), MADV_NOHUGEPAGE);
     map_ = std::make_unique<ArrivalMap>(region_, true, false);
     pager_ = std::make_unique<Pager>(std::vector<ArrivalMap*>{map_.get()},
                                      [](const std::string&, const std::string&) {});
