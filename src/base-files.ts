@@ -223,7 +223,10 @@ async function pauseOrLeave(
   } catch (error) {
     if (!failed) {
       pausing
-        .then(() => guest.unpause())
+        .then(
+          async () => guest.unpause(),
+          () => {}, // it never stood
+        )
         .catch((cause) => warn(`guest '${guest.name}' may stand`, cause, 'MEMFERRY_UNPAUSE_FAILED'))
         .finally(release);
     }

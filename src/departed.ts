@@ -9,19 +9,21 @@ import type { Region } from './region.js';
 
 type Held = Pick<Guest, 'name' | 'regions'>;
 
-const departed = new WeakMap<object, string>();
+const departed = new WeakMap<object, Set<string>>();
 
 const memoryOf = (guest: Held): object[] =>
   guest.regions.length > 0 ? guest.regions.map(({ region }) => region) : [guest];
 
 /** It is the destination's, or may be, as far as this side knows. */
 export function markDeparted(guest: Held): void {
-  for (const memory of memoryOf(guest)) departed.set(memory, guest.name);
+  for (const memory of memoryOf(guest)) {
+    departed.set(memory, (departed.get(memory) ?? new Set()).add(guest.name));
+  }
 }
 
 /** It has never left after all. */
 export function markHere(guest: Held): void {
-  for (const memory of memoryOf(guest)) departed.delete(memory);
+  for (const memory of memoryOf(guest)) departed.get(memory)?.delete(guest.name);
 }
 
 /** A guest that came into this memory runs here: perhaps the one that had left it. */
@@ -30,7 +32,7 @@ export function markArrived(regions: readonly Region[]): void {
 }
 
 export function isHere(guest: Held): boolean {
-  return memoryOf(guest).every((memory) => departed.get(memory) !== guest.name);
+  return memoryOf(guest).every((memory) => !departed.get(memory)?.has(guest.name));
 }
 
 /** @throws GUEST_BUSY for a guest that has left, or may have */

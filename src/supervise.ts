@@ -160,7 +160,17 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
     turn += 1;
     heard = performance.now();
     const fds = [pidfd, uffd, ledger, image, ...(memory === null ? [] : [memory])];
-    const own = spawn(process.execPath, [program, ...args], { stdio: ['ignore', 'pipe', 'ignore', ...fds] });
+    let own: ChildProcess;
+    try {
+      own = spawn(process.execPath, [program, ...args], { stdio: ['ignore', 'pipe', 'ignore', ...fds] });
+    } catch (error) {
+      // Some of what the system refuses is thrown (ENOMEM), the rest is told below.
+      why = { code: '', message: error instanceof Error ? error.message : String(error) };
+      if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
+      else if (turn >= mostPagers || (served && onPagerDeath === 'end')) giveUp();
+      else setTimeout(() => child === null && !done.settled && !unpaged && start(), lookEveryMs);
+      return;
+    }
     child = own;
     const died = () => {
       if (own !== child || done.settled) return;

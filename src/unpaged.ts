@@ -57,7 +57,13 @@ export function isUnpaged(memory: string, owner: HeldProcess): boolean {
 
 /** Who asks pages it from here on. Gives the ledger, which is the caller's then; null where nothing is held. */
 export function takeOver(memory: string, owner: HeldProcess): number | null {
-  return letGo(keyOf(memory, owner));
+  const key = keyOf(memory, owner);
+  const same = held.get(key)?.owner.alive() === true;
+  const ledger = letGo(key);
+  if (ledger === null || same) return ledger;
+  // Of a process that is gone, whose number this one has.
+  closeSync(ledger);
+  return null;
 }
 
 function letGo(key: string): number | null {

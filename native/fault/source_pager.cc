@@ -151,9 +151,11 @@ void SourcePager::leave() {
     prepage_thread_.stop();
     faults_thread_.stop();
     // What is discarded from here on is the successor's to know.
-    const bool unfinished = ledger_.begun() && settled_ < pages_;
-    if (!over_.exchange(true))
-      memory_.end_events(unfinished ? Region::Missing::kSome : Region::Missing::kNone);
+    // One that never began knows nothing of the memory.
+    const auto missing = !ledger_.begun()    ? Region::Missing::kUnknown
+                         : settled_ < pages_ ? Region::Missing::kSome
+                                             : Region::Missing::kNone;
+    if (!over_.exchange(true)) memory_.end_events(missing);
     // What children have of a file is ordinary memory as well, then.
     if (settled_ >= pages_) children_.reset();
   }

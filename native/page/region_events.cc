@@ -63,6 +63,16 @@ bool poison_missing_of(const UniqueFd& child, const Process* owner) {
   }
 }
 
+bool overlap(const Region& one, const Region& other) {
+  for (const Extent& first : one.capacity_extents()) {
+    for (const Extent& second : other.capacity_extents()) {
+      if (first.start < second.start.plus(second.bytes) && second.start < first.start.plus(first.bytes))
+        return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 // Several regions may have one userfaultfd, each by a descriptor of its own. What one of them reads concerns all.
@@ -124,12 +134,7 @@ bool Region::begin_events() {
   for (const Region* other : turn_->members) {
     if (!other->events_taken_) continue;
     if (other == this) return false;
-    for (const Extent& theirs : other->extents_) {
-      for (const Extent& ours : extents_) {
-        if (theirs.start < ours.start.plus(ours.bytes) && ours.start < theirs.start.plus(theirs.bytes))
-          return false;
-      }
-    }
+    if (overlap(*other, *this)) return false;
   }
   events_taken_ = true;
   ++turn_->taken;
@@ -141,7 +146,10 @@ void Region::end_events(Missing missing) {
   const std::lock_guard lock(turn_->mutex);
   if (events_taken_) --turn_->taken;
   events_taken_ = false;
-  missing_ = missing;
+  // It is the memory's, whichever of its regions has seen it.
+  for (Region* member : turn_->members) {
+    if (member == this || overlap(*member, *this)) member->missing_ = missing;
+  }
 }
 
 void Region::note_removed(OwnerAddress start, OwnerAddress end) {

@@ -73,7 +73,8 @@ void UffdWpAsyncTracker::arm() {
   armed_ = true;
   try {
     register_memory();
-    events.reset();
+    // Found above, so that nobody looks for it while the guest stands.
+    if (events) events.release()->end_events(Region::Missing::kNone);
     populated_ = std::make_unique<AtomicBitmap>(region_->capacity_pages());
     for (const MemoryPart& part : parts) touch_shared_huge_pages(use, part);
     // Everything newly registered reads as written. What was in a page comes with it, from the same moment at

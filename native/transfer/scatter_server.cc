@@ -1,5 +1,6 @@
 // The connections to the servers of a scatter: dialling and dialling again, what they answer, and giving one up.
 #include <algorithm>
+#include <utility>
 
 #include "transfer/scatter_dedup.h"
 #include "transfer/stage_dial.h"
@@ -160,7 +161,7 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
         // For want of room it forgets nothing that is as what came, but where it could not unpack that.
         if (!no_room || encodes()) {
           where_.drop_spares(header.region, {PageNumber{header.first_page}, header.page_count},
-                             std::bitset<256>().set(static_cast<std::size_t>(header.tag)));
+                             std::bitset<256>().set(static_cast<std::size_t>(header.tag)), released_);
         }
         if ((header.flags & wire::kFlagReference) != 0 && dedup_) {
           dedup_->refused_locked(header.region, {PageNumber{header.first_page}, header.page_count});
@@ -169,8 +170,7 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
         // It, or the server that it passes replicas on to.
         Server& refuser = *servers_[static_cast<std::size_t>(header.tag)];
         if (no_room) {
-          refuser.full = true;
-          takes_no_more_locked();
+          if (!std::exchange(refuser.full, true)) takes_no_more_locked();
         } else if (kind_ == Kind::kPush && ++refuser.torn > kTornForgiven) {
           fail_server_locked(refuser,
                              "server " + refuser.address.name + " does not get what it is sent intact");
@@ -203,7 +203,7 @@ std::vector<RegionRun> Scatter::take_back_locked(Way& way) {
   // They may have refused any of them, and forgotten it: that answer has not come.
   std::bitset<256> perhaps = way.replicas;
   perhaps.set(static_cast<std::size_t>(way.server));
-  for (const RegionRun& each : runs) where_.drop_spares(each.region, each.run, perhaps);
+  for (const RegionRun& each : runs) where_.drop_spares(each.region, each.run, perhaps, released_);
   return runs;
 }
 

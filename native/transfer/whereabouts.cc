@@ -98,15 +98,14 @@ void Whereabouts::make_spare(std::uint32_t region, PageRun run) {
   }
 }
 
-void Whereabouts::drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders) {
+void Whereabouts::drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders,
+                              const std::vector<std::unique_ptr<AtomicBitmap>>& gone) {
   const std::lock_guard lock(mutex_);
-  const PageNumber end = run.end();
-  while (const auto some = spare_[region]->next_set(run.first, end, end.value - run.first.value)) {
-    for (PageNumber page = some->first; page < some->end(); ++page.value) {
-      if (holders[this->holders(region, page).first]) spare_[region]->clear(page);
-    }
-    run.first = some->end();
-    if (run.first == end) return;
+  for (PageNumber page = run.first; page < run.end(); ++page.value) {
+    const wire::Holders at = this->holders(region, page);
+    if (!holders[at.first] || spare_[region]->clear(page)) continue;
+    // One that counts again by now, while it was on its way to its only holder.
+    if (at.second == wire::Holders::kNobody && !gone[region]->test(page)) unsettle_locked(region, page);
   }
 }
 

@@ -51,7 +51,8 @@ class Whereabouts {
   // Single ones that go out for another copy, their content as it is: not safe until they are settled anew or restored.
   void make_spare(std::uint32_t region, PageRun run);
   // One of these may have let go of its copy.
-  void drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders);
+  void drop_spares(std::uint32_t region, PageRun run, const std::bitset<256>& holders,
+                   const std::vector<std::unique_ptr<AtomicBitmap>>& gone);
   // All spares count again: safe, and told anew. Gives their pages.
   std::vector<RegionRun> restore();
 

@@ -143,7 +143,12 @@ export async function untilItLeaves<T>(
   sayMessages(guest, output);
   for (let again = false; ; again = true) {
     {
-      await using _companion = await whileHere(guest);
+      await using _companion = await whileHere(guest).catch((error) => {
+        if (!again) throw error;
+        // It had one before, and lives without.
+        output.say(`memferry: ${error instanceof Error ? error.message : error}`);
+        return null;
+      });
       const told = signs.next();
       if (!again) {
         const lengthBytes = guest.regions.reduce((sum, { region }) => sum + region.refresh(), 0);

@@ -16,7 +16,7 @@ interface Bounds {
 export interface Making {
   /** The guest, or why there is none that the offered one can become. */
   guest: Promise<ArrivingGuest>;
-  /** Settles when nothing of the owner's goes on, and never rejects: until then its memory is taken. */
+  /** Resolves when nothing of the owner's goes on: until then its memory is taken. */
   over: Promise<void>;
 }
 
@@ -32,29 +32,31 @@ export function makeArriving(
   { acceptTimeoutMs, prepareTimeoutMs }: Bounds,
 ): Making {
   if (!accept) return { guest: Promise.resolve(allocateGuest(offer)), over: Promise.resolve() };
-  let awaited = true;
   const made = (async () => {
     const guest = await accept(offer, context);
-    const problem = awaited ? mismatch(guest, offer) : null;
-    if (problem === null && awaited) return guest;
+    const problem = mismatch(guest, offer);
+    if (problem === null) return guest;
     if (typeof Object(guest).abandon === 'function') await abandonGuest(guest, offer.name, prepareTimeoutMs);
-    throw problem ?? new MemferryError('CANCELLED', 'nobody waits for it any more');
+    throw problem;
   })();
-  const waited = within(
+  const guest = within(
     untilAborted(made, context.signal),
     acceptTimeoutMs,
     'PREPARE_TIMEOUT',
     `accept did not end within ${acceptTimeoutMs} ms`,
   );
-  return {
-    guest: waited.finally(() => {
-      awaited = false;
-    }),
-    over: made.then(
-      () => {},
-      () => {},
-    ),
-  };
+  // By what its caller has got, and by nothing else: one that came at the same moment is nobody's otherwise.
+  const given = guest.then(
+    () => true,
+    () => false,
+  );
+  const over = made.then(
+    async (late) => {
+      if (!(await given)) await abandonGuest(late, offer.name, prepareTimeoutMs);
+    },
+    () => {},
+  );
+  return { guest, over };
 }
 
 /** Every page of the offer has one place here, and whoever lets it run can; or why not. */

@@ -274,7 +274,8 @@ async function loadInto(
         (error) => refused(error, connection.peer),
       );
     },
-    onError: (error) => refused(error, { pid: 0, uid: 0 }),
+    // Nobody is accepted any more.
+    onError: (error) => connected.reject(error),
   });
   const late = () => {
     const why = lastRefusal

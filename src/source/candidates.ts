@@ -116,6 +116,7 @@ export class Candidates implements AsyncDisposable {
 
   /** It does not take the guest. False for one that was named: that is its caller's to decide. */
   mayDoWithout(client: StageClient, error: unknown): boolean {
+    if (this.#signal.aborted) throw abortError(this.#signal);
     const candidate = this.#all.find((each) => each.client === client);
     if (!candidate || candidate.named) return false;
     this.#leaveOut(candidate, error);

@@ -8,8 +8,10 @@ import {
   type ResolvedMigrateOptions,
   resolveMigrateOptions,
 } from '../options.js';
+import { traitsOf } from '../protocol/mode-traits.js';
 import type { EvictionReport, MigrationReport, MigrationState, Progress } from '../report.js';
 import { requireGuest } from './check-guest.js';
+import { mayHaveServers } from './choose-servers.js';
 import { SourceMigration } from './migration.js';
 import type { PlannedRoom } from './planned-room.js';
 
@@ -82,7 +84,9 @@ export function startMigration(guest: Guest, options: MigrateOptions, room: Plan
 
 /** That nothing is wrong with them as far as it can be seen without a guest and without dialling anybody. */
 export async function checkMigrateOptions(options: MigrateOptions): Promise<void> {
-  await openSecret(resolveMigrateOptions(options));
+  const resolved = resolveMigrateOptions(options);
+  if (traitsOf(resolved.mode).scatter) mayHaveServers(resolved);
+  await openSecret(resolved);
 }
 
 /** @throws PLAINTEXT_REQUIRED; rejects with AUTH_FAILED, INVALID_ARGUMENT */

@@ -20,6 +20,7 @@ import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { StageClient } from '../staging/client.js';
 import type { ServerFailure } from '../staging/image-set.js';
 import { checkGuest, requireGuest } from './check-guest.js';
+import { mayHaveServers } from './choose-servers.js';
 import { claimRegions } from './claim-regions.js';
 import { CommitDriver, type Settlement } from './commit-driver.js';
 import { dedupReport } from './dedup-report.js';
@@ -92,7 +93,9 @@ export async function park(guest: Guest, options: ParkOptions): Promise<ParkRepo
 
 /** That nothing is wrong with them as far as it can be seen without a guest and without dialling anybody. */
 export async function checkParkOptions(options: ParkOptions): Promise<void> {
-  await openSecret(resolveParkOptions(options));
+  const resolved = resolveParkOptions(options);
+  mayHaveServers(resolved);
+  await openSecret(resolved);
 }
 
 /** Rejects with PLAINTEXT_REQUIRED, AUTH_FAILED, INVALID_ARGUMENT. */

@@ -870,8 +870,10 @@ TEST(WhereaboutsTest, ASpareCountsAgainWhileItsHolderHasIt) {
   EXPECT_FALSE(where.next_untold(2, 1000, record));
   where.settle(0, run_of(0, 10), {2, 0});  // another copy
   where.forget(0, run_of(10, 10));         // written
-  where.drop_spares(0, run_of(20, 5), std::bitset<256>().set(2));
-  where.drop_spares(0, run_of(25, 5), std::bitset<256>().set(0));
+  std::vector<std::unique_ptr<AtomicBitmap>> gone;
+  gone.push_back(std::make_unique<AtomicBitmap>(100));
+  where.drop_spares(0, run_of(20, 5), std::bitset<256>().set(2), gone);
+  where.drop_spares(0, run_of(25, 5), std::bitset<256>().set(0), gone);
   const auto restored = where.restore();
   ASSERT_EQ(restored.size(), 2u);
   EXPECT_EQ(restored[0].run, run_of(20, 5));
@@ -879,6 +881,15 @@ TEST(WhereaboutsTest, ASpareCountsAgainWhileItsHolderHasIt) {
   EXPECT_EQ(where.safe_count(), 25u);
   EXPECT_EQ(where.pages_at(0), 15u);
   EXPECT_EQ(where.holders(0, PageNumber{35}), (Holders{0, Holders::kNobody}));
+  // It was on its way to its holder when it was restored, and that one has let go of it; but the source has, too, of one.
+  gone[0]->set(PageNumber{21});
+  where.drop_spares(0, run_of(20, 5), std::bitset<256>().set(0), gone);
+  EXPECT_EQ(where.safe_count(), 21u);
+  EXPECT_FALSE(where.safe(0, PageNumber{20}));
+  EXPECT_TRUE(where.safe(0, PageNumber{21}));
+  // What has another copy stays.
+  where.drop_spares(0, run_of(0, 10), std::bitset<256>().set(2), gone);
+  EXPECT_EQ(where.safe_count(), 21u);
   // And is lost with it.
   where.make_spare(0, run_of(30, 10));
   EXPECT_EQ(where.lose(0, nullptr).nowhere.size(), 1u);
