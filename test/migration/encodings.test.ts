@@ -63,7 +63,7 @@ describe.each(['stop-and-copy', 'pre-copy', 'post-copy', 'hybrid'] as const)('%s
     await startGuest(a, regionsOf('wasm'));
     const rounds = mode === 'pre-copy' || mode === 'hybrid';
     // The guest writes all the time: no round leaves so little.
-    await migrate(a, port, { mode, ...options, ...(mode === 'hybrid' ? { downtimeLimitMs: 0.01 } : {}) });
+    await migrate(a, port, { mode, ...options, ...(rounds ? { downtimeLimitMs: 0.01, maxRounds: 4 } : {}) });
     const figures = (await report(a)) as Encoded;
     expect(figures).toMatchObject({ mode, state: 'completed', verified: true });
     expectEncoded(figures, options, rounds);
