@@ -105,8 +105,10 @@ describe.each([
     // So slow that the first round would take longer than this test may: its pause would find out too.
     const migration = await move(from, to, { mode: 'pre-copy', bandwidth: 32 * 2 ** 10 });
     await to.arrival;
+    const began = performance.now();
     from.owner.kill();
     await expect(migration.done).rejects.toMatchObject({ code: 'OWNER_GONE' });
+    expect(performance.now() - began).toBeLessThan(10_000);
     await expect(from.region.ownerGone).resolves.toMatchObject({ code: 'OWNER_GONE' });
     await to.abandoned;
   });
