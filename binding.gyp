@@ -10,7 +10,9 @@
       'include_dirs': ['native'],
       'defines': ['NAPI_VERSION=8', 'NAPI_CPP_EXCEPTIONS'],
       # As system headers, so that our warnings are about our code.
+      # The header that scripts/install.mjs precompiles into build/, where the compilers run; without that it is one more.
       'cflags_cc': [
+        '-include', 'standard_headers.h',
         '-std=c++20', '-fexceptions', '-frtti', '-fvisibility=hidden', '-fvisibility-inlines-hidden',
         '-Wall', '-Wextra', '-Wshadow', '-Wconversion',
         '-isystem', '<!(node -p "require(\'path\').resolve(require(\'node-addon-api\').include_dir)")',

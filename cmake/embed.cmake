@@ -11,9 +11,7 @@ endif()
 file(GLOB MEMFERRY_EMBED_SOURCES CONFIGURE_DEPENDS native/control/*.cc native/capi/*.cc)
 add_library(memferry_embed STATIC ${MEMFERRY_EMBED_SOURCES})
 target_link_libraries(memferry_embed PUBLIC memferry_core)
-target_precompile_headers(memferry_embed PRIVATE
-  <algorithm> <atomic> <chrono> <condition_variable> <functional> <memory> <mutex> <optional> <span> <string>
-  <thread> <vector> <nlohmann/json.hpp>)
+target_precompile_headers(memferry_embed PRIVATE ${MEMFERRY_STANDARD_HEADERS} <nlohmann/json.hpp>)
 
 # The same objects in two libraries; what a program links is called memferry::shared and memferry::static.
 set(MEMFERRY_OBJECTS $<TARGET_OBJECTS:memferry_core> $<TARGET_OBJECTS:memferry_embed>)

@@ -5,7 +5,7 @@
  * `node scripts/install.mjs [rebuild|build] [--debug]`
  */
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { availableParallelism, tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
@@ -31,17 +31,52 @@ if (missing.length > 0) {
   process.exit(1);
 }
 
-const step = process.argv.includes('build') ? ['configure', 'build'] : ['rebuild'];
-const flags = [`--jobs=${availableParallelism()}`, '--silent'];
-if (process.argv.includes('--debug')) flags.push('--debug');
+const asked = process.argv.slice(2);
+const unknown = asked.find((word) => !['rebuild', 'build', '--debug'].includes(word));
+if (unknown !== undefined) {
+  console.error(`memferry: '${unknown}' is not [rebuild|build] [--debug]`);
+  process.exit(1);
+}
+const debug = asked.includes('--debug');
+const flags = [`--jobs=${availableParallelism()}`, '--silent', ...(debug ? ['--debug'] : [])];
 const headers = localHeaders();
 if (headers !== null) flags.push(`--nodedir=${headers}`);
 const gyp = nodeGyp();
-for (const one of step) {
-  const result = spawnSync(process.execPath, [gyp, one, ...flags], { cwd: packageRoot, stdio: 'inherit' });
-  if (result.status !== 0) {
-    console.error('memferry: building the addon failed; the messages above say why');
-    process.exit(result.status ?? 1);
+if (!asked.includes('build')) nodeGypDoes('clean');
+nodeGypDoes('configure');
+precompile(debug ? 'Debug' : 'Release');
+nodeGypDoes('build');
+
+function nodeGypDoes(step) {
+  const result = spawnSync(process.execPath, [gyp, step, ...flags], { cwd: packageRoot, stdio: 'inherit' });
+  if (result.status === 0) return;
+  console.error('memferry: building the addon failed; the messages above say why');
+  process.exit(result.status ?? 1);
+}
+
+/**
+ * native/standard_headers.h, with the very flags that the addon's files get (binding.gyp includes it first in all of
+ * them), to where the compilers run. A third of the build's time; without it the build is the same.
+ */
+function precompile(configuration) {
+  const build = join(packageRoot, 'build');
+  const compiled = join(build, 'standard_headers.h.gch');
+  rmSync(compiled, { force: true });
+  const compiler = process.env.CXX ?? 'g++';
+  // A cache in front of the compiler serves the better where there is none.
+  if (compiler.includes(' ')) return;
+  try {
+    const makefile = readFileSync(join(build, 'memferry.target.mk'), 'utf8');
+    const words = ['DEFS', 'INCS', 'CFLAGS', 'CFLAGS_CC'].map((name) => {
+      const [, value = ''] =
+        makefile.match(new RegExp(`^${name}_${configuration} :=((?:.*\\\\\n)*.*)`, 'm')) ?? [];
+      return value.replaceAll('\\\n', ' ').replaceAll('$(srcdir)', '..');
+    });
+    const flags = `${words.join(' ')} ${process.env.CPPFLAGS ?? ''} ${process.env.CXXFLAGS ?? ''}`;
+    const command = `"$1" ${flags} -x c++-header ../native/standard_headers.h -o standard_headers.h.gch`;
+    spawnSync('sh', ['-c', command, 'sh', compiler], { cwd: build, stdio: 'ignore' });
+  } catch {
+    // Nothing is there to take the flags from: node-gyp does it otherwise by now.
   }
 }
 

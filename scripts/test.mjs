@@ -7,11 +7,11 @@
 import { spawn } from 'node:child_process';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { constants, cpus, setPriority, tmpdir } from 'node:os';
-import { dirname, join, relative } from 'node:path';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 const root = join(dirname(fileURLToPath(import.meta.url)), '..');
-const vitestReport = join(root, 'build/test-results/vitest.json');
+const vitestResults = join(root, 'build/test-results/vitest.json');
 
 const NATIVE = { native: 'plain', 'native-asan': 'asan', 'native-tsan': 'tsan' };
 /** Those tests that another Node can fail: not what the addon has to deal with, losses, bases, encodings. */
@@ -70,41 +70,20 @@ process.stdout.write(`\n${failures.map((failure) => `failed: ${failure}\n`).join
 process.exitCode = sum.failed > 0 ? 1 : 0;
 
 async function runVitest(files = [], env = {}) {
-  mkdirSync(dirname(vitestReport), { recursive: true });
-  rmSync(vitestReport, { force: true });
+  mkdirSync(dirname(vitestResults), { recursive: true });
+  rmSync(vitestResults, { force: true });
+  const reporters = ['default', './scripts/results-reporter.mjs'].map((name) => `--reporter=${name}`);
   const { code } = await run(
     process.execPath,
-    [
-      'node_modules/vitest/vitest.mjs',
-      'run',
-      '--reporter=default',
-      '--reporter=json',
-      `--outputFile.json=${vitestReport}`,
-      ...files,
-    ],
-    env,
+    ['node_modules/vitest/vitest.mjs', 'run', ...reporters, ...files],
+    { ...env, MEMFERRY_TEST_RESULTS: vitestResults },
   );
   try {
-    const report = JSON.parse(readFileSync(vitestReport, 'utf8'));
-    const counts = {
-      passed: report.numPassedTests,
-      failed: report.numFailedTests,
-      skipped: report.numPendingTests + report.numTodoTests,
-    };
-    // A file that does not load has no tests, and an error outside any test fails the run without failing one.
-    const emptyFailures = report.testResults.filter(
-      (file) => file.status === 'failed' && file.assertionResults.length === 0,
-    );
-    counts.failed += emptyFailures.length;
-    for (const file of report.testResults) {
-      const named = (title, message) =>
-        failures.push(`typescript: ${relative(root, file.name)}: ${title}${inOneLine(message)}`);
-      if (emptyFailures.includes(file)) named('does not load', file.message);
-      for (const test of file.assertionResults) {
-        if (test.status === 'failed') named(test.fullName, test.failureMessages.join(' '));
-      }
+    const results = JSON.parse(readFileSync(vitestResults, 'utf8'));
+    for (const { file, title, why } of results.failures) {
+      failures.push(`typescript: ${file}: ${title}${inOneLine(why)}`);
     }
-    return code === 0 || counts.failed > 0 ? counts : { ...counts, failed: 1 };
+    return code === 0 || results.counts.failed > 0 ? results.counts : { ...results.counts, failed: 1 };
   } catch {
     return { passed: 0, failed: 1, skipped: 0 };
   }
@@ -264,7 +243,7 @@ function run(command, args, env = {}) {
 /** As much of a failure's message as says what it is. */
 function inOneLine(message) {
   const text = (message ?? '').replace(/\s+/g, ' ').trim();
-  return text === '' ? '' : `: ${text.slice(0, 600)}`;
+  return text === '' ? '' : `: ${text.slice(0, 1500)}`;
 }
 
 function line({ passed, failed, skipped }) {

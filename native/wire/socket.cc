@@ -140,8 +140,9 @@ std::string SocketAddress::host() const {
 }
 
 std::string SocketAddress::describe() const {
-  const std::string port_text = std::to_string(port());
-  return family() == AF_INET6 ? "[" + host() + "]:" + port_text : host() + ":" + port_text;
+  std::string text = host();
+  if (family() == AF_INET6) text.insert(0, 1, '[').push_back(']');
+  return text.append(":").append(std::to_string(port()));
 }
 
 bool is_same_host(int connected_fd) {

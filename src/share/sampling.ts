@@ -45,8 +45,8 @@ export interface Sampling extends AsyncDisposable {
 /**
  * Samples a guest until it is closed, within a share of one core, at the lowest priority. A migration is not disturbed:
  * while one has the regions, and while a guest is still arriving, the sampler looks away. Servers that do not answer are
- * no error; they are asked again, and `stats()` says what is wrong. A region that is closed is sampled no longer. Close it
- * when the guest has left: where it has arrived somebody samples it anew, as the same guest.
+ * no error; they are asked again, and `stats()` says what is wrong. A region that is closed, or that nobody
+ * holds any more, is sampled no longer. Close the sampling when the guest has left: where it has arrived somebody samples it anew, as the same guest.
  * @throws INVALID_ARGUMENT, AUTH_FAILED (secret files), REGION_CLOSED
  */
 export async function sampleGuest(

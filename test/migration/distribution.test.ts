@@ -13,7 +13,7 @@ import type { NativeShare } from '../../src/native.js';
 import { type Distribution, distribute } from '../../src/share/distribution.js';
 import type { SamplingStats } from '../../src/share/sampling.js';
 import { domainKey } from '../../src/source/dedup-domain.js';
-import { command as run, counter, forEachTest } from '../support/command-line.js';
+import { counter, forEachTest, loopbackOfItsOwn, command as run } from '../support/command-line.js';
 import { pageOf } from '../support/sampled-host.mjs';
 import { digestOf, readShare } from '../support/share-file.js';
 
@@ -31,22 +31,20 @@ afterEach(async () => {
   for (const host of hosts.splice(0)) host.kill('SIGKILL');
 });
 
-async function server(port = 0, ...more: string[]) {
+async function server(address = '127.0.0.1:0') {
   const there = run(
     'stage',
-    ...[
-      '--listen',
-      `127.0.0.1:${port}`,
-      '--memory',
-      '64Mi',
-      '--no-announce',
-      '--secret-file',
-      place.secretFile,
-    ],
-    ...more,
+    ...['--listen', address, '--memory', '64Mi', '--no-announce', '--secret-file', place.secretFile],
   );
-  const line = await there.next('listening');
-  return { ...there, port: Number(line['port']), address: `127.0.0.1:${line['port']}` };
+  const { port } = await there.next('listening');
+  return { ...there, address: address.replace(/:0$/, `:${port}`) };
+}
+
+/** What `memferry status` says. */
+async function statusOf(address: string) {
+  const asked = run('status', address, '--secret-file', place.secretFile);
+  expect(await asked.closed, asked.errors()).toBe(0);
+  return asked.lines.at(-1);
 }
 
 const connection = (via: string[]) => ({ via, secretFile: place.secretFile, dedup: { domain } });
@@ -60,6 +58,8 @@ interface GuestSpec {
 
 interface SampledHost {
   child: ChildProcess;
+  /** How it has ended; null while it lives. */
+  ended: string | null;
   stats: SamplingStats[];
   processCpuMs: number;
   /** When these were the figures, by its own clock. */
@@ -69,8 +69,11 @@ interface SampledHost {
 function host(guests: GuestSpec[], via: string[], more: object = {}): SampledHost {
   const sample = { ...connection(via), cpuShare: 0.2, passIntervalMs: 50, ...more };
   const child = fork(program, [JSON.stringify({ guests, sample })]);
-  const made: SampledHost = { child, stats: [], processCpuMs: 0, atMs: 0 };
-  child.on('message', (message: Omit<SampledHost, 'child'>) => Object.assign(made, message));
+  const made: SampledHost = { child, ended: null, stats: [], processCpuMs: 0, atMs: 0 };
+  child.on('message', (message: Omit<SampledHost, 'child' | 'ended'>) => Object.assign(made, message));
+  child.once('exit', (code, signal) => {
+    made.ended = `${code ?? signal}`;
+  });
   hosts.push(child);
   return made;
 }
@@ -86,13 +89,13 @@ async function share(via: string[], budgetBytes: number) {
 
 async function until(
   what: string,
-  holds: () => boolean,
+  holds: () => boolean | Promise<boolean>,
   describe: () => unknown = () => null,
 ): Promise<void> {
   // Who dials again in vain waits up to 15 s between two attempts.
-  const end = Date.now() + 90_000;
-  while (!holds()) {
-    if (Date.now() > end) throw new Error(`waited for ${what}: ${JSON.stringify(describe())}`);
+  const end = performance.now() + 90_000;
+  while (!(await holds())) {
+    if (performance.now() > end) throw new Error(`waited for ${what}: ${JSON.stringify(describe())}`);
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
 }
@@ -138,20 +141,21 @@ test('what eight guests on four hosts have in common comes into a share, and not
     pagesHeld: 2 * basePages,
     directories: [{ connected: true }, { connected: true }],
   });
-  const status = async () => {
-    const asked = run('status', via[0] as string, '--secret-file', place.secretFile);
-    expect(await asked.closed, asked.errors()).toBe(0);
-    return asked.lines.at(-1);
-  };
   // The share may have had everything before the last of them joined, or joined again.
-  let told = await status();
-  for (const end = Date.now() + 60_000; told?.['members'] !== 9 && Date.now() < end; ) told = await status();
-  expect(told).toMatchObject({ members: 9 });
+  let told: Awaited<ReturnType<typeof statusOf>>;
+  await until(
+    'everybody to be a member',
+    async () => {
+      told = await statusOf(via[0] as string);
+      return told?.['members'] === 9;
+    },
+    () => [told, four.map(({ ended, stats }) => [ended, stats])],
+  );
   expect(told?.['popularPages']).toBeGreaterThan(basePages / 2);
 });
 
 test('a server that is killed and comes again is filled again; what its share was stays', async () => {
-  const servers = [await server(), await server()];
+  const servers = [await server(), await server(`${loopbackOfItsOwn()}:7100`)];
   const via = servers.map(({ address }) => address);
   const four = fleet(via);
   const { path, native, distribution } = await share(via, 8 * 2 ** 20);
@@ -164,23 +168,25 @@ test('a server that is killed and comes again is filled again; what its share wa
   );
   await new Promise((resolve) => setTimeout(resolve, 500));
   expectShare(path, [...digests(1, basePages), ...digests(2, basePages)]);
-  const again = await server(second?.port);
+  const again = await server(second?.address);
   const all = () => [
     distribution.stats().directories,
     ...four.flatMap(({ stats }) => stats.map((s) => s.directories)),
   ];
+  let told: Awaited<ReturnType<typeof statusOf>>;
+  await until(
+    'the server to have its pages again',
+    async () => {
+      told = await statusOf(again.address);
+      return Number(told?.['popularPages']) >= basePages / 2;
+    },
+    () => [told, distribution.stats(), four.map(({ ended, stats }) => [ended, stats])],
+  );
   await until(
     'everybody to be back',
     () => all().every((each) => each.every(({ connected }) => connected)),
     all,
   );
-  const popular = async () => {
-    const status = run('status', again.address, '--secret-file', place.secretFile);
-    await status.closed;
-    return Number(status.lines.at(-1)?.['popularPages']);
-  };
-  const end = Date.now() + 60_000;
-  while ((await popular()) < basePages / 2) expect(Date.now()).toBeLessThan(end);
   expectShare(path, [...digests(1, basePages), ...digests(2, basePages)]);
 });
 
@@ -251,17 +257,22 @@ test('send --sample: a guest on the command line is a member, until it leaves', 
     ...['--sample', '--dedup-domain', domain, '--secret-file', place.secretFile],
   );
   await here.next('started');
-  const members = async () => {
-    const status = run('status', there.address, '--secret-file', place.secretFile);
-    await status.closed;
-    return Number(status.lines.at(-1)?.['members']);
+  const members = async (count: number) => {
+    let told: unknown;
+    await until(
+      `${count} members`,
+      async () => {
+        told = (await statusOf(there.address))?.['members'];
+        return told === count;
+      },
+      () => told,
+    );
   };
-  const end = Date.now() + 60_000;
-  while ((await members()) !== 1) expect(Date.now()).toBeLessThan(end);
+  await members(1);
   here.child.stdin.end();
   // Nobody waits at its destination.
   expect(await here.closed).not.toBe(0);
-  while ((await members()) !== 0) expect(Date.now()).toBeLessThan(end);
+  await members(0);
 });
 
 test('another domain, and a host without the secret, get nothing', async () => {

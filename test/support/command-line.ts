@@ -1,5 +1,6 @@
 /** The `memferry` command as one types it: a process, its JSON line by line, and what it is told. */
 import { type ChildProcess, spawn } from 'node:child_process';
+import { randomInt } from 'node:crypto';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -26,6 +27,15 @@ export function forEachTest(): { directory: string; secretFile: string } {
     rmSync(place.directory, { recursive: true, force: true });
   });
   return place;
+}
+
+/**
+ * A loopback address for a port that has to be free again when its server is gone: on 127.0.0.1 somebody else's test may
+ * get it meanwhile, or a dial in vain may have it as its own.
+ */
+export function loopbackOfItsOwn(): string {
+  const [a, b, c] = Array.from({ length: 3 }, () => randomInt(1, 255));
+  return `127.${a}.${b}.${c}`;
 }
 
 export type Line = Record<string, unknown>;

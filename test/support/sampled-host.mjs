@@ -27,9 +27,12 @@ function fill(region, { base, basePages, own, ownPages }) {
 
 async function main({ guests, sample }) {
   const samplings = [];
+  // Held until the end, as a guest holds them: what nobody holds is collected, and sampled no more.
+  const regions = [];
   for (const guest of guests) {
     const region = Region.allocate({ lengthBytes: (guest.basePages + guest.ownPages) * 4096 });
     fill(region, guest);
+    regions.push(region);
     samplings.push(await sampleGuest([region], sample));
   }
   const timer = setInterval(() => {
@@ -43,6 +46,7 @@ async function main({ guests, sample }) {
   process.once('disconnect', async () => {
     clearInterval(timer);
     await Promise.all(samplings.map((each) => each.close()));
+    for (const region of regions) region.close();
   });
 }
 
