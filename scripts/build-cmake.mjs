@@ -1,4 +1,7 @@
-/** Builds the same addon through CMakeLists.txt with cmake-js, into build-cmake/, beside node-gyp's. */
+/**
+ * Builds the same addon through CMakeLists.txt with cmake-js, into build-cmake/, beside node-gyp's. `--debug`: unoptimized,
+ * into build-cmake-debug/.
+ */
 import { spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -12,15 +15,18 @@ if (!env.npm_config_nodedir && existsSync(join(prefix, 'include', 'node', 'node.
   env.npm_config_nodedir = prefix;
 
 const cmakeJs = createRequire(import.meta.url).resolve('cmake-js/bin/cmake-js');
-const args = [cmakeJs, 'build', '--out', 'build-cmake', '--parallel', '2', '--CDMEMFERRY_TESTS=OFF'];
+const kind = process.argv.includes('--debug') ? 'Debug' : 'Release';
+const out = kind === 'Debug' ? 'build-cmake-debug' : 'build-cmake';
+const args = [cmakeJs, 'build', '--out', out, '--parallel', '2', '--CDMEMFERRY_TESTS=OFF'];
+if (kind === 'Debug') args.push('--debug');
 const result = spawnSync(process.execPath, args, { cwd: packageRoot, stdio: 'inherit', env });
 if (result.status !== 0) process.exit(result.status ?? 1);
 
-const built = ['build-cmake/Release/memferry.node', 'build-cmake/memferry.node']
+const built = [`${out}/${kind}/memferry.node`, `${out}/memferry.node`]
   .map((path) => join(packageRoot, path))
   .find((path) => existsSync(path));
 if (built === undefined) {
-  console.error('memferry: cmake-js left no memferry.node in build-cmake');
+  console.error(`memferry: cmake-js left no memferry.node in ${out}`);
   process.exit(1);
 }
 console.log(`memferry: built ${built}\nTo use it: MEMFERRY_ADDON=${built}`);

@@ -71,6 +71,15 @@ bool ScatterAnswers::chain_acknowledged(std::uint8_t ordinal, std::uint64_t tag)
   return false;
 }
 
+bool ScatterAnswers::worked(std::uint64_t bytes) {
+  const std::lock_guard lock(mutex_);
+  worked_ += bytes;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - told_ < wire::kTellWork) return !over_;
+  told_ = now;
+  return send_locked(wire::make_header(wire::FrameType::kTaken, 0, {}, worked_));
+}
+
 bool ScatterAnswers::owed_since(std::uint8_t ordinal, std::chrono::steady_clock::time_point since) {
   const std::lock_guard lock(mutex_);
   return std::any_of(barriers_.begin(), barriers_.end(), [&](const Barrier& barrier) {
@@ -115,13 +124,28 @@ bool ReplicaChains::broken(std::uint8_t ordinal) {
 
 bool ReplicaChains::forward(std::uint8_t ordinal, std::span<iovec> buffers) {
   Link* to = link(ordinal);
-  return (to != nullptr && to->stream->send_all(buffers).done()) || broken(ordinal);
+  return (to != nullptr && send(*to, buffers)) || broken(ordinal);
+}
+
+// Whoever reads its answers ends this when the server gives no sign any more.
+bool ReplicaChains::send(Link& link, std::span<iovec> buffers) {
+  for (const iovec& each : buffers) link.forwarded.fetch_add(each.iov_len, std::memory_order_relaxed);
+  link.sending_since.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  const bool sent = link.stream->send_all(buffers).done();
+  link.sending_since.store(0, std::memory_order_relaxed);
+  return sent;
+}
+
+bool ReplicaChains::send(Link& link, const wire::FrameHeader& header) {
+  wire::FrameHeader copy = header;
+  iovec buffer{&copy, sizeof copy};
+  return send(link, std::span(&buffer, 1));
 }
 
 bool ReplicaChains::over(Image::Chain chain) {
   const wire::FrameHeader header = over_frame(chain);
   for (const auto& [ordinal, link] : links_) {
-    if (!link->stream->send_all(std::as_bytes(std::span(&header, 1))).done()) return broken(ordinal);
+    if (!send(*link, header)) return broken(ordinal);
   }
   return true;
 }
@@ -132,7 +156,7 @@ bool ReplicaChains::barrier(const wire::FrameHeader& header) {
   // Before the first of them can answer.
   if (!answers_.barrier(header.tag, ordinals)) return false;
   for (const auto& [ordinal, link] : links_) {
-    if (!link->stream->send_all(std::as_bytes(std::span(&header, 1))).done()) return broken(ordinal);
+    if (!send(*link, header)) return broken(ordinal);
   }
   return true;
 }
@@ -140,8 +164,7 @@ bool ReplicaChains::barrier(const wire::FrameHeader& header) {
 void ReplicaChains::goodbye() {
   wire::FrameHeader header = wire::make_header(wire::FrameType::kGoodbye);
   wire::seal(header);
-  for (const auto& [ordinal, link] : links_)
-    (void)link->stream->send_all(std::as_bytes(std::span(&header, 1)));
+  for (const auto& [ordinal, link] : links_) (void)send(*link, header);
 }
 
 void ReplicaChains::interrupt() {
@@ -171,7 +194,7 @@ ReplicaChains::Link* ReplicaChains::link(std::uint8_t ordinal) {
     made = links_.emplace(ordinal, std::make_unique<Link>(std::move(stream))).first->second.get();
   }
   made->answers.start("mf-stage-chain",
-                      [this, ordinal, made](WorkerThread&) { read_answers(ordinal, *made->stream); });
+                      [this, ordinal, made](WorkerThread&) { read_answers(ordinal, *made); });
   return made;
 }
 
@@ -190,11 +213,7 @@ std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {
   try {
     wire::DialResult dialled = wire::dial(target->address, timeouts_.dial, self_.wake_fd());
     if (dialled.kind != wire::DialResult::Kind::kConnected) return nullptr;
-    // A replica that does not read ends the chain, not this server.
-    const timeval patience{timeouts_.answer.count() / 1000, timeouts_.answer.count() % 1000 * 1000};
-    ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
-    // Nor one that stops in the middle of an answer.
-    ::setsockopt(dialled.fd.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    wire::bear_with_full_window(dialled.fd.get(), wire::kLongestTurn);
     auto stream = std::make_unique<wire::PlainStream>(std::move(dialled.fd));
     wire::Hello hello{};
     hello.preface = wire::kStagePreface;
@@ -219,30 +238,53 @@ std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {
   }
 }
 
-void ReplicaChains::read_answers(std::uint8_t ordinal, wire::Stream& stream) {
+void ReplicaChains::read_answers(std::uint8_t ordinal, Link& link) {
   for (;;) {
-    // The source must learn which of two servers has stalled before it gives up the one that it talks to.
-    const auto now = std::chrono::steady_clock::now();
-    if (wire::wait_readable(stream.fd(), now + timeouts_.answer / 4, -1) ==
-        wire::DialResult::Kind::kTimedOut) {
-      if (!answers_.owed_since(ordinal, now - timeouts_.answer)) continue;
-      break;
+    // The source must learn which of two servers has stalled before it gives up the one that it talks to. A pause of this
+    // process is not the other's silence: what is late by then has been given a look's time more.
+    const Clock::time_point looked = Clock::now();
+    const auto ready = wire::wait_readable(link.stream->fd(), looked + timeouts_.answer / 4, -1);
+    if (ready == wire::DialResult::Kind::kConnected) {
+      wire::FrameHeader header;
+      const auto bytes = std::as_writable_bytes(std::span(&header, 1));
+      // One that stops in the middle of an answer ends the chain.
+      if (!wire::receive_until(*link.stream, bytes, Clock::now() + timeouts_.answer, -1).done()) break;
+      if (!answered(ordinal, link, header)) break;
     }
-    wire::FrameHeader header;
-    if (!stream.recv_exact(std::as_writable_bytes(std::span(&header, 1))).done()) break;
-    if (!answered(ordinal, header)) break;
+    if (silent(ordinal, link, looked)) break;
   }
   (void)broken(ordinal);
 }
 
-bool ReplicaChains::answered(std::uint8_t ordinal, const wire::FrameHeader& header) {
+bool ReplicaChains::silent(std::uint8_t ordinal, const Link& link, Clock::time_point now) const {
+  const auto waited_since = [&](Clock::time_point since) {
+    const Clock::rep sending = link.sending_since.load(std::memory_order_relaxed);
+    return answers_.owed_since(ordinal, since) ||
+           (sending != 0 && Clock::time_point(Clock::duration(sending)) < since);
+  };
+  if (!waited_since(now - timeouts_.answer)) return false;
+  const Clock::time_point longest = now - wire::kLongestTurn;
+  return link.heard_at < now - timeouts_.answer || (link.grew_at < longest && waited_since(longest)) ||
+         waited_since(now - wire::kLongestAnswer);
+}
+
+bool ReplicaChains::answered(std::uint8_t ordinal, Link& link, const wire::FrameHeader& header) {
   if (wire::malformed(header, image_->slab()->slot_bytes()) != nullptr || header.payload_bytes != 0 ||
       wire::payload_checksum(header, {}) != header.checksum) {
     return false;
   }
+  link.heard_at = Clock::now();
   switch (static_cast<wire::FrameType>(header.type)) {
     case wire::FrameType::kBarrierAck:
+      link.grew_at = link.heard_at;
       return answers_.chain_acknowledged(ordinal, header.tag);
+    case wire::FrameType::kTaken: {
+      if (header.tag < link.worked || header.tag > link.forwarded.load(std::memory_order_relaxed))
+        return false;
+      const std::uint64_t more = header.tag - std::exchange(link.worked, header.tag);
+      if (more > 0) link.grew_at = link.heard_at;
+      return answers_.worked(more);
+    }
     case wire::FrameType::kRefused:
       return image_->inside(header.region, header.first_page, header.page_count) &&
              answers_.refused(header.region, {PageNumber{header.first_page}, header.page_count}, ordinal,

@@ -74,6 +74,9 @@ class ScatterAnswers {
   bool chain_acknowledged(std::uint8_t ordinal, std::uint64_t tag);
   // Whether that server owes an answer to a barrier of before `since`.
   [[nodiscard]] bool owed_since(std::uint8_t ordinal, std::chrono::steady_clock::time_point since);
+  // So much more has come in here, or has at a server that replicas are passed on to; 0: it waits for its turn. Told
+  // every wire::kTellWork, so that nobody takes what is slow for dead.
+  bool worked(std::uint64_t bytes);
   // Nothing goes up after it.
   void chain_broken(std::uint8_t ordinal);
 
@@ -87,9 +90,11 @@ class ScatterAnswers {
   bool answer_barriers_locked();
 
   const Send send_;
-  std::mutex mutex_;  // guards the two below, and keeps frames whole
+  std::mutex mutex_;  // guards the rest, and keeps frames whole
   std::deque<Barrier> barriers_;
   bool over_ = false;
+  std::uint64_t worked_ = 0;
+  std::chrono::steady_clock::time_point told_ = std::chrono::steady_clock::now();
 };
 
 // StageConfig's.
@@ -126,16 +131,28 @@ class ReplicaChains {
   void close();
 
  private:
+  using Clock = std::chrono::steady_clock;
   struct Link {
     explicit Link(std::unique_ptr<wire::Stream> stream_in) : stream(std::move(stream_in)) {}
     std::unique_ptr<wire::Stream> stream;
+    std::atomic<Clock::rep> sending_since{0};  // 0: not in the socket
+    std::atomic<std::uint64_t> forwarded{0};   // bytes, ever
+    // The answers' thread's own:
+    std::uint64_t worked = 0;
+    Clock::time_point grew_at = Clock::now();
+    Clock::time_point heard_at = Clock::now();
     WorkerThread answers;
   };
+  bool send(Link& link, std::span<iovec> buffers);
+  bool send(Link& link, const wire::FrameHeader& header);
   Link* link(std::uint8_t ordinal);
   bool introduce(wire::Stream& stream);
   std::unique_ptr<wire::Stream> dial(std::uint8_t ordinal);
-  void read_answers(std::uint8_t ordinal, wire::Stream& stream);
-  bool answered(std::uint8_t ordinal, const wire::FrameHeader& header);
+  void read_answers(std::uint8_t ordinal, Link& link);
+  bool answered(std::uint8_t ordinal, Link& link, const wire::FrameHeader& header);
+  // As of `now`: it owes something, or takes nothing, and has not said for so long that it is at it; or only said so for
+  // far longer.
+  [[nodiscard]] bool silent(std::uint8_t ordinal, const Link& link, Clock::time_point now) const;
   bool broken(std::uint8_t ordinal);
 
   const std::shared_ptr<Image> image_;

@@ -100,6 +100,13 @@ bool StageConnection::read(std::span<std::byte> into) {
   return true;
 }
 
+bool StageConnection::read_counted(std::span<std::byte> into) {
+  if (!read(into)) return false;
+  count_in(into.size());
+  place_.common->in.debit(into.size());
+  return true;
+}
+
 bool StageConnection::read_until(std::uint64_t deadline_ms, std::span<std::byte> into) {
   while (!into.empty()) {
     if (steady_ms() >= deadline_ms) return false;
@@ -118,8 +125,7 @@ bool StageConnection::read_until(std::uint64_t deadline_ms, std::span<std::byte>
 bool StageConnection::read_scattered(std::span<iovec> into) { return stream_->recv_scattered(into).done(); }
 
 bool StageConnection::read_header(wire::FrameHeader& header) {
-  if (!read(std::as_writable_bytes(std::span(&header, 1)))) return false;
-  count_in(sizeof header);
+  if (!read_counted(std::as_writable_bytes(std::span(&header, 1)))) return false;
   // What a socket holds can be read after its shutdown too.
   if (thread_.stopping()) return false;
   return wire::malformed(header, page_size_) == nullptr;
@@ -134,16 +140,39 @@ bool StageConnection::inside(const wire::FrameHeader& header) const {
 }
 
 bool StageConnection::send(std::span<iovec> buffers) {
-  std::uint64_t bytes = 0;
-  for (const iovec& buffer : buffers) bytes += buffer.iov_len;
+  const std::uint64_t bytes = bytes_of(buffers);
+  count_out(bytes);
+  place_.common->out.debit(bytes);
+  return stream_->send_all(buffers).done();
+}
+
+void StageConnection::count_out(std::uint64_t bytes) {
   if (place_.image) place_.image->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
   place_.common->bytes_out.fetch_add(bytes, std::memory_order_relaxed);
-  return stream_->send_all(buffers).done();
 }
 
 void StageConnection::count_in(std::uint64_t bytes) {
   if (place_.image) place_.image->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
   place_.common->bytes_in.fetch_add(bytes, std::memory_order_relaxed);
+}
+
+bool StageConnection::await_turn(wire::BandwidthCap& cap, std::uint64_t bytes) {
+  for (wire::BandwidthCap::Place place(cap);;) {
+    switch (wire::BandwidthCap::wait_and_debit(bytes, thread_, wire::kTellWork, place)) {
+      case wire::BandwidthCap::Turn::kNow:
+        return true;
+      case wire::BandwidthCap::Turn::kStopped:
+        return false;
+      case wire::BandwidthCap::Turn::kLater:
+        if (!tell_waiting()) return false;
+    }
+  }
+}
+
+std::uint64_t bytes_of(std::span<const iovec> buffers) {
+  std::uint64_t bytes = 0;
+  for (const iovec& buffer : buffers) bytes += buffer.iov_len;
+  return bytes;
 }
 
 void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vector<iovec>& to) {

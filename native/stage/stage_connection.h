@@ -44,6 +44,7 @@ class WritingConnection final : public StageConnection {
  protected:
   void serve() override;
   void interrupt_more() override { chains_.interrupt(); }
+  bool tell_waiting() override { return answers_.worked(0); }
 
  private:
   // Each gives false when the connection is over.
@@ -56,11 +57,17 @@ class WritingConnection final : public StageConnection {
   bool on_chain_over(const wire::FrameHeader& header);
   bool on_reference(const wire::FrameHeader& header);  // stage_reference.cc
   bool receive_pages(std::span<std::uint64_t> hashes);
+  // A payload comes in pieces, of which each counts and is told of.
+  [[nodiscard]] std::size_t pages_a_piece() const;
+  bool read_piece(std::span<iovec> into, std::size_t bytes);
+  bool read_payload(std::span<std::byte> into);
   void make_room(std::uint32_t region, PageRun run);
   bool store(const wire::FrameHeader& header);
   bool refuse_torn(const wire::FrameHeader& header);
   [[nodiscard]] bool passes_on(const wire::FrameHeader& header) const;
   bool pass_on(const wire::FrameHeader& header);
+  // To the replica's server: what is passed on is sent as well.
+  bool forward(std::uint8_t ordinal, std::span<iovec> buffers);
   // stage_encoded.cc
   bool on_encoded(const wire::FrameHeader& header);
   bool receive_packed(const wire::FrameHeader& header, bool& room);
@@ -78,9 +85,10 @@ class WritingConnection final : public StageConnection {
   std::vector<Slab::Slot> slots_;  // one count of each is ours
   std::vector<std::uint64_t> hashes_;
   std::vector<iovec> buffers_;
-  std::vector<std::byte> scratch_;        // for pages of one frame that there is no room for yet
-  Image::Reading base_;                   // of a delta
-  std::vector<Slab::Slot> packed_slots_;  // an encoded payload as it came lies in these; all ours
+  std::size_t piece_ = std::size_t{8} << 10U;  // bytes that come in a moment
+  std::vector<std::byte> scratch_;             // for pages of one frame that there is no room for yet
+  Image::Reading base_;                        // of a delta
+  std::vector<Slab::Slot> packed_slots_;       // an encoded payload as it came lies in these; all ours
 };
 
 // kGather and kDemand.
@@ -91,6 +99,7 @@ class ReadingConnection final : public StageConnection {
 
  protected:
   void serve() override;
+  bool tell_waiting() override;
 
  private:
   bool on_read(const wire::FrameHeader& header);
@@ -163,6 +172,7 @@ class MemberConnection final : public StageConnection {
   std::uint64_t wanted_pages_ = 0;  // that were asked for and have not come: nothing else may
 };
 
+[[nodiscard]] std::uint64_t bytes_of(std::span<const iovec> buffers);
 // Slots as they lie in memory: neighbours in one piece.
 void append_slots(const Slab& slab, std::span<const Slab::Slot> slots, std::vector<iovec>& to);
 // The first `bytes` of them, which end in the last slot.

@@ -17,7 +17,6 @@ bool WritingConnection::on_encoded(const wire::FrameHeader& header) {
   const SlotsInHand in_hand(slab, slots_);
   bool room = true;
   if (!receive_packed(header, room)) return false;
-  count_in(header.payload_bytes);
   if (!room) {
     return place_.image->forget(header.region, run_of(header), by_) &&
            answers_.refused(header.region, run_of(header), place_.image->ordinal(), 0);
@@ -58,15 +57,21 @@ bool WritingConnection::receive_packed(const wire::FrameHeader& header, bool& ro
     place_.image->forget(header.region, run_of(header), by_);
     room = slab.take_all(wanted, packed_slots_);
   }
-  if (room) {
-    buffers_.clear();
-    append_slots(slab, packed_slots_, header.payload_bytes, buffers_);
-    return read_scattered(buffers_);
-  }
+  std::span<const Slab::Slot> slots = packed_slots_;
+  const auto page_size = static_cast<std::size_t>(page_size_);
   std::array<std::byte, 4096> nowhere;
   for (std::size_t left = header.payload_bytes; left > 0;) {
-    const std::size_t part = std::min(left, nowhere.size());
-    if (!read(std::span(nowhere).first(part))) return false;
+    std::size_t part = std::min(left, nowhere.size());
+    buffers_.clear();
+    if (room) {
+      const std::size_t count = std::min(pages_a_piece(), slots.size());
+      part = std::min(left, count * page_size);
+      append_slots(slab, slots.first(count), part, buffers_);
+      slots = slots.subspan(count);
+    } else {
+      buffers_.push_back({nowhere.data(), part});
+    }
+    if (!read_piece(buffers_, part)) return false;
     left -= part;
   }
   return true;
@@ -110,7 +115,7 @@ bool WritingConnection::pass_on_packed(const wire::FrameHeader& header) {
   buffers_.clear();
   buffers_.push_back({&same, sizeof same});
   append_slots(*place_.common->slab, packed_slots_, header.payload_bytes, buffers_);
-  return chains_.forward(wire::Holders::of(header.tag).second, buffers_);
+  return forward(wire::Holders::of(header.tag).second, buffers_);
 }
 
 }  // namespace memferry

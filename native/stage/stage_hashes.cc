@@ -15,7 +15,7 @@ static_assert(std::is_same_v<KeyedHash, wire::TreeHash> && std::is_same_v<KeyedH
 
 bool ReadingConnection::on_hash_request(const wire::FrameHeader& header) {
   if (demand_ || !place_.hash_key || !inside(header)) return false;
-  if (!place_.common->out.wait_and_debit(0, thread_)) return false;
+  if (!await_turn(place_.common->out, 0)) return false;
   if (!hasher_) hasher_.emplace(*place_.hash_key);
   place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, reading_);
   const auto page_size = static_cast<std::size_t>(page_size_);
@@ -44,9 +44,7 @@ bool ReadingConnection::on_hash_request(const wire::FrameHeader& header) {
     wire::seal(answer, std::as_bytes(hashes));
   }
   reading_.clear();
-  std::uint64_t bytes = page_hashes_.size() * page_size_ / kHashedForOneSent;
-  for (const iovec& each : buffers_) bytes += each.iov_len;
-  place_.common->out.debit(bytes);
+  place_.common->out.debit(page_hashes_.size() * page_size_ / kHashedForOneSent);
   return send(buffers_);
 }
 

@@ -94,15 +94,24 @@ class StageConnection {
   // Reads and checks the next header; false when the connection is over.
   bool read_header(wire::FrameHeader& header);
   bool read(std::span<std::byte> into);
+  // A payload that waits for no turn, and counts all the same.
+  bool read_counted(std::span<std::byte> into);
   // False as well when it is not all here by then. A call waits no longer than the socket does.
   bool read_until(std::uint64_t deadline_ms, std::span<std::byte> into);
   bool read_scattered(std::span<iovec> into);  // of a writer only
   // Of a frame that carries nothing.
   [[nodiscard]] static bool bare_checksum_fits(const wire::FrameHeader& header);
   [[nodiscard]] bool inside(const wire::FrameHeader& header) const;
+  // Whatever it is counts against the server's bandwidth; what may wait has waited before (await_turn()).
   bool send(std::span<iovec> buffers);
+  void count_out(std::uint64_t bytes);
   [[nodiscard]] int fd() const { return stream_->fd(); }  // for socket statistics
   void count_in(std::uint64_t bytes);
+  // Until the server's bandwidth allows something more in this direction, against which the bytes count. False when the
+  // connection is over.
+  bool await_turn(wire::BandwidthCap& cap, std::uint64_t bytes);
+  // Called now and then while the thread waits for its turn: tells the peer. False when the connection is over.
+  virtual bool tell_waiting() { return true; }
 
   Place place_;
   const std::uint64_t page_size_;

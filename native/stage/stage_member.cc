@@ -39,7 +39,7 @@ void MemberConnection::serve() {
     // Between frames it may be quiet for as long as it likes: nothing is held for it.
     limit_waits(fd(), SO_RCVTIMEO, 0);
     if (!read_header(header)) return;
-    if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return;
+    if (!await_turn(place_.common->in, header.payload_bytes)) return;
     const MemberDesks::Seat desk = place_.common->desks.take(thread_);
     if (!desk) return;
     limit_waits(fd(), SO_RCVTIMEO, place_.common->member_timeout_ms);
@@ -77,7 +77,7 @@ bool MemberConnection::read_names(const wire::FrameHeader& header, Desk& desk) {
 // In pieces: the peer has to take each in time, and all of them.
 bool MemberConnection::answer(wire::FrameHeader header, std::span<const std::byte> payload) {
   wire::seal(header, payload);
-  if (!place_.common->out.wait_and_debit(sizeof header + payload.size(), thread_)) return false;
+  if (!await_turn(place_.common->out, 0)) return false;
   const std::uint64_t deadline = steady_ms() + kFrameTimeouts * place_.common->member_timeout_ms;
   iovec head{&header, sizeof header};
   do {

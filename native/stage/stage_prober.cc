@@ -35,9 +35,7 @@ bool ProbingConnection::serve_frame(const wire::FrameHeader& header) {
 bool ProbingConnection::read_payload(const wire::FrameHeader& header) {
   names_.resize(header.payload_bytes / sizeof(wire::ContentName));
   const std::span<std::byte> payload = std::as_writable_bytes(std::span(names_));
-  if (!read(payload)) return false;
-  count_in(payload.size());
-  place_.common->in.debit(sizeof header + payload.size());
+  if (!read_counted(payload)) return false;
   return wire::payload_checksum(header, payload) == header.checksum;
 }
 

@@ -54,7 +54,7 @@ void ReadingConnection::serve() {
 bool ReadingConnection::on_read(const wire::FrameHeader& header) {
   if (!inside(header)) return false;
   // Nothing is pinned while it waits.
-  if (!demand_ && !place_.common->out.wait_and_debit(0, thread_)) return false;
+  if (!demand_ && !await_turn(place_.common->out, 0)) return false;
   place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, reading_);
 
   using Kind = Image::Reading::Kind;
@@ -98,14 +98,18 @@ bool ReadingConnection::on_read(const wire::FrameHeader& header) {
     append_slots(*place_.common->slab, slots, buffers_);
   }
   seat.give_back();
-  std::uint64_t bytes = 0;
-  for (const iovec& each : buffers_) bytes += each.iov_len;
-  place_.common->out.debit(bytes);
   const bool sent = send(buffers_);
   if (encodings != 0) compressor_->sent(fd(), content * page_size_);
   answered_ = std::chrono::steady_clock::now();
   reading_.clear();
   return sent;
+}
+
+bool ReadingConnection::tell_waiting() {
+  wire::FrameHeader turn = wire::make_header(wire::FrameType::kTurn);
+  wire::seal(turn);
+  iovec buffer{&turn, sizeof turn};
+  return send(std::span(&buffer, 1));
 }
 
 // What lies between two answers is the link's while it still carries the former one, else the destination's.
@@ -159,6 +163,8 @@ bool ReadingConnection::on_map_request(const wire::FrameHeader&) {
   const std::uint64_t most_content = wire::max_payload(page_size_) / sizeof(std::uint64_t);
   Image::Cursor cursor;
   Image::MapRun run;
+  // Faults wait for what it says, so it begins at once; and a frame may be a few bytes, so not each waits for a turn.
+  std::uint64_t since_turn = 0;
   while (place_.image->next_map_run(cursor, most_content, run)) {
     wire::FrameHeader frame =
         wire::make_header(wire::FrameType::kMap, run.region, run.run, run.holders.tag());
@@ -167,6 +173,11 @@ bool ReadingConnection::on_map_request(const wire::FrameHeader&) {
     wire::seal(frame, std::as_bytes(std::span(run.hashes)));
     std::array<iovec, 2> buffers{iovec{&frame, sizeof frame},
                                  iovec{run.hashes.data(), run.hashes.size() * sizeof(std::uint64_t)}};
+    if (since_turn >= wire::kRunBytes) {
+      if (!await_turn(place_.common->out, 0)) return false;
+      since_turn = 0;
+    }
+    since_turn += bytes_of(buffers);
     if (!send(buffers)) return false;
     if (thread_.stopping()) return false;
   }

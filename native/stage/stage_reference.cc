@@ -16,8 +16,7 @@ bool WritingConnection::on_reference(const wire::FrameHeader& header) {
   if (domain == nullptr || !inside(header) || !meant_for_us(holders, header.tag)) return false;
   std::vector<wire::ContentHash> contents(static_cast<std::size_t>(header.page_count));
   const std::span<std::byte> payload = std::as_writable_bytes(std::span(contents));
-  if (!read(payload)) return false;
-  count_in(payload.size());
+  if (!await_turn(place_.common->in, payload.size()) || !read_payload(payload)) return false;
   if (wire::payload_checksum(header, payload) != header.checksum) return false;
 
   std::vector<bool> held(contents.size());
@@ -54,7 +53,7 @@ bool WritingConnection::on_reference(const wire::FrameHeader& header) {
     wire::seal(onward, passed);
     std::array<iovec, 2> buffers{iovec{&onward, sizeof onward},
                                  iovec{const_cast<std::byte*>(passed.data()), passed.size()}};
-    if (!chains_.forward(holders.second, buffers)) return false;
+    if (!forward(holders.second, buffers)) return false;
   }
   return true;
 }

@@ -14,7 +14,10 @@ namespace memferry {
 namespace {
 
 // Received and hashed before it leaves the cache.
-constexpr std::uint64_t kPieceBytes = 64 * 1024;
+constexpr std::size_t kLargestPiece = 64 * 1024;
+constexpr std::size_t kLeastPiece = 4 * 1024;
+// What takes longer comes in smaller pieces, so that the source hears often enough that it comes.
+constexpr std::chrono::milliseconds kSlowPiece{250};
 // A longer list of hashes is rare: its memory is not kept.
 constexpr std::size_t kHashesKept = 4096;
 
@@ -92,7 +95,7 @@ bool WritingConnection::meant_for_us(wire::Holders holders, std::uint64_t tag) c
 bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   const wire::Holders holders = wire::Holders::of(header.tag);
   if (!inside(header) || !meant_for_us(holders, header.tag)) return false;
-  if (!place_.common->in.wait_and_debit(sizeof header + header.payload_bytes, thread_)) return false;
+  if (!await_turn(place_.common->in, header.payload_bytes)) return false;
   if (wire::encoding_of(header) != 0) return on_encoded(header);
 
   const PageRun run = run_of(header);
@@ -102,7 +105,6 @@ bool WritingConnection::on_pages(const wire::FrameHeader& header) {
   auto here = static_cast<std::size_t>(slab.take(run.count, slots_));
   hashes_.resize(static_cast<std::size_t>(run.count));
   if (!receive_pages(hashes_)) return false;
-  count_in(header.payload_bytes);
   if (wire::pages_checksum(header, hashes_) != header.checksum) return refuse_torn(header);
   make_room(header.region, run);
   const auto page_size = static_cast<std::size_t>(page_size_);
@@ -155,12 +157,11 @@ bool WritingConnection::passes_on(const wire::FrameHeader& header) const {
 bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
   const Slab& slab = *place_.common->slab;
   const auto page_size = static_cast<std::size_t>(page_size_);
-  const std::size_t pages_a_piece = std::max<std::size_t>(1, kPieceBytes / page_size);
   for (std::size_t at = 0; at < slots_.size();) {
-    const std::size_t pages = std::min(pages_a_piece, slots_.size() - at);
+    const std::size_t pages = std::min(pages_a_piece(), slots_.size() - at);
     buffers_.clear();
     append_slots(slab, std::span(slots_).subspan(at, pages), buffers_);
-    if (!read_scattered(buffers_)) return false;
+    if (!read_piece(buffers_, pages * page_size)) return false;
     // Receiving has changed them.
     buffers_.clear();
     append_slots(slab, std::span(slots_).subspan(at, pages), buffers_);
@@ -172,8 +173,35 @@ bool WritingConnection::receive_pages(std::span<std::uint64_t> hashes) {
   const auto rest = hashes.subspan(slots_.size());
   scratch_.resize(rest.size() * page_size);
   if (rest.empty()) return true;
-  if (!read(scratch_)) return false;
+  if (!read_payload(scratch_)) return false;
   hash_pages(scratch_, page_size, rest.data());
+  return true;
+}
+
+std::size_t WritingConnection::pages_a_piece() const {
+  return std::max<std::size_t>(1, piece_ / static_cast<std::size_t>(page_size_));
+}
+
+bool WritingConnection::read_piece(std::span<iovec> into, std::size_t bytes) {
+  const auto began = std::chrono::steady_clock::now();
+  if (!read_scattered(into)) return false;
+  const auto took = std::chrono::steady_clock::now() - began;
+  if (took > kSlowPiece) {
+    piece_ = std::max(piece_ / 2, kLeastPiece);
+  } else if (took < kSlowPiece / 4) {
+    piece_ = std::min(2 * piece_, kLargestPiece);
+  }
+  count_in(bytes);
+  return answers_.worked(bytes);
+}
+
+bool WritingConnection::read_payload(std::span<std::byte> into) {
+  while (!into.empty()) {
+    const std::size_t bytes = std::min(piece_, into.size());
+    iovec piece{into.data(), bytes};
+    if (!read_piece(std::span(&piece, 1), bytes)) return false;
+    into = into.subspan(bytes);
+  }
   return true;
 }
 
@@ -186,7 +214,14 @@ bool WritingConnection::pass_on(const wire::FrameHeader& header) {
   buffers_.clear();
   buffers_.push_back({&onward, sizeof onward});
   append_slots(*place_.common->slab, slots_, buffers_);
-  return chains_.forward(wire::Holders::of(onward.tag).second, buffers_);
+  return forward(wire::Holders::of(onward.tag).second, buffers_);
+}
+
+bool WritingConnection::forward(std::uint8_t ordinal, std::span<iovec> buffers) {
+  const std::uint64_t bytes = bytes_of(buffers);
+  if (!await_turn(place_.common->out, bytes)) return false;
+  count_out(bytes);
+  return chains_.forward(ordinal, buffers);
 }
 
 bool WritingConnection::on_zeros(const wire::FrameHeader& header) {
@@ -196,7 +231,7 @@ bool WritingConnection::on_zeros(const wire::FrameHeader& header) {
   if (!source_ || holders.second == wire::Holders::kNobody) return true;
   wire::FrameHeader onward = header;
   iovec buffer{&onward, sizeof onward};
-  return chains_.forward(holders.second, std::span(&buffer, 1));
+  return forward(holders.second, std::span(&buffer, 1));
 }
 
 bool WritingConnection::on_map(const wire::FrameHeader& header) {
@@ -212,8 +247,8 @@ bool WritingConnection::on_map(const wire::FrameHeader& header) {
 
   hashes_.resize(header.payload_bytes / sizeof(std::uint64_t));
   const std::span<std::byte> payload = std::as_writable_bytes(std::span(hashes_));
-  if (!read(payload)) return false;
-  count_in(payload.size());
+  if (!payload.empty() && !await_turn(place_.common->in, payload.size())) return false;
+  if (!read_payload(payload)) return false;
   if (wire::payload_checksum(header, payload) != header.checksum) return false;
   const bool applied =
       place_.image->apply_map(header.region, run_of(header), holders, (header.flags & wire::kFlagZero) != 0,

@@ -287,10 +287,28 @@ std::string GatherLink::read_frame(wire::Stream& stream) {
     case wire::FrameType::kMap:
     case wire::FrameType::kMapEnd:
       if (!map_under_way_) return "a map that was not asked for";
+      answered_at_ = Clock::now();
       return on_map(stream, header);
+    case wire::FrameType::kTurn:
+      return on_turn(header);
     default:
       return "a frame that a server does not send here";
   }
+}
+
+// Another sign of life, unless it is the only one for too long.
+std::string GatherLink::on_turn(const wire::FrameHeader& header) {
+  if (wire::payload_checksum(header, {}) != header.checksum) return "a wrong checksum";
+  const Clock::time_point now = Clock::now();
+  Clock::time_point since = std::max(answered_at_, map_under_way_ ? map_asked_ : Clock::time_point{});
+  {
+    const std::lock_guard lock(mutex_);
+    if (!ahead_ || (reads_.empty() && !map_under_way_)) return "an answer to nothing";
+    if (!reads_.empty()) since = std::max(since, reads_.front().asked);
+    // What it waits is not what it is slow.
+    if (map_under_way_) map_due_ += now - silent_since_;
+  }
+  return now - since > wire::kLongestTurn ? "no answer in time: its turn never comes" : "";
 }
 
 // A byte now and then is no sign of life.
@@ -333,6 +351,7 @@ std::string GatherLink::on_answer(wire::Stream& stream, const wire::FrameHeader&
                        read.expected.begin() + static_cast<std::ptrdiff_t>(read.covered + run.count));
     }
   }
+  answered_at_ = Clock::now();
   const auto type = static_cast<wire::FrameType>(header.type);
   if (type == (check != nullptr ? wire::FrameType::kPages : wire::FrameType::kHashes))
     return "an answer to another question";

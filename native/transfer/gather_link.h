@@ -25,10 +25,11 @@ namespace memferry {
 class GatherLink {
  public:
   using Clock = std::chrono::steady_clock;
-  // A server that answers nothing for so long is down.
+  // A server that answers nothing for so long, nor says that the answer waits for its turn, is down.
   static constexpr std::chrono::milliseconds kAnswerPatience{2000};
-  // A frame that has begun comes no more slowly than this; nor does a map as a whole, beyond kMapPatience.
-  static constexpr std::uint64_t kLeastBytesASecond = 64ULL << 10;
+  // A frame that has begun comes no more slowly than this; nor does a map as a whole, beyond kMapPatience. Slow as a
+  // link may be that many share: who gives up its server gives up pages.
+  static constexpr std::uint64_t kLeastBytesASecond = 4ULL << 10;
   static constexpr std::chrono::milliseconds kMapPatience{30000};
   // Of a map, for each page of the image: it tells of each once.
   static constexpr std::uint64_t kMostTold = 2;
@@ -92,6 +93,7 @@ class GatherLink {
   // Waits until frame_due_, to which it adds the time for so many bytes.
   std::string read(wire::Stream& stream, std::span<std::byte> into);
   std::string on_answer(wire::Stream& stream, const wire::FrameHeader& header);
+  std::string on_turn(const wire::FrameHeader& header);
   std::string on_pages(const wire::FrameHeader& header);
   std::string on_map(wire::Stream& stream, const wire::FrameHeader& header);
   std::string bound_map(const wire::FrameHeader& header);
@@ -124,6 +126,7 @@ class GatherLink {
   Clock::time_point frame_due_{};
   bool for_good_ = false;  // why the connection ended is no reason to try again
   Clock::time_point silent_since_;
+  Clock::time_point answered_at_{};  // the last frame that was an answer
 
   mutable std::mutex mutex_;  // guards the rest; held while a request is written, so that it is whole
   std::shared_ptr<wire::Stream> stream_;

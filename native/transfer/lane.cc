@@ -84,6 +84,21 @@ bool Lane::refused(std::uint32_t region, PageRun run, bool no_room) {
   return found && !too_many;
 }
 
+bool Lane::worked(std::uint64_t so_far, Clock::time_point now) {
+  if (so_far < worked_) return false;
+  if (so_far > worked_) grew_at_ = now;
+  worked_ = so_far;
+  said_at_ = now;
+  return true;
+}
+
+Lane::Clock::time_point Lane::silent_since(Clock::time_point waited_since, Clock::duration longest_turn,
+                                           Clock::duration longest_answer) const {
+  const bool stuck = said_at_ - std::max(waited_since, grew_at_) > longest_turn;
+  const bool for_ever = said_at_ - waited_since > longest_answer;
+  return stuck || for_ever ? waited_since : std::max(waited_since, said_at_);
+}
+
 std::vector<RegionRun> Lane::take_back(bool for_good) {
   std::vector<RegionRun> runs;
   const auto take = [&](Batch& batch) {

@@ -83,6 +83,13 @@ class Lane {
   // The receiver does not hold these pages, which came on this lane and are not acknowledged. False: they did not, or
   // more is refused than the batch can be.
   bool refused(std::uint32_t region, PageRun run, bool no_room);
+  // The receiver says how much it has worked off so far, or the same again: it is at it. False: less than before.
+  bool worked(std::uint64_t so_far, Clock::time_point now);
+  // Since when it gives no sign, where it has been waited for since then. A receiver that only says that it is at it is
+  // not borne with for ever, least of all one that gets nowhere.
+  [[nodiscard]] Clock::time_point silent_since(Clock::time_point waited_since,
+                                               Clock::duration longest_turn = wire::kLongestTurn,
+                                               Clock::duration longest_answer = wire::kLongestAnswer) const;
   // Every run that is not acknowledged; `for_good`: the connection is gone and no acknowledgement will come. Otherwise
   // the lane owes them: an acknowledgement that still comes counts, and until then it is to get nothing more.
   std::vector<RegionRun> take_back(bool for_good);
@@ -115,6 +122,9 @@ class Lane {
   std::uint64_t outstanding_ = 0;
   std::uint64_t window_ = kFirstWindow;
   Clock::time_point last_acknowledged_{};
+  std::uint64_t worked_ = 0;
+  Clock::time_point grew_at_{};
+  Clock::time_point said_at_{};
   Clock::duration shortest_answer_ = Clock::duration::max();
   struct Acknowledged {
     Clock::time_point at;

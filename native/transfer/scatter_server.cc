@@ -144,6 +144,11 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
       case wire::FrameType::kBarrierAck:
         wrong = acknowledged(*way, header.tag);
         break;
+      case wire::FrameType::kTaken: {
+        const std::lock_guard lock(mutex_);
+        if (!way->lane.worked(header.tag, Clock::now())) wrong = "less is worked off than before";
+        break;
+      }
       case wire::FrameType::kRefused: {
         const std::lock_guard lock(mutex_);
         if (header.region >= shared_.queue.regions() ||

@@ -19,14 +19,15 @@ constexpr std::chrono::milliseconds kWatchGap{500};
 
 }  // namespace
 
-// Since when a way has given no sign: a batch is not acknowledged, or its thread is stuck in the socket.
+// Since when a way has given no sign: a batch is not acknowledged, or its thread is stuck in the socket, and the other
+// side has not said since that it is at it.
 std::optional<Scatter::Clock::time_point> Scatter::waits_since(const Way& way) const {
   std::optional<Clock::time_point> since = way.lane.waiting_since();
   if (const Clock::rep sending = way.sending_since.load(std::memory_order_relaxed); sending != 0) {
     const Clock::time_point stuck{Clock::duration(sending)};
     if (!since || stuck < *since) since = stuck;
   }
-  return since;
+  return since ? std::optional(way.lane.silent_since(*since)) : std::nullopt;
 }
 
 // Nothing is left to take and this way still has some, however steadily it acknowledges: a slow one does that too.

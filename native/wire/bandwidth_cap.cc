@@ -10,6 +10,9 @@ using Clock = std::chrono::steady_clock;
 
 // What may go at once after a silence: some milliseconds, so that sleeping too long costs nothing.
 constexpr double kBurstSeconds = 0.02;
+constexpr std::chrono::milliseconds kBehindTheFirst{1};
+// Who has not looked for so long is busy with something else: a peer that takes nothing, say.
+constexpr std::chrono::milliseconds kAbsent{250};
 // A rate that is set anew is noticed after it.
 constexpr std::chrono::milliseconds kLongestSleep{100};
 
@@ -23,21 +26,46 @@ void BandwidthCap::set_rate(std::uint64_t bytes_per_second) {
 }
 
 bool BandwidthCap::wait_and_debit(std::uint64_t bytes, WorkerThread& self) {
-  while (limited_ && !self.stopping()) {
-    Duration delay{};
-    {
-      const std::lock_guard lock(mutex_);
-      const auto now = Clock::now();
-      delay = bucket_.delay(now);
-      if (delay == Duration::zero()) {
-        bucket_.debit(bytes, now);
-        return true;
-      }
-    }
-    const auto sleep = std::min<Duration>(delay, kLongestSleep);
+  for (Place place(*this);;) {
+    const Turn turn = wait_and_debit(bytes, self, kLongestSleep, place);
+    if (turn != Turn::kLater) return turn == Turn::kNow;
+  }
+}
+
+BandwidthCap::Turn BandwidthCap::wait_and_debit(std::uint64_t bytes, WorkerThread& self, Duration at_most,
+                                                Place& place) {
+  BandwidthCap& cap = place.of_;
+  const auto until = Clock::now() + at_most;
+  while (cap.limited_ && !self.stopping()) {
+    const Duration delay = cap.try_turn(bytes, place);
+    if (delay == Duration::zero()) return Turn::kNow;
+    const Duration left = until - Clock::now();
+    if (left <= Duration::zero()) return Turn::kLater;
+    const auto sleep = std::min({delay, Duration(kLongestSleep), left});
     self.wait(static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(sleep).count()));
   }
-  return !self.stopping();
+  return self.stopping() ? Turn::kStopped : Turn::kNow;
+}
+
+Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
+  const std::lock_guard lock(mutex_);
+  const auto now = Clock::now();
+  place.looked_at_ = now;
+  if (std::ranges::find(waiting_, &place) == waiting_.end()) waiting_.push_back(&place);
+  const Duration delay = bucket_.delay(now);
+  if (delay > Duration::zero()) return delay;
+  const auto first =
+      std::ranges::find_if(waiting_, [&](const Place* each) { return now - each->looked_at_ < kAbsent; });
+  // It is about to wake.
+  if (*first != &place) return kBehindTheFirst;
+  waiting_.erase(first);
+  bucket_.debit(bytes, now);
+  return Duration::zero();
+}
+
+void BandwidthCap::leave(const Place& place) {
+  const std::lock_guard lock(mutex_);
+  std::erase(waiting_, &place);
 }
 
 Duration BandwidthCap::delay() {

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 
 #include "os/worker_thread.h"
@@ -20,14 +22,36 @@ class BandwidthCap {
   // Waits until something may go. False when the thread is to stop. The bytes may be more than fits into a second:
   // the next one waits for them.
   bool wait_and_debit(std::uint64_t bytes, WorkerThread& self);
+  // A place among those who wait: whoever came first goes first, whatever the scheduler would have, but for one that does
+  // not look for a while. Kept while it waits again and again, and given up by the destructor.
+  class Place {
+   public:
+    explicit Place(BandwidthCap& of) : of_(of) {}
+    ~Place() { of_.leave(*this); }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+
+   private:
+    friend class BandwidthCap;
+    BandwidthCap& of_;
+    std::chrono::steady_clock::time_point looked_at_{};  // guarded by mutex_
+  };
+  // The same for so long at most; kLater: nothing is debited.
+  enum class Turn { kNow, kLater, kStopped };
+  static Turn wait_and_debit(std::uint64_t bytes, WorkerThread& self, Duration at_most, Place& place);
   // How long until something may go; zero: now.
   Duration delay();
   void debit(std::uint64_t bytes);
 
  private:
+  // How long until it is this one's turn, which it takes where that is now.
+  Duration try_turn(std::uint64_t bytes, Place& place);
+  void leave(const Place& place);
+
   std::atomic<bool> limited_{false};
-  std::mutex mutex_;  // guards bucket_
+  std::mutex mutex_;  // guards the rest
   TokenBucket bucket_;
+  std::deque<const Place*> waiting_;
 };
 
 }  // namespace memferry::wire

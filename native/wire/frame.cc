@@ -110,6 +110,7 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     case FrameType::kChainOver:
     case FrameType::kNamed:
     case FrameType::kTaken:
+    case FrameType::kTurn:
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kRead:
       if (header.page_count == 0 || header.page_count > max_run_pages(page_size)) {

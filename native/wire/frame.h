@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -146,7 +147,10 @@ enum class FrameType : std::uint16_t {
                          // payload: the KnownName of each
   kTaken =
       35,  // destination to source: tag: bytes of this connection that it has worked off so far. Once a second
-           // while frames come, so that one that is slow is not taken for one that has died.
+  // while frames come, so that one that is slow is not taken for one that has died. Server to source,
+  // server to server, on kScatter and kChain, every kTellWork: tag: what it and those whom it passes
+  // replicas on to have worked off so far; the same again while it waits for its turn
+  kTurn = 38,  // server to destination, on kGather, every kTellWork while an answer waits for its turn
 
   // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps
@@ -281,6 +285,12 @@ struct WireRun {
   std::uint64_t page_count;
 };
 static_assert(sizeof(WireRun) == 16);
+
+// A server that is slow, or has used up its bandwidth for now, says so often that nobody takes it for dead. Who hears it
+// bears with no progress at all for the one, and with an answer that never comes for the other.
+inline constexpr std::chrono::milliseconds kTellWork{500};
+inline constexpr std::chrono::milliseconds kLongestTurn{60'000};
+inline constexpr std::chrono::milliseconds kLongestAnswer{600'000};
 
 // A run of pages carries at most 256 KiB, or one page where pages are larger: the piece that sockets, the
 // L2 cache and UFFDIO_COPY all like.

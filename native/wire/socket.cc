@@ -164,6 +164,11 @@ void configure_connection(int fd) {
   }
 }
 
+void bear_with_full_window(int fd, std::chrono::milliseconds at_most) {
+  const auto limit_ms = static_cast<int>((at_most + kSilenceLimit).count());
+  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, limit_ms, "setsockopt(TCP_USER_TIMEOUT)");
+}
+
 DialResult dial(const SocketAddress& address, std::chrono::milliseconds timeout, int cancel_fd) {
   const auto deadline = Clock::now() + timeout;
   UniqueFd fd(::socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));

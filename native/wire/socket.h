@@ -48,6 +48,8 @@ class SocketAddress {
 // SystemError.
 inline constexpr std::chrono::milliseconds kSilenceLimit{15000};
 void configure_connection(int fd);
+// A peer may take nothing for so long although it is there: who calls this notices otherwise when it is gone.
+void bear_with_full_window(int fd, std::chrono::milliseconds at_most);
 
 struct DialResult {
   enum class Kind { kConnected, kFailed, kTimedOut, kCancelled };

@@ -1,5 +1,6 @@
-/** What `send` and `receive` say alike: the secret and whether an open network is allowed. */
+/** What both sides of a move say alike: the secret, whether an open network is allowed, how long the other side may take. */
 import type { Command } from 'commander';
+import { duration } from './parse-values.js';
 
 export interface ConnectionFlags {
   secretFile?: string;
@@ -17,4 +18,20 @@ export function connectionOptions(flags: ConnectionFlags): { secretFile?: string
     plaintext: flags.plaintext === true,
     ...(flags.secretFile === undefined ? {} : { secretFile: flags.secretFile }),
   };
+}
+
+export interface PrepareFlags {
+  prepareTimeout?: number;
+}
+
+export function addPrepareFlag(command: Command): Command {
+  return command.option(
+    '--prepare-timeout <time>',
+    'for the guest, which stands still, to be made ready to run (default 10s)',
+    duration,
+  );
+}
+
+export function prepareOption({ prepareTimeout }: PrepareFlags): { prepareTimeoutMs?: number } {
+  return prepareTimeout === undefined ? {} : { prepareTimeoutMs: prepareTimeout };
 }

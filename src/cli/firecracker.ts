@@ -18,11 +18,18 @@ import { parseAddress } from '../options.js';
 import type { ArrivalReport } from '../report.js';
 import { park } from '../source/park.js';
 import { reportOrRest } from './await-rest.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import {
+  addConnectionFlags,
+  addPrepareFlag,
+  type ConnectionFlags,
+  connectionOptions,
+  type PrepareFlags,
+  prepareOption,
+} from './connection-flags.js';
 import { tellParkInDoubt } from './in-doubt.js';
-import { addServerFlags, type GuestFlags, type ServerFlags, serverOptions } from './leaving-guest.js';
+import { addServerFlags, type GuestFlags, given, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
-import { byteCount, octal } from './parse-values.js';
+import { byteCount, byteRate, octal } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
 import {
   addClaimFlags,
@@ -33,7 +40,7 @@ import {
   writeTicket,
 } from './ticket.js';
 
-interface FirecrackerFlags extends ConnectionFlags, ClaimFlags {
+interface FirecrackerFlags extends ConnectionFlags, PrepareFlags, ClaimFlags {
   socket: string;
   snapshot?: string;
   fromVmd?: string;
@@ -43,6 +50,7 @@ interface FirecrackerFlags extends ConnectionFlags, ClaimFlags {
   prePaging: PrePaging;
   mode?: number;
   gatherLimit?: number;
+  maxBytes?: number;
   once?: boolean;
   json?: boolean;
 }
@@ -67,10 +75,15 @@ export function addFirecracker(program: Command): void {
         .default('sequential'),
     )
     .option('--mode <octal>', 'permissions of the socket (default 600)', octal)
-    .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteCount)
+    .option(
+      '--max-bytes <bytes>',
+      'with --listen: memory that all microVMs together may take (default 64Gi)',
+      byteCount,
+    )
+    .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteRate)
     .option('--once', 'end with the first microVM')
     .option('--json', 'one JSON object a line');
-  addClaimFlags(addConnectionFlags(command)).action(serve);
+  addClaimFlags(addPrepareFlag(addConnectionFlags(command))).action(serve);
 }
 
 async function serve(flags: FirecrackerFlags): Promise<void> {
@@ -148,9 +161,10 @@ async function fromVmd(
 ): Promise<void> {
   await using unparked = await unpark(await ticketFrom(ticketFile), {
     ...connectionOptions(flags),
+    ...prepareOption(flags),
     signal,
     ...claimOptions(flags),
-    ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),
+    ...given({ gatherLimit: flags.gatherLimit }),
     accept: microVmArrivals(host),
   });
   const stopped = interrupted(signal);
@@ -170,6 +184,8 @@ async function fromMigration(
   await using listening = await listen({
     ...parseAddress(address),
     ...connectionOptions(flags),
+    ...prepareOption(flags),
+    ...given({ maxBytes: flags.maxBytes, gatherLimit: flags.gatherLimit }),
     signal,
     accept: microVmArrivals({
       ...host,

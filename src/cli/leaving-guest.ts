@@ -12,13 +12,20 @@ import { type CompressChoice, compressChoices, type MigrateOptions } from '../op
 import { rehearse } from '../rehearse.js';
 import type { DedupReport } from '../report.js';
 import { WorkerGuest } from '../worker/index.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import {
+  addConnectionFlags,
+  addPrepareFlag,
+  type ConnectionFlags,
+  connectionOptions,
+  type PrepareFlags,
+  prepareOption,
+} from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import type { Output } from './output.js';
-import { byteCount, byteRate, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
+import { byteRate, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
 import { interrupted } from './signals.js';
 
-export interface GuestFlags extends ConnectionFlags {
+export interface GuestFlags extends ConnectionFlags, PrepareFlags {
   module: NamedModule;
   data?: unknown;
   afterMs?: number;
@@ -44,10 +51,10 @@ export function addGuestFlags(command: Command): Command {
     .requiredOption('--module <name=path>', 'the guest: a module that exports defineGuest(...)', namedModule)
     .option('--data <json>', 'what the guest finds in context.data', parseData)
     .option('--after-ms <ms>', 'it leaves by itself after this long', wholeNumber(0, 86_400_000))
-    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteCount)
+    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteRate)
     .addOption(compressFlag())
     .option('--json', 'one JSON object a line, the last one the report');
-  return addConnectionFlags(command);
+  return addPrepareFlag(addConnectionFlags(command));
 }
 
 export function addServerFlags(command: Command): Command {
@@ -62,7 +69,7 @@ export function addServerFlags(command: Command): Command {
     .option('--rack <name>', 'where this host stands; servers there are taken last')
     .option(
       '--link-rate <rate>',
-      "bytes a second of this host's link, as 125M: with --discover, as many servers as fill it",
+      "bytes a second of this host's link, as 125M, where its interface does not say: with --discover, as many servers as fill it",
       byteRate,
     )
     .option('--dedup', 'with VMD servers: pages that they hold already go as references')
@@ -83,6 +90,7 @@ export function serverOptions(flags: Omit<GuestFlags, 'module'> & ServerFlags): 
   const dedup = dedupOption(flags);
   return {
     ...connectionOptions(flags),
+    ...prepareOption(flags),
     ...given({ bandwidth, compress, via, discover, replicas, rack, linkBytesPerSecond, dedup }),
   };
 }

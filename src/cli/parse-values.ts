@@ -43,11 +43,13 @@ const units: Record<string, number> = {
   ki: 2 ** 10,
   mi: 2 ** 20,
   gi: 2 ** 30,
+  t: 1e12,
+  ti: 2 ** 40,
 };
 
 /** `100M`, `1.5Gi`, `65536`: bytes. */
 export function byteCount(text: string): number {
-  const match = /^(\d+(?:\.\d+)?)\s*(k|m|g|ki|mi|gi)?b?$/i.exec(text.trim());
+  const match = /^(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?$/i.exec(text.trim());
   const unit = units[(match?.[2] ?? '').toLowerCase()];
   if (!match || unit === undefined) throw new InvalidArgumentError('write bytes, as 65536, 100M or 1.5Gi.');
   return Math.round(Number(match[1]) * unit);

@@ -10,15 +10,23 @@ import { parseAddress } from '../options.js';
 import { QemuDestination } from '../qemu/arriving-guest.js';
 import { rehearse } from '../rehearse.js';
 import { reportOrRest } from './await-rest.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import {
+  addConnectionFlags,
+  addPrepareFlag,
+  type ConnectionFlags,
+  connectionOptions,
+  type PrepareFlags,
+  prepareOption,
+} from './connection-flags.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
-import { byteCount } from './parse-values.js';
+import { byteCount, byteRate } from './parse-values.js';
 import { addQemuFlags, type QemuFlags } from './qemu.js';
 import { interrupted, onInterrupt } from './signals.js';
 
-interface QemuDestinationFlags extends QemuFlags, ConnectionFlags {
+interface QemuDestinationFlags extends QemuFlags, ConnectionFlags, PrepareFlags {
   listen: string;
+  maxBytes?: number;
   bandwidth?: number;
   gatherLimit?: number;
   dedup?: boolean;
@@ -34,8 +42,9 @@ export function addQemuDestination(qemu: Command): void {
     .description('wait for a guest for this QEMU, which waits too (-S -incoming defer)')
     .requiredOption('--listen <host:port>', 'where to wait; port 0 takes any and says which');
   addQemuFlags(command)
-    .option('--bandwidth <bytes/s>', 'taken from the source at most, as 100M or 1Gi', byteCount)
-    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
+    .option('--max-bytes <bytes>', 'take no larger guest (default 64Gi)', byteCount)
+    .option('--bandwidth <bytes/s>', 'taken from the source at most, as 100M or 1Gi', byteRate)
+    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteRate)
     .option('--dedup', 'pages that the guest has several times come once')
     .option(
       '--dedup-domain <name>',
@@ -44,7 +53,7 @@ export function addQemuDestination(qemu: Command): void {
     .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
     .option('--share <file>', "the host's page share too, or 'auto' for the domain's (see memferry share)")
     .option('--json', 'one JSON object a line');
-  addConnectionFlags(command).action(destination);
+  addPrepareFlag(addConnectionFlags(command)).action(destination);
 }
 
 async function destination(flags: QemuDestinationFlags): Promise<void> {
@@ -64,7 +73,8 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
   await using listening = await listen({
     ...parseAddress(flags.listen),
     ...connectionOptions(flags),
-    ...given({ bandwidth: flags.bandwidth, gatherLimit: flags.gatherLimit }),
+    ...prepareOption(flags),
+    ...given({ maxBytes: flags.maxBytes, bandwidth: flags.bandwidth, gatherLimit: flags.gatherLimit }),
     ...given({ dedup: dedupOption(flags), share: flags.share }),
     signal,
     accept: waiting.accept,

@@ -11,7 +11,7 @@ import {
 import { QemuGuest } from '../qemu/source-guest.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
 import { checkMigrateOptions, migrate } from '../source/migrate.js';
-import { addConnectionFlags } from './connection-flags.js';
+import { addConnectionFlags, addPrepareFlag } from './connection-flags.js';
 import {
   addServerFlags,
   compressFlag,
@@ -22,7 +22,7 @@ import {
 } from './leaving-guest.js';
 import { type TrackerName, trackerChoices } from '../trackers.js';
 import { makeOutput, type Output } from './output.js';
-import { byteCount, positiveNumber, wholeNumber } from './parse-values.js';
+import { byteCount, byteRate, positiveNumber, wholeNumber } from './parse-values.js';
 import { addQemuFlags, type QemuFlags } from './qemu.js';
 import { accountOf, describeReport } from './send.js';
 import { onInterrupt } from './signals.js';
@@ -53,7 +53,7 @@ export function addQemuSource(qemu: Command): void {
   addQemuFlags(command)
     .option('--name <name>', "in reports and errors; QEMU's own (-name) without it")
     .option('--channels <count>', 'parallel data connections', wholeNumber(1, 16))
-    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteCount)
+    .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteRate)
     .addOption(compressFlag())
     .option(
       '--delta-cache <bytes>',
@@ -85,7 +85,7 @@ export function addQemuSource(qemu: Command): void {
     .option('--leave-when-evicted', 'scatter modes: end as soon as nobody needs this side any more')
     .option('--stay', 'leave QEMU as it is afterwards, stopped; it must never go on')
     .option('--json', 'one JSON object a line, the last one the report');
-  addServerFlags(addConnectionFlags(command)).action(source);
+  addServerFlags(addPrepareFlag(addConnectionFlags(command))).action(source);
 }
 
 async function source(flags: QemuSourceFlags): Promise<void> {

@@ -12,12 +12,20 @@ import { rehearse } from '../rehearse.js';
 import type { ArrivalReport } from '../report.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { reportOrRest } from './await-rest.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import {
+  addConnectionFlags,
+  addPrepareFlag,
+  type ConnectionFlags,
+  connectionOptions,
+  type PrepareFlags,
+  prepareOption,
+} from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
 import {
   byteCount,
+  byteRate,
   type NamedModule,
   namedModules,
   positiveNumber,
@@ -27,7 +35,7 @@ import { replayLines } from './replay-lines.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { ticketFrom } from './ticket.js';
 
-interface ReceiveFlags extends ConnectionFlags {
+interface ReceiveFlags extends ConnectionFlags, PrepareFlags {
   listen: string;
   module: NamedModule[];
   maxBytes?: number;
@@ -58,8 +66,8 @@ export function addReceive(program: Command): void {
       namedModules,
     )
     .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
-    .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteCount)
-    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteCount)
+    .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteRate)
+    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteRate)
     .option('--dedup', 'pages that a guest has several times come once')
     .option(
       '--dedup-domain <name>',
@@ -79,7 +87,7 @@ export function addReceive(program: Command): void {
     .option('--replay-ms <ms>', 'how long a replay takes, so that a source may wait for it', positiveNumber)
     .option('--once', 'end with the first migration, and its guest with it')
     .option('--json', 'one JSON object a line');
-  addConnectionFlags(command).action(receive);
+  addPrepareFlag(addConnectionFlags(command)).action(receive);
 }
 
 async function receive(flags: ReceiveFlags): Promise<void> {
@@ -94,6 +102,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   const listening = await listen({
     ...parseAddress(flags.listen),
     ...connectionOptions(flags),
+    ...prepareOption(flags),
     ...(flags.maxBytes === undefined ? {} : { maxBytes: flags.maxBytes }),
     ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),

@@ -44,6 +44,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   channels?: number;
   downtimeLimitMs?: number;
   maxRounds?: number;
+  hybridRounds?: number;
   onNonConvergence?: NonConvergence;
   tracker?: TrackerName | 'kvm-log';
   writers?: Writers;
@@ -73,6 +74,7 @@ export function addSend(program: Command): void {
       positiveNumber,
     )
     .option('--max-rounds <count>', 'pre-copy rounds at most', wholeNumber(1, 1000))
+    .option('--hybrid-rounds <count>', 'rounds before hybrid switches over', wholeNumber(1, 1000))
     .addOption(
       new Option('--on-non-convergence <choice>', 'when rounds stop shrinking').choices(
         nonConvergenceChoices,
@@ -152,8 +154,8 @@ async function checkFlags(flags: SendFlags): Promise<void> {
 
 /** But for the replay log, which is read when the guest goes. */
 function migrateOptions(flags: SendFlags): MigrateOptions {
-  const { to, mode, verify, channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers } =
-    flags;
+  const { to, mode, verify, channels, downtimeLimitMs, maxRounds, hybridRounds } = flags;
+  const { onNonConvergence, tracker, writers } = flags;
   const { onCapacity, destinationRack, releaseAsEvicted, useBase, keepStaleCopy } = flags;
   const { staleBytes = 64 * 2 ** 30 } = flags;
   return {
@@ -162,7 +164,7 @@ function migrateOptions(flags: SendFlags): MigrateOptions {
       base: useBase,
       keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
     }),
-    ...given({ channels, downtimeLimitMs, maxRounds, onNonConvergence, tracker, writers }),
+    ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker, writers }),
     ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags.sample && !traitsOf(mode).scatter ? withoutServers(flags) : flags),
   };

@@ -1,4 +1,5 @@
 /** Ctrl-C and its relatives as an AbortSignal: the first asks, the second ends the process. */
+import { lastingAbort } from '../protocol/bounded.js';
 import { memferryError } from '../errors.js';
 
 export interface Interruption {
@@ -10,7 +11,7 @@ const names = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const;
 
 /** `hangup` false: SIGHUP has another meaning here. */
 export function onInterrupt({ hangup = true }: { hangup?: boolean } = {}): Interruption {
-  const controller = new AbortController();
+  const controller = lastingAbort();
   const listener = (name: NodeJS.Signals) => {
     if (controller.signal.aborted) process.exit(130);
     controller.abort(new Error(`interrupted by ${name}`));

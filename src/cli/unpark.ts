@@ -7,15 +7,22 @@ import { memferryError } from '../errors.js';
 import type { UnparkOptions } from '../options.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { reportOrRest } from './await-rest.js';
-import { addConnectionFlags, type ConnectionFlags, connectionOptions } from './connection-flags.js';
+import {
+  addConnectionFlags,
+  addPrepareFlag,
+  type ConnectionFlags,
+  connectionOptions,
+  type PrepareFlags,
+  prepareOption,
+} from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
-import { byteCount, type NamedModule, namedModules, readableModules, regionImages } from './parse-values.js';
+import { byteRate, type NamedModule, namedModules, readableModules, regionImages } from './parse-values.js';
 import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { addClaimFlags, type ClaimFlags, claimOptions, ticketFrom } from './ticket.js';
 
-interface UnparkFlags extends ConnectionFlags, ClaimFlags {
+interface UnparkFlags extends ConnectionFlags, PrepareFlags, ClaimFlags {
   ticket: string;
   module: NamedModule[];
   gatherLimit?: number;
@@ -36,7 +43,7 @@ export function addUnpark(program: Command): void {
       'a module that may be run here, by its name (repeatable)',
       namedModules,
     )
-    .option('--gather-limit <bytes/s>', 'fetched ahead of the guest at most', byteCount)
+    .option('--gather-limit <bytes/s>', 'fetched ahead of the guest at most', byteRate)
     .option(
       '--base <directory>',
       'what was kept there of the guest when it left this host: what is the same is not fetched',
@@ -49,7 +56,7 @@ export function addUnpark(program: Command): void {
     )
     .option('--once', 'end when every page is here, and the guest with it')
     .option('--json', 'one JSON object a line');
-  addClaimFlags(addConnectionFlags(command)).action(unparkGuest);
+  addClaimFlags(addPrepareFlag(addConnectionFlags(command))).action(unparkGuest);
 }
 
 /** @throws INVALID_ARGUMENT */
@@ -75,6 +82,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const ticket = await ticketFrom(flags.ticket);
   await using unparked = await unpark(ticket, {
     ...connectionOptions(flags),
+    ...prepareOption(flags),
     signal: interruption.signal,
     ...base,
     ...claimOptions(flags),

@@ -21,7 +21,7 @@ import {
   type ResolvedListenOptions,
   resolveListenOptions,
 } from '../options.js';
-import { throwIfCancelled, within } from '../protocol/bounded.js';
+import { lastingAbort, throwIfCancelled, within } from '../protocol/bounded.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import { deferred } from '../protocol/deferred.js';
 import { agreedEncodings, decodedHere } from '../protocol/encodings.js';
@@ -142,7 +142,7 @@ class DestinationListener implements Listening {
   /** With the order in which they proved themselves. */
   readonly #channels = new Map<Channel, number>();
   #accepted = 0;
-  readonly #closing = new AbortController();
+  readonly #closing = lastingAbort();
   readonly #keepAlive: NodeJS.Timeout;
   readonly #queue = new ArrivalQueue<ArrivalInProgress>();
 

@@ -16,7 +16,7 @@ import {
   resolveUnparkOptions,
   type UnparkOptions,
 } from '../options.js';
-import { abortError, untilAborted, whileOpening, within } from '../protocol/bounded.js';
+import { abortError, lastingAbort, untilAborted, whileOpening, within } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import { encodingFlags, packedByServers } from '../protocol/encodings.js';
 import type { Region } from '../region.js';
@@ -218,7 +218,7 @@ class GatheringGuest implements Unparked {
   #resumedAt = 0;
   #closed = false;
   #notRunning: string | null | Promise<string | null> = null;
-  readonly #broken = new AbortController();
+  readonly #broken = lastingAbort();
   #arrival: Promise<void> | null = null;
 
   constructor(

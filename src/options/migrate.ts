@@ -131,7 +131,8 @@ export interface MigrateOptions extends ConnectionOptions {
   /** Scatter modes: the destination's rack; servers near it are preferred. Default null: not known. */
   destinationRack?: string | null;
   /**
-   * Scatter modes: the source's own link in bytes/s, which the servers together are to fill. Default null: not known.
+   * Scatter modes with `discover`: the source's own link in bytes/s, which the servers together are to fill. Default
+   * null: what its network interface says, where it says anything, and no more than `bandwidth`.
    */
   linkBytesPerSecond?: number | null;
   /**

@@ -1,4 +1,5 @@
 /** Waits with a bound: every promise that depends on a peer or on a guest's code is awaited through these. */
+import { setMaxListeners } from 'node:events';
 import { MemferryError, type ErrorCode } from '../errors.js';
 import { Alarm } from './timers.js';
 
@@ -13,6 +14,13 @@ export function untilAborted<T>(promise: Promise<T>, signal: AbortSignal): Promi
     signal.addEventListener('abort', onAbort, { once: true });
     promise.then(resolve, reject).finally(() => signal.removeEventListener('abort', onAbort));
   });
+}
+
+/** For whatever lasts: as many may wait for its end at once as there are connections and calls, and it is no leak. */
+export function lastingAbort(): AbortController {
+  const controller = new AbortController();
+  setMaxListeners(0, controller.signal);
+  return controller;
 }
 
 export function abortError(signal: AbortSignal): MemferryError {

@@ -3,6 +3,7 @@
  * they do not any more, joined again after a while. A server that was restarted is another one, and is told afresh.
  * Nobody waits for any of it. Owned by what it is for; JavaScript thread.
  */
+import { lastingAbort } from '../protocol/bounded.js';
 import { randomBytes } from 'node:crypto';
 import { isLoopback } from '../control/address.js';
 import { loadSecret } from '../control/secret.js';
@@ -45,7 +46,7 @@ const longestRetryMs = 15_000;
 export class Directories {
   readonly #places: Place[];
   readonly #timer: NodeJS.Timeout;
-  readonly #abort = new AbortController();
+  readonly #abort = lastingAbort();
   /** In the order in which the native part was told. */
   #told: Place[] = [];
 

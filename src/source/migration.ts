@@ -17,7 +17,7 @@ import { MemferryError } from '../errors.js';
 import type { Guest } from '../guest.js';
 import type { ResolvedMigrateOptions } from '../options.js';
 import type { ProgressStream } from '../progress.js';
-import { abortError, untilAborted } from '../protocol/bounded.js';
+import { abortError, lastingAbort, untilAborted } from '../protocol/bounded.js';
 import { deferred } from '../protocol/deferred.js';
 import type { SourceMessage } from '../protocol/messages.js';
 import { gathersFirst, type ModeTraits, traitsOf } from '../protocol/mode-traits.js';
@@ -46,7 +46,7 @@ export class SourceMigration extends EventEmitter {
   readonly id = this.#migrationId.toString('hex');
   #done = deferred<MigrationReport>();
   #evicted = deferred<EvictionReport>();
-  readonly #abort = new AbortController();
+  readonly #abort = lastingAbort();
   readonly #measured = new Measurements();
   readonly #sampling: ProgressSampling;
   readonly #switchoverAsked = deferred<void>();

@@ -14,7 +14,7 @@ import { MemferryError } from '../errors.js';
 import type { Guest, GuestModule } from '../guest.js';
 import { lineageOf } from '../lineage.js';
 import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
-import { abortError, untilAborted, within } from '../protocol/bounded.js';
+import { abortError, lastingAbort, untilAborted, within } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
 import type { StageClient } from '../staging/client.js';
@@ -107,7 +107,7 @@ async function openSecret(options: ResolvedParkOptions): Promise<Uint8Array> {
 
 class Parking {
   readonly #id = randomBytes(16);
-  readonly #abort = new AbortController();
+  readonly #abort = lastingAbort();
   readonly #held = new Holdings();
   #parked = false;
   readonly #stop = (): void => this.#abort.abort(abortError(this.options.signal as AbortSignal));

@@ -14,6 +14,7 @@ import { createImage, type Refusal } from '../staging/image-opening.js';
 import type { ImageSet } from '../staging/image-set.js';
 import { indexPages } from '../staging/placement.js';
 import { Candidates } from './candidates.js';
+import { linkToFill } from './link-rate.js';
 import { chooseServers, type GuestNeed, mayHaveServers } from './choose-servers.js';
 import { dedupDomainKey } from './dedup-domain.js';
 import { checkIdentity } from './guest-identity.js';
@@ -72,7 +73,9 @@ export async function stageImage(order: ImageOrder): Promise<ImageSet | null> {
   return whileOpening(signal, async (making) => {
     const connection = imageConnection(secret, options, making);
     await using candidates = await Candidates.find(options, connection, making);
-    return await makeWhere(order, candidates, need, (clients) =>
+    const linkBytesPerSecond = await linkToFill(options, candidates.servers);
+    const filling = { ...order, options: { ...options, linkBytesPerSecond } };
+    return await makeWhere(filling, candidates, need, (clients) =>
       // Nothing of an attempt is good for the next one.
       createImage(clients, candidates.unanswered, connection, { ...made, secret: makeImageSecret() }),
     );

@@ -14,7 +14,7 @@ import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage, NativeStageConfig } from '../native.js';
 import { parseGroup, type ResolvedStageOptions, resolveStageOptions, type StageOptions } from '../options.js';
-import { throwIfCancelled } from '../protocol/bounded.js';
+import { lastingAbort, throwIfCancelled } from '../protocol/bounded.js';
 import { type Announcement, stageRequest, type StageStatus } from '../protocol/stage-messages.js';
 import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
@@ -123,7 +123,7 @@ class StageServer implements Staging {
   readonly #members: StagedMembers;
   readonly #gate = new HandshakeGate();
   readonly #connections = new Map<StageChannel, StageConnection>();
-  readonly #closing = new AbortController();
+  readonly #closing = lastingAbort();
   readonly #ticker: NodeJS.Timeout;
   readonly #announcer: Announcer | null;
   readonly #startedMs = performance.now();

@@ -7,7 +7,7 @@ import { EventEmitter } from 'node:events';
 import { ControlChannel } from '../control/channel.js';
 import { dial } from '../control/dial.js';
 import { MemferryError } from '../errors.js';
-import { untilAborted, within } from '../protocol/bounded.js';
+import { lastingAbort, untilAborted, within } from '../protocol/bounded.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import { fromPeer } from '../protocol/peer-error.js';
@@ -81,7 +81,7 @@ export abstract class StageLink extends EventEmitter<ClientEvents> {
   readonly closed: Promise<MemferryError | null>;
   readonly #closed = deferred<MemferryError | null>();
   protected readonly images = new Map<string, OpenImage>();
-  readonly #abort = new AbortController();
+  readonly #abort = lastingAbort();
   protected link: Link | null = null;
   #dialling: Promise<Link> | null = null;
   #recovering = false;

@@ -50,7 +50,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::uint64_t each = type == FrameType::kKnownReference ? sizeof(ContentHash) : sizeof(KnownName);
     require(header.payload_bytes == header.page_count * each);
   }
-  if (type == FrameType::kTaken) require(header.payload_bytes == 0);
+  if (type == FrameType::kTaken || type == FrameType::kTurn) require(header.payload_bytes == 0);
   if (type == FrameType::kDiscard || type == FrameType::kSuspects) {
     require(header.payload_bytes % sizeof(WireRun) == 0);
   }

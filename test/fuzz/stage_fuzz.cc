@@ -229,7 +229,7 @@ class World {
       require(question(asked, FrameType::kBarrier).tag == answer.header.tag);
       asked.pop_front();
     } else {
-      require(answer.is(FrameType::kChainBroken));
+      require(answer.is(FrameType::kChainBroken) || answer.is(FrameType::kTaken));
     }
   }
 

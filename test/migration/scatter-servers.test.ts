@@ -18,6 +18,7 @@ import {
   type StageOptions,
   type Staging,
   stage,
+  unpark,
 } from '../../src/index.js';
 import { Announcer } from '../../src/staging/announce.js';
 import { StageClient } from '../../src/staging/client.js';
@@ -271,6 +272,47 @@ describe('a server that is named', () => {
       message: expect.stringContaining('twice'),
     });
     expect(server.status().images).toBe(0);
+  });
+});
+
+describe('servers that are slow', () => {
+  // Each guest's share of them is 11 KiB a second: nothing is acknowledged, passed on or answered for seconds.
+  test('take a dozen guests at once and give them back, and keep to their bandwidth', async () => {
+    const warned: string[] = [];
+    const onWarning = ({ name }: Error) => warned.push(name);
+    process.on('warning', onWarning);
+    const bandwidth = 128 * 1024;
+    const servers = [await staged('slow', 64, { bandwidth }), await staged('slower', 64, { bandwidth })];
+    const began = performance.now();
+    const guests = Array.from({ length: 12 }, (_, at) => guestOf(String.fromCharCode(97 + at), 1 / 16));
+    // Both go over the one link.
+    const options = { via: servers.map(addressOf), secret: SECRET, replicas: 2, compress: 'off' } as const;
+    const parked = await Promise.all(guests.map((guest) => park(guest, options)));
+    const came = await Promise.all(
+      parked.map(async ({ ticket }) => {
+        const made: Region[] = [];
+        await using arrived = await unpark(ticket, {
+          secret: SECRET,
+          accept: ({ regions: offered }): ArrivingGuest => {
+            made.push(...offered.map(({ lengthBytes }) => regionOf(lengthBytes)));
+            return { regions: made, prepare: async () => {}, resume: () => {}, abandon: () => {} };
+          },
+        });
+        expect(await arrived.complete).toMatchObject({ verified: true });
+        return Buffer.from(made[0]?.views[0] as Uint8Array);
+      }),
+    );
+    expect(came.map((bytes, at) => bytes.equals(guests[at]?.bytes as Buffer))).toEqual(
+      guests.map(() => true),
+    );
+    const seconds = (performance.now() - began) / 1e3;
+    for (const { bytesIn, bytesOut } of servers.map((server) => server.status())) {
+      // What may be on its way beyond it: a run for each connection of a kind.
+      expect(bytesIn).toBeLessThan(bandwidth * seconds + 12 * 65_536);
+      expect(bytesOut).toBeLessThan(bandwidth * seconds + 12 * 65_536);
+    }
+    process.off('warning', onWarning);
+    expect(warned).toEqual([]);
   });
 });
 

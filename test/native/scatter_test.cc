@@ -695,6 +695,28 @@ TEST(LaneTest, AcknowledgementsComeInOrderAndTheWindowFollowsThem) {
   EXPECT_FALSE(lane.waiting_since());
 }
 
+TEST(LaneTest, WhoSaysThatItIsAtItIsWaitedForAsLongAsItGetsOn) {
+  Lane lane;
+  const auto start = Lane::Clock::now();
+  EXPECT_EQ(lane.silent_since(start), start);
+  EXPECT_TRUE(lane.worked(100, start + 1s));
+  EXPECT_EQ(lane.silent_since(start), start + 1s);
+  // What was said before it was waited for does not count.
+  EXPECT_EQ(lane.silent_since(start + 2s), start + 2s);
+  EXPECT_FALSE(lane.worked(99, start + 2s));
+  // The same again is a sign, for so long.
+  EXPECT_TRUE(lane.worked(100, start + 10s));
+  EXPECT_EQ(lane.silent_since(start, 10s), start + 10s);
+  EXPECT_TRUE(lane.worked(100, start + 12s));
+  EXPECT_EQ(lane.silent_since(start, 10s), start);
+  EXPECT_EQ(lane.silent_since(start + 3s, 10s), start + 12s);
+  EXPECT_TRUE(lane.worked(101, start + 13s));
+  EXPECT_EQ(lane.silent_since(start, 10s), start + 13s);
+  // But an answer that never comes is not waited for for ever, whatever is said.
+  EXPECT_EQ(lane.silent_since(start, 10s, 13s), start + 13s);
+  EXPECT_EQ(lane.silent_since(start, 10s, 12s), start);
+}
+
 // A receiver that runs 2 ms of every 60 acknowledges what it has in one go: that is no speed.
 TEST(LaneTest, BurstsOfAcknowledgementsAreNoSpeed) {
   Lane lane;

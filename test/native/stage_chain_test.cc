@@ -23,10 +23,16 @@ constexpr std::uint64_t kPages = 128;
 constexpr Holders kAlone{0, Holders::kNobody};
 constexpr Holders kTwice{0, 1};
 
-// Nothing comes for this long. For what must not come: where it does, the test fails sooner or later.
-bool silent(int fd, std::chrono::milliseconds time = 150ms) {
-  pollfd waiting{fd, POLLIN, 0};
-  return ::poll(&waiting, 1, static_cast<int>(time.count())) == 0;
+// Nothing comes for this long but signs that somebody is at it. For what must not come: where it does, the test fails
+// sooner or later.
+bool silent(StageClient& client, std::chrono::milliseconds time = 150ms) {
+  const auto until = Clock::now() + time;
+  for (pollfd waiting{client.fd(), POLLIN, 0};;) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now());
+    if (left.count() <= 0 || ::poll(&waiting, 1, static_cast<int>(left.count())) == 0) return true;
+    const auto frame = client.receive_any();
+    if (!frame || !frame->is(FrameType::kTaken)) return false;
+  }
 }
 
 // Two real servers: ordinal 0 passes on to ordinal 1.
@@ -492,10 +498,10 @@ TEST_F(ChainTest, TheAnswerWaitsForTheReplica) {
   }
   // It is here, and yet not acknowledged.
   EXPECT_EQ(bench.stage->image(id)->pages_held, 2U);
-  EXPECT_TRUE(silent(source->fd()));
+  EXPECT_TRUE(silent(*source));
   ASSERT_TRUE(BareReplica::acknowledge(*replica, 2));
   EXPECT_TRUE(source->await_barrier(2).acknowledged);
-  EXPECT_TRUE(silent(source->fd()));
+  EXPECT_TRUE(silent(*source));
   // A refusal of the replica's comes before the answer.
   ASSERT_TRUE(replica->frame(wire::make_header(FrameType::kRefused, 0, {PageNumber{7}, 3})));
   ASSERT_TRUE(BareReplica::acknowledge(*replica, 3));
@@ -529,6 +535,42 @@ TEST_F(ChainTest, AStalledReplicaHoldsUpItsSourceAlone) {
   writer.join();
   EXPECT_EQ(bench.stage->stats().free_bytes, bench.stage->stats().slab_bytes);
   EXPECT_EQ(bench.stage->stats().connections, 0U);
+}
+
+// A server that is slow with a replica is waited for as long as it says that it is at it, and its source hears of that.
+TEST_F(ChainTest, AReplicaThatIsSlowIsWaitedForWhileItSaysSo) {
+  const auto say = [&](std::uint64_t so_far) {
+    return replica->frame(wire::make_header(FrameType::kTaken, 0, {}, so_far));
+  };
+  StageBench impatient(StageConfig{.memory_bytes = 32ULL << 20U, .chain_timeout_ms = 600});
+  impatient.make(id, {kPages}, 0);
+  ASSERT_TRUE(impatient.stage->set_chain(id, 1, "127.0.0.1", bare.port(), chain_tokens(id, 0, 3)));
+  source = impatient.scatter(id);
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(source->ask_barrier(2));
+  ASSERT_TRUE(replica->receive());
+  // Less often than somebody looks, so that each look finds it quiet.
+  for (int times = 0; times < 12; ++times) {
+    ASSERT_TRUE(say(static_cast<std::uint64_t>(times / 4)));
+    std::this_thread::sleep_for(250ms);
+  }
+  ASSERT_TRUE(BareReplica::acknowledge(*replica, 2));
+  EXPECT_TRUE(source->await_barrier(2).acknowledged);
+  EXPECT_GE(source->signs, 3U);
+  // And not when it says no more.
+  ASSERT_TRUE(source->ask_barrier(3));
+  ASSERT_TRUE(replica->receive());
+  expect_broken();
+  // Nor one that goes back.
+  source = impatient.scatter(id, 1);
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(say(5) && say(4));
+  expect_broken();
+  // Nor one that has worked off more than it was sent.
+  source = impatient.scatter(id, 2);
+  ASSERT_NO_FATAL_FAILURE(open());
+  ASSERT_TRUE(say(~std::uint64_t{0}));
+  expect_broken();
 }
 
 TEST_F(ChainTest, BrokenWhenTheReplicaGoes) {

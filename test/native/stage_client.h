@@ -240,8 +240,21 @@ class StageClient {
     return map;
   }
 
-  // The next frame, its checksum right; the payload is that of the decoded pages.
+  // The next frame, its checksum right; the payload is that of the decoded pages. Signs that the server is at it are
+  // counted, and not given.
   std::optional<Frame> receive() {
+    for (;;) {
+      std::optional<Frame> frame = receive_any();
+      if (!frame || !(frame->is(wire::FrameType::kTaken) || frame->is(wire::FrameType::kTurn))) return frame;
+      ++signs;
+      EXPECT_GE(frame->header.tag, worked);
+      worked = frame->header.tag;
+    }
+  }
+  unsigned signs = 0;
+  std::uint64_t worked = 0;  // as the last one of them says
+  // The same, whatever it is.
+  std::optional<Frame> receive_any() {
     Frame frame;
     if (!wire_.read(&frame.header, sizeof frame.header)) return std::nullopt;
     const char* wrong = wire::malformed(frame.header, page_size());

@@ -50,9 +50,10 @@ describe('bytes', () => {
     ['1.5Gi', 1.5 * 2 ** 30],
     ['64KiB', 65536],
     ['2 mb', 2e6],
+    ['2Ti', 2 ** 41],
     ['0', 0],
   ])('%s', (text, value) => expect(byteCount(text)).toBe(value));
-  test.each(['', 'M', '-1', '1T', '1.M', '0x10', '1Mi i'])('%j is refused', (text) => {
+  test.each(['', 'M', '-1', '1P', '1.M', '0x10', '1Mi i'])('%j is refused', (text) => {
     expect(() => byteCount(text)).toThrow('write bytes');
   });
 });
@@ -64,6 +65,7 @@ describe('the rate of the link', () => {
   };
   test.each([
     ['125M', 125e6],
+    ['2TiB/s', 2 ** 41],
     ['1Gi/s', 2 ** 30],
     ['1.25g/S', 1.25e9],
   ])('%s', (text, value) =>

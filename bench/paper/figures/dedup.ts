@@ -58,16 +58,14 @@ async function measure(
             alike: contents[content],
           };
           const paging = mode === 'scatter';
-          const migrate = {
-            ...(variant === 'with' ? { dedup: { domain: 'figure 13' } } : {}),
-            ...(paging ? {} : boundedRounds),
-          };
+          const dedup = variant === 'with' ? { dedup: { domain: 'figure 13' } } : {};
+          const migrate = { ...dedup, ...(paging ? {} : boundedRounds) };
           const bandwidth = Math.floor(slow.bandwidth / count);
           const listen = paging
             ? { bandwidth, gatherLimit: Math.floor(slow.gatherLimit / count) }
             : mode === 'scatter-pre-copy'
               ? { bandwidth } // what is taken over is whole, so it is gathered as fast as it can be
-              : {};
+              : dedup; // with no server between them it is the destination that has pages already
           const outcome = await runMigration(rig, {
             mode,
             guest,

@@ -1,0 +1,82 @@
+// A host's bandwidth: who waits for it, and in which order they get it.
+#include "wire/bandwidth_cap.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+namespace memferry::wire {
+namespace {
+
+using namespace std::chrono_literals;
+using Turn = BandwidthCap::Turn;
+using Clock = std::chrono::steady_clock;
+
+TEST(BandwidthCap, WithoutALimitNobodyWaits) {
+  BandwidthCap cap;
+  WorkerThread self;
+  EXPECT_TRUE(cap.wait_and_debit(1ULL << 40U, self));
+  EXPECT_TRUE(cap.wait_and_debit(1, self));
+}
+
+TEST(BandwidthCap, ABoundedWaitDebitsNothingWhenItIsOver) {
+  BandwidthCap cap(1000);
+  WorkerThread self("self", [](WorkerThread&) {});
+  cap.debit(100'000);
+  BandwidthCap::Place place(cap);
+  EXPECT_EQ(BandwidthCap::wait_and_debit(1ULL << 40U, self, 5ms, place), Turn::kLater);
+  EXPECT_LT(cap.delay(), 101s);
+  cap.set_rate(0);
+  EXPECT_EQ(BandwidthCap::wait_and_debit(1, self, 5ms, place), Turn::kNow);
+  self.request_stop();
+  EXPECT_EQ(BandwidthCap::wait_and_debit(1, self, 5ms, place), Turn::kStopped);
+}
+
+// Both look while nothing may go, and then in the other order.
+TEST(BandwidthCap, WhoCameFirstGoesFirst) {
+  WorkerThread self("self", [](WorkerThread&) {});
+  bool in_time = false;
+  // Who has not looked for a while is passed over, and this thread may be stopped for as long.
+  for (int times = 0; times < 100 && !in_time; ++times) {
+    BandwidthCap cap(100'000);
+    const auto looks = [&](BandwidthCap::Place& place, std::uint64_t bytes) {
+      return BandwidthCap::wait_and_debit(bytes, self, Duration::zero(), place);
+    };
+    cap.debit(5000);
+    BandwidthCap::Place first(cap);
+    BandwidthCap::Place second(cap);
+    const auto began = Clock::now();
+    const Turn one = looks(first, 1);
+    const Turn two = looks(second, 1);
+    if (one != Turn::kLater || two != Turn::kLater) continue;  // the debt was paid meanwhile
+    while (cap.delay() > Duration::zero()) std::this_thread::sleep_for(1ms);
+    const Turn too_early = looks(second, 1);
+    const Turn now = looks(first, 1);
+    const Turn then = looks(second, 1);
+    in_time = Clock::now() - began < 200ms;
+    if (!in_time) continue;
+    EXPECT_EQ(too_early, Turn::kLater);
+    EXPECT_EQ(now, Turn::kNow);
+    EXPECT_EQ(then, Turn::kNow);
+  }
+  EXPECT_TRUE(in_time);
+}
+
+TEST(BandwidthCap, NobodyWaitsForOneThatDoesNotLook) {
+  BandwidthCap cap(100'000);
+  WorkerThread self("self", [](WorkerThread&) {});
+  cap.debit(20'000);
+  BandwidthCap::Place absent(cap);
+  ASSERT_EQ(BandwidthCap::wait_and_debit(1, self, Duration::zero(), absent), Turn::kLater);
+  EXPECT_TRUE(cap.wait_and_debit(1, self));
+  // Nor for one that has gone.
+  cap.debit(5000);
+  {
+    BandwidthCap::Place gone(cap);
+    (void)BandwidthCap::wait_and_debit(1, self, Duration::zero(), gone);
+  }
+  EXPECT_TRUE(cap.wait_and_debit(1, self));
+}
+
+}  // namespace
+}  // namespace memferry::wire
