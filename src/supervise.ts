@@ -58,6 +58,8 @@ type PagerLine =
   | { type: 'failed'; code: string; message: string };
 
 const lookEveryMs = 100;
+/** For a pager's first word: a process has to start for it, on a machine that may be busy. */
+const firstWordMs = 20_000;
 const program = fileURLToPath(new URL('./cli/main.js', import.meta.url));
 
 /**
@@ -96,6 +98,8 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   let child: ChildProcess | null = null;
   let turn = 0;
   let heard = performance.now();
+  /** That the pager of now has said anything yet. */
+  let spoken = false;
   let stats: PagerStats | null = null;
   /** Why the last pager failed; the code where it has said one. */
   let why: { code: string; message: string } | null = null;
@@ -159,6 +163,7 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   const start = () => {
     turn += 1;
     heard = performance.now();
+    spoken = false;
     const fds = [pidfd, uffd, ledger, image, ...(memory === null ? [] : [memory])];
     let own: ChildProcess;
     try {
@@ -188,6 +193,7 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
       createInterface({ input: own.stdout }).on('line', (text) => {
         if (own !== child) return;
         heard = performance.now();
+        spoken = true;
         const line = parseLine(text);
         if (line === null) return;
         if (line.type === 'failed') why = line;
@@ -208,8 +214,8 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
     heard = Math.min(now, heard + Math.max(0, now - lookedAt - lookEveryMs));
     lookedAt = now;
     if (!owner.alive()) settle(memferryError('OWNER_GONE', `the guest's process ${owner.pid} is gone`));
-    else if (now - heard > stallMs) {
-      why = { code: '', message: `a pager stood still for ${stallMs} ms` };
+    else if (now - heard > (spoken ? stallMs : Math.max(stallMs, firstWordMs))) {
+      why = { code: '', message: `a pager stood still for ${Math.round(now - heard)} ms` };
       heard = now;
       child?.kill('SIGKILL');
     }

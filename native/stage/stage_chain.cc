@@ -213,7 +213,7 @@ std::unique_ptr<wire::Stream> ReplicaChains::dial(std::uint8_t ordinal) {
   try {
     wire::DialResult dialled = wire::dial(target->address, timeouts_.dial, self_.wake_fd());
     if (dialled.kind != wire::DialResult::Kind::kConnected) return nullptr;
-    wire::bear_with_full_window(dialled.fd.get(), wire::kLongestTurn);
+    wire::bear_with_full_window(dialled.fd.get());
     auto stream = std::make_unique<wire::PlainStream>(std::move(dialled.fd));
     wire::Hello hello{};
     hello.preface = wire::kStagePreface;

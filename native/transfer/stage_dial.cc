@@ -25,7 +25,7 @@ StageDial dial_stage(const StageServer& to, const wire::MigrationId& image, wire
       return failed(std::generic_category().message(dialled.error));
     }
     if (dialled.kind != wire::DialResult::Kind::kConnected) return failed("no answer in time");
-    if (role == wire::StageRole::kScatter) wire::bear_with_full_window(dialled.fd.get(), wire::kLongestTurn);
+    if (role == wire::StageRole::kScatter) wire::bear_with_full_window(dialled.fd.get());
     auto stream = std::make_shared<wire::PlainStream>(std::move(dialled.fd));
     wire::Hello hello{};
     hello.preface = wire::kStagePreface;

@@ -56,9 +56,9 @@ Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
   if (delay > Duration::zero()) return delay;
   const auto first =
       std::ranges::find_if(waiting_, [&](const Place* each) { return now - each->looked_at_ < kAbsent; });
-  // It is about to wake.
-  if (*first != &place) return kBehindTheFirst;
-  waiting_.erase(first);
+  // It is about to wake. But where there is plenty nobody waits for a sleeper: waking costs more than a small frame.
+  if (*first != &place && !bucket_.well_filled()) return kBehindTheFirst;
+  std::erase(waiting_, &place);
   bucket_.debit(bytes, now);
   return Duration::zero();
 }

@@ -22,8 +22,8 @@ class BandwidthCap {
   // Waits until something may go. False when the thread is to stop. The bytes may be more than fits into a second:
   // the next one waits for them.
   bool wait_and_debit(std::uint64_t bytes, WorkerThread& self);
-  // A place among those who wait: whoever came first goes first, whatever the scheduler would have, but for one that does
-  // not look for a while. Kept while it waits again and again, and given up by the destructor.
+  // A place among those who wait: where there is little, whoever came first goes first, whatever the scheduler would
+  // have, but for one that does not look for a while. Kept while it waits again and again, and given up by the destructor.
   class Place {
    public:
     explicit Place(BandwidthCap& of) : of_(of) {}

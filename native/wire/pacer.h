@@ -34,6 +34,8 @@ class TokenBucket {
   void debit(std::uint64_t bytes, TimePoint now);
   // How long until something may be sent; zero: now.
   [[nodiscard]] Duration delay(TimePoint now);
+  // At the last look: whether most of a burst may go.
+  [[nodiscard]] bool well_filled() const { return credit_ > burst_ / 2; }
 
  private:
   void refill(TimePoint now);

@@ -164,9 +164,8 @@ void configure_connection(int fd) {
   }
 }
 
-void bear_with_full_window(int fd, std::chrono::milliseconds at_most) {
-  const auto limit_ms = static_cast<int>((at_most + kSilenceLimit).count());
-  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, limit_ms, "setsockopt(TCP_USER_TIMEOUT)");
+void bear_with_full_window(int fd) {
+  set_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 0, "setsockopt(TCP_USER_TIMEOUT)");
 }
 
 DialResult dial(const SocketAddress& address, std::chrono::milliseconds timeout, int cancel_fd) {

@@ -48,8 +48,9 @@ class SocketAddress {
 // SystemError.
 inline constexpr std::chrono::milliseconds kSilenceLimit{15000};
 void configure_connection(int fd);
-// A peer may take nothing for so long although it is there: who calls this notices otherwise when it is gone.
-void bear_with_full_window(int fd, std::chrono::milliseconds at_most);
+// A peer may take nothing for long although it is there. That one is gone is noticed as ever while nothing is on its way;
+// else by who calls this.
+void bear_with_full_window(int fd);
 
 struct DialResult {
   enum class Kind { kConnected, kFailed, kTimedOut, kCancelled };

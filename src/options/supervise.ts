@@ -17,7 +17,10 @@ export interface SuperviseOptions {
   onPagerDeath?: 'hand-over' | 'end';
   /** So many pagers in all, 1 to 1000, and the guest is ended when the last one dies. Default 5. */
   mostPagers?: number;
-  /** A pager that says nothing for so long has died, in ms, from 1000: it says something twice a second. Default 5000. */
+  /**
+   * A pager that says nothing for so long has died, in ms, from 1000: it says something twice a second. Its first word
+   * may take 20 s. Default 5000.
+   */
   stallMs?: number;
   /** Told of each pager as it begins to serve. What it throws is a warning of the process. */
   onPager?: (pager: { pid: number; turn: number }) => void;

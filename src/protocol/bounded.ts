@@ -53,7 +53,7 @@ export async function whileOpening<T>(
   open: (signal: AbortSignal) => Promise<T>,
 ): Promise<T> {
   if (signal.aborted) throw abortError(signal);
-  const opening = new AbortController();
+  const opening = lastingAbort();
   const stop = () => opening.abort(signal.reason);
   signal.addEventListener('abort', stop, { once: true });
   try {

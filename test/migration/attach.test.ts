@@ -291,7 +291,7 @@ test('a supervisor that stood still itself blames no pager', async () => {
     },
   });
   supervision.done.catch(() => {});
-  await serving;
+  await Promise.race([serving, supervision.done]);
   for (let times = 0; times < 3; times++) {
     await new Promise((resolve) => setImmediate(resolve));
     Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 2500);

@@ -542,7 +542,7 @@ TEST_F(ChainTest, AReplicaThatIsSlowIsWaitedForWhileItSaysSo) {
   const auto say = [&](std::uint64_t so_far) {
     return replica->frame(wire::make_header(FrameType::kTaken, 0, {}, so_far));
   };
-  StageBench impatient(StageConfig{.memory_bytes = 32ULL << 20U, .chain_timeout_ms = 600});
+  StageBench impatient(StageConfig{.memory_bytes = 32ULL << 20U, .chain_timeout_ms = 1500});
   impatient.make(id, {kPages}, 0);
   ASSERT_TRUE(impatient.stage->set_chain(id, 1, "127.0.0.1", bare.port(), chain_tokens(id, 0, 3)));
   source = impatient.scatter(id);
@@ -550,9 +550,9 @@ TEST_F(ChainTest, AReplicaThatIsSlowIsWaitedForWhileItSaysSo) {
   ASSERT_TRUE(source->ask_barrier(2));
   ASSERT_TRUE(replica->receive());
   // Less often than somebody looks, so that each look finds it quiet.
-  for (int times = 0; times < 12; ++times) {
-    ASSERT_TRUE(say(static_cast<std::uint64_t>(times / 4)));
-    std::this_thread::sleep_for(250ms);
+  for (int times = 0; times < 9; ++times) {
+    ASSERT_TRUE(say(static_cast<std::uint64_t>(times / 3)));
+    std::this_thread::sleep_for(400ms);
   }
   ASSERT_TRUE(BareReplica::acknowledge(*replica, 2));
   EXPECT_TRUE(source->await_barrier(2).acknowledged);
