@@ -20,18 +20,22 @@ export function connectionOptions(flags: ConnectionFlags): { secretFile?: string
   };
 }
 
-export interface PrepareFlags {
+/** Of the two sides of a move. */
+export interface PeerFlags extends ConnectionFlags {
   prepareTimeout?: number;
 }
 
-export function addPrepareFlag(command: Command): Command {
-  return command.option(
+export function addPeerFlags(command: Command): Command {
+  return addConnectionFlags(command).option(
     '--prepare-timeout <time>',
     'for the guest, which stands still, to be made ready to run (default 10s)',
     duration,
   );
 }
 
-export function prepareOption({ prepareTimeout }: PrepareFlags): { prepareTimeoutMs?: number } {
-  return prepareTimeout === undefined ? {} : { prepareTimeoutMs: prepareTimeout };
+export function peerOptions(
+  flags: PeerFlags,
+): ReturnType<typeof connectionOptions> & { prepareTimeoutMs?: number } {
+  const { prepareTimeout: prepareTimeoutMs } = flags;
+  return { ...connectionOptions(flags), ...(prepareTimeoutMs === undefined ? {} : { prepareTimeoutMs }) };
 }

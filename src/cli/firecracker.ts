@@ -18,14 +18,7 @@ import { parseAddress } from '../options.js';
 import type { ArrivalReport } from '../report.js';
 import { park } from '../source/park.js';
 import { reportOrRest } from './await-rest.js';
-import {
-  addConnectionFlags,
-  addPrepareFlag,
-  type ConnectionFlags,
-  connectionOptions,
-  type PrepareFlags,
-  prepareOption,
-} from './connection-flags.js';
+import { addConnectionFlags, addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { tellParkInDoubt } from './in-doubt.js';
 import { addServerFlags, type GuestFlags, given, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
@@ -40,7 +33,7 @@ import {
   writeTicket,
 } from './ticket.js';
 
-interface FirecrackerFlags extends ConnectionFlags, PrepareFlags, ClaimFlags {
+interface FirecrackerFlags extends PeerFlags, ClaimFlags {
   socket: string;
   snapshot?: string;
   fromVmd?: string;
@@ -83,7 +76,7 @@ export function addFirecracker(program: Command): void {
     .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteRate)
     .option('--once', 'end with the first microVM')
     .option('--json', 'one JSON object a line');
-  addClaimFlags(addPrepareFlag(addConnectionFlags(command))).action(serve);
+  addClaimFlags(addPeerFlags(command)).action(serve);
 }
 
 async function serve(flags: FirecrackerFlags): Promise<void> {
@@ -160,8 +153,7 @@ async function fromVmd(
   signal: AbortSignal,
 ): Promise<void> {
   await using unparked = await unpark(await ticketFrom(ticketFile), {
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     signal,
     ...claimOptions(flags),
     ...given({ gatherLimit: flags.gatherLimit }),
@@ -183,8 +175,7 @@ async function fromMigration(
   const microVms = new Set<MicroVm>();
   await using listening = await listen({
     ...parseAddress(address),
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     ...given({ maxBytes: flags.maxBytes, gatherLimit: flags.gatherLimit }),
     signal,
     accept: microVmArrivals({

@@ -12,20 +12,13 @@ import { type CompressChoice, compressChoices, type MigrateOptions } from '../op
 import { rehearse } from '../rehearse.js';
 import type { DedupReport } from '../report.js';
 import { WorkerGuest } from '../worker/index.js';
-import {
-  addConnectionFlags,
-  addPrepareFlag,
-  type ConnectionFlags,
-  connectionOptions,
-  type PrepareFlags,
-  prepareOption,
-} from './connection-flags.js';
+import { addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import type { Output } from './output.js';
 import { byteRate, type NamedModule, namedModule, wholeNumber } from './parse-values.js';
 import { interrupted } from './signals.js';
 
-export interface GuestFlags extends ConnectionFlags, PrepareFlags {
+export interface GuestFlags extends PeerFlags {
   module: NamedModule;
   data?: unknown;
   afterMs?: number;
@@ -54,7 +47,7 @@ export function addGuestFlags(command: Command): Command {
     .option('--bandwidth <bytes/s>', 'limit, as 100M or 1Gi', byteRate)
     .addOption(compressFlag())
     .option('--json', 'one JSON object a line, the last one the report');
-  return addPrepareFlag(addConnectionFlags(command));
+  return addPeerFlags(command);
 }
 
 export function addServerFlags(command: Command): Command {
@@ -89,8 +82,7 @@ export function serverOptions(flags: Omit<GuestFlags, 'module'> & ServerFlags): 
   const { bandwidth, compress, via, discover, replicas, rack, linkRate: linkBytesPerSecond } = flags;
   const dedup = dedupOption(flags);
   return {
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     ...given({ bandwidth, compress, via, discover, replicas, rack, linkBytesPerSecond, dedup }),
   };
 }

@@ -10,21 +10,14 @@ import { parseAddress } from '../options.js';
 import { QemuDestination } from '../qemu/arriving-guest.js';
 import { rehearse } from '../rehearse.js';
 import { reportOrRest } from './await-rest.js';
-import {
-  addConnectionFlags,
-  addPrepareFlag,
-  type ConnectionFlags,
-  connectionOptions,
-  type PrepareFlags,
-  prepareOption,
-} from './connection-flags.js';
+import { addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
 import { byteCount, byteRate } from './parse-values.js';
 import { addQemuFlags, type QemuFlags } from './qemu.js';
 import { interrupted, onInterrupt } from './signals.js';
 
-interface QemuDestinationFlags extends QemuFlags, ConnectionFlags, PrepareFlags {
+interface QemuDestinationFlags extends QemuFlags, PeerFlags {
   listen: string;
   maxBytes?: number;
   bandwidth?: number;
@@ -53,7 +46,7 @@ export function addQemuDestination(qemu: Command): void {
     .option('--dedup-secret-file <path>', "the domain's own secret, mode 0600; else the hosts' shared one")
     .option('--share <file>', "the host's page share too, or 'auto' for the domain's (see memferry share)")
     .option('--json', 'one JSON object a line');
-  addPrepareFlag(addConnectionFlags(command)).action(destination);
+  addPeerFlags(command).action(destination);
 }
 
 async function destination(flags: QemuDestinationFlags): Promise<void> {
@@ -72,8 +65,7 @@ async function destination(flags: QemuDestinationFlags): Promise<void> {
   await waiting.check({ signal });
   await using listening = await listen({
     ...parseAddress(flags.listen),
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     ...given({ maxBytes: flags.maxBytes, bandwidth: flags.bandwidth, gatherLimit: flags.gatherLimit }),
     ...given({ dedup: dedupOption(flags), share: flags.share }),
     signal,

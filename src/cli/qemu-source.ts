@@ -11,7 +11,7 @@ import {
 import { QemuGuest } from '../qemu/source-guest.js';
 import type { EvictionReport, MigrationReport } from '../report.js';
 import { checkMigrateOptions, migrate } from '../source/migrate.js';
-import { addConnectionFlags, addPrepareFlag } from './connection-flags.js';
+import { addPeerFlags } from './connection-flags.js';
 import {
   addServerFlags,
   compressFlag,
@@ -85,7 +85,7 @@ export function addQemuSource(qemu: Command): void {
     .option('--leave-when-evicted', 'scatter modes: end as soon as nobody needs this side any more')
     .option('--stay', 'leave QEMU as it is afterwards, stopped; it must never go on')
     .option('--json', 'one JSON object a line, the last one the report');
-  addServerFlags(addPrepareFlag(addConnectionFlags(command))).action(source);
+  addServerFlags(addPeerFlags(command)).action(source);
 }
 
 async function source(flags: QemuSourceFlags): Promise<void> {

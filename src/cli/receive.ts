@@ -12,14 +12,7 @@ import { rehearse } from '../rehearse.js';
 import type { ArrivalReport } from '../report.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { reportOrRest } from './await-rest.js';
-import {
-  addConnectionFlags,
-  addPrepareFlag,
-  type ConnectionFlags,
-  connectionOptions,
-  type PrepareFlags,
-  prepareOption,
-} from './connection-flags.js';
+import { addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { GuestConsole, sayMessages } from './guest-console.js';
 import { dedupOption, given } from './leaving-guest.js';
 import { makeOutput, type Output } from './output.js';
@@ -35,7 +28,7 @@ import { replayLines } from './replay-lines.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { ticketFrom } from './ticket.js';
 
-interface ReceiveFlags extends ConnectionFlags, PrepareFlags {
+interface ReceiveFlags extends PeerFlags {
   listen: string;
   module: NamedModule[];
   maxBytes?: number;
@@ -87,7 +80,7 @@ export function addReceive(program: Command): void {
     .option('--replay-ms <ms>', 'how long a replay takes, so that a source may wait for it', positiveNumber)
     .option('--once', 'end with the first migration, and its guest with it')
     .option('--json', 'one JSON object a line');
-  addPrepareFlag(addConnectionFlags(command)).action(receive);
+  addPeerFlags(command).action(receive);
 }
 
 async function receive(flags: ReceiveFlags): Promise<void> {
@@ -101,8 +94,7 @@ async function receive(flags: ReceiveFlags): Promise<void> {
   const anySource = flags.baseForAny ?? false;
   const listening = await listen({
     ...parseAddress(flags.listen),
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     ...(flags.maxBytes === undefined ? {} : { maxBytes: flags.maxBytes }),
     ...(flags.bandwidth === undefined ? {} : { bandwidth: flags.bandwidth }),
     ...(flags.gatherLimit === undefined ? {} : { gatherLimit: flags.gatherLimit }),

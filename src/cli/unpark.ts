@@ -7,14 +7,7 @@ import { memferryError } from '../errors.js';
 import type { UnparkOptions } from '../options.js';
 import { type WorkerGuest, workerGuests } from '../worker/index.js';
 import { reportOrRest } from './await-rest.js';
-import {
-  addConnectionFlags,
-  addPrepareFlag,
-  type ConnectionFlags,
-  connectionOptions,
-  type PrepareFlags,
-  prepareOption,
-} from './connection-flags.js';
+import { addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { GuestConsole } from './guest-console.js';
 import { makeOutput } from './output.js';
 import { byteRate, type NamedModule, namedModules, readableModules, regionImages } from './parse-values.js';
@@ -22,7 +15,7 @@ import { follow } from './receive.js';
 import { interrupted, onInterrupt } from './signals.js';
 import { addClaimFlags, type ClaimFlags, claimOptions, ticketFrom } from './ticket.js';
 
-interface UnparkFlags extends ConnectionFlags, PrepareFlags, ClaimFlags {
+interface UnparkFlags extends PeerFlags, ClaimFlags {
   ticket: string;
   module: NamedModule[];
   gatherLimit?: number;
@@ -56,7 +49,7 @@ export function addUnpark(program: Command): void {
     )
     .option('--once', 'end when every page is here, and the guest with it')
     .option('--json', 'one JSON object a line');
-  addClaimFlags(addPrepareFlag(addConnectionFlags(command))).action(unparkGuest);
+  addClaimFlags(addPeerFlags(command)).action(unparkGuest);
 }
 
 /** @throws INVALID_ARGUMENT */
@@ -81,8 +74,7 @@ async function unparkGuest(flags: UnparkFlags): Promise<void> {
   const ended = deferred<'ended'>();
   const ticket = await ticketFrom(flags.ticket);
   await using unparked = await unpark(ticket, {
-    ...connectionOptions(flags),
-    ...prepareOption(flags),
+    ...peerOptions(flags),
     signal: interruption.signal,
     ...base,
     ...claimOptions(flags),
