@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 namespace memferry::wire {
 namespace {
@@ -51,7 +52,7 @@ Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
   const std::lock_guard lock(mutex_);
   const auto now = Clock::now();
   place.looked_at_ = now;
-  if (std::ranges::find(waiting_, &place) == waiting_.end()) waiting_.push_back(&place);
+  if (!std::exchange(place.waits_, true)) waiting_.push_back(&place);
   const Duration delay = bucket_.delay(now);
   if (delay > Duration::zero()) return delay;
   const auto first =
@@ -59,6 +60,7 @@ Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
   // It is about to wake. But where there is plenty nobody waits for a sleeper: waking costs more than a small frame.
   if (*first != &place && !bucket_.well_filled()) return kBehindTheFirst;
   std::erase(waiting_, &place);
+  place.waits_ = false;
   bucket_.debit(bytes, now);
   return Duration::zero();
 }

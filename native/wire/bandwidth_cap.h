@@ -27,13 +27,16 @@ class BandwidthCap {
   class Place {
    public:
     explicit Place(BandwidthCap& of) : of_(of) {}
-    ~Place() { of_.leave(*this); }
+    ~Place() {
+      if (waits_) of_.leave(*this);
+    }
     Place(const Place&) = delete;
     Place& operator=(const Place&) = delete;
 
    private:
     friend class BandwidthCap;
     BandwidthCap& of_;
+    bool waits_ = false;                                 // its thread's own: in the queue
     std::chrono::steady_clock::time_point looked_at_{};  // guarded by mutex_
   };
   // The same for so long at most; kLater: nothing is debited.
