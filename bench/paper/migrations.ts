@@ -47,6 +47,8 @@ export interface Outcome {
   startedAtMs: number;
   remoteFaults: number;
   bytesOnWire: number;
+  /** With content, as often as each went. */
+  pagesSent: number;
   /** CPU time of hashing for deduplication, in all guests' sources; 0 without. */
   dedupCpuMs: number;
   /** null: the report does not tell. */
@@ -173,6 +175,7 @@ function summary(reports: (MigrationReport & { pagesDirect?: number })[], starte
     startedAtMs,
     remoteFaults: sum(({ remoteFaults }) => remoteFaults.count),
     bytesOnWire: sum(({ bytesOnWire }) => bytesOnWire),
+    pagesSent: sum(({ pagesSent }) => pagesSent),
     dedupCpuMs: sum(({ dedup }) => dedup?.cpuMs ?? 0),
     pagesDirect: direct.every((pages) => pages !== undefined)
       ? direct.reduce((total, pages) => total + (pages ?? 0), 0)
