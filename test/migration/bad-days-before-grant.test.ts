@@ -7,6 +7,7 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
 import {
   done,
+  expectEmpty,
   expectIntact,
   expectNothingLeft,
   expectOneOwner,
@@ -17,7 +18,10 @@ import {
   listen,
   migrate,
   regionsOf,
+  type Stage,
+  serversOf,
   startGuest,
+  through,
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -109,6 +113,36 @@ const steps: Step[] = [
     point: { on: 'control', direction: 'down', name: 'ready' },
     paused: true,
   },
+  {
+    step: 'setup: the offer of a guest that servers have room for',
+    mode: 'scatter',
+    point: { on: 'control', direction: 'up', name: 'offer' },
+  },
+  {
+    step: 'active: a round that goes through servers too',
+    silence: true,
+    mode: 'scatter-pre-copy',
+    point: { on: 'data', direction: 'up', name: 'pages', nth: 2 },
+  },
+  {
+    step: 'device: the map of what the servers have',
+    mode: 'scatter-pre-copy',
+    point: { on: 'control', direction: 'up', name: 'prepare' },
+    paused: true,
+  },
+  {
+    step: 'device: the switch to paging from the VMD',
+    mode: 'scatter',
+    point: { on: 'data', direction: 'up', name: 'switch' },
+    paused: true,
+  },
+  {
+    step: 'device: before READY arrives, memory in part at servers',
+    silence: true,
+    mode: 'scatter-hybrid',
+    point: { on: 'control', direction: 'down', name: 'ready' },
+    paused: true,
+  },
 ];
 
 const bounds = { prepareTimeoutMs: 8000, recoverTimeoutMs: 2000 };
@@ -126,9 +160,11 @@ async function runsOnAtSource(a: Host, step: Step): Promise<void> {
   expect(await a.call('claimed', { guest: 'g' })).toEqual([false]);
 }
 
-async function movesAfterAll(a: Host, fresh: Host): Promise<void> {
+/** In the same mode where servers took part: they have let go of the first attempt, and serve the next one. */
+async function movesAfterAll(a: Host, fresh: Host, mode = 'hybrid', servers: Stage[] = []): Promise<void> {
+  for (const server of servers) await expectEmpty(server);
   const port = await listen(fresh);
-  await migrate(a, port, { mode: 'hybrid' }, { key: 'again' });
+  await migrate(a, port, { mode, ...through(servers) }, { key: 'again' });
   expect(await done(a, 'again')).toMatchObject({ ok: true, value: { verified: true } });
   await expectRuns(fresh);
   await expectIntact(a);
@@ -138,7 +174,7 @@ async function movesAfterAll(a: Host, fresh: Host): Promise<void> {
 describe.each(steps)('$step', (step) => {
   const disasters = ['killed', 'cut', ...(step.silence ? ['silent'] : [])];
   test.each(disasters)('%s', async (disaster) => {
-    const [a, b, fresh] = await hosts('a', 'b', 'fresh');
+    const [[a, b, fresh], servers] = await Promise.all([hosts('a', 'b', 'fresh'), serversOf(step.mode)]);
     const port = await listen(b, {
       options: { grantTimeoutMs: 2000, recoverTimeoutMs: 2000, ...(disaster === 'silent' ? silence : {}) },
     });
@@ -151,6 +187,7 @@ describe.each(steps)('$step', (step) => {
     await migrate(a, proxy.port, {
       ...bounds,
       mode: step.mode,
+      ...through(servers),
       ...(disaster === 'silent' ? silence : {}),
     });
     await point.reached;
@@ -171,7 +208,7 @@ describe.each(steps)('$step', (step) => {
     }
     await proxy.close();
     await expectNothingLeft(a, beforeA);
-    await movesAfterAll(a, fresh);
+    await movesAfterAll(a, fresh, servers.length > 0 ? step.mode : 'hybrid', servers);
   });
 });
 

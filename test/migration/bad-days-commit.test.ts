@@ -5,6 +5,7 @@
 import { afterEach, describe, expect, test } from 'vitest';
 import { endHosts, type Host, type Settled } from '../support/host.js';
 import {
+  expectEmpty,
   expectIntact,
   expectNothingLeft,
   expectOneOwner,
@@ -17,7 +18,9 @@ import {
   migrate,
   regionsOf,
   report,
+  serversOf,
   startGuest,
+  through,
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -29,6 +32,8 @@ afterEach(async () => {
 const GRANT: Point = { on: 'control', direction: 'up', name: 'grant' };
 const RESUMED: Point = { on: 'control', direction: 'down', name: 'resumed' };
 const inDoubtTimeoutMs = 1500;
+/** Of a destination with servers beside it: straight from the source, so that they have most of the guest. */
+const little = { bandwidth: 1e6 };
 
 const resolve = (host: Host, proof: object): Promise<Settled<'source' | 'destination'>> =>
   host.call('resolve', { proof });
@@ -37,19 +42,22 @@ async function begin(
   mode: string,
   options: { listen?: object; migrate?: object; target?: () => number } = {},
 ) {
-  const [a, b] = await hosts('a', 'b');
+  const [[a, b], servers] = await Promise.all([hosts('a', 'b'), serversOf(mode)]);
   const port = await listen(b, {
-    options: { grantTimeoutMs: 15_000, ...options.listen },
+    options: { grantTimeoutMs: 15_000, ...(servers.length > 0 ? little : {}), ...options.listen },
   });
   const proxy = await TcpProxy.start(options.target ?? port);
   await startGuest(a, regionsOf('allocate'));
-  const start = () => migrate(a, proxy.port, { inDoubtTimeoutMs, mode, ...options.migrate });
-  return { a, b, port, proxy, start };
+  const ways = through(servers);
+  const start = () => migrate(a, proxy.port, { inDoubtTimeoutMs, mode, ...ways, ...options.migrate });
+  /** Whoever has the guest now has all of it, and the servers nothing of it any more. */
+  const settled = () => Promise.all(servers.map((server) => expectEmpty(server)));
+  return { a, b, port, proxy, ways, start, settled };
 }
 
-describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
+describe.each(['pre-copy', 'post-copy', 'scatter', 'scatter-pre-copy'])('%s', (mode) => {
   test('GRANT is lost with the connection: the source redials, asks, and grants again', async () => {
-    const { a, b, proxy, start } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
+    const { a, b, proxy, start, settled } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
     const point = proxy.at(GRANT, 'cut');
     await start();
     await point.reached;
@@ -62,10 +70,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     await expectOneOwner([a, b]);
     expect(b.steps('g').filter((step) => step === 'resume')).toHaveLength(1);
     expect(a.steps('g')).not.toContain('unpause');
+    await settled();
   });
 
   test('RESUMED is lost with the connection: the source asks and is told', async () => {
-    const { a, b, proxy, start } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
+    const { a, b, proxy, start, settled } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
     const point = proxy.at(RESUMED, 'cut');
     await start();
     await point.reached;
@@ -75,10 +84,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     await expectStands(a);
     await expectOneOwner([a, b]);
     expect(b.steps('g').filter((step) => step === 'resume')).toHaveLength(1);
+    await settled();
   });
 
   test('the network goes silent at GRANT, and comes back', async () => {
-    const { a, b, proxy, start } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
+    const { a, b, proxy, start, settled } = await begin(mode, { migrate: { inDoubtTimeoutMs: 15_000 } });
     const point = proxy.at(GRANT, 'stall');
     await start();
     await point.reached;
@@ -89,10 +99,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     expect(await report(a)).toMatchObject({ state: 'completed', verified: true });
     await expectRuns(b);
     await expectOneOwner([a, b]);
+    await settled();
   });
 
   test('the destination dies before GRANT arrives: in doubt, until a fence brings the guest back', async () => {
-    const { a, b, proxy, start } = await begin(mode);
+    const { a, b, proxy, ways, start, settled } = await begin(mode);
     const beforeA = await inventory(a);
     const point = proxy.at(GRANT, () => b.killNow());
     await start();
@@ -116,10 +127,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     await expectNothingLeft(a, beforeA);
 
     const [fresh] = await hosts('fresh');
-    await migrate(a, await listen(fresh), { mode }, { key: 'again' });
+    await migrate(a, await listen(fresh), { mode, ...ways }, { key: 'again' });
     expect(await report(a, 'again')).toMatchObject({ verified: true });
     await expectRuns(fresh);
     await expectOneOwner([a, fresh]);
+    await settled();
   });
 
   test('the destination dies after it resumed and before it said so: in doubt, and never run here', async () => {
@@ -135,7 +147,7 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
   });
 
   test('in doubt, then the network heals and the destination says that it runs the guest', async () => {
-    const { a, b, proxy, start } = await begin(mode, { listen: { grantTimeoutMs: 30_000 } });
+    const { a, b, proxy, start, settled } = await begin(mode, { listen: { grantTimeoutMs: 30_000 } });
     const point = proxy.at(RESUMED, 'cut');
     await start();
     await point.reached;
@@ -149,10 +161,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     expect(await b.untilArrival('main/g', 'complete')).toMatchObject({ ok: true });
     await expectRuns(b);
     await expectOneOwner([a, b]);
+    await settled();
   });
 
   test('in doubt, then the destination says that it gave up: the guest runs here again', async () => {
-    const { a, b, proxy, start } = await begin(mode, { listen: { grantTimeoutMs: 4000 } });
+    const { a, b, proxy, start, settled } = await begin(mode, { listen: { grantTimeoutMs: 4000 } });
     const beforeB = await inventory(b);
     const point = proxy.at(GRANT, 'cut');
     await start();
@@ -166,10 +179,11 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     expect(b.steps('g')).not.toContain('resume');
     await proxy.close();
     await expectNothingLeft(b, beforeB);
+    await settled();
   });
 
   test('the destination gave up waiting for GRANT: the redialling source is refused and runs the guest', async () => {
-    const { a, b, proxy, start } = await begin(mode, {
+    const { a, b, proxy, start, settled } = await begin(mode, {
       listen: { grantTimeoutMs: 4000 },
       migrate: { inDoubtTimeoutMs: 20_000 },
     });
@@ -183,11 +197,12 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     await expectRuns(a);
     await expectOneOwner([a]);
     expect(b.steps('g')).not.toContain('resume');
+    await settled();
   });
 
   test('the destination was restarted after GRANT: the guest is lost, and only a fence brings it back', async () => {
     let target = 0;
-    const { a, b, port, proxy, start } = await begin(mode, {
+    const { a, b, port, proxy, start, settled } = await begin(mode, {
       target: () => target,
       migrate: { inDoubtTimeoutMs: 15_000 },
     });
@@ -204,5 +219,6 @@ describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
     expect(await resolve(a, { fence: 'destination-dead' })).toEqual({ ok: true, value: 'source' });
     await expectRuns(a);
     expect(restarted.steps('g')).toEqual([]);
+    await settled();
   });
 });

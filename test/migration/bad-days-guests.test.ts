@@ -5,6 +5,7 @@
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
 import {
+  expectEmpty,
   expectIntact,
   expectNothingLeft,
   expectOneOwner,
@@ -18,7 +19,10 @@ import {
   migrate,
   regionsOf,
   report,
+  type Stage,
+  serversOf,
   startGuest,
+  through,
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -27,6 +31,7 @@ let b: Host;
 let beforeA: Inventory;
 let beforeB: Inventory;
 let port: number;
+let servers: Stage[];
 
 beforeEach(async () => {
   [a, b] = await hosts('a', 'b');
@@ -36,7 +41,10 @@ afterEach(async () => {
   await endHosts();
 });
 
-async function begin(args: { source?: object; destination?: object; listen?: object; kind?: 'wasm' } = {}) {
+async function begin(
+  args: { source?: object; destination?: object; listen?: object; kind?: 'wasm'; mode?: string } = {},
+) {
+  servers = await serversOf(args.mode ?? '');
   port = await listen(b, { options: args.listen ?? {}, behaviour: args.destination ?? {} });
   await startGuest(a, regionsOf(args.kind ?? 'allocate'), { behaviour: args.source ?? {} });
   beforeA = await inventory(a);
@@ -51,50 +59,59 @@ async function expectUntouched(): Promise<void> {
   expect(await a.call('claimed', { guest: 'g' })).toEqual([false]);
   await expectNothingLeft(a, beforeA);
   await expectNothingLeft(b, beforeB);
+  for (const server of servers) await expectEmpty(server);
 }
 
-async function movesNow(): Promise<void> {
-  await migrate(a, port, { mode: 'hybrid' }, { key: 'again' });
+async function movesNow(mode = 'hybrid'): Promise<void> {
+  await migrate(a, port, { mode, ...through(servers) }, { key: 'again' });
   expect(await report(a, 'again')).toMatchObject({ verified: true });
   await expectRuns(b);
   await expectOneOwner([a, b]);
 }
 
-describe.each(['pre-copy', 'post-copy'])('%s', (mode) => {
+describe.each(['pre-copy', 'post-copy', 'scatter', 'scatter-pre-copy'])('%s', (mode) => {
   test.each([
     ['throws', { pause: 'throw' }, 'PAUSE_FAILED'],
     ['gives nothing', { pause: 'nothing' }, 'PAUSE_FAILED'],
     ['never returns', { pause: 'hang' }, 'PAUSE_TIMEOUT'],
     ['returns only when it was given up', { pause: 'late' }, 'PAUSE_TIMEOUT'],
   ])('a pause that %s', async (_, behaviour, code) => {
-    await begin({ source: behaviour });
-    await migrate(a, port, { mode, ...(code === 'PAUSE_TIMEOUT' ? { pauseTimeoutMs: 700 } : {}) });
+    await begin({ source: behaviour, mode });
+    await migrate(a, port, {
+      mode,
+      ...through(servers),
+      ...(code === 'PAUSE_TIMEOUT' ? { pauseTimeoutMs: 700 } : {}),
+    });
     expect((await failure(a)).code).toBe(code);
     if (behaviour.pause === 'late') await a.untilStep('g', 'unpause');
     await expectUntouched();
     await a.call('behave', { guest: 'g', behaviour: { pause: 'ok' } });
-    await movesNow();
+    await movesNow(mode);
   });
 
   test.each([
     ['throws', 'throw', 'PREPARE_FAILED'],
     ['never returns', 'hang', 'PREPARE_TIMEOUT'],
   ])('a prepare that %s', async (_, prepare, code) => {
-    await begin({ destination: { prepare }, listen: prepare === 'hang' ? { prepareTimeoutMs: 700 } : {} });
-    await migrate(a, port, { mode });
+    const listen = prepare === 'hang' ? { prepareTimeoutMs: 700 } : {};
+    await begin({ destination: { prepare }, listen, mode });
+    await migrate(a, port, { mode, ...through(servers) });
     expect((await failure(a)).code).toBe(code);
     await b.untilStep('g', 'abandon');
     await expectUntouched();
   });
+});
 
-  test('a prepare that never returns, at a destination that waits longer than the source', async () => {
-    await begin({ destination: { prepare: 'hang' }, listen: { prepareTimeoutMs: 60_000 } });
-    await migrate(a, port, { mode, prepareTimeoutMs: 700 });
+test.each(['pre-copy', 'post-copy', 'scatter'])(
+  '%s: a prepare that never returns, at a destination that waits longer than the source',
+  async (mode) => {
+    await begin({ destination: { prepare: 'hang' }, listen: { prepareTimeoutMs: 60_000 }, mode });
+    await migrate(a, port, { mode, ...through(servers), prepareTimeoutMs: 700 });
     expect((await failure(a)).code).toBe('PREPARE_TIMEOUT');
     await b.untilStep('g', 'abandon');
     await expectUntouched();
-  });
-});
+  },
+);
 
 test("a prepare that reads the guest's memory gets the pages before the commit", async () => {
   await begin({ destination: { prepare: 'touch' } });
@@ -182,14 +199,17 @@ const places: [string, string, Point][] = [
   ['device, the switch', 'post-copy', { on: 'data', direction: 'up', name: 'switch' }],
   ['device, preparing', 'post-copy', { on: 'control', direction: 'up', name: 'prepare' }],
   ['device, READY on its way', 'stop-and-copy', { on: 'control', direction: 'down', name: 'ready' }],
+  ['setup, servers have room', 'scatter', { on: 'control', direction: 'up', name: 'offer' }],
+  ['active, servers have pages', 'scatter-pre-copy', { on: 'control', direction: 'up', name: 'state' }],
+  ['device, servers have pages', 'scatter-hybrid', { on: 'control', direction: 'down', name: 'ready' }],
 ];
 
 describe.each(places)('cancelled in %s', (_, mode, where) => {
   test.each(['abort', 'cancel', 'dispose'])('by %s', async (how) => {
-    await begin({ listen: { grantTimeoutMs: 3000 } });
+    await begin({ listen: { grantTimeoutMs: 3000 }, mode });
     const proxy = await TcpProxy.start(port);
     const held = proxy.at(where, 'hold');
-    await migrate(a, proxy.port, { mode }, { abortable: true });
+    await migrate(a, proxy.port, { mode, ...through(servers) }, { abortable: true });
     await held.reached;
     await a.call(how);
     expect((await failure(a)).code).toBe('CANCELLED');

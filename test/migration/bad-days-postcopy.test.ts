@@ -7,6 +7,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { afterEach, describe, expect, test } from 'vitest';
 import { endHosts, type Host } from '../support/host.js';
 import {
+  expectEmpty,
   expectIntact,
   expectNothingLeft,
   expectOneOwner,
@@ -19,7 +20,10 @@ import {
   migrate,
   regionsOf,
   report,
+  type Stage,
+  serversOf,
   startGuest,
+  through,
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
 
@@ -35,6 +39,7 @@ interface Run {
   a: Host;
   b: Host;
   proxy: TcpProxy;
+  servers: Stage[];
 }
 
 /**
@@ -45,20 +50,24 @@ async function resumedUnknown(
   mode: string,
   recoverTimeoutMs: number,
   rate = {},
+  more = {},
 ): Promise<Run & { go(): void }> {
-  const [a, b] = await hosts('a', 'b');
+  const [[a, b], servers] = await Promise.all([hosts('a', 'b'), serversOf(mode)]);
   const port = await listen(b, { options: { recoverTimeoutMs }, rate });
   const proxy = await TcpProxy.start(port);
   await startGuest(a, regionsOf('allocate'));
   const point = proxy.at(RESUMED, 'hold');
-  const written =
-    mode === 'hybrid' ? proxy.at({ on: 'data', direction: 'up', name: 'barrier' }, 'hold') : null;
+  const written = mode.endsWith('hybrid')
+    ? proxy.at({ on: 'data', direction: 'up', name: 'barrier' }, 'hold')
+    : null;
   await migrate(a, proxy.port, {
     mode,
     hybridRounds: 1,
     channels: 2,
     inDoubtTimeoutMs: 20_000,
     recoverTimeoutMs,
+    ...through(servers),
+    ...more,
   });
   if (written) {
     await written.reached;
@@ -67,7 +76,7 @@ async function resumedUnknown(
     written.release();
   }
   await point.reached;
-  return { a, b, proxy, go: () => point.release() };
+  return { a, b, proxy, servers, go: () => point.release() };
 }
 
 /** A guest that runs and writes nothing, so that it asks for no page by itself. */
@@ -75,7 +84,7 @@ const idle = { batch: 0, restMs: 100_000 };
 
 describe.each(['post-copy', 'hybrid'])('%s', (mode) => {
   test('a cut in the push is survived', async () => {
-    const { a, b, proxy, go } = await resumedUnknown(mode, 30_000, { batch: 1, restMs: 50 });
+    const { a, b, proxy, servers, go } = await resumedUnknown(mode, 30_000, { batch: 1, restMs: 50 });
     const point = proxy.at(PUSHED, 'cut');
     go();
     await point.reached;
@@ -94,6 +103,7 @@ describe.each(['post-copy', 'hybrid'])('%s', (mode) => {
     await expectRuns(b);
     await expectStands(a);
     await expectOneOwner([a, b]);
+    for (const server of servers) await expectEmpty(server);
   });
 });
 
@@ -148,11 +158,16 @@ describe('past the bound', () => {
   const lostOf = (host: Host) =>
     host.call<{ region: number; first: number; count: number }[]>('lost', { guest: 'g' });
 
-  async function cutForGood(disaster: 'cut' | 'killed') {
-    const run = await resumedUnknown('post-copy', 2000, idle);
+  async function cutForGood(disaster: 'cut' | 'killed', mode = 'post-copy') {
+    // What servers are sent arrives there, whatever becomes of the source.
+    const slowly = mode === 'scatter' ? { bandwidth: 2e6 } : {};
+    const run = await resumedUnknown(mode, 2000, idle, slowly);
     const { a, b, proxy, go } = run;
     // Some of the pages have come, on each channel.
-    const point = proxy.at({ ...PUSHED, nth: 5 }, disaster === 'cut' ? 'cut' : () => a.killNow());
+    const point = proxy.at(
+      { ...PUSHED, nth: mode === 'scatter' ? 1 : 5 },
+      disaster === 'cut' ? 'cut' : () => a.killNow(),
+    );
     go();
     await point.reached;
     const since = performance.now();
@@ -166,10 +181,14 @@ describe('past the bound', () => {
     return { ...run, runs };
   }
 
-  test.each(['cut', 'killed'] as const)(
-    'the source is gone (%s): the lost pages are named, the others are right, and the guest can be ended',
-    async (disaster) => {
-      const { a, b, runs } = await cutForGood(disaster);
+  test.each([
+    ['cut', 'post-copy'],
+    ['killed', 'post-copy'],
+    ['killed', 'scatter'],
+  ] as const)(
+    'the source is gone (%s, %s): the lost pages are named, the others are right, and the guest can be ended',
+    async (disaster, mode) => {
+      const { a, b, runs } = await cutForGood(disaster, mode);
       const check = await b.call<{ wrong: unknown[]; pages: number }>('check', { guest: 'g', except: runs });
       expect(check.wrong).toEqual([]);
       const lost = runs.reduce((sum, { count }) => sum + count, 0);
@@ -182,6 +201,20 @@ describe('past the bound', () => {
       await b.call('end', { guest: 'g' });
     },
   );
+
+  test('the way to the destination is cut for good while servers take part: they have the rest', async () => {
+    const { a, b, proxy, servers, go } = await resumedUnknown('scatter', 5000, idle, { bandwidth: 2e6 });
+    const point = proxy.at(PUSHED, 'cut');
+    go();
+    await point.reached;
+    await b.untilState('arrival', 'main/g', 'postcopy-paused');
+    expect(await a.until('evicted', (event) => event.event === 'evicted')).toMatchObject({ ok: true });
+    expect(await b.untilArrival('main/g', 'complete')).toMatchObject({ ok: true });
+    await expectIntact(b);
+    await expectStands(a);
+    await expectOneOwner([a, b]);
+    for (const server of servers) await expectEmpty(server);
+  });
 
   // No connection ends, and nobody waits for a page: 10 s of silence, 30 s for the answer to the destination's own question.
   test('the source is stopped, and the guest touches nothing: it is noticed all the same', async () => {

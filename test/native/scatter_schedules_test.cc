@@ -29,7 +29,7 @@ using FaultKind = Schedule::FaultKind;
 using Outcome = ScheduleRun::Outcome;
 
 constexpr std::uint64_t kFirstSeed = 20'250'000;
-constexpr unsigned kSchedules = kThreadsChecked ? 20 : kSanitized ? 50 : 300;
+constexpr unsigned kSchedules = kThreadsChecked ? 20 : kSanitized ? 50 : 500;
 // So many at a time: mostly they wait.
 constexpr unsigned kAtOnce = kSanitized ? 4 : 8;
 // Of fewer it is not expected that everything happens.

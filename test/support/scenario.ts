@@ -117,6 +117,16 @@ export function via(...servers: { port: number }[]): { via: string[] } {
   return { via: servers.map(({ port }) => `127.0.0.1:${port}`) };
 }
 
+/** Two servers for a scatter mode, none for the others. */
+export async function serversOf(mode: string): Promise<Stage[]> {
+  return mode.startsWith('scatter') ? startStages('i', 'j') : [];
+}
+
+/** What `migrate` takes for a mode with these. */
+export function through(servers: Stage[]): { via?: string[] } {
+  return servers.length > 0 ? via(...servers) : {};
+}
+
 export function stageStatus({ host }: Stage): Promise<StageStatus> {
   return host.call('stageStatus');
 }
