@@ -102,11 +102,13 @@ describe.each(['pre-copy', 'post-copy', 'scatter', 'scatter-pre-copy'])('%s', (m
   });
 });
 
-test.each(['pre-copy', 'post-copy', 'scatter'])(
+test.each(['pre-copy', 'post-copy', 'scatter', 'scatter-pre-copy'])(
   '%s: a prepare that never returns, at a destination that waits longer than the source',
   async (mode) => {
     await begin({ destination: { prepare: 'hang' }, listen: { prepareTimeoutMs: 60_000 }, mode });
-    await migrate(a, port, { mode, ...through(servers), prepareTimeoutMs: 700 });
+    // Before READY it gathers as well there, and has time for that.
+    const gathersFirst = mode === 'scatter-pre-copy' ? { gatherTimeoutMs: 500 } : {};
+    await migrate(a, port, { mode, ...through(servers), prepareTimeoutMs: 700, ...gathersFirst });
     expect((await failure(a)).code).toBe('PREPARE_TIMEOUT');
     await b.untilStep('g', 'abandon');
     await expectUntouched();
