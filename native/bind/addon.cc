@@ -4,6 +4,7 @@
 #include "bind/engine_handles.h"
 #include "bind/environment.h"
 #include "bind/fd_channel_handle.h"
+#include "bind/held_state_handle.h"
 #include "bind/js_error.h"
 #include "bind/kernel_features.h"
 #include "bind/node_api.h"
@@ -71,6 +72,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ReceiverHandle::define(env);
   ListenerHandle::define(env);
   StageHandle::define(env);
+  HeldStateHandle::define(env);
   SamplerHandle::define(env);
   SourcePagerHandle::define(env);
   SpreaderHandle::define(env);

@@ -69,6 +69,7 @@ class Environment {
   Napi::FunctionReference receiver_class;
   Napi::FunctionReference listener_class;
   Napi::FunctionReference stage_class;
+  Napi::FunctionReference held_state_class;
   Napi::FunctionReference sampler_class;
   Napi::FunctionReference source_pager_class;
   Napi::FunctionReference spreader_class;

@@ -1,12 +1,12 @@
 #include "bind/stage_handle.h"
 
-#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bind/async_work.h"
+#include "bind/held_state_handle.h"
 #include "bind/js_error.h"
 #include "bind/values.h"
 
@@ -47,6 +47,7 @@ void StageHandle::define(Napi::Env env) {
                       InstanceMethod<&StageHandle::add_session>("addSession"),
                       InstanceMethod<&StageHandle::remove_session>("removeSession"),
                       InstanceMethod<&StageHandle::set_chain>("setChain"),
+                      InstanceMethod<&StageHandle::make_state>("makeState"),
                       InstanceMethod<&StageHandle::put_state>("putState"),
                       InstanceMethod<&StageHandle::state>("state"),
                       InstanceMethod<&StageHandle::seal>("seal"),
@@ -173,19 +174,22 @@ Napi::Value StageHandle::set_chain(const Napi::CallbackInfo& info) {
   });
 }
 
+Napi::Value StageHandle::make_state(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    return HeldStateHandle::writable(info.Env(), stage().make_state(count_of(info[0], "bytes")));
+  });
+}
+
 Napi::Value StageHandle::put_state(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    return Napi::Boolean::New(info.Env(), stage().put_state(image_of(info[0]), bytes_of(info[1], "state")));
+    return Napi::Boolean::New(info.Env(),
+                              stage().put_state(image_of(info[0]), HeldStateHandle::state_of(info[1])));
   });
 }
 
 Napi::Value StageHandle::state(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    const auto state = stage().state(image_of(info[0]));
-    if (!state) return info.Env().Null();
-    Napi::Uint8Array out = Napi::Uint8Array::New(info.Env(), state->size());
-    if (!state->empty()) std::memcpy(out.Data(), state->data(), state->size());
-    return out;
+    return HeldStateHandle::of(info.Env(), stage().state(image_of(info[0])));
   });
 }
 

@@ -31,6 +31,7 @@ class StageHandle : public Napi::ObjectWrap<StageHandle>, public Engine {
   Napi::Value add_session(const Napi::CallbackInfo& info);
   Napi::Value remove_session(const Napi::CallbackInfo& info);
   Napi::Value set_chain(const Napi::CallbackInfo& info);
+  Napi::Value make_state(const Napi::CallbackInfo& info);
   Napi::Value put_state(const Napi::CallbackInfo& info);
   Napi::Value state(const Napi::CallbackInfo& info);
   Napi::Value seal(const Napi::CallbackInfo& info);

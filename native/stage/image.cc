@@ -293,37 +293,17 @@ bool Image::whole(std::span<const std::uint64_t> region_pages) {
   return true;
 }
 
-bool Image::put_state(std::span<const std::byte> bytes) {
-  const auto state = std::make_shared<State>(slab_);
-  if (!slab_->take_all(slots_for(bytes.size(), slab_->slot_bytes()), state->slots)) return false;
-  state->bytes = bytes.size();
-  const auto slot_bytes = static_cast<std::size_t>(slab_->slot_bytes());
-  for (const Slab::Slot slot : state->slots) {
-    const std::size_t part = std::min(bytes.size(), slot_bytes);
-    std::memcpy(slab_->data(slot), bytes.data(), part);
-    bytes = bytes.subspan(part);
-  }
-  std::shared_ptr<const State> former = state;  // goes without the lock
+bool Image::put_state(std::shared_ptr<const HeldState> state) {
+  // The former one goes without the lock.
   const std::lock_guard lock(mutex_);
   if (index_.empty()) return false;
-  state_.swap(former);
+  state_.swap(state);
   return true;
 }
 
-std::optional<std::vector<std::byte>> Image::state() const {
-  std::shared_ptr<const State> state;
-  {
-    const std::lock_guard lock(mutex_);
-    state = state_;
-  }
-  if (!state) return std::nullopt;
-  std::vector<std::byte> bytes(state->bytes);
-  const auto slot_bytes = static_cast<std::size_t>(slab_->slot_bytes());
-  for (std::size_t at = 0; at < bytes.size(); at += slot_bytes) {
-    std::memcpy(bytes.data() + at, slab_->data(state->slots[at / slot_bytes]),
-                std::min(slot_bytes, bytes.size() - at));
-  }
-  return bytes;
+std::shared_ptr<const HeldState> Image::state() const {
+  const std::lock_guard lock(mutex_);
+  return state_;
 }
 
 ImageStats Image::stats() const {
@@ -336,7 +316,7 @@ ImageStats Image::stats() const {
   stats.pages_shared = shared_;
   stats.pages_zero = zero_;
   stats.pages_known = known_;
-  std::uint64_t slots = held_ + (state_ ? state_->slots.size() : 0);
+  std::uint64_t slots = held_ + (state_ ? state_->slots() : 0);
   for (const auto& index : index_) slots += index.size();
   stats.bytes = slots * slab_->slot_bytes();
   return stats;
@@ -364,7 +344,7 @@ void Image::drop() {
     }
   }
   std::vector<std::vector<Slab::Slot>> index;
-  std::shared_ptr<const State> state;
+  std::shared_ptr<const HeldState> state;
   {
     const std::lock_guard lock(mutex_);
     index.swap(index_);

@@ -19,6 +19,7 @@
 
 #include "page/range.h"
 #include "stage/content_domain.h"
+#include "stage/held_state.h"
 #include "stage/slab.h"
 #include "stage/stage.h"
 #include "wire/frame.h"
@@ -128,9 +129,10 @@ class Image {
   bool next_map_run(Cursor& cursor, std::uint64_t most_content, MapRun& into);
   [[nodiscard]] bool whole(std::span<const std::uint64_t> region_pages);
 
-  // False when there is no room for it beside the former one, which then stays.
-  bool put_state(std::span<const std::byte> bytes);
-  [[nodiscard]] std::optional<std::vector<std::byte>> state() const;
+  // Replaces the former one, which whoever reads it keeps. False: the image is gone.
+  bool put_state(std::shared_ptr<const HeldState> state);
+  // nullptr: it has none.
+  [[nodiscard]] std::shared_ptr<const HeldState> state() const;
   void seal() { sealed_ = true; }
   [[nodiscard]] bool sealed() const { return sealed_; }
 
@@ -145,16 +147,6 @@ class Image {
 
  private:
   struct Entry;
-  // An execution state; whoever copies it out keeps it alive.
-  struct State {
-    explicit State(std::shared_ptr<Slab> slab_in) : slab(std::move(slab_in)) {}
-    ~State() { slab->drop(slots); }
-    State(const State&) = delete;
-    State& operator=(const State&) = delete;
-    std::shared_ptr<Slab> slab;
-    std::vector<Slab::Slot> slots;
-    std::size_t bytes = 0;
-  };
 
   Image(std::shared_ptr<Slab> slab, const ImageConfig& config, std::shared_ptr<ContentDomain> domain);
   // With the mutex held:
@@ -184,7 +176,7 @@ class Image {
   std::uint64_t shared_ = 0;
   std::uint64_t zero_ = 0;
   std::uint64_t known_ = 0;
-  std::shared_ptr<const State> state_;
+  std::shared_ptr<const HeldState> state_;
   std::map<std::uint8_t, std::uint32_t> ended_chains_;  // by ordinal, the epoch
 };
 

@@ -305,14 +305,18 @@ bool Stage::set_chain(const ImageId& image, std::uint8_t ordinal, const std::str
   return true;
 }
 
-bool Stage::put_state(const ImageId& image, std::span<const std::byte> state) {
-  const auto found = impl_->find(image);
-  return found && found->put_state(state);
+std::shared_ptr<HeldState> Stage::make_state(std::uint64_t bytes) {
+  return HeldState::make(impl_->common->slab, bytes);
 }
 
-std::optional<std::vector<std::byte>> Stage::state(const ImageId& image) const {
+bool Stage::put_state(const ImageId& image, std::shared_ptr<const HeldState> state) {
   const auto found = impl_->find(image);
-  return found ? found->state() : std::nullopt;
+  return found && found->put_state(std::move(state));
+}
+
+std::shared_ptr<const HeldState> Stage::state(const ImageId& image) const {
+  const auto found = impl_->find(image);
+  return found ? found->state() : nullptr;
 }
 
 bool Stage::seal(const ImageId& image) {

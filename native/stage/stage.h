@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "os/unique_fd.h"
+#include "stage/held_state.h"
 #include "wire/frame.h"
 
 namespace memferry {
@@ -125,10 +126,11 @@ class Stage {
   // Where the server with this ordinal is, and this server's tokens for it, by attempt.
   bool set_chain(const ImageId& image, std::uint8_t ordinal, const std::string& host, std::uint16_t port,
                  std::vector<wire::Token> tokens);
-  // An opaque state beside the pages; replaces the former one. False as well when there is no room for it beside the
-  // former one, which then stays. state() is nullopt as well when there is none.
-  bool put_state(const ImageId& image, std::span<const std::byte> state);
-  [[nodiscard]] std::optional<std::vector<std::byte>> state(const ImageId& image) const;
+  // Memory for an opaque state beside an image's pages; nullptr: there is no room for it.
+  [[nodiscard]] std::shared_ptr<HeldState> make_state(std::uint64_t bytes);
+  // Replaces the former one. state() is nullptr as well when there is none.
+  bool put_state(const ImageId& image, std::shared_ptr<const HeldState> state);
+  [[nodiscard]] std::shared_ptr<const HeldState> state(const ImageId& image) const;
   bool seal(const ImageId& image);
   // Ends its connections and gives its memory back to the system; when it returns, that has happened.
   bool drop(const ImageId& image);

@@ -32,6 +32,8 @@ export interface ControlChannelOptions<In> {
   maxBinaryBytes?: number;
   /** The most that this message's may have of those; null: none. Asked before any memory is taken. Default: all. */
   admits?: (message: In) => number | null;
+  /** Where this message's binary part goes as it comes; null, and by default: it is kept whole, as `binary`. */
+  sink?: (message: In, bytes: number) => BinarySink | null;
   pingIntervalMs?: number;
   /** Without a frame from the peer for this long it counts as lost. */
   peerTimeoutMs?: number;
@@ -39,9 +41,26 @@ export interface ControlChannelOptions<In> {
   stallTimeoutMs?: number;
 }
 
+/** Takes a binary part in pieces, in order. */
+export interface BinarySink {
+  write(chunk: Uint8Array): void;
+  /** Nobody will take what has come. */
+  discard(): void;
+}
+
+/** Gives a binary part in pieces. */
+export interface BinarySource {
+  readonly length: number;
+  read(at: number, length: number): Uint8Array;
+  /** Called once: it was sent, or never will be. */
+  done(): void;
+}
+
 export interface Received<In> {
   readonly message: In;
   readonly binary: Uint8Array | null;
+  /** Has the binary part, whole, where `sink` gave one for it. */
+  readonly sink: BinarySink | null;
 }
 
 /** `error` is null when one side said goodbye and nothing was wrong. */
@@ -52,11 +71,10 @@ export interface CloseReason {
 interface Outgoing {
   first: Uint8Array[];
   kind: FrameKind;
-  binary: Uint8Array;
+  binary: BinarySource;
   /** How much of `binary` was written; -1: not even the first frame. */
   offset: number;
-  resolve: () => void;
-  reject: (error: MemferryError) => void;
+  settle: (error: MemferryError | null) => void;
 }
 
 /** Received and not yet taken: a migration has a handful of messages under way, so this is a stuck owner. */
@@ -77,6 +95,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   readonly #opener: FrameOpener;
   readonly #maxBinaryBytes: number;
   readonly #admits: (message: In) => number | null;
+  readonly #sink: (message: In, bytes: number) => BinarySink | null;
   readonly #peerTimeoutMs: number;
   readonly #stallTimeoutMs: number;
   readonly #pingIntervalMs: number;
@@ -87,7 +106,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   #waiting: { resolve: (received: Received<In> | null) => void; reject: (error: MemferryError) => void }[] =
     [];
   #header: { bytes: Buffer; parsed: FrameHeader } | null = null;
-  #assembling: { message: In; binary: Buffer; offset: number } | null = null;
+  #assembling: (Received<In> & { total: number; offset: number }) | null = null;
   #readingPaused = false;
   #blockedSinceMs: number | null = null;
   #lastTickMs = performance.now();
@@ -111,6 +130,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#incoming = options.incoming;
     this.#maxBinaryBytes = Math.min(options.maxBinaryBytes ?? DEFAULT_MAX_BINARY_BYTES, 2 ** 32 - 1);
     this.#admits = options.admits ?? (() => this.#maxBinaryBytes);
+    this.#sink = options.sink ?? (() => null);
     this.#pingIntervalMs = options.pingIntervalMs ?? 1000;
     this.#peerTimeoutMs = options.peerTimeoutMs ?? 10_000;
     this.#stallTimeoutMs = options.stallTimeoutMs ?? 30_000;
@@ -145,14 +165,19 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
    * backpressure. `binary` must not change until then. Rejects with LIMIT_EXCEEDED (the channel lives on), or
    * with the reason for which it ended; an ignored rejection is not reported as unhandled.
    */
-  send(message: Out, binary: Uint8Array | null = null): Promise<void> {
-    const sent = new Promise<void>((resolve, reject) => {
+  send(message: Out, binary: Uint8Array | BinarySource | null = null): Promise<void> {
+    const source = binary instanceof Uint8Array ? bytesAsSource(binary) : binary;
+    const sent = new Promise<void>((resolve, fail) => {
+      const reject = (error: MemferryError): void => {
+        source?.done();
+        fail(error);
+      };
       if (this.#reason || this.#closing) {
         reject(this.#reason?.error ?? new MemferryError('CHANNEL_LOST', 'the control channel is closed'));
         return;
       }
       const json = Buffer.from(JSON.stringify(message), 'utf8');
-      const bytes = binary?.length ?? 0;
+      const bytes = source?.length ?? 0;
       const limit =
         json.length > MAX_JSON_BYTES
           ? { what: `a message of ${json.length} bytes`, limit: MAX_JSON_BYTES }
@@ -169,12 +194,15 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
       const announcement = Buffer.alloc(ANNOUNCEMENT_BYTES);
       announcement.writeUInt32LE(bytes, 0);
       this.#outbox.push({
-        first: binary ? [announcement, json] : [json],
-        kind: binary ? FrameKind.JsonWithBinary : FrameKind.Json,
-        binary: binary ?? new Uint8Array(0),
+        first: source ? [announcement, json] : [json],
+        kind: source ? FrameKind.JsonWithBinary : FrameKind.Json,
+        binary: source ?? nothing,
         offset: -1,
-        resolve,
-        reject,
+        settle: (error) => {
+          if (error) return reject(error);
+          source?.done();
+          resolve();
+        },
       });
       this.#flush();
     });
@@ -204,7 +232,12 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   }
 
   async *[Symbol.asyncIterator](): AsyncIterator<Received<In>> {
-    for (let next = await this.receive(); next; next = await this.receive()) yield next;
+    try {
+      for (let next = await this.receive(); next; next = await this.receive()) yield next;
+    } finally {
+      for (const { sink } of this.#inbox.splice(0)) sink?.discard();
+      this.#inboxBytes = 0;
+    }
   }
 
   /**
@@ -263,11 +296,6 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     }
   };
 
-  /** Of binary parts that have come, or are coming, and were not taken. */
-  get binaryBytes(): number {
-    return this.#inboxBytes + (this.#assembling?.binary.length ?? 0);
-  }
-
   #isFull(): boolean {
     return this.#inbox.length >= MAX_INBOX || this.#inboxBytes > this.#maxBinaryBytes;
   }
@@ -286,7 +314,8 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
       case FrameKind.JsonWithBinary:
         if (this.#assembling)
           throw new MemferryError('PROTOCOL_ERROR', 'a message in the middle of a binary part');
-        if (kind === FrameKind.Json) this.#deliver({ message: this.#parse(payload), binary: null });
+        if (kind === FrameKind.Json)
+          this.#deliver({ message: this.#parse(payload), binary: null, sink: null });
         else this.#onAnnouncement(this.#parse(payload.subarray(ANNOUNCEMENT_BYTES)), payload.readUInt32LE(0));
     }
   }
@@ -300,23 +329,32 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
         facts: { bytes: total, limit },
       });
     }
-    const binary = Buffer.allocUnsafeSlow(total);
-    if (total === 0) this.#deliver({ message, binary });
-    else this.#assembling = { message, binary, offset: 0 };
+    const sink = this.#sink(message, total);
+    const binary = sink ? null : Buffer.allocUnsafeSlow(total);
+    this.#assembling = { message, binary, sink, total, offset: 0 };
+    this.#deliverWhole();
   }
 
   #onChunk(payload: Buffer): void {
     const part = this.#assembling;
-    if (!part || payload.length > part.binary.length - part.offset) {
+    if (!part || payload.length > part.total - part.offset) {
       throw new MemferryError(
         'PROTOCOL_ERROR',
         part ? 'more bytes than were announced' : 'bytes that were not announced',
       );
     }
-    part.offset += payload.copy(part.binary, part.offset);
-    if (part.offset < part.binary.length) return;
+    part.sink?.write(payload);
+    part.binary?.set(payload, part.offset);
+    part.offset += payload.length;
+    this.#deliverWhole();
+  }
+
+  #deliverWhole(): void {
+    const part = this.#assembling;
+    if (!part || part.offset < part.total) return;
     this.#assembling = null;
-    this.#deliver({ message: part.message, binary: part.binary });
+    const { message, binary, sink } = part;
+    this.#deliver({ message, binary, sink });
   }
 
   #onBye(payload: Buffer): void {
@@ -355,7 +393,10 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
 
   #deliver(received: Received<In>): void {
     // After our own goodbye nobody asks any more; reading on only lets the peer's goodbye through.
-    if (this.#closing) return;
+    if (this.#closing) {
+      received.sink?.discard();
+      return;
+    }
     const waiting = this.#waiting.shift();
     if (waiting) {
       waiting.resolve(received);
@@ -379,13 +420,14 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
         next.offset = 0;
         this.#write(next.kind, ...next.first);
       } else if (next.offset < next.binary.length) {
-        const chunk = next.binary.subarray(next.offset, next.offset + MAX_CHUNK_BYTES);
+        const left = next.binary.length - next.offset;
+        const chunk = next.binary.read(next.offset, Math.min(left, MAX_CHUNK_BYTES));
         next.offset += chunk.length;
         this.#write(FrameKind.Chunk, chunk);
       } else {
         // Also the way out after a `drain`: only what the connection has taken counts as sent.
         this.#outbox.shift();
-        next.resolve();
+        next.settle(null);
       }
     }
     if (this.#closing && this.#outbox.length === 0) {
@@ -447,10 +489,11 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#reason = reason;
     clearInterval(this.#ticker);
     this.#duplex.off('readable', this.#onReadable);
+    this.#assembling?.sink?.discard();
     this.#assembling = null;
     this.#header = null;
     const gone = reason.error ?? new MemferryError('CHANNEL_LOST', 'the control channel is closed');
-    for (const outgoing of this.#outbox.splice(0)) outgoing.reject(gone);
+    for (const outgoing of this.#outbox.splice(0)) outgoing.settle(gone);
     for (const waiting of this.#waiting.splice(0)) {
       if (reason.error) waiting.reject(reason.error);
       else waiting.resolve(null);
@@ -469,3 +512,9 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#duplex.once('close', () => clearTimeout(timer));
   }
 }
+
+function bytesAsSource(bytes: Uint8Array): BinarySource {
+  return { length: bytes.length, read: (at, length) => bytes.subarray(at, at + length), done() {} };
+}
+
+const nothing = bytesAsSource(new Uint8Array(0));

@@ -46,6 +46,18 @@ export interface NativeStageConfig {
 }
 
 /**
+ * Memory of a stage for an execution state. It counts as used until it is released here and no image has it. Throws (code
+ * INVALID_ARGUMENT) beyond its bytes, and where it was released or is not to be written.
+ */
+export interface NativeHeldState {
+  size(): number;
+  write(at: number, bytes: Uint8Array): void;
+  read(at: number, length: number): Uint8Array;
+  /** Twice is fine. */
+  release(): void;
+}
+
+/**
  * A VMD server's memory and data path; see native/stage/stage.h. Images are 16 bytes. Where a call gives false or
  * null there is no such image (or, where it says so, no room). Throws (code INVALID_ARGUMENT) where a bound is
  * exceeded or something is there already, and with code CLOSED after `close()`, but for `stats()`.
@@ -73,10 +85,12 @@ export interface NativeStage {
   removeSession(image: Uint8Array, session: number): boolean;
   /** Where the server with this ordinal is (a numeric address), and our tokens for it, one an attempt. */
   setChain(image: Uint8Array, ordinal: number, host: string, port: number, tokens: Uint8Array): boolean;
-  /** Replaces the former one; false too when there is no room. */
-  putState(image: Uint8Array, state: Uint8Array): boolean;
+  /** Memory for an execution state of so many bytes, to be written; null: there is no room. */
+  makeState(bytes: number): NativeHeldState | null;
+  /** Replaces the former one. It is final from now on. */
+  putState(image: Uint8Array, state: NativeHeldState): boolean;
   /** null too when there is none. */
-  state(image: Uint8Array): Uint8Array | null;
+  state(image: Uint8Array): NativeHeldState | null;
   seal(image: Uint8Array): boolean;
   /** Ends its connections and gives its memory back to the system. */
   /** Gone for everybody at once; resolves when its memory is given back too. Null: it was not there. */

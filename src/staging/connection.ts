@@ -2,7 +2,7 @@
  * One authenticated control connection at a VMD server: takes its requests one after the other and answers each.
  * Owned by the server; JavaScript thread.
  */
-import type { ControlChannel } from '../control/channel.js';
+import type { BinarySource, ControlChannel } from '../control/channel.js';
 import { MemferryError } from '../errors.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import { answerUnknown } from '../protocol/commit-destination.js';
@@ -14,6 +14,7 @@ import type { Opener, StagedImage } from './image.js';
 import { provesOpen, unsealDomainKey, unsealSecret } from './image-secret.js';
 import type { StagedImages } from './images.js';
 import type { StagedMembers } from './members.js';
+import { ArrivingState } from './parked-state.js';
 
 export type StageChannel = ControlChannel<StageRequest, StageAnswer>;
 type Request = Exclude<StageRequest, SourceMessage>;
@@ -47,16 +48,22 @@ export class StageConnection implements Opener {
     void this.channel.send(message);
   }
 
+  /** Where a state goes as it comes: whose it is, and whether it may be stored, is looked at when it is whole. */
+  sink(message: StageRequest, bytes: number): ArrivingState | null {
+    if (message.type !== 'state') return null;
+    return new ArrivingState(bytes, message.guest, (room) => this.images.makeState(room));
+  }
+
   /** Until the connection ends. */
   async serve(): Promise<void> {
     try {
-      for await (const { message, binary } of this.channel) {
+      for await (const { message, sink } of this.channel) {
         if (isCommit(message)) {
           this.#onCommit(message);
           continue;
         }
         // Awaiting the send is the backpressure: a peer that takes no answers is asked for no more questions.
-        await this.#answer(message, binary);
+        await this.#answer(message, sink as ArrivingState | null);
       }
     } finally {
       for (const image of this.#open.values()) image.detach(this);
@@ -65,23 +72,25 @@ export class StageConnection implements Opener {
     }
   }
 
-  async #answer(message: Request, binary: Uint8Array | null): Promise<void> {
+  async #answer(message: Request, arrived: ArrivingState | null): Promise<void> {
     const { request } = message;
     let said: Said;
-    let part: Uint8Array | null = null;
+    let part: BinarySource | null = null;
     try {
-      [said, part] = this.#carryOut(message, binary);
+      [said, part] = this.#carryOut(message, arrived);
     } catch (error) {
       const { code, message: text } = toPeer(error, 'SYSTEM');
       const reason = error instanceof MemferryError ? error.facts['reason'] : null;
       said = { type: 'declined', code, message: text, reason: typeof reason === 'string' ? reason : null };
+    } finally {
+      arrived?.discard();
     }
     // Who is told that it is gone may make another at once, and counts on its memory.
     if (message.type === 'dissolve' || message.type === 'drop') await this.images.givenBack(message.image);
     await this.channel.send({ ...said, request } as Answer, part);
   }
 
-  #carryOut(message: Request, binary: Uint8Array | null): [Said, Uint8Array | null] {
+  #carryOut(message: Request, arrived: ArrivingState | null): [Said, BinarySource | null] {
     switch (message.type) {
       case 'create':
         return [this.#create(message), null];
@@ -94,13 +103,13 @@ export class StageConnection implements Opener {
         this.#mine(message.image).grow(message.region, message.pages);
         return [{ type: 'grown' }, null];
       case 'state':
-        if (!binary) throw new MemferryError('PROTOCOL_ERROR', 'a state without its bytes');
-        this.#mine(message.image).storeState(message.guest, binary);
+        if (!arrived) throw new MemferryError('PROTOCOL_ERROR', 'a state without its bytes');
+        this.#mine(message.image).storeState(arrived);
         return [{ type: 'stored' }, null];
       case 'claim': {
-        const { answer, guest, state } = this.#mine(message.image).claim(this, message);
-        if (answer.type !== 'claimed' || !guest) return [said(answer), null];
-        return [{ type: 'claimed', epoch: answer.epoch, guest }, state];
+        const { answer, parked } = this.#mine(message.image).claim(this, message);
+        if (answer.type !== 'claimed' || !parked) return [said(answer), null];
+        return [{ type: 'claimed', epoch: answer.epoch, guest: parked.guest }, parked.state];
       }
       case 'commit':
       case 'hold':

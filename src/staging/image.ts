@@ -18,13 +18,7 @@ import {
   ownerOf,
   stepClaims,
 } from '../protocol/image-claims.js';
-import type {
-  CreateImage,
-  ImageAccess,
-  ImageInfo,
-  ImagePhase,
-  ParkedGuest,
-} from '../protocol/stage-messages.js';
+import type { CreateImage, ImageAccess, ImageInfo, ImagePhase } from '../protocol/stage-messages.js';
 import { InTurn } from '../protocol/in-turn.js';
 import { NamedTimers } from '../protocol/timers.js';
 import {
@@ -37,7 +31,7 @@ import {
   stageTokens,
 } from './image-secret.js';
 import { type CommitLink, ParkCommit } from './park-commit.js';
-import { packState, unpackState } from './parked-state.js';
+import { type ArrivingState, readParked } from './parked-state.js';
 
 /**
  * Sessions of one image: its source's, its destination's, those of claimants. Their tokens (8 KiB each) lie outside
@@ -186,33 +180,32 @@ export class StagedImage {
     return this.#dispatch(event) as ClaimsAnswer;
   }
 
-  /** With the guest and its execution state when the claim is given. */
+  /** With the guest and its execution state when the claim is given; then `state` is to be read, or let go of. */
   claim(
     opener: Opener,
     { claimant, rollback }: { claimant: string; rollback: number | null },
-  ): { answer: ClaimsAnswer; guest: ParkedGuest | null; state: Uint8Array | null } {
+  ): { answer: ClaimsAnswer; parked: ReturnType<typeof readParked> | null } {
     const before = epochOf(this.#claims);
     const whole = this.#stateStored && native(() => this.#stage.whole(this.bytes, this.#pages())) === true;
     const answer = this.#dispatch({ type: 'claim', claimant, rollback, whole }) as ClaimsAnswer;
-    if (answer.type !== 'claimed') return { answer, guest: null, state: null };
+    if (answer.type !== 'claimed') return { answer, parked: null };
     if (answer.epoch !== before) this.#holders.clear();
     this.#holders.add(opener);
-    const packed = native(() => this.#stage.state(this.bytes));
-    if (!packed) throw new MemferryError('VMD_LOST', 'the execution state is not here any more');
-    return { answer, ...unpackState(packed) };
+    const held = native(() => this.#stage.state(this.bytes));
+    if (!held) throw new MemferryError('VMD_LOST', 'the execution state is not here any more');
+    return { answer, parked: readParked(held) };
   }
 
-  /** Throws VMD_REFUSED when the image is not its source's any more, VMD_CAPACITY when there is no room. */
-  storeState(guest: ParkedGuest, state: Uint8Array): void {
+  /** Throws VMD_REFUSED when the image is not its source's any more, VMD_CAPACITY when there was no room. */
+  storeState({ bytes, held }: ArrivingState): void {
     this.#mustBeMigrating('a state');
-    if (!native(() => this.#stage.putState(this.bytes, packState(guest, state)))) {
-      throw new MemferryError(
-        'VMD_CAPACITY',
-        `there is no room for an execution state of ${state.length} bytes`,
-        {
-          facts: { bytes: state.length, free: this.#stage.stats().freeBytes },
-        },
-      );
+    if (!held) {
+      throw new MemferryError('VMD_CAPACITY', `there is no room for an execution state of ${bytes} bytes`, {
+        facts: { bytes, free: this.#stage.stats().freeBytes },
+      });
+    }
+    if (!native(() => this.#stage.putState(this.bytes, held))) {
+      throw new MemferryError('VMD_LOST', 'the image is gone');
     }
     this.#stateStored = true;
   }

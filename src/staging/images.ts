@@ -4,7 +4,7 @@
  */
 import { checkAddressPolicy } from '../control/address.js';
 import { MemferryError, native } from '../errors.js';
-import type { NativeStage } from '../native.js';
+import type { NativeHeldState, NativeStage } from '../native.js';
 import type { DissolveCause } from '../protocol/image-claims.js';
 import { Tombstones } from '../protocol/commit-tombstones.js';
 import type { CreateImage, StageStatus } from '../protocol/stage-messages.js';
@@ -110,6 +110,11 @@ export class StagedImages {
 
   find(id: string): StagedImage | null {
     return this.#images.get(id) ?? null;
+  }
+
+  /** Memory for an execution state on its way here; null: there is none. */
+  makeState(bytes: number): NativeHeldState | null {
+    return native(() => this.config.stage.makeState(bytes));
   }
 
   drop(id: string): boolean {

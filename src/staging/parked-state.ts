@@ -1,24 +1,62 @@
 /**
- * A parked guest beside its pages, as one piece of bytes in the server's memory, where it counts against the cap:
- * `u32 length | JSON of the guest | execution state`. Pure.
+ * A parked guest and its execution state beside its pages, as one piece of bytes in the server's memory, where it counts
+ * against the cap from its first byte: `u32 length | JSON of the guest | execution state`. It comes and goes
+ * in pieces; nothing here has it whole.
  */
+import type { BinarySink, BinarySource } from '../control/channel.js';
+import { native } from '../errors.js';
+import type { NativeHeldState } from '../native.js';
 import type { ParkedGuest } from '../protocol/stage-messages.js';
 
-export function packState(guest: ParkedGuest, state: Uint8Array): Uint8Array {
-  const json = Buffer.from(JSON.stringify(guest), 'utf8');
-  const packed = new Uint8Array(4 + json.length + state.length);
-  Buffer.from(packed.buffer).writeUInt32LE(json.length, 0);
-  packed.set(json, 4);
-  packed.set(state, 4 + json.length);
-  return packed;
+const LENGTH_BYTES = 4;
+
+/** A state on its way here. One for which there is no room is taken off the connection, and goes nowhere. */
+export class ArrivingState implements BinarySink {
+  #held: NativeHeldState | null;
+  #at = 0;
+
+  /** `make` gives memory for so many bytes; null: there is none. `bytes`: of the execution state alone. */
+  constructor(
+    readonly bytes: number,
+    guest: ParkedGuest,
+    make: (bytes: number) => NativeHeldState | null,
+  ) {
+    const json = Buffer.from(JSON.stringify(guest), 'utf8');
+    const length = Buffer.alloc(LENGTH_BYTES);
+    length.writeUInt32LE(json.length, 0);
+    this.#held = make(LENGTH_BYTES + json.length + bytes);
+    this.write(length);
+    this.write(json);
+  }
+
+  /** null: there was no room for it, or it was discarded. */
+  get held(): NativeHeldState | null {
+    return this.#held;
+  }
+
+  write(chunk: Uint8Array): void {
+    native(() => this.#held?.write(this.#at, chunk));
+    this.#at += chunk.length;
+  }
+
+  /** An image that has it keeps it. */
+  discard(): void {
+    this.#held?.release();
+    this.#held = null;
+  }
 }
 
-/** Of what `packState` made: the schema has checked it on arrival. */
-export function unpackState(packed: Uint8Array): { guest: ParkedGuest; state: Uint8Array } {
-  const bytes = Buffer.from(packed.buffer, packed.byteOffset, packed.length);
-  const end = 4 + bytes.readUInt32LE(0);
+/** Of what came as an `ArrivingState`, whose guest the schema has checked. Takes `held` over: `state` lets go of it. */
+export function readParked(held: NativeHeldState): { guest: ParkedGuest; state: BinarySource } {
+  const read = (at: number, length: number): Uint8Array => native(() => held.read(at, length));
+  const jsonBytes = Buffer.from(read(0, LENGTH_BYTES)).readUInt32LE(0);
+  const start = LENGTH_BYTES + jsonBytes;
   return {
-    guest: JSON.parse(bytes.toString('utf8', 4, end)) as ParkedGuest,
-    state: packed.subarray(end),
+    guest: JSON.parse(Buffer.from(read(LENGTH_BYTES, jsonBytes)).toString('utf8')) as ParkedGuest,
+    state: {
+      length: held.size() - start,
+      read: (at, length) => read(start + at, length),
+      done: () => held.release(),
+    },
   };
 }

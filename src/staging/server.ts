@@ -53,8 +53,6 @@ export interface StageRuntime {
 /** Authenticated connections at a time: each costs buffers, and an announcement a second. */
 const maxConnections = 1024;
 const announceMs = 1000;
-/** On their way here, of all connections together, of the largest size that is allowed; most are much smaller. */
-const mostStatesAtOnce = 4;
 
 /**
  * Serves memory to migrations.
@@ -215,16 +213,17 @@ class StageServer implements Staging {
     const channel: StageChannel = new ControlChannel(session, {
       incoming: stageRequest,
       maxBinaryBytes: this.options.maxStateBytes,
-      admits: ({ type }) => (type === 'state' ? this.#stateBytesFree() : null),
+      admits: ({ type }) => (type === 'state' ? this.options.maxStateBytes : null),
+      sink: (message, bytes) => peer.sink(message, bytes),
       peerTimeoutMs: this.options.peerTimeoutMs,
     });
+    const peer = new StageConnection(channel, session.sessionKey, this.#images, this.#members, () =>
+      this.status(),
+    );
     if (this.#connections.size >= maxConnections || this.#closing.signal.aborted) {
       await channel.close();
       return;
     }
-    const peer = new StageConnection(channel, session.sessionKey, this.#images, this.#members, () =>
-      this.status(),
-    );
     this.#connections.set(channel, peer);
     peer.announce(this.#announcement());
     try {
@@ -235,13 +234,6 @@ class StageServer implements Staging {
     } finally {
       this.#connections.delete(channel);
     }
-  }
-
-  /** States that come lie outside the server's memory until they are whole. */
-  #stateBytesFree(): number {
-    let free = mostStatesAtOnce * this.options.maxStateBytes;
-    for (const channel of this.#connections.keys()) free -= channel.binaryBytes;
-    return Math.max(0, free);
   }
 
   #announcement(): Announcement {

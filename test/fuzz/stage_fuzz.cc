@@ -122,15 +122,16 @@ class World {
   // A state that leaves some slots. (An index of that size takes ten times as long to give back.)
   void take_room() {
     constexpr std::uint64_t kLeft = 24;
-    static const std::vector<std::byte> state(kMemory);
     require(stage_->create_image({id(3), {1}, 0, std::nullopt}));
     const std::uint64_t free = stage_->stats().free_bytes - kLeft * system_page_size();
-    require(stage_->put_state(id(3), std::span(state).first(static_cast<std::size_t>(free))));
+    require(stage_->put_state(id(3), stage_->make_state(free)));
   }
 
   void owner() {
-    const std::array<std::byte, 5000> state{};
-    (void)stage_->put_state(id(1), state);
+    if (const auto state = stage_->make_state(5000)) {
+      state->write(0, std::array<std::byte, 5000>{});
+      (void)stage_->put_state(id(1), state);
+    }
     const auto whole = stage_->whole(id(1), kRegions);
     require(whole.has_value());
     check_image();

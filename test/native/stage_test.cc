@@ -276,20 +276,54 @@ TEST(Stage, ImagesAreKeptApart) {
             wire::HelloStatus::kLost);
 }
 
+std::vector<std::byte> bytes_of(const HeldState& state) {
+  std::vector<std::byte> bytes(static_cast<std::size_t>(state.size()));
+  // Across the bounds of its pages.
+  for (std::size_t at = 0; at < bytes.size(); at += 1000)
+    state.read(at, std::span(bytes).subspan(at, std::min<std::size_t>(1000, bytes.size() - at)));
+  return bytes;
+}
+
+bool put_state(Stage& stage, const ImageId& image, std::span<const std::byte> bytes) {
+  const auto state = stage.make_state(bytes.size());
+  if (!state) return false;
+  for (std::size_t at = 0; at < bytes.size(); at += 1500)
+    state->write(at, bytes.subspan(at, std::min<std::size_t>(1500, bytes.size() - at)));
+  return stage.put_state(image, state);
+}
+
 TEST(Stage, ExecutionStates) {
   StageBench bench(16ULL << 20U);
   const ImageId id = image_id(1);
-  EXPECT_FALSE(bench.stage->put_state(id, {}));
+  EXPECT_FALSE(bench.stage->put_state(id, bench.stage->make_state(0)));
   bench.make(id, {4});
-  EXPECT_EQ(bench.stage->state(id), std::nullopt);
+  EXPECT_EQ(bench.stage->state(id), nullptr);
+  std::shared_ptr<const HeldState> former;
+  std::vector<std::byte> before;
   for (const std::size_t bytes : {std::size_t{0}, std::size_t{1}, std::size_t{4096}, std::size_t{100003}}) {
     const auto state = random_bytes(bytes, bytes);
-    EXPECT_TRUE(bench.stage->put_state(id, state));
-    EXPECT_EQ(bench.stage->state(id), state);
+    EXPECT_TRUE(put_state(*bench.stage, id, state));
+    EXPECT_EQ(bytes_of(*bench.stage->state(id)), state);
+    // Whoever reads the one that was replaced reads on.
+    if (former) {
+      EXPECT_EQ(bytes_of(*former), before);
+    }
+    former = bench.stage->state(id);
+    before = state;
   }
-  const auto kept = random_bytes(100003, 100003);
-  EXPECT_FALSE(bench.stage->put_state(id, std::vector<std::byte>(16ULL << 20U)));
-  EXPECT_EQ(bench.stage->state(id), kept);
+  former.reset();
+  // What comes counts before any of it is there, and no more once nobody wants it.
+  const std::uint64_t free = bench.stage->stats().free_bytes;
+  EXPECT_EQ(bench.stage->make_state(free + 1), nullptr);
+  auto coming = bench.stage->make_state(free / 2);
+  ASSERT_NE(coming, nullptr);
+  EXPECT_LE(bench.stage->stats().free_bytes, free - free / 2);
+  EXPECT_THROW(coming->write(free / 2 - 1, random_bytes(2, 1)), std::invalid_argument);
+  EXPECT_THROW(coming->write(free / 2 + 1, {}), std::invalid_argument);
+  EXPECT_THROW(coming->write(~0ULL, random_bytes(2, 1)), std::invalid_argument);
+  coming.reset();
+  EXPECT_EQ(bench.stage->stats().free_bytes, free);
+  EXPECT_EQ(bytes_of(*bench.stage->state(id)), random_bytes(100003, 100003));
   EXPECT_EQ(bench.stage->image(id)->bytes,
             system_page_size() + (100003 / system_page_size() + 1) * system_page_size());
   EXPECT_TRUE(bench.stage->drop(id));
@@ -745,7 +779,7 @@ TEST(Stage, WritersAndReadersAtOnce) {
   while (writing > 0) {
     const ImageId other = image_id(2);
     ASSERT_TRUE(bench.stage->create_image({other, {64}, 0}));
-    ASSERT_TRUE(bench.stage->put_state(other, random_bytes(50000, 1)));
+    ASSERT_TRUE(put_state(*bench.stage, other, random_bytes(50000, 1)));
     (void)bench.stage->image(id);
     (void)bench.stage->whole(id, std::vector<std::uint64_t>{pages, pages});
     ASSERT_TRUE(bench.stage->drop(other));

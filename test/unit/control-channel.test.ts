@@ -208,6 +208,105 @@ describe('the end', () => {
   });
 });
 
+describe('a binary part in pieces', () => {
+  /** Keeps what it was given; `kept` is null once it was told that nobody wants it. */
+  class Sink {
+    kept: Buffer[] | null = [];
+    write(chunk: Uint8Array): void {
+      this.kept?.push(Buffer.from(chunk));
+    }
+    discard(): void {
+      this.kept = null;
+    }
+  }
+  const sunk = () => {
+    const sinks: Sink[] = [];
+    const sink = ({ type }: AnyMessage): Sink | null => {
+      if (type === 'kept') return null;
+      sinks.push(new Sink());
+      return sinks.at(-1) ?? null;
+    };
+    return { sinks, sink };
+  };
+  /** A part of so many bytes, each its own number, and what was asked of it. */
+  const source = (length: number) => {
+    const asked = { reads: 0, largest: 0, done: 0 };
+    const read = (at: number, bytes: number) => {
+      asked.reads++;
+      asked.largest = Math.max(asked.largest, bytes);
+      return Uint8Array.from({ length: bytes }, (_, i) => at + i);
+    };
+    return { asked, length, read, done: () => void asked.done++ };
+  };
+
+  it('is read when the connection takes it, and goes where its message belongs', async () => {
+    const { sinks, sink } = sunk();
+    const [near, far] = await loopback.channels({}, { sink });
+    for (const length of [0, 1, 65_536, 1_000_003]) {
+      const part = source(length);
+      const [received] = await Promise.all([far.receive(), near.send({ type: 'x' }, part)]);
+      expect(received?.binary).toBe(null);
+      expect(received?.sink).toBe(sinks.at(-1));
+      const came = Buffer.concat(sinks.at(-1)?.kept ?? []);
+      expect(came.length).toBe(length);
+      expect(came.every((byte, at) => byte === (at & 255))).toBe(true);
+      expect(part.asked).toMatchObject({ done: 1, reads: Math.ceil(length / 65_536) });
+      expect(part.asked.largest).toBeLessThanOrEqual(65_536);
+      const [kept] = await Promise.all([far.receive(), near.send({ type: 'kept' }, part)]);
+      expect(kept).toMatchObject({ sink: null, binary: { length } });
+    }
+  });
+
+  it('is let go of once, sent or not', async () => {
+    const [near] = await loopback.channels({ maxBinaryBytes: 1000 });
+    const [large, left, late] = [source(1001), source(1000), source(1)];
+    await expect(near.send({ type: 'x' }, large)).rejects.toMatchObject({ code: 'LIMIT_EXCEEDED' });
+    near.destroy();
+    await expect(near.send({ type: 'x' }, late)).rejects.toMatchObject({ code: 'CHANNEL_LOST' });
+    const [stuck] = await loopback.sessions();
+    const channel = new ControlChannel<AnyMessage, AnyMessage>(stuck, { incoming: anyMessage });
+    // Nobody reads at the other end.
+    for (let at = 0; at < 200; at++) void channel.send({ type: 'x' }, new Uint8Array(2 ** 20));
+    void channel.send({ type: 'x' }, left);
+    channel.destroy();
+    await channel.closed;
+    expect([large, left, late].map(({ asked }) => asked.done)).toEqual([1, 1, 1]);
+    expect(left.asked.reads).toBe(0);
+  });
+
+  it('that nobody will take is discarded: half of one, one that waits, one behind our own goodbye', async () => {
+    const chunk = (peer: Awaited<ReturnType<typeof rawPeer>>, bytes: number) =>
+      peer.seal(FrameKind.Chunk, Buffer.alloc(bytes));
+    for (const how of ['half', 'waits', 'goodbye'] as const) {
+      const { sinks, sink } = sunk();
+      const peer = await rawPeer({ sink });
+      if (how !== 'goodbye') peer.socket.resume();
+      const iterated = peer.channel[Symbol.asyncIterator]();
+      const first = iterated.next();
+      peer.socket.write(peer.seal(FrameKind.Json, '{"type":"first"}'));
+      await first;
+      if (how === 'goodbye') {
+        // Its goodbye waits behind what the peer does not take.
+        void peer.channel.send({ type: 'x' }, new Uint8Array(32 * 2 ** 20));
+        void peer.channel.close();
+      }
+      peer.socket.write(peer.seal(FrameKind.JsonWithBinary, u32(4), '{"type":"x"}'));
+      peer.socket.write(chunk(peer, how === 'half' ? 3 : 4));
+      await expect.poll(() => sinks.length).toBe(1);
+      if (how === 'half') {
+        await expect.poll(() => sinks[0]?.kept?.length).toBe(1);
+        peer.channel.destroy();
+      }
+      if (how === 'waits') {
+        await expect.poll(() => sinks[0]?.kept?.length).toBe(1);
+        await iterated.return?.();
+      }
+      await expect.poll(() => sinks[0]?.kept).toBe(null);
+      peer.channel.destroy();
+    }
+  });
+});
+
 describe('a peer that falls silent', () => {
   const fast = { pingIntervalMs: 20, peerTimeoutMs: 300 };
 

@@ -1,7 +1,7 @@
 /** A VMD server without its native part: what holds pages is counted, nothing is moved. */
 import { randomBytes } from 'node:crypto';
 import { createServer, type Socket } from 'node:net';
-import type { NativeImageStats, NativeStage, NativeStageStats } from '../../src/native.js';
+import type { NativeHeldState, NativeImageStats, NativeStage, NativeStageStats } from '../../src/native.js';
 import type { StageOptions } from '../../src/options.js';
 import type { StageRuntime } from '../../src/staging/server.js';
 import { type Staging, stageOn } from '../../src/staging/server.js';
@@ -17,7 +17,7 @@ interface FakeImage {
   domainKey: Uint8Array | null;
   sessions: Map<number, { roles: number; tokens: Uint8Array }>;
   chains: Map<number, { host: string; port: number; tokens: Uint8Array }>;
-  state: Uint8Array | null;
+  state: FakeState | null;
   sealed: boolean;
   whole: boolean;
 }
@@ -30,6 +30,47 @@ interface FakeMember {
 }
 
 const indexBytesPerPage = 16;
+
+interface FakeState {
+  bytes: Uint8Array;
+  owners: number;
+}
+
+function keep(states: Set<FakeState>, state: FakeState): void {
+  state.owners++;
+  states.add(state);
+}
+
+function letGo(states: Set<FakeState>, state: FakeState): void {
+  if (--state.owners === 0) states.delete(state);
+}
+
+class FakeHeldState implements NativeHeldState {
+  constructor(
+    private readonly states: Set<FakeState>,
+    public state: FakeState | null,
+  ) {
+    if (state) keep(states, state);
+  }
+
+  size(): number {
+    return this.state?.bytes.length ?? 0;
+  }
+
+  write(at: number, bytes: Uint8Array): void {
+    this.state?.bytes.set(bytes, at);
+  }
+
+  read(at: number, length: number): Uint8Array {
+    if (!this.state) throw new RangeError('a state that was released');
+    return this.state.bytes.slice(at, at + length);
+  }
+
+  release(): void {
+    if (this.state) letGo(this.states, this.state);
+    this.state = null;
+  }
+}
 
 export class FakeStage implements NativeStage {
   readonly images = new Map<string, FakeImage>();
@@ -92,15 +133,26 @@ export class FakeStage implements NativeStage {
     return this.images.get(hexOf(image))?.chains.set(ordinal, { host, port, tokens }) !== undefined;
   }
 
-  putState(image: Uint8Array, state: Uint8Array): boolean {
+  /** States that an image or a handle has. */
+  readonly states = new Set<FakeState>();
+
+  makeState(bytes: number): NativeHeldState | null {
+    if (bytes > this.stats().freeBytes) return null;
+    return new FakeHeldState(this.states, { bytes: new Uint8Array(bytes), owners: 0 });
+  }
+
+  putState(image: Uint8Array, { state }: FakeHeldState): boolean {
     const entry = this.images.get(hexOf(image));
-    if (!entry || state.length > this.stats().freeBytes) return false;
-    entry.state = Uint8Array.from(state);
+    if (!entry || !state) return false;
+    keep(this.states, state);
+    if (entry.state) letGo(this.states, entry.state);
+    entry.state = state;
     return true;
   }
 
-  state(image: Uint8Array): Uint8Array | null {
-    return this.images.get(hexOf(image))?.state ?? null;
+  state(image: Uint8Array): NativeHeldState | null {
+    const state = this.images.get(hexOf(image))?.state;
+    return state ? new FakeHeldState(this.states, state) : null;
   }
 
   seal(image: Uint8Array): boolean {
@@ -115,13 +167,17 @@ export class FakeStage implements NativeStage {
   drop(image: Uint8Array): Promise<void> | null {
     if (this.closed) throw new Error('the stage is closed');
     this.dropped.push(hexOf(image));
+    const state = this.images.get(hexOf(image))?.state;
+    if (state) letGo(this.states, state);
     const there = this.images.delete(hexOf(image)) || this.members.delete(hexOf(image));
     return there ? this.dropping : null;
   }
 
   image(image: Uint8Array): NativeImageStats | null {
     const entry = this.images.get(hexOf(image));
-    return entry ? { ...nothing, bytes: bytesOf(entry), sealed: entry.sealed } : null;
+    if (!entry) return null;
+    const bytes = indexBytesOf(entry) + (entry.state?.bytes.length ?? 0);
+    return { ...nothing, bytes, sealed: entry.sealed };
   }
 
   whole(image: Uint8Array): boolean | null {
@@ -129,7 +185,8 @@ export class FakeStage implements NativeStage {
   }
 
   stats(): NativeStageStats {
-    const used = [...this.images.values()].reduce((sum, entry) => sum + bytesOf(entry), 0);
+    const indices = [...this.images.values()].reduce((sum, entry) => sum + indexBytesOf(entry), 0);
+    const used = [...this.states].reduce((sum, { bytes }) => sum + bytes.length, indices);
     const { memoryBytes } = this;
     const { bytesIn, bytesOut } = nothing;
     return {
@@ -164,8 +221,8 @@ const nothing: NativeImageStats = {
   sealed: false,
 };
 
-function bytesOf({ regionPages, state }: FakeImage): number {
-  return regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage + (state?.length ?? 0);
+function indexBytesOf({ regionPages }: FakeImage): number {
+  return regionPages.reduce((sum, pages) => sum + pages, 0) * indexBytesPerPage;
 }
 
 function hexOf(image: Uint8Array): string {

@@ -7,7 +7,7 @@ import { Worker } from 'node:worker_threads';
 import { afterEach, describe, expect, it } from 'vitest';
 
 import { loadAddon } from '../../src/addon.js';
-import type { NativeListener, NativeStage } from '../../src/native.js';
+import type { NativeHeldState, NativeListener, NativeStage } from '../../src/native.js';
 
 const addon = loadAddon();
 const MEMORY = 16 * 1024 * 1024;
@@ -84,9 +84,24 @@ describe('NativeStage', () => {
     expect(stage.setChain(image, 1, '127.0.0.1', 4000, new Uint8Array(64))).toBe(true);
     expect(stage.state(image)).toBe(null);
     const state = Uint8Array.from({ length: 10_001 }, (_, i) => i);
-    expect(stage.putState(image, state)).toBe(true);
-    expect(stage.state(image)).toEqual(state);
-    expect(stage.putState(image, new Uint8Array(MEMORY))).toBe(false);
+    const made = stage.makeState(state.length) as NativeHeldState;
+    made.write(0, state.subarray(0, 5000));
+    made.write(5000, state.subarray(5000));
+    expect(() => made.write(1, state)).toThrow(/not reach so far/);
+    expect(stage.putState(image, made)).toBe(true);
+    expect(() => made.write(0, state)).toThrow(/not to be written/);
+    made.release();
+    made.release();
+    expect(() => stage.putState(image, made)).toThrow(/released/);
+    expect(() => stage.putState(image, {} as NativeHeldState)).toThrow(/expected a state/);
+    const held = stage.state(image) as NativeHeldState;
+    expect(held.size()).toBe(state.length);
+    expect(held.read(0, state.length)).toEqual(state);
+    expect(held.read(4000, 200)).toEqual(state.subarray(4000, 4200));
+    expect(() => held.read(1, state.length)).toThrow(/outside of the state/);
+    held.release();
+    expect(() => held.read(0, 1)).toThrow(/released/);
+    expect(stage.makeState(MEMORY)).toBe(null);
     expect(stage.whole(image, [0, 0])).toBe(true);
     expect(stage.whole(image, [1, 0])).toBe(false);
     expect(stage.seal(image)).toBe(true);
@@ -106,7 +121,12 @@ describe('NativeStage', () => {
     expect(stats.slabBytes).toBeLessThan(MEMORY);
     expect(stats.freeBytes).toBe(stats.slabBytes - 8 * addon.pageSize);
     expect(stage.removeSession(image, 1)).toBe(true);
+    // Who reads a state reads on when its image goes.
+    const last = stage.state(image) as NativeHeldState;
     await stage.drop(image);
+    expect(stage.stats().freeBytes).toBe(stats.slabBytes - 3 * addon.pageSize);
+    expect(last.read(0, state.length)).toEqual(state);
+    last.release();
     expect(stage.stats().freeBytes).toBe(stats.slabBytes);
   });
 
@@ -115,7 +135,9 @@ describe('NativeStage', () => {
     expect(stage.addSession(unknown, 1, 1, tokens(1))).toBe(false);
     expect(stage.removeSession(unknown, 1)).toBe(false);
     expect(stage.setChain(unknown, 1, '127.0.0.1', 4000, new Uint8Array(32))).toBe(false);
-    expect(stage.putState(unknown, new Uint8Array(1))).toBe(false);
+    const state = stage.makeState(1) as NativeHeldState;
+    expect(stage.putState(unknown, state)).toBe(false);
+    state.release();
     expect(stage.state(unknown)).toBe(null);
     expect(stage.seal(unknown)).toBe(false);
     expect(stage.drop(unknown)).toBe(null);

@@ -18,7 +18,9 @@ import {
   stageTokens,
   unsealSecret,
 } from '../../src/staging/image-secret.js';
-import { packState, unpackState } from '../../src/staging/parked-state.js';
+import type { NativeHeldState } from '../../src/native.js';
+import { ArrivingState, readParked } from '../../src/staging/parked-state.js';
+import { FakeStage } from './fake-stage.js';
 import { parkedGuest } from './fake-stage.js';
 
 const image = '00112233445566778899aabbccddeeff';
@@ -283,15 +285,29 @@ describe("an image's secret", () => {
 });
 
 describe('a parked guest beside its pages', () => {
-  it('is one piece of bytes and back', () => {
+  it('comes and goes in pieces, and counts until both have let go of it', () => {
+    const stage = new FakeStage(2 ** 20);
     for (const state of [new Uint8Array(0), Uint8Array.from([1, 2, 3])]) {
-      const packed = packState({ ...guest, name: 'gäst' }, state);
-      const padded = new Uint8Array(packed.length + 8);
-      padded.set(packed, 8);
-      const back = unpackState(padded.subarray(8));
+      const arriving = new ArrivingState(state.length, { ...guest, name: 'gäst' }, (bytes) =>
+        stage.makeState(bytes),
+      );
+      for (const byte of state) arriving.write(Uint8Array.of(byte));
+      const back = readParked(arriving.held as NativeHeldState);
       expect(back.guest).toEqual({ ...guest, name: 'gäst' });
-      expect(Uint8Array.from(back.state)).toEqual(state);
+      expect(back.state.length).toBe(state.length);
+      expect(Uint8Array.from(back.state.read(0, state.length))).toEqual(state);
+      expect(stage.stats().freeBytes).toBeLessThan(2 ** 20);
+      back.state.done();
+      arriving.discard();
+      expect(stage.stats().freeBytes).toBe(2 ** 20);
     }
+  });
+
+  it('goes nowhere without room', () => {
+    const arriving = new ArrivingState(3, guest, () => null);
+    arriving.write(Uint8Array.of(1, 2, 3));
+    expect(arriving.held).toBe(null);
+    arriving.discard();
   });
 });
 

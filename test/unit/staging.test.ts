@@ -388,21 +388,44 @@ describe('a VMD server', () => {
     expect(server.native.dropped).toEqual([]);
   });
 
-  it('takes binary parts with states alone, and not more than a few of the largest at a time', async () => {
+  it('takes binary parts with states alone, none that is too long', async () => {
     const server = await serve({ maxStateBytes: 1000 });
-    const client = await dial(server);
-    await client.create(
-      { ...rest(newImage()), ordinal: 0, servers: [{ name: 'a', ...server.address }] },
-      imageSecret,
-    );
     const state = { type: 'state', request: 1, image: imageId, guest: parkedGuest };
-    const held = await Promise.all(Array.from({ length: 4 }, () => announcing(server, state, 1000)));
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    expect(held.map(({ closed }) => closed)).toEqual([false, false, false, false]);
-    await expect.poll(() => refused(server, state, 1)).toBe(true);
-    held[0]?.destroy();
-    await expect.poll(() => refused(server, state, 1000)).toBe(false);
+    expect(await refused(server, state, 1000)).toBe(false);
+    expect(await refused(server, state, 1001, 10_000)).toBe(true);
     expect(await refused(server, { type: 'status', request: 1 }, 1, 10_000)).toBe(true);
+  });
+
+  it('counts a state from its first byte, and takes none for which there is no room', async () => {
+    const server = await serve();
+    const others = owned(await makeImage([server.address], connection(), newImage()));
+    const { freeBytes } = server.native.stats();
+    const large = new Uint8Array(freeBytes / 2);
+    await expect(
+      others.putState(parkedGuest, new Uint8Array(server.staging.status().memoryBytes)),
+    ).rejects.toMatchObject({ code: 'VMD_CAPACITY' });
+    // Nor is one kept whose sender may not store it.
+    const client = await dial(server);
+    await expect(client.putState(imageId, parkedGuest, large)).rejects.toMatchObject({
+      code: 'VMD_REFUSED',
+    });
+    expect(server.native.stats().freeBytes).toBe(freeBytes);
+    const held = vi.spyOn(server.native, 'makeState');
+    const stored = [others.putState(parkedGuest, large), others.putState(parkedGuest, large)];
+    expect((await Promise.allSettled(stored)).map(({ status }) => status).sort()).toEqual([
+      'fulfilled',
+      'rejected',
+    ]);
+    expect(held).toHaveBeenCalledTimes(2);
+    expect(server.native.stats().freeBytes).toBeLessThan(freeBytes / 2);
+    await others.putState(parkedGuest, new Uint8Array(3));
+    expect(server.native.stats().freeBytes).toBeGreaterThan(freeBytes - 1000);
+    // One whose sender goes away before its first byte.
+    const state = { type: 'state', request: 2, image: imageId, guest: parkedGuest };
+    const peer = await announcing(server, state, large.length);
+    await until(() => server.native.stats().freeBytes < freeBytes / 2);
+    peer.destroy();
+    await until(() => server.native.stats().freeBytes > freeBytes - 1000);
   });
 
   it('refuses a group that is none before it listens', async () => {
