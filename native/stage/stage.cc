@@ -12,6 +12,7 @@
 #include "os/sys_error.h"
 #include "stage/stage_impl.h"
 #include "wire/hello.h"
+#include "wire/later_tokens.h"
 
 namespace memferry {
 namespace {
@@ -77,10 +78,19 @@ struct Stage::Impl {
     std::vector<wire::Token> tokens;  // by attempt; empty: may not connect
     std::uint32_t next_attempt = 0;   // those before it are used up
     std::weak_ptr<StageConnection> connection;
+
+    // nullopt: it has none.
+    [[nodiscard]] std::optional<wire::Token> token(std::uint32_t attempt, wire::StageRole role,
+                                                   const std::optional<wire::TreeKey>& later) const {
+      if (attempt < tokens.size()) return tokens[attempt];
+      if (tokens.empty() || !later || attempt < next_attempt) return std::nullopt;
+      return wire::later_token(*later, role, attempt);
+    }
   };
   struct Session {
     std::array<Role, wire::kStageRoles> roles;
     std::optional<wire::TreeKey> hash_key;
+    std::optional<wire::TreeKey> later;  // of tokens behind the end of a role's
   };
   // An image or a membership: of a member the first two are nullptr.
   struct Held {
@@ -150,9 +160,12 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
   Role* role = session != found->sessions.end() && hello.channel < wire::kStageRoles
                    ? &session->second.roles[hello.channel]
                    : nullptr;
-  const bool exists = role != nullptr && attempt < role->tokens.size();
-  const bool right = wire::equal_tokens(hello.token, exists ? role->tokens[attempt] : kNoToken);
-  if (!exists || !right || attempt < role->next_attempt) return wire::HelloStatus::kRefused;
+  const std::optional<wire::Token> token =
+      role != nullptr
+          ? role->token(attempt, static_cast<wire::StageRole>(hello.channel), session->second.later)
+          : std::nullopt;
+  const bool right = wire::equal_tokens(hello.token, token.value_or(kNoToken));
+  if (!token || !right || attempt < role->next_attempt) return wire::HelloStatus::kRefused;
 
   std::shared_ptr<StageConnection> former = role->connection.lock();
   const std::size_t replaced = former && !former->ended() ? 1 : 0;
@@ -250,8 +263,10 @@ bool Stage::add_session(const ImageId& image, std::uint16_t session, unsigned ro
   }
   Impl::Session made;
   // A member's are shown.
-  if (roles != 1U << static_cast<unsigned>(wire::StageRole::kPopular))
+  if (roles != 1U << static_cast<unsigned>(wire::StageRole::kPopular)) {
     made.hash_key = wire::stage_hash_key(tokens);
+    made.later = wire::later_token_key(tokens);
+  }
   for (std::size_t role = 0; role < wire::kStageRoles; ++role) {
     if ((roles >> role & 1U) == 0) continue;
     made.roles[role].tokens.reserve(attempts);

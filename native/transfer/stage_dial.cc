@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "wire/hello.h"
+#include "wire/later_tokens.h"
 #include "wire/socket.h"
 
 namespace memferry {
@@ -14,9 +15,9 @@ StageDial dial_stage(const StageServer& to, const wire::MigrationId& image, wire
   const auto failed = [&](const std::string& why, bool for_good = false) {
     return StageDial{nullptr, where + why, for_good};
   };
-  const std::size_t token = std::size_t{attempt} * wire::kStageRoles + static_cast<std::size_t>(role);
-  if (token >= to.tokens.size()) return failed("no token is left for another connection", true);
   try {
+    const std::optional<wire::Token> token = wire::session_token(to.tokens, role, attempt);
+    if (!token) return failed("no token is left for another connection", true);
     const auto left =
         std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
     wire::DialResult dialled = wire::dial(wire::SocketAddress::parse(to.host, to.port),
@@ -33,7 +34,7 @@ StageDial dial_stage(const StageServer& to, const wire::MigrationId& image, wire
     hello.version = wire::kVersion;
     hello.channel = static_cast<std::uint16_t>(role);
     hello.epoch = std::uint32_t{to.session} << 16 | attempt;
-    hello.token = to.tokens[token];
+    hello.token = *token;
     ++attempt;
     wire::HelloReply reply{};
     wire::IoResult result = stream->send_all(std::as_bytes(std::span(&hello, 1)));

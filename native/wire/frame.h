@@ -204,17 +204,26 @@ inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 // page/keyed_hash.h.
 using TreeHash = std::array<std::uint8_t, 16>;
 using TreeKey = std::array<std::uint8_t, 64>;
-// Of a session's tokens ([attempt * kStageRoles + role]) the first two for kPopular: both ends have them, and no
-// connection about an image ever shows them. Nothing where there are fewer.
-[[nodiscard]] constexpr std::optional<TreeKey> stage_hash_key(std::span<const Token> tokens) {
-  constexpr std::size_t kFirst = static_cast<std::size_t>(StageRole::kPopular);
-  constexpr std::size_t kSecond = kStageRoles + kFirst;
+// A pair of a session's tokens ([attempt * kStageRoles + role]) for kPopular: both ends have them, and no connection
+// about an image ever shows them. Nothing where there are fewer.
+[[nodiscard]] constexpr std::optional<TreeKey> unshown_pair(std::span<const Token> tokens,
+                                                            std::size_t attempt) {
+  const std::size_t first = attempt * kStageRoles + static_cast<std::size_t>(StageRole::kPopular);
+  const std::size_t second = first + kStageRoles;
   static_assert(sizeof(TreeKey) == 2 * sizeof(Token));
-  if (tokens.size() <= kSecond) return std::nullopt;
+  if (tokens.size() <= second) return std::nullopt;
   TreeKey key{};
-  std::copy(tokens[kFirst].begin(), tokens[kFirst].end(), key.begin());
-  std::copy(tokens[kSecond].begin(), tokens[kSecond].end(), key.begin() + sizeof(Token));
+  std::copy(tokens[first].begin(), tokens[first].end(), key.begin());
+  std::copy(tokens[second].begin(), tokens[second].end(), key.begin() + sizeof(Token));
   return key;
+}
+// Under which servers hash pages for whoever reads them.
+[[nodiscard]] constexpr std::optional<TreeKey> stage_hash_key(std::span<const Token> tokens) {
+  return unshown_pair(tokens, 0);
+}
+// Of the tokens behind the table's end; wire/later_tokens.h.
+[[nodiscard]] constexpr std::optional<TreeKey> later_token_key(std::span<const Token> tokens) {
+  return unshown_pair(tokens, 2);
 }
 inline constexpr std::uint64_t kTreeNodePages = 256;  // of one node; the last one of a region may have fewer
 inline constexpr std::uint64_t kTreePages = 0;

@@ -35,7 +35,7 @@ export const roleBits: Record<ImageAccess, number> = {
 };
 /** Of a member of a domain. */
 export const memberRoles = 1 << stageRoles.popular;
-/** How often each connection of a session may be dialled. */
+/** Of a session's table: later ones follow from it. */
 export const stageAttempts = 64;
 /** The chain that comes from the server with ordinal n has this session + n. */
 export const firstChainSession = 0xff00;
@@ -123,8 +123,9 @@ export function provesOpen(secret: Uint8Array, sessionKey: Uint8Array, proof: st
 
 /**
  * The tokens of a session's stage connections, for the roles of the bit set: at `attempt * 6 + role`, 32 bytes each.
- * The other roles' places hold what nobody can know; but where pages may be read, the first two for `popular`, which no
- * connection about an image may be, are the key under which servers hash pages (wire::stage_hash_key).
+ * The other roles' places hold what nobody can know, but for two keys in those of `popular`, which no connection about an
+ * image may be: the first two, where pages may be read, are that under which servers hash pages (wire::stage_hash_key);
+ * the next two are that of the tokens of later attempts, which the native side computes (wire/later_tokens.h).
  */
 export function stageTokens(
   sessionKey: Uint8Array,
@@ -137,10 +138,12 @@ export function stageTokens(
   const stream = tokenStream(sessionKey, 'memferry stage', context, attempts * stageRoleCount);
   const tokens = Uint8Array.from(randomBytes(stream.length));
   const reads = (roles & (1 << stageRoles.gather)) !== 0;
+  const aboutImage = roles !== memberRoles;
   for (let at = 0; at < attempts * stageRoleCount; at++) {
     const role = at % stageRoleCount;
-    const ofHashKey = reads && role === stageRoles.popular && at < 2 * stageRoleCount;
-    if ((roles & (1 << role)) === 0 && !ofHashKey) continue;
+    const attempt = Math.floor(at / stageRoleCount);
+    const ofKey = role === stageRoles.popular && aboutImage && attempt >= (reads ? 0 : 2) && attempt < 4;
+    if ((roles & (1 << role)) === 0 && !ofKey) continue;
     tokens.set(stream.subarray(at * TOKEN_BYTES, (at + 1) * TOKEN_BYTES), at * TOKEN_BYTES);
   }
   return tokens;

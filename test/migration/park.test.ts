@@ -14,6 +14,7 @@ import {
   type Unparked,
 } from '../../src/index.js';
 import { deferred } from '../../src/protocol/deferred.js';
+import { stageAttempts } from '../../src/staging/image-secret.js';
 import { closeProxies, TcpProxy } from '../support/tcp-proxy.js';
 
 const SECRET = 'a secret that only this test knows';
@@ -389,6 +390,26 @@ test('a server loses its part when the guest runs: the pages of the other still 
     if (!lost.has(page) && Buffer.compare(view.subarray(...at), guest.content.subarray(...at)) !== 0) wrong++;
   }
   expect([wrong, lost.size > 0, lost.size < region.pages]).toEqual([0, true, true]);
+});
+
+test('a gather whose connections are cut more often than there are tokens in advance', {
+  timeout: 60_000,
+}, async () => {
+  const [server] = (await servers(1)) as [Staging];
+  const proxy = await TcpProxy.start(server.port);
+  const guest = new PlainGuest(32 * MIB);
+  const { ticket } = await park(guest, { secret: SECRET, via: [`127.0.0.1:${proxy.port}`] });
+  // It dials again soon, however often it was cut.
+  const unparked = await claimed(ticket, { gatherLimit: 4e6, recoverTimeoutMs: 2000 });
+  const answers = () => proxy.counts.get('stage down pages') ?? 0;
+  for (let cuts = 0; cuts < stageAttempts + 16; cuts++) {
+    const before = answers();
+    await expect.poll(answers, { timeout: 5000, interval: 5 }).toBeGreaterThan(before);
+    proxy.cut();
+    proxy.heal();
+  }
+  expect(await unparked.complete).toMatchObject({ verified: true });
+  expect(Buffer.compare(unparked.regions[0]?.views[0] as Uint8Array, guest.content)).toBe(0);
 });
 
 test('two claims at once: one owner, one clear refusal', async () => {

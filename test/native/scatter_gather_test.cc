@@ -426,6 +426,32 @@ TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
   expect_equal();
 }
 
+// Each cut takes a token of its table, which is bounded; a gather over a bad link may last for hours.
+TEST_F(ScatterGatherTest, AGatherOutlivesMoreCutsThanItsTableHasTokens) {
+  make(4096, 1);
+  send(false);
+  sender->queue_populated();
+  sender->start_round(1);
+  departures.await(kRoundDone);
+  sender->close(true);
+  Forwarder network(vmd[0].listener->port());
+  destination_ports = {network.port()};
+  receive(0, 8 << 20, 2s, true);
+  const auto gathered = [&] { return receiver->stats().pages_gathered; };
+  const std::size_t attempts =
+      server_addresses(image, kDestinationSession, ports())[0].tokens.size() / wire::kStageRoles;
+  for (std::uint64_t cuts = 0, came = 0; cuts < 2 * attempts; ++cuts) {
+    for (int i = 0; i < 10'000 && gathered() == came; ++i) std::this_thread::sleep_for(1ms);
+    ASSERT_NE(gathered(), came) << "after " << cuts << " cuts";
+    came = gathered();
+    network.cut();
+  }
+  receiver->set_gather_limit(0);
+  arrivals.await(kComplete);
+  EXPECT_EQ(receiver->stats().pages_lost, 0U);
+  expect_equal();
+}
+
 // A server that its source gave up knows where pages were until then, and may be there when a destination asks. What it
 // tells first is no reason to think that nobody has them.
 class StaleMapTest : public ScatterGatherTest {

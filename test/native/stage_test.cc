@@ -9,7 +9,9 @@
 #include <random>
 #include <thread>
 
+#include "page/keyed_hash.h"
 #include "stage_client.h"
+#include "wire/later_tokens.h"
 
 namespace memferry::test {
 namespace {
@@ -290,6 +292,46 @@ bool put_state(Stage& stage, const ImageId& image, std::span<const std::byte> by
   for (std::size_t at = 0; at < bytes.size(); at += 1500)
     state->write(at, bytes.subspan(at, std::min<std::size_t>(1500, bytes.size() - at)));
   return stage.put_state(image, state);
+}
+
+// Behind the end of its table a session's tokens follow from a key in it.
+TEST(Stage, TokensOfLaterAttempts) {
+  StageBench bench(16ULL << 20U);
+  const ImageId id = image_id(1);
+  bench.make(id, {4});
+  const auto table = stage_tokens(id, StageBench::kDestination);
+  const auto attempts = static_cast<std::uint32_t>(table.size() / wire::kStageRoles);
+  const auto say = [&](wire::StageRole role, std::uint32_t attempt, wire::StageRole token_of) {
+    wire::Hello hello = stage_hello(id, StageBench::kDestination, role, attempt);
+    hello.token = wire::session_token(table, token_of, attempt).value();
+    return bench.say(hello);
+  };
+  using enum wire::StageRole;
+  using enum wire::HelloStatus;
+  for (const std::uint32_t attempt : {attempts, attempts + 1, attempts + 1000, 0xffffU}) {
+    EXPECT_EQ(say(kGather, attempt, kDemand), kRefused);
+    EXPECT_EQ(say(kGather, attempt, kGather), kAccepted) << attempt;
+    EXPECT_EQ(say(kGather, attempt, kGather), kRefused) << "it was used";
+    EXPECT_EQ(say(kDemand, attempt, kDemand), kAccepted);
+    // Not this session's to do.
+    EXPECT_EQ(say(kScatter, attempt, kScatter), kRefused);
+  }
+  EXPECT_EQ(say(kGather, attempts + 2, kGather), kRefused) << "a later one was used";
+  EXPECT_EQ(wire::session_token(table, kGather, 0x10000), std::nullopt);
+  const std::span first(table.data(), 2 * std::size_t{wire::kStageRoles});
+  EXPECT_EQ(wire::session_token(first, kGather, 1), table[wire::kStageRoles + 1]);
+  EXPECT_EQ(wire::session_token(first, kGather, 2), std::nullopt) << "no key in it";
+  // What others must compute alike: docs/protocol.md.
+  wire::TreeKey key{};
+  for (std::size_t at = 0; at < key.size(); ++at) key[at] = static_cast<std::uint8_t>(at);
+  const wire::Token token = wire::later_token(key, kDemand, 0x1234);
+  std::array<std::uint32_t, 8> words{};
+  for (std::size_t half = 0; half < 2; ++half)
+    std::ranges::copy(std::array<std::uint32_t, 4>{0x1234, 2, static_cast<std::uint32_t>(half), 0},
+                      words.begin() + static_cast<std::ptrdiff_t>(4 * half));
+  std::array<KeyedHash, 2> hashes{};
+  KeyedHasher(key).pages(std::as_bytes(std::span(words)), 16, hashes.data());
+  EXPECT_EQ(std::memcmp(token.data(), hashes.data(), token.size()), 0);
 }
 
 TEST(Stage, ExecutionStates) {

@@ -264,6 +264,15 @@ describe("an image's secret", () => {
       expect(at(attempt, 0)).not.toEqual(expected(attempt, 0));
       expect(at(attempt, 3).equals(Buffer.alloc(32))).toBe(false);
     }
+    const keys = (roles: number) => {
+      const table = stageTokens(key, id, 0x0102, roles);
+      return [0, 1, 2, 3, 4].map((attempt) => {
+        const start = (attempt * 6 + 5) * 32;
+        return Buffer.from(table.subarray(start, start + 32)).equals(expected(attempt, 5));
+      });
+    };
+    expect(keys(0b0110)).toEqual([true, true, true, true, false]);
+    expect(keys(0b1_0001)).toEqual([false, false, true, true, false]);
     const chain = chainTokens(secret, id, 3, 258, 5);
     const context = Buffer.concat([id, Buffer.from([3, 0, 2, 1])]);
     const last = Buffer.from(tokenStream(secret, 'memferry chain', context, 5).subarray(4 * 32));

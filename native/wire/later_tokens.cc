@@ -1,0 +1,43 @@
+#include "wire/later_tokens.h"
+
+#include <algorithm>
+#include <array>
+
+#include "page/keyed_hash.h"
+
+namespace memferry::wire {
+namespace {
+
+// What is hashed, twice with another `half` for the two halves of a token. Little-endian, without padding.
+struct Numbered {
+  std::uint32_t attempt;
+  std::uint32_t role;
+  std::uint64_t half;
+};
+static_assert(sizeof(Numbered) == sizeof(KeyedHash));
+
+}  // namespace
+
+Token later_token(const TreeKey& key, StageRole role, std::uint32_t attempt) {
+  std::array<Numbered, 2> numbered{};
+  for (std::uint64_t half = 0; half < numbered.size(); ++half) {
+    numbered[half] = {attempt, static_cast<std::uint32_t>(role), half};
+  }
+  std::array<KeyedHash, 2> hashes{};
+  KeyedHasher(key).pages(std::as_bytes(std::span(numbered)), sizeof(Numbered), hashes.data());
+  Token token{};
+  static_assert(sizeof token == sizeof hashes);
+  std::ranges::copy(hashes[0], token.begin());
+  std::ranges::copy(hashes[1], token.begin() + sizeof(KeyedHash));
+  return token;
+}
+
+std::optional<Token> session_token(std::span<const Token> table, StageRole role, std::uint32_t attempt) {
+  const std::size_t at = std::size_t{attempt} * kStageRoles + static_cast<std::size_t>(role);
+  if (at < table.size()) return table[at];
+  const std::optional<TreeKey> key = later_token_key(table);
+  if (!key || attempt >= kMostStageAttempts) return std::nullopt;
+  return later_token(*key, role, attempt);
+}
+
+}  // namespace memferry::wire
