@@ -80,7 +80,7 @@ struct Stage::Impl {
     std::weak_ptr<StageConnection> connection;
 
     // nullopt: it has none.
-    [[nodiscard]] std::optional<wire::Token> token(std::uint32_t attempt, wire::StageRole role,
+    [[nodiscard]] std::optional<wire::Token> token(std::uint32_t attempt, std::uint32_t role,
                                                    const std::optional<wire::TreeKey>& later) const {
       if (attempt < tokens.size()) return tokens[attempt];
       if (tokens.empty() || !later || attempt < next_attempt) return std::nullopt;
@@ -161,9 +161,7 @@ wire::HelloStatus Stage::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
                    ? &session->second.roles[hello.channel]
                    : nullptr;
   const std::optional<wire::Token> token =
-      role != nullptr
-          ? role->token(attempt, static_cast<wire::StageRole>(hello.channel), session->second.later)
-          : std::nullopt;
+      role != nullptr ? role->token(attempt, hello.channel, session->second.later) : std::nullopt;
   const bool right = wire::equal_tokens(hello.token, token.value_or(kNoToken));
   if (!token || !right || attempt < role->next_attempt) return wire::HelloStatus::kRefused;
 

@@ -4,6 +4,7 @@
 #include "os/worker_thread.h"
 #include "transfer/receiver_impl.h"
 #include "wire/hello.h"
+#include "wire/later_tokens.h"
 
 namespace memferry {
 namespace {
@@ -13,27 +14,30 @@ constexpr int kDemandThreadNice = -20;
 }  // namespace
 
 bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
-  const std::size_t row_tokens = config.channels + 1;
+  const std::size_t columns = config.channels + 1;
   const bool demand = hello.channel == wire::kDemandChannel;
-  const std::size_t column = demand ? config.channels : hello.channel;
-  const std::size_t rows = config.tokens.size() / row_tokens;
-  const bool exists = column < row_tokens && (demand || column < config.channels) && hello.epoch < rows;
-  // Compared in any case, so that the time does not say which channels and epochs there are.
-  const std::size_t position = exists ? hello.epoch * row_tokens + column : 0;
-  const bool right = wire::equal_tokens(hello.token, config.tokens[position]);
-  if (!right || !exists || hello.preface != wire::kDataPreface || hello.version != wire::kVersion ||
+  // Of a channel that there is not, none.
+  const std::size_t column = demand                            ? config.channels
+                             : hello.channel < config.channels ? hello.channel
+                                                               : columns;
+  if (hello.preface != wire::kDataPreface || hello.version != wire::kVersion ||
       hello.migration != config.migration) {
     return false;
   }
+  const std::optional<wire::Token> token = wire::data_token(config.tokens, columns, column, hello.epoch);
+  // Compared in any case, so that the time does not say which channels there are.
+  const bool right = wire::equal_tokens(hello.token, token.value_or(config.tokens.front()));
+  if (!token || !right) return false;
 
   const std::lock_guard lock(mutex);
   const State now = state;
-  if (closing || now == State::kLost || now == State::kFailed || lost_due || used[position]) return false;
+  if (closing || now == State::kLost || now == State::kFailed || lost_due) return false;
   if (hello.epoch < epoch || (hello.epoch == epoch && epoch_cut)) return false;
+  if (hello.epoch < channels[column]->next_epoch) return false;
   // Only a guest that runs here, or is about to, is worth waiting for.
   const bool may_redial = now == State::kComplete || (now == State::kPaging && switched);
   if (hello.epoch > epoch && !may_redial) return false;
-  used[position] = true;
+  channels[column]->next_epoch = hello.epoch + 1;
   if (!wire::accept_connection(fd.get())) return false;
 
   if (hello.epoch > epoch) {
@@ -186,7 +190,7 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   }
   if (end.kind == ChannelEnd::Kind::kBadFrame && ++bad_frames > kBadFramesForgiven) {
     lose_locked(end.code, "the source keeps sending bad frames: " + end.message);
-  } else if (static_cast<std::uint64_t>(epoch) + 1 >= config.tokens.size() / (config.channels + 1)) {
+  } else if (!wire::data_token(config.tokens, config.channels + 1, 0, epoch + 1)) {
     lose_locked("RECOVERY_TIMEOUT", "the connections were cut too often: " + end.message);
   }
 }

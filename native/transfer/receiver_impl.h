@@ -105,6 +105,7 @@ struct Receiver::Impl {
     std::shared_ptr<wire::Stream> next;     // attached, not yet taken by the thread
     std::shared_ptr<wire::Stream> current;  // served by the thread
     std::uint32_t epoch = 0;                // of the newest of the two
+    std::uint32_t next_epoch = 0;           // tokens of those before it are used up
     bool attached = false;                  // in the current epoch, and not ended
     bool goodbye = false;
     // The thread's own:
@@ -272,7 +273,6 @@ struct Receiver::Impl {
   std::deque<EngineEvent> events;  // a few in a lifetime: states, never pages
   std::uint32_t epoch = 0;
   bool epoch_cut = false;  // no more connections of this epoch
-  std::vector<bool> used;  // tokens
   bool first_channel = false;
   bool source_left = false;                                     // it said goodbye: nothing more comes from it
   Clock::time_point source_gone_at = Clock::time_point::max();  // cut or left

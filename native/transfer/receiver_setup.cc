@@ -17,7 +17,6 @@ Receiver::Impl::Impl(ReceiverConfig config_in)
   if (config.tokens.empty() || config.tokens.size() % (config.channels + 1) != 0) {
     throw std::invalid_argument("tokens: whole rows of one for each channel and the demand channel");
   }
-  used.resize(config.tokens.size());
   // start() enlists for good; until then a retire() waits for this constructor.
   std::vector<std::unique_ptr<RegionUse>> uses;
   const bool from_start = config.paging_from_start || config.sourceless;

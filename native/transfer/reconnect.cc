@@ -36,7 +36,7 @@ Sender::Impl::DialOutcome Sender::Impl::dial_all(Epoch& of, Clock::time_point de
       hello.version = wire::kVersion;
       hello.channel = i == config.channels ? wire::kDemandChannel : static_cast<std::uint16_t>(i);
       hello.epoch = of.number;
-      hello.token = *token(of.number, i);
+      hello.token = token(of.number, i).value();
       said_hello = true;
       const wire::IoResult sent = stream->send_all(std::as_bytes(std::span(&hello, 1)));
       if (!sent.done()) return {Kind::kUnreachable, said_hello, to + sent.describe()};

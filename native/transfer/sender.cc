@@ -10,6 +10,7 @@
 #include "os/sys_error.h"
 #include "page/hash.h"
 #include "transfer/sender_impl.h"
+#include "wire/later_tokens.h"
 
 namespace memferry {
 namespace {
@@ -53,9 +54,8 @@ void Sender::Impl::note_memory(std::uint64_t bytes) {
   }
 }
 
-const wire::Token* Sender::Impl::token(std::uint32_t of_epoch, unsigned channel) const {
-  const std::uint64_t index = std::uint64_t{of_epoch} * (config.channels + 1) + channel;
-  return index < config.tokens.size() ? &config.tokens[static_cast<std::size_t>(index)] : nullptr;
+std::optional<wire::Token> Sender::Impl::token(std::uint32_t of_epoch, unsigned channel) const {
+  return wire::data_token(config.tokens, config.channels + 1, channel, of_epoch);
 }
 
 void Sender::Impl::require_between_rounds(const char* operation) const {

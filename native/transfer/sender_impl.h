@@ -189,7 +189,7 @@ struct Sender::Impl {
   wire::IoResult send_answers_barrier(Epoch& of);
   bool settle_answers(Epoch& of);
 
-  [[nodiscard]] const wire::Token* token(std::uint32_t of_epoch, unsigned channel) const;
+  [[nodiscard]] std::optional<wire::Token> token(std::uint32_t of_epoch, unsigned channel) const;
 
   SenderConfig config;  // as given; close() lets go of the trackers, under collect_mutex
   const wire::SocketAddress address;

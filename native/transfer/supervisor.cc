@@ -242,11 +242,12 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->goes_on_alone();
     if (Clock::now() >= deadline && !goes_on)
       return fail_locked("RECOVERY_TIMEOUT", "the destination did not come back: " + why);
-    if (token(next_epoch, 0) == nullptr && goes_on) {
+    const bool none_left = !token(next_epoch, 0);
+    if (none_left && goes_on) {
       supervisor_changed.wait_for(lock, kLongestBackoff, over);
       continue;
     }
-    if (token(next_epoch, 0) == nullptr) {
+    if (none_left) {
       return fail_locked("RECOVERY_TIMEOUT", "no tokens left for another set of connections: " + why);
     }
     auto next = std::make_shared<Epoch>();

@@ -204,18 +204,21 @@ inline constexpr std::uint64_t kMostKnownNames = 1024;  // in one frame
 // page/keyed_hash.h.
 using TreeHash = std::array<std::uint8_t, 16>;
 using TreeKey = std::array<std::uint8_t, 64>;
+[[nodiscard]] constexpr TreeKey token_pair(const Token& first, const Token& second) {
+  static_assert(sizeof(TreeKey) == 2 * sizeof(Token));
+  TreeKey key{};
+  std::copy(first.begin(), first.end(), key.begin());
+  std::copy(second.begin(), second.end(), key.begin() + sizeof(Token));
+  return key;
+}
 // A pair of a session's tokens ([attempt * kStageRoles + role]) for kPopular: both ends have them, and no connection
 // about an image ever shows them. Nothing where there are fewer.
 [[nodiscard]] constexpr std::optional<TreeKey> unshown_pair(std::span<const Token> tokens,
                                                             std::size_t attempt) {
   const std::size_t first = attempt * kStageRoles + static_cast<std::size_t>(StageRole::kPopular);
   const std::size_t second = first + kStageRoles;
-  static_assert(sizeof(TreeKey) == 2 * sizeof(Token));
   if (tokens.size() <= second) return std::nullopt;
-  TreeKey key{};
-  std::copy(tokens[first].begin(), tokens[first].end(), key.begin());
-  std::copy(tokens[second].begin(), tokens[second].end(), key.begin() + sizeof(Token));
-  return key;
+  return token_pair(tokens[first], tokens[second]);
 }
 // Under which servers hash pages for whoever reads them.
 [[nodiscard]] constexpr std::optional<TreeKey> stage_hash_key(std::span<const Token> tokens) {

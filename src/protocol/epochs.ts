@@ -1,2 +1,2 @@
-/** Redials after a cut before a migration gives up, whatever the time: one set of single-use tokens each. */
+/** Sets of connections whose tokens are computed in advance; those of later ones follow (wire/later_tokens.h). */
 export const maxEpochs = 256;

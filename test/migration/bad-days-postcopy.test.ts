@@ -5,6 +5,7 @@
  */
 import { readdirSync, readFileSync } from 'node:fs';
 import { afterEach, describe, expect, test } from 'vitest';
+import { maxEpochs } from '../../lib/protocol/epochs.js';
 import { endHosts, type Host } from '../support/host.js';
 import {
   expectEmpty,
@@ -135,6 +136,27 @@ describe('a cut again while it recovers', () => {
       await expectOneOwner([a, b]);
     },
   );
+});
+
+test('more cuts than there are tokens in advance', async () => {
+  const rate = { batch: 1, restMs: 50 };
+  const { a, b, proxy, go } = await resumedUnknown('post-copy', 30_000, rate, { bandwidth: 4e5 });
+  const recoveries = () => proxy.counts.get('demand down bitmap-end') ?? 0;
+  const first = proxy.at(PUSHED, 'cut');
+  go();
+  await first.reached;
+  proxy.heal();
+  for (let cuts = 1; cuts < maxEpochs + 16; cuts++) {
+    await expect.poll(recoveries, { timeout: 20_000, interval: 2 }).toBeGreaterThanOrEqual(cuts);
+    proxy.cut();
+    proxy.heal();
+  }
+  const figures = await report(a);
+  expect(figures).toMatchObject({ state: 'completed', verified: true });
+  expect(figures.redials).toBeGreaterThanOrEqual(maxEpochs);
+  await expectRuns(b);
+  await expectStands(a);
+  await expectOneOwner([a, b]);
 });
 
 test('whoever reads a missing page during a cut waits, and gets the right bytes', async () => {

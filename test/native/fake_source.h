@@ -26,6 +26,7 @@
 #include "transfer/listener.h"
 #include "transfer/receiver.h"
 #include "wire/frame.h"
+#include "wire/later_tokens.h"
 
 namespace memferry::test {
 
@@ -271,7 +272,7 @@ struct Bench {
     hello.version = wire::kVersion;
     hello.channel = column == config.channels ? wire::kDemandChannel : static_cast<std::uint16_t>(column);
     hello.epoch = epoch;
-    hello.token = config.tokens[epoch * (config.channels + 1) + column];
+    hello.token = wire::data_token(config.tokens, config.channels + 1, column, epoch).value();
     return hello;
   }
   // nullopt: no answer. The connection is kept when `into` is given.

@@ -201,18 +201,41 @@ TEST_F(ReceiverRecovery, TheGracePeriodEndsByItself) {
   EXPECT_EQ(bench.log.count(EngineEventKind::kLost), 1U);
 }
 
-TEST_F(ReceiverRecovery, TooManyCutsAreALoss) {
+TEST_F(ReceiverRecovery, MoreCutsThanItsTableHasRowsAreNoLoss) {
   Bench bench(64);
   bench.config.recover_timeout = 60s;
   const auto content = random_bytes(64 * bench.page_size, 9);
   half_way(bench, content);
-  for (std::uint32_t epoch = 1; epoch < Bench::kEpochs; ++epoch) {
+  for (std::uint32_t epoch = 1; epoch < 3 * Bench::kEpochs; ++epoch) {
     bench.wires[epoch % 3]->close();
     bench.connect(epoch);
     bench.log.wait(EngineEventKind::kRecovered, epoch - 1);
   }
-  bench.data(0).close();
-  bench.log.wait(EngineEventKind::kLost);
+  EXPECT_TRUE(bench.data(1).pages(0, 32, std::span(content).subspan(32 * bench.page_size), bench.page_size));
+  bench.log.wait(EngineEventKind::kComplete);
+  EXPECT_EQ(std::memcmp(bench.memory().data(), content.data(), content.size()), 0);
+  EXPECT_EQ(bench.log.count(EngineEventKind::kLost), 0U);
+}
+
+TEST_F(ReceiverRecovery, TheLastRowOfItsTableIsAKeyAndNoToken) {
+  Bench bench(64);
+  bench.config.recover_timeout = 60s;
+  const auto content = random_bytes(64 * bench.page_size, 9);
+  half_way(bench, content);
+  const std::size_t columns = bench.config.channels + 1;
+  const std::uint32_t last = Bench::kEpochs - 1;
+  for (std::uint32_t column = 0; column < columns; ++column) {
+    wire::Hello hello = bench.hello(column, last);
+    const auto refused = [&] { return bench.say(hello) == wire::HelloStatus::kRefused; };
+    hello.token = bench.config.tokens[last * columns + column];
+    EXPECT_TRUE(refused()) << column;
+    hello = bench.hello(column, last);
+    hello.epoch += 1;
+    EXPECT_TRUE(refused()) << "another epoch's";
+    hello = bench.hello(column, last);
+    hello.channel = bench.hello((column + 1) % static_cast<std::uint32_t>(columns), last).channel;
+    EXPECT_TRUE(refused()) << "another channel's";
+  }
 }
 
 TEST_F(ReceiverRecovery, ClosingFailsWhoWaits) {

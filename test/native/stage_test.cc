@@ -324,7 +324,7 @@ TEST(Stage, TokensOfLaterAttempts) {
   // What others must compute alike: docs/protocol.md.
   wire::TreeKey key{};
   for (std::size_t at = 0; at < key.size(); ++at) key[at] = static_cast<std::uint8_t>(at);
-  const wire::Token token = wire::later_token(key, kDemand, 0x1234);
+  const wire::Token token = wire::later_token(key, 2, 0x1234);
   std::array<std::uint32_t, 8> words{};
   for (std::size_t half = 0; half < 2; ++half)
     std::ranges::copy(std::array<std::uint32_t, 4>{0x1234, 2, static_cast<std::uint32_t>(half), 0},
