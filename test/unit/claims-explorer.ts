@@ -31,7 +31,7 @@ import {
   ownerOf,
   stepClaims,
 } from '../../src/protocol/image-claims.js';
-import { reaches } from './commit-explorer.js';
+import { BrokenLaw, type Edge, reaches, search, type Violation } from './state-search.js';
 
 export type Setting = 'parking' | 'parked' | 'moved';
 export type ClaimsMachine = typeof stepClaims;
@@ -39,7 +39,7 @@ export type ClaimsMachine = typeof stepClaims;
 export interface ClaimsExploration {
   states: number;
   transitions: number;
-  violation: { law: string; trace: string[] } | null;
+  violation: Violation | null;
   /** Who had the guest at some time: `source`, `home`, `A`, `B`, `destination`, and what ended the image. */
   seen: Set<string>;
 }
@@ -85,18 +85,10 @@ type Message =
   | { to: 'server'; from: 'owner'; ask: 'commit' | 'dissolve' }
   | { to: Who; answer: 'claimed' | 'granted' | 'stale'; epoch: number };
 
-interface Edge {
-  label: string;
-  next: World;
-  inevitable: boolean;
-}
-
 const sourceTimers: readonly SourceTimer[] = ['pause', 'ready', 'retry', 'doubt'];
 const claimsTimers: readonly ClaimsTimer[] = ['lease', 'claim', 'ttl'];
 const cause = { code: 'SYSTEM', message: '' };
 const redials = 1;
-
-class BrokenLaw extends Error {}
 
 function nameOf(message: Message): string {
   if ('commit' in message) {
@@ -307,8 +299,8 @@ export function exploreClaims(
     return null;
   }
 
-  function edgesOf(world: World): Edge[] {
-    const edges: Edge[] = [];
+  function edgesOf(world: World): Edge<World>[] {
+    const edges: Edge<World>[] = [];
     const add = (label: string, next: World, inevitable = false) => {
       if (next !== world) edges.push({ label, next, inevitable });
     };
@@ -565,47 +557,14 @@ export function exploreClaims(
     return null;
   }
 
-  const keys = new Map<string, number>();
-  const worlds: World[] = [];
-  const parents: number[] = [];
-  const labels: string[] = [];
-  const forward: { from: number; to: number; inevitable: boolean }[] = [];
-  const traceTo = (index: number, last?: string): string[] => {
-    const trace: string[] = last === undefined ? [] : [last];
-    for (let at = index; at > 0; at = parents[at] as number) trace.unshift(labels[at] as string);
-    return trace;
-  };
-  const result = (violation: ClaimsExploration['violation']): ClaimsExploration => ({
+  const { worlds, forward, violation, traceTo } = search(firstWorld(setting), { edgesOf, brokenLaw, keyOf });
+  const result = (broken: Violation | null): ClaimsExploration => ({
     states: worlds.length,
     transitions: forward.length,
-    violation,
+    violation: broken,
     seen,
   });
-  const enter = (world: World, parent: number, label: string): number => {
-    const key = keyOf(world);
-    const known = keys.get(key);
-    if (known !== undefined) return known;
-    keys.set(key, worlds.length);
-    worlds.push(world);
-    parents.push(parent);
-    labels.push(label);
-    return worlds.length - 1;
-  };
-  enter(firstWorld(setting), 0, '');
-  for (let at = 0; at < worlds.length; at++) {
-    const world = worlds[at] as World;
-    const broken = brokenLaw(world);
-    if (broken) return result({ law: broken, trace: traceTo(at) });
-    try {
-      for (const edge of edgesOf(world)) {
-        const to = enter(edge.next, at, edge.label);
-        if (to !== at) forward.push({ from: at, to, inevitable: edge.inevitable });
-      }
-    } catch (error) {
-      if (!(error instanceof BrokenLaw)) throw error;
-      return result({ law: error.message, trace: traceTo(at, '(the next event)') });
-    }
-  }
+  if (violation) return result(violation);
 
   const inevitable = forward.filter((edge) => edge.inevitable);
   const claimGone = ({ claims, ...world }: World) => {

@@ -23,6 +23,7 @@ import {
   type SourceTimer,
   stepSource,
 } from '../../src/protocol/commit-source.js';
+import { BrokenLaw, type Edge, reaches, search, type Violation } from './state-search.js';
 
 export interface Machines {
   source: typeof stepSource;
@@ -40,7 +41,7 @@ export interface Exploration {
   states: number;
   transitions: number;
   /** The first broken law and the events that lead to it; null when there is none. */
-  violation: { law: string; trace: string[] } | null;
+  violation: Violation | null;
   /** How many of the distinct ends (source phase / destination phase / who runs the guest) were seen. */
   ends: Map<string, number>;
 }
@@ -73,17 +74,8 @@ interface World {
   network: number;
 }
 
-interface Edge {
-  label: string;
-  next: World;
-  /** It happens sooner or later without anybody's help: an armed timer, a dead connection noticed. */
-  inevitable: boolean;
-}
-
 const SOURCE_TIMERS: readonly SourceTimer[] = ['pause', 'ready', 'retry', 'doubt'];
 const cause = { code: 'SYSTEM', message: '' };
-
-class BrokenLaw extends Error {}
 
 type ToDestination = { to: 'destination'; incarnation: 0 | 1; message: SourceMessage };
 type ToSource = { to: 'source'; message: DestinationMessage };
@@ -223,8 +215,8 @@ export function explore(
     return next;
   }
 
-  function edgesOf(world: World): Edge[] {
-    const edges: Edge[] = [];
+  function edgesOf(world: World): Edge<World>[] {
+    const edges: Edge<World>[] = [];
     const add = (label: string, next: World, inevitable = false) => {
       if (next !== world) edges.push({ label, next, inevitable });
     };
@@ -331,56 +323,21 @@ export function explore(
     return edges;
   }
 
-  const keys = new Map<string, number>();
-  const worlds: World[] = [];
-  const parents: number[] = [];
-  const labels: string[] = [];
-  const forward: { from: number; to: number; inevitable: boolean }[] = [];
-  const traceTo = (index: number, last?: string): string[] => {
-    const trace: string[] = last === undefined ? [] : [last];
-    for (let at = index; at > 0; at = parents[at] as number) trace.unshift(labels[at] as string);
-    return trace;
-  };
+  const { worlds, forward, violation, traceTo } = search(firstWorld(), { edgesOf, brokenLaw, keyOf });
   const ends = new Map<string, number>();
-  const result = (violation: Exploration['violation']): Exploration => ({
+  for (const world of worlds) {
+    if (!sourceIsOver(world) || !destinationIsOver(world)) continue;
+    const owner = world.sourceRuns ? 'source' : world.destinationRuns ? 'destination' : 'nobody';
+    const end = `${world.source?.phase ?? 'crashed'} / ${world.destination?.phase ?? 'crashed'} / ${owner}`;
+    ends.set(end, (ends.get(end) ?? 0) + 1);
+  }
+  const result = (broken: Violation | null): Exploration => ({
     states: worlds.length,
     transitions: forward.length,
-    violation,
+    violation: broken,
     ends,
   });
-  const enter = (world: World, parent: number, label: string): number => {
-    const key = keyOf(world);
-    const known = keys.get(key);
-    if (known !== undefined) return known;
-    keys.set(key, worlds.length);
-    worlds.push(world);
-    parents.push(parent);
-    labels.push(label);
-    return worlds.length - 1;
-  };
-
-  enter(firstWorld(), 0, '');
-  for (let at = 0; at < worlds.length; at++) {
-    const world = worlds[at] as World;
-    const broken = brokenLaw(world);
-    if (broken) return result({ law: broken, trace: traceTo(at) });
-    let edges: Edge[];
-    try {
-      edges = edgesOf(world);
-    } catch (error) {
-      if (!(error instanceof BrokenLaw)) throw error;
-      return result({ law: error.message, trace: traceTo(at, '(the next event)') });
-    }
-    for (const edge of edges) {
-      const to = enter(edge.next, at, edge.label);
-      if (to !== at) forward.push({ from: at, to, inevitable: edge.inevitable });
-    }
-    if (sourceIsOver(world) && destinationIsOver(world)) {
-      const owner = world.sourceRuns ? 'source' : world.destinationRuns ? 'destination' : 'nobody';
-      const end = `${world.source?.phase ?? 'crashed'} / ${world.destination?.phase ?? 'crashed'} / ${owner}`;
-      ends.set(end, (ends.get(end) ?? 0) + 1);
-    }
-  }
+  if (violation) return result(violation);
 
   // Nothing waits for ever: with the network silent and nobody helping, both sides come to an end.
   const ending = reaches(
@@ -464,34 +421,6 @@ function sourceIsOver({ source }: World): boolean {
 
 function destinationIsOver({ destination }: World): boolean {
   return !destination || destination.phase === 'resumed' || destination.phase === 'abandoned';
-}
-
-/** Which nodes lead to one of the goals. */
-export function reaches(goals: boolean[], edges: readonly { from: number; to: number }[]): boolean[] {
-  const starts = new Int32Array(goals.length + 1);
-  for (const { to } of edges) starts[to + 1] = (starts[to + 1] as number) + 1;
-  for (let i = 0; i < goals.length; i++) starts[i + 1] = (starts[i + 1] as number) + (starts[i] as number);
-  const fill = starts.slice();
-  const sources = new Int32Array(edges.length);
-  for (const { from, to } of edges) {
-    sources[fill[to] as number] = from;
-    fill[to] = (fill[to] as number) + 1;
-  }
-  const reached = goals.slice();
-  const queue: number[] = [];
-  goals.forEach((goal, at) => {
-    if (goal) queue.push(at);
-  });
-  for (let head = 0; head < queue.length; head++) {
-    const to = queue[head] as number;
-    for (let i = starts[to] as number; i < (starts[to + 1] as number); i++) {
-      const from = sources[i] as number;
-      if (reached[from]) continue;
-      reached[from] = true;
-      queue.push(from);
-    }
-  }
-  return reached;
 }
 
 /** Causes are told, never acted on: worlds that differ in them alone are one. Everything else is in the key. */
