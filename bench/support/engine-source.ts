@@ -74,7 +74,7 @@ export interface SendParameters {
 
 function trackerOf(of: NativeRegion): NativeTracker {
   const { name } = must(addon.probeTrackers().find(({ available }) => available) ?? null);
-  const tracker = addon.makeTracker(name, of, 'anywhere');
+  const tracker = addon.makeTracker(name, of, 'anywhere', false);
   tracker.arm();
   return tracker;
 }

@@ -72,8 +72,8 @@ export async function run(trial: Trial): Promise<void> {
   const uffd = addon.takeDescriptor(pidfd, hello.uffd);
   const mappings = [{ address: BigInt(hello.address), lengthBytes, offset: 0 }];
   const other = addon.attach(pidfd, uffd, mappings, null, () => {});
-  const ofOwn = addon.makeTracker(tracker, own, 'anywhere');
-  const ofOther = addon.makeTracker(tracker, other, 'anywhere');
+  const ofOwn = addon.makeTracker(tracker, own, 'anywhere', false);
+  const ofOther = addon.makeTracker(tracker, other, 'anywhere', false);
   ofOwn.arm();
   ofOther.arm();
 

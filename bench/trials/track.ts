@@ -29,7 +29,7 @@ export async function run(trial: Trial): Promise<void> {
     for (let at = 0; at < words.length; at += wordsPerPage) words[at] = (words[at] as number) + 1;
   };
   writeAll();
-  const tracked = addon.makeTracker(tracker, region, 'anywhere');
+  const tracked = addon.makeTracker(tracker, region, 'anywhere', false);
   tracked.arm();
 
   const cases: { name: string; dirty: number }[] = [

@@ -21,8 +21,9 @@ TrackerKind kind_of(const std::string& name) {
   throw CodedError("TRACKER_UNAVAILABLE", "there is no dirty tracker named '" + name + "'");
 }
 
-TrackerOptions options_of(const std::string& writers) {
+TrackerOptions options_of(const std::string& writers, bool split_huge_pages = false) {
   TrackerOptions options;
+  options.split_huge_pages = split_huge_pages;
   if (writers == "tracked-mapping") {
     options.writers = Writers::kTrackedMapping;
   } else if (writers != "anywhere") {
@@ -68,8 +69,8 @@ Napi::Value TrackerHandle::make(const Napi::CallbackInfo& info) {
     const TrackerKind kind = kind_of(text_of(info[0], "name"));
     Made made;
     made.hold = RegionHandle::hold_of(info[1]);
-    made.tracker =
-        make_tracker(kind, made.hold.shared->region_pointer(), options_of(text_of(info[2], "writers")));
+    made.tracker = make_tracker(kind, made.hold.shared->region_pointer(),
+                                options_of(text_of(info[2], "writers"), flag_of(info[3], "splitHugePages")));
     made.turn = std::make_shared<std::mutex>();
     return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
   });
@@ -99,7 +100,10 @@ Napi::Value TrackerHandle::make_kvm_log(const Napi::CallbackInfo& info) {
       others =
           make_tracker(kind_of(text_of(info[4], "others")), region, options_of(text_of(info[5], "writers")));
     }
-    made.tracker = std::make_shared<KvmLogTracker>(region, std::move(log), std::move(others));
+    std::unique_ptr<DirtyTracker> tracker =
+        std::make_unique<KvmLogTracker>(region, std::move(log), std::move(others));
+    if (flag_of(info[7], "splitHugePages")) tracker = split_huge_pages(region, std::move(tracker));
+    made.tracker = std::move(tracker);
     made.turn = std::make_shared<std::mutex>();
     return Environment::of(env).tracker_class.New({Napi::External<Made>::New(env, &made)});
   });

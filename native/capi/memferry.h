@@ -160,7 +160,11 @@ struct memferry_tracker_options {
   size_t size;
   const char* name; /* NULL: the best that works here and may watch this region */
   int32_t writers;  /* enum memferry_writers */
-  uint32_t reserved;
+  /*
+   * 1: of the pages that were written only those count that hold something else than a sender that has this tracker last
+   * sent. With reserved huge pages one write makes all pages of a huge one count else. 0: as they were written.
+   */
+  uint32_t split_huge_pages;
 };
 
 /* The same with options; NULL: none. */

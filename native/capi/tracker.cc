@@ -61,7 +61,7 @@ int memferry_tracker_check(const char* name, memferry_error* why_not) {
 int memferry_tracker_create(memferry_region* region, const char* name, memferry_tracker** tracker,
                             memferry_error* error) {
   const memferry_tracker_options options{
-      .size = sizeof options, .name = name, .writers = MEMFERRY_WRITERS_ANYWHERE, .reserved = 0};
+      .size = sizeof options, .name = name, .writers = MEMFERRY_WRITERS_ANYWHERE, .split_huge_pages = 0};
   return memferry_tracker_create_with(region, &options, tracker, error);
 }
 
@@ -71,8 +71,9 @@ int memferry_tracker_create_with(memferry_region* region, const memferry_tracker
     required(tracker, "tracker") = nullptr;
     const memferry_tracker_options given =
         options ? read_sized(options, "options") : memferry_tracker_options{};
-    if (given.reserved != 0) throw std::invalid_argument("options: what is reserved is not 0");
-    const memferry::TrackerOptions how{.writers = writers_of(given.writers)};
+    if (given.split_huge_pages > 1) throw std::invalid_argument("options: split_huge_pages is 0 or 1");
+    const memferry::TrackerOptions how{.writers = writers_of(given.writers),
+                                       .split_huge_pages = given.split_huge_pages == 1};
     auto made = std::make_unique<memferry_tracker>();
     made->region = required(region, "region").region;
     made->tracker = memferry::make_tracker(given.name ? kind_named(given.name) : best_for(*made->region, how),

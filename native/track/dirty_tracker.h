@@ -56,6 +56,7 @@ enum class Writers {
 
 struct TrackerOptions {
   Writers writers = Writers::kAnywhere;
+  bool split_huge_pages = false;  // track/sent_diff.h
 };
 
 struct TrackerProbe {
@@ -79,5 +80,8 @@ struct TrackerProbe {
                                                          const TrackerOptions& options = {});
 [[nodiscard]] std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Region> region,
                                                          const TrackerOptions& options = {});
+// Over one that is there already: TrackerOptions::split_huge_pages.
+[[nodiscard]] std::unique_ptr<DirtyTracker> split_huge_pages(const std::shared_ptr<Region>& region,
+                                                             std::unique_ptr<DirtyTracker> tracker);
 
 }  // namespace memferry

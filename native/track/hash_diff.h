@@ -9,14 +9,10 @@
 // Threads: sent() from any number of threads between two collects; the rest from one.
 #pragma once
 
-#include <atomic>
 #include <memory>
-#include <optional>
 
-#include "os/mapping.h"
-#include "page/contents.h"
-#include "page/region_reader.h"
 #include "track/dirty_tracker.h"
+#include "track/page_hashes.h"
 
 namespace memferry {
 
@@ -32,17 +28,8 @@ class HashDiffTracker final : public DirtyTracker {
   void sent(PageNumber page, std::uint64_t xxh3) override;
 
  private:
-  // Calls visit(page, hash) for pages [first, end), in order. Pages that were never touched are not read.
-  template <typename Visit>
-  void hash_range(const RegionUse& use, std::uint64_t first, std::uint64_t end, Visit visit);
-  [[nodiscard]] std::atomic<std::uint64_t>& baseline(std::uint64_t page) const;
-
   const std::shared_ptr<Region> region_;
-  const std::uint64_t zero_page_hash_;
-  Contents contents_;
-  RegionReader reader_;
-  // 8 bytes a page of the capacity; a mapping, so that what the region never grows to costs nothing.
-  Mapping baselines_;
+  PageHashes hashes_;  // the baseline
   bool armed_ = false;
   std::uint64_t armed_pages_ = 0;
 };

@@ -4,6 +4,7 @@
 
 #include "track/dirty_tracker.h"
 #include "track/hash_diff.h"
+#include "track/sent_diff.h"
 #include "track/soft_dirty.h"
 #include "track/uffd_wp.h"
 #include "track/uffd_wp_async.h"
@@ -64,8 +65,18 @@ std::optional<std::string> tracker_refusal(TrackerKind kind, const Region& regio
   throw std::invalid_argument("no such tracker");
 }
 
+std::unique_ptr<DirtyTracker> split_huge_pages(const std::shared_ptr<Region>& region,
+                                               std::unique_ptr<DirtyTracker> tracker) {
+  return std::make_unique<SentDiffTracker>(region, std::move(tracker));
+}
+
 std::unique_ptr<DirtyTracker> make_tracker(TrackerKind kind, std::shared_ptr<Region> region,
                                            const TrackerOptions& options) {
+  if (options.split_huge_pages && kind != TrackerKind::kHashDiff) {
+    TrackerOptions others = options;
+    others.split_huge_pages = false;
+    return split_huge_pages(region, make_tracker(kind, region, others));
+  }
   switch (kind) {
     case TrackerKind::kUffdWpAsync:
       return std::make_unique<UffdWpAsyncTracker>(std::move(region), options);

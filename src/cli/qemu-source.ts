@@ -37,6 +37,7 @@ interface QemuSourceFlags extends QemuFlags, ServerFlags, Omit<GuestFlags, 'modu
   hybridRounds?: number;
   onNonConvergence?: NonConvergence;
   tracker?: TrackerName | 'kvm-log';
+  splitHugePages?: boolean;
   onCapacity?: 'fail' | 'direct';
   deltaCache?: number;
   destinationRack?: string;
@@ -74,6 +75,10 @@ export function addQemuSource(qemu: Command): void {
     )
     .addOption(
       new Option('--tracker <name>', 'a dirty tracker; see `memferry doctor`').choices([...trackerChoices]),
+    )
+    .option(
+      '--split-huge-pages',
+      'of a huge page that was written, send only the pages of 4 KiB that changed',
     )
     .addOption(
       new Option('--on-capacity <choice>', 'scatter modes: when the servers cannot hold the guest').choices([
@@ -115,6 +120,7 @@ function migrateOptions(flags: QemuSourceFlags): MigrateOptions {
   return {
     ...{ to, mode },
     ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker }),
+    ...given({ splitHugePages: flags.splitHugePages }),
     ...given({ onCapacity, destinationRack, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags),
   };

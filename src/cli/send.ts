@@ -48,6 +48,7 @@ interface SendFlags extends GuestFlags, ServerFlags {
   onNonConvergence?: NonConvergence;
   tracker?: TrackerName | 'kvm-log';
   writers?: Writers;
+  splitHugePages?: boolean;
   deltaCache?: number;
   onCapacity?: 'fail' | 'direct';
   destinationRack?: string;
@@ -85,6 +86,10 @@ export function addSend(program: Command): void {
     )
     .addOption(
       new Option('--writers <where>', 'where writes to shared memory come from').choices([...writersChoices]),
+    )
+    .option(
+      '--split-huge-pages',
+      'of a huge page that was written, send only the pages of 4 KiB that changed',
     )
     .option(
       '--delta-cache <bytes>',
@@ -165,6 +170,7 @@ function migrateOptions(flags: SendFlags): MigrateOptions {
       keepStaleCopy: keepStaleCopy && { directory: keepStaleCopy, maxBytes: staleBytes },
     }),
     ...given({ channels, downtimeLimitMs, maxRounds, hybridRounds, onNonConvergence, tracker, writers }),
+    ...given({ splitHugePages: flags.splitHugePages }),
     ...given({ onCapacity, destinationRack, releaseAsEvicted, deltaCacheBytes: flags.deltaCache }),
     ...serverOptions(flags.sample && !traitsOf(mode).scatter ? withoutServers(flags) : flags),
   };

@@ -63,7 +63,7 @@ export interface NativeAddon {
   trackerRefusal(name: string, region: NativeRegion, writers: string): string | null;
   /** Kernel features for paging: userfaultfd, its features one by one, PAGEMAP_SCAN, MADV_POPULATE_WRITE, ... */
   probeFeatures(): NativeFeature[];
-  makeTracker(name: string, region: NativeRegion, writers: string): NativeTracker;
+  makeTracker(name: string, region: NativeRegion, writers: string, splitHugePages: boolean): NativeTracker;
   /** `slots`: triples [slot, first page, pages]. `others`: a tracker's name, null only with marks. */
   makeKvmLog(
     region: NativeRegion,
@@ -73,6 +73,7 @@ export interface NativeAddon {
     others: string | null,
     writers: string,
     manualProtect: boolean,
+    splitHugePages: boolean,
   ): NativeTracker;
   readonly WriteMarks: new (capacityPages: number) => NativeWriteMarks;
 

@@ -93,6 +93,12 @@ export interface MigrateOptions extends ConnectionOptions {
    * memory that is not shared.
    */
   writers?: Writers;
+  /**
+   * A write to a reserved huge page makes only those of its 512 pages of 4 KiB go again that changed, not all. Of other
+   * memory, pages that were written and hold what was sent do not go again either. Costs reading what was written. Default
+   * false.
+   */
+  splitHugePages?: boolean;
   /** Compare a digest of every region from both sides at the end: VERIFICATION_FAILED. Default true. */
   verify?: boolean;
   /**
@@ -194,6 +200,7 @@ export const migrateSchema = z.strictObject({
   hybridRounds: z.number().int().min(1).max(1000).default(3),
   tracker: z.enum(trackerChoices).optional(),
   writers: z.enum(writersChoices).default('anywhere'),
+  splitHugePages: z.boolean().default(false),
   verify: z.boolean().default(true),
   base: z.enum(['auto', 'always', 'off']).default('auto'),
   baseTimeoutMs: milliseconds.default(60_000),

@@ -21,6 +21,7 @@ const ofMigrate = [
   'hybridRounds',
   'tracker',
   'writers',
+  'splitHugePages',
   'verify',
   'base',
   'baseTimeoutMs',

@@ -10,11 +10,11 @@ import type { StartFromBase } from './start-from-base.js';
  */
 export function trackersForRounds(
   guest: Guest,
-  { tracker, writers }: ResolvedMigrateOptions,
+  { tracker, writers, splitHugePages }: ResolvedMigrateOptions,
   trackers: (DirtyTracker | null)[],
 ): void {
   for (const { region, tracker: kvmLog } of guest.regions) {
-    trackers.push(DirtyTracker.create(region, tracker, { writers, kvmLog }));
+    trackers.push(DirtyTracker.create(region, tracker, { writers, splitHugePages, kvmLog }));
   }
 }
 

@@ -303,11 +303,14 @@ void trackers() {
   };
   expect(sees(nullptr, other) == "hash-diff", "shared memory: whoever writes", error);
   const memferry_tracker_options word{
-      .size = sizeof word, .name = nullptr, .writers = MEMFERRY_WRITERS_TRACKED_MAPPING, .reserved = 0};
+      .size = sizeof word, .name = nullptr, .writers = MEMFERRY_WRITERS_TRACKED_MAPPING, .split_huge_pages = 0};
   const std::string cheapest =
       memferry_tracker_check("uffd-wp-async", nullptr) == MEMFERRY_OK ? "uffd-wp-async" : "";
   const std::string given = sees(&word, memory);
   expect(given != "nothing" && (cheapest.empty() || given == cheapest), "on the caller's word", error);
+  memferry_tracker_options split = word;
+  split.split_huge_pages = 1;
+  expect(sees(&split, memory) == given, "what was never sent counts as it was written", error);
   memferry_region_close(region, nullptr);
   munmap(memory, bytes);
   munmap(other, bytes);
@@ -330,10 +333,12 @@ void arguments() {
   memferry_region_allocate(memferry_page_size(), &region, nullptr);
   memferry_tracker_options tracking{};
   invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "a size that is not set");
-  tracking = {.size = sizeof tracking, .name = "no-such", .writers = 0, .reserved = 0};
+  tracking = {.size = sizeof tracking, .name = "no-such", .writers = 0, .split_huge_pages = 0};
   invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "no such tracker");
-  tracking = {.size = sizeof tracking, .name = nullptr, .writers = 7, .reserved = 0};
+  tracking = {.size = sizeof tracking, .name = nullptr, .writers = 7, .split_huge_pages = 0};
   invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "no such writers");
+  tracking = {.size = sizeof tracking, .name = nullptr, .writers = 0, .split_huge_pages = 2};
+  invalid(memferry_tracker_create_with(region, &tracking, &tracker, &error), "neither split nor not");
   memferry_region_close(region, nullptr);
   memferry_sender* sender = nullptr;
   invalid(memferry_sender_create(nullptr, &sender, &error), "no options");

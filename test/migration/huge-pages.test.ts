@@ -17,6 +17,7 @@ import {
   report,
   startGuest,
   startStages,
+  through,
   via,
 } from '../support/scenario.js';
 import { closeProxies, type Point, TcpProxy } from '../support/tcp-proxy.js';
@@ -72,6 +73,48 @@ describe.each([
     await expectIntact(a);
     await expectOneOwner([a, b]);
   });
+});
+
+describe.each(['huge', 'allocate'] as const)('split, to %s', (to) => {
+  test.each(['pre-copy', 'hybrid', 'scatter-pre-copy', 'scatter-hybrid'])('%s', async (mode) => {
+    const [a, b] = await doomedHosts('a', 'b');
+    const servers = mode.startsWith('scatter') ? await startStages('x', 'y') : [];
+    const port = await listen(b, { kind: to, rate: { batch: 64, restMs: 1 } });
+    await startGuest(a, regionsOf('huge', PAGES), { rate: { batch: 64, restMs: 1 } });
+    await migrate(a, port, {
+      mode,
+      hybridRounds: 3,
+      maxRounds: 6,
+      splitHugePages: true,
+      ...through(servers),
+    });
+    expect(await report(a)).toMatchObject({ state: 'completed', verified: true });
+    expect(await b.untilArrival('main/g', 'complete')).toMatchObject({ ok: true });
+    await expectRuns(b);
+    await expectIntact(a);
+    await expectOneOwner([a, b]);
+  });
+});
+
+test.each([true, false])('what goes again for one write, split: %s', async (splitHugePages) => {
+  const [a, b] = await doomedHosts('a', 'b');
+  const port = await listen(b);
+  await startGuest(a, regionsOf('huge', PAGES), { rate: { batch: 1, restMs: 5 } });
+  // Slow enough that it is written to in the first round.
+  await migrate(a, port, {
+    mode: 'pre-copy',
+    bandwidth: 20e6,
+    downtimeLimitMs: 1,
+    maxRounds: 4,
+    splitHugePages,
+  });
+  const { rounds, verified } = await report(a);
+  expect(verified).toBe(true);
+  const [first, second] = rounds.slice(1).map(({ pagesSent }) => pagesSent);
+  expect(first).toBeGreaterThan(0);
+  if (splitHugePages) expect((first ?? 0) + (second ?? 0)).toBeLessThan(UNIT);
+  else expect(first).toBeGreaterThanOrEqual(UNIT - 1);
+  await expectRuns(b);
 });
 
 test('hops onward, tracked by write protection', async (context) => {

@@ -28,17 +28,20 @@ using PageSet = std::set<std::uint64_t>;
 struct TrackerCase {
   TrackerKind kind;
   bool as_before_6_4 = false;
+  bool split = false;  // TrackerOptions::split_huge_pages
 
   [[nodiscard]] std::string name() const {
     std::string name(tracker_name(kind));
     std::erase(name, '-');
-    return name + (as_before_6_4 ? "before64" : "");
+    return name + (as_before_6_4 ? "before64" : "") + (split ? "split" : "");
   }
   [[nodiscard]] std::unique_ptr<DirtyTracker> make(const std::shared_ptr<Region>& region,
                                                    const TrackerOptions& options = {}) const {
     if (as_before_6_4)
       return std::make_unique<UffdWpTracker>(region, options, UffdWpTracker::ProtectEmpty::kNever);
-    return make_tracker(kind, region, options);
+    TrackerOptions with = options;
+    with.split_huge_pages = split;
+    return make_tracker(kind, region, with);
   }
   // Empty when it works here.
   [[nodiscard]] std::string lacking() const {
@@ -54,6 +57,8 @@ inline std::vector<TrackerCase> every_tracker() {
   for (const TrackerKind kind : tracker_kinds()) {
     cases.push_back({kind});
     if (kind == TrackerKind::kUffdWp) cases.push_back({kind, true});
+    // Nothing is sent in most tests: then it is as without.
+    if (kind == TrackerKind::kUffdWpAsync) cases.push_back({kind, false, true});
   }
   return cases;
 }

@@ -181,6 +181,7 @@ struct Case {
   unsigned channels;
   wire::Compress compress = wire::Compress::kOff;
   std::uint64_t delta_cache = 0;
+  bool split = false;  // TrackerOptions::split_huge_pages, which is for pages of any size
 };
 
 class EngineTest : public testing::TestWithParam<Case> {
@@ -228,7 +229,7 @@ class EngineTest : public testing::TestWithParam<Case> {
     from.regions = source;
     if (tracked) {
       for (const auto& region : source) {
-        trackers.push_back(make_tracker(GetParam().tracker, region));
+        trackers.push_back(make_tracker(GetParam().tracker, region, {.split_huge_pages = GetParam().split}));
         trackers.back()->arm();
         from.trackers.push_back(trackers.back());
       }
@@ -492,21 +493,24 @@ std::string name_of(const testing::TestParamInfo<Case>& info) {
   std::erase(name, '-');
   return name + std::to_string(info.param.channels) + "Channels" +
          kCompress[static_cast<std::size_t>(info.param.compress)] +
-         (info.param.delta_cache > 0 ? "Delta" + std::to_string(info.param.delta_cache >> 20) : "");
+         (info.param.delta_cache > 0 ? "Delta" + std::to_string(info.param.delta_cache >> 20) : "") +
+         (info.param.split ? "Split" : "");
 }
 
-INSTANTIATE_TEST_SUITE_P(All, EngineTest,
-                         testing::Values(Case{TrackerKind::kUffdWpAsync, 1},
-                                         Case{TrackerKind::kUffdWpAsync, 2},
-                                         Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2},
-                                         Case{TrackerKind::kSoftDirty, 2}, Case{TrackerKind::kUffdWp, 2},
-                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kLz4},
-                                         Case{TrackerKind::kHashDiff, 1, wire::Compress::kZstd},
-                                         Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
-                                         // Too small for all that is written.
-                                         Case{TrackerKind::kHashDiff, 2, wire::Compress::kZstd, 1 << 20},
-                                         Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kOff, 64 << 20}),
-                         name_of);
+INSTANTIATE_TEST_SUITE_P(
+    All, EngineTest,
+    testing::Values(Case{TrackerKind::kUffdWpAsync, 1}, Case{TrackerKind::kUffdWpAsync, 2},
+                    Case{TrackerKind::kUffdWpAsync, 4}, Case{TrackerKind::kHashDiff, 2},
+                    Case{TrackerKind::kSoftDirty, 2}, Case{TrackerKind::kUffdWp, 2},
+                    Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kLz4},
+                    Case{TrackerKind::kHashDiff, 1, wire::Compress::kZstd},
+                    Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},
+                    // Too small for all that is written.
+                    Case{TrackerKind::kHashDiff, 2, wire::Compress::kZstd, 1 << 20},
+                    Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kOff, 64 << 20},
+                    Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kOff, 0, true},
+                    Case{TrackerKind::kUffdWpAsync, 4, wire::Compress::kAuto, 64 << 20, true}),
+    name_of);
 
 INSTANTIATE_TEST_SUITE_P(All, DeltaEngineTest,
                          testing::Values(Case{TrackerKind::kUffdWpAsync, 2, wire::Compress::kAuto, 64 << 20},

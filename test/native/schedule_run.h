@@ -136,7 +136,8 @@ class ScheduleRun : public ScheduleVerdict {
       static const bool there_is = probe_trackers().front().available;
       const bool kernel = of.plan.write_tracker && there_is;
       for (const auto& region : of.guest.sources) {
-        trackers_of(config, kernel ? TrackerKind::kUffdWpAsync : TrackerKind::kHashDiff, region);
+        trackers_of(config, kernel ? TrackerKind::kUffdWpAsync : TrackerKind::kHashDiff, region,
+                    of.index % 2 == 1);
       }
     }
     config.host = "127.0.0.1";
@@ -171,8 +172,9 @@ class ScheduleRun : public ScheduleVerdict {
     of.sender = std::make_unique<Sender>(std::move(config));
     of.has_sender = true;
   }
-  static void trackers_of(SenderConfig& config, TrackerKind kind, const std::shared_ptr<Region>& region) {
-    config.trackers.push_back(make_tracker(kind, region));
+  static void trackers_of(SenderConfig& config, TrackerKind kind, const std::shared_ptr<Region>& region,
+                          bool split) {
+    config.trackers.push_back(make_tracker(kind, region, {.split_huge_pages = split}));
     config.trackers.back()->arm();
   }
 

@@ -15,6 +15,7 @@
 
 #include "every_tracker.h"
 #include "os/unique_fd.h"
+#include "page/hash.h"
 
 namespace memferry {
 namespace {
@@ -255,6 +256,72 @@ TEST_P(HugePages, AreTrackedAsManySmallOnesWhenTheRegionsPagesAreSmall) {
     EXPECT_EQ(found.size(), kSmallInHuge);
     EXPECT_EQ(*found.begin(), kSmallInHuge);
   }
+}
+
+// As a sender does: what each page holds now has been sent.
+void send_all(DirtyTracker& tracker, const Region& region) {
+  std::vector<std::uint64_t> hashes(static_cast<std::size_t>(region.pages()));
+  hash_pages(region.contiguous({PageNumber{0}, region.pages()}), region.page_size(), hashes.data());
+  for (std::uint64_t page = 0; page < region.pages(); ++page) tracker.sent(PageNumber{page}, hashes[page]);
+}
+
+TEST_P(HugePages, AreSplitWhereOnlyWhatChangedIsToBeSentAgain) {
+  for (const bool shared : {false, true}) {
+    const auto region = map(shared, page_);
+    TrackerOptions options = kOnOurWord;
+    if (!tracker_refusal(GetParam().kind, *region, options)) {
+      options.split_huge_pages = true;
+      const auto tracker = make_tracker(GetParam().kind, region, options);
+      EXPECT_TRUE(tracker->wants_sent());
+      write(region, kSmallInHuge + 3);
+      tracker->arm();
+      send_all(*tracker, *region);
+      EXPECT_EQ(collect(*tracker, region->pages()), PageSet{});
+      write(region, kSmallInHuge + 3);
+      write(region, 3 * kSmallInHuge);
+      EXPECT_EQ(collect(*tracker, region->pages()), (PageSet{kSmallInHuge + 3, 3 * kSmallInHuge}));
+      send_all(*tracker, *region);
+      // There and back, sent in between: what went out last counts.
+      std::byte* const at = region->address(PageNumber{kSmallInHuge + 3}).pointer();
+      const std::byte former = *at;
+      *at = former ^ std::byte{1};
+      send_all(*tracker, *region);
+      *at = former;
+      EXPECT_EQ(collect(*tracker, region->pages()), PageSet{kSmallInHuge + 3});
+      // There and back, and nothing was sent.
+      send_all(*tracker, *region);
+      *at = former ^ std::byte{1};
+      *at = former;
+      EXPECT_EQ(collect(*tracker, region->pages()), PageSet{});
+      // A hole: zeros, which were sent for all but two pages.
+      ASSERT_EQ(::madvise(region->address(PageNumber{kSmallInHuge}).pointer(), kHuge,
+                          shared ? MADV_REMOVE : MADV_DONTNEED),
+                0);
+      EXPECT_EQ(collect(*tracker, region->pages()), PageSet{kSmallInHuge + 3});
+    }
+    ::munmap(std::exchange(at_, nullptr), kCount * kHuge);
+  }
+}
+
+TEST_P(HugePages, WhatWasFoundWrittenAndNobodySentCountsAgain) {
+  const auto region = map(false, page_);
+  TrackerOptions options = kOnOurWord;
+  if (tracker_refusal(GetParam().kind, *region, options)) GTEST_SKIP() << "refused";
+  if (GetParam().kind == TrackerKind::kHashDiff) GTEST_SKIP() << "it takes what it found for sent";
+  options.split_huge_pages = true;
+  const auto tracker = make_tracker(GetParam().kind, region, options);
+  tracker->arm();
+  send_all(*tracker, *region);
+  write(region, 7);
+  EXPECT_EQ(collect(*tracker, region->pages()), PageSet{7});
+  // Another page of the same huge one.
+  write(region, 9);
+  EXPECT_EQ(collect(*tracker, region->pages()), (PageSet{7, 9}));
+  send_all(*tracker, *region);
+  // Arming forgets what was sent: nobody knows to whom.
+  tracker->arm();
+  write(region, 9);
+  EXPECT_EQ(collect(*tracker, region->pages()).size(), kSmallInHuge);
 }
 
 TEST_P(HugePages, ARegionThatEndsInsideOfOneIsRefused) {

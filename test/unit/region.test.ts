@@ -271,9 +271,9 @@ describe('the boundary', () => {
   it('does not take one handle for another', () => {
     using region = Region.allocate({ lengthBytes: pageSize });
     const addon = loadAddon();
-    const tracker = addon.makeTracker('hash-diff', region.native, 'anywhere');
-    expect(() => addon.makeTracker('hash-diff', tracker as never, 'anywhere')).toThrow(TypeError);
-    expect(() => addon.makeTracker('hash-diff', {} as never, 'anywhere')).toThrow(TypeError);
+    const tracker = addon.makeTracker('hash-diff', region.native, 'anywhere', false);
+    expect(() => addon.makeTracker('hash-diff', tracker as never, 'anywhere', false)).toThrow(TypeError);
+    expect(() => addon.makeTracker('hash-diff', {} as never, 'anywhere', false)).toThrow(TypeError);
     expect(() => region.native.pages.call(tracker as never)).toThrow(TypeError);
     expect(() => new (region.native.constructor as new () => unknown)()).toThrow(TypeError);
     expect(() => addon.createSender({} as never)).toThrow(TypeError);
