@@ -32,7 +32,8 @@ void fill_random(std::span<std::uint8_t> bytes);
 // Block b, 255 tokens, is HKDF-SHA256(key; no salt; label | context | b as u32 little-endian).
 [[nodiscard]] std::vector<wire::Token> token_stream(ByteSpan key, std::string_view label, ByteSpan context,
                                                     std::size_t count);
-// For `epochs` sets of connections: [epoch * (channels + 1) + channel], the demand channel's last in each row.
+// A table of kMaxEpochs rows, [epoch * (channels + 1) + channel], the demand channel's last in each row; the last row is
+// the key of later epochs (wire/later_tokens.h).
 [[nodiscard]] std::vector<wire::Token> data_tokens(const Key& session, const wire::MigrationId& migration,
                                                    unsigned channels);
 inline constexpr unsigned kMaxEpochs = 256;

@@ -21,7 +21,7 @@ namespace {
 constexpr std::uint64_t kMostReserve = 8ULL << 20;
 // Of a slot: the slab's own tables, and its number in the list of those that an image's index lies in.
 constexpr std::uint64_t kSlotTables = Slab::kTableBytes + sizeof(Slab::Slot);
-// Compared with where there is nothing to compare with, so that the time does not say so.
+// Compared with where there is nothing to compare with, so that the time does not say which tables there are.
 constexpr wire::Token kNoToken{};
 
 std::uint64_t reserve_of(std::uint64_t memory_bytes) { return std::min(kMostReserve, memory_bytes / 4); }

@@ -99,7 +99,7 @@ class Stage {
   static constexpr std::size_t kMostImages = 1024;
   static constexpr std::size_t kMostMembers = 1024;
   static constexpr std::size_t kMostSessions = 512;
-  static constexpr std::size_t kMostAttempts = 64;  // of a session's role: connections one after the other
+  static constexpr std::size_t kMostAttempts = 64;  // in a table; later ones follow from it
   static constexpr std::size_t kMostConnectionsAnImage = 16;
   static constexpr std::size_t kMostConnections = 1024;
 
@@ -132,7 +132,8 @@ class Stage {
   bool put_state(const ImageId& image, std::shared_ptr<const HeldState> state);
   [[nodiscard]] std::shared_ptr<const HeldState> state(const ImageId& image) const;
   bool seal(const ImageId& image);
-  // Ends its connections and gives its memory back to the system; when it returns, that has happened.
+  // Ends its connections and gives its memory back to the system; when it returns, that has happened, but for a state that
+  // somebody is still reading.
   bool drop(const ImageId& image);
   // The same in two steps: it is gone for everybody, and what is left to do takes as long as there is much of it. Empty
   // when it is not there. Any thread may call that, once, while this lives.

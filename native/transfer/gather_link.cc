@@ -4,6 +4,7 @@
 
 #include "page/hash.h"
 #include "transfer/stage_dial.h"
+#include "wire/later_tokens.h"
 #include "wire/link_meter.h"
 #include "wire/socket.h"
 
@@ -86,6 +87,11 @@ bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
   });
 }
 
+bool GatherLink::is_asked() const {
+  const std::lock_guard lock(mutex_);
+  return map_under_way_ || !reads_.empty();
+}
+
 // With the mutex held; it is sent before that is let go, or by the only thread that reads the answers.
 wire::FrameHeader GatherLink::note_read(std::uint32_t region, PageRun run) {
   run.count = std::min(run.count, wire::max_run_pages(gather_.config_.page_size));
@@ -163,6 +169,14 @@ void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& str
         const auto began = Clock::now();
         why = serve(self, *stream);
         for_good = for_good_;
+        if (answered_at_ > began)
+          barren_ = 0;
+        else if (is_asked())
+          ++barren_;
+        if (barren_ >= wire::kMostBarrenAttempts && !for_good) {
+          for_good = true;
+          why = "it answers nothing, however often it is dialled: " + why;
+        }
         // One that breaks at once, again and again, is no sign of life, and each takes a token.
         if (Clock::now() - began > kAnswerPatience) backoff = kFirstBackoff;
       }

@@ -101,6 +101,8 @@ class GatherLink {
   [[nodiscard]] std::chrono::milliseconds dial_timeout() const;
   [[nodiscard]] std::chrono::milliseconds longest_backoff() const;
   void give_back_reads();
+  // By the thread itself.
+  [[nodiscard]] bool is_asked() const;
   void yield_to_source(wire::Stream& stream, Clock::duration took);
 
   Gather& gather_;
@@ -109,6 +111,7 @@ class GatherLink {
   const bool ahead_;
   const std::uint16_t encodings_;  // that answers may have: what somebody waits for comes as it is
   std::uint32_t attempt_ = 0;
+  unsigned barren_ = 0;  // connections one after the other that were asked something and answered nothing
   // The thread's own:
   std::vector<std::byte> payload_;
   std::vector<std::byte> decoded_;

@@ -207,8 +207,12 @@ struct Listener::Impl {
   }
 
   void introduce(const wire::Hello& hello, UniqueFd fd) {
-    const wire::HelloStatus status =
-        hello.preface == wire::kStagePreface ? to_stage(hello, fd) : to_receiver(hello, fd);
+    wire::HelloStatus status = wire::HelloStatus::kRefused;
+    try {
+      status = hello.preface == wire::kStagePreface ? to_stage(hello, fd) : to_receiver(hello, fd);
+    } catch (const std::exception&) {
+      // No memory for a token, or for its connection.
+    }
     if (status != wire::HelloStatus::kAccepted && fd) wire::turn_away(fd.get(), status);
   }
 

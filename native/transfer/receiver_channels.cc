@@ -25,9 +25,7 @@ bool Receiver::Impl::attach(const wire::Hello& hello, UniqueFd& fd) {
     return false;
   }
   const std::optional<wire::Token> token = wire::data_token(config.tokens, columns, column, hello.epoch);
-  // Compared in any case, so that the time does not say which channels there are.
-  const bool right = wire::equal_tokens(hello.token, token.value_or(config.tokens.front()));
-  if (!token || !right) return false;
+  if (!token || !wire::equal_tokens(hello.token, *token)) return false;
 
   const std::lock_guard lock(mutex);
   const State now = state;
@@ -178,6 +176,9 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   shut_down_all_locked();
   for (const auto& channel : channels) channel->attached = false;
   if (!guest_is_here) return;
+  const std::uint64_t came = pages_received + pages_zero;
+  barren_epochs = came == came_before_cut ? barren_epochs + 1 : 0;
+  came_before_cut = came;
   // With servers it may need no source any more: look_after_gather_locked() finds out.
   if (!paused && !gather) {
     paused = true;
@@ -190,7 +191,8 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   }
   if (end.kind == ChannelEnd::Kind::kBadFrame && ++bad_frames > kBadFramesForgiven) {
     lose_locked(end.code, "the source keeps sending bad frames: " + end.message);
-  } else if (!wire::data_token(config.tokens, config.channels + 1, 0, epoch + 1)) {
+  } else if (barren_epochs > wire::kMostBarrenEpochs ||
+             !wire::has_data_token(config.tokens.size(), config.channels + 1, epoch + 1)) {
     lose_locked("RECOVERY_TIMEOUT", "the connections were cut too often: " + end.message);
   }
 }

@@ -272,7 +272,9 @@ struct Receiver::Impl {
   std::condition_variable changed;
   std::deque<EngineEvent> events;  // a few in a lifetime: states, never pages
   std::uint32_t epoch = 0;
-  bool epoch_cut = false;  // no more connections of this epoch
+  bool epoch_cut = false;      // no more connections of this epoch
+  unsigned barren_epochs = 0;  // one after the other, in which no page came
+  std::uint64_t came_before_cut = 0;
   bool first_channel = false;
   bool source_left = false;                                     // it said goodbye: nothing more comes from it
   Clock::time_point source_gone_at = Clock::time_point::max();  // cut or left

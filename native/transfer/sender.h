@@ -46,7 +46,8 @@ struct SenderConfig {
   wire::MigrationId migration{};
   unsigned channels = 2;  // 1..16
   std::vector<wire::Token>
-      tokens;                   // [epoch * (channels + 1) + channel], the demand channel's last in each row
+      tokens;                   // [epoch * (channels + 1) + channel], the demand channel's last in each row;
+                                // of several rows the last is a key (wire/later_tokens.h)
   std::uint64_t bandwidth = 0;  // bytes/s over all channels; 0: none. Faults debit it but never wait.
   std::chrono::milliseconds connect_timeout{5000};
   std::chrono::milliseconds recover_timeout{60000};

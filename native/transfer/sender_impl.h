@@ -216,6 +216,9 @@ struct Sender::Impl {
   Task task;
   std::shared_ptr<Epoch> epoch;
   std::uint32_t next_epoch = 0;
+  // Of what the destination lacked when it was dialled again: how little at most, and how often in turn no less.
+  std::uint64_t least_lacking = ~0ULL;
+  unsigned barren_epochs = 0;
   bool connect_wanted = false;
   bool push_wanted = false;
   bool rounds_begun = false;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "transfer/sender_impl.h"
+#include "wire/later_tokens.h"
 
 namespace memferry {
 namespace {
@@ -235,6 +236,11 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
   const auto deadline = Clock::now() + config.recover_timeout;
   const auto over = [this] { return closing || gone || evicted || fatal; };
   std::string why = "no attempt was made";
+  // Where nothing gets through, not as fast as it fails.
+  if (barren_epochs > 0) {
+    const auto pause = std::min(kFirstBackoff * (1U << std::min(barren_epochs, 7U)), kLongestBackoff);
+    supervisor_changed.wait_for(lock, pause, over);
+  }
   for (auto backoff = kFirstBackoff;; backoff = std::min(2 * backoff, kLongestBackoff)) {
     deliver_events(lock);
     // Evicted: the servers have what the destination lacks.
@@ -242,7 +248,7 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     const bool goes_on = scatter && push_wanted && switch_acknowledged && scatter->goes_on_alone();
     if (Clock::now() >= deadline && !goes_on)
       return fail_locked("RECOVERY_TIMEOUT", "the destination did not come back: " + why);
-    const bool none_left = !token(next_epoch, 0);
+    const bool none_left = !wire::has_data_token(config.tokens.size(), config.channels + 1, next_epoch);
     if (none_left && goes_on) {
       supervisor_changed.wait_for(lock, kLongestBackoff, over);
       continue;
@@ -267,6 +273,15 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     if (over()) return;
     if (!wrong.empty() && ++violations > kMostViolations) return fail_locked("PROTOCOL", wrong);
     why = wrong.empty() ? outcome.why : wrong;
+    if (why.empty() && !goes_on) {
+      const std::uint64_t lacking = queue.pending_pages();
+      barren_epochs = lacking < least_lacking ? 0 : barren_epochs + 1;
+      least_lacking = std::min(least_lacking, lacking);
+      if (barren_epochs > wire::kMostBarrenEpochs) {
+        return fail_locked("RECOVERY_TIMEOUT",
+                           "the connections are cut again and again, and no page gets through");
+      }
+    }
     if (why.empty()) {
       start_threads(next);
       post_locked({.kind = EngineEventKind::kRecovered, .code = {}, .message = {}, .lost = {}});

@@ -35,7 +35,8 @@ Token later_token(const TreeKey& key, std::uint32_t line, std::uint32_t attempt)
 std::optional<Token> session_token(std::span<const Token> table, StageRole role, std::uint32_t attempt) {
   const std::size_t at = std::size_t{attempt} * kStageRoles + static_cast<std::size_t>(role);
   if (at < table.size()) return table[at];
-  const std::optional<TreeKey> key = later_token_key(table);
+  // A member's connections show what would be the key.
+  const std::optional<TreeKey> key = role == StageRole::kPopular ? std::nullopt : later_token_key(table);
   if (!key || attempt >= kMostAttempts) return std::nullopt;
   return later_token(*key, static_cast<std::uint32_t>(role), attempt);
 }
@@ -43,7 +44,7 @@ std::optional<Token> session_token(std::span<const Token> table, StageRole role,
 std::optional<Token> data_token(std::span<const Token> table, std::size_t columns, std::size_t column,
                                 std::uint32_t epoch) {
   const std::size_t rows = table.size() / columns;
-  if (column >= columns || epoch >= (rows == 1 ? 1 : kMostAttempts)) return std::nullopt;
+  if (column >= columns || !has_data_token(table.size(), columns, epoch)) return std::nullopt;
   if (rows == 1 || epoch < rows - 1) return table[epoch * columns + column];
   return later_token(token_pair(table[(rows - 1) * columns], table[(rows - 1) * columns + 1]),
                      static_cast<std::uint32_t>(column), epoch);

@@ -16,6 +16,9 @@ namespace memferry::wire {
 
 // Attempts of a session's role, epochs of a migration: of those of a session a hello has 16 bits.
 inline constexpr std::uint32_t kMostAttempts = 1U << 16U;
+// That may come to nothing one after the other, before whoever dials or is dialled gives up: connecting is no progress.
+inline constexpr unsigned kMostBarrenAttempts = 64;  // of a session's role, each asked something
+inline constexpr unsigned kMostBarrenEpochs = 256;
 
 // `line`: a role, or the column of a data connection. Who has overheard all others knows nothing of it. Throws
 // std::runtime_error (libcrypto).
@@ -30,5 +33,9 @@ inline constexpr std::uint32_t kMostAttempts = 1U << 16U;
 // tokens themselves where there is one row.
 [[nodiscard]] std::optional<Token> data_token(std::span<const Token> table, std::size_t columns,
                                               std::size_t column, std::uint32_t epoch);
+[[nodiscard]] constexpr bool has_data_token(std::size_t table_tokens, std::size_t columns,
+                                            std::uint32_t epoch) {
+  return epoch < (table_tokens == columns ? 1 : kMostAttempts);
+}
 
 }  // namespace memferry::wire

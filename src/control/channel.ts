@@ -39,6 +39,8 @@ export interface ControlChannelOptions<In> {
   peerTimeoutMs?: number;
   /** A peer that is alive and takes nothing of what is sent to it for this long counts as lost too. */
   stallTimeoutMs?: number;
+  /** So does one of whose binary part nothing comes for this long, whatever else it says. */
+  chunkTimeoutMs?: number;
 }
 
 /** Takes a binary part in pieces, in order. */
@@ -98,15 +100,16 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   readonly #sink: (message: In, bytes: number) => BinarySink | null;
   readonly #peerTimeoutMs: number;
   readonly #stallTimeoutMs: number;
+  readonly #chunkTimeoutMs: number;
   readonly #pingIntervalMs: number;
   readonly #ticker: NodeJS.Timeout;
-  readonly #inbox: Received<In>[] = [];
+  readonly #inbox: (Received<In> & { bytes: number })[] = [];
   readonly #outbox: Outgoing[] = [];
   #inboxBytes = 0;
   #waiting: { resolve: (received: Received<In> | null) => void; reject: (error: MemferryError) => void }[] =
     [];
   #header: { bytes: Buffer; parsed: FrameHeader } | null = null;
-  #assembling: (Received<In> & { total: number; offset: number }) | null = null;
+  #assembling: (Received<In> & { total: number; offset: number; grownMs: number }) | null = null;
   #readingPaused = false;
   #blockedSinceMs: number | null = null;
   #lastTickMs = performance.now();
@@ -134,6 +137,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#pingIntervalMs = options.pingIntervalMs ?? 1000;
     this.#peerTimeoutMs = options.peerTimeoutMs ?? 10_000;
     this.#stallTimeoutMs = options.stallTimeoutMs ?? 30_000;
+    this.#chunkTimeoutMs = options.chunkTimeoutMs ?? 60_000;
 
     const duplex = session.duplex;
     this.#duplex = duplex;
@@ -212,9 +216,10 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
 
   /** The next message; null after a goodbye. Rejects with the reason for which the channel ended. */
   receive(): Promise<Received<In> | null> {
-    const next = this.#inbox.shift();
-    if (next) {
-      this.#inboxBytes -= next.binary?.length ?? 0;
+    const waited = this.#inbox.shift();
+    if (waited) {
+      const { bytes, ...next } = waited;
+      this.#inboxBytes -= bytes;
       if (this.#readingPaused) {
         this.#readingPaused = false;
         this.#lastHeardMs = performance.now();
@@ -331,7 +336,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     }
     const sink = this.#sink(message, total);
     const binary = sink ? null : Buffer.allocUnsafeSlow(total);
-    this.#assembling = { message, binary, sink, total, offset: 0 };
+    this.#assembling = { message, binary, sink, total, offset: 0, grownMs: performance.now() };
     this.#deliverWhole();
   }
 
@@ -346,6 +351,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     part.sink?.write(payload);
     part.binary?.set(payload, part.offset);
     part.offset += payload.length;
+    part.grownMs = performance.now();
     this.#deliverWhole();
   }
 
@@ -353,8 +359,8 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     const part = this.#assembling;
     if (!part || part.offset < part.total) return;
     this.#assembling = null;
-    const { message, binary, sink } = part;
-    this.#deliver({ message, binary, sink });
+    const { message, binary, sink, total } = part;
+    this.#deliver({ message, binary, sink }, total);
   }
 
   #onBye(payload: Buffer): void {
@@ -391,7 +397,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     );
   }
 
-  #deliver(received: Received<In>): void {
+  #deliver(received: Received<In>, bytes = 0): void {
     // After our own goodbye nobody asks any more; reading on only lets the peer's goodbye through.
     if (this.#closing) {
       received.sink?.discard();
@@ -402,8 +408,8 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
       waiting.resolve(received);
       return;
     }
-    this.#inbox.push(received);
-    this.#inboxBytes += received.binary?.length ?? 0;
+    this.#inbox.push({ ...received, bytes });
+    this.#inboxBytes += bytes;
   }
 
   readonly #onDrain = (): void => {
@@ -458,11 +464,15 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     const lateMs = Math.max(0, nowMs - this.#lastTickMs - this.#pingIntervalMs);
     this.#lastHeardMs = this.#readingPaused ? nowMs : Math.min(nowMs, this.#lastHeardMs + lateMs);
     if (this.#blockedSinceMs !== null) this.#blockedSinceMs += lateMs;
+    const part = this.#assembling;
+    if (part) part.grownMs = this.#readingPaused ? nowMs : Math.min(nowMs, part.grownMs + lateMs);
     this.#lastTickMs = nowMs;
     if (nowMs - this.#lastHeardMs > this.#peerTimeoutMs) {
       this.#cut(`the peer has said nothing for ${Math.round(nowMs - this.#lastHeardMs)} ms`);
     } else if (this.#blockedSinceMs !== null && nowMs - this.#blockedSinceMs > this.#stallTimeoutMs) {
       this.#cut(`the peer has taken nothing for ${Math.round(nowMs - this.#blockedSinceMs)} ms`);
+    } else if (part && nowMs - part.grownMs > this.#chunkTimeoutMs) {
+      this.#cut(`no more of a binary part has come for ${Math.round(nowMs - part.grownMs)} ms`);
     } else if (this.#blockedSinceMs === null && !this.#closing) {
       // With the buffer full there is something to hear as soon as the peer reads on.
       this.#write(FrameKind.Ping);

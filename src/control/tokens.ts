@@ -37,8 +37,8 @@ export function baseKey(sessionKey: Uint8Array, migrationId: Uint8Array): Uint8A
 }
 
 /**
- * Tokens for `epochs` sets of connections, row by row: at `epoch * (channels + 1) + channel`, the demand
- * channel's last in each row: the stream of the session key, `memferry data` and the migration's id.
+ * Tokens for sets of connections, row by row: at `epoch * (channels + 1) + channel`, the demand channel's last in each
+ * row; of several rows the last is the key of later epochs' (wire/later_tokens.h). The stream of the session key, `memferry data` and the migration's id.
  */
 export function dataTokens(
   sessionKey: Uint8Array,

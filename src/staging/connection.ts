@@ -51,7 +51,12 @@ export class StageConnection implements Opener {
   /** Where a state goes as it comes: whose it is, and whether it may be stored, is looked at when it is whole. */
   sink(message: StageRequest, bytes: number): ArrivingState | null {
     if (message.type !== 'state') return null;
-    return new ArrivingState(bytes, message.guest, (room) => this.images.makeState(room));
+    // A client that lost its connection says it again, perhaps before this side has noticed.
+    const image = this.#open.get(message.image);
+    image?.forgetHalfState();
+    const arriving = new ArrivingState(bytes, message.guest, (room) => this.images.makeState(room));
+    image?.noteArriving(arriving);
+    return arriving;
   }
 
   /** Until the connection ends. */

@@ -91,6 +91,8 @@ export class StagedImage {
   #claims: ClaimsState;
   #digests: string[] | null = null;
   #stateStored = false;
+  /** The newest that began to come on a connection that had this open. */
+  #arriving: ArrivingState | null = null;
 
   /** The image is in the native stage already. */
   constructor(private readonly config: StagedImageConfig) {
@@ -194,6 +196,16 @@ export class StagedImage {
     const held = native(() => this.#stage.state(this.bytes));
     if (!held) throw new MemferryError('VMD_LOST', 'the execution state is not here any more');
     return { answer, parked: readParked(held) };
+  }
+
+  noteArriving(state: ArrivingState): void {
+    this.#arriving = state;
+  }
+
+  /** Another one comes in its place. A whole one waits for its answer. */
+  forgetHalfState(): void {
+    if (this.#arriving && !this.#arriving.isWhole) this.#arriving.discard();
+    this.#arriving = null;
   }
 
   /** Throws VMD_REFUSED when the image is not its source's any more, VMD_CAPACITY when there was no room. */

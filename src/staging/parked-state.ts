@@ -14,6 +14,7 @@ const LENGTH_BYTES = 4;
 export class ArrivingState implements BinarySink {
   #held: NativeHeldState | null;
   #at = 0;
+  readonly #end: number;
 
   /** `make` gives memory for so many bytes; null: there is none. `bytes`: of the execution state alone. */
   constructor(
@@ -24,7 +25,8 @@ export class ArrivingState implements BinarySink {
     const json = Buffer.from(JSON.stringify(guest), 'utf8');
     const length = Buffer.alloc(LENGTH_BYTES);
     length.writeUInt32LE(json.length, 0);
-    this.#held = make(LENGTH_BYTES + json.length + bytes);
+    this.#end = LENGTH_BYTES + json.length + bytes;
+    this.#held = make(this.#end);
     this.write(length);
     this.write(json);
   }
@@ -32,6 +34,10 @@ export class ArrivingState implements BinarySink {
   /** null: there was no room for it, or it was discarded. */
   get held(): NativeHeldState | null {
     return this.#held;
+  }
+
+  get isWhole(): boolean {
+    return this.#at === this.#end;
   }
 
   write(chunk: Uint8Array): void {

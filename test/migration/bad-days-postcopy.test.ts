@@ -141,13 +141,15 @@ describe('a cut again while it recovers', () => {
 test('more cuts than there are tokens in advance', async () => {
   const rate = { batch: 1, restMs: 50 };
   const { a, b, proxy, go } = await resumedUnknown('post-copy', 30_000, rate, { bandwidth: 4e5 });
-  const recoveries = () => proxy.counts.get('demand down bitmap-end') ?? 0;
+  const pieces = () => proxy.counts.get('data up pages') ?? 0;
   const first = proxy.at(PUSHED, 'cut');
   go();
   await first.reached;
   proxy.heal();
   for (let cuts = 1; cuts < maxEpochs + 16; cuts++) {
-    await expect.poll(recoveries, { timeout: 20_000, interval: 2 }).toBeGreaterThanOrEqual(cuts);
+    // Something gets through each time: without that, so many are the end.
+    const before = pieces();
+    await expect.poll(pieces, { timeout: 20_000, interval: 2 }).toBeGreaterThan(before + 1);
     proxy.cut();
     proxy.heal();
   }

@@ -10,6 +10,7 @@
 #include "accepting_server.h"
 #include "scatter_rig.h"
 #include "transfer/receiver.h"
+#include "wire/later_tokens.h"
 
 namespace memferry::test {
 namespace {
@@ -39,20 +40,39 @@ class HostileServer {
   const AcceptingServer server_;
 };
 
-std::shared_ptr<Receiver> gather_from(const HostileServer& server, EventBox& events) {
+std::shared_ptr<Receiver> gather_from(const HostileServer& server, EventBox& events,
+                                      std::chrono::milliseconds recover = 120s) {
   ReceiverConfig config;
   config.regions = {Region::allocate(kPages * system_page_size())};
   config.migration = own_image_id(0x43);
   config.channels = 1;
   config.tokens = direct_tokens(1);
   config.may_page = true;
-  config.recover_timeout = 120s;
+  config.recover_timeout = recover;
   config.loss_grace = 50ms;
   config.servers =
       server_addresses(config.migration, kDestinationSession, std::vector<std::uint16_t>{server.port()});
   config.sourceless = true;
   config.on_event = events.callback();
   return Receiver::create(std::move(config));
+}
+
+TEST(GatherHostile, OneThatTakesEveryConnectionAndAnswersNothingIsGivenUp) {
+  std::atomic<unsigned> asked{0};
+  const HostileServer server([&](Wire& wire) {
+    ++asked;
+    wire.close();
+  });
+  EventBox events;
+  // It is never gone for so long.
+  const auto receiver = gather_from(server, events, 800ms);
+  const auto end =
+      events.take({EngineEventKind::kLost, EngineEventKind::kFailed}, EventBox::Clock::now() + 60s);
+  EXPECT_TRUE(end);
+  EXPECT_GE(asked, wire::kMostBarrenAttempts);
+  EXPECT_NE(receiver->stats().servers.at(0).failed.find("however often it is dialled"), std::string::npos)
+      << receiver->stats().servers.at(0).failed;
+  receiver->close();
 }
 
 TEST(GatherHostile, AMapThatNeverEndsIsFoundOut) {

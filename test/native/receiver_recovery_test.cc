@@ -217,6 +217,29 @@ TEST_F(ReceiverRecovery, MoreCutsThanItsTableHasRowsAreNoLoss) {
   EXPECT_EQ(bench.log.count(EngineEventKind::kLost), 0U);
 }
 
+// Connecting is no progress.
+TEST_F(ReceiverRecovery, ManyCutsWithoutAPageBetweenThemAreALoss) {
+  Bench bench(64);
+  bench.config.recover_timeout = 60s;
+  const auto content = random_bytes(64 * bench.page_size, 9);
+  half_way(bench, content);
+  std::uint32_t epoch = 0;
+  const auto cut = [&] {
+    bench.data(0).close();
+    bench.connect(++epoch);
+    bench.log.wait(EngineEventKind::kRecovered, epoch - 1);
+  };
+  // What came before them counts as progress once.
+  for (unsigned i = 0; i < wire::kMostBarrenEpochs; ++i) cut();
+  EXPECT_TRUE(bench.data(1).pages(0, 32, std::span(content).subspan(32 * bench.page_size, bench.page_size),
+                                  bench.page_size));
+  EXPECT_TRUE(bench.data(1).barrier(7).answered);
+  for (unsigned i = 0; i <= wire::kMostBarrenEpochs; ++i) cut();
+  EXPECT_EQ(bench.log.count(EngineEventKind::kLost), 0U);
+  bench.data(0).close();
+  bench.log.wait(EngineEventKind::kLost);
+}
+
 TEST_F(ReceiverRecovery, TheLastRowOfItsTableIsAKeyAndNoToken) {
   Bench bench(64);
   bench.config.recover_timeout = 60s;

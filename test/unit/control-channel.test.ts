@@ -274,6 +274,34 @@ describe('a binary part in pieces', () => {
     expect(left.asked.reads).toBe(0);
   });
 
+  it('of which nothing more comes ends the connection, whatever else is said', async () => {
+    const { sinks, sink } = sunk();
+    const peer = await rawPeer({ sink, pingIntervalMs: 20, chunkTimeoutMs: 300 });
+    peer.socket.resume();
+    peer.socket.write(peer.seal(FrameKind.JsonWithBinary, u32(4), '{"type":"x"}'));
+    const began = performance.now();
+    for (let at = 0; at < 3; at++) {
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      peer.socket.write(peer.seal(FrameKind.Chunk, 'a'));
+    }
+    const pings = setInterval(() => peer.socket.write(peer.seal(FrameKind.Ping)), 20);
+    const { error } = await peer.channel.closed;
+    clearInterval(pings);
+    expect(error).toMatchObject({ code: 'PEER_LOST', message: expect.stringMatching(/binary part/) });
+    expect(performance.now() - began).toBeGreaterThan(800);
+    expect(sinks[0]?.kept).toBe(null);
+  });
+
+  it('counts as received until it is taken, wherever it went', async () => {
+    const { sinks, sink } = sunk();
+    const [near, far] = await loopback.channels({ maxBinaryBytes: 1000 }, { maxBinaryBytes: 1000, sink });
+    for (let at = 0; at < 5; at++) void near.send({ type: 'x' }, source(600));
+    await expect.poll(() => sinks.length).toBe(2);
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    expect(sinks.length).toBe(2);
+    for (let at = 0; at < 5; at++) expect((await far.receive())?.sink).toBe(sinks[at]);
+  });
+
   it('that nobody will take is discarded: half of one, one that waits, one behind our own goodbye', async () => {
     const chunk = (peer: Awaited<ReturnType<typeof rawPeer>>, bytes: number) =>
       peer.seal(FrameKind.Chunk, Buffer.alloc(bytes));

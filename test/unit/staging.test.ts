@@ -420,6 +420,17 @@ describe('a VMD server', () => {
     expect(server.native.stats().freeBytes).toBeLessThan(freeBytes / 2);
     await others.putState(parkedGuest, new Uint8Array(3));
     expect(server.native.stats().freeBytes).toBeGreaterThan(freeBytes - 1000);
+    // One that is said again while the server still waits for the rest of the first.
+    const over = await slowly(server);
+    const again = owned(
+      await openImage([over], connection(), { image: imageId, secret: imageSecret, access: 'control' }),
+    );
+    void again.putState(parkedGuest, large).catch(() => {});
+    await until(() => server.native.stats().freeBytes < freeBytes / 2);
+    await others.putState(parkedGuest, large);
+    await others.putState(parkedGuest, new Uint8Array(3));
+    await again.close();
+    await until(() => server.native.stats().freeBytes > freeBytes - 1000);
     // One whose sender goes away before its first byte.
     const state = { type: 'state', request: 2, image: imageId, guest: parkedGuest };
     const peer = await announcing(server, state, large.length);
