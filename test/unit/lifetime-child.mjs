@@ -63,7 +63,7 @@ function transfer({ bytes, withSource, onEvent = () => {} }) {
   if (!withSource) return { listener, receiver, destination };
   const source = addon.allocate(bytes);
   for (const buffer of source.buffers()) new Uint8Array(buffer).fill(5);
-  const tracker = addon.makeTracker('hash-diff', source, 'anywhere');
+  const tracker = addon.makeTracker('hash-diff', source, 'anywhere', false);
   const sender = addon.createSender({
     ...common,
     regions: [source],
@@ -123,7 +123,7 @@ const scenarios = {
       const id = await message(owner);
       const region = addon.openRegion(id);
       assert.notEqual(region, null);
-      const tracker = addon.makeTracker('hash-diff', region, 'anywhere');
+      const tracker = addon.makeTracker('hash-diff', region, 'anywhere', false);
       tracker.arm();
       const digest = region.digest().catch((error) => error.code);
       if (way === 'terminate') void owner.terminate();
@@ -159,7 +159,7 @@ const scenarios = {
       const hashing = (async () => {
         while (!over) await region.digest().catch((error) => assert.equal(error.code, 'REGION_GONE'));
       })();
-      const tracker = addon.makeTracker(round % 2 ? 'hash-diff' : bestTracker(), region, 'anywhere');
+      const tracker = addon.makeTracker(round % 2 ? 'hash-diff' : bestTracker(), region, 'anywhere', false);
       try {
         tracker.arm();
         for (let i = 0; i < round * 5; i++) {
@@ -182,7 +182,7 @@ const scenarios = {
   async busy() {
     const { memory, region } = adoptMemory(256);
     const own = addon.allocate(8 * MiB);
-    const tracker = addon.makeTracker('hash-diff', own, 'anywhere');
+    const tracker = addon.makeTracker('hash-diff', own, 'anywhere', false);
     tracker.arm();
     parentPort.postMessage(region.id);
     for (;;) {
@@ -200,7 +200,7 @@ const scenarios = {
     const forget = () => {
       const { region } = adoptMemory(16);
       const own = addon.allocate(1 * MiB);
-      const tracker = addon.makeTracker(bestTracker(), own, 'anywhere');
+      const tracker = addon.makeTracker(bestTracker(), own, 'anywhere', false);
       tracker.arm();
       void region.digest();
       return [region.id, own.id];
@@ -274,9 +274,9 @@ const scenarios = {
   async 'exit-while-tracking'() {
     const own = addon.allocate(64 * MiB);
     new Uint8Array(own.buffers()[0]).fill(1);
-    const tracker = addon.makeTracker('hash-diff', own, 'anywhere');
+    const tracker = addon.makeTracker('hash-diff', own, 'anywhere', false);
     tracker.arm();
-    const asynchronous = addon.makeTracker(bestTracker(), own, 'anywhere');
+    const asynchronous = addon.makeTracker(bestTracker(), own, 'anywhere', false);
     asynchronous.arm();
     asynchronous.collect();
     await message(worker('busy'));
