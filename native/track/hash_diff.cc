@@ -11,7 +11,7 @@ void HashDiffTracker::arm() {
   const RegionUse use(region_, "arm");
   armed_ = false;
   const std::uint64_t pages = region_->pages();
-  hashes_.range(use, "hash-diff", 0, pages, [&](std::uint64_t page, std::uint64_t hash) {
+  hashes_.look(use, "hash-diff", pages, nullptr, [&](std::uint64_t page, std::uint64_t hash) {
     hashes_.remembered(page).store(hash, std::memory_order_relaxed);
   });
   armed_pages_ = pages;
@@ -26,7 +26,7 @@ std::uint64_t HashDiffTracker::collect(AtomicBitmap& dirty) {
   const std::uint64_t pages = region_->pages();
   if (dirty.capacity() < pages) throw std::invalid_argument("collect: the bitmap is smaller than the region");
   std::uint64_t written = 0;
-  hashes_.range(use, "hash-diff", 0, pages, [&](std::uint64_t page, std::uint64_t hash) {
+  hashes_.look(use, "hash-diff", pages, nullptr, [&](std::uint64_t page, std::uint64_t hash) {
     const std::uint64_t former = hashes_.remembered(page).exchange(hash, std::memory_order_relaxed);
     if (former == hash && page < armed_pages_) return;
     dirty.set(PageNumber{page});

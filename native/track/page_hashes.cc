@@ -39,15 +39,28 @@ std::atomic<std::uint64_t>& PageHashes::remembered(std::uint64_t page) const {
   return reinterpret_cast<std::atomic<std::uint64_t>*>(remembered_.data())[page];
 }
 
-void PageHashes::range(const RegionUse& use, const char* who, std::uint64_t first, std::uint64_t end,
-                       const Visit& visit) {
+void PageHashes::look(const RegionUse& use, const char* who, std::uint64_t pages, const AtomicBitmap* only,
+                      const Visit& visit) {
   const std::uint64_t page_size = region_->page_size();
   std::uint64_t hashes[kPagesAtOnce];
-  const auto hash_pages_of = [&](std::uint64_t from, std::uint64_t to) {
+  const auto wanted_of = [&](std::uint64_t from, std::uint64_t to, const auto& each) {
     while (from < to) {
+      PageRun run{PageNumber{from}, to - from};
+      if (only != nullptr) {
+        const auto next = only->next_set(run.first, run.end(), run.count);
+        if (!next) return;
+        run = *next;
+      }
+      each(run);
+      from = run.end().value;
+    }
+  };
+  const auto hash = [&](PageRun run) {
+    for (std::uint64_t from = run.first.value; from < run.end().value;) {
       if (use.revoked()) throw RegionGone(who);
       reader_.reset();
-      const auto bytes = reader_.read(*region_, {PageNumber{from}, std::min(kPagesAtOnce, to - from)});
+      const auto bytes =
+          reader_.read(*region_, {PageNumber{from}, std::min(kPagesAtOnce, run.end().value - from)});
       const std::uint64_t count = bytes.size() / page_size;
       hash_pages(bytes, page_size, hashes);
       for (std::uint64_t i = 0; i < count; ++i) visit(from + i, hashes[i]);
@@ -55,18 +68,18 @@ void PageHashes::range(const RegionUse& use, const char* who, std::uint64_t firs
     }
   };
   // A page of several of the system's may be empty in parts.
-  if (page_size != system_page_size()) return hash_pages_of(first, end);
+  if (page_size != system_page_size()) return wanted_of(0, pages, hash);
   // A page that is found empty is zeros at that moment, which lies within this call.
-  std::uint64_t at = first;
-  const auto zeros_up_to = [&](std::uint64_t to) {
-    for (; at < to; ++at) visit(at, zero_page_hash_);
+  const auto zeros = [&](PageRun run) {
+    for (PageNumber page = run.first; page < run.end(); ++page.value) visit(page.value, zero_page_hash_);
   };
-  contents_.visit(*region_, {PageNumber{first}, end - first}, [&](PageRun run) {
-    zeros_up_to(run.first.value);
-    hash_pages_of(at, run.end().value);
+  std::uint64_t at = 0;
+  contents_.visit(*region_, {PageNumber{0}, pages}, [&](PageRun run) {
+    wanted_of(at, run.first.value, zeros);
+    wanted_of(std::max(at, run.first.value), run.end().value, hash);
     at = run.end().value;
   });
-  zeros_up_to(end);
+  wanted_of(at, pages, zeros);
 }
 
 }  // namespace memferry

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "os/mapping.h"
+#include "page/bitmap.h"
 #include "page/contents.h"
 #include "page/region.h"
 #include "page/region_reader.h"
@@ -21,10 +22,10 @@ class PageHashes {
 
   explicit PageHashes(std::shared_ptr<Region> region);
 
-  // Calls visit for pages [first, end), in order, with what they hold at a moment within the call. Pages that were never
-  // touched are not read. Throws RegionGone; `who` for its message.
-  void range(const RegionUse& use, const char* who, std::uint64_t first, std::uint64_t end,
-             const Visit& visit);
+  // Calls visit for all of the first `pages`, or those of them that `only` has, in order, with what they hold at a moment
+  // within the call. Pages that were never touched are not read. Throws RegionGone; `who` for its message.
+  void look(const RegionUse& use, const char* who, std::uint64_t pages, const AtomicBitmap* only,
+            const Visit& visit);
   // 0 until something else is stored there.
   [[nodiscard]] std::atomic<std::uint64_t>& remembered(std::uint64_t page) const;
   void forget();

@@ -24,22 +24,16 @@ std::uint64_t SentDiffTracker::collect(AtomicBitmap& dirty) {
     throw std::invalid_argument("collect: the bitmap is smaller than the region");
   (void)inner_->collect(written_);
   const RegionUse use(region_, "collect");
-  const PageNumber end{region_->pages()};
   std::uint64_t reported = 0;
-  for (PageNumber at{0};;) {
-    const auto run = written_.next_set(at, end, end.value);
-    if (!run) break;
-    at = run->end();
-    sent_.range(use, "collect", run->first.value, at.value, [&](std::uint64_t page, std::uint64_t xxh3) {
-      const std::uint64_t sent = sent_.remembered(page).load(std::memory_order_relaxed);
-      if (sent == 0 || sent != xxh3) {
-        sent_.remembered(page).store(0, std::memory_order_relaxed);
-        dirty.set(PageNumber{page});
-        ++reported;
-      }
-      written_.clear(PageNumber{page});
-    });
-  }
+  sent_.look(use, "collect", region_->pages(), &written_, [&](std::uint64_t page, std::uint64_t xxh3) {
+    const std::uint64_t sent = sent_.remembered(page).load(std::memory_order_relaxed);
+    if (sent == 0 || sent != xxh3) {
+      sent_.remembered(page).store(0, std::memory_order_relaxed);
+      dirty.set(PageNumber{page});
+      ++reported;
+    }
+    written_.clear(PageNumber{page});
+  });
   region_->check_attached("collect");
   return reported;
 }
@@ -47,6 +41,7 @@ std::uint64_t SentDiffTracker::collect(AtomicBitmap& dirty) {
 void SentDiffTracker::sent(PageNumber page, std::uint64_t xxh3) {
   if (page.value >= region_->capacity_pages()) throw std::out_of_range("sent: page outside the region");
   sent_.remembered(page.value).store(xxh3, std::memory_order_relaxed);
+  if (inner_->wants_sent()) inner_->sent(page, xxh3);
 }
 
 }  // namespace memferry

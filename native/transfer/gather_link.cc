@@ -87,6 +87,11 @@ bool GatherLink::under_way(std::uint32_t region, PageNumber page) const {
   });
 }
 
+std::string GatherLink::progressed(std::string why) {
+  progressed_ = progressed_ || why.empty();
+  return why;
+}
+
 bool GatherLink::is_asked() const {
   const std::lock_guard lock(mutex_);
   return map_under_way_ || !reads_.empty();
@@ -167,6 +172,7 @@ void GatherLink::run_once(WorkerThread& self, std::shared_ptr<wire::Stream>& str
       if (!self.stopping()) {
         gather_.link_up(server_, role_);
         const auto began = Clock::now();
+        progressed_ = false;
         why = serve(self, *stream);
         for_good = for_good_;
         if (answered_at_ > began)
@@ -297,12 +303,12 @@ std::string GatherLink::read_frame(wire::Stream& stream) {
     case wire::FrameType::kZero:
     case wire::FrameType::kAbsent:
     case wire::FrameType::kHashes:
-      return on_answer(stream, header);
+      return progressed(on_answer(stream, header));
     case wire::FrameType::kMap:
     case wire::FrameType::kMapEnd:
       if (!map_under_way_) return "a map that was not asked for";
       answered_at_ = Clock::now();
-      return on_map(stream, header);
+      return progressed(on_map(stream, header));
     case wire::FrameType::kTurn:
       return on_turn(header);
     default:

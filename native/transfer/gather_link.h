@@ -103,6 +103,8 @@ class GatherLink {
   void give_back_reads();
   // By the thread itself.
   [[nodiscard]] bool is_asked() const;
+  // What is wrong with a frame, "" when it was right.
+  std::string progressed(std::string why);
   void yield_to_source(wire::Stream& stream, Clock::duration took);
 
   Gather& gather_;
@@ -111,7 +113,9 @@ class GatherLink {
   const bool ahead_;
   const std::uint16_t encodings_;  // that answers may have: what somebody waits for comes as it is
   std::uint32_t attempt_ = 0;
-  unsigned barren_ = 0;  // connections one after the other that were asked something and answered nothing
+  // Connections one after the other that were asked something and gave no right answer; whether this one has.
+  unsigned barren_ = 0;
+  bool progressed_ = false;
   // The thread's own:
   std::vector<std::byte> payload_;
   std::vector<std::byte> decoded_;

@@ -176,7 +176,7 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   shut_down_all_locked();
   for (const auto& channel : channels) channel->attached = false;
   if (!guest_is_here) return;
-  const std::uint64_t came = pages_received + pages_zero;
+  const std::uint64_t came = pages_received + pages_zero + pages_known;
   barren_epochs = came == came_before_cut ? barren_epochs + 1 : 0;
   came_before_cut = came;
   // With servers it may need no source any more: look_after_gather_locked() finds out.
@@ -191,7 +191,7 @@ void Receiver::Impl::cut_locked(const ChannelEnd& end) {
   }
   if (end.kind == ChannelEnd::Kind::kBadFrame && ++bad_frames > kBadFramesForgiven) {
     lose_locked(end.code, "the source keeps sending bad frames: " + end.message);
-  } else if (barren_epochs > wire::kMostBarrenEpochs ||
+  } else if ((!gather && barren_epochs > wire::kMostBarrenEpochs) ||
              !wire::has_data_token(config.tokens.size(), config.channels + 1, epoch + 1)) {
     lose_locked("RECOVERY_TIMEOUT", "the connections were cut too often: " + end.message);
   }

@@ -216,8 +216,8 @@ struct Sender::Impl {
   Task task;
   std::shared_ptr<Epoch> epoch;
   std::uint32_t next_epoch = 0;
-  // Of what the destination lacked when it was dialled again: how little at most, and how often in turn no less.
-  std::uint64_t least_lacking = ~0ULL;
+  // How much the destination lacked when it was dialled again, and how often in turn that was the same.
+  std::uint64_t lacked_before = 0;
   unsigned barren_epochs = 0;
   bool connect_wanted = false;
   bool push_wanted = false;

@@ -238,6 +238,7 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
   std::string why = "no attempt was made";
   // Where nothing gets through, not as fast as it fails.
   if (barren_epochs > 0) {
+    deliver_events(lock);
     const auto pause = std::min(kFirstBackoff * (1U << std::min(barren_epochs, 7U)), kLongestBackoff);
     supervisor_changed.wait_for(lock, pause, over);
   }
@@ -273,16 +274,14 @@ void Sender::Impl::recover(std::unique_lock<std::mutex>& lock) {
     if (over()) return;
     if (!wrong.empty() && ++violations > kMostViolations) return fail_locked("PROTOCOL", wrong);
     why = wrong.empty() ? outcome.why : wrong;
-    if (why.empty() && !goes_on) {
+    if (why.empty()) {
       const std::uint64_t lacking = queue.pending_pages();
-      barren_epochs = lacking < least_lacking ? 0 : barren_epochs + 1;
-      least_lacking = std::min(least_lacking, lacking);
-      if (barren_epochs > wire::kMostBarrenEpochs) {
+      barren_epochs = lacking > 0 && lacking == lacked_before ? barren_epochs + 1 : 0;
+      lacked_before = lacking;
+      if (barren_epochs > wire::kMostBarrenEpochs && !goes_on) {
         return fail_locked("RECOVERY_TIMEOUT",
                            "the connections are cut again and again, and no page gets through");
       }
-    }
-    if (why.empty()) {
       start_threads(next);
       post_locked({.kind = EngineEventKind::kRecovered, .code = {}, .message = {}, .lost = {}});
       if (!switch_acknowledged) {

@@ -82,14 +82,17 @@ TEST(Listener, SilenceEndsAfterTheHelloTimeout) {
 }
 
 // Out of descriptors it neither spins nor forgets who waits.
-// Threads name themselves: each but this one has begun. A sanitizer that looks at a new thread's object needs
-// descriptors. (A sanitizer's own thread never does: then this is only a pause.)
+// Threads name themselves, and then wait: each but this one has begun. (Until then it has its maker's name, which may be
+// one of ours.) A sanitizer that looks at a new thread's object needs descriptors. (A sanitizer's own thread has no name:
+// then this is only a pause.)
 bool all_threads_run() {
   for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
     if (task.path().filename() == std::to_string(::getpid())) continue;
     std::string name;
     std::getline(std::ifstream(task.path() / "comm"), name);
-    if (!name.starts_with("mf-")) return false;
+    std::string stat;
+    std::getline(std::ifstream(task.path() / "stat"), stat);
+    if (!name.starts_with("mf-") || stat.find(") S ") == std::string::npos) return false;
   }
   return true;
 }

@@ -303,6 +303,21 @@ TEST_P(HugePages, AreSplitWhereOnlyWhatChangedIsToBeSentAgain) {
   }
 }
 
+// Such as kvm-log has beside it for who is no vCPU.
+TEST(SplitOverATrackerThatCompares, TellsItWhatWasSent) {
+  const auto region = Region::allocate(4 * system_page_size());
+  const auto tracker = split_huge_pages(region, make_tracker(TrackerKind::kHashDiff, region));
+  std::byte* const at = region->address(PageNumber{1}).pointer();
+  *at = std::byte{1};
+  tracker->arm();
+  *at = std::byte{2};
+  send_all(*tracker, *region);
+  *at = std::byte{1};
+  AtomicBitmap dirty(4);
+  EXPECT_EQ(tracker->collect(dirty), 1U);
+  EXPECT_TRUE(dirty.test(PageNumber{1}));
+}
+
 TEST_P(HugePages, WhatWasFoundWrittenAndNobodySentCountsAgain) {
   const auto region = map(false, page_);
   TrackerOptions options = kOnOurWord;
