@@ -29,7 +29,7 @@ export interface TrackerOptions {
   /**
    * Of the pages that were written only those count that hold something else than a migration that has this tracker last
    * sent. With reserved huge pages one write makes all 512 pages of 4 KiB count otherwise. Costs reading what was written.
-   * Default false.
+   * By XXH3: not where processes of the guest distrust each other (docs/security.md). Default false.
    */
   splitHugePages?: boolean;
   /** The memory is a KVM guest's: taken unless another tracker is asked for by name. */

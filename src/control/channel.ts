@@ -39,7 +39,7 @@ export interface ControlChannelOptions<In> {
   peerTimeoutMs?: number;
   /** A peer that is alive and takes nothing of what is sent to it for this long counts as lost too. */
   stallTimeoutMs?: number;
-  /** So does one of whose binary part nothing comes for this long, whatever else it says. */
+  /** So does one of whose binary part nothing comes for this long, whatever else it says. Default 60 s at least. */
   chunkTimeoutMs?: number;
 }
 
@@ -137,7 +137,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#pingIntervalMs = options.pingIntervalMs ?? 1000;
     this.#peerTimeoutMs = options.peerTimeoutMs ?? 10_000;
     this.#stallTimeoutMs = options.stallTimeoutMs ?? 30_000;
-    this.#chunkTimeoutMs = options.chunkTimeoutMs ?? 60_000;
+    this.#chunkTimeoutMs = options.chunkTimeoutMs ?? Math.max(60_000, this.#peerTimeoutMs);
 
     const duplex = session.duplex;
     this.#duplex = duplex;

@@ -95,8 +95,8 @@ export interface MigrateOptions extends ConnectionOptions {
   writers?: Writers;
   /**
    * A write to a reserved huge page makes only those of its 512 pages of 4 KiB go again that changed, not all. Of other
-   * memory, pages that were written and hold what was sent do not go again either. Costs reading what was written. Default
-   * false.
+   * memory, pages that were written and hold what was sent do not go again either. Costs reading what was written. By XXH3: not
+   * where processes of the guest distrust each other (docs/security.md). Default false.
    */
   splitHugePages?: boolean;
   /** Compare a digest of every region from both sides at the end: VERIFICATION_FAILED. Default true. */

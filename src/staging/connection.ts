@@ -31,7 +31,9 @@ export class StageConnection implements Opener {
   /** The image that commit messages are about, whether or not it is here (any more). */
   #commitImage: string | null = null;
 
+  /** `number`: goes up from one connection to the next. */
   constructor(
+    private readonly number: number,
     private readonly channel: StageChannel,
     readonly sessionKey: Uint8Array,
     private readonly images: StagedImages,
@@ -51,11 +53,11 @@ export class StageConnection implements Opener {
   /** Where a state goes as it comes: whose it is, and whether it may be stored, is looked at when it is whole. */
   sink(message: StageRequest, bytes: number): ArrivingState | null {
     if (message.type !== 'state') return null;
-    // A client that lost its connection says it again, perhaps before this side has noticed.
+    // A client that lost its connection says it again on the next one, perhaps before this side has noticed.
     const image = this.#open.get(message.image);
-    image?.forgetHalfState();
+    image?.forgetHalfState(this.number);
     const arriving = new ArrivingState(bytes, message.guest, (room) => this.images.makeState(room));
-    image?.noteArriving(arriving);
+    image?.noteArriving(this.number, arriving);
     return arriving;
   }
 

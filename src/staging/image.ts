@@ -91,8 +91,8 @@ export class StagedImage {
   #claims: ClaimsState;
   #digests: string[] | null = null;
   #stateStored = false;
-  /** The newest that began to come on a connection that had this open. */
-  #arriving: ArrivingState | null = null;
+  /** The one that began to come on the newest connection that had this open. */
+  #arriving: { connection: number; state: ArrivingState } | null = null;
 
   /** The image is in the native stage already. */
   constructor(private readonly config: StagedImageConfig) {
@@ -198,13 +198,15 @@ export class StagedImage {
     return { answer, parked: readParked(held) };
   }
 
-  noteArriving(state: ArrivingState): void {
-    this.#arriving = state;
+  noteArriving(connection: number, state: ArrivingState): void {
+    if (!this.#arriving || this.#arriving.connection <= connection) this.#arriving = { connection, state };
   }
 
-  /** Another one comes in its place. A whole one waits for its answer. */
-  forgetHalfState(): void {
-    if (this.#arriving && !this.#arriving.isWhole) this.#arriving.discard();
+  /** Another one comes in its place, on a later connection. A whole one waits for its answer. */
+  forgetHalfState(connection: number): void {
+    const former = this.#arriving;
+    if (!former || former.connection >= connection) return;
+    if (!former.state.isWhole) former.state.discard();
     this.#arriving = null;
   }
 

@@ -125,6 +125,7 @@ class StageServer implements Staging {
   readonly #ticker: NodeJS.Timeout;
   readonly #announcer: Announcer | null;
   readonly #startedMs = performance.now();
+  #connectionsEver = 0;
   #closed: Promise<void> | null = null;
 
   constructor(
@@ -217,8 +218,13 @@ class StageServer implements Staging {
       sink: (message, bytes) => peer.sink(message, bytes),
       peerTimeoutMs: this.options.peerTimeoutMs,
     });
-    const peer = new StageConnection(channel, session.sessionKey, this.#images, this.#members, () =>
-      this.status(),
+    const peer = new StageConnection(
+      ++this.#connectionsEver,
+      channel,
+      session.sessionKey,
+      this.#images,
+      this.#members,
+      () => this.status(),
     );
     if (this.#connections.size >= maxConnections || this.#closing.signal.aborted) {
       await channel.close();

@@ -427,8 +427,15 @@ describe('a VMD server', () => {
     );
     void again.putState(parkedGuest, large).catch(() => {});
     await until(() => server.native.stats().freeBytes < freeBytes / 2);
-    await others.putState(parkedGuest, large);
-    await others.putState(parkedGuest, new Uint8Array(3));
+    const later = owned(
+      await openImage([server.address], connection(), {
+        image: imageId,
+        secret: imageSecret,
+        access: 'control',
+      }),
+    );
+    await later.putState(parkedGuest, large);
+    await later.putState(parkedGuest, new Uint8Array(3));
     await again.close();
     await until(() => server.native.stats().freeBytes > freeBytes - 1000);
     // One whose sender goes away before its first byte.
