@@ -11,6 +11,13 @@ import type { Duplex } from 'node:stream';
 import { z } from 'zod';
 import { MemferryError } from '../errors.js';
 import {
+  ArrivingPart,
+  type BinarySink,
+  type BinarySource,
+  bytesAsSource,
+  type Received,
+} from './binary-part.js';
+import {
   ANNOUNCEMENT_BYTES,
   FRAME_HEADER_BYTES,
   FRAME_MAC_BYTES,
@@ -41,28 +48,6 @@ export interface ControlChannelOptions<In> {
   stallTimeoutMs?: number;
   /** So does one of whose binary part nothing comes for this long, whatever else it says. Default 60 s at least. */
   chunkTimeoutMs?: number;
-}
-
-/** Takes a binary part in pieces, in order. */
-export interface BinarySink {
-  write(chunk: Uint8Array): void;
-  /** Nobody will take what has come. */
-  discard(): void;
-}
-
-/** Gives a binary part in pieces. */
-export interface BinarySource {
-  readonly length: number;
-  read(at: number, length: number): Uint8Array;
-  /** Called once: it was sent, or never will be. */
-  done(): void;
-}
-
-export interface Received<In> {
-  readonly message: In;
-  readonly binary: Uint8Array | null;
-  /** Has the binary part, whole, where `sink` gave one for it. */
-  readonly sink: BinarySink | null;
 }
 
 /** `error` is null when one side said goodbye and nothing was wrong. */
@@ -109,7 +94,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
   #waiting: { resolve: (received: Received<In> | null) => void; reject: (error: MemferryError) => void }[] =
     [];
   #header: { bytes: Buffer; parsed: FrameHeader } | null = null;
-  #assembling: (Received<In> & { total: number; offset: number; grownMs: number }) | null = null;
+  #arriving: ArrivingPart<In> | null = null;
   #readingPaused = false;
   #blockedSinceMs: number | null = null;
   #lastTickMs = performance.now();
@@ -317,7 +302,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
         break;
       case FrameKind.Json:
       case FrameKind.JsonWithBinary:
-        if (this.#assembling)
+        if (this.#arriving)
           throw new MemferryError('PROTOCOL_ERROR', 'a message in the middle of a binary part');
         if (kind === FrameKind.Json)
           this.#deliver({ message: this.#parse(payload), binary: null, sink: null });
@@ -334,33 +319,21 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
         facts: { bytes: total, limit },
       });
     }
-    const sink = this.#sink(message, total);
-    const binary = sink ? null : Buffer.allocUnsafeSlow(total);
-    this.#assembling = { message, binary, sink, total, offset: 0, grownMs: performance.now() };
-    this.#deliverWhole();
+    this.#arriving = new ArrivingPart(message, total, this.#sink(message, total));
+    this.#deliverWhole(this.#arriving);
   }
 
   #onChunk(payload: Buffer): void {
-    const part = this.#assembling;
-    if (!part || payload.length > part.total - part.offset) {
-      throw new MemferryError(
-        'PROTOCOL_ERROR',
-        part ? 'more bytes than were announced' : 'bytes that were not announced',
-      );
-    }
-    part.sink?.write(payload);
-    part.binary?.set(payload, part.offset);
-    part.offset += payload.length;
-    part.grownMs = performance.now();
-    this.#deliverWhole();
+    const part = this.#arriving;
+    if (!part) throw new MemferryError('PROTOCOL_ERROR', 'bytes that were not announced');
+    part.take(payload);
+    this.#deliverWhole(part);
   }
 
-  #deliverWhole(): void {
-    const part = this.#assembling;
-    if (!part || part.offset < part.total) return;
-    this.#assembling = null;
-    const { message, binary, sink, total } = part;
-    this.#deliver({ message, binary, sink }, total);
+  #deliverWhole(part: ArrivingPart<In>): void {
+    if (!part.isWhole) return;
+    this.#arriving = null;
+    this.#deliver(part.received, part.total);
   }
 
   #onBye(payload: Buffer): void {
@@ -372,8 +345,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
       this.#duplex.destroy();
       return;
     }
-    if (this.#assembling)
-      throw new MemferryError('PROTOCOL_ERROR', 'a goodbye in the middle of a binary part');
+    if (this.#arriving) throw new MemferryError('PROTOCOL_ERROR', 'a goodbye in the middle of a binary part');
     this.#flush();
     this.#sayBye(null);
     this.#end({ error: null });
@@ -464,7 +436,7 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     const lateMs = Math.max(0, nowMs - this.#lastTickMs - this.#pingIntervalMs);
     this.#lastHeardMs = this.#readingPaused ? nowMs : Math.min(nowMs, this.#lastHeardMs + lateMs);
     if (this.#blockedSinceMs !== null) this.#blockedSinceMs += lateMs;
-    const part = this.#assembling;
+    const part = this.#arriving;
     if (part) part.grownMs = this.#readingPaused ? nowMs : Math.min(nowMs, part.grownMs + lateMs);
     this.#lastTickMs = nowMs;
     if (nowMs - this.#lastHeardMs > this.#peerTimeoutMs) {
@@ -499,8 +471,8 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     this.#reason = reason;
     clearInterval(this.#ticker);
     this.#duplex.off('readable', this.#onReadable);
-    this.#assembling?.sink?.discard();
-    this.#assembling = null;
+    this.#arriving?.discard();
+    this.#arriving = null;
     this.#header = null;
     const gone = reason.error ?? new MemferryError('CHANNEL_LOST', 'the control channel is closed');
     for (const outgoing of this.#outbox.splice(0)) outgoing.settle(gone);
@@ -521,10 +493,6 @@ export class ControlChannel<In, Out> implements AsyncIterable<Received<In>> {
     const timer = setTimeout(() => this.#duplex.destroy(), FAREWELL_MS);
     this.#duplex.once('close', () => clearTimeout(timer));
   }
-}
-
-function bytesAsSource(bytes: Uint8Array): BinarySource {
-  return { length: bytes.length, read: (at, length) => bytes.subarray(at, at + length), done() {} };
 }
 
 const nothing = bytesAsSource(new Uint8Array(0));

@@ -2,7 +2,8 @@
  * One authenticated control connection at a VMD server: takes its requests one after the other and answers each.
  * Owned by the server; JavaScript thread.
  */
-import type { BinarySource, ControlChannel } from '../control/channel.js';
+import type { BinarySource } from '../control/binary-part.js';
+import type { ControlChannel } from '../control/channel.js';
 import { MemferryError } from '../errors.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/commit.js';
 import { answerUnknown } from '../protocol/commit-destination.js';

@@ -3,7 +3,7 @@
  * against the cap from its first byte: `u32 length | JSON of the guest | execution state`. It comes and goes
  * in pieces; nothing here has it whole.
  */
-import type { BinarySink, BinarySource } from '../control/channel.js';
+import type { BinarySink, BinarySource } from '../control/binary-part.js';
 import { native } from '../errors.js';
 import type { NativeHeldState } from '../native.js';
 import type { ParkedGuest } from '../protocol/stage-messages.js';

@@ -86,6 +86,14 @@ class ScatterGatherTest : public testing::Test {
     sender->connect();
     departures.await(kConnected);
   }
+  // All of it, with no destination: the source is gone.
+  void park() {
+    send(false);
+    sender->queue_populated();
+    sender->start_round(1);
+    departures.await(kRoundDone);
+    sender->close(true);
+  }
   void into_postcopy() {
     sender->queue_populated();
     sender->switch_over();
@@ -413,11 +421,7 @@ TEST_F(ScatterGatherTest, ALostServerWithoutReplicasLosesItsPagesAndNoOthers) {
 
 TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
   make(4096, 2);
-  send(false);
-  sender->queue_populated();
-  sender->start_round(1);
-  departures.await(kRoundDone);
-  sender->close(true);
+  park();
   for (auto& each : vmd) EXPECT_EQ(each.stage->whole(image, std::array<std::uint64_t, 1>{pages_}), true);
   receive(0, 16 << 20, 5s, true);
   arrivals.await(kSwitched);
@@ -429,11 +433,7 @@ TEST_F(ScatterGatherTest, WhatWasParkedIsGatheredWithoutASource) {
 // Each cut takes a token of its table, which is bounded; a gather over a bad link may last for hours.
 TEST_F(ScatterGatherTest, AGatherOutlivesMoreCutsThanItsTableHasTokens) {
   make(4096, 1);
-  send(false);
-  sender->queue_populated();
-  sender->start_round(1);
-  departures.await(kRoundDone);
-  sender->close(true);
+  park();
   Forwarder network(vmd[0].listener->port());
   destination_ports = {network.port()};
   receive(0, 8 << 20, 2s, true);
@@ -456,14 +456,6 @@ TEST_F(ScatterGatherTest, AGatherOutlivesMoreCutsThanItsTableHasTokens) {
 // tells first is no reason to think that nobody has them.
 class StaleMapTest : public ScatterGatherTest {
  protected:
-  void park(unsigned servers) {
-    make(4096, servers);
-    send(false);
-    sender->queue_populated();
-    sender->start_round(1);
-    departures.await(kRoundDone);
-    sender->close(true);
-  }
   // As its source: it tells of the image's pages, all but zeros, what `tell` says to it.
   template <typename Tell>
   void at_server(unsigned ordinal, const Tell& tell) {
@@ -518,21 +510,24 @@ class StaleMapTest : public ScatterGatherTest {
 };
 
 TEST_F(StaleMapTest, HidesNothingFromOneThatDeniesWhatItTells) {
-  park(2);
+  make(4096, 2);
+  park();
   claims(0);
   gather_all(30s);
 }
 
 // More of them than places are kept for a page.
 TEST_F(StaleMapTest, HidesNothingWhereSeveralAreWrong) {
-  park(4);
+  make(4096, 4);
+  park();
   holds(3);
   for (const unsigned ordinal : {0U, 1U, 2U}) claims(ordinal);
   gather_all(30s);
 }
 
 TEST_F(StaleMapTest, HidesNothingWhereItTellsOfOneThatIsGone) {
-  park(3);
+  make(4096, 3);
+  park();
   holds(2);
   vmd[1].end();
   gather_all(30s);
@@ -542,11 +537,7 @@ TEST_F(StaleMapTest, HidesNothingWhereItTellsOfOneThatIsGone) {
 // from them, and waited for, comes from elsewhere.
 TEST_F(ScatterGatherTest, AWalkGoesOnWhenWhatWasOnItsWayDoesNotCome) {
   make(8192, 2, 2);
-  send(false);
-  sender->queue_populated();
-  sender->start_round(1);
-  departures.await(kRoundDone);
-  sender->close(true);
+  park();
   Forwarder network(vmd[0].listener->port());
   network.silence_after(Forwarder::kDown, (2 << 20) + 1234);
   destination_ports = {network.port(), vmd[1].listener->port()};
@@ -574,11 +565,7 @@ TEST_F(ScatterGatherTest, AWalkGoesOnWhenWhatWasOnItsWayDoesNotCome) {
 // In the middle of a frame, so that nobody waits for its beginning: the other copies are gathered all the same.
 TEST_F(ScatterGatherTest, AServerThatFallsSilentInTheMiddleOfAPageIsRoutedAround) {
   make(4096, 2, 2);
-  send(false);
-  sender->queue_populated();
-  sender->start_round(1);
-  departures.await(kRoundDone);
-  sender->close(true);
+  park();
   Forwarder network(vmd[0].listener->port());
   network.silence_after(Forwarder::kDown, (1 << 20) + 1234);
   destination_ports = {network.port(), vmd[1].listener->port()};
