@@ -126,11 +126,19 @@ export interface ArrivingGuest {
   /**
    * Applies the source's log to the bases, while the guest still runs there. What comes of it need not be exact: the
    * comparison makes it so. When `signal` aborts nobody waits for it any more, and it must stop writing the regions.
+   * `progress`: how much of it is done, 0 to 1, from when it has begun in earnest (0) on; what is left is reckoned by its
+   * pace, and the source waits as long as that promises to be worth it.
    */
   readonly replay?:
     | {
-        apply(log: Uint8Array, options: { signal: AbortSignal }): Promise<void>;
-        /** How long that takes, in ms, where the owner knows: without it nobody waits unless `base: 'always'` says so. */
+        apply(
+          log: Uint8Array,
+          options: { signal: AbortSignal; progress: (fraction: number) => void },
+        ): Promise<void>;
+        /**
+         * How long that takes, in ms, where the owner knows it beforehand; counts until there is a pace. Without either
+         * nobody waits for long, unless `base: 'always'` says so.
+         */
         expectedMs?: number;
         /** What it takes besides the regions while it lasts: counts against `maxBytes`, one such replay at a time. */
         memoryBytes?: number;

@@ -131,6 +131,11 @@ export interface BaseReport {
   fillMs: number;
   /** At the destination: applying the `replayLog`. */
   replayMs: number;
+  /**
+   * Of the `replayLog`: `applied` to the base (`problem` says what failed then), `skipped` since its pace promised less
+   * than the base has as it is, or `none`: there was no log, or nobody there to apply it.
+   */
+  replay: 'applied' | 'skipped' | 'none';
   /** CPU time of hashing. */
   sourceCpuMs: number;
   /** The same at the destination. */

@@ -56,11 +56,17 @@ async function accept(offer: GuestOffer, directory: string | null): Promise<Arri
 }
 
 /** Leaves out every seventh request: what was meant to be replayed, and what comes of it, are two things. */
-function replayed(diverge: boolean) {
-  return async (guest: WorkerGuest, log: Uint8Array): Promise<void> => {
+function replayed(diverge: boolean, restMs: number) {
+  return async (
+    guest: WorkerGuest,
+    log: Uint8Array,
+    { progress }: { progress: (fraction: number) => void },
+  ): Promise<void> => {
     const lines = Buffer.from(log).toString('utf8').split('\n').filter(Boolean);
     for (const [index, line] of lines.entries()) {
       if (!diverge || index % 7 !== 3) await guest.request(JSON.parse(line));
+      if (restMs > 0) await new Promise((resolve) => setTimeout(resolve, restMs));
+      progress((index + 1) / lines.length);
     }
   };
 }
@@ -116,22 +122,14 @@ answerCalls(
       return lines.join('\n');
     },
     ask: ({ request }: { request: object }) => worker?.request(request),
-    listen: async (where: {
-      host: string;
-      directory: string | null;
-      diverge?: boolean;
-      replayMs?: number;
-    }) => {
-      const { host, directory, diverge = false, replayMs } = where;
+    listen: async (where: { host: string; directory: string | null; diverge?: boolean; restMs?: number }) => {
+      const { host, directory, diverge = false, restMs = 0 } = where;
       const workers = workerGuests({
         modules: { sqlite },
         onGuest: (guest) => {
           worker = guest;
         },
-        base:
-          directory === null
-            ? undefined
-            : { directory, replay: replayed(diverge), ...(replayMs === undefined ? {} : { replayMs }) },
+        base: directory === null ? undefined : { directory, replay: replayed(diverge, restMs) },
       });
       listening = await listen({
         host,

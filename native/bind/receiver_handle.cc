@@ -220,7 +220,7 @@ Napi::Value ReceiverHandle::acknowledge_loss(const Napi::CallbackInfo& info) {
 
 Napi::Value ReceiverHandle::base_sampled(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
-    if (open_) receiver().base_sampled();
+    if (open_) receiver().base_sampled(flag_of(info[0], "stays"));
     return info.Env().Undefined();
   });
 }

@@ -19,6 +19,13 @@ wire::Compress compress_of(const std::string& choice) {
   throw std::invalid_argument("compress: auto, lz4, zstd or off");
 }
 
+CompareDepth depth_of(const std::string& choice) {
+  if (choice == "all") return CompareDepth::kAll;
+  if (choice == "sample") return CompareDepth::kSample;
+  if (choice == "estimate") return CompareDepth::kEstimate;
+  throw std::invalid_argument("depth: all, sample or estimate");
+}
+
 std::uint16_t encodings_of(const Napi::Value& value, const char* what) {
   const std::uint64_t flags = count_of(value, what);
   if ((flags & ~std::uint64_t{wire::kEncodings}) != 0)
@@ -241,7 +248,7 @@ Napi::Value SenderHandle::probe(const Napi::CallbackInfo& info) {
 Napi::Value SenderHandle::compare_base(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     core()->sender->compare_base(count_of(info[0], "tag"), count_of(info[1], "mostNodes"),
-                                 flag_of(info[2], "sample"));
+                                 depth_of(text_of(info[2], "depth")));
     return info.Env().Undefined();
   });
 }
@@ -323,6 +330,8 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     base.Set("pagesWithContent", number(env, stats.pages_with_content));
     base.Set("pagesCompared", number(env, stats.base.pages_compared));
     base.Set("pagesSame", number(env, stats.base.pages_same));
+    base.Set("pagesEstimated", number(env, stats.base.pages_estimated));
+    base.Set("pagesAlike", number(env, stats.base.pages_alike));
     base.Set("bytesOut", number(env, stats.base.bytes_out));
     base.Set("bytesIn", number(env, stats.base.bytes_in));
     base.Set("roundTrips", number(env, stats.base.round_trips));

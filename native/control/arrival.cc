@@ -160,6 +160,7 @@ void Arrival::on_message(const Json& message, std::optional<Bytes> binary) {
     case Type::kResumeSession:
       return fail({"PROTOCOL_ERROR", "an offer, or another session, on a connection that is in use"});
     case Type::kBaseCancel:
+    case Type::kBaseSkipReplay:
       return;
     case Type::kGrow:
       return grow(says.region, says.length_bytes);

@@ -108,6 +108,7 @@ const std::map<std::string, Read, std::less<>>& readers() {
          says.proof = from_hex(fields.hex("proof", 32));
        }},
       {"base-cancel", [](SourceSays& says, Fields&) { says.type = Type::kBaseCancel; }},
+      {"base-skip-replay", [](SourceSays& says, Fields&) { says.type = Type::kBaseSkipReplay; }},
       {"grow",
        [](SourceSays& says, Fields& fields) {
          says.type = Type::kGrow;

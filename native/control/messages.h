@@ -62,6 +62,7 @@ struct SourceSays {
     kOffer,
     kResumeSession,
     kBaseCancel,
+    kBaseSkipReplay,
     kGrow,
     kAskMissing,
     kState,

@@ -36,7 +36,7 @@ BaseComparison::BaseComparison(std::vector<std::shared_ptr<Region>> regions,
       answer_timeout_(answer_timeout),
       page_size_(regions_.front()->page_size()) {}
 
-bool BaseComparison::run(std::uint64_t most_nodes, bool sample,
+bool BaseComparison::run(std::uint64_t most_nodes, CompareDepth depth,
                          const std::vector<const AtomicBitmap*>& untouched, const Way& way) {
   if (trees_.empty()) {
     for (std::size_t i = 0; i < regions_.size(); ++i) {
@@ -45,22 +45,29 @@ bool BaseComparison::run(std::uint64_t most_nodes, bool sample,
       compared_.emplace_back(wire::tree_nodes(pages));
     }
   }
-  const bool through = compare(most_nodes, sample, untouched, way);
+  const bool through = compare(most_nodes, depth, untouched, way);
   // What is still asked for lived in compare(): a late answer is one that nobody asked for.
   const std::lock_guard lock(mutex_);
   outstanding_.clear();
   return through;
 }
 
-bool BaseComparison::compare(std::uint64_t most_nodes, bool sample,
+bool BaseComparison::compare(std::uint64_t most_nodes, CompareDepth depth,
                              const std::vector<const AtomicBitmap*>& untouched, const Way& way) {
   std::vector<Asked> asked = choose(most_nodes);
   std::vector<RegionRun> same;
-  if (!ask(asked, sample ? wire::kTreePages : wire::kTreeNodes, way)) return false;
+  const auto level = depth == CompareDepth::kAll      ? wire::kTreeNodes
+                     : depth == CompareDepth::kSample ? wire::kTreePages
+                                                      : wire::kTreeEstimate;
+  if (!ask(asked, level, way)) return false;
   if (!hash_own(asked, untouched, way) || !wait(way)) return false;
+  if (depth == CompareDepth::kEstimate) {
+    for (const Asked& each : asked) estimate(each);
+    return true;
+  }
   std::vector<Asked> differ;
   for (const Asked& each : asked) {
-    if (sample) {
+    if (depth == CompareDepth::kSample) {
       compare_pages(each, same);
     } else {
       compare_nodes(each, same, differ);
@@ -137,7 +144,8 @@ bool BaseComparison::hash_own(const std::vector<Asked>& asked,
   for (const auto& tree : trees_) memory += tree ? tree->memory_bytes() : 0;
   const std::lock_guard lock(mutex_);
   stats_.source_hash_us += thread_cpu_us() - started;
-  stats_.pages_compared += pages;
+  const bool estimated = !asked.empty() && asked.front().level == wire::kTreeEstimate;
+  (estimated ? stats_.pages_estimated : stats_.pages_compared) += pages;
   stats_.memory_bytes = std::max(stats_.memory_bytes, memory);
   return true;
 }
@@ -186,6 +194,16 @@ std::string BaseComparison::answered(const wire::FrameHeader& header, std::span<
 void BaseComparison::wake() {
   const std::lock_guard lock(mutex_);
   changed_.notify_all();
+}
+
+// The guest writes on, and the base becomes another one: nothing of either is kept.
+void BaseComparison::estimate(const Asked& asked) {
+  std::vector<RegionRun> same;
+  compare_pages(asked, same);
+  for (std::uint64_t node = asked.nodes.first; node < asked.nodes.end(); ++node)
+    trees_[asked.region]->forget(node);
+  const std::lock_guard lock(mutex_);
+  for (const RegionRun& each : same) stats_.pages_alike += each.run.count;
 }
 
 void BaseComparison::compare_pages(const Asked& asked, std::vector<RegionRun>& same) {

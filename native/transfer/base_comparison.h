@@ -4,6 +4,8 @@
 //   ask        kTreeRequest; the destination hashes while this side hashes its own
 //   find       nodes that differ are asked for again page by page; equal pages are told by kSame
 //
+// An estimate counts equal pages and tells of none: a base that a log is still to be applied to changes.
+//
 // Why a guest that writes meanwhile loses nothing: its tracker is armed before the first page is hashed. Let a page be
 // confirmed by the bytes that were read of it, perhaps a mixture of old and new. If it was written after arm(), by
 // the contract of trackers the next collect() has it, and it is sent or discarded again like any page written after
@@ -31,10 +33,16 @@
 
 namespace memferry {
 
+// How far a comparison goes: by nodes first and of all of them; page by page, of a few; the same, and nothing of it
+// counts on either side afterwards.
+enum class CompareDepth : std::uint8_t { kAll, kSample, kEstimate };
+
 struct BaseStats {
   std::uint64_t pages_compared = 0;
   std::uint64_t pages_same = 0;
   std::uint64_t bytes_same = 0;
+  std::uint64_t pages_estimated = 0;  // by estimates, and how many of them were equal
+  std::uint64_t pages_alike = 0;
   std::uint64_t bytes_out = 0;  // requests and lists; also in bytes_on_wire
   std::uint64_t bytes_in = 0;   // the destination's hashes
   std::uint64_t round_trips = 0;
@@ -62,9 +70,8 @@ class BaseComparison {
   BaseComparison(std::vector<std::shared_ptr<Region>> regions, std::vector<std::uint64_t> base_pages,
                  const KeyedHashKey& key, std::chrono::milliseconds answer_timeout);
 
-  // Compares at most `most_nodes` of those that were not compared yet: page by page when they are few (`sample`), by
-  // nodes first otherwise. `untouched` as HashTree::hash() has it, one a region. False when the connection is over.
-  bool run(std::uint64_t most_nodes, bool sample, const std::vector<const AtomicBitmap*>& untouched,
+  // Compares at most `most_nodes` of those that were not compared yet. `untouched` as HashTree::hash() has it, one a region. False when the connection is over.
+  bool run(std::uint64_t most_nodes, CompareDepth depth, const std::vector<const AtomicBitmap*>& untouched,
            const Way& way);
 
   // A kTree frame. Empty, or what the destination did wrong.
@@ -82,13 +89,14 @@ class BaseComparison {
     std::uint64_t answered_pages = 0;  // guarded by mutex_
     std::vector<KeyedHash> hashes;     // likewise, until all is answered
   };
-  bool compare(std::uint64_t most_nodes, bool sample, const std::vector<const AtomicBitmap*>& untouched,
+  bool compare(std::uint64_t most_nodes, CompareDepth depth, const std::vector<const AtomicBitmap*>& untouched,
                const Way& way);
   std::vector<Asked> choose(std::uint64_t most_nodes) const;
   bool ask(std::vector<Asked>& asked, std::uint64_t level, const Way& way);
   bool hash_own(const std::vector<Asked>& asked, const std::vector<const AtomicBitmap*>& untouched,
                 const Way& way);
   bool wait(const Way& way);
+  void estimate(const Asked& asked);
   void compare_pages(const Asked& asked, std::vector<RegionRun>& same);
   void compare_nodes(const Asked& asked, std::vector<RegionRun>& same, std::vector<Asked>& differ);
   bool tell(const std::vector<RegionRun>& same, const Way& way);

@@ -10,7 +10,7 @@
 namespace memferry {
 
 void Sender::Impl::start_before_rounds(TaskKind kind, std::uint64_t tag, Frames frames, const char* operation,
-                                       std::uint64_t most_nodes, bool sample) {
+                                       std::uint64_t most_nodes, CompareDepth depth) {
   require_between_rounds(operation);
   const std::lock_guard lock(mutex);
   if (phase == Phase::kEnded) return;  // kFailed has said so
@@ -19,7 +19,7 @@ void Sender::Impl::start_before_rounds(TaskKind kind, std::uint64_t tag, Frames 
     throw std::logic_error(std::string(operation) + " after the first round, or without a base");
   }
   task.most_nodes = most_nodes;
-  task.sample = sample;
+  task.depth = depth;
   start_task_locked(kind, tag, std::move(frames));
 }
 
@@ -40,8 +40,8 @@ void Sender::probe(std::uint64_t tag, std::uint64_t bytes) {
   impl_->start_before_rounds(Impl::TaskKind::kDiscard, tag, std::move(frames), "probe()");
 }
 
-void Sender::compare_base(std::uint64_t tag, std::uint64_t most_nodes, bool sample) {
-  impl_->start_before_rounds(Impl::TaskKind::kCompare, tag, nullptr, "compare_base()", most_nodes, sample);
+void Sender::compare_base(std::uint64_t tag, std::uint64_t most_nodes, CompareDepth depth) {
+  impl_->start_before_rounds(Impl::TaskKind::kCompare, tag, nullptr, "compare_base()", most_nodes, depth);
 }
 
 void Sender::end_base(std::uint64_t tag, bool drop) {
@@ -76,7 +76,7 @@ bool Sender::Impl::compare_on(Epoch& of, const Task& mine,
     if (scatter) scatter->note_same(region, run, xxh3);
   };
   way.cut = [this, &of](std::string why) { report_cut(of, std::move(why)); };
-  return comparison->run(mine.most_nodes, mine.sample, untouched, way);
+  return comparison->run(mine.most_nodes, mine.depth, untouched, way);
 }
 
 }  // namespace memferry

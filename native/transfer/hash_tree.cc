@@ -64,6 +64,12 @@ void HashTree::hash(std::uint64_t node, const AtomicBitmap* untouched) {
   ++hashed_count_;
 }
 
+void HashTree::forget(std::uint64_t node) {
+  if (!hashed_.at(node)) return;
+  hashed_[node] = false;
+  --hashed_count_;
+}
+
 void HashTree::hash_piece(PageRun run) {
   reader_.reset();
   const std::span<const std::byte> memory = reader_.read(*region_, run);

@@ -45,6 +45,8 @@ class HashTree {
   // nullptr. The caller makes sure that the memory stays where it is meanwhile.
   void hash(std::uint64_t node, const AtomicBitmap* untouched);
   [[nodiscard]] bool hashed(std::uint64_t node) const { return hashed_[node]; }
+  // A hashed node counts as not hashed any more: its memory may be another one next time.
+  void forget(std::uint64_t node);
 
   // All of these of hashed nodes only.
   [[nodiscard]] std::span<const KeyedHash> page_hashes(PageRun run) const;

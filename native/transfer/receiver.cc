@@ -272,7 +272,9 @@ void Receiver::acknowledge_loss() {
   impl_->changed.notify_all();
 }
 
-void Receiver::base_sampled() { impl_->base_sampled = true; }
+void Receiver::base_sampled(bool stays) {
+  impl_->base_sampled = stays ? Impl::Sampled::kStays : Impl::Sampled::kChanges;
+}
 
 void Receiver::base_ready() { impl_->base_awaited = false; }
 

@@ -118,8 +118,9 @@ class Receiver : public std::enable_shared_from_this<Receiver> {
   // Sender::digest() of the paused source.
   [[nodiscard]] Hash128 digest(std::uint32_t region) const;
   void acknowledge_loss();  // poison now
-  // The nodes of the sample are, and stay as they are: the source may compare those already.
-  void base_sampled();
+  // The nodes of the sample are: the source may compare those already where they stay as they are, else only ask how much
+  // of them is alike.
+  void base_sampled(bool stays);
   // The bases are where they belong, and nobody but the source writes the regions any more. Until then it may
   // compare no more than the sample, nor send pages.
   void base_ready();

@@ -38,7 +38,7 @@ void Receiver::Impl::take_bases() {
 
 bool Receiver::Impl::may_compare(Conversation& with) {
   if (with.channel.index != 0) return with.bad("bases are compared on channel 0");
-  if (base_awaited && !base_sampled) return with.bad("a comparison before the base is there");
+  if (base_awaited && base_sampled == Sampled::kNo) return with.bad("a comparison before the base is there");
   if (state != State::kFilling) return with.bad("a comparison after the switch");
   return true;
 }
@@ -64,9 +64,13 @@ bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader
   HashTree& tree = *trees[header.region];
   const NodeRun nodes = tree.nodes_of(header.first_page, header.page_count);
   if (nodes.count == 0) return with.bad("hashes of a run that is none of whole nodes");
-  for (std::uint64_t node = nodes.first; base_awaited && node < nodes.end(); ++node) {
-    // The owner may be writing these just now: hashes of anything, which stay.
-    if (!in_sample(header.region, node)) return with.bad("more than the sample before the base is there");
+  const bool kept = header.tag != wire::kTreeEstimate;
+  if (base_awaited) {
+    if (kept && base_sampled != Sampled::kStays) return with.bad("a comparison with what still changes");
+    for (std::uint64_t node = nodes.first; node < nodes.end(); ++node) {
+      // The owner may be writing these just now: hashes of anything, which stay.
+      if (!in_sample(header.region, node)) return with.bad("more than the sample before the base is there");
+    }
   }
   // One answer fits into a frame, whatever the pages' size.
   const std::uint64_t hashes = wire::max_payload(page_size) / sizeof(wire::TreeHash);
@@ -74,14 +78,17 @@ bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader
   for (std::uint64_t node = nodes.first; node < nodes.end();) {
     const NodeRun part{node, std::min(most, nodes.end() - node)};
     const std::uint64_t started = thread_cpu_us();
+    std::vector<std::uint64_t> passing;
     for (; node < part.end(); ++node) {
       if (closing) return with.lost({wire::IoResult::Kind::kCut, 0});
+      if (!kept && !tree.hashed(node)) passing.push_back(node);
       tree.hash(node, nullptr);
     }
     const std::uint64_t cpu_us = thread_cpu_us() - started;
     base_hash_us.fetch_add(cpu_us, std::memory_order_relaxed);
     tree_bytes = std::max<std::uint64_t>(tree_bytes, tree.memory_bytes());
     if (!send_hashes(with, header, part, cpu_us)) return false;
+    for (const std::uint64_t each : passing) tree.forget(each);
   }
   return true;
 }
@@ -90,7 +97,7 @@ bool Receiver::Impl::send_hashes(Conversation& with, const wire::FrameHeader& re
                                  std::uint64_t cpu_us) {
   const HashTree& tree = *trees[request.region];
   const PageRun run = tree.pages_of(nodes);
-  const auto hashes = request.tag == wire::kTreePages ? tree.page_hashes(run) : tree.node_hashes(nodes);
+  const auto hashes = request.tag == wire::kTreeNodes ? tree.node_hashes(nodes) : tree.page_hashes(run);
   const auto payload = std::as_bytes(hashes);
   wire::FrameHeader header =
       wire::make_header(wire::FrameType::kTree, request.region, run, request.tag | cpu_us << 8);

@@ -259,7 +259,9 @@ struct Receiver::Impl {
   std::vector<std::unique_ptr<HashTree>> trees;  // one a region; nullptr: no base, or no more is compared
   // The owner puts bases into the regions: no page may come before it says that it is done.
   std::atomic<bool> base_awaited{false};
-  std::atomic<bool> base_sampled{false};  // a sample of it may be compared before that
+  // A sample of it may be compared before that, or where it is still to be changed, asked about.
+  enum class Sampled : std::uint8_t { kNo, kChanges, kStays };
+  std::atomic<Sampled> base_sampled{Sampled::kNo};
   std::atomic<std::uint64_t> pages_from_base{0};
   std::atomic<std::uint64_t> base_hash_us{0};
   std::atomic<std::uint64_t> tree_bytes{0};

@@ -133,9 +133,9 @@ class Sender {
   // Sends so many bytes that nobody needs, at most kMostProbeBytes, then a barrier: how fast is the link?
   static constexpr std::uint64_t kMostProbeBytes = 8 * 1024 * 1024;
   void probe(std::uint64_t tag, std::uint64_t bytes);
-  // Compares at most `most_nodes` nodes with the destination's base, page by page with `sample`; those that are equal
-  // are pending no more. The trackers are armed. The guest may run.
-  void compare_base(std::uint64_t tag, std::uint64_t most_nodes, bool sample);
+  // Compares at most `most_nodes` nodes with the destination's base; those that are equal are pending no more, but for
+  // an estimate. The trackers are armed. The guest may run.
+  void compare_base(std::uint64_t tag, std::uint64_t most_nodes, CompareDepth depth);
   // No more is compared. With `drop` the destination lets go at once of what was not confirmed.
   void end_base(std::uint64_t tag, bool drop);
 

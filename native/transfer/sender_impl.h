@@ -60,7 +60,7 @@ struct Sender::Impl {
     std::uint64_t tag = 0;
     std::shared_ptr<const std::vector<std::byte>> frames;  // kDiscard, kSwitch: sent as they are
     std::uint64_t most_nodes = 0;                          // kCompare
-    bool sample = false;                                   // likewise
+    CompareDepth depth = CompareDepth::kAll;               // likewise
     bool references = true;                                // kRound, kPush
   };
 
@@ -122,7 +122,7 @@ struct Sender::Impl {
   void say_goodbye();
   // compare_base.cc
   void start_before_rounds(TaskKind kind, std::uint64_t tag, Frames frames, const char* operation,
-                           std::uint64_t most_nodes = 0, bool sample = false);
+                           std::uint64_t most_nodes = 0, CompareDepth depth = CompareDepth::kAll);
   bool compare_on(Epoch& of, const Task& mine, const std::function<bool(std::span<const std::byte>)>& say);
   void note_memory(std::uint64_t bytes);
 

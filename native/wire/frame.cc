@@ -139,13 +139,13 @@ const char* malformed(const FrameHeader& header, std::uint64_t page_size) {
     }
     case FrameType::kTreeRequest:
       if (header.page_count == 0) return "empty run of pages";
-      if (header.tag != kTreePages && header.tag != kTreeNodes) return "no such level of a hash tree";
+      if (!tree_level(header.tag)) return "no such level of a hash tree";
       return header.payload_bytes == 0 ? nullptr : "payload where there must be none";
     case FrameType::kTree: {
       const std::uint64_t level = header.tag & 0xff;
       if (header.page_count == 0) return "empty run of pages";
-      if (level != kTreePages && level != kTreeNodes) return "no such level of a hash tree";
-      const std::uint64_t hashes = level == kTreePages ? header.page_count : tree_nodes(header.page_count);
+      if (!tree_level(level)) return "no such level of a hash tree";
+      const std::uint64_t hashes = level == kTreeNodes ? tree_nodes(header.page_count) : header.page_count;
       return hashes <= max_payload(page_size) / sizeof(TreeHash) &&
                      header.payload_bytes == hashes * sizeof(TreeHash)
                  ? nullptr

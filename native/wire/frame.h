@@ -131,7 +131,7 @@ enum class FrameType : std::uint16_t {
   // A destination that starts from a base (docs/protocol.md, "Starting from a base"). All on channel 0, before
   // the first page.
   kTreeRequest =
-      27,  // source to destination: hashes of this run of whole nodes, tag: the level (kTreePages, kTreeNodes)
+      27,  // source to destination: hashes of this run of whole nodes, tag: the level (kTreePages, kTreeNodes, kTreeEstimate)
   kTree =
       28,  // destination to source, in the order of the requests: page_count pages from first_page on, payload:
            // one TreeHash a page or node; tag: level | microseconds that hashing took << 8
@@ -231,6 +231,9 @@ using TreeKey = std::array<std::uint8_t, 64>;
 inline constexpr std::uint64_t kTreeNodePages = 256;  // of one node; the last one of a region may have fewer
 inline constexpr std::uint64_t kTreePages = 0;
 inline constexpr std::uint64_t kTreeNodes = 1;
+// Of pages as well, of which nothing is kept: whoever asked only wants to know how much is alike.
+inline constexpr std::uint64_t kTreeEstimate = 2;
+[[nodiscard]] constexpr bool tree_level(std::uint64_t level) { return level <= kTreeEstimate; }
 [[nodiscard]] constexpr std::uint64_t tree_nodes(std::uint64_t pages) {
   return pages / kTreeNodePages + (pages % kTreeNodePages != 0 ? 1 : 0);
 }

@@ -77,7 +77,11 @@ export function addReceive(program: Command): void {
       '--base-for-any',
       'also for guests of that name and module that were started anew: any host with the secret can read the base then',
     )
-    .option('--replay-ms <ms>', 'how long a replay takes, so that a source may wait for it', positiveNumber)
+    .option(
+      '--replay-ms <ms>',
+      'how long a replay takes, where that is known beforehand; once it runs its pace counts',
+      positiveNumber,
+    )
     .option('--once', 'end with the first migration, and its guest with it')
     .option('--json', 'one JSON object a line');
   addPeerFlags(command).action(receive);

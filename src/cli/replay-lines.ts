@@ -9,10 +9,12 @@ import { parseRequest } from './guest-console.js';
 export async function replayLines(
   guest: Pick<WorkerGuest, 'request'>,
   log: Uint8Array,
-  options: { signal: AbortSignal },
+  { signal, progress }: { signal: AbortSignal; progress: (fraction: number) => void },
 ): Promise<void> {
-  for (const line of Buffer.from(log).toString('utf8').split('\n')) {
-    if (options.signal.aborted) return;
+  const lines = Buffer.from(log).toString('utf8').split('\n');
+  for (const [done, line] of lines.entries()) {
+    if (signal.aborted) return;
     if (line.trim() !== '') await guest.request(parseRequest(line)).catch(() => {});
+    progress((done + 1) / lines.length);
   }
 }

@@ -221,6 +221,9 @@ export class Arrival extends EventEmitter {
       case 'base-cancel':
         this.#base?.stop();
         break;
+      case 'base-skip-replay':
+        this.#base?.skipReplay();
+        break;
       case 'grow':
         this.#grow(message.region, message.lengthBytes).catch((error) => this.#fail(error));
         break;

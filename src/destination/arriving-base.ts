@@ -30,7 +30,7 @@ export class ArrivingBase {
     this.pages = kinds.map((kind, index) => (kind === 'none' ? 0 : (guest.regions[index]?.pages ?? 0)));
     this.#filling = new BaseFilling(guest, replayLog, (progress) => {
       if (this.#closed) return;
-      if (progress.sampled) receiver.baseSampled();
+      if (progress.sampled) receiver.baseSampled(!progress.replays);
       listener.tell({ type: 'base-progress', ...progress });
     });
     this.#filling.outcome.then(
@@ -47,6 +47,10 @@ export class ArrivingBase {
   /** Settles when nothing writes a base or applies a log any more. */
   get filled(): Promise<unknown> {
     return this.#filling.outcome;
+  }
+
+  skipReplay(): void {
+    this.#filling.skipReplay();
   }
 
   /** It ends soon. */

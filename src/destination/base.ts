@@ -21,6 +21,8 @@ export interface BaseOutcome {
 
 export interface BaseProgress {
   sampled: boolean;
+  /** A log changes the base afterwards, or is changing it. */
+  replays: boolean;
   fraction: number;
   expectedMs: number | null;
 }
@@ -29,8 +31,34 @@ export interface BaseProgress {
 const pieceBytes = 8 * 2 ** 20;
 const tellEveryMs = 50;
 
+/** What is left of a replay, by its own pace from its first word on. */
+class ReplayPace {
+  #first: { atMs: number; fraction: number } | null = null;
+  #leftMs: number | null;
+
+  /** `expectedMs`: what its owner says beforehand. */
+  constructor(expectedMs: number | undefined) {
+    this.#leftMs = expectedMs ?? null;
+  }
+
+  get leftMs(): number | null {
+    return this.#leftMs;
+  }
+
+  said(fraction: number): void {
+    if (!(fraction >= 0 && fraction <= 1)) return;
+    const atMs = performance.now();
+    this.#first ??= { atMs, fraction };
+    const done = fraction - this.#first.fraction;
+    if (done > 0) this.#leftMs = ((atMs - this.#first.atMs) * (1 - fraction)) / done;
+  }
+}
+
 export class BaseFilling {
   readonly #stop = new AbortController();
+  /** Of the replay alone. */
+  readonly #skip = new AbortController();
+  readonly #pace: ReplayPace;
   readonly outcome: Promise<BaseOutcome>;
 
   constructor(
@@ -39,6 +67,7 @@ export class BaseFilling {
     /** How much is there, the sample at least; what the rest is expected to take, or null where nobody knows. */
     private readonly tell: (progress: BaseProgress) => void,
   ) {
+    this.#pace = new ReplayPace(guest.replay?.expectedMs);
     this.outcome = this.#fill();
   }
 
@@ -47,8 +76,13 @@ export class BaseFilling {
     this.#stop.abort();
   }
 
+  /** The base is to do as it is. */
+  skipReplay(): void {
+    this.#skip.abort();
+  }
+
   get #replays(): boolean {
-    return this.replayLog !== null && this.guest.replay !== undefined;
+    return this.replayLog !== null && this.guest.replay !== undefined && !this.#skip.signal.aborted;
   }
 
   async #fill(): Promise<BaseOutcome> {
@@ -59,20 +93,22 @@ export class BaseFilling {
     const totalBytes = bases.reduce((sum, { region, base }) => sum + (base ? region.lengthBytes : 0), 0);
     let doneBytes = 0;
     let toldAtMs = 0;
+    let applying = false;
     /** `underWay`: of a region that an owner's function is filling. */
-    const tell = (underWay: number) => {
-      if (performance.now() - toldAtMs < tellEveryMs) return;
+    const tell = (underWay: number, now = false) => {
+      if (!now && performance.now() - toldAtMs < tellEveryMs) return;
       toldAtMs = performance.now();
+      const replays = this.#replays || applying;
       const fraction = Math.min(1, (doneBytes + underWay) / totalBytes);
-      this.tell({ sampled, fraction, expectedMs: this.#expectedMs() });
+      this.tell({ sampled, replays, fraction, expectedMs: replays ? this.#pace.leftMs : 0 });
     };
     const done = (bytes: number, filled: number) => {
       doneBytes += bytes;
       outcome.filledBytes += filled;
       tell(0);
     };
-    // A replay changes what matches, and a function of the owner's has an order of its own.
-    const samples = this.#replays || bases.some(({ base }) => base && 'fill' in base) ? [] : this.#sample();
+    // A function of the owner's has an order of its own.
+    const samples = bases.some(({ base }) => base && 'fill' in base) ? [] : this.#sample();
     let sampled = false;
     try {
       for (const { region: index, first, count } of samples) {
@@ -83,7 +119,7 @@ export class BaseFilling {
       }
       if (samples.length > 0 && !signal.aborted) {
         sampled = true;
-        this.tell({ sampled, fraction: Math.min(1, doneBytes / totalBytes), expectedMs: this.#expectedMs() });
+        tell(0, true);
       }
       for (const [index, { region, base }] of bases.entries()) {
         const there = samples.filter((sample) => sample.region === index);
@@ -91,13 +127,20 @@ export class BaseFilling {
       }
       outcome.fillMs = performance.now() - started;
       if (this.#replays && !signal.aborted) {
-        this.tell({ sampled, fraction: 1, expectedMs: this.#expectedMs() });
+        doneBytes = totalBytes;
+        applying = true;
+        tell(0, true);
         const replaying = performance.now();
+        const progress = (fraction: number) => {
+          this.#pace.said(fraction);
+          tell(0);
+        };
+        const wanted = AbortSignal.any([signal, this.#skip.signal]);
         try {
-          await this.guest.replay?.apply(this.replayLog as Uint8Array, { signal });
+          await this.guest.replay?.apply(this.replayLog as Uint8Array, { signal: wanted, progress });
         } catch (error) {
           // The base is what it was, or something in between: the comparison finds out.
-          outcome.problem = `replay: ${String(error)}`;
+          if (!this.#skip.signal.aborted) outcome.problem = `replay: ${String(error)}`;
         }
         outcome.replayMs = performance.now() - replaying;
       }
@@ -112,10 +155,6 @@ export class BaseFilling {
 
   #sample() {
     return samplePages(this.guest.regions.map(({ pages }, index) => (this.guest.bases?.[index] ? pages : 0)));
-  }
-
-  #expectedMs(): number | null {
-    return this.#replays ? (this.guest.replay?.expectedMs ?? null) : 0;
   }
 }
 

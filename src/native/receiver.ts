@@ -74,8 +74,11 @@ export interface NativeReceiver {
   reach(away: readonly boolean[]): { away: number; unknown: number };
   digest(region: number): Promise<string>;
   acknowledgeLoss(): void;
-  /** Of the bases the sample's nodes are, for good: those may be compared already. */
-  baseSampled(): void;
+  /**
+   * Of the bases the sample's nodes are where they belong. If they stay as they are the source may compare them already,
+   * else only ask how much is alike.
+   */
+  baseSampled(stays: boolean): void;
   /** The bases are where they belong; until then the source may neither compare nor send pages. */
   baseReady(): void;
   /** 'filled' is to come once every page is here, before the switch. */

@@ -51,12 +51,21 @@ export interface NativeEncodingStats {
   cpuMs: number;
 }
 
+/**
+ * How far a comparison with a base goes: of all nodes that are left; page by page, of a few; the same, only to know how
+ * much is alike.
+ */
+export type CompareDepth = 'all' | 'sample' | 'estimate';
+
 /** What was compared with the destination's base. `bytesOut` are in `bytesOnWire` too. */
 export interface NativeBaseStats {
   /** Pending, and not known to be zeros. */
   pagesWithContent: number;
   pagesCompared: number;
   pagesSame: number;
+  /** By estimates, and how many of them were equal. */
+  pagesEstimated: number;
+  pagesAlike: number;
   bytesOut: number;
   bytesIn: number;
   roundTrips: number;
@@ -115,7 +124,7 @@ export interface NativeSender {
   startRound(tag: number, references?: boolean): void;
   /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
   probe(tag: number, bytes: number): void;
-  compareBase(tag: number, mostNodes: number, sample: boolean): void;
+  compareBase(tag: number, mostNodes: number, depth: CompareDepth): void;
   endBase(tag: number, drop: boolean): void;
   discardDirty(tag: number): Promise<number>;
   /** On this thread; gives the number of pages that the final scan found. */

@@ -92,6 +92,8 @@ export const sourceMessage = z.discriminatedUnion('type', [
   z.strictObject({ type: z.literal('resume-session'), migrationId: hex(16), proof: hex(32) }),
   /** The source does not wait for the base any more; `base-ready` is still to come. */
   z.strictObject({ type: z.literal('base-cancel') }),
+  /** Nor for the log to be applied to it: the base is to do as it is. `base-ready` is still to come. */
+  z.strictObject({ type: z.literal('base-skip-replay') }),
   z.strictObject({ type: z.literal('grow'), region: regionIndex, lengthBytes: count }),
   /** After a round: how much of what servers hold is still to be gathered? */
   z.strictObject({ type: z.literal('ask-missing'), question: count }),
@@ -124,11 +126,13 @@ export const destinationMessage = z.discriminatedUnion('type', [
   }),
   /**
    * How much of the base is there, and what the rest will take besides (null: nobody knows). `sampled`: the nodes of the
-   * sample (base-sample.ts) are there, and may be compared.
+   * sample (base-sample.ts) are there. `replays`: a log is applied to the base next, or is being applied when all of it is
+   * there; so the sample may only be asked about. Otherwise it may be compared.
    */
   z.strictObject({
     type: z.literal('base-progress'),
     sampled: z.boolean(),
+    replays: z.boolean().default(false),
     fraction: z.number().min(0).max(1),
     expectedMs: finite.nullable(),
   }),

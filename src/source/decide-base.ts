@@ -21,7 +21,9 @@ export interface WaitInput {
 /** A wait that costs less than this part of the migration is not worth a decision. */
 const GRACE_PART = 0.02;
 const GRACE_LEAST_MS = 50;
-/** Without a sample: half of the time is for the comparison and for what differs. */
+/** Of a replay: the guest has to be started as it was, before there is a pace. */
+const REPLAY_GRACE_PART = 0.05;
+/** Of what may be won, where nothing says how much will be: the other half is what it was waited for. */
 const WAIT_PART = 0.5;
 
 /** Asked again with each word of the destination. */
@@ -35,6 +37,44 @@ export function decideWait(input: WaitInput): 'wait' | 'give-up' {
   if (sinceToldMs > 2 * promisedMs + graceMs) return 'give-up';
   // What was waited for already is spent in any case; only what is left is compared with what it may save.
   return promisedMs - sinceToldMs <= (worthMs ?? WAIT_PART * plainMs) ? 'wait' : 'give-up';
+}
+
+export interface ReplayInput {
+  /** Since all of the base is there, and only the log is applied. */
+  elapsedMs: number;
+  /** Since the destination's last word. */
+  sinceToldMs: number;
+  /** What is left of it by its own pace, or as its owner said beforehand; null: neither is known. */
+  expectedMs: number | null;
+  /** What the rest takes without it, in the better way: everything is sent, or compared with the base as it is. */
+  otherwiseMs: number;
+  /** The same should the log leave nothing that differs: a comparison of everything. */
+  bestMs: number;
+}
+
+/** Asked again with each word of the destination. What a replay makes equal is known only when it is over. */
+export function decideReplay(input: ReplayInput): 'wait' | 'skip' {
+  const { elapsedMs, sinceToldMs, expectedMs, otherwiseMs, bestMs } = input;
+  const graceMs = Math.max(GRACE_LEAST_MS, REPLAY_GRACE_PART * otherwiseMs);
+  if (elapsedMs < graceMs) return 'wait';
+  if (expectedMs === null || sinceToldMs > 2 * expectedMs + graceMs) return 'skip';
+  return expectedMs - sinceToldMs <= WAIT_PART * (otherwiseMs - bestMs) ? 'wait' : 'skip';
+}
+
+/** `estimate`: of the base without the log; null where there was none. */
+export function replayBounds(
+  plainMs: number,
+  estimate: CompareDecision | null,
+): Pick<ReplayInput, 'otherwiseMs' | 'bestMs'> {
+  const otherwiseMs = estimate?.action === 'compare' ? estimate.compareMs : plainMs;
+  return { otherwiseMs, bestMs: estimate?.hashMs ?? 0 };
+}
+
+/** How long a base to which a log is to be applied may still take until it is laid out, as `WaitInput` has it. */
+export function replayWorthMs(plainMs: number, estimate: CompareDecision | null): number | null {
+  if (!estimate) return null;
+  const { otherwiseMs, bestMs } = replayBounds(plainMs, estimate);
+  return Math.max(estimate.worthMs, WAIT_PART * (otherwiseMs - bestMs));
 }
 
 export interface CompareInput {
@@ -55,6 +95,8 @@ export interface CompareDecision {
   worthMs: number;
   plainMs: number;
   compareMs: number;
+  /** The comparison alone, should everything be equal. */
+  hashMs: number;
 }
 
 /** Of each page that is compared: its hash. */
@@ -71,14 +113,14 @@ export function decideCompare(input: CompareInput): CompareDecision {
   // The sample's round trip is counted as if the rest had as many of them: on the safe side.
   const hashingMs =
     sampledPages > 0 ? (sampleMs * bytes) / (sampledPages * pageSize) : Number.POSITIVE_INFINITY;
-  const hashBytes = (bytes / pageSize) * HASH_BYTES;
-  const compareMs = hashingMs + ((bytes * (1 - same) + hashBytes) * 1000) / linkBytesPerSecond;
+  const hashMs = hashingMs + ((bytes / pageSize) * HASH_BYTES * 1000) / linkBytesPerSecond;
+  const compareMs = hashMs + (1 - same) * plainMs;
+  const times = { plainMs, compareMs, hashMs };
   const worthMs = Math.max(0, WORTH * plainMs - compareMs);
-  if (same < LEAST_SAME)
-    return { action: 'plain', reason: 'nothing-matches', worthMs: 0, plainMs, compareMs };
+  if (same < LEAST_SAME) return { action: 'plain', reason: 'nothing-matches', worthMs: 0, ...times };
   return compareMs <= WORTH * plainMs
-    ? { action: 'compare', reason: 'saves', worthMs, plainMs, compareMs }
-    : { action: 'plain', reason: 'link-is-faster', worthMs, plainMs, compareMs };
+    ? { action: 'compare', reason: 'saves', worthMs, ...times }
+    : { action: 'plain', reason: 'link-is-faster', worthMs, ...times };
 }
 
 /** How many bytes a probe of the link takes: a small part of what is to be sent, and enough to fill its pipe. */

@@ -4,7 +4,13 @@
  */
 import { loadAddon } from '../addon.js';
 import { fromNativeEvent, type MemferryError } from '../errors.js';
-import type { NativeEvent, NativeSender, NativeSenderConfig, NativeSenderStats } from '../native.js';
+import type {
+  CompareDepth,
+  NativeEvent,
+  NativeSender,
+  NativeSenderConfig,
+  NativeSenderStats,
+} from '../native.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 
 export interface EngineListener {
@@ -64,8 +70,8 @@ export class SourceEngine {
     return this.#tagged((tag) => this.#sender.probe(tag, bytes));
   }
 
-  compareBase(mostNodes: number, sample: boolean): Promise<unknown> {
-    return this.#tagged((tag) => this.#sender.compareBase(tag, mostNodes, sample));
+  compareBase(mostNodes: number, depth: CompareDepth): Promise<unknown> {
+    return this.#tagged((tag) => this.#sender.compareBase(tag, mostNodes, depth));
   }
 
   endBase(drop: boolean): Promise<unknown> {

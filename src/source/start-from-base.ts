@@ -10,7 +10,16 @@ import { type Deferred, deferred } from '../protocol/deferred.js';
 import type { DestinationMessage, SourceMessage } from '../protocol/messages.js';
 import type { BaseReport } from '../report.js';
 import { nodePages, sampleNodes } from '../protocol/base-sample.js';
-import { type CompareDecision, decideCompare, decideWait, probeBytes } from './decide-base.js';
+import {
+  type CompareDecision,
+  type CompareInput,
+  decideCompare,
+  decideReplay,
+  decideWait,
+  probeBytes,
+  replayBounds,
+  replayWorthMs,
+} from './decide-base.js';
 import type { SourceEngine } from './engine.js';
 
 type BaseReady = Extract<DestinationMessage, { type: 'base-ready' }>;
@@ -23,15 +32,28 @@ export interface BaseOptions {
   prepareTimeoutMs: number;
 }
 
+/** What there is to send, and how fast that would go. */
+interface Sending {
+  engine: SourceEngine;
+  /** Of pages with content. */
+  bytes: number;
+  pageSize: number;
+  /** Bytes a second. */
+  link: number;
+  plainMs: number;
+}
+
 /** All nodes that are left. */
 const everyNode = Number.MAX_SAFE_INTEGER;
 
 /** The source's part in a base; made when the destination says that it has one. */
 export class StartFromBase {
   readonly #ready = deferred<BaseReady>();
-  #progress: Omit<BaseProgress, 'type'> = { sampled: false, fraction: 0, expectedMs: null };
+  #progress: Omit<BaseProgress, 'type'> = { sampled: false, replays: false, fraction: 0, expectedMs: null };
   /** What a sample said. */
   #decision: CompareDecision | null = null;
+  /** Of the base without the log that is applied to it. */
+  #estimate: CompareDecision | null = null;
   #told: Deferred<void> = deferred();
   #toldAt = performance.now();
   readonly #report: BaseReport;
@@ -56,6 +78,7 @@ export class StartFromBase {
       compareMs: 0,
       fillMs: 0,
       replayMs: 0,
+      replay: 'none',
       sourceCpuMs: 0,
       destinationCpuMs: 0,
       linkBytesPerSecond: null,
@@ -84,12 +107,14 @@ export class StartFromBase {
     const bytes = engine.stats().base.pagesWithContent * pageSize;
     const link = await this.#measureLink(engine, bytes);
     this.#report.linkBytesPerSecond = link;
-    const ready = await this.#await((bytes * 1000) / link, () => this.#sample(engine, bytes, pageSize, link));
+    const sending: Sending = { engine, bytes, pageSize, link, plainMs: (bytes * 1000) / link };
+    const ready = await this.#await(sending);
     this.#report.problem = ready.problem;
     this.#report.fillMs = ready.fillMs;
     this.#report.replayMs = ready.replayMs;
+    if (ready.replayMs > 0 && this.#report.replay === 'none') this.#report.replay = 'applied';
     const started = performance.now();
-    if (ready.ready) await this.#compare(engine, () => this.#sample(engine, bytes, pageSize, link));
+    if (ready.ready) await this.#compare(sending);
     await untilAborted(engine.endBase(drop), this.signal);
     this.#report.compareMs = performance.now() - started;
   }
@@ -123,26 +148,41 @@ export class StartFromBase {
     return this.options.bandwidth > 0 ? Math.min(measured, this.options.bandwidth) : measured;
   }
 
-  async #await(plainMs: number, sample: () => Promise<CompareDecision>): Promise<BaseReady> {
+  async #await(sending: Sending): Promise<BaseReady> {
     const { base, baseTimeoutMs } = this.options;
+    const { plainMs } = sending;
     const started = performance.now();
+    let replayingSince: number | null = null;
     try {
       for (;;) {
         if (this.#ready.settled) return await untilAborted(this.#ready.promise, this.signal);
-        const elapsedMs = performance.now() - started;
+        const now = performance.now();
+        const elapsedMs = now - started;
         const late = elapsedMs >= baseTimeoutMs;
-        const sinceToldMs = Math.min(elapsedMs, performance.now() - this.#toldAt);
-        const { fraction, expectedMs, sampled } = this.#progress;
-        if (sampled && base === 'auto' && !this.#decision) {
+        const sinceToldMs = Math.min(elapsedMs, now - this.#toldAt);
+        const { fraction, expectedMs, sampled, replays } = this.#progress;
+        if (sampled && base === 'auto' && !(replays ? this.#estimate : this.#decision)) {
           // Before it is all there: a base that has nothing in common is not worth any wait.
-          if ((await sample()).action === 'plain') return await this.#cancel();
+          const { action } = replays ? await this.#makeEstimate(sending) : await this.#sample(sending);
+          if (action === 'plain' && !replays) return await this.#cancel();
           continue;
         }
-        const worthMs = this.#decision?.worthMs ?? null;
-        const input = { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs };
-        if (late || (base === 'auto' && decideWait(input) === 'give-up')) {
-          this.#report.reason = 'not-ready';
-          return await this.#cancel();
+        if (replays && fraction >= 1) {
+          replayingSince ??= now;
+          const bounds = replayBounds(plainMs, this.#estimate);
+          const input = { elapsedMs: now - replayingSince, sinceToldMs, expectedMs, ...bounds };
+          if (late || (base === 'auto' && decideReplay(input) === 'skip')) return await this.#withoutReplay();
+        } else {
+          const worthMs = replays
+            ? replayWorthMs(plainMs, this.#estimate)
+            : (this.#decision?.worthMs ?? null);
+          // A log that nobody knows how long it takes has to show that when its time has come.
+          const afterwardsMs = replays ? (expectedMs ?? 0) : expectedMs;
+          const input = { elapsedMs, sinceToldMs, fraction, expectedMs: afterwardsMs, plainMs, worthMs };
+          if (late || (base === 'auto' && decideWait(input) === 'give-up')) {
+            this.#report.reason = 'not-ready';
+            return await this.#cancel();
+          }
         }
         this.#told = deferred();
         this.#told.promise.catch(() => {});
@@ -155,9 +195,23 @@ export class StartFromBase {
     }
   }
 
+  /** The base is to do as it is, if it is worth anything. */
+  async #withoutReplay(): Promise<BaseReady> {
+    if (this.#estimate?.action === 'plain') {
+      this.#report.reason = this.#estimate.reason;
+      return await this.#cancel();
+    }
+    return await this.#letGo('base-skip-replay');
+  }
+
+  #cancel(): Promise<BaseReady> {
+    return this.#letGo('base-cancel');
+  }
+
   /** No page may leave before the destination has stopped writing its regions. */
-  async #cancel(): Promise<BaseReady> {
-    this.send({ type: 'base-cancel' });
+  async #letGo(type: 'base-cancel' | 'base-skip-replay'): Promise<BaseReady> {
+    if (this.#progress.replays) this.#report.replay = 'skipped';
+    this.send({ type });
     const { prepareTimeoutMs } = this.options;
     const ready = await untilAborted(
       within(
@@ -172,32 +226,42 @@ export class StartFromBase {
     return ready;
   }
 
-  async #sample(
-    engine: SourceEngine,
-    bytes: number,
-    pageSize: number,
-    link: number,
-  ): Promise<CompareDecision> {
-    const nodes = this.pages.reduce((sum, pages) => sum + Math.ceil(pages / nodePages), 0);
-    const started = performance.now();
-    await untilAborted(engine.compareBase(sampleNodes(nodes), true), this.signal);
-    const { pagesCompared, pagesSame } = engine.stats().base;
-    this.#decision = decideCompare({
-      bytes,
-      pageSize,
-      linkBytesPerSecond: link,
-      sampledPages: pagesCompared,
-      samePages: pagesSame,
-      sampleMs: performance.now() - started,
-    });
+  async #sample(sending: Sending): Promise<CompareDecision> {
+    const sampleMs = await this.#compareSample(sending, 'sample');
+    const { pagesCompared, pagesSame } = sending.engine.stats().base;
+    this.#decision = this.#decide(sending, { sampledPages: pagesCompared, samePages: pagesSame, sampleMs });
     this.#report.reason = this.#decision.reason;
     return this.#decision;
   }
 
-  async #compare(engine: SourceEngine, sample: () => Promise<CompareDecision>): Promise<void> {
+  /** Of the base as it is before the log is applied to it. */
+  async #makeEstimate(sending: Sending): Promise<CompareDecision> {
+    const sampleMs = await this.#compareSample(sending, 'estimate');
+    const { pagesEstimated, pagesAlike } = sending.engine.stats().base;
+    const sampled = { sampledPages: pagesEstimated, samePages: pagesAlike, sampleMs };
+    this.#estimate = this.#decide(sending, sampled);
+    return this.#estimate;
+  }
+
+  /** Gives ms. */
+  async #compareSample({ engine }: Sending, depth: 'sample' | 'estimate'): Promise<number> {
+    const nodes = this.pages.reduce((sum, pages) => sum + Math.ceil(pages / nodePages), 0);
+    const started = performance.now();
+    await untilAborted(engine.compareBase(sampleNodes(nodes), depth), this.signal);
+    return performance.now() - started;
+  }
+
+  #decide(
+    { bytes, pageSize, link }: Sending,
+    sampled: Pick<CompareInput, 'sampledPages' | 'samePages' | 'sampleMs'>,
+  ): CompareDecision {
+    return decideCompare({ bytes, pageSize, linkBytesPerSecond: link, ...sampled });
+  }
+
+  async #compare(sending: Sending): Promise<void> {
     const { base } = this.options;
-    if (base === 'auto' && (this.#decision ?? (await sample())).action === 'plain') return;
-    await untilAborted(engine.compareBase(everyNode, false), this.signal);
+    if (base === 'auto' && (this.#decision ?? (await this.#sample(sending))).action === 'plain') return;
+    await untilAborted(sending.engine.compareBase(everyNode, 'all'), this.signal);
     this.#report.used = true;
     this.#report.reason = base === 'always' ? 'always' : 'saves';
   }

@@ -17,9 +17,16 @@ export interface WorkerBaseOptions {
   directory: string;
   /** For guests that were started anew elsewhere, too: any host with the shared secret can have the base then. */
   anySource?: boolean;
-  /** Applies a source's log to the guest as it was: requests, in most cases. Without it logs are ignored. */
-  replay?: (guest: WorkerGuest, log: Uint8Array, options: { signal: AbortSignal }) => Promise<void>;
-  /** How long a replay takes, in ms, where it is known. */
+  /**
+   * Applies a source's log to the guest as it was: requests, in most cases. Without it logs are ignored. `progress`: how
+   * much of the log is applied, 0 to 1; a source waits no longer than that pace promises to be worth.
+   */
+  replay?: (
+    guest: WorkerGuest,
+    log: Uint8Array,
+    options: { signal: AbortSignal; progress: (fraction: number) => void },
+  ) => Promise<void>;
+  /** How long a replay takes, in ms, where it is known beforehand. */
   replayMs?: number;
 }
 
@@ -47,15 +54,24 @@ export async function workerBase(
   const bases = regions.map((_, index) => files.bases[index] ?? null);
   const { replay, replayMs } = base;
   if (!replay || !offer.replayLog) return { bases };
-  const apply = async (log: Uint8Array, { signal }: { signal: AbortSignal }) => {
+  const apply: NonNullable<WorkerBase['replay']>['apply'] = async (log, { signal, progress }) => {
     const former = await start(files.offer, { ...options, base: undefined, onGuest: undefined }, signal);
     // Whatever is asked of it rejects then; and should the replay wait for something else, nobody waits for that.
     const end = () => void former.guest.terminate().catch(() => {});
     signal.addEventListener('abort', end, { once: true });
     try {
       signal.throwIfAborted();
+      const filling = performance.now();
       await untilAborted(run(former, files, signal), signal);
-      await untilAborted(replay(former.guest, log, { signal }), signal);
+      const replaying = performance.now();
+      // What comes of it is copied at about the speed of what was read.
+      const copyMs = replaying - filling;
+      const ofLog = (fraction: number) => {
+        const elapsedMs = performance.now() - replaying;
+        if (fraction > 0 && fraction <= 1) progress(elapsedMs / (elapsedMs / fraction + copyMs));
+      };
+      progress(0);
+      await untilAborted(replay(former.guest, log, { signal, progress: ofLog }), signal);
       await former.guest.pause({ signal });
       for (const [index, region] of regions.entries()) {
         const replayed = former.guest.regions[index]?.region;

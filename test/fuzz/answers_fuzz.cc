@@ -63,7 +63,7 @@ const HashTree& tree_of(std::uint32_t region) {
 
 // Answers come while the questions are being written: u8 0: no more of them now; below 128: the right ones for some nodes
 // (from 64 on, but for a byte of one hash, u8); else a frame.
-void hashes(Input& input, bool sample) {
+void hashes(Input& input, CompareDepth depth) {
   const std::vector<std::uint64_t> base = {kPages, kFewPages};
   BaseComparison comparison(guest().regions, base, kKey, std::chrono::milliseconds(0));
   FrameScript script;
@@ -81,7 +81,7 @@ void hashes(Input& input, bool sample) {
     std::uint64_t count = std::min(left, (1 + most) * wire::kTreeNodePages);
     const PageRun run{PageNumber{question.first_page + answered[at]}, count};
     const auto nodes = of.nodes_of(run.first.value, run.count);
-    const auto right = question.tag == wire::kTreePages ? of.page_hashes(run) : of.node_hashes(nodes);
+    const auto right = question.tag == wire::kTreeNodes ? of.node_hashes(nodes) : of.page_hashes(run);
     std::vector<KeyedHash> said(right.begin(), right.end());
     if (wrong != 0) said[wrong % said.size()][0] ^= wrong;
     wire::FrameHeader header = wire::make_header(FrameType::kTree, question.region, run, question.tag);
@@ -140,8 +140,10 @@ void hashes(Input& input, bool sample) {
   };
   way.cut = [&](const std::string&) { cut = true; };
   const std::vector<const AtomicBitmap*> untouched(base.size(), nullptr);
-  (void)comparison.run(sample ? 2 : ~std::uint64_t{0}, sample, untouched, way);
+  (void)comparison.run(depth == CompareDepth::kAll ? ~std::uint64_t{0} : 2, depth, untouched, way);
   require(same_pages <= kPages + kFewPages && comparison.stats().pages_same == same_pages);
+  require(comparison.stats().pages_alike <= comparison.stats().pages_estimated);
+  if (depth == CompareDepth::kEstimate) require(same_pages == 0 && comparison.stats().pages_compared == 0);
   // What comes late was asked for by nobody.
   wire::FrameHeader late = wire::make_header(FrameType::kTree, 0, {PageNumber{0}, kPages}, wire::kTreePages);
   require(!comparison.answered(late, {}).empty());
@@ -208,15 +210,18 @@ void names(Input& input) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace memferry::fuzz;
   Input input(data, size);
-  switch (input.byte() % 4) {
+  switch (input.byte() % 5) {
     case 0:
-      hashes(input, false);
+      hashes(input, CompareDepth::kAll);
       break;
     case 1:
-      hashes(input, true);
+      hashes(input, CompareDepth::kSample);
       break;
     case 2:
       references(input);
+      break;
+    case 4:
+      hashes(input, CompareDepth::kEstimate);
       break;
     default:
       names(input);

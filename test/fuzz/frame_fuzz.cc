@@ -94,12 +94,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       break;
     case FrameType::kTreeRequest:
       require(header.page_count > 0 && header.payload_bytes == 0);
-      require(header.tag == kTreePages || header.tag == kTreeNodes);
+      require(header.tag == kTreePages || header.tag == kTreeNodes || header.tag == kTreeEstimate);
       break;
     case FrameType::kTree: {
       const std::uint64_t level = header.tag & 0xff;
-      require(level == kTreePages || level == kTreeNodes);
-      const std::uint64_t hashes = level == kTreePages ? header.page_count : tree_nodes(header.page_count);
+      require(level == kTreePages || level == kTreeNodes || level == kTreeEstimate);
+      const std::uint64_t hashes = level == kTreeNodes ? tree_nodes(header.page_count) : header.page_count;
       require(hashes > 0 && hashes <= max_payload(page_size) / sizeof(TreeHash));
       require(header.payload_bytes == hashes * sizeof(TreeHash));
       break;

@@ -119,7 +119,7 @@ class FrameScript {
         return bare ? 0 : count * sizeof(std::uint64_t);
       }
       case FrameType::kTree:
-        return ((header.tag & 0xff) == wire::kTreePages ? count : wire::tree_nodes(count)) *
+        return ((header.tag & 0xff) == wire::kTreeNodes ? wire::tree_nodes(count) : count) *
                sizeof(wire::TreeHash);
       case FrameType::kKnown:
       case FrameType::kUnresolved:

@@ -123,7 +123,8 @@ class World {
   World& operator=(const World&) = delete;
 
   void part(Input& input) {
-    const std::uint8_t whose = input.byte() % 8;
+    const std::uint8_t choice = input.byte();
+    const std::uint8_t whose = choice % 8;
     std::vector<FrameScript::Frame> frames;
     bool cut = false;
     for (std::size_t left = input.byte() % (kMostFrames + 1); left > 0 && !input.empty() && !cut; --left) {
@@ -136,7 +137,7 @@ class World {
     } else if (whose == kColumns) {
       redial();
     } else if (whose == kColumns + 1) {
-      receiver_->base_sampled();
+      receiver_->base_sampled(choice < 128);
     } else if (whose == kColumns + 2) {
       receiver_->base_ready();
     } else {

@@ -316,6 +316,7 @@ const answers = {
   'node-by-node': hashesOf(0, 1, 1, 1, 1, 0),
   'one-differs': hashesOf(0, 64 + 3, 5, 3, 0, 3, 3, 0),
   sample: hashesOf(1, 3, 3, 0),
+  estimate: hashesOf(4, 3, 64 + 3, 5, 0),
   'made-up': hashesOf(
     0,
     200,

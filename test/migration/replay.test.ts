@@ -93,14 +93,49 @@ test('a base of another life, with a log that means nothing to it: only the hash
   expect(await ask(b, everything)).toEqual(rows);
 });
 
-test('a replay that never ends, and heeds no signal, costs its time-out and not the migration', async () => {
+describe('as it promises to pay', () => {
+  // What differs from the base is 4 MiB and more; all of it some 40.
+  const bandwidth = 256 * 1024;
+
+  test('a log of which nobody knows how long it takes is applied when it is quick', async () => {
+    const [a, b] = await hosts('a', 'b');
+    const replayLog = await database(a);
+    const rows = await ask(a, everything);
+    const port = await listen(b, { modules: { sqlite: url }, workerBase: { directory, diverge: false } });
+    await migrate(a, port, { mode: 'hybrid', replayLog, bandwidth }, { guest: 'db' });
+    const { base, verified, heapBytes, bytesOnWire } = await report(a);
+    expect(verified).toBe(true);
+    expect(base).toMatchObject({ used: true, reason: 'saves', replay: 'applied', problem: null });
+    expect(bytesOnWire).toBeLessThan(0.1 * heapBytes);
+    expect(await ask(b, everything)).toEqual(rows);
+  }, 60_000);
+
+  test('one that is slow is called off, whatever was said of it, and the base is compared as it is', async () => {
+    const [a, b] = await hosts('a', 'b');
+    const replayLog = await database(a);
+    const rows = await ask(a, everything);
+    // 60 requests, a minute in all.
+    const workerBase = { directory, diverge: false, restMs: 1000, replayMs: 1 };
+    const port = await listen(b, { modules: { sqlite: url }, workerBase });
+    await migrate(a, port, { mode: 'hybrid', replayLog, bandwidth: 4 * bandwidth }, { guest: 'db' });
+    const { base, verified, heapBytes, bytesOnWire } = await report(a);
+    expect(verified).toBe(true);
+    expect(base).toMatchObject({ used: true, reason: 'saves', replay: 'skipped', problem: null });
+    expect(base?.waitMs).toBeLessThan(30_000);
+    expect(bytesOnWire).toBeLessThan(0.5 * heapBytes);
+    expect(await ask(b, everything)).toEqual(rows);
+  }, 60_000);
+});
+
+test('a replay that never ends, and heeds no signal, costs its time-out and not the base', async () => {
   const [a, b] = await hosts('a', 'b');
   const replayLog = await database(a);
   const rows = await ask(a, everything);
   const workerBase = { directory, diverge: false, hang: true };
   const port = await listen(b, { modules: { sqlite: url }, workerBase });
   await migrate(a, port, { base: 'always', baseTimeoutMs: 1500, replayLog }, { guest: 'db' });
-  expect(await report(a)).toMatchObject({ verified: true, base: { used: false, reason: 'not-ready' } });
+  const { verified, base } = await report(a);
+  expect({ verified, base }).toMatchObject({ verified: true, base: { used: true, replay: 'skipped' } });
   expect(await ask(b, everything)).toEqual(rows);
 });
 

@@ -44,14 +44,13 @@ class BaseTest : public testing::TestWithParam<Case> {
     }
     bases = differs;
   }
-  void lay_base() {
+  void copy_base() {
     for (std::size_t r = 0; r < 2; ++r) {
       for (std::uint64_t page = 0; page < kPages; ++page) {
         std::memcpy(bench.page(page, r), at(page, r), bench.page_size);
         if (bases > 0 && page % bases == 0) bench.page(page, r)[page % bench.page_size] ^= std::byte{1};
       }
     }
-    bench.receiver->base_ready();
   }
   void connect() {
     for (std::size_t i = 0; i < bench.config.base_key.size(); ++i)
@@ -60,7 +59,8 @@ class BaseTest : public testing::TestWithParam<Case> {
     bench.config.keep_page_hashes = true;
     bench.config.bases = {ReceiverConfig::Base::kGiven, ReceiverConfig::Base::kGiven};
     bench.start();
-    lay_base();
+    copy_base();
+    if (ready_at_once) bench.receiver->base_ready();
     SenderConfig config;
     config.regions = source;
     for (const auto& region : source) {
@@ -82,9 +82,9 @@ class BaseTest : public testing::TestWithParam<Case> {
   }
   void done(std::uint64_t tag) { EXPECT_EQ(left.wait(kRoundDone, rounds++).tag, tag); }
   void compare() {
-    sender->compare_base(100, 2, true);
+    sender->compare_base(100, 2, CompareDepth::kSample);
     done(100);
-    sender->compare_base(101, kAllNodes, false);
+    sender->compare_base(101, kAllNodes, CompareDepth::kAll);
     done(101);
   }
   std::byte* at(std::uint64_t page, std::size_t region = 0) {
@@ -120,6 +120,7 @@ class BaseTest : public testing::TestWithParam<Case> {
   std::unique_ptr<Sender> sender;
   std::size_t rounds = 0;
   std::uint64_t bases = 0;
+  bool ready_at_once = true;
 };
 
 TEST_P(BaseTest, OfAnEqualBaseNothingComes) {
@@ -171,7 +172,7 @@ TEST_P(BaseTest, ABaseThatWasNotComparedIsForgottenByTheSwitch) {
   fill(3);
   connect();
   sender->queue_populated();
-  sender->compare_base(100, 1, true);
+  sender->compare_base(100, 1, CompareDepth::kSample);
   done(100);
   const std::uint64_t same = sender->stats().base.pages_same;
   EXPECT_GT(same, 0u);
@@ -212,6 +213,43 @@ TEST_P(BaseTest, AGuestThatWritesHardMeanwhileLosesNothing) {
   expect_equal();
 }
 
+// Asked about as it is before a log is applied to it, and compared when it has been: what was learnt for the question
+// says nothing of the comparison, on either side.
+TEST_P(BaseTest, AnEstimateLeavesNothingBehind) {
+  fill(4);
+  ready_at_once = false;
+  connect();
+  sender->queue_populated();
+  bench.receiver->base_sampled(false);
+  sender->compare_base(99, 1, CompareDepth::kEstimate);
+  done(99);
+  const BaseStats estimated = sender->stats().base;
+  EXPECT_GT(estimated.pages_estimated, 0u);
+  EXPECT_GT(estimated.pages_alike, 0u);
+  EXPECT_LT(estimated.pages_alike, estimated.pages_estimated);
+  EXPECT_EQ(estimated.pages_compared, 0u);
+  EXPECT_EQ(estimated.pages_same, 0u);
+  EXPECT_EQ(bench.receiver->stats().pages_from_base, 0u);
+  // What differed is right now; what was alike differs, on one side or on the other.
+  for (std::size_t r = 0; r < 2; ++r) {
+    for (std::uint64_t page = 0; page < kPages; ++page) {
+      std::memcpy(bench.page(page, r), at(page, r), bench.page_size);
+      if (page % 4 == 1) bench.page(page, r)[page % bench.page_size] ^= std::byte{1};
+      if (page % 4 == 2 && page % 7 != 6) at(page, r)[page % bench.page_size] ^= std::byte{1};
+    }
+  }
+  bench.receiver->base_ready();
+  compare();
+  EXPECT_EQ(sender->stats().base.pages_alike, estimated.pages_alike);
+  std::uint64_t same = 0;
+  for (std::uint64_t page = 0; page < kPages; ++page) same += page % 4 == 1 || (page % 4 == 2 && page % 7 != 6) ? 0 : 2;
+  EXPECT_EQ(sender->stats().base.pages_same, same);
+  sender->end_base(102, GetParam().may_page);
+  done(102);
+  finish();
+  expect_equal();
+}
+
 // Confirmed as B, then A again as it was when the tracker was armed: only a tracker that was told of B sees it.
 TEST_P(BaseTest, APageThatWasConfirmedAndThenTakenBackIsSentAgain) {
   fill(0);
@@ -235,7 +273,7 @@ TEST_P(BaseTest, NothingIsComparedAfterTheFirstRound) {
   sender->queue_populated();
   sender->start_round(1);
   done(1);
-  EXPECT_THROW(sender->compare_base(2, kAllNodes, false), std::logic_error);
+  EXPECT_THROW(sender->compare_base(2, kAllNodes, CompareDepth::kAll), std::logic_error);
   finish();
   expect_equal();
 }

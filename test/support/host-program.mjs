@@ -125,17 +125,19 @@ function replayOf(replay, arriving, offer) {
 }
 
 /** The log is requests as JSON, one a line. A replay that diverges leaves some out, and adds one of its own. */
-function workerBaseOf({ directory, diverge, hang = false }) {
-  const replay = async (guest, log) => {
+function workerBaseOf({ directory, diverge, hang = false, restMs = 0, replayMs = null }) {
+  const replay = async (guest, log, { progress }) => {
     if (hang) await new Promise(() => {});
     const lines = Buffer.from(log).toString('utf8').split('\n').filter(Boolean);
     tell('replay', { guest: guest.name, requests: lines.length });
     for (const [index, line] of lines.entries()) {
       if (!diverge || index % 7 !== 3) await guest.request(JSON.parse(line));
+      if (restMs > 0) await new Promise((resolve) => setTimeout(resolve, restMs));
+      progress((index + 1) / lines.length);
     }
     if (diverge) await guest.request({ op: 'exec', sql: 'CREATE TABLE diverged (x)' });
   };
-  return { directory, replay, replayMs: 1000 };
+  return { directory, replay, ...(replayMs === null ? {} : { replayMs }) };
 }
 
 const operations = {
