@@ -71,18 +71,50 @@ describe.skipIf(obstacle !== null)('the guide to QEMU', () => {
   }
   const ticks = (name: string) => log(name).match(/^T \d+/gm)?.length ?? 0;
 
+  let marks = 0;
+  /** Types the block, and gives its last command's exit code. */
+  async function exitCode(block: string): Promise<number> {
+    const mark = new RegExp(`^ended ${++marks}: (\\d+)\\n`, 'm');
+    shell.stdin?.write(`${block}echo "ended ${marks}: $?"\n`);
+    await until(() => mark.test(said), 'the command does not end');
+    return Number(mark.exec(said)?.[1]);
+  }
+  /** What the reader sees for himself: QEMU is there. */
+  const waitFor = (name: string) => `until [ -S ${name}.qmp -a -S ${name}.shim ]; do sleep 0.1; done\n`;
+
+  const typed = [...blocks];
+  const next = () => typed.shift() ?? '';
+
   test('its commands move a guest', async () => {
-    expect(blocks.length).toBe(4);
-    const [here, there, destination, source] = blocks as [string, string, string, string];
-    shell.stdin?.write(here);
+    shell.stdin?.write(next());
     await until(() => ticks('here.log') > 10, 'the guest has not started');
-    shell.stdin?.write(there);
-    shell.stdin?.write(`until [ -S there.qmp -a -S there.shim ]; do sleep 0.1; done\n${destination}`);
-    await until(() => said.includes('"listening"'), 'the destination does not listen');
-    shell.stdin?.write(`${source}echo "moved: $?"\n`);
-    await until(() => said.includes('moved: '), 'the source does not end');
-    expect(said).toContain('moved: 0');
+    shell.stdin?.write(next());
+    shell.stdin?.write(waitFor('there') + next());
+    await until(() => said.includes('"port":7071'), 'the destination does not listen');
+    expect(await exitCode(next()), said).toBe(0);
     await until(() => ticks('there.log') > 10, 'the guest does not go on');
     expect(problemOf([log('here.log'), log('there.log')])).toBeNull();
   }, 240_000);
+
+  test('and move it on through a server', async () => {
+    shell.stdin?.write(next());
+    shell.stdin?.write(waitFor('third') + next());
+    await until(() => /"port":7077/.test(said) && /"port":7072/.test(said), 'nobody listens');
+    const before = said.length;
+    expect(await exitCode(next()), said).toBe(0);
+    await until(() => ticks('third.log') > 10, 'the guest does not go on');
+    expect(problemOf([log('here.log'), log('there.log'), log('third.log')])).toBeNull();
+    const complete = () => said.slice(before).match(/^{"type":"report".*"verified":true.*$/gm)?.length === 1;
+    await until(complete, 'the guest is not gathered');
+    // It is told when the rest has been gathered.
+    const status = async () => {
+      await exitCode('memferry status 127.0.0.1:7077\n');
+      return said;
+    };
+    await expect.poll(status).toMatch(/^{"type":"status".*"held":\[\]/m);
+  }, 240_000);
+
+  test('no command is left out', () => {
+    expect(typed).toEqual([]);
+  });
 });
