@@ -94,6 +94,12 @@ const NEEDS = {
     deb: 'iproute2',
     rpm: 'iproute-tc',
   },
+  curl: {
+    what: 'curl (a guide has its reader type it)',
+    there: () => onPath('curl'),
+    deb: 'curl',
+    rpm: 'curl',
+  },
   mkswap: {
     what: 'mkswap (util-linux)',
     there: () => onPath('mkswap'),
@@ -140,6 +146,7 @@ const PROFILES = {
     'json',
     'pkg-config',
     'ip',
+    'curl',
     ...GUESTS,
   ],
   'test:kernel': [...BUILD, 'cmake', 'ninja', 'gcc', 'libcrypto', 'gtest', 'json', 'qemu', 'xz', 'libc.a'],

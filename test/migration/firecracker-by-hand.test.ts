@@ -1,26 +1,35 @@
 /** The commands of docs/firecracker.md as they are written there, with the paths and ports of the test. */
+import { execFile } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
 import { expect, test } from 'vitest';
 import { migrate, snapshotGuest } from '../../lib/index.js';
 import { command, forEachTest } from '../support/command-line.js';
 import { FakeFirecracker } from '../support/fake-firecracker.js';
-import { FakeMicroVm, makeSnapshot } from '../support/micro-vm.js';
+import { makeSnapshot } from '../support/micro-vm.js';
 
+const run = promisify(execFile);
 const place = forEachTest();
 const guide = readFileSync(fileURLToPath(new URL('../../docs/firecracker.md', import.meta.url)), 'utf8');
 const bytes = 16 * 2 ** 20;
 const secretFlags = () => ['--secret-file', place.secretFile];
 
-/** What stands behind `$ memferry` below the mark. */
+/** The command below the mark. */
+function commandAt(mark: string): string {
+  const block = new RegExp(`<!-- by hand: ${mark} -->\n\`\`\`console\n\\$ ([^]*?)\`\`\``).exec(guide);
+  if (!block) throw new Error(`no command '${mark}' in docs/firecracker.md`);
+  return (block[1] ?? '').replaceAll('/run/vm', place.directory).replaceAll('/srv/vm', place.directory);
+}
+
+/** What stands behind `memferry` in it. */
 function written(mark: string, replaced: Record<string, string> = {}): string[] {
-  const [, line] =
-    new RegExp(`<!-- by hand: ${mark} -->\n\`\`\`console\n\\$ memferry (.*)\n`).exec(guide) ?? [];
-  if (line === undefined) throw new Error(`no command '${mark}' in docs/firecracker.md`);
-  let text = line.replaceAll('/run/vm', place.directory).replaceAll('/srv/vm', place.directory);
+  let text = commandAt(mark).trim();
   for (const [from, to] of Object.entries(replaced)) text = text.replaceAll(from, to);
-  return text.split(' ');
+  const [program, ...rest] = text.split(' ');
+  expect(program).toBe('memferry');
+  return rest;
 }
 
 const memory = () => join(place.directory, 'memory');
@@ -34,17 +43,23 @@ test('from a file', async () => {
   snapshot();
   const handler = command(...written('file'));
   await handler.next('listening');
-  const fake = new FakeMicroVm(['--socket', socket(), '--bytes', bytes]);
+  const fake = await new FakeFirecracker(join(place.directory, 'api.sock')).listen();
+  fake.mayResumeOnLoad = true;
   try {
-    expect(await fake.answer()).toEqual({ loaded: true });
-    expect(await handler.next('connected')).toMatchObject({ pid: fake.child.pid, heapBytes: bytes });
-    expect(await fake.obey('random 300 1')).toMatchObject({ wrong: 0 });
-    fake.kill();
+    // What the API answers where something is wrong, it would write.
+    expect(await run('bash', ['-c', commandAt('load')])).toMatchObject({ stdout: '' });
+    expect(fake.running).toBe(true);
+    expect(await handler.next('connected')).toMatchObject({
+      pid: fake.microVm?.child.pid,
+      heapBytes: bytes,
+    });
+    expect(await fake.microVm?.obey('random 300 1')).toMatchObject({ wrong: 0 });
+    fake.microVm?.kill();
     expect(await handler.next('report')).toMatchObject({ end: 'owner-gone', stats: { pagesLost: 0 } });
     handler.child.kill('SIGTERM');
     expect(await handler.closed).toBe(0);
   } finally {
-    fake.kill();
+    fake.close();
   }
 });
 
