@@ -51,6 +51,7 @@ export class Terminal {
     });
     this.#child.stderr?.setEncoding('utf8').on('data', (text) => {
       this.#errors += text;
+      this.#wake();
     });
     this.#closed = new Promise((_, reject) => {
       this.#child.once('error', reject);
@@ -70,14 +71,12 @@ export class Terminal {
     this.#child.stdin?.write(`${line}\n`);
   }
 
-  /** The next line for which `wanted` gives something; those before it are passed over. */
-  async #line<T>(what: string, wanted: (line: string) => T | null): Promise<T> {
+  /** What `look` gives once it gives something; it looks again at whatever has been said since. */
+  async #until<T>(what: string, look: () => T | null): Promise<T> {
     const found = async () => {
       for (;;) {
-        while (this.#next < this.#lines.length) {
-          const value = wanted(this.#lines[this.#next++] as string);
-          if (value !== null) return value;
-        }
+        const value = look();
+        if (value !== null) return value;
         await new Promise<void>((resolve) => {
           this.#wake = resolve;
         });
@@ -88,6 +87,17 @@ export class Terminal {
       BOUND_MS,
       () => `no ${what}: ${this.#lines.slice(-8).join('\n')}\n${this.#errors}`,
     );
+  }
+
+  /** The next line for which `wanted` gives something; those before it are passed over. */
+  #line<T>(what: string, wanted: (line: string) => T | null): Promise<T> {
+    return this.#until(what, () => {
+      while (this.#next < this.#lines.length) {
+        const value = wanted(this.#lines[this.#next++] as string);
+        if (value !== null) return value;
+      }
+      return null;
+    });
   }
 
   /** The next line of JSON of this type, unless the command fails or ends before it. */
@@ -110,16 +120,16 @@ export class Terminal {
 
   /** Types commands. The shell reads all of them before the first one runs, so that none takes another for its input. */
   start(commands: string): void {
-    this.type(`(set -eu\n${commands}\n); echo "ended ${++this.#runs}: $?"`);
+    // Said on both, since what comes on one says nothing of what has come on the other.
+    this.type(`(set -eu\n${commands}\n); end="ended ${++this.#runs}: $?"; echo "$end" >&2; echo "$end"`);
   }
 
   /** The exit code of what was started last: of its last command, or of the first that failed. */
-  ended(): Promise<number> {
-    const said = new RegExp(`^ended ${this.#runs}: (\\d+)$`);
-    return this.#line('end of the command', (line) => {
-      const code = said.exec(line)?.[1];
-      return code === undefined ? null : Number(code);
-    });
+  async ended(): Promise<number> {
+    const end = new RegExp(`^ended ${this.#runs}: (\\d+)$`, 'm');
+    const code = await this.#line('end of the command', (line) => end.exec(line)?.[1] ?? null);
+    await this.#until('end of its errors', () => end.exec(this.#errors));
+    return Number(code);
   }
 
   /** Gives what the commands wrote. */
