@@ -16,6 +16,7 @@ const BESIDE_ANOTHER = [
   'bad-days-postcopy',
   'bad-days-worker',
   'base',
+  'combinations',
   'demo-by-hand',
   'encodings',
   'guests-guide',

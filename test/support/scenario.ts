@@ -42,7 +42,9 @@ export interface Report {
     pagesCompared: number;
     bytesExchanged: number;
     roundTrips: number;
+    waitMs: number;
     replayMs: number;
+    replay: 'applied' | 'skipped' | 'none';
   } | null;
   pagesDirect: number;
   intermediaries: Intermediary[];
