@@ -41,6 +41,7 @@ void StageHandle::define(Napi::Env env) {
       DefineClass(env, "NativeStage",
                   {
                       InstanceMethod<&StageHandle::preallocate>("preallocate"),
+                      InstanceMethod<&StageHandle::limit_fresh>("limitFresh"),
                       InstanceMethod<&StageHandle::identity>("identity"),
                       InstanceMethod<&StageHandle::create_image>("createImage"),
                       InstanceMethod<&StageHandle::join>("join"),
@@ -118,6 +119,13 @@ Napi::Value StageHandle::preallocate(const Napi::CallbackInfo& info) {
           return true;
         },
         [](Napi::Env js, bool) { return js.Undefined(); });
+  });
+}
+
+Napi::Value StageHandle::limit_fresh(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    stage().limit_fresh(count_of(info[0], "bytes"));
+    return info.Env().Undefined();
   });
 }
 

@@ -25,6 +25,7 @@ class StageHandle : public Napi::ObjectWrap<StageHandle>, public Engine {
   [[nodiscard]] Stage& stage() const;  // throws CodedError (CLOSED)
 
   Napi::Value preallocate(const Napi::CallbackInfo& info);
+  Napi::Value limit_fresh(const Napi::CallbackInfo& info);
   Napi::Value identity(const Napi::CallbackInfo& info);
   Napi::Value create_image(const Napi::CallbackInfo& info);
   Napi::Value join(const Napi::CallbackInfo& info);

@@ -70,6 +70,20 @@ Slab::Slot Slab::pop(Stack& stack) {
   return slot;
 }
 
+Slab::Slot Slab::pop_cold() {
+  --cold_left_;
+  return cold_.size > 0 ? pop(cold_) : static_cast<Slot>(never_used_++);
+}
+
+std::uint64_t Slab::free_locked() const {
+  return warm_.size + std::min(cold_.size + (slots_ - never_used_), cold_left_);
+}
+
+void Slab::limit_cold(std::uint64_t slots) {
+  const std::lock_guard lock(mutex_);
+  cold_left_ = std::min(slots, kMostSlots);
+}
+
 void Slab::give_out(Slot slot, std::vector<Slot>& slots) {
   counts_of(slot).store(1, std::memory_order_relaxed);
   slots.push_back(slot);
@@ -84,17 +98,10 @@ std::uint64_t Slab::take(std::uint64_t wanted, std::vector<Slot>& slots) {
 
 std::uint64_t Slab::take_spare(std::uint64_t wanted, std::vector<Slot>& slots) {
   const std::lock_guard lock(mutex_);
-  const std::uint64_t free = warm_.size + cold_.size + (slots_ - never_used_);
-  const std::uint64_t taken = std::min(wanted, free);
+  const std::uint64_t taken = std::min(wanted, free_locked());
   slots.reserve(slots.size() + static_cast<std::size_t>(taken));  // may throw, with nothing taken yet
   for (std::uint64_t i = 0; i < taken; ++i) {
-    if (warm_.size > 0) {
-      give_out(pop(warm_), slots);
-    } else if (cold_.size > 0) {
-      give_out(pop(cold_), slots);
-    } else {
-      give_out(static_cast<Slot>(never_used_++), slots);
-    }
+    give_out(warm_.size > 0 ? pop(warm_) : pop_cold(), slots);
   }
   return taken;
 }
@@ -121,13 +128,12 @@ bool Slab::take_zeroed(std::uint64_t wanted, std::vector<Slot>& slots) {
   std::size_t warm_from = 0;
   {
     const std::lock_guard lock(mutex_);
-    if (wanted > warm_.size + cold_.size + (slots_ - never_used_)) return false;
+    if (wanted > free_locked()) return false;
     slots.reserve(before + static_cast<std::size_t>(wanted));
-    std::uint64_t left = wanted;
-    for (; left > 0 && cold_.size > 0; --left) give_out(pop(cold_), slots);
-    for (; left > 0 && never_used_ < slots_; --left) give_out(static_cast<Slot>(never_used_++), slots);
+    const std::uint64_t cold = std::min(wanted, free_locked() - warm_.size);
+    for (std::uint64_t i = 0; i < cold; ++i) give_out(pop_cold(), slots);
     warm_from = slots.size();
-    for (; left > 0; --left) give_out(pop(warm_), slots);
+    for (std::uint64_t i = cold; i < wanted; ++i) give_out(pop(warm_), slots);
   }
   give_back(std::span(slots).subspan(warm_from));
   return true;
@@ -194,6 +200,7 @@ void Slab::drop(std::span<const Slot> slots) {
     give_back(std::span(batch).first(count));
     const std::lock_guard lock(mutex_);
     for (std::size_t i = count; i > 0; --i) push(cold_, batch[i - 1]);
+    cold_left_ = std::min(cold_left_ + count, kMostSlots);
   }
 }
 
@@ -208,6 +215,7 @@ void Slab::give_back_free() {
     if (count == 0) return;
     give_back(std::span(batch).first(count));
     for (std::size_t i = count; i > 0; --i) push(cold_, batch[i - 1]);
+    cold_left_ = std::min(cold_left_ + count, kMostSlots);
   }
 }
 
@@ -229,7 +237,7 @@ void Slab::give_back(std::span<Slot> slots) {
 
 std::uint64_t Slab::free_slots() const {
   const std::lock_guard lock(mutex_);
-  return warm_.size + cold_.size + (slots_ - never_used_);
+  return free_locked();
 }
 
 }  // namespace memferry

@@ -5,7 +5,7 @@
 // away frees it. A slot that is *settled* never changes its content until it is free; only such a one is shared. Free
 // slots are *warm* (there is memory behind them, with what was written last) or *cold* (none; they read as zeros). Warm
 // ones are given out first, because touching fresh memory costs more than the copy. Once preallocated there is memory
-// behind all of them for good.
+// behind all of them for good. Until then only so many cold ones are given out as the system has memory for.
 //
 // Beside the mapping a slab takes kTableBytes a slot, and nothing more however it is used.
 //
@@ -39,6 +39,9 @@ class Slab {
   // missing later. Blocks as long as the system takes to clear it. Throws SystemError: there
   // is not so much.
   void preallocate();
+  // From now on at most so many cold slots are given out, beside those that are given back: what the system can spare.
+  // Until it is called, all of them. Not of a slab that is preallocated.
+  void limit_cold(std::uint64_t slots);
   // Called when slots are short, with how many: gives up what others need more. Before the first slot is taken. It may
   // release, never take. No lock of the slab is held, but the taker's may be (a HintTable's, Stage::Impl's): it waits
   // for nobody who takes one of those, or who takes slots other than spare ones.
@@ -92,6 +95,8 @@ class Slab {
   void push(Stack& stack, Slot slot);
   [[nodiscard]] Slot pop(Stack& stack);
   void give_out(Slot slot, std::vector<Slot>& slots);
+  [[nodiscard]] Slot pop_cold();
+  [[nodiscard]] std::uint64_t free_locked() const;
   // Sorts; the memory behind them must be nobody's. They read as zeros after it.
   void give_back(std::span<Slot> slots);
   bool take_zeroed(std::uint64_t wanted, std::vector<Slot>& slots);
@@ -108,6 +113,7 @@ class Slab {
   Stack warm_;
   Stack cold_;
   std::uint64_t never_used_ = 0;  // slots from here on were never taken: cold as well
+  std::uint64_t cold_left_ = kMostSlots;
 };
 
 }  // namespace memferry

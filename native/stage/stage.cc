@@ -227,6 +227,11 @@ std::shared_ptr<Stage> Stage::create(StageConfig config) {
 
 void Stage::preallocate() { impl_->common->slab->preallocate(); }
 
+void Stage::limit_fresh(std::uint64_t bytes) {
+  Slab& slab = *impl_->common->slab;
+  slab.limit_cold(bytes / slab.slot_bytes());
+}
+
 bool Stage::create_image(const ImageConfig& config) {
   const std::lock_guard lock(impl_->mutex);
   impl_->check_new(config.id);

@@ -109,6 +109,9 @@ class Stage {
 
   // Takes all memory from the system before the first image is made, and keeps it: see Slab::preallocate().
   void preallocate();
+  // At most so many bytes more are taken from the system from now on, beside what is given back to it: see
+  // Slab::limit_cold().
+  void limit_fresh(std::uint64_t bytes);
 
   // Each false or nullopt when there is no such image; create_image false when the index finds no room, throws
   // std::invalid_argument when the id is taken or a bound exceeded. The others throw it too for what cannot be meant

@@ -89,8 +89,8 @@ class BaseComparison {
     std::uint64_t answered_pages = 0;  // guarded by mutex_
     std::vector<KeyedHash> hashes;     // likewise, until all is answered
   };
-  bool compare(std::uint64_t most_nodes, CompareDepth depth, const std::vector<const AtomicBitmap*>& untouched,
-               const Way& way);
+  bool compare(std::uint64_t most_nodes, CompareDepth depth,
+               const std::vector<const AtomicBitmap*>& untouched, const Way& way);
   std::vector<Asked> choose(std::uint64_t most_nodes) const;
   bool ask(std::vector<Asked>& asked, std::uint64_t level, const Way& way);
   bool hash_own(const std::vector<Asked>& asked, const std::vector<const AtomicBitmap*>& untouched,

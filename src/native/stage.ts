@@ -65,6 +65,8 @@ export interface NativeHeldState {
 export interface NativeStage {
   /** Takes all memory from the system and keeps it; before the first image. Rejects with SYSTEM: there is not so much. */
   preallocate(): Promise<void>;
+  /** Takes at most so many bytes more from the system from now on, beside what it gives back. Not when preallocated. */
+  limitFresh(bytes: number): void;
   /** Another one with every stage, 16 hex digits. */
   identity(): string;
   /**

@@ -25,7 +25,10 @@ export interface StageOptions extends Omit<ConnectionOptions, 'recoverTimeoutMs'
   port?: number;
   /** Aborting it closes the server. */
   signal?: AbortSignal;
-  /** All that the server may hold, in bytes, from 16 MiB: pages, their index, execution states. */
+  /**
+   * All that the server may hold, in bytes, from 16 MiB: pages, their index, execution states. Less, where the machine or
+   * the control group has less to spare when pages come: they are refused then, as by a full server.
+   */
   memoryBytes: number;
   /**
    * Take all of it from the system at the start and keep it: it is there when a migration needs it, and receiving is

@@ -20,7 +20,7 @@ import { Announcer } from './announce.js';
 import { type StageChannel, StageConnection } from './connection.js';
 import { StagedImages } from './images.js';
 import { StagedMembers } from './members.js';
-import { systemMemory } from './system-memory.js';
+import { spareBytes, systemMemory } from './system-memory.js';
 
 /** A VMD server that runs in this process. */
 export interface Staging extends AsyncDisposable {
@@ -53,6 +53,9 @@ export interface StageRuntime {
 /** Authenticated connections at a time: each costs buffers, and an announcement a second. */
 const maxConnections = 1024;
 const announceMs = 1000;
+/** Of memory that others may take as well: below so much of it, how much there is is looked at so often. */
+const littleBytes = 4 * 2 ** 30;
+const littleLookMs = 200;
 
 /**
  * Serves memory to migrations.
@@ -103,7 +106,14 @@ function mustFit(memoryBytes: number, preallocate: boolean): void {
       { facts: { bytes: memoryBytes, limit: mostBytes } },
     );
   }
-  if (!preallocate || memoryBytes <= availableBytes) return;
+  if (memoryBytes <= availableBytes) return;
+  if (!preallocate) {
+    process.emitWarning(
+      `stage.memoryBytes: ${memoryBytes} bytes; ${availableBytes} are available now, and no more than that is taken`,
+      { code: 'MEMFERRY_STAGE_MEMORY' },
+    );
+    return;
+  }
   const where = group === null ? 'are available' : `are left in the control group ${group}`;
   throw new MemferryError(
     'NO_MEMORY',
@@ -123,6 +133,7 @@ class StageServer implements Staging {
   readonly #connections = new Map<StageChannel, StageConnection>();
   readonly #closing = lastingAbort();
   readonly #ticker: NodeJS.Timeout;
+  #memoryLook: NodeJS.Timeout | null = null;
   readonly #announcer: Announcer | null;
   readonly #startedMs = performance.now();
   #connectionsEver = 0;
@@ -150,6 +161,7 @@ class StageServer implements Staging {
     this.#announcer = options.announce === null ? null : this.#makeAnnouncer(options.announce);
     // Not unreferenced: the native listener's thread is none that Node waits for, this timer stands for it.
     this.#ticker = setInterval(() => this.#announce(), announceMs);
+    this.#watchMemory();
     this.#announcer?.announce(this.#announcement());
     options.signal?.addEventListener('abort', this.#onAbort, { once: true });
   }
@@ -193,6 +205,7 @@ class StageServer implements Staging {
     this.#closing.abort(new MemferryError('CANCELLED', 'the VMD server was closed'));
     this.#gate.close();
     clearInterval(this.#ticker);
+    if (this.#memoryLook) clearTimeout(this.#memoryLook);
     this.#announcer?.close();
     // Sources of parks are refused while their connections can still carry it.
     this.#images.close();
@@ -240,6 +253,18 @@ class StageServer implements Staging {
     } finally {
       this.#connections.delete(channel);
     }
+  }
+
+  /**
+   * The kernel kills who takes what is not there, and every page that is held here would be gone. So no more is taken than
+   * the system has now, whatever was said at the start; a page for which there is nothing is refused, as by a full server.
+   */
+  #watchMemory(): void {
+    if (this.options.preallocate) return;
+    const spare = spareBytes(systemMemory());
+    this.stage.limitFresh(Math.min(spare, Number.MAX_SAFE_INTEGER));
+    const soon = spare < littleBytes ? littleLookMs : announceMs;
+    this.#memoryLook = setTimeout(() => this.#watchMemory(), soon).unref();
   }
 
   #announcement(): Announcement {

@@ -12,6 +12,16 @@ export interface SystemMemory {
   availableBytes: number;
   /** Whose limit `availableBytes` is: the directory of a control group, or null for the machine. */
   group: string | null;
+  /** How much that one has in all, without swap. */
+  limitBytes: number;
+}
+
+const mostReserveBytes = 256 * 2 ** 20;
+const reservePart = 1 / 16;
+
+/** What may be taken without bringing the kernel to kill somebody: not the last of it. */
+export function spareBytes({ availableBytes, limitBytes }: SystemMemory): number {
+  return Math.max(0, availableBytes - Math.min(mostReserveBytes, limitBytes * reservePart));
 }
 
 /** Throws where there is no such file. */
@@ -39,24 +49,33 @@ export function systemMemory(read: Read = (path) => readFileSync(path, 'utf8')):
   const kibibytes = (name: string) => 1024 * (info.get(`${name}:`) ?? Number.POSITIVE_INFINITY);
   let availableBytes = kibibytes('MemAvailable');
   let group: string | null = null;
+  let limitBytes = kibibytes('MemTotal');
+  const mostBytes = limitBytes + 1024 * (info.get('SwapTotal:') ?? 0);
   for (const { directory, hierarchy } of memoryGroups(read)) {
-    const left = leftIn(read, directory, hierarchy);
+    const { most, left } = leftIn(read, directory, hierarchy);
     if (left >= availableBytes) continue;
     availableBytes = left;
+    limitBytes = most;
     group = directory;
   }
-  return { mostBytes: kibibytes('MemTotal') + 1024 * (info.get('SwapTotal:') ?? 0), availableBytes, group };
+  return { mostBytes, availableBytes, group, limitBytes };
 }
 
 /** Infinity for a group without a limit. */
-function leftIn(read: Read, directory: string, { limit, used, reclaimable }: Hierarchy): number {
+function leftIn(
+  read: Read,
+  directory: string,
+  { limit, used, reclaimable }: Hierarchy,
+): { most: number; left: number } {
   const figure = (name: string) => Number.parseInt(attempt(read, posix.join(directory, name)) ?? '', 10);
   const most = figure(limit);
   const taken = figure(used);
-  if (Number.isNaN(most) || Number.isNaN(taken)) return Number.POSITIVE_INFINITY;
+  if (Number.isNaN(most) || Number.isNaN(taken)) {
+    return { most: Number.POSITIVE_INFINITY, left: Number.POSITIVE_INFINITY };
+  }
   const stat = fields(attempt(read, posix.join(directory, 'memory.stat')) ?? '');
   const files = reclaimable.reduce((sum, name) => sum + (stat.get(name) ?? 0), 0);
-  return Math.max(0, most - taken + Math.min(files, taken));
+  return { most, left: Math.max(0, most - taken + Math.min(files, taken)) };
 }
 
 /** The group of this process and those above it, as far as they can be seen from here. */

@@ -242,7 +242,8 @@ TEST_P(BaseTest, AnEstimateLeavesNothingBehind) {
   compare();
   EXPECT_EQ(sender->stats().base.pages_alike, estimated.pages_alike);
   std::uint64_t same = 0;
-  for (std::uint64_t page = 0; page < kPages; ++page) same += page % 4 == 1 || (page % 4 == 2 && page % 7 != 6) ? 0 : 2;
+  for (std::uint64_t page = 0; page < kPages; ++page)
+    same += page % 4 == 1 || (page % 4 == 2 && page % 7 != 6) ? 0 : 2;
   EXPECT_EQ(sender->stats().base.pages_same, same);
   sender->end_base(102, GetParam().may_page);
   done(102);

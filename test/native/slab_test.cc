@@ -133,6 +133,37 @@ TEST_F(SlabTest, PreallocatedMemoryStays) {
   for (const Slab::Slot slot : index) ASSERT_TRUE(reads_zero(slab, slot)) << slot;
 }
 
+TEST_F(SlabTest, NoMoreColdSlotsThanTheSystemCanSpare) {
+  slab.limit_cold(10);
+  EXPECT_EQ(slab.free_slots(), 10U);
+  std::vector<Slab::Slot> slots;
+  EXPECT_EQ(slab.take(100, slots), 10U);
+  std::vector<Slab::Slot> more;
+  EXPECT_FALSE(slab.take_all(1, more));
+  EXPECT_FALSE(slab.take_all_zeroed(1, more));
+  EXPECT_EQ(slab.take(1, more), 0U);
+  write(slots, 5);
+  // Warm ones have memory behind them already.
+  slab.release(std::span(slots).first(4));
+  EXPECT_EQ(slab.free_slots(), 4U);
+  EXPECT_TRUE(slab.take_all_zeroed(2, more));
+  EXPECT_TRUE(slab.take_all(2, more));
+  for (const Slab::Slot slot : std::span(more).first(2)) EXPECT_TRUE(reads_zero(slab, slot)) << slot;
+  // What is given back may be taken again.
+  slab.drop(more);
+  EXPECT_EQ(slab.free_slots(), 4U);
+  slab.limit_cold(0);
+  EXPECT_EQ(slab.free_slots(), 0U);
+  slab.release(std::span(slots).subspan(4));
+  EXPECT_EQ(slab.free_slots(), 6U);
+  slab.give_back_free();
+  EXPECT_EQ(slab.free_slots(), 6U);
+  slab.limit_cold(~std::uint64_t{0});
+  EXPECT_EQ(slab.free_slots(), 256U);
+  std::vector<Slab::Slot> all;
+  EXPECT_TRUE(slab.take_all(256, all));
+}
+
 TEST_F(SlabTest, TwoThreadsNeverHaveOneSlot) {
   std::vector<std::thread> threads;
   std::atomic<int> clashes{0};

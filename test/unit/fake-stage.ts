@@ -81,6 +81,8 @@ export class FakeStage implements NativeStage {
 
   async preallocate(): Promise<void> {}
 
+  limitFresh(): void {}
+
   readonly #identity = randomBytes(8).toString('hex');
 
   identity(): string {

@@ -2,7 +2,7 @@
 import { execFile } from 'node:child_process';
 import { promisify } from 'node:util';
 import { describe, expect, it } from 'vitest';
-import { systemMemory } from '../../src/staging/system-memory.js';
+import { spareBytes, systemMemory } from '../../src/staging/system-memory.js';
 
 const run = promisify(execFile);
 const meminfo = 'MemTotal:       1000 kB\nMemFree:  10 kB\nMemAvailable:    600 kB\nSwapTotal:       24 kB\n';
@@ -18,7 +18,7 @@ function system(files: Record<string, string>) {
 
 describe('the memory that there is', () => {
   it("is the machine's where no group has a limit", () => {
-    const none = { mostBytes: 1024 * 1024, availableBytes: 600 * 1024, group: null };
+    const none = { mostBytes: 1024 * 1024, availableBytes: 600 * 1024, group: null, limitBytes: 1000 * 1024 };
     expect(system({ '/proc/meminfo': meminfo })).toEqual(none);
     const files = {
       '/proc/meminfo': meminfo,
@@ -45,7 +45,7 @@ describe('the memory that there is', () => {
       '/sys/fs/cgroup/a/memory.max': '90000\n',
       '/sys/fs/cgroup/a/memory.current': '8000\n',
     };
-    expect(system(files)).toMatchObject({ availableBytes: 4300, group });
+    expect(system(files)).toMatchObject({ availableBytes: 4300, group, limitBytes: 10_000 });
   });
 
   it('is the same with the first version of groups, mounted from the container on', () => {
@@ -61,6 +61,18 @@ describe('the memory that there is', () => {
       '/sys/fs/cgroup/memory/memory.usage_in_bytes': '6000\n',
     };
     expect(system(files)).toMatchObject({ availableBytes: 0, group: '/sys/fs/cgroup/memory' });
+  });
+});
+
+describe('what may be taken of it', () => {
+  const GIB = 2 ** 30;
+  const of = (availableBytes: number, limitBytes: number) =>
+    spareBytes({ availableBytes, limitBytes, mostBytes: limitBytes, group: null });
+  it('is all but a reserve', () => {
+    expect(of(10 * GIB, 64 * GIB)).toBe(9.75 * GIB);
+    expect(of(1 * GIB, 1 * GIB)).toBe((15 / 16) * GIB);
+    expect(of(0.1 * GIB, 64 * GIB)).toBe(0);
+    expect(of(Number.POSITIVE_INFINITY, Number.POSITIVE_INFINITY)).toBe(Number.POSITIVE_INFINITY);
   });
 });
 
