@@ -2,24 +2,14 @@
 // hands over, a new pager attaches to the same memory with the same userfaultfd and goes on where this one stopped.
 //
 //   what is there      is what the owner's memory says: its page tables, or the file that it is
-//   what was dropped   (discarded by the owner, after it was there or before) is in the *ledger*: a bit for each page
-//                      that was once settled, in a shared file where a successor is to know it
+//   what was dropped   (discarded by the owner, after it was there or before) is in the *ledger* (page_ledger.h): a bit
+//                      for each page that was once settled, in a shared file where a successor is to know it
 //   what was read      of the userfaultfd, and not noted yet, is in the ledger too: the kernel writes the events there
 //   who waits          is woken when a pager begins, and faults again; who discards waits for its event to be read
 //
 // A successor without the ledger brings a page that was discarded from the source again: old content where the owner
 // expects zeros. The first one refuses memory that anybody has touched: what is there would count as brought. Nobody may
 // close the last userfaultfd in between: missing pages would read as zeros.
-//
-// Why events are read into the ledger, and not into memory of the pager's own (test: ADeathBetweenAReadAndItsNote):
-//
-//   owner                      pager                      successor
-//   discard: event, waits
-//                              reads the event
-//   goes on                    SIGKILL
-//                                                         no bit: would bring the old page; finds the event, and notes it
-//
-// A process is not killed within read(), and what it reads is there before the signal counts.
 //
 // Life: construct, which serves; everything is there (kDone): the memory is ordinary again; or leave() for a successor;
 // or end(): what is missing fails to be read. Its destructor leaves.
@@ -42,36 +32,13 @@
 #include "fault/forked_copies.h"
 #include "fault/latency_histogram.h"
 #include "fault/loss_reports.h"
+#include "fault/page_ledger.h"
 #include "fault/page_source.h"
 #include "fault/sequential_detector.h"
-#include "os/mapping.h"
 #include "os/worker_thread.h"
 #include "page/region.h"
 
 namespace memferry {
-
-// A bit for each page, whether a pager has begun, and the events that it is about to note, in memory or in a file that
-// outlives the process.
-class PageLedger {
- public:
-  explicit PageLedger(std::uint64_t pages);
-  // `fd` is made as long as it must be. Throws SystemError.
-  PageLedger(std::uint64_t pages, int fd);
-  [[nodiscard]] bool test(PageNumber page) const;
-  std::uint64_t set(PageRun run);  // gives how many were not
-  [[nodiscard]] bool begun() const;
-  void begin();
-  static constexpr std::size_t kEvents = 32;
-  // Where events are read to; event 0 is none. They stay there until they are noted.
-  [[nodiscard]] std::span<uffd_msg, kEvents> events() const;
-  void forget_events(std::size_t count);
-  [[nodiscard]] static std::uint64_t bytes_for(std::uint64_t pages);
-
- private:
-  [[nodiscard]] std::uint64_t& word(std::uint64_t index) const;
-  const std::uint64_t words_;
-  Mapping bits_;  // and the events, and one word more
-};
 
 class SourcePager {
  public:
