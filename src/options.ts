@@ -2,7 +2,7 @@
  * What callers may set, with every default; one file a command. Options are checked here, before anything is
  * opened or allocated; C++ asserts what is promised here.
  */
-export { parseAddress, parseGroup } from './options/address.js';
+export { formatAddress, parseAddress, parseGroup } from './options/address.js';
 export type { ConnectionOptions, DedupOptions } from './options/fields.js';
 export {
   type AcceptContext,

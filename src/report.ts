@@ -184,6 +184,8 @@ export interface EvictionReport {
   redials: number;
   /** Pages that went straight to the destination; in scatter modes the rest is at the intermediaries. */
   pagesDirect: number;
+  /** With `replicas: 2`: pages that one server alone keeps, since no second one lived or nobody else took them. */
+  pagesWithOneCopy: number;
   /** Scatter modes: what each server holds. */
   intermediaries: Intermediary[];
   /** Null where the destination had none. */

@@ -323,6 +323,7 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     object.Set("redials", number(env, stats.redials));
     object.Set("extraMemoryBytes", number(env, stats.extra_memory_bytes));
     object.Set("pagesDirect", number(env, stats.pages_direct));
+    object.Set("pagesSingle", number(env, stats.pages_single));
     object.Set("servers", server_stats(env, stats.servers));
     object.Set("compression", encoding_stats(env, stats.compression));
     object.Set("delta", encoding_stats(env, stats.delta));

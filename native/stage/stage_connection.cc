@@ -169,6 +169,23 @@ bool StageConnection::await_turn(wire::BandwidthCap& cap, std::uint64_t bytes) {
   }
 }
 
+bool StageConnection::await_urgent_turn(wire::BandwidthCap& cap) {
+  using Clock = std::chrono::steady_clock;
+  auto told = Clock::now();
+  for (;;) {
+    if (thread_.stopping()) return false;
+    const wire::Duration delay = cap.urgent_delay();
+    if (delay == wire::Duration::zero()) return true;
+    const auto now = Clock::now();
+    if (now - told >= wire::kTellWork) {
+      if (!tell_waiting()) return false;
+      told = now;
+    }
+    const auto sleep = std::min<wire::Duration>(delay, told + wire::kTellWork - now);
+    thread_.wait(static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(sleep).count()));
+  }
+}
+
 std::uint64_t bytes_of(std::span<const iovec> buffers) {
   std::uint64_t bytes = 0;
   for (const iovec& buffer : buffers) bytes += buffer.iov_len;

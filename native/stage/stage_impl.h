@@ -110,6 +110,8 @@ class StageConnection {
   // Until the server's bandwidth allows something more in this direction, against which the bytes count. False when the
   // connection is over.
   bool await_turn(wire::BandwidthCap& cap, std::uint64_t bytes);
+  // The same for what somebody waits for: not at all, unless the server is far ahead of its rate. Debits nothing.
+  bool await_urgent_turn(wire::BandwidthCap& cap);
   // Called now and then while the thread waits for its turn: tells the peer. False when the connection is over.
   virtual bool tell_waiting() { return true; }
 

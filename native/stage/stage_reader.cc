@@ -54,7 +54,8 @@ void ReadingConnection::serve() {
 bool ReadingConnection::on_read(const wire::FrameHeader& header) {
   if (!inside(header)) return false;
   // Nothing is pinned while it waits.
-  if (!demand_ && !await_turn(place_.common->out, 0)) return false;
+  wire::BandwidthCap& out = place_.common->out;
+  if (!(demand_ ? await_urgent_turn(out) : await_turn(out, 0))) return false;
   place_.image->read(header.region, {PageNumber{header.first_page}, header.page_count}, reading_);
 
   using Kind = Image::Reading::Kind;
@@ -163,7 +164,7 @@ bool ReadingConnection::on_map_request(const wire::FrameHeader&) {
   const std::uint64_t most_content = wire::max_payload(page_size_) / sizeof(std::uint64_t);
   Image::Cursor cursor;
   Image::MapRun run;
-  // Faults wait for what it says, so it begins at once; and a frame may be a few bytes, so not each waits for a turn.
+  // Faults wait for what it says, and a frame may be a few bytes: not each asks.
   std::uint64_t since_turn = 0;
   while (place_.image->next_map_run(cursor, most_content, run)) {
     wire::FrameHeader frame =
@@ -174,7 +175,7 @@ bool ReadingConnection::on_map_request(const wire::FrameHeader&) {
     std::array<iovec, 2> buffers{iovec{&frame, sizeof frame},
                                  iovec{run.hashes.data(), run.hashes.size() * sizeof(std::uint64_t)}};
     if (since_turn >= wire::kRunBytes) {
-      if (!await_turn(place_.common->out, 0)) return false;
+      if (!await_urgent_turn(place_.common->out)) return false;
       since_turn = 0;
     }
     since_turn += bytes_of(buffers);

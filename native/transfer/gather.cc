@@ -105,8 +105,10 @@ bool Gather::request(std::uint32_t region, PageRun run) {
   cursor_moves_.fetch_add(1, std::memory_order_relaxed);
   const LocationMap& where = *where_[region];
   const Holders holders = where.holders(run.first);
+  // What follows the page is a guess, and counts as reading ahead.
+  const std::uint64_t most = limit_.urgent_delay() > wire::Duration::zero() ? 1 : run.count;
   std::uint64_t count = 1;
-  while (count < run.count && where.holders(PageNumber{run.first.value + count}) == holders) ++count;
+  while (count < most && where.holders(PageNumber{run.first.value + count}) == holders) ++count;
   for (const std::uint8_t each : {chosen(run.first, holders), holders.first, holders.second}) {
     if (usable(each) && servers_[each]->demand->ask(region, {run.first, count})) return true;
   }

@@ -323,7 +323,7 @@ std::string GatherLink::on_turn(const wire::FrameHeader& header) {
   Clock::time_point since = std::max(answered_at_, map_under_way_ ? map_asked_ : Clock::time_point{});
   {
     const std::lock_guard lock(mutex_);
-    if (!ahead_ || (reads_.empty() && !map_under_way_)) return "an answer to nothing";
+    if (reads_.empty() && !map_under_way_) return "an answer to nothing";
     if (!reads_.empty()) since = std::max(since, reads_.front().asked);
     // What it waits is not what it is slow.
     if (map_under_way_) map_due_ += now - silent_since_;

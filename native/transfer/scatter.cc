@@ -85,6 +85,7 @@ void Scatter::begin(Kind kind, std::vector<PageFrames::OnHash> sinks, bool refer
     queue_suspects_locked();
     forget_pending();
     kind_ = kind;
+    look_at_copies_locked();
     queue_seconds_locked();
     if (dedup_) dedup_->begin_locked(kind, references);
     auto all = std::make_shared<std::vector<PageFrames::OnHash>>(note_sinks_);
@@ -117,6 +118,7 @@ std::shared_ptr<Scatter::Way> Scatter::open_direct(unsigned index, std::shared_p
   if (index == 0) where_.tell_again(where_.destination());
   const std::lock_guard lock(mutex_);
   direct_.push_back(way);
+  look_at_copies_locked();
   attach_pacer_locked();
   changed_.notify_all();
   return way;
@@ -137,6 +139,8 @@ void Scatter::close_direct(Way& way) {
     way.open = false;
     put_back_locked(way.lane.take_back(true));
     std::erase_if(direct_, [&](const auto& each) { return each.get() == &way; });
+    if (direct_.empty()) destination_left_ = Clock::now();
+    look_at_copies_locked();
     attach_pacer_locked();
     if (demand_.get() == &way) demand_.reset();
     changed_.notify_all();
@@ -176,6 +180,8 @@ std::vector<Scatter::ServerStats> Scatter::server_stats() const {
 std::optional<DedupStats> Scatter::dedup_stats() const {
   return dedup_ ? std::optional(dedup_->stats()) : std::nullopt;
 }
+
+std::uint64_t Scatter::pages_single() const { return config_.replicas > 1 ? where_.pages_single() : 0; }
 
 std::uint64_t Scatter::pages_direct() const { return where_.pages_at(wire::Holders::kDestination); }
 

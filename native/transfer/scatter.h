@@ -12,10 +12,11 @@
 // A server has *failed* for this migration when it is cut and cannot be dialled again, has lost the image, or does
 // not acknowledge for stall_timeout: what only it holds is pending again, and it gets nothing more.
 //
-// With two replicas a page goes to a server only together with a second one, as long as two live that are not full.
-// While all others are merely being dialled again a server gets nothing: each of them is there soon, or fails. What is
-// left with one copy by a failure goes out again (in rounds, in the next one); with fewer than two takers one copy is
-// enough, and what went out again for a second one is as safe as before.
+// With two replicas a page goes to a server only together with a second one. While all others are merely being dialled
+// again a server gets nothing: each of them is there soon, or fails. What is left with one copy by a failure goes out
+// again (in rounds, in the next one). Where fewer than two servers have room, the destination takes what is left, and a
+// park fails. One copy is enough only where fewer than two servers live, or where the destination takes nothing either.
+// What went out again for a second one is as safe as before then, and where a park finds no room for it.
 //
 // Threads: one a server (mf-scatter-N, with a reader each), the data channels' own, and one that looks after
 // deadlines (mf-evict). `mutex_` guards the ways; it is not held over a socket call, and the demand server takes it
@@ -153,6 +154,8 @@ class Scatter {
   // The push needs no destination: servers take pages, and one that others can ask where they are lives.
   [[nodiscard]] bool goes_on_alone() const;
   [[nodiscard]] std::uint64_t pages_direct() const;
+  // With two replicas: pages that one server alone keeps.
+  [[nodiscard]] std::uint64_t pages_single() const;
   [[nodiscard]] const Whereabouts& whereabouts() const { return where_; }
   // A fault is being answered, was answered: all ways leave it room on this host's link.
   void fault_begin() { link_pacer_.fault_begin(); }
@@ -177,10 +180,11 @@ class Scatter {
   // nullopt: a second one is to hold it, and may be there again soon.
   [[nodiscard]] std::optional<wire::Holders> holders_for(const Way& way) const;
   [[nodiscard]] bool second_copies_locked() const;
+  [[nodiscard]] bool destination_takes_locked() const;
   [[nodiscard]] bool encodes() const;  // what goes to servers, or some of it
   void want_second_locked(const std::vector<RegionRun>& single, std::vector<RegionRun>& again);
   void queue_seconds_locked();
-  void takes_no_more_locked();
+  void look_at_copies_locked();
   void check_drained();
   std::uint64_t queue_suspects_locked();
   bool run(Way& way, const std::function<bool()>& over, std::string& cut);
@@ -230,7 +234,11 @@ class Scatter {
   bool begun_ = false;        // between begin() and drained
   bool held_ = false;         // see hold()
   bool drained_due_ = false;  // the watcher has to say so
-  bool dry_ = false;          // nothing was pending when somebody looked last
+  // See above; look_at_copies_locked() keeps them. Of a page that goes out; and of one that had two.
+  bool one_copy_does_ = true;
+  bool first_copy_counts_ = true;
+  Clock::time_point destination_left_ = Clock::now();  // while no way to it is open
+  bool dry_ = false;                                   // nothing was pending when somebody looked last
   Clock::time_point dry_since_{};
   std::uint64_t returns_ = 0;
   bool closing_ = false;

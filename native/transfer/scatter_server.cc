@@ -175,7 +175,10 @@ std::string Scatter::read_answers(Server& server, const std::shared_ptr<Way>& wa
         // It, or the server that it passes replicas on to.
         Server& refuser = *servers_[static_cast<std::size_t>(header.tag)];
         if (no_room) {
-          if (!std::exchange(refuser.full, true)) takes_no_more_locked();
+          refuser.full = true;
+          look_at_copies_locked();
+          // Whoever waited for it to be there again.
+          changed_.notify_all();
         } else if (kind_ == Kind::kPush && ++refuser.torn > kTornForgiven) {
           fail_server_locked(refuser,
                              "server " + refuser.address.name + " does not get what it is sent intact");
@@ -232,9 +235,10 @@ void Scatter::fail_server_locked(Server& server, std::string why) {
   } else {
     again.insert(again.end(), lost.nowhere.begin(), lost.nowhere.end());
   }
+  look_at_copies_locked();
   want_second_locked(lost.single, again);
-  takes_no_more_locked();
   put_back_locked(again);
+  changed_.notify_all();
   if (dedup_) dedup_->server_failed_locked(server.ordinal);
 }
 

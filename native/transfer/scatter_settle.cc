@@ -77,7 +77,7 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
     if (!way.open) return {};
     const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
     if (!batch) return "an answer to a barrier that was not sent";
-    way.stalled = false;
+    if (std::exchange(way.stalled, false)) look_at_copies_locked();
     if (dedup_ && !batch->references) dedup_->acknowledged(batch->raw_bytes, batch->bytes);
     std::vector<RegionRun> again;
     settle_locked(*batch, again);
@@ -146,10 +146,17 @@ bool Scatter::second_copies_locked() const {
                                  }) > 1;
 }
 
+// One that is cut off is dialled again, and has as long as anybody to give a sign.
+bool Scatter::destination_takes_locked() const {
+  if (!config_.direct) return false;
+  if (direct_.empty()) return Clock::now() - destination_left_ < config_.stall_timeout;
+  return std::any_of(direct_.begin(), direct_.end(), [](const auto& way) { return !way->stalled; });
+}
+
 // They are safe at one server each. In a round as what is lost: in the next one. When all is evicted nothing is sent
 // any more.
 void Scatter::want_second_locked(const std::vector<RegionRun>& single, std::vector<RegionRun>& again) {
-  if (!second_copies_locked()) return;
+  if (first_copy_counts_) return;
   for (const RegionRun& each : single) {
     if (kind_ == Kind::kRound) {
       for_second_[each.region]->set_run(each.run);
@@ -164,7 +171,7 @@ void Scatter::want_second_locked(const std::vector<RegionRun>& single, std::vect
 // in the rounds before a destination takes over, may write the rest while it is sent: then the copy that there is may
 // come to be another version than the one that is told.
 void Scatter::queue_seconds_locked() {
-  const bool wanted = second_copies_locked();
+  const bool wanted = !first_copy_counts_;
   const bool as_it_is = kind_ == Kind::kPush || !config_.direct;
   for (std::uint32_t region = 0; region < for_second_.size(); ++region) {
     const PageNumber end{for_second_[region]->capacity()};
@@ -186,14 +193,22 @@ void Scatter::queue_seconds_locked() {
   }
 }
 
-// A server takes no pages any more. With fewer than two that do one copy is enough.
-void Scatter::takes_no_more_locked() {
-  if (config_.replicas > 1 && !second_copies_locked()) {
+// A server takes no pages any more, or the destination does, or does not.
+void Scatter::look_at_copies_locked() {
+  const auto living = std::count_if(servers_.begin(), servers_.end(),
+                                    [](const auto& server) { return server->failed.empty(); });
+  const bool alone = config_.replicas < 2 || living < 2;
+  const bool nobody_else = !second_copies_locked() && !destination_takes_locked();
+  // Who parks has no destination that could take anything: it is told that there is no room, and the guest stays.
+  const bool does = alone || (nobody_else && config_.direct);
+  if (does != std::exchange(one_copy_does_, does)) changed_.notify_all();
+  const bool counts = alone || nobody_else;
+  if (counts && !first_copy_counts_) {
     for (const auto& each : for_second_) each->clear_run({PageNumber{0}, each->capacity()});
     for (const RegionRun& each : where_.restore()) shared_.queue.pending(each.region).clear_run(each.run);
+    changed_.notify_all();
   }
-  // Whoever waited for it to be there again.
-  changed_.notify_all();
+  first_copy_counts_ = counts;
 }
 
 void Scatter::put_back_locked(const std::vector<RegionRun>& runs) {

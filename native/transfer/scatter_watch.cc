@@ -70,10 +70,17 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       });
       if (demand_) ways.push_back(demand_.get());
       // With no destination only servers can take what is left.
+      // Then no way takes anything, and none finds out that nothing is left.
+      const bool in_pairs = !one_copy_does_ && !second_copies_locked();
       hopeless = begun_ && !config_.direct && !dry_ &&
-                 std::all_of(servers_.begin(), servers_.end(), [](const auto& server) {
-                   return !server->failed.empty() || (server->way && server->full && server->way->idle());
+                 std::all_of(servers_.begin(), servers_.end(), [in_pairs](const auto& server) {
+                   return !server->failed.empty() ||
+                          (server->way && (server->full || in_pairs) && server->way->idle());
                  });
+      if (hopeless && in_pairs && shared_.queue.pending_pages() == 0) {
+        hopeless = false;
+        looked_locked(false, false, returns_);
+      }
       if (begun_ && !config_.direct && !index_lives_locked()) {
         unknown = "every server that knows where the pages are has failed";
         for (unsigned i = 0; i < where_.index_servers(); ++i) unknown += "; " + servers_[i]->failed;
@@ -114,6 +121,7 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
           if (way->lane.anything_to_take_back()) put_back_locked(way->lane.take_back(false));
         }
       }
+      look_at_copies_locked();
     }
     if (due) shared_.drained();
     if (hopeless || !unknown.empty()) {

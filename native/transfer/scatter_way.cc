@@ -40,7 +40,7 @@ std::optional<wire::Holders> Scatter::holders_for(const Way& way) const {
     }
     away = true;
   }
-  return away ? std::nullopt : std::optional(holders);
+  return away || !one_copy_does_ ? std::nullopt : std::optional(holders);
 }
 
 bool Scatter::full(const Way& way) const {

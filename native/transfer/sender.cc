@@ -300,6 +300,7 @@ SenderStats Sender::stats() const {
   }
   if (impl_->scatter) {
     stats.pages_direct = impl_->scatter->pages_direct();
+    stats.pages_single = impl_->scatter->pages_single();
     stats.dedup = impl_->scatter->dedup_stats();
     for (Scatter::ServerStats& each : impl_->scatter->server_stats()) {
       stats.servers.push_back({each.pages, each.bytes, std::move(each.failed)});

@@ -100,6 +100,7 @@ struct SenderStats {
   std::uint64_t redials = 0;
   std::uint64_t extra_memory_bytes = 0;  // peak of what the engine itself holds
   std::uint64_t pages_direct = 0;        // a scatter: acknowledged by the destination, the last time each
+  std::uint64_t pages_single = 0;        // a scatter with two replicas: that one server alone keeps
   struct Server {
     std::uint64_t pages = 0;
     std::uint64_t bytes = 0;

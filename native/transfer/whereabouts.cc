@@ -5,6 +5,8 @@
 namespace memferry {
 namespace {
 
+constexpr std::uint64_t kOneLess = ~std::uint64_t{0};
+
 constexpr std::uint16_t packed(wire::Holders holders) { return static_cast<std::uint16_t>(holders.tag()); }
 
 void append(std::vector<RegionRun>& runs, std::uint32_t region, PageNumber page) {
@@ -56,8 +58,8 @@ std::uint64_t Whereabouts::settle(std::uint32_t region, PageRun run, wire::Holde
     const std::uint16_t before = holders_[region][page.value].exchange(now, std::memory_order_relaxed);
     // A former holder that is no index server would keep its copy for ever.
     const wire::Holders former = wire::Holders::of(before);
-    if (safe_[region]->test(page)) --at_[former.first];
-    ++at_[holders.first];
+    if (safe_[region]->test(page)) count_locked(former, kOneLess);
+    count_locked(holders, 1);
     if (before == now) continue;
     for (const std::uint8_t each : {former.first, former.second}) {
       if (each < servers_ && each >= index_servers_ && !holders.has(each))
@@ -73,10 +75,15 @@ std::uint64_t Whereabouts::settle(std::uint32_t region, PageRun run, wire::Holde
   return newly;
 }
 
+void Whereabouts::count_locked(wire::Holders holders, std::uint64_t by) {
+  at_[holders.first] += by;
+  if (holders.first < servers_ && holders.second == wire::Holders::kNobody) single_ += by;
+}
+
 // With the mutex held. False: it was not safe.
 bool Whereabouts::unsettle_locked(std::uint32_t region, PageNumber page) {
   if (!safe_[region]->clear(page)) return false;
-  --at_[holders(region, page).first];
+  count_locked(holders(region, page), kOneLess);
   safe_count_.fetch_sub(1, std::memory_order_acq_rel);
   // What waits to be told of it is out of date.
   for (const auto& listener : listeners_) {
@@ -118,7 +125,7 @@ std::vector<RegionRun> Whereabouts::restore() {
     while (const auto run = spare_[region]->take_run(at, end, capacities_[region])) {
       at = run->end();
       for (PageNumber page = run->first; page < run->end(); ++page.value) {
-        ++at_[holders(region, page).first];
+        count_locked(holders(region, page), 1);
         append(restored, region, page);
       }
       safe_count_.fetch_add(safe_[region]->set_run(*run), std::memory_order_acq_rel);
@@ -151,8 +158,8 @@ Whereabouts::Lost Whereabouts::lose(std::uint8_t ordinal,
         const bool here = gone == nullptr || !(*gone)[region]->test(page);
         const std::uint8_t other = now.first == ordinal ? now.second : now.first;
         if (other != wire::Holders::kNobody) {
-          --at_[now.first];
-          ++at_[other];
+          count_locked(now, kOneLess);
+          count_locked({other, wire::Holders::kNobody}, 1);
           holders_[region][page.value].store(packed({other, wire::Holders::kNobody}),
                                              std::memory_order_relaxed);
           for (unsigned i = 0; i < index_servers_; ++i) mark_untold(i, region, {page, 1});
@@ -257,6 +264,11 @@ void Whereabouts::silence(unsigned listener) { listeners_[listener]->silent = tr
 std::uint64_t Whereabouts::pages_at(std::uint8_t holder) const {
   const std::lock_guard lock(mutex_);
   return at_[holder];
+}
+
+std::uint64_t Whereabouts::pages_single() const {
+  const std::lock_guard lock(mutex_);
+  return single_;
 }
 
 std::uint64_t Whereabouts::memory_bytes() const {

@@ -82,6 +82,7 @@ class Whereabouts {
   [[nodiscard]] unsigned destination() const { return servers_; }  // as a listener
   [[nodiscard]] unsigned index_servers() const { return index_servers_; }
   [[nodiscard]] std::uint64_t pages_at(std::uint8_t holder) const;  // first holders only
+  [[nodiscard]] std::uint64_t pages_single() const;                 // safe at one server and nowhere else
   [[nodiscard]] std::uint64_t memory_bytes() const;
 
  private:
@@ -95,6 +96,7 @@ class Whereabouts {
   };
   void mark_untold(unsigned listener, std::uint32_t region, PageRun run);
   bool unsettle_locked(std::uint32_t region, PageNumber page);
+  void count_locked(wire::Holders holders, std::uint64_t by);
 
   const unsigned servers_;
   const unsigned index_servers_;
@@ -109,6 +111,7 @@ class Whereabouts {
   std::atomic<std::uint64_t> safe_count_{0};
   mutable std::mutex mutex_;             // one change at a time of what is safe; guards at_
   std::array<std::uint64_t, 256> at_{};  // safe pages by first holder
+  std::uint64_t single_ = 0;             // likewise: that one server holds
 };
 
 }  // namespace memferry

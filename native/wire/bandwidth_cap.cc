@@ -52,8 +52,12 @@ Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
   const std::lock_guard lock(mutex_);
   const auto now = Clock::now();
   place.looked_at_ = now;
-  if (!std::exchange(place.waits_, true)) waiting_.push_back(&place);
-  const Duration delay = bucket_.delay(now);
+  if (!std::exchange(place.waits_, true)) {
+    waiting_.push_back(&place);
+    place.since_ = now;
+  }
+  Duration delay = bucket_.delay(now);
+  if (now - place.since_ > kPatience) delay -= std::min<Duration>(delay, kUrgentDebt);
   if (delay > Duration::zero()) return delay;
   const auto first =
       std::ranges::find_if(waiting_, [&](const Place* each) { return now - each->looked_at_ < kAbsent; });
@@ -68,6 +72,11 @@ Duration BandwidthCap::try_turn(std::uint64_t bytes, Place& place) {
 void BandwidthCap::leave(const Place& place) {
   const std::lock_guard lock(mutex_);
   std::erase(waiting_, &place);
+}
+
+Duration BandwidthCap::urgent_delay() {
+  const Duration all = delay();
+  return all - std::min<Duration>(all, kUrgentDebt);
 }
 
 Duration BandwidthCap::delay() {

@@ -1,5 +1,6 @@
-// What a host may receive or send in a second, over all connections of a kind. Bytes that had to wait for nobody
-// (answers that somebody waits for) are counted all the same.
+// What a host may receive or send in a second, over all connections of a kind. Answers that somebody waits for go before
+// everything else, and wait only while they are kUrgentDebt ahead of the rate: so it is kept whatever is asked for, and an
+// answer now and then is not held up. Whoever has waited for kPatience goes with them.
 //
 // Threads: any.
 #pragma once
@@ -38,10 +39,15 @@ class BandwidthCap {
     BandwidthCap& of_;
     bool waits_ = false;                                 // its thread's own: in the queue
     std::chrono::steady_clock::time_point looked_at_{};  // guarded by mutex_
+    std::chrono::steady_clock::time_point since_{};      // likewise: it waits
   };
   // The same for so long at most; kLater: nothing is debited.
   enum class Turn { kNow, kLater, kStopped };
   static Turn wait_and_debit(std::uint64_t bytes, WorkerThread& self, Duration at_most, Place& place);
+  // For an answer that somebody waits for: how long until it may go. Debits nothing.
+  static constexpr std::chrono::milliseconds kUrgentDebt{250};
+  static constexpr std::chrono::milliseconds kPatience{2000};
+  Duration urgent_delay();
   // How long until something may go; zero: now.
   Duration delay();
   void debit(std::uint64_t bytes);

@@ -150,7 +150,7 @@ enum class FrameType : std::uint16_t {
   // while frames come, so that one that is slow is not taken for one that has died. Server to source,
   // server to server, on kScatter and kChain, every kTellWork: tag: what it and those whom it passes
   // replicas on to have worked off so far; the same again while it waits for its turn
-  kTurn = 38,  // server to destination, on kGather, every kTellWork while an answer waits for its turn
+  kTurn = 38,  // server to destination, every kTellWork while an answer waits for its turn
 
   // Page distribution (docs/protocol.md, "Page distribution"), on a kPopular connection:
   kReport = 40,    // member to directory server: page_count ContentNames of pages that its guest keeps

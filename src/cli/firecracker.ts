@@ -21,7 +21,7 @@ import { reportOrRest } from './await-rest.js';
 import { addConnectionFlags, addPeerFlags, type PeerFlags, peerOptions } from './connection-flags.js';
 import { tellParkInDoubt } from './in-doubt.js';
 import { addServerFlags, type GuestFlags, given, type ServerFlags, serverOptions } from './leaving-guest.js';
-import { makeOutput, type Output } from './output.js';
+import { complain, makeOutput, type Output } from './output.js';
 import { byteCount, byteRate, octal } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
 import {
@@ -126,7 +126,7 @@ async function fromFile(
 }
 
 function onRefused(error: MemferryError, { pid }: { pid: number }): void {
-  process.stderr.write(`memferry: ${error.code}: a connection of pid ${pid}: ${error.message}\n`);
+  complain(`memferry: ${error.code}: a connection of pid ${pid}: ${error.message}`);
 }
 
 function follow(microVm: MicroVm, output: Output): void {
@@ -140,7 +140,7 @@ function follow(microVm: MicroVm, output: Output): void {
       );
     },
     (error) => {
-      process.stderr.write(`memferry: ${error.code}: microVM of pid ${microVm.pid}: ${error.message}\n`);
+      complain(`memferry: ${error.code}: microVM of pid ${microVm.pid}: ${error.message}`);
     },
   );
 }
@@ -204,7 +204,7 @@ async function fromMigration(
     try {
       reportArrival(await arrival.complete, output);
     } catch (error) {
-      process.stderr.write(`memferry: ${(error as { code?: string }).code}: ${(error as Error).message}\n`);
+      complain(`memferry: ${(error as { code?: string }).code}: ${(error as Error).message}`);
     }
   }
   if (flags.once) throw memferryError('CANCELLED', 'interrupted');

@@ -4,7 +4,7 @@
  */
 import { MemferryError, memferryError } from '../errors.js';
 import type { Migration } from '../source/migrate.js';
-import type { Output } from './output.js';
+import { complain, type Output } from './output.js';
 import { interrupted } from './signals.js';
 
 /**
@@ -32,9 +32,9 @@ export async function untilKnown<Report>(
 
 export function tellDoubt({ code, message }: MemferryError, output: Output): void {
   output.line({ type: 'in-doubt', message });
-  process.stderr.write(
+  complain(
     `memferry: ${code}: ${message}. It is asked until it answers: see to it, and to the network. ` +
-      'Ctrl-C gives up what is here of the guest\n',
+      'Ctrl-C gives up what is here of the guest',
   );
 }
 

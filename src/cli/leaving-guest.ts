@@ -58,7 +58,11 @@ export function addServerFlags(command: Command): Command {
       (text: string, former: string[] = []) => [...former, ...text.split(',').filter(Boolean)],
     )
     .option('--discover [group:port]', 'take VMD servers that announce themselves')
-    .option('--replicas <count>', 'on how many servers a page is kept', wholeNumber(1, 2))
+    .option(
+      '--replicas <count>',
+      'on how many servers a page is kept, of those that go to servers',
+      wholeNumber(1, 2),
+    )
     .option('--rack <name>', 'where this host stands; servers there are taken last')
     .option(
       '--link-rate <rate>',

@@ -16,19 +16,31 @@ export interface Output {
   result(text: string, value: object): void;
 }
 
+/**
+ * Names and messages come from peers: nothing of them may move a terminal's cursor or colour it. Line breaks and tabs stay.
+ */
+export function printable(text: string): string {
+  return text.replace(/[^\t\n\x20-\x7e\u00a0-\uffff]/g, '?');
+}
+
+/** To people, on standard error. */
+export function complain(text: string): void {
+  process.stderr.write(`${printable(text)}\n`);
+}
+
 /** People get text wherever they look at it: on a terminal. */
 export function makeOutput(json: boolean | undefined, stdout: NodeJS.WriteStream = process.stdout): Output {
   const asJson = json ?? stdout.isTTY !== true;
   return {
     json: asJson,
     say: (text) => {
-      if (!asJson) process.stderr.write(`${text}\n`);
+      if (!asJson) complain(text);
     },
     line: (value) => {
       if (asJson) stdout.write(`${JSON.stringify(value)}\n`);
     },
     result: (text, value) => {
-      stdout.write(asJson ? `${JSON.stringify(value)}\n` : `${text}\n`);
+      stdout.write(asJson ? `${JSON.stringify(value)}\n` : `${printable(text)}\n`);
     },
   };
 }
@@ -86,7 +98,7 @@ export function describeError(error: unknown, debug: boolean): { text: string; e
   const theirs = name === 'CANCELLED' && facts?.fromPeer === true;
   const known = !theirs && (isErrorCode(name) || name in codesWithTheirOwnExit);
   const exitCode = known ? codesWithTheirOwnExit[name] : undefined;
-  return { text: `${lines.join('\n')}\n`, exitCode: exitCode ?? exitCodes.failed };
+  return { text: `${printable(lines.join('\n'))}\n`, exitCode: exitCode ?? exitCodes.failed };
 }
 
 /** What commander says of a wrong command line, in our form. */

@@ -52,7 +52,10 @@ export function byteCount(text: string): number {
   const match = /^(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?$/i.exec(text.trim());
   const unit = units[(match?.[2] ?? '').toLowerCase()];
   if (!match || unit === undefined) throw new InvalidArgumentError('write bytes, as 65536, 100M or 1.5Gi.');
-  return Math.round(Number(match[1]) * unit);
+  const bytes = Math.round(Number(match[1]) * unit);
+  // 0 is for no limit, in most places.
+  if (bytes === 0 && Number(match[1]) > 0) throw new InvalidArgumentError('write at least one byte.');
+  return bytes;
 }
 
 /** `100M`, `1Gi/s`: bytes a second. */

@@ -37,7 +37,11 @@ export function addQemuDestination(qemu: Command): void {
   addQemuFlags(command)
     .option('--max-bytes <bytes>', 'take no larger guest (default 64Gi)', byteCount)
     .option('--bandwidth <bytes/s>', 'taken from the source at most, as 100M or 1Gi', byteRate)
-    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteRate)
+    .option(
+      '--gather-limit <bytes/s>',
+      'scatter modes: fetched ahead of the guest from VMD servers at most',
+      byteRate,
+    )
     .option('--dedup', 'pages that the guest has several times come once')
     .option(
       '--dedup-domain <name>',

@@ -60,7 +60,11 @@ export function addReceive(program: Command): void {
     )
     .option('--max-bytes <bytes>', 'memory that all guests together may take', byteCount)
     .option('--bandwidth <bytes/s>', 'taken from sources at most, as 100M or 1Gi', byteRate)
-    .option('--gather-limit <bytes/s>', 'scatter modes: fetched from VMD servers at most', byteRate)
+    .option(
+      '--gather-limit <bytes/s>',
+      'scatter modes: fetched ahead of the guest from VMD servers at most',
+      byteRate,
+    )
     .option('--dedup', 'pages that a guest has several times come once')
     .option(
       '--dedup-domain <name>',

@@ -292,6 +292,9 @@ export function describeReport(report: EvictionReport | MigrationReport, to: str
               .join(', '),
         ]
       : []),
+    ...(report.pagesWithOneCopy > 0
+      ? [`  ${report.pagesWithOneCopy} pages at one server alone, since no second one could take them`]
+      : []),
     ...describeDedup(report.dedup),
     ...(faults
       ? [

@@ -3,7 +3,7 @@ import type { Command } from 'commander';
 import { type Column, mebibytes, table } from '../demo/table.js';
 import type { StageStatus } from '../protocol/stage-messages.js';
 import { addConnectionFlags, type ConnectionFlags } from './connection-flags.js';
-import { makeOutput } from './output.js';
+import { makeOutput, printable } from './output.js';
 import { withStageClient } from './stage-client.js';
 
 type HeldImage = StageStatus['held'][number];
@@ -25,7 +25,7 @@ async function run(address: string, flags: ConnectionFlags & { json?: boolean })
 
 const columns: Column<HeldImage>[] = [
   { heading: 'image', text: true, cell: ({ id }) => id },
-  { heading: 'name', text: true, cell: ({ name }) => printable(name) },
+  { heading: 'name', text: true, cell: ({ name }) => cell(name) },
   { heading: 'kind', text: true, cell: ({ kind }) => kind },
   { heading: 'phase', text: true, cell: ({ phase }) => phase },
   { heading: 'server', cell: ({ ordinal, servers }) => `${ordinal + 1}/${servers}` },
@@ -42,7 +42,7 @@ export function describeStatus(status: StageStatus): string {
   const { name, rack, memoryBytes, freeBytes, bandwidth, connections, held, maxImages, sharedPages } = status;
   const { members, popularNames, popularPages } = status;
   const facts = [
-    `${printable(name)}${rack === null ? '' : ` (rack ${printable(rack)})`}`,
+    `${cell(name)}${rack === null ? '' : ` (rack ${cell(rack)})`}`,
     `${mebibytes(memoryBytes - freeBytes)} of ${mebibytes(memoryBytes)} MiB used, ${mebibytes(freeBytes)} free`,
     bandwidth === 0 ? 'no bandwidth limit' : `at most ${mebibytes(bandwidth)} MiB/s each way`,
     `${connections} connections`,
@@ -64,7 +64,7 @@ export function age(ms: number): string {
   return `${Math.floor(seconds / 86_400)}d`;
 }
 
-/** Names come from whoever made the image: nothing of them may move a terminal's cursor. */
-function printable(name: string): string {
-  return name.replace(/[^\x20-\x7e\u00a0-\uffff]/g, '?');
+/** A name, in a cell of a table. */
+function cell(name: string): string {
+  return printable(name).replace(/[\t\n]/g, '?');
 }

@@ -1,5 +1,6 @@
 /** The file that `memferry park` writes, and that claims the guest again. */
-import { type FileHandle, open, readFile } from 'node:fs/promises';
+import { constants } from 'node:fs';
+import { type FileHandle, open } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { memferryError } from '../errors.js';
@@ -21,12 +22,28 @@ export function claimOptions(flags: ClaimFlags): Pick<UnparkOptions, 'rollback' 
   return { rollback: flags.rollback === true, withLosses: flags.withLosses === true };
 }
 
+/** Of a ticket for 250 servers with names of 64 characters, far more than it takes. */
+const mostTicketBytes = 2 ** 20;
+
 /** @throws INVALID_ARGUMENT */
 export async function ticketFrom(path: string): Promise<ParkTicket> {
   try {
-    return parseTicket(JSON.parse(await readFile(path, 'utf8')));
+    return parseTicket(JSON.parse(await readTicket(path)));
   } catch (error) {
     throw memferryError('INVALID_ARGUMENT', `${path} is no ticket of a parked guest`, { cause: error });
+  }
+}
+
+async function readTicket(path: string): Promise<string> {
+  // NONBLOCK: opening a FIFO must not wait for its writer.
+  const file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
+  try {
+    const facts = await file.stat();
+    if (!facts.isFile()) throw new Error('not a regular file');
+    if (facts.size > mostTicketBytes) throw new Error(`${facts.size} bytes`);
+    return await file.readFile('utf8');
+  } finally {
+    await file.close();
   }
 }
 

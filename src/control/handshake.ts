@@ -80,10 +80,7 @@ export function handshakeAsDialler(duplex: Duplex, options: HandshakeOptions): P
     duplex.write(proof(options.secret, 'dialler', transcript));
     const reply = await readExactly(duplex, ACCEPTOR_PROOF_BYTES, signal);
     if (reply.readUInt16LE(0) === REFUSED) {
-      throw new MemferryError(
-        'AUTH_FAILED',
-        'the destination refused the shared secret: it was given another one',
-      );
+      throw new MemferryError('AUTH_FAILED', 'the peer refused the shared secret: it was given another one');
     }
     const expected = proof(options.secret, 'acceptor', transcript);
     if (reply.readUInt16LE(0) !== OK || !timingSafeEqual(reply.subarray(2), expected)) {

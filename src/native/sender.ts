@@ -86,6 +86,8 @@ export interface NativeSenderStats {
   extraMemoryBytes: number;
   /** A scatter: pages that the destination acknowledged itself. */
   pagesDirect: number;
+  /** A scatter with two replicas: pages that one server alone keeps. */
+  pagesSingle: number;
   /** In the order of the config's servers. */
   servers: NativeServerStats[];
   compression: NativeEncodingStats;

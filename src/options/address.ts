@@ -16,9 +16,15 @@ export function parseAddress(text: string): { host: string; port: number } {
   return { host, port };
 }
 
+/** What `parseAddress` reads. */
+export function formatAddress(host: string, port: number | undefined): string {
+  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
 /** `group:port` of a multicast group; throws INVALID_ARGUMENT. */
 export function parseGroup(text: string): { host: string; port: number } {
   const group = parseAddress(text);
+  if (group.port === 0) throw new MemferryError('INVALID_ARGUMENT', `'${text}' names no port of the group`);
   const first = Number(group.host.split('.')[0]);
   if (isIPv4(group.host) && first >= 224 && first <= 239) return group;
   throw new MemferryError(

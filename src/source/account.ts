@@ -31,7 +31,7 @@ export class DestinationAccount {
         this.#summary.reject(
           new MemferryError(
             'PEER_LOST',
-            'every page arrived, but the destination was restarted since, or has let go of the guest: how it fares is not known',
+            'every page had left, but the destination was restarted since, or has let go of the guest: how it fares is not known',
           ),
         );
         break;

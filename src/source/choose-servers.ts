@@ -3,7 +3,7 @@
  * they do not. JavaScript thread.
  */
 import { MemferryError } from '../errors.js';
-import type { ResolvedMigrateOptions } from '../options.js';
+import { formatAddress, type ResolvedMigrateOptions } from '../options.js';
 import { type PlaceableServer, type PlacedServer, place } from '../staging/placement.js';
 import type { Candidates } from './candidates.js';
 import type { PlannedRoom } from './planned-room.js';
@@ -47,7 +47,7 @@ export function chooseServers(
         replicas: options.replicas,
       },
       servers: room?.leftFor(guest, servers) ?? servers,
-      via: fixed ? servers.map(({ host, port }) => addressOf(host, port)) : null,
+      via: fixed ? servers.map(({ host, port }) => formatAddress(host, port)) : null,
       source: { rack: options.rack },
       destination: { rack: options.destinationRack },
     });
@@ -69,8 +69,4 @@ function withoutThem(error: MemferryError, { unanswered }: Candidates): Memferry
     cause: error,
     facts: { ...error.facts, unanswered: unanswered.map(({ name, failed }) => ({ name, failed })) },
   });
-}
-
-function addressOf(host: string, port: number): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
 }

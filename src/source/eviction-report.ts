@@ -48,6 +48,7 @@ export function evictionReport(parts: MigrationParts): EvictionReport {
     pagesDirect: images
       ? stats.pagesDirect
       : stats.pagesSent + stats.pagesZero + (stats.dedup?.pages ?? 0) - stats.pagesResent,
+    pagesWithOneCopy: stats.pagesSingle,
     intermediaries: images?.account(stats.servers) ?? [],
     base: parts.base?.report(engine, pageSize) ?? null,
     dedup: stats.dedup ? dedupReport(stats.dedup, pageSize) : parts.references && nothingDeduplicated,

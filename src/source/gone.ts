@@ -52,10 +52,20 @@ export async function reasonOfCut(
 /**
  * After the commit: the destination has the guest, and something went wrong with its pages or its account.
  * @param pending pages that nobody has acknowledged; null when the guest was evicted
+ * @param atServers pages that VMD servers took
  */
-export function afterCommit(cause: unknown, pending: number | null): MemferryError {
+export function afterCommit(cause: unknown, pending: number | null, atServers: number): MemferryError {
   const inner = fromNative(cause);
-  if (inner.code !== 'PEER_LOST' || pending === null) return inner;
+  if (inner.code !== 'PEER_LOST') return inner;
+  if (pending === null) {
+    if (atServers === 0) return inner;
+    return new MemferryError(
+      'GUEST_LOST',
+      `the guest was committed to the destination, and the source does not run it: ${inner.message}; ` +
+        `${atServers} pages had gone to VMD servers, where they stay unless it has gathered them`,
+      { cause: inner, facts: { pages: atServers } },
+    );
+  }
   return new MemferryError(
     'GUEST_LOST',
     `the guest was committed to the destination, which cannot be reached any more; ${pending} pages ` +

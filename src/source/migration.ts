@@ -413,7 +413,9 @@ export class SourceMigration extends EventEmitter {
   /** After the commit: the destination has the guest, and something went wrong with its pages or its account. */
   async #lost(cause: unknown): Promise<void> {
     const pending = this.#evicted.settled ? null : (this.#held.engine?.stats().pagesPending ?? 0);
-    const error = afterCommit(cause, pending);
+    const servers = this.#held.engine?.stats().servers ?? [];
+    const atServers = servers.reduce((sum, { pages }) => sum + pages, 0);
+    const error = afterCommit(cause, pending, atServers);
     try {
       // Whoever hears of it may let go of the guest at once.
       this.#held.engine?.close(false, error);

@@ -13,7 +13,13 @@ import { loadSecret } from '../control/secret.js';
 import { MemferryError } from '../errors.js';
 import type { Guest, GuestModule } from '../guest.js';
 import { lineageOf } from '../lineage.js';
-import { type ParkOptions, parseAddress, type ResolvedParkOptions, resolveParkOptions } from '../options.js';
+import {
+  formatAddress,
+  type ParkOptions,
+  parseAddress,
+  type ResolvedParkOptions,
+  resolveParkOptions,
+} from '../options.js';
 import { abortError, lastingAbort, untilAborted, within } from '../protocol/bounded.js';
 import { agreedEncodings, encodingFlags, wantedEncodings } from '../protocol/encodings.js';
 import type { DedupReport, EncodingReport, Intermediary } from '../report.js';
@@ -68,6 +74,8 @@ export interface ParkReport {
   pagesZero: number;
   /** lz4 and zstd. */
   compression: EncodingReport;
+  /** With `replicas: 2`: pages that one server alone keeps, since no second one lived. */
+  pagesWithOneCopy: number;
   /** What each server holds. */
   intermediaries: Intermediary[];
   /** What deduplication did; null where it was not asked for. */
@@ -150,7 +158,7 @@ class Parking {
     const ticket: ParkTicket = {
       image,
       secret: Buffer.from(images.secret).toString('hex'),
-      home: `${home?.host.includes(':') ? `[${home.host}]` : home?.host}:${home?.port}`,
+      home: formatAddress(home?.host ?? '', home?.port),
       guest: {
         name: guest.name,
         module: guest.module,
@@ -265,6 +273,7 @@ class Parking {
       pagesSent: stats.pagesSent,
       pagesZero: stats.pagesZero,
       compression: stats.compression,
+      pagesWithOneCopy: stats.pagesSingle,
       intermediaries: images.account(stats.servers),
       dedup: stats.dedup && dedupReport(stats.dedup, regions[0]?.pageSize ?? 4096),
     };

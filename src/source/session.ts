@@ -115,7 +115,7 @@ export class SourceSession {
       if (performance.now() > deadline) {
         throw new MemferryError(
           'PEER_LOST',
-          'every page arrived, but the destination was not heard of again',
+          'every page had left, but the destination was not heard of again',
         );
       }
       await this.redial().catch(() => new Promise((resolve) => setTimeout(resolve, retryMs)));

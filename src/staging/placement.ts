@@ -13,6 +13,7 @@
  *    the same facts, wherever it is asked.
  */
 import { MemferryError } from '../errors.js';
+import { formatAddress } from '../options/address.js';
 import { type Announcement, maxServers } from '../protocol/stage-messages.js';
 
 export interface PlaceableServer extends Announcement {
@@ -221,7 +222,7 @@ function withShares(
 }
 
 function addressOf({ host, port }: { host: string; port: number }): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
+  return formatAddress(host, port);
 }
 
 function compare(a: string, b: string): number {

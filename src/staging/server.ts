@@ -13,7 +13,13 @@ import { numericHost } from '../control/numeric-host.js';
 import { loadSecret } from '../control/secret.js';
 import { MemferryError, native, nativeAsync } from '../errors.js';
 import type { NativeStage, NativeStageConfig } from '../native.js';
-import { parseGroup, type ResolvedStageOptions, resolveStageOptions, type StageOptions } from '../options.js';
+import {
+  formatAddress,
+  parseGroup,
+  type ResolvedStageOptions,
+  resolveStageOptions,
+  type StageOptions,
+} from '../options.js';
 import { lastingAbort, throwIfCancelled } from '../protocol/bounded.js';
 import { type Announcement, stageRequest, type StageStatus } from '../protocol/stage-messages.js';
 import { Announcer } from './announce.js';
@@ -155,7 +161,7 @@ class StageServer implements Staging {
       }),
     );
     this.port = this.#listener.port;
-    this.name = options.name ?? `${options.host}:${this.port}`.slice(-64);
+    this.name = options.name ?? formatAddress(options.host, this.port).slice(-64);
     this.#members = new StagedMembers(stage);
     this.#images = new StagedImages({ ...options, stage, pageSize: runtime.pageSize });
     this.#announcer = options.announce === null ? null : this.#makeAnnouncer(options.announce);

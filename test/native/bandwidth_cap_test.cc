@@ -84,6 +84,37 @@ TEST(BandwidthCap, NobodyWaitsForOneThatDoesNotLook) {
   EXPECT_TRUE(cap.wait_and_debit(1, self));
 }
 
+TEST(BandwidthCap, AnUrgentAnswerWaitsOnlyWhenTheyAreAheadOfTheRate) {
+  BandwidthCap cap(1'000'000);
+  cap.debit(100'000);
+  EXPECT_GT(cap.delay(), Duration::zero());
+  EXPECT_EQ(cap.urgent_delay(), Duration::zero());
+  cap.debit(1'000'000);
+  EXPECT_GT(cap.urgent_delay(), 500ms);
+  EXPECT_LT(cap.urgent_delay(), 900ms);
+  EXPECT_EQ(BandwidthCap().urgent_delay(), Duration::zero());
+}
+
+// Urgent ones take all that there is, for ever.
+TEST(BandwidthCap, WhoHasWaitedLongGoesWithTheUrgentOnes) {
+  BandwidthCap cap(1'000'000);
+  WorkerThread urgent("urgent", [&](WorkerThread& self) {
+    while (!self.stopping()) {
+      if (cap.urgent_delay() == Duration::zero()) {
+        cap.debit(4096);
+      } else {
+        self.wait(1);
+      }
+    }
+  });
+  WorkerThread self("self", [](WorkerThread&) {});
+  while (cap.delay() < 200ms) std::this_thread::sleep_for(1ms);
+  const auto began = Clock::now();
+  EXPECT_TRUE(cap.wait_and_debit(1, self));
+  EXPECT_GE(Clock::now() - began, 1s);
+  urgent.stop();
+}
+
 // With places among which there is an order each small frame would cost a waking.
 TEST(BandwidthCap, ManyWithSmallFramesGetWhatThereIs) {
   constexpr std::uint64_t kRate = 20'000'000;

@@ -147,6 +147,51 @@ TEST_F(ReplicasTest, InRoundsWhatAFailedServerHeldGoesInTheNextOne) {
   expect_two_copies({1});
 }
 
+// The servers' room ends; the destination takes nothing for a while, which is shorter than it may be silent.
+TEST_F(ReplicasTest, WithoutRoomForTwoCopiesTheDestinationTakesTheRest) {
+  push(6000, 3);
+  stages[1]->room = 700;
+  stages[2]->room = 900;
+  sender->start_push();
+  for (int i = 0; i < 20'000 && !has(1, 600); ++i) std::this_thread::sleep_for(1ms);
+  std::this_thread::sleep_for(500ms);
+  EXPECT_TRUE(events.empty());
+  open_direct();
+  events.expect(kEvicted);
+  expect_two_copies();
+  EXPECT_GT(sender->stats().pages_direct, 3000u);
+  EXPECT_EQ(sender->stats().pages_single, 0u);
+}
+
+// Nor does it come to take any: then one copy is better than none, and it is said.
+TEST_F(ReplicasTest, WithoutRoomForTwoCopiesAndWithoutADestinationOneCopyDoes) {
+  push(6000, 3, 1s);
+  stages[1]->room = 700;
+  stages[2]->room = 900;
+  sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  EXPECT_GT(sender->stats().pages_single, 0u);
+}
+
+TEST_F(ReplicasTest, AParkWithoutRoomForTwoCopiesFails) {
+  park(6000, 3, 2);
+  stages[1]->room = 700;
+  stages[2]->room = 900;
+  sender->start_round(1);
+  EXPECT_EQ(events.expect(kFailed).code, "VMD_CAPACITY");
+}
+
+// One of two has failed: that is what the second copy is for.
+TEST_F(ReplicasTest, AParkWithOneServerLeftGoesOn) {
+  park(6000, 2, 2);
+  sender->give_up_server(1, "a test");
+  sender->start_round(1);
+  EXPECT_EQ(events.expect(kRoundDone).suspects, 0u);
+  expect_evicted({1});
+  EXPECT_EQ(sender->stats().pages_single, all_pages());
+}
+
 TEST_F(ReplicasTest, WhereNobodyTakesASecondCopyTheFirstOneCounts) {
   park(6000, 3, 2);
   sender->start_round(1);

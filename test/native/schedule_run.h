@@ -242,14 +242,22 @@ class ScheduleRun : public ScheduleVerdict {
     Migration::Done& done = of.done.emplace();
     done.at = Clock::now();
     if (of.has_receiver) of.missing = of.receiver->missing(~std::size_t{0});
-    for (const auto& server : of.sender->stats().servers) done.given_up.push_back(server.failed);
+    const SenderStats stats = of.sender->stats();
+    for (const auto& server : stats.servers) done.given_up.push_back(server.failed);
+    done.single = stats.pages_single;
   }
   // Now that the event is here, what was noted with it.
   void settled(Migration& of) {
-    const std::lock_guard lock(mutex_);
-    of.settled_at = of.done->at;
-    of.given_up = of.done->given_up;
-    of.evicted = true;
+    {
+      const std::lock_guard lock(mutex_);
+      of.settled_at = of.done->at;
+      of.given_up = of.done->given_up;
+      of.single = of.done->single;
+      of.evicted = true;
+    }
+    if (of.single > 0 && !may_be_single(of))
+      fail(of, std::to_string(of.single) + " pages have one copy, and nothing that happened excuses it\n" +
+                   state());
   }
 
   bool switch_over(Migration& of) {

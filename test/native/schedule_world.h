@@ -172,14 +172,18 @@ class ScheduleWorld {
     std::atomic<bool> direct_disturbed{false};
     std::atomic<bool> source_killed_early{false};
     std::atomic<bool> evicted{false};
+    // To the destination: it may take nothing for so long that it counts as stalled.
+    [[nodiscard]] bool slow() const { return plan.intake_limit > 0; }
     bool committed = false;
     std::optional<Clock::time_point> settled_at;  // the source says that it is not needed any more
     std::vector<RegionRun> missing;               // at the destination, when its source said that it is done
     std::vector<std::string> given_up;            // servers, by the source at settled_at: why
+    std::uint64_t single = 0;                     // pages with one copy, by the source at settled_at
     // The sender's callback writes it before whoever waits for the event gets it, as `missing`.
     struct Done {
       Clock::time_point at;
       std::vector<std::string> given_up;
+      std::uint64_t single = 0;
     };
     std::optional<Done> done;  // when the source said so last
     std::set<PageId> lost;
@@ -212,15 +216,14 @@ class ScheduleWorld {
   //   - every server is lost that has the map of where pages are, and had not been given up; or
   //   - one copy is all that is asked for, and one server is lost; or
   //   - two are asked for, and two servers are lost, which may be the page's; or
-  //   - two are asked for, one server is lost, and it may have been the page's only one: of the servers that had not been
-  //     given up fewer than two had room, or the source had let go of its memory before it gave one up.
+  //   - two are asked for, one server is lost, and it may have been the page's only one: the source has said that some
+  //     have one copy, for which there must be a reason (below), or it had let go of its memory before it gave one up.
   //
   // A server that was merely cut, paused or sent other bits excuses nothing, unless it was given up for it.
   bool may_lose(const Migration& of, const PageId& page) {
     if (of.source_killed_early) return true;
     const std::lock_guard lock(mutex_);
     unsigned lost_ones = 0;
-    unsigned takers = 0;
     unsigned index = 0;
     unsigned index_lost = 0;
     bool any_given_up = false;
@@ -233,7 +236,6 @@ class ScheduleWorld {
         lost = false;
       }
       any_given_up = any_given_up || given_up;
-      takers += given_up || is_small(*server) ? 0 : 1;
       if (server->ordinal < Schedule::kIndexServers && !given_up) {
         ++index;
         index_lost += lost ? 1 : 0;
@@ -243,7 +245,23 @@ class ScheduleWorld {
     }
     if (lost_ones == 0) return false;
     if (schedule_.replicas == 1 || lost_ones > 1 || (index > 0 && index_lost == index)) return true;
-    return takers < 2 || (of.plan.release_as_evicted && any_given_up);
+    return of.single > 0 || (of.plan.release_as_evicted && any_given_up);
+  }
+  // One copy does where fewer than two servers live that the source had not given up, and, where fewer than two have
+  // room, as long as the destination takes nothing, or, of what had two, in a park. And of what the source had let go of.
+  bool may_be_single(const Migration& of) {
+    const std::lock_guard lock(mutex_);
+    unsigned living = 0;
+    unsigned takers = 0;
+    for (const auto& server : servers_) {
+      const bool given_up = server->ordinal < of.given_up.size() && !of.given_up[server->ordinal].empty();
+      living += given_up ? 0 : 1;
+      takers += given_up || is_small(*server) ? 0 : 1;
+    }
+    if (living < 2) return true;
+    const bool any_given_up = living < servers_.size();
+    if (of.plan.release_as_evicted && any_given_up) return true;
+    return takers < 2 && (schedule_.way == Way::kPark ? any_given_up : of.direct_disturbed || of.slow());
   }
   bool may_lose_anything(const Migration& of) {
     bool any = false;
@@ -255,20 +273,24 @@ class ScheduleWorld {
   bool may_stay(const Migration& of) {
     if (of.source_killed || of.destination_closed || of.direct_disturbed) return true;
     const SenderStats stats = of.sender->stats();
-    bool nobody_takes = true;
+    unsigned takers = 0;
+    unsigned living = 0;
     bool nobody_knows = true;
     {
       const std::lock_guard lock(mutex_);
       for (const auto& server : servers_) {
         const bool given_up = server->ordinal < stats.servers.size() &&
                               !stats.servers[server->ordinal].failed.empty() && server->disturbed;
-        nobody_takes = nobody_takes && (server->gone || given_up || is_small(*server));
+        living += server->gone || given_up ? 0 : 1;
+        takers += server->gone || given_up || is_small(*server) ? 0 : 1;
         if (server->ordinal < Schedule::kIndexServers)
           nobody_knows = nobody_knows && (server->gone || given_up);
       }
     }
     if (nobody_knows && schedule_.way == Way::kPark) return true;
-    if (nobody_takes) return schedule_.way == Way::kPark || !of.has_sender || all_gone();
+    // There is no room, or not for two copies.
+    if (schedule_.way == Way::kPark && takers < 2 && schedule_.replicas == 2 && living > 1) return true;
+    if (takers == 0) return schedule_.way == Way::kPark || !of.has_sender || all_gone();
     return schedule_.way == Way::kScatterPreCopy && may_lose_anything(of);
   }
   bool all_gone() {

@@ -15,6 +15,11 @@ describe('errors', () => {
     });
   });
 
+  test('do not move the cursor of a terminal, whoever wrote them', () => {
+    const error = memferryError('VMD_LOST', 'server \u001b[31mred\u0007\u009b2J ok\u00e9');
+    expect(describeError(error, false).text).toBe('memferry: VMD_LOST: server ?[31mred??2J ok\u00e9\n');
+  });
+
   test('of Node say their code once', () => {
     const error = Object.assign(new Error("ENOENT: no such file or directory, open '/x'"), {
       code: 'ENOENT',

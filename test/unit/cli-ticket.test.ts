@@ -1,4 +1,5 @@
 /** The file that claims a parked guest: what it says is used, and what is none is refused by its path. */
+import { execFileSync } from 'node:child_process';
 import { fstatSync } from 'node:fs';
 import { type FileHandle, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
@@ -33,6 +34,7 @@ test.each([
   { ...bare, image: 'zz'.repeat(16) },
   { ...bare, guest: { ...guest, lineage: '' } },
   { ...bare, guest: { ...guest, module: { name: 'm' } } },
+  'x'.repeat(2 ** 20 + 1),
 ])('anything else is refused: %j', async (value) => {
   const path = await written(value);
   await expect(ticketFrom(path)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
@@ -65,4 +67,12 @@ test('it is written whole, however little a write takes, and its name is on the 
   }
   expect(await ticketFrom(path)).toEqual(bare);
   expect(synced).toEqual([`${JSON.stringify(bare)}\n`, 'directory']);
+});
+
+test('what is no file is refused at once', async () => {
+  const fifo = join(directory, 'fifo');
+  execFileSync('mkfifo', [fifo]);
+  for (const path of [fifo, directory, '/dev/zero', join(directory, 'nothing')]) {
+    await expect(ticketFrom(path)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
+  }
 });

@@ -56,6 +56,9 @@ describe('bytes', () => {
   test.each(['', 'M', '-1', '1P', '1.M', '0x10', '1Mi i'])('%j is refused', (text) => {
     expect(() => byteCount(text)).toThrow('write bytes');
   });
+  test.each(['0.4', '0.0001k'])('%j is not 0, which would be no limit', (text) => {
+    expect(() => byteCount(text)).toThrow('at least one byte');
+  });
 });
 
 describe('the rate of the link', () => {

@@ -449,7 +449,7 @@ describe('a VMD server', () => {
   it('refuses a group that is none before it listens', async () => {
     const listened = vi.fn();
     const runtime = { pageSize: 4096, createStage: listened, listen: listened };
-    for (const announce of ['10.0.0.1:7077', '239.255.77.77']) {
+    for (const announce of ['10.0.0.1:7077', '239.255.77.77', '239.255.77.77:0']) {
       const options = { memoryBytes: 64 * 2 ** 20, announce };
       await expect(stageOn(runtime, options)).rejects.toMatchObject({ code: 'INVALID_ARGUMENT' });
     }
