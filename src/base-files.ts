@@ -1,12 +1,13 @@
 /**
  * Bases in files: a guest as it was at some moment, for a destination to start from. A directory holds one base for
  * each guest: its regions as raw images (byte n of the file is byte n of the region), what was offered of it, and its
- * execution state, with which it can be run again to replay a log. Written anew beside the former one and then put in
- * its place, so that a reader finds one or the other.
+ * execution state, with which it can be run again to replay a log. Each is written into a folder of its own, and a link
+ * of the guest's name is put over the former one's when it is whole: a reader finds one or the other, whoever writes at
+ * the same time, and whenever a writer is killed. What such a one leaves goes with the next base of that guest.
  */
-import { createHash } from 'node:crypto';
-import { mkdir, open, readFile, rename, rm, stat, writeFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { createHash, randomUUID } from 'node:crypto';
+import { mkdir, open, readdir, readlink, realpath, rename, rm, symlink, writeFile } from 'node:fs/promises';
+import { basename, join } from 'node:path';
 import { z } from 'zod';
 import { fromNative, MemferryError, nativeAsync } from './errors.js';
 import type { Guest, GuestOffer, PausedGuest, RegionBase } from './guest.js';
@@ -14,6 +15,7 @@ import { lineageOf, mayBeBase } from './lineage.js';
 import { bytes as byteCount, milliseconds, parse, type Same, uint8Array } from './options/fields.js';
 import { throwIfCancelled, untilAborted } from './protocol/bounded.js';
 import { offerSchema } from './protocol/messages.js';
+import { readRegularFile } from './regular-file.js';
 import { requireGuest } from './source/check-guest.js';
 import { claimRegions } from './source/claim-regions.js';
 import { Alarm } from './protocol/timers.js';
@@ -72,6 +74,10 @@ const manifestSchema = z.strictObject({
 /** Written at a time: some ms. */
 const piecePages = 2048;
 const mostManifestBytes = 2 ** 20;
+/** As much as a destination takes by default, several times. */
+const mostStateBytes = 2 ** 30;
+/** Folders that this process is writing. */
+const writing = new Set<string>();
 
 /** A guest's name may come from a peer: nothing of it may be a path. */
 function folderOf(directory: string, guest: string): string {
@@ -99,12 +105,13 @@ export async function writeBase(
     });
   }
   const folder = folderOf(directory, guest.name);
-  const made = `${folder}.${process.pid}.new`;
-  const former = `${folder}.${process.pid}.old`;
+  const made = `${folder}.${process.pid}.${randomUUID()}`;
+  const link = `${made}.link`;
+  writing.add(made);
   try {
-    await rm(made, { recursive: true, force: true });
     // Others may not read what a guest had in memory.
     await mkdir(directory, { recursive: true, mode: 0o700 });
+    await removeLeftovers(directory, folder);
     await mkdir(made, { mode: 0o700 });
     for (const [index, region] of regions.entries()) {
       const path = imageIn(made, index);
@@ -121,13 +128,36 @@ export async function writeBase(
     const lineage = Buffer.from(lineageOf(regions)).toString('hex');
     const manifest = { version: 1, lineage, guest: describeGuest(guest, lengths) };
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
-    await rename(folder, former).catch(() => {});
-    await rename(made, folder);
+    await symlink(basename(made), link);
+    const former = await readlink(folder).catch(() => null);
+    await rename(link, folder);
+    if (former !== null) await rm(join(directory, former), { recursive: true, force: true }).catch(() => {});
   } catch (error) {
+    await rm(made, { recursive: true, force: true }).catch(() => {});
     throw writeFailed(error, directory);
   } finally {
-    await rm(made, { recursive: true, force: true }).catch(() => {});
-    await rm(former, { recursive: true, force: true }).catch(() => {});
+    writing.delete(made);
+    await rm(link, { force: true }).catch(() => {});
+  }
+}
+
+/** Of this guest: all that the link does not lead to, and that nobody who lives may be writing. */
+async function removeLeftovers(directory: string, folder: string): Promise<void> {
+  const current = await readlink(folder).catch(() => null);
+  for (const name of await readdir(directory)) {
+    const [, written, pid] = /^(.*\.(\d+)\.[0-9a-f-]{36})(?:\.link)?$/.exec(name) ?? [];
+    if (!written?.startsWith(`${basename(folder)}.`) || written === current) continue;
+    if (Number(pid) === process.pid ? writing.has(join(directory, written)) : isAlive(Number(pid))) continue;
+    await rm(join(directory, name), { recursive: true, force: true });
+  }
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code !== 'ESRCH';
   }
 }
 
@@ -156,14 +186,15 @@ export async function readBase(
     throw new MemferryError('INVALID_ARGUMENT', 'readBase: expected the path of a directory');
   parse(wanted, offer, 'readBase: offer');
   const { anySource = false } = Object(options) as typeof options;
-  const folder = folderOf(directory, offer.name);
   try {
-    const manifest = join(folder, 'base.json');
-    if ((await stat(manifest)).size > mostManifestBytes) return null;
-    const { guest, lineage } = manifestSchema.parse(JSON.parse(await readFile(manifest, 'utf8')));
+    // Once: what is read and filled from here on is all of one base, or not there any more.
+    const folder = await realpath(folderOf(directory, offer.name));
+    const manifest = await readRegularFile(join(folder, 'base.json'), mostManifestBytes);
+    const { guest, lineage } = manifestSchema.parse(JSON.parse(manifest.toString('utf8')));
     const known = { name: guest.name, module: guest.module, lineage: Buffer.from(lineage, 'hex') };
     if (!mayBeBase(known, offer, { anySource })) return null;
-    const state = new Uint8Array(await readFile(join(folder, 'state')));
+    const { buffer, byteOffset, byteLength } = await readRegularFile(join(folder, 'state'), mostStateBytes);
+    const state = new Uint8Array(buffer, byteOffset, byteLength);
     const bases = guest.regions.map((_, index) => ({ path: imageIn(folder, index) }));
     return { offer: { ...guest, description: guest.description }, state, bases };
   } catch {

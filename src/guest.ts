@@ -127,7 +127,8 @@ export interface ArrivingGuest {
    * Applies the source's log to the bases, while the guest still runs there. What comes of it need not be exact: the
    * comparison makes it so. When `signal` aborts nobody waits for it any more, and it must stop writing the regions.
    * `progress`: how much of it is done, 0 to 1, from when it has begun in earnest (0) on; what is left is reckoned by its
-   * pace, and the source waits as long as that promises to be worth it.
+   * pace, and the source waits as long as that promises to be worth it. When it settles nothing writes the regions any
+   * more: what is confirmed after that is not looked at again.
    */
   readonly replay?:
     | {

@@ -115,7 +115,7 @@ export interface BaseReport {
   problem: string | null;
   /** Pages that did not have to be sent in the first round. */
   pagesSame: number;
-  /** Bytes of these pages. */
+  /** Bytes of those with content: a page of zeros would not have cost any. */
   bytesSaved: number;
   /** Pages whose hashes were compared. */
   pagesCompared: number;

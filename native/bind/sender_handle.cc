@@ -331,6 +331,7 @@ Napi::Value SenderHandle::stats(const Napi::CallbackInfo& info) {
     base.Set("pagesWithContent", number(env, stats.pages_with_content));
     base.Set("pagesCompared", number(env, stats.base.pages_compared));
     base.Set("pagesSame", number(env, stats.base.pages_same));
+    base.Set("bytesSame", number(env, stats.base.bytes_same));
     base.Set("pagesEstimated", number(env, stats.base.pages_estimated));
     base.Set("pagesAlike", number(env, stats.base.pages_alike));
     base.Set("bytesOut", number(env, stats.base.bytes_out));

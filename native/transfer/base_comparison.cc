@@ -174,9 +174,8 @@ std::string BaseComparison::answered(const wire::FrameHeader& header, std::span<
       header.first_page != all.first.value + asked.answered_pages || header.page_count > left) {
     return "other hashes than those that were asked for";
   }
-  // A node is answered whole, or its hash would be another one's.
-  if (asked.level == wire::kTreeNodes && header.page_count < left &&
-      header.page_count % wire::kTreeNodePages != 0) {
+  // A node is answered whole, or its hash would be another one's; and so that an answer is some progress.
+  if (header.page_count < left && header.page_count % wire::kTreeNodePages != 0) {
     return "hashes of half a node";
   }
   const std::size_t before = asked.hashes.size();
@@ -251,13 +250,16 @@ bool BaseComparison::tell(const std::vector<RegionRun>& same, const Way& way) {
     std::memcpy(frame.data(), &header, sizeof header);
     std::memcpy(frame.data() + sizeof header, payload.data(), payload.size());
     if (!way.say(frame)) return false;
+    std::uint64_t content = 0;
     for (const wire::WireRun& run : runs) {
       const PageRun told{PageNumber{run.first_page}, run.page_count};
       way.same(region, told, trees_[region]->xxh3(told));
+      for (PageNumber page = told.first; page < told.end(); ++page.value)
+        content += trees_[region]->zero(page) ? 0 : 1;
     }
     const std::lock_guard lock(mutex_);
     stats_.pages_same += pages;
-    stats_.bytes_same += pages * page_size_;
+    stats_.bytes_same += content * page_size_;
     stats_.bytes_out += frame.size();
   }
   return true;

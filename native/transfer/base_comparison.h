@@ -40,7 +40,7 @@ enum class CompareDepth : std::uint8_t { kAll, kSample, kEstimate };
 struct BaseStats {
   std::uint64_t pages_compared = 0;
   std::uint64_t pages_same = 0;
-  std::uint64_t bytes_same = 0;
+  std::uint64_t bytes_same = 0;       // of those with content
   std::uint64_t pages_estimated = 0;  // by estimates, and how many of them were equal
   std::uint64_t pages_alike = 0;
   std::uint64_t bytes_out = 0;  // requests and lists; also in bytes_on_wire

@@ -52,7 +52,7 @@ bool Receiver::Impl::in_sample(std::uint32_t region, std::uint64_t node) const {
     if (each < region) ordinal += trees[each]->nodes();
     nodes += trees[each]->nodes();
   }
-  const std::uint64_t wanted = std::clamp<std::uint64_t>((nodes + 63) / 64, 1, 16);
+  const std::uint64_t wanted = std::clamp<std::uint64_t>((nodes + 63) / 64, 1, kMostSampled);
   const std::uint64_t step = std::max<std::uint64_t>(1, (nodes + wanted - 1) / wanted);
   return ordinal % step == step / 2;
 }
@@ -65,6 +65,11 @@ bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader
   const NodeRun nodes = tree.nodes_of(header.first_page, header.page_count);
   if (nodes.count == 0) return with.bad("hashes of a run that is none of whole nodes");
   const bool kept = header.tag != wire::kTreeEstimate;
+  if (!kept) {
+    // Nothing of it is kept: it would be hashed again and again. (It may come when the base is there by now.)
+    if (nodes.count > most_asked_about) return with.bad("more questions about a base than its sample has");
+    most_asked_about -= nodes.count;
+  }
   if (base_awaited) {
     if (kept && base_sampled != Sampled::kStays) return with.bad("a comparison with what still changes");
     for (std::uint64_t node = nodes.first; node < nodes.end(); ++node) {

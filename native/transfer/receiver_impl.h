@@ -262,6 +262,8 @@ struct Receiver::Impl {
   // A sample of it may be compared before that, or where it is still to be changed, asked about.
   enum class Sampled : std::uint8_t { kNo, kChanges, kStays };
   std::atomic<Sampled> base_sampled{Sampled::kNo};
+  static constexpr std::uint64_t kMostSampled = 16;  // nodes, as protocol/base-sample.ts has it
+  std::uint64_t most_asked_about = kMostSampled;     // of nodes, still
   std::atomic<std::uint64_t> pages_from_base{0};
   std::atomic<std::uint64_t> base_hash_us{0};
   std::atomic<std::uint64_t> tree_bytes{0};

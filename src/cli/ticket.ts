@@ -1,10 +1,10 @@
 /** The file that `memferry park` writes, and that claims the guest again. */
-import { constants } from 'node:fs';
 import { type FileHandle, open } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import type { Command } from 'commander';
 import { memferryError } from '../errors.js';
 import { parseTicket, type UnparkOptions } from '../options.js';
+import { readRegularFile } from '../regular-file.js';
 import type { ParkTicket } from '../source/park.js';
 
 export interface ClaimFlags {
@@ -28,22 +28,9 @@ const mostTicketBytes = 2 ** 20;
 /** @throws INVALID_ARGUMENT */
 export async function ticketFrom(path: string): Promise<ParkTicket> {
   try {
-    return parseTicket(JSON.parse(await readTicket(path)));
+    return parseTicket(JSON.parse((await readRegularFile(path, mostTicketBytes)).toString('utf8')));
   } catch (error) {
     throw memferryError('INVALID_ARGUMENT', `${path} is no ticket of a parked guest`, { cause: error });
-  }
-}
-
-async function readTicket(path: string): Promise<string> {
-  // NONBLOCK: opening a FIFO must not wait for its writer.
-  const file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
-  try {
-    const facts = await file.stat();
-    if (!facts.isFile()) throw new Error('not a regular file');
-    if (facts.size > mostTicketBytes) throw new Error(`${facts.size} bytes`);
-    return await file.readFile('utf8');
-  } finally {
-    await file.close();
   }
 }
 

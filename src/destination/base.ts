@@ -38,7 +38,9 @@ class ReplayPace {
 
   /** `expectedMs`: what its owner says beforehand. */
   constructor(expectedMs: number | undefined) {
-    this.#leftMs = expectedMs ?? null;
+    // An owner's word, which goes over the wire.
+    this.#leftMs =
+      typeof expectedMs === 'number' && expectedMs >= 0 && Number.isFinite(expectedMs) ? expectedMs : null;
   }
 
   get leftMs(): number | null {
@@ -140,12 +142,12 @@ export class BaseFilling {
           await this.guest.replay?.apply(this.replayLog as Uint8Array, { signal: wanted, progress });
         } catch (error) {
           // The base is what it was, or something in between: the comparison finds out.
-          if (!this.#skip.signal.aborted) outcome.problem = `replay: ${String(error)}`;
+          if (!this.#skip.signal.aborted) outcome.problem = `replay: ${inWords(error)}`;
         }
         outcome.replayMs = performance.now() - replaying;
       }
     } catch (error) {
-      outcome.problem = String(error);
+      outcome.problem = inWords(error);
       outcome.fillMs ||= performance.now() - started;
     }
     outcome.ready = outcome.filledBytes > 0 && !signal.aborted;
@@ -155,6 +157,15 @@ export class BaseFilling {
 
   #sample() {
     return samplePages(this.guest.regions.map(({ pages }, index) => (this.guest.bases?.[index] ? pages : 0)));
+  }
+}
+
+/** Owners throw what they like. */
+function inWords(error: unknown): string {
+  try {
+    return String(error);
+  } catch {
+    return 'something that cannot be said in words was thrown';
   }
 }
 

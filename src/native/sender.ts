@@ -63,6 +63,8 @@ export interface NativeBaseStats {
   pagesWithContent: number;
   pagesCompared: number;
   pagesSame: number;
+  /** Of these, those with content. */
+  bytesSame: number;
   /** By estimates, and how many of them were equal. */
   pagesEstimated: number;
   pagesAlike: number;

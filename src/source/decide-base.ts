@@ -31,6 +31,8 @@ export function decideWait(input: WaitInput): 'wait' | 'give-up' {
   const { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs, worthMs } = input;
   const graceMs = Math.max(GRACE_LEAST_MS, GRACE_PART * plainMs);
   if (elapsedMs < graceMs) return 'wait';
+  // Everything would have been sent by now.
+  if (elapsedMs > graceMs + plainMs) return 'give-up';
   if (fraction <= 0 || expectedMs === null) return 'give-up';
   const promisedMs = ((elapsedMs - sinceToldMs) * (1 - fraction)) / fraction + expectedMs;
   // It may take twice as long as it said; then its word is worth nothing.
@@ -58,6 +60,8 @@ export function decideReplay(input: ReplayInput): 'wait' | 'skip' {
   const graceMs = Math.max(GRACE_LEAST_MS, REPLAY_GRACE_PART * otherwiseMs);
   if (elapsedMs < graceMs) return 'wait';
   if (expectedMs === null || sinceToldMs > 2 * expectedMs + graceMs) return 'skip';
+  // Whatever it says: what has gone into it is no more than what it could have won.
+  if (elapsedMs > graceMs + otherwiseMs - bestMs) return 'skip';
   return expectedMs - sinceToldMs <= WAIT_PART * (otherwiseMs - bestMs) ? 'wait' : 'skip';
 }
 
@@ -70,11 +74,17 @@ export function replayBounds(
   return { otherwiseMs, bestMs: estimate?.hashMs ?? 0 };
 }
 
-/** How long a base to which a log is to be applied may still take until it is laid out, as `WaitInput` has it. */
-export function replayWorthMs(plainMs: number, estimate: CompareDecision | null): number | null {
-  if (!estimate) return null;
-  const { otherwiseMs, bestMs } = replayBounds(plainMs, estimate);
-  return Math.max(estimate.worthMs, WAIT_PART * (otherwiseMs - bestMs));
+/** A base to which a log is to be applied, while it is laid out: worth its time as it is, or with the log. */
+export function decideWaitWithReplay(
+  input: Omit<WaitInput, 'worthMs'>,
+  estimate: CompareDecision | null,
+): 'wait' | 'give-up' {
+  const asItIs = decideWait({ ...input, expectedMs: 0, worthMs: estimate?.worthMs ?? null });
+  if (asItIs === 'wait') return 'wait';
+  const { otherwiseMs, bestMs } = replayBounds(input.plainMs, estimate);
+  // A log that nobody knows how long it takes has to show that when its time has come.
+  const expectedMs = input.expectedMs ?? 0;
+  return decideWait({ ...input, expectedMs, worthMs: WAIT_PART * (otherwiseMs - bestMs) });
 }
 
 export interface CompareInput {

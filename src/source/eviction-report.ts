@@ -50,7 +50,7 @@ export function evictionReport(parts: MigrationParts): EvictionReport {
       : stats.pagesSent + stats.pagesZero + (stats.dedup?.pages ?? 0) - stats.pagesResent,
     pagesWithOneCopy: stats.pagesSingle,
     intermediaries: images?.account(stats.servers) ?? [],
-    base: parts.base?.report(engine, pageSize) ?? null,
+    base: parts.base?.report(engine) ?? null,
     dedup: stats.dedup ? dedupReport(stats.dedup, pageSize) : parts.references && nothingDeduplicated,
   };
 }

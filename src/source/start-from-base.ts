@@ -16,9 +16,9 @@ import {
   decideCompare,
   decideReplay,
   decideWait,
+  decideWaitWithReplay,
   probeBytes,
   replayBounds,
-  replayWorthMs,
 } from './decide-base.js';
 import type { SourceEngine } from './engine.js';
 
@@ -126,12 +126,12 @@ export class StartFromBase {
     await this.#cancel();
   }
 
-  report(engine: SourceEngine, pageSize: number): BaseReport {
+  report(engine: SourceEngine): BaseReport {
     const { base } = engine.stats();
     return {
       ...this.#report,
       pagesSame: base.pagesSame,
-      bytesSaved: base.pagesSame * pageSize,
+      bytesSaved: base.bytesSame,
       pagesCompared: base.pagesCompared,
       bytesExchanged: base.bytesOut + base.bytesIn,
       roundTrips: base.roundTrips,
@@ -173,13 +173,12 @@ export class StartFromBase {
           const input = { elapsedMs: now - replayingSince, sinceToldMs, expectedMs, ...bounds };
           if (late || (base === 'auto' && decideReplay(input) === 'skip')) return await this.#withoutReplay();
         } else {
-          const worthMs = replays
-            ? replayWorthMs(plainMs, this.#estimate)
-            : (this.#decision?.worthMs ?? null);
-          // A log that nobody knows how long it takes has to show that when its time has come.
-          const afterwardsMs = replays ? (expectedMs ?? 0) : expectedMs;
-          const input = { elapsedMs, sinceToldMs, fraction, expectedMs: afterwardsMs, plainMs, worthMs };
-          if (late || (base === 'auto' && decideWait(input) === 'give-up')) {
+          const input = { elapsedMs, sinceToldMs, fraction, expectedMs, plainMs };
+          const decide = () =>
+            replays
+              ? decideWaitWithReplay(input, this.#estimate)
+              : decideWait({ ...input, worthMs: this.#decision?.worthMs ?? null });
+          if (late || (base === 'auto' && decide() === 'give-up')) {
             this.#report.reason = 'not-ready';
             return await this.#cancel();
           }

@@ -10,7 +10,9 @@ export const Word = {
   pause: 0,
   /** Counts messages to a worker that stands still before its guest has arrived. */
   wake: 1,
-  length: 2,
+  /** 1: its modules are loaded, or could not be. */
+  loaded: 2,
+  length: 3,
 } as const;
 
 /** The pause word of a worker whose guest has not arrived yet. */

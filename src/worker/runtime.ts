@@ -97,6 +97,7 @@ export class GuestRuntime {
       this.#definition = checkDefinition(loaded.default, this.#boot.url);
       const build = plan ? (this.#definition.receive ?? this.#definition.create) : this.#definition.create;
       this.#app = await build.call(this.#definition, this.#context);
+      this.#sayLoaded();
       this.#memories.adopt();
       this.#built();
       if (plan) {
@@ -106,10 +107,17 @@ export class GuestRuntime {
       this.#post({ type: 'ready', shape: this.#shape() });
       if (plan) await this.#arrive();
     } catch (error) {
+      this.#sayLoaded();
       this.#post({ type: 'failed', error: plainError(error) });
       return;
     }
     this.#boot.port.on('message', (message: ToWorker) => this.#receive(message));
+  }
+
+  /** Nothing of its modules is being read any more; see WorkerLink.stop(). */
+  #sayLoaded(): void {
+    Atomics.store(this.#boot.control, Word.loaded, 1);
+    Atomics.notify(this.#boot.control, Word.loaded);
   }
 
   /** What stands now, every host has made alike. */

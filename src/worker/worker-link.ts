@@ -42,6 +42,9 @@ export interface LinkEvents {
   ended(error: Error): void;
 }
 
+/** For a worker that is to end while it loads its modules. */
+const loadingMs = 2000;
+
 export type LinkBoot = Omit<BootData, 'port' | 'control'>;
 
 export class WorkerLink {
@@ -72,6 +75,7 @@ export class WorkerLink {
   #stage: Pending<void> | null = null;
   #end: Error | null = null;
   #stopping: Promise<unknown> | null = null;
+  readonly #exited: Promise<void>;
 
   private constructor(boot: LinkBoot, events: LinkEvents, resourceLimits: Worker['resourceLimits']) {
     this.#events = events;
@@ -103,6 +107,7 @@ export class WorkerLink {
     this.#port.on('message', (message: FromWorker) => this.#receive(message));
     this.#worker.on('error', (error) => this.#ended(error));
     this.#worker.on('exit', (code) => this.#ended(new Error(`its worker ended with exit code ${code}`)));
+    this.#exited = new Promise((resolve) => this.#worker.once('exit', () => resolve()));
   }
 
   /** Resolves when the guest's module is loaded and the program built. */
@@ -218,8 +223,17 @@ export class WorkerLink {
   /** Ends the worker; everything pending rejects with `reason`. Twice is fine. */
   stop(reason: Error): Promise<unknown> {
     this.#ended(reason, false);
-    this.#stopping ??= this.#worker.terminate();
+    this.#stopping ??= this.#loaded().then(() => this.#worker.terminate());
     return this.#stopping;
+  }
+
+  /**
+   * Node leaves the files open that a worker is loading when it is terminated, for as long as the process lives. One that
+   * does not get there has its time.
+   */
+  async #loaded(): Promise<void> {
+    const { async, value } = Atomics.waitAsync(this.#control, Word.loaded, 0, loadingMs);
+    if (async) await Promise.race([value, this.#exited]);
   }
 
   #arriving<T>(message: (pending: Pending<T>) => ToWorker): Promise<T> {

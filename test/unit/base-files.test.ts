@@ -1,5 +1,18 @@
 /** Bases in files: what is written is what was there, and a guest's name never leads out of the directory. */
-import { mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { execFileSync, spawnSync } from 'node:child_process';
+import { randomUUID } from 'node:crypto';
+import {
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -83,7 +96,8 @@ test('a later one takes the place of an earlier one, and nothing is left of that
   const [, image1] = (found?.bases ?? []) as { path: string }[];
   const image = readFileSync(image1?.path ?? '');
   expect(image.equals(of.bytes()[1] as Buffer)).toBe(true);
-  expect(readdirSync(directory)).toHaveLength(1);
+  // A folder, and the link to it.
+  expect(readdirSync(directory)).toHaveLength(2);
 });
 
 test('a budget that is exceeded leaves what was there', async () => {
@@ -112,7 +126,7 @@ describe('names', () => {
       const of = guest(name);
       await saveBase(of, options());
       expect((await readBase(directory, offerOf(of)))?.offer.name).toBe(name);
-      expect(readdirSync(directory)).toHaveLength(1);
+      expect(readdirSync(directory)).toHaveLength(2);
     },
   );
 
@@ -159,7 +173,7 @@ test('what was spoilt is no base', async () => {
   expect(await readBase(directory, offerOf(of))).toBeNull();
   await saveBase(of, options());
   expect(await readBase(directory, offerOf(of))).not.toBeNull();
-  const [folder] = readdirSync(directory);
+  const [folder] = readdirSync(directory).filter((name) => !name.includes('.'));
   const manifest = join(directory, folder as string, 'base.json');
   for (const spoilt of ['', '{', '{"version":2}', ' '.repeat(2 ** 20 + 1)]) {
     writeFileSync(manifest, spoilt);
@@ -199,7 +213,7 @@ describe('a guest that is held', () => {
     paused(new Uint8Array());
     await expect.poll(() => steps).toEqual(['unpause']);
     await saveBase({ ...of, pause: async () => new Uint8Array() }, { ...options, pauseTimeoutMs: 20_000 });
-    expect(readdirSync(directory)).toHaveLength(1);
+    expect(readdirSync(directory)).toHaveLength(2);
   });
 
   test('runs on when its signal aborts, and nothing is left of what was written', async () => {
@@ -216,4 +230,64 @@ describe('a guest that is held', () => {
     expect(steps).toHaveLength(2);
     await saveBase(of, { directory, maxBytes: 2 ** 30 });
   });
+});
+
+test('what lies there and is no file is no base, and nobody waits for it', async () => {
+  const of = guest('one');
+  for (const name of ['base.json', 'state', '0.image']) {
+    await saveBase(of, options());
+    const folder = realpathSync(
+      join(directory, readdirSync(directory).find((each) => !each.includes('.')) ?? ''),
+    );
+    rmSync(join(folder, name));
+    execFileSync('mkfifo', [join(folder, name)]);
+    const found = await readBase(directory, offerOf(of));
+    if (name !== '0.image') expect(found).toBeNull();
+    else await expect(of.regions[0]?.region.native.fill(join(folder, name), 0, 0, 1)).rejects.toThrow();
+  }
+});
+
+test('an execution state that is too large is no base, and is not read', async () => {
+  const of = guest('one');
+  await saveBase(of, options());
+  const folder = readdirSync(directory).find((each) => !each.includes('.')) ?? '';
+  truncateSync(join(directory, folder, 'state'), 2 ** 31);
+  expect(await readBase(directory, offerOf(of))).toBeNull();
+});
+
+test('two at once of one name: one of them is there, whole', async () => {
+  for (let times = 0; times < 5; times++) {
+    const two = [guest('one'), guest('one')];
+    await Promise.all(two.map((of) => saveBase(of, options())));
+    const found = await Promise.all(two.map((of) => readBase(directory, offerOf(of))));
+    expect(found.filter((base) => base !== null)).toHaveLength(1);
+    const at = found.findIndex((base) => base !== null);
+    const paths = (found[at]?.bases ?? []) as { path: string }[];
+    const bytes = (two[at] as (typeof two)[number]).bytes();
+    expect(paths.map(({ path }, index) => readFileSync(path).equals(bytes[index] as Buffer))).toEqual([
+      true,
+      true,
+    ]);
+  }
+  await saveBase(guest('one'), options());
+  expect(readdirSync(directory)).toHaveLength(2);
+});
+
+test('what a writer has left that was killed goes with the next one', async () => {
+  const of = guest('one');
+  await saveBase(of, options());
+  const folder = readdirSync(directory).find((each) => !each.includes('.')) ?? '';
+  // A process that has ended.
+  const { pid } = spawnSync('true');
+  for (const name of [`${folder}.${pid}.${randomUUID()}`, `${folder}.${process.ppid}.${randomUUID()}`]) {
+    mkdirSync(join(directory, name));
+    writeFileSync(join(directory, name, '0.image'), 'what a guest had in memory');
+  }
+  symlinkSync('nowhere', join(directory, `${folder}.${pid}.${randomUUID()}.link`));
+  writeFileSync(join(directory, 'a file of somebody else'), '');
+  expect(await readBase(directory, offerOf(of))).not.toBeNull();
+  await saveBase(of, options());
+  expect(await readBase(directory, offerOf(of))).not.toBeNull();
+  // The link and its folder, what the other process may still be writing, and what is none of ours.
+  expect(readdirSync(directory)).toHaveLength(4);
 });

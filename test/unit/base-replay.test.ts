@@ -157,6 +157,22 @@ describe('a log', { timeout: 30_000 }, () => {
     expect(base).toMatchObject({ used: true, replay: 'skipped', pagesSame: (3 / 8) * pages });
   });
 
+  test('that is always nearly done costs no more than it could have won', async () => {
+    const base = await move({
+      apply:
+        () =>
+        async (_, { signal, progress }) => {
+          while (!signal.aborted) {
+            progress(0.99);
+            await rest(10);
+          }
+        },
+    });
+    expect(base).toMatchObject({ used: true, replay: 'skipped', pagesSame: pages / 2 });
+    // Half of the pages take two seconds.
+    expect(base?.waitMs).toBeLessThan(6000);
+  });
+
   test('that nobody waits for with a base that has nothing in common', async () => {
     const seen = { steps: 0 };
     const base = await move({ wrong: all, apply: (replayed) => inSteps(800, seen, replayed) });

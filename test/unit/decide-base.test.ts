@@ -1,7 +1,14 @@
 /** Waiting for a base, and comparing with it: when it pays by measured rates, and when it steps aside. */
 import { describe, expect, test } from 'vitest';
 import { sampleNodes, samplePages } from '../../lib/protocol/base-sample.js';
-import { decideCompare, decideWait, probeBytes } from '../../lib/source/decide-base.js';
+import {
+  decideCompare,
+  decideReplay,
+  decideWait,
+  decideWaitWithReplay,
+  probeBytes,
+  replayBounds,
+} from '../../lib/source/decide-base.js';
 
 const GIB = 2 ** 30;
 const MIB = 2 ** 20;
@@ -101,6 +108,60 @@ describe('decideWait', () => {
     expect(
       decideWait({ elapsedMs: 55, sinceToldMs: 0, fraction: 0.2, expectedMs: 0, plainMs: 50, worthMs: null }),
     ).toBe('give-up');
+  });
+});
+
+test('whatever is promised, nobody waits for longer than sending everything takes', () => {
+  const promising = { sinceToldMs: 0, fraction: 0.999, expectedMs: 0, plainMs: 1000, worthMs: 900 };
+  expect(decideWait({ ...promising, elapsedMs: 1000 })).toBe('wait');
+  expect(decideWait({ ...promising, elapsedMs: 1100 })).toBe('give-up');
+});
+
+describe('a log', () => {
+  /** 1 GiB at 119 MB/s, a fifth of it other than the base: 2 s and the hashes by the base, 9 s plainly. */
+  const estimate = decideCompare({
+    bytes: GIB,
+    pageSize: 4096,
+    linkBytesPerSecond: 119e6,
+    sampledPages: 4096,
+    samePages: 3277,
+    sampleMs: 8,
+  });
+  const bounds = replayBounds(9000, estimate);
+  const now = (input: object) =>
+    decideReplay({ elapsedMs: 500, sinceToldMs: 0, expectedMs: 500, ...bounds, ...input });
+
+  test('could win what differs from the base, and no more', () => {
+    expect(estimate.action).toBe('compare');
+    expect(bounds.otherwiseMs - bounds.bestMs).toBeGreaterThan(1600);
+    expect(bounds.otherwiseMs - bounds.bestMs).toBeLessThan(2000);
+    expect(replayBounds(9000, null)).toEqual({ otherwiseMs: 9000, bestMs: 0 });
+  });
+
+  test.each([
+    ['at first, whatever is known', { elapsedMs: 50, expectedMs: null }, 'wait'],
+    ['of which nobody knows how long it takes', { expectedMs: null }, 'skip'],
+    ['that takes half of what it could win', { expectedMs: 800 }, 'wait'],
+    ['that takes more', { expectedMs: 1200 }, 'skip'],
+    ['that has said nothing for a while', { sinceToldMs: 1000, expectedMs: 500 }, 'wait'],
+    ['and for longer than its word is good for', { sinceToldMs: 1500, expectedMs: 500 }, 'skip'],
+    ['that is always nearly done', { elapsedMs: 2500, expectedMs: 1 }, 'skip'],
+  ] as const)('%s', (_, input, decision) => expect(now(input)).toBe(decision));
+
+  test.each([
+    ['a base that is worth it as it is, with a log that takes for ever', 0.5, 60_000, 'wait'],
+    ['a base that is slow, with a log that takes no time', 0.05, 0, 'give-up'],
+  ] as const)('%s, while it is laid out', (_, fraction, expectedMs, decision) => {
+    const input = { elapsedMs: 1000, sinceToldMs: 0, fraction, expectedMs, plainMs: 9000 };
+    expect(decideWaitWithReplay(input, estimate)).toBe(decision);
+  });
+
+  test('may make a base worth its time that is not as it is', () => {
+    const nothing = { ...estimate, action: 'plain', worthMs: 0 } as const;
+    const input = { elapsedMs: 1000, sinceToldMs: 0, fraction: 0.5, expectedMs: 1000, plainMs: 9000 };
+    expect(decideWait({ ...input, worthMs: 0 })).toBe('give-up');
+    expect(decideWaitWithReplay(input, nothing)).toBe('wait');
+    expect(decideWaitWithReplay({ ...input, expectedMs: 8000 }, nothing)).toBe('give-up');
   });
 });
 
