@@ -19,6 +19,7 @@ const BESIDE_ANOTHER = [
   'combinations',
   'demo-by-hand',
   'encodings',
+  'guests-growing',
   'guests-guide',
   'guests-python',
   'guests-shapes',

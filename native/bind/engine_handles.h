@@ -43,6 +43,7 @@ class SenderHandle : public Napi::ObjectWrap<SenderHandle>, public Engine {
   Napi::Value queue_dirty_sync(const Napi::CallbackInfo& info);
   Napi::Value start_round(const Napi::CallbackInfo& info);
   Napi::Value probe(const Napi::CallbackInfo& info);
+  Napi::Value told_growth(const Napi::CallbackInfo& info);
   Napi::Value compare_base(const Napi::CallbackInfo& info);
   Napi::Value end_base(const Napi::CallbackInfo& info);
   Napi::Value discard_dirty(const Napi::CallbackInfo& info);

@@ -62,6 +62,11 @@ SenderConfig config_of(const Napi::Object& config) {
     out.server_encodings = encodings_of(config.Get("serverEncodings"), "serverEncodings");
     out.delta_cache_bytes = count_of(config.Get("deltaCacheBytes"), "deltaCacheBytes");
   }
+  if (config.Has("toldPages")) {
+    const Napi::Array pages = array_of(config.Get("toldPages"), "toldPages");
+    for (std::uint32_t i = 0; i < pages.Length(); ++i)
+      out.told_pages.push_back(count_of(pages.Get(i), "toldPages"));
+  }
   if (config.Has("basePages")) {
     const Napi::Array pages = array_of(config.Get("basePages"), "basePages");
     for (std::uint32_t i = 0; i < pages.Length(); ++i)
@@ -107,6 +112,7 @@ void SenderHandle::define(Napi::Env env) {
                       InstanceMethod<&SenderHandle::queue_dirty_sync>("queueDirtySync"),
                       InstanceMethod<&SenderHandle::start_round>("startRound"),
                       InstanceMethod<&SenderHandle::probe>("probe"),
+                      InstanceMethod<&SenderHandle::told_growth>("toldGrowth"),
                       InstanceMethod<&SenderHandle::compare_base>("compareBase"),
                       InstanceMethod<&SenderHandle::end_base>("endBase"),
                       InstanceMethod<&SenderHandle::discard_dirty>("discardDirty"),
@@ -241,6 +247,13 @@ Napi::Value SenderHandle::start_round(const Napi::CallbackInfo& info) {
 Napi::Value SenderHandle::probe(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&] {
     core()->sender->probe(count_of(info[0], "tag"), count_of(info[1], "bytes"));
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value SenderHandle::told_growth(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&] {
+    core()->sender->told_growth(index_of(info[0], "region"), count_of(info[1], "pages"));
     return info.Env().Undefined();
   });
 }

@@ -25,6 +25,15 @@ SendQueue::SendQueue(std::vector<std::shared_ptr<Region>> regions) {
   }
 }
 
+// It may grow at any moment.
+std::uint64_t SendQueue::Entry::pages() const {
+  return std::min(region->pages(), room.load(std::memory_order_acquire));
+}
+
+void SendQueue::set_room(std::uint32_t region, std::uint64_t pages) {
+  entries_.at(region)->room.store(pages, std::memory_order_release);
+}
+
 std::uint64_t SendQueue::known_pages(std::uint32_t index) const {
   return entries_[index]->known_pages.load(std::memory_order_acquire);
 }
@@ -167,7 +176,7 @@ void SendQueue::note_same(std::uint32_t region, PageRun run) {
 
 void SendQueue::mark_all(std::uint32_t region) {
   Entry& entry = *entries_[region];
-  const std::uint64_t pages = entry.region->pages();
+  const std::uint64_t pages = entry.pages();
   forget_untouched(region);
   entry.pending.set_run(PageRun{PageNumber{0}, pages});
   entry.known_pages.store(pages, std::memory_order_release);
@@ -175,7 +184,7 @@ void SendQueue::mark_all(std::uint32_t region) {
 
 void SendQueue::mark_untouched(std::uint32_t region, Contents& contents) {
   Entry& entry = *entries_[region];
-  const PageRun all{PageNumber{0}, entry.region->pages()};
+  const PageRun all{PageNumber{0}, entry.pages()};
   forget_untouched(region);
   entry.untouched.set_run(all);
   contents.visit(*entry.region, all, [&](PageRun run) { entry.untouched.clear_run(run); });
@@ -183,7 +192,7 @@ void SendQueue::mark_untouched(std::uint32_t region, Contents& contents) {
 
 void SendQueue::mark_untouched_outside(std::uint32_t region, const AtomicBitmap& populated) {
   Entry& entry = *entries_[region];
-  const std::uint64_t pages = entry.region->pages();
+  const std::uint64_t pages = entry.pages();
   PageNumber at{0};
   while (const auto run = populated.next_set(at, PageNumber{pages}, pages)) {
     entry.untouched.set_run(PageRun{at, run->first.value - at.value});
@@ -213,7 +222,7 @@ void SendQueue::mark_written(std::uint32_t region, const AtomicBitmap& written) 
 void SendQueue::mark_growth(std::uint32_t region) {
   Entry& entry = *entries_[region];
   const std::uint64_t known = entry.known_pages.load(std::memory_order_relaxed);
-  const std::uint64_t pages = entry.region->pages();
+  const std::uint64_t pages = entry.pages();
   if (pages > known) entry.pending.set_run(PageRun{PageNumber{known}, pages - known});
   entry.known_pages.store(pages, std::memory_order_release);
 }

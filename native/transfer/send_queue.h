@@ -31,6 +31,9 @@ class SendQueue {
   [[nodiscard]] const std::shared_ptr<Region>& region(std::uint32_t index) const {
     return entries_[index]->region;
   }
+  // Whoever is to hold it has room for so many pages of a region: what it grows by is not known beyond that. All of it,
+  // until it is called.
+  void set_room(std::uint32_t region, std::uint64_t pages);
   // Pages that the queue knows of: the region's, or fewer when it has grown since the last mark.
   [[nodiscard]] std::uint64_t known_pages(std::uint32_t index) const;
 
@@ -110,6 +113,8 @@ class SendQueue {
     AtomicBitmap at_destination;       // sent and not discarded since
     AtomicBitmap ever_sent;
     std::atomic<std::uint64_t> known_pages{0};
+    std::atomic<std::uint64_t> room{~std::uint64_t{0}};
+    [[nodiscard]] std::uint64_t pages() const;
   };
   // A cursor in one word, so that it is read and moved without a lock: region in the upper 16 bits.
   static constexpr unsigned kRegionShift = 48;

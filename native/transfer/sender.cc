@@ -309,6 +309,8 @@ SenderStats Sender::stats() const {
   return stats;
 }
 
+void Sender::told_growth(std::uint32_t region, std::uint64_t pages) { impl_->queue.set_room(region, pages); }
+
 Hash128 Sender::digest(std::uint32_t region_index) const {
   const auto& region = impl_->config.regions.at(region_index);
   const std::uint64_t pages = region->pages();

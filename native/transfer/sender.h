@@ -67,6 +67,8 @@ struct SenderConfig {
   std::uint16_t destination_encodings = 0;
   std::uint16_t server_encodings = 0;
   std::uint64_t delta_cache_bytes = 0;  // 0: rounds send no deltas
+  // How many pages of each region the destination was told of; empty: as many as there are, whenever it is.
+  std::vector<std::uint64_t> told_pages;
   // How many pages of each region the destination has as a base (empty: none); such a region needs a tracker. And the
   // key of the hashes by which they are compared.
   std::vector<std::uint64_t> base_pages;
@@ -124,6 +126,8 @@ class Sender {
 
   // Marks every page pending: populated ones with content, never-touched ones as zero runs. The guest may run.
   void queue_populated();
+  // Whoever is to hold a region that has grown has room for so many pages of it now: the next call marks them.
+  void told_growth(std::uint32_t region, std::uint64_t pages);
   // tracker->collect() of every region (and pages gained by growth) into pending; gives how many pages are
   // pending now. With `paused` the caller says that the guest no longer writes.
   std::uint64_t queue_dirty();

@@ -34,6 +34,7 @@ SenderConfig checked(SenderConfig config) {
     throw std::invalid_argument("tokens: one for each channel and the demand channel, epoch by epoch");
   }
   config.base_pages.resize(config.regions.size());
+  if (config.told_pages.size() > config.regions.size()) throw std::invalid_argument("more lengths than regions");
   for (std::size_t i = 0; i < config.base_pages.size(); ++i) {
     if (config.base_pages[i] > config.regions[i]->pages()) config.base_pages[i] = 0;  // of some other region
     // What is written after its page was compared must be known.
@@ -77,6 +78,8 @@ Sender::Impl::Impl(SenderConfig c)
       cancel(make_eventfd()),
       scatter(make_scatter()) {
   pacer.set_bandwidth(config.bandwidth);
+  for (std::uint32_t region = 0; region < config.told_pages.size(); ++region)
+    queue.set_room(region, config.told_pages[region]);
   std::uint64_t bitmap_bytes = queue.memory_bytes();
   for (const auto& region : config.regions) {
     suspects.push_back(std::make_unique<AtomicBitmap>(region->capacity_pages()));

@@ -13,6 +13,8 @@ export interface NativeSenderConfig {
   channels: number;
   /** 32 bytes each, row by row: epoch * (channels + 1) + channel, the demand channel's last in each row. */
   tokens: Uint8Array;
+  /** How many pages of each region whoever is to hold them was told of. */
+  toldPages: number[];
   /** Bytes a second, 0 for none. */
   bandwidth: number;
   connectTimeoutMs: number;
@@ -126,6 +128,8 @@ export interface NativeSender {
   queueDirtySync(): number;
   /** `references` false: nothing goes as a reference in this one. */
   startRound(tag: number, references?: boolean): void;
+  /** Whoever is to hold a region that has grown has room for so many pages of it: what comes next may be sent. */
+  toldGrowth(region: number, pages: number): void;
   /** These three before the first round, where `basePages` names a base; each ends with `round-done`. */
   probe(tag: number, bytes: number): void;
   compareBase(tag: number, mostNodes: number, depth: CompareDepth): void;

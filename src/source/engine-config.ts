@@ -16,6 +16,8 @@ export interface Agreed {
   session: SourceSession;
   /** 16 bytes. */
   migrationId: Uint8Array;
+  /** Of the regions, in bytes, as they were offered. */
+  lengths: readonly number[];
   trackers: readonly (DirtyTracker | null)[];
   images: ImageSet | null;
   references: OfferedReferences | null;
@@ -33,6 +35,7 @@ export function engineConfig(agreed: Agreed): Omit<NativeSenderConfig, 'onEvent'
   return {
     regions: guest.regions.map(({ region }) => region.native),
     trackers: agreed.trackers.map((tracker) => tracker?.native ?? null),
+    toldPages: guest.regions.map(({ region }, index) => (agreed.lengths[index] ?? 0) / region.pageSize),
     host: session.remoteAddress,
     port: options.to.port,
     migration: migrationId,

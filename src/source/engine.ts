@@ -65,6 +65,11 @@ export class SourceEngine {
     return (await done).suspects;
   }
 
+  /** Everyone has room for so many pages of a region that has grown. */
+  toldGrowth(region: number, pages: number): void {
+    this.#sender.toldGrowth(region, pages);
+  }
+
   /** Sends bytes that nobody needs; resolves when they have arrived. */
   probe(bytes: number): Promise<unknown> {
     return this.#tagged((tag) => this.#sender.probe(tag, bytes));

@@ -1,23 +1,32 @@
 /**
  * Memory that grows while it moves: whoever is to hold it is told before the engine may send pages of it. Looked at
- * before each round, and once after the pause. JavaScript thread.
+ * before each round, and once after the pause. The region's own length is no guide: others take note of growth as well,
+ * at any moment. JavaScript thread.
  */
 import type { GuestRegion } from '../guest.js';
 import { untilAborted, within } from '../protocol/bounded.js';
 import { type Deferred, deferred } from '../protocol/deferred.js';
 import type { SourceMessage } from '../protocol/messages.js';
+import type { SourceEngine } from './engine.js';
 
-/** `told` resolves when everyone who holds region `index` has room for `lengthBytes`, which are `pages`. */
+/**
+ * `known`: the lengths that everyone who is to hold the regions knows of, in bytes; brought up to date. `tell` resolves
+ * when they have room for `lengthBytes` of region `index`, which are `pages`.
+ */
 export async function followGrowth(
   regions: readonly GuestRegion[],
-  told: (index: number, lengthBytes: number, pages: number) => Promise<void>,
+  known: number[],
+  engine: SourceEngine,
+  tell: (index: number, lengthBytes: number, pages: number) => Promise<void>,
 ): Promise<void> {
   for (const [index, { region }] of regions.entries()) {
     const lengthBytes = region.measure();
-    if (lengthBytes <= region.lengthBytes) continue;
+    if (lengthBytes <= (known[index] ?? 0)) continue;
     const pages = lengthBytes / region.pageSize;
-    await told(index, lengthBytes, pages);
-    region.native.grow(pages);
+    await tell(index, lengthBytes, pages);
+    known[index] = lengthBytes;
+    if (pages > region.pages) region.native.grow(pages);
+    engine.toldGrowth(index, pages);
   }
 }
 

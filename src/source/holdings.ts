@@ -12,6 +12,8 @@ export class Holdings {
   session: SourceSession | null = null;
   images: ImageSet | null = null;
   trackers: (DirtyTracker | null)[] = [];
+  /** Of the regions, in bytes, as whoever is to hold them was told. */
+  lengths: number[] = [];
   engine: SourceEngine | null = null;
 
   requireEngine(): SourceEngine {

@@ -374,7 +374,9 @@ export class SourceMigration extends EventEmitter {
   }
 
   #followGrowth(): Promise<void> {
-    return followGrowth(this.guest.regions, async (index, lengthBytes, pages) => {
+    const { lengths } = this.#held;
+    const engine = this.#held.requireEngine();
+    return followGrowth(this.guest.regions, lengths, engine, async (index, lengthBytes, pages) => {
       await this.#held.images?.grow(index, pages);
       await this.#peer.growth.grow(index, lengthBytes);
     });

@@ -168,6 +168,7 @@ class Parking {
     const engine = new SourceEngine(
       {
         regions: regions.map((region) => region.native),
+        toldPages: regions.map(({ pageSize }, index) => (lengths[index] ?? 0) / pageSize),
         trackers: regions.map(() => null),
         host: '127.0.0.1',
         port: 0,
@@ -215,7 +216,7 @@ class Parking {
       pausedAt = performance.now();
       if (options.keepStaleCopy) this.#pausedState = paused.state;
       // Memory that has grown since the image was made.
-      await followGrowth(guest.regions, (index, _, pages) => images.grow(index, pages));
+      await followGrowth(guest.regions, lengths, engine, (index, _, pages) => images.grow(index, pages));
       engine.queueDirtyNow();
       const { suspects, failed } = await untilAborted(engine.settle(true), this.#abort.signal);
       if (suspects > 0) {

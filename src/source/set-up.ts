@@ -54,6 +54,7 @@ export async function setUp(context: SetUpContext, held: Holdings): Promise<void
   });
   held.session = session;
   const lengths = regions.map((region) => region.refresh());
+  held.lengths = [...lengths];
   if (traits.scatter) {
     const staged = { guest, lengths, options, secret, image: id, kind: 'migration', signal, room } as const;
     held.images = await stageImage(staged);
@@ -80,6 +81,7 @@ export async function setUp(context: SetUpContext, held: Holdings): Promise<void
       options,
       session,
       migrationId,
+      lengths,
       trackers: held.trackers,
       images: held.images,
       references,

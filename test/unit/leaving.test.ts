@@ -44,34 +44,54 @@ describe('regions that differ', () => {
 });
 
 describe('memory that grows while it moves', () => {
-  function growing(measured: number, known: number) {
+  function growing(measured: number, length: number) {
     const grown: number[] = [];
     const region = {
       pageSize: 4096,
-      lengthBytes: known,
+      pages: length / 4096,
       measure: () => measured,
       native: { grow: (pages: number) => grown.push(pages) },
     };
     return { entry: { name: 'heap', region } as unknown as GuestRegion, grown };
   }
+  function engine() {
+    const told: unknown[] = [];
+    const toldGrowth = (...what: unknown[]) => void told.push(what);
+    return { engine: { toldGrowth } as unknown as SourceEngine, told };
+  }
 
   it('is told of before the engine may send pages of it', async () => {
     const steady = growing(4096, 4096);
     const more = growing(3 * 4096, 4096);
-    const told: unknown[] = [];
-    await followGrowth([steady.entry, more.entry], async (...what) => {
-      expect(more.grown).toEqual([]);
-      told.push(what);
+    const { engine: sender, told } = engine();
+    const known = [4096, 4096];
+    const asked: unknown[] = [];
+    await followGrowth([steady.entry, more.entry], known, sender, async (...what) => {
+      expect([more.grown, told]).toEqual([[], []]);
+      asked.push(what);
     });
-    expect(told).toEqual([[1, 3 * 4096, 3]]);
-    expect([steady.grown, more.grown]).toEqual([[], [3]]);
+    expect(asked).toEqual([[1, 3 * 4096, 3]]);
+    expect([steady.grown, more.grown, told, known]).toEqual([[], [3], [[1, 3]], [4096, 3 * 4096]]);
+  });
+
+  it('is told of once, and also where somebody else has taken note of it before', async () => {
+    const noted = growing(2 * 4096, 2 * 4096);
+    const { engine: sender, told } = engine();
+    const known = [4096];
+    const asked: unknown[] = [];
+    for (let times = 0; times < 2; times++) {
+      await followGrowth([noted.entry], known, sender, async (...what) => void asked.push(what));
+    }
+    expect(asked).toEqual([[0, 2 * 4096, 2]]);
+    expect([noted.grown, told]).toEqual([[], [[0, 2]]]);
   });
 
   it('stays as long as it was for the engine when nobody has room for it', async () => {
     const more = growing(8192, 4096);
-    const refused = followGrowth([more.entry], () => Promise.reject(new Error('no room')));
+    const { engine: sender, told } = engine();
+    const refused = followGrowth([more.entry], [4096], sender, () => Promise.reject(new Error('no room')));
     await expect(refused).rejects.toThrow('no room');
-    expect(more.grown).toEqual([]);
+    expect([more.grown, told]).toEqual([[], []]);
   });
 
   it('waits for the destination, within a bound', async () => {
