@@ -26,6 +26,7 @@ const schema = z.strictObject({
             functions: z.number().int().min(0),
             references: z.string().max(16),
             layout: z.array(z.string().max(256)).max(64),
+            grown: z.array(count).max(4096).default([]),
           })
           .nullable()
           .default(null),

@@ -59,6 +59,8 @@ export interface WorkerBuild {
   references: string;
   /** What the guest's `layout` gave. */
   layout: string[];
+  /** By number: memories that the program made longer while it was built. */
+  grown: number[];
 }
 
 /** What the source must know of the worker before a migration. */

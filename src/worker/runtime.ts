@@ -55,7 +55,7 @@ export class GuestRuntime {
   #handling = false;
   #attempt = 0;
   #shapeVersion = -1;
-  #build: WorkerBuild = { functions: 0, references: '', layout: [] };
+  #build: WorkerBuild = { functions: 0, references: '', layout: [], grown: [] };
   /** Asked for while a request was in progress. */
   readonly #checks: number[] = [];
 
@@ -126,6 +126,9 @@ export class GuestRuntime {
       functions: this.#registry.trampolines.length,
       references: this.#registry.hostReferences.built(this.#registry),
       layout: layoutOf(this.#definition, this.#app),
+      grown: this.#registry.memories.flatMap(({ memory, madeBytes }, number) =>
+        memory.buffer.byteLength > madeBytes ? [number] : [],
+      ),
     };
     this.#wrappers.built();
     // Read once now, so that a pause has only to look at what was written since.

@@ -69,6 +69,8 @@ export interface TableRecord {
 export interface MemoryRecord {
   memory: WasmMemoryObject;
   shared: boolean;
+  /** How long it was when it was numbered. */
+  madeBytes: number;
 }
 
 export type FunctionOwner =
@@ -108,7 +110,8 @@ export class WasmRegistry {
 
   /**
    * `plan`: the length in bytes that each memory has at the source. A memory gets as long before the guest's
-   * glue sees it, because growing later would detach the glue's views. Empty in a guest's first life.
+   * glue sees it, because growing later would detach the glue's views; 0 for one that the program itself makes longer
+   * while it is built, which must begin as it did there. Empty in a guest's first life.
    * `given`: a memory that the guest's workers share, which the main thread made and moves.
    */
   constructor(
@@ -161,7 +164,7 @@ export class WasmRegistry {
     const missing = (this.plan[number] ?? 0) - memory.buffer.byteLength;
     if (missing > 0) memory.grow(Math.ceil(missing / WASM_PAGE_BYTES));
     this.#memoryNumbers.set(memory, number);
-    this.memories.push({ memory, shared });
+    this.memories.push({ memory, shared, madeBytes: memory.buffer.byteLength });
     this.version++;
   }
 

@@ -63,11 +63,8 @@ export function rewriteModule(bytes: Uint8Array): Rewritten {
       add(globalExport(index), 3, index);
   });
   if (shape.exports.length + entries.length > MOST_EXPORTS) {
-    return {
-      bytes,
-      shape,
-      unmovable: [...unmovable, `${shape.referencable.length} functions in tables`],
-    };
+    const many = `${shape.exports.length} exports and ${shape.referencable.length} functions in tables`;
+    throw new WasmFormatError(`the module has ${many}, more than an engine exports`, 0);
   }
 
   const own = shape.sections.find((section) => section.id === 7);

@@ -124,6 +124,7 @@ export class ArrivingWorkerGuest implements ArrivingGuest {
         checkShape(link, description.workers[worker] as GuestDescription['workers'][number]);
       });
       made.regions = openRegions(made.links, made.shared, made.sharedMemory);
+      await lengthen(made, offer);
       checkRegions(made.regions, offer);
       const guest = WorkerGuest.fromParts(
         {
@@ -242,12 +243,14 @@ function planOf(offer: GuestOffer, description: GuestDescription) {
     throw memferryError('PROTOCOL_ERROR', `guest "${offer.name}": its regions and its description differ`);
   }
   let next = 0;
-  return description.workers.map(({ regions }) => {
+  return description.workers.map(({ regions, build }) => {
     const plan = { memoryBytes: [] as number[], heapBytes: [] as number[] };
     for (const { kind, index } of regions) {
       const list = kind === 'memory' ? plan.memoryBytes : plan.heapBytes;
       while (list.length < index) list.push(0);
-      list[index] = lengths[next++] as number;
+      const length = lengths[next++] as number;
+      // What the program grows while it is built ends where it did there; the rest follows when it is.
+      list[index] = kind === 'memory' && build?.grown.includes(index) ? 0 : length;
     }
     return plan;
   });
@@ -290,6 +293,20 @@ function buildDifferences(
     if (there !== here) names.push(`its layout: ${there} at the source, ${here} here`);
   }
   return names;
+}
+
+/** Memories that had to begin shorter than they are at the source. */
+async function lengthen({ links, regions }: Unfinished, offer: GuestOffer): Promise<void> {
+  let at = 0;
+  for (const link of links) {
+    for (const { kind, index } of link.shape.regions) {
+      const { region } = regions[at] as Unfinished['regions'][number];
+      const wanted = offer.regions[at++]?.lengthBytes ?? 0;
+      if (kind !== 'memory' || region.lengthBytes >= wanted) continue;
+      await link.grow(kind, index, wanted);
+      region.refresh();
+    }
+  }
 }
 
 function checkRegions(regions: readonly { name: string; region: Region }[], offer: GuestOffer): void {

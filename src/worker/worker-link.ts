@@ -52,7 +52,7 @@ export class WorkerLink {
     regions: [],
     instances: [],
     unmovable: [],
-    build: { functions: 0, references: '', layout: [] },
+    build: { functions: 0, references: '', layout: [], grown: [] },
     hostFunctions: [],
   };
   readonly #worker: Worker;

@@ -90,7 +90,9 @@ describe.each(modes)('%s', (mode) => {
     expect(base).toMatchObject({ used: true, reason: 'always', problem: null });
     expect(base?.pagesSame).toBeGreaterThan(0.9 * PAGES);
     expect(base?.pagesCompared).toBe(PAGES);
-    expect(base?.bytesSaved).toBe((base?.pagesSame ?? 0) * PAGE);
+    // Pages of zeros would have cost next to nothing.
+    expect(base?.bytesSaved).toBeGreaterThan(0.25 * PAGES * PAGE);
+    expect(base?.bytesSaved).toBeLessThan((base?.pagesSame ?? 0) * PAGE);
     expect(pagesSent).toBeLessThan(0.1 * PAGES);
   });
 

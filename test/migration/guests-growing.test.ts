@@ -70,6 +70,34 @@ test.each(modes)('%s, grows with every request', async (mode) => {
   expect(await ask(b, {})).toMatchObject({ ok: true, value: { pages: asked + 1, wrong: [] } });
 });
 
+test.each(modes)('%s, there and back, grown while it was built, and later', async (mode) => {
+  const building = new URL('../support/guests/grows-building.mjs', import.meta.url).href;
+  const [a, b] = await hosts('a', 'b');
+  const servers = await serversOf(mode);
+  const ports = [await listen(a, { modules: { building } }), await listen(b, { modules: { building } })];
+  await a.call('startWorker', { guest: 'g', module: 'building', url: building });
+  const on = async (host: Host, request: object) =>
+    (await host.call<Settled<{ at: number; bytes: number; sum: number }>>('request', {
+      guest: 'g',
+      request,
+    })) as {
+      value: { at: number; bytes: number; sum: number };
+    };
+  expect(await on(a, { add: 5, slot: 7 })).toMatchObject({ value: { at: 65536, bytes: 17 * 65536, sum: 5 } });
+  await migrate(a, ports[1] as number, { mode, ...through(servers) }, { guest: 'g', key: 'there' });
+  expect(await report(a, 'there')).toMatchObject({ verified: true });
+  await b.untilArrival('main/g', 'complete');
+  expect(await on(b, { add: 2, slot: 9, grow: 4 })).toMatchObject({
+    value: { at: 65536, bytes: 21 * 65536, sum: 7 },
+  });
+  await migrate(b, ports[0] as number, { mode, ...through(servers) }, { guest: 'g', key: 'back' });
+  expect(await report(b, 'back')).toMatchObject({ verified: true });
+  await a.untilArrival('main/g', 'complete');
+  expect(await on(a, { add: 1, slot: 1023 })).toMatchObject({
+    value: { at: 65536, bytes: 21 * 65536, sum: 8 },
+  });
+});
+
 test('parked and unparked, grown in the request before', async () => {
   const servers = await serversOf('scatter');
   const link = { secret: SECRET };
