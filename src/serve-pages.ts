@@ -2,13 +2,14 @@
  * Pages the memory of another process from a file: a snapshot that is restored lazily. A pager like this can be followed
  * by another one, in another process, which goes on where it stopped; see `superviseGuest`.
  */
-import { closeSync, openSync } from 'node:fs';
+import { closeSync } from 'node:fs';
 import { setTimeout } from 'node:timers/promises';
 import { loadAddon } from './addon.js';
 import { checkCallbacks, checkOptions } from './check-options.js';
 import { type MemferryError, memferryError, native } from './errors.js';
 import { deferred } from './protocol/deferred.js';
 import { Region } from './region.js';
+import { openPages } from './regular-file.js';
 import { callOut } from './tell-listeners.js';
 
 /** From the end of an owner's memory to the end of its process, at most. */
@@ -70,7 +71,8 @@ export interface PageService extends Disposable {
 
 /**
  * Serves from now on. The region cannot move meanwhile.
- * @throws INVALID_ARGUMENT: a region that is not attached, has no userfaultfd, or is paged already; SYSTEM; OWNER_GONE
+ * @throws INVALID_ARGUMENT: a region that is not attached, has no userfaultfd, or is paged already, a snapshot that is no
+ * file or ends before `offsetBytes`; SYSTEM; OWNER_GONE
  */
 export function servePages(options: ServePagesOptions): PageService {
   checkOptions(options, 'servePages', ['region', 'snapshot', 'offsetBytes', 'ledger', 'prepage', 'onLost']);
@@ -89,7 +91,7 @@ export function servePages(options: ServePagesOptions): PageService {
   done.promise.catch(() => {}); // nobody may be waiting
   let file = -1;
   try {
-    file = native(() => openSync(snapshot, 'r'));
+    file = openPages(snapshot, offsetBytes, 'servePages');
     const pager = native(() =>
       loadAddon().createSourcePager({
         region: region.native,

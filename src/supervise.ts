@@ -6,7 +6,7 @@
  */
 import { type ChildProcess, spawn } from 'node:child_process';
 import { randomUUID } from 'node:crypto';
-import { closeSync, fstatSync, openSync, unlinkSync } from 'node:fs';
+import { closeSync, openSync, unlinkSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 
@@ -15,6 +15,7 @@ import { checkAttachment } from './attach.js';
 import { isErrorCode, MemferryError, memferryError, native } from './errors.js';
 import { resolveSuperviseOptions, type SuperviseOptions } from './options/supervise.js';
 import { deferred } from './protocol/deferred.js';
+import { openPages } from './regular-file.js';
 import type { PagerStats } from './serve-pages.js';
 import { callOut } from './tell-listeners.js';
 import { holdUnpaged, isUnpaged, takeOver } from './unpaged.js';
@@ -76,7 +77,8 @@ export function superviseGuest(options: SuperviseOptions): Supervision {
   if (uffd === null) throw memferryError('INVALID_ARGUMENT', 'superviseGuest: the userfaultfd is missing');
   const owner = native(() => loadAddon().holdProcess(pidfd));
   // What can fail comes before the memory is registered: from then on only a pager can give the guest its pages.
-  const image = openSnapshot(snapshot, offsetBytes);
+  // Once: a pager that follows must have the pages of the one before it, whatever lies at the path by then.
+  const image = openPages(snapshot, offsetBytes, 'superviseGuest');
   let ledger = -1;
   try {
     ledger = openLedger();
@@ -245,25 +247,6 @@ function parseLine(text: string): PagerLine | null {
     return JSON.parse(text) as PagerLine;
   } catch {
     return null;
-  }
-}
-
-/** Once: a pager that follows must have the pages of the one before it, whatever lies at the path by then. */
-function openSnapshot(path: string, offsetBytes: number): number {
-  const file = native(() => openSync(path, 'r'));
-  try {
-    const info = fstatSync(file);
-    if (info.isDirectory())
-      throw memferryError('INVALID_ARGUMENT', 'superviseGuest: snapshot is a directory, not a file');
-    if (info.isFile() && offsetBytes >= info.size)
-      throw memferryError(
-        'INVALID_ARGUMENT',
-        `superviseGuest: offsetBytes is ${offsetBytes}, and the snapshot has ${info.size} bytes`,
-      );
-    return file;
-  } catch (error) {
-    closeSync(file);
-    throw error;
   }
 }
 

@@ -22,7 +22,7 @@ import { addConnectionFlags, addPeerFlags, type PeerFlags, peerOptions } from '.
 import { tellParkInDoubt } from './in-doubt.js';
 import { addServerFlags, type GuestFlags, given, type ServerFlags, serverOptions } from './leaving-guest.js';
 import { complain, makeOutput, type Output } from './output.js';
-import { byteCount, byteRate, octal } from './parse-values.js';
+import { byteCount, byteRate, octal, wholeNumber } from './parse-values.js';
 import { interrupted, onInterrupt } from './signals.js';
 import {
   addClaimFlags,
@@ -42,6 +42,7 @@ interface FirecrackerFlags extends PeerFlags, ClaimFlags {
   apiSocket?: string;
   prePaging: PrePaging;
   mode?: number;
+  mostMicroVms?: number;
   gatherLimit?: number;
   maxBytes?: number;
   once?: boolean;
@@ -74,6 +75,7 @@ export function addFirecracker(program: Command): void {
       byteCount,
     )
     .option('--gather-limit <bytes/s>', 'of the VMD: fetched ahead of the guest at most', byteRate)
+    .option('--most-micro-vms <count>', 'of a file: served at once (default 256)', wholeNumber(1, 1024))
     .option('--once', 'end with the first microVM')
     .option('--json', 'one JSON object a line');
   addClaimFlags(addPeerFlags(command)).action(serve);
@@ -109,7 +111,7 @@ async function fromFile(
     socketPath: flags.socket,
     snapshot,
     prePaging: flags.prePaging,
-    ...(flags.mode === undefined ? {} : { mode: flags.mode }),
+    ...given({ mode: flags.mode, mostMicroVms: flags.mostMicroVms }),
     onMicroVm: (microVm) => {
       output.say(`microVM of pid ${microVm.pid} connected, ${mebibytes(microVm.memory.lengthBytes)} MiB`);
       output.line({ type: 'connected', pid: microVm.pid, heapBytes: microVm.memory.lengthBytes });

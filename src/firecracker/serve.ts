@@ -23,7 +23,7 @@ export interface ServeSnapshotOptions {
   prePaging?: PrePaging;
   /** Permissions of the socket. Default 0o600: whoever may connect is given the snapshot. */
   mode?: number;
-  /** MicroVMs served at once. Default 16. */
+  /** MicroVMs served at once; one more is refused, and `onRefused` told. Default 256. */
   mostMicroVms?: number;
   /** How long a connection may take to say what it wants, in ms. Default 10 000. */
   handshakeTimeoutMs?: number;
@@ -35,12 +35,15 @@ export interface ServeSnapshotOptions {
   onRefused?: (error: MemferryError, peer: { pid: number; uid: number }) => void;
 }
 
+/** Connections that have not said what they want. */
+const mostGreeting = 64;
+
 const schema = z.strictObject({
   socketPath: z.string().min(1),
   snapshot: z.string().min(1),
   prePaging: z.enum(['none', 'sequential', 'all']).default('sequential'),
   mode: z.int().min(0).max(0o777).default(0o600),
-  mostMicroVms: z.int().min(1).max(1024).default(16),
+  mostMicroVms: z.int().min(1).max(1024).default(256),
   handshakeTimeoutMs: z.number().positive().max(3_600_000).default(10_000),
   onMicroVm: callback<[microVm: MicroVm]>().optional(),
   onRefused: callback<[error: MemferryError, peer: { pid: number; uid: number }]>().optional(),
@@ -82,6 +85,8 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
       if (closed) return greeted.discard();
       const { handshake } = greeted;
       try {
+        if (microVms.size >= mostMicroVms)
+          throw memferryError('LIMIT_EXCEEDED', `${microVms.size} microVMs are served already`);
         checkWithin(handshake.memory, snapshotBytes(snapshot));
       } catch (error) {
         greeted.discard();
@@ -99,7 +104,8 @@ export async function serveSnapshot(options: ServeSnapshotOptions): Promise<Snap
   };
   const listener = new FdListener(socketPath, {
     mode,
-    mostConnections: mostMicroVms,
+    // More, so that whoever is one too many hears of it.
+    mostConnections: mostMicroVms + mostGreeting,
     onConnection: (connection) => void serve(connection),
     onError: (error) => refused(error, { pid: 0, uid: 0 }),
   });

@@ -167,6 +167,20 @@ describe('a page-fault handler for Firecracker', () => {
     expect(new Set(microVms.map(({ pid }) => pid)).size).toBe(3);
   });
 
+  it('says so to whoever runs it when a microVM is one too many', async () => {
+    await serve({ mostMicroVms: 2 });
+    const fake = await loaded('--fields', 'both');
+    await loaded('--fields', 'both');
+    start('--fields', 'both');
+    await expect.poll(() => refused.length).toBe(1);
+    expect(refused[0]).toMatchObject({ code: 'LIMIT_EXCEEDED', message: '2 microVMs are served already' });
+    // There is room again.
+    fake.kill();
+    await expect.poll(() => server?.microVms.size).toBe(1);
+    const next = await loaded('--fields', 'both');
+    expect(await next.obey('random 100 1')).toMatchObject({ wrong: 0 });
+  });
+
   it('tracks writes through the descriptor of a fork that asks for it', async () => {
     await serve();
     for (const flags of [['--fork'], ['--fork', '--memfd']]) {

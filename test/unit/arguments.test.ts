@@ -1,5 +1,6 @@
 /** What callers get wrong is said by a MemferryError that says what, at the side where it was got wrong. */
-import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -81,6 +82,22 @@ const memory = () => {
 const qemu = { qmp: '/nowhere/qmp', shim: '/nowhere/shim' };
 const sampled = { via: ['127.0.0.1:1'], dedup: { domain: 'd' }, secret };
 const bounds = () => ({ directory: folder, maxBytes: 2 ** 20 });
+
+describe('a snapshot that is no file', () => {
+  it.each(['a FIFO', 'a directory', 'a device', 'an empty file', 'nothing'])('%s: said at once', (what) => {
+    const path = join(folder, 'snapshot');
+    if (what === 'a FIFO') execFileSync('mkfifo', [path]);
+    if (what === 'a directory') mkdirSync(path);
+    if (what === 'a device') symlinkSync('/dev/zero', path);
+    if (what === 'an empty file') writeFileSync(path, '');
+    const code = what === 'nothing' ? 'SYSTEM' : 'INVALID_ARGUMENT';
+    const region = memory();
+    expect(() => servePages({ region, snapshot: path })).toThrow(expect.objectContaining({ code }));
+    // It is nobody's now.
+    expect(region.native.claimed()).toBe(false);
+    rmSync(path, { recursive: true, force: true });
+  });
+});
 
 describe('options that are not there, or not known', () => {
   const none = undefined as never;
