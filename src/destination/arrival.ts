@@ -407,7 +407,10 @@ export class Arrival extends EventEmitter {
         ? cause
         : fromPeer('SYSTEM', cause instanceof Error ? cause.message : String(cause));
     if (this.#commit.phase === 'resumed') {
-      if (!this.#everyPage.settled) this.#reject(error, 'failed');
+      if (this.#everyPage.settled) return;
+      this.#reject(error, 'failed');
+      // Else the source would look for a destination that takes nothing any more.
+      this.#tell({ type: 'lost', runs: [] });
       return;
     }
     this.#commit.fail(error);

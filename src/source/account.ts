@@ -8,11 +8,22 @@ export type Summary = Extract<DestinationMessage, { type: 'summary' }>;
 
 export class DestinationAccount {
   readonly #summary: Deferred<Summary> = deferred();
+  readonly #over: Deferred<never> = deferred();
+
+  constructor() {
+    this.#over.promise.catch(() => {});
+  }
+
+  /** Rejects when the destination says that nothing it is sent is of any use. */
+  get over(): Promise<never> {
+    return this.#over.promise;
+  }
 
   /** Tells the destination that all is sent, and takes its account; dials again when the connection is cut. */
   async ask(session: SourceSession, digests: string[] | null, boundMs: number): Promise<Summary> {
-    await session.keepTelling({ type: 'evicted', digests }, this.#summary.promise, boundMs);
-    return this.#summary.promise;
+    const summary = Promise.race([this.#summary.promise, this.#over.promise]);
+    await session.keepTelling({ type: 'evicted', digests }, summary, boundMs);
+    return summary;
   }
 
   onMessage(message: Summary | Extract<DestinationMessage, { type: 'lost' | 'over' }>): void {
@@ -21,6 +32,10 @@ export class DestinationAccount {
         this.#summary.resolve(message);
         break;
       case 'lost':
+        if (message.runs.length === 0) {
+          const why = 'the guest was committed to the destination, which can take in nothing more';
+          this.#over.reject(new MemferryError('GUEST_LOST', why));
+        }
         this.#summary.reject(
           new MemferryError('PAGES_LOST', 'the destination lacks pages for good', {
             facts: { runs: message.runs },

@@ -321,7 +321,12 @@ export class SourceMigration extends EventEmitter {
   async #afterResumed(): Promise<void> {
     const engine = this.#held.requireEngine();
     const departed = tellDeparted(this.guest); // nobody waits for its owner while pages are wanted
-    await pushRest(engine, this.#held.images, this.#paging ? () => this.#to('postcopy-active') : null);
+    const pushed = pushRest(
+      engine,
+      this.#held.images,
+      this.#paging ? () => this.#to('postcopy-active') : null,
+    );
+    await Promise.race([pushed, this.#peer.account.over]);
     this.#measured.evicted();
     const digests = this.options.verify
       ? await Promise.all(this.guest.regions.map((_, index) => engine.digest(index)))

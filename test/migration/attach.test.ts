@@ -124,6 +124,25 @@ describe.each([
     expect(await from.owner.ask('read 0')).not.toBeNull();
   });
 
+  test.each(['kill', 'exec'] as const)(
+    'a destination whose owner ends after the switch (%s): the source hears of it at once',
+    async (how) => {
+      const from = await source({ shared });
+      const to = await destination({ shared });
+      const migration = await move(from, to, { mode: 'post-copy', bandwidth: 2 * 2 ** 20 });
+      await resumed(to, migration);
+      const arrival = await to.arrival;
+      const failed = expect(arrival.complete).rejects.toMatchObject({ code: 'OWNER_GONE' });
+      const began = performance.now();
+      if (how === 'kill') to.owner.kill();
+      else void to.owner.ask('exec');
+      await failed;
+      await expect(migration.done).rejects.toMatchObject({ code: 'GUEST_LOST' });
+      // It would look for the destination for a minute.
+      expect(performance.now() - began).toBeLessThan(20_000);
+    },
+  );
+
   test('a pager that is killed is followed by another', async () => {
     // Enough that the first ones cannot bring it all before they are killed.
     const many = 4 * pages;
