@@ -183,7 +183,7 @@ class ScheduleWorld {
     struct Done {
       Clock::time_point at;
       std::vector<std::string> given_up;
-      std::uint64_t single = 0;
+      std::uint64_t single;
     };
     std::optional<Done> done;  // when the source said so last
     std::set<PageId> lost;
