@@ -6,7 +6,18 @@
  * the same time, and whenever a writer is killed. What such a one leaves goes with the next base of that guest.
  */
 import { createHash, randomUUID } from 'node:crypto';
-import { mkdir, open, readdir, readlink, realpath, rename, rm, symlink, writeFile } from 'node:fs/promises';
+import {
+  lstat,
+  mkdir,
+  open,
+  readdir,
+  readlink,
+  realpath,
+  rename,
+  rm,
+  symlink,
+  writeFile,
+} from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { z } from 'zod';
 import { fromNative, MemferryError, nativeAsync } from './errors.js';
@@ -76,7 +87,9 @@ const piecePages = 2048;
 const mostManifestBytes = 2 ** 20;
 /** As much as a destination takes by default, several times. */
 const mostStateBytes = 2 ** 30;
-/** Folders that this process is writing. */
+/** What has not been touched for so long was left by a writer that ended, whatever is known of its process here. */
+const leftMs = 3_600_000;
+/** Names of folders that this process is writing. */
 const writing = new Set<string>();
 
 /** A guest's name may come from a peer: nothing of it may be a path. */
@@ -107,7 +120,7 @@ export async function writeBase(
   const folder = folderOf(directory, guest.name);
   const made = `${folder}.${process.pid}.${randomUUID()}`;
   const link = `${made}.link`;
-  writing.add(made);
+  writing.add(basename(made));
   try {
     // Others may not read what a guest had in memory.
     await mkdir(directory, { recursive: true, mode: 0o700 });
@@ -130,26 +143,41 @@ export async function writeBase(
     await writeFile(join(made, 'base.json'), JSON.stringify(manifest), { mode: 0o600 });
     await symlink(basename(made), link);
     const former = await readlink(folder).catch(() => null);
-    await rename(link, folder);
+    await rename(link, folder).catch(async (error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EISDIR') throw error;
+      // A folder where the link is to be.
+      await rm(folder, { recursive: true });
+      await rename(link, folder);
+    });
     if (former !== null) await rm(join(directory, former), { recursive: true, force: true }).catch(() => {});
   } catch (error) {
     await rm(made, { recursive: true, force: true }).catch(() => {});
     throw writeFailed(error, directory);
   } finally {
-    writing.delete(made);
+    writing.delete(basename(made));
     await rm(link, { force: true }).catch(() => {});
   }
 }
 
-/** Of this guest: all that the link does not lead to, and that nobody who lives may be writing. */
+/** Of this guest: what the link does not lead to, and nobody may be writing any more, here or on another host. */
 async function removeLeftovers(directory: string, folder: string): Promise<void> {
-  const current = await readlink(folder).catch(() => null);
   for (const name of await readdir(directory)) {
     const [, written, pid] = /^(.*\.(\d+)\.[0-9a-f-]{36})(?:\.link)?$/.exec(name) ?? [];
-    if (!written?.startsWith(`${basename(folder)}.`) || written === current) continue;
-    if (Number(pid) === process.pid ? writing.has(join(directory, written)) : isAlive(Number(pid))) continue;
-    await rm(join(directory, name), { recursive: true, force: true });
+    if (!written?.startsWith(`${basename(folder)}.`) || writing.has(written)) continue;
+    const path = join(directory, name);
+    const ours = Number(pid) === process.pid;
+    if (!ours && (isAlive(Number(pid)) || (await ageMs(path)) < leftMs)) continue;
+    // Now: it may have become the base meanwhile.
+    if ((await readlink(folder).catch(() => null)) === written) continue;
+    await rm(path, { recursive: true, force: true });
   }
+}
+
+async function ageMs(path: string): Promise<number> {
+  return lstat(path).then(
+    ({ mtimeMs }) => Date.now() - mtimeMs,
+    () => 0, // somebody else has removed it
+  );
 }
 
 function isAlive(pid: number): boolean {

@@ -3,6 +3,8 @@ import { closeSync, constants, fstatSync, openSync } from 'node:fs';
 import { open } from 'node:fs/promises';
 import { memferryError, native } from './errors.js';
 
+/** Of a file that says that it is empty. */
+const leastRead = 65_536;
 const readOnly = constants.O_RDONLY | constants.O_NONBLOCK;
 
 /**
@@ -34,7 +36,15 @@ export async function readRegularFile(path: string, mostBytes: number): Promise<
     const facts = await file.stat();
     if (!facts.isFile()) throw new Error(`${path} is not a regular file`);
     if (facts.size > mostBytes) throw new Error(`${path} has ${facts.size} bytes, more than ${mostBytes}`);
-    return await file.readFile();
+    // One that grows, or does not say how long it is.
+    const bytes = Buffer.alloc(Math.min(mostBytes, Math.max(facts.size, leastRead)) + 1);
+    let length = 0;
+    while (length < bytes.length) {
+      const { bytesRead } = await file.read(bytes, length, bytes.length - length, length);
+      if (bytesRead === 0) return bytes.subarray(0, length);
+      length += bytesRead;
+    }
+    throw new Error(`${path} has more than ${length - 1} bytes`);
   } finally {
     await file.close();
   }

@@ -92,8 +92,9 @@ bool Receiver::Impl::on_tree_request(Conversation& with, const wire::FrameHeader
     const std::uint64_t cpu_us = thread_cpu_us() - started;
     base_hash_us.fetch_add(cpu_us, std::memory_order_relaxed);
     tree_bytes = std::max<std::uint64_t>(tree_bytes, tree.memory_bytes());
-    if (!send_hashes(with, header, part, cpu_us)) return false;
+    const bool sent = send_hashes(with, header, part, cpu_us);
     for (const std::uint64_t each : passing) tree.forget(each);
+    if (!sent) return false;
   }
   return true;
 }

@@ -139,7 +139,10 @@ void Scatter::close_direct(Way& way) {
     way.open = false;
     put_back_locked(way.lane.take_back(true));
     std::erase_if(direct_, [&](const auto& each) { return each.get() == &way; });
-    if (direct_.empty()) destination_left_ = Clock::now();
+    if (!way.demand && direct_.empty()) {
+      destination_left_ = Clock::now();
+      ++destination_barren_;
+    }
     look_at_copies_locked();
     attach_pacer_locked();
     if (demand_.get() == &way) demand_.reset();

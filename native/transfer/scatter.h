@@ -177,7 +177,7 @@ class Scatter {
   [[nodiscard]] bool drained_locked() const;
   [[nodiscard]] bool index_lives_locked() const;
   [[nodiscard]] bool destination_knows_locked() const;
-  // nullopt: a second one is to hold it, and may be there again soon.
+  // nullopt: a second one is to hold it, and may be there again soon, or somebody else takes it.
   [[nodiscard]] std::optional<wire::Holders> holders_for(const Way& way) const;
   [[nodiscard]] bool second_copies_locked() const;
   [[nodiscard]] bool destination_takes_locked() const;
@@ -238,7 +238,10 @@ class Scatter {
   bool one_copy_does_ = true;
   bool first_copy_counts_ = true;
   Clock::time_point destination_left_ = Clock::now();  // while no way to it is open
-  bool dry_ = false;                                   // nothing was pending when somebody looked last
+  // Connections to it, all ways together, that ended one after the other without anything acknowledged.
+  unsigned destination_barren_ = 0;
+  static constexpr unsigned kMostBarren = 3;
+  bool dry_ = false;  // nothing was pending when somebody looked last
   Clock::time_point dry_since_{};
   std::uint64_t returns_ = 0;
   bool closing_ = false;

@@ -77,7 +77,8 @@ std::string Scatter::acknowledged(Way& way, std::uint64_t tag) {
     if (!way.open) return {};
     const std::optional<Lane::Batch> batch = way.lane.acknowledged(tag, Clock::now());
     if (!batch) return "an answer to a barrier that was not sent";
-    if (std::exchange(way.stalled, false)) look_at_copies_locked();
+    if (way.server == Way::kNobody && !batch->runs.empty()) destination_barren_ = 0;
+    if (std::exchange(way.stalled, false) || way.server == Way::kNobody) look_at_copies_locked();
     if (dedup_ && !batch->references) dedup_->acknowledged(batch->raw_bytes, batch->bytes);
     std::vector<RegionRun> again;
     settle_locked(*batch, again);
@@ -146,9 +147,9 @@ bool Scatter::second_copies_locked() const {
                                  }) > 1;
 }
 
-// One that is cut off is dialled again, and has as long as anybody to give a sign.
+// One that is cut off is dialled again, and has as long as anybody to give a sign. Being connected is none.
 bool Scatter::destination_takes_locked() const {
-  if (!config_.direct) return false;
+  if (!config_.direct || destination_barren_ >= kMostBarren) return false;
   if (direct_.empty()) return Clock::now() - destination_left_ < config_.stall_timeout;
   return std::any_of(direct_.begin(), direct_.end(), [](const auto& way) { return !way->stalled; });
 }

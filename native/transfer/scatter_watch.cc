@@ -70,7 +70,7 @@ void Scatter::watch_until_stopped(WorkerThread& self) {
       });
       if (demand_) ways.push_back(demand_.get());
       // With no destination only servers can take what is left.
-      // Then no way takes anything, and none finds out that nothing is left.
+      // Of servers alone no way takes anything then, and none finds out that nothing is left.
       const bool in_pairs = !one_copy_does_ && !second_copies_locked();
       hopeless = begun_ && !config_.direct && !dry_ &&
                  std::all_of(servers_.begin(), servers_.end(), [in_pairs](const auto& server) {

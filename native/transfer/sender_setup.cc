@@ -34,7 +34,8 @@ SenderConfig checked(SenderConfig config) {
     throw std::invalid_argument("tokens: one for each channel and the demand channel, epoch by epoch");
   }
   config.base_pages.resize(config.regions.size());
-  if (config.told_pages.size() > config.regions.size()) throw std::invalid_argument("more lengths than regions");
+  if (config.told_pages.size() > config.regions.size())
+    throw std::invalid_argument("more lengths than regions");
   for (std::size_t i = 0; i < config.base_pages.size(); ++i) {
     if (config.base_pages[i] > config.regions[i]->pages()) config.base_pages[i] = 0;  // of some other region
     // What is written after its page was compared must be known.

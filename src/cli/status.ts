@@ -43,7 +43,7 @@ export function describeStatus(status: StageStatus): string {
   const { members, popularNames, popularPages } = status;
   const facts = [
     `${cell(name)}${rack === null ? '' : ` (rack ${cell(rack)})`}`,
-    `${mebibytes(memoryBytes - freeBytes)} of ${mebibytes(memoryBytes)} MiB used, ${mebibytes(freeBytes)} free`,
+    `${mebibytes(freeBytes)} of ${mebibytes(memoryBytes)} MiB free`,
     bandwidth === 0 ? 'no bandwidth limit' : `at most ${mebibytes(bandwidth)} MiB/s each way`,
     `${connections} connections`,
     `up ${age(status.uptimeMs)}`,

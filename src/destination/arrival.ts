@@ -59,6 +59,8 @@ export class Arrival extends EventEmitter {
   /** The image is let go of: at its servers, then the connections to them. */
   #dissolving: Promise<void> | null = null;
   #allHere = false;
+  /** Nor ever will again. */
+  #takesNothing = false;
   #closed = false;
   #abandoning: Promise<void> | null = null;
   #ending: Promise<void> | null = null;
@@ -201,6 +203,7 @@ export class Arrival extends EventEmitter {
     // The source has dropped it before it dialled anew, which may not have been heard of here.
     void former?.close();
     if (this.#allHere) this.#tell({ type: 'complete' });
+    if (this.#takesNothing) this.#tell({ type: 'lost', runs: [] });
   }
 
   /** The connection over `channel` has ended. */
@@ -410,6 +413,7 @@ export class Arrival extends EventEmitter {
       if (this.#everyPage.settled) return;
       this.#reject(error, 'failed');
       // Else the source would look for a destination that takes nothing any more.
+      this.#takesNothing = true;
       this.#tell({ type: 'lost', runs: [] });
       return;
     }

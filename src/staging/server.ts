@@ -267,9 +267,14 @@ class StageServer implements Staging {
    */
   #watchMemory(): void {
     if (this.options.preallocate) return;
-    const spare = spareBytes(systemMemory());
-    this.stage.limitFresh(Math.min(spare, Number.MAX_SAFE_INTEGER));
-    const soon = spare < littleBytes ? littleLookMs : announceMs;
+    let soon = littleLookMs;
+    try {
+      const spare = spareBytes(systemMemory());
+      this.stage.limitFresh(Math.min(spare, Number.MAX_SAFE_INTEGER));
+      if (spare >= littleBytes) soon = announceMs;
+    } catch {
+      // It has no descriptor for that now. What it had to spare when it looked last still holds.
+    }
     this.#memoryLook = setTimeout(() => this.#watchMemory(), soon).unref();
   }
 

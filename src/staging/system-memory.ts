@@ -44,6 +44,7 @@ const legacy: Hierarchy = {
   reclaimable: ['total_active_file', 'total_inactive_file'],
 };
 
+/** Throws where this process can open nothing more. */
 export function systemMemory(read: Read = (path) => readFileSync(path, 'utf8')): SystemMemory {
   const info = fields(attempt(read, '/proc/meminfo') ?? '');
   const kibibytes = (name: string) => 1024 * (info.get(`${name}:`) ?? Number.POSITIVE_INFINITY);
@@ -126,7 +127,9 @@ function fields(text: string): Map<string, number> {
 function attempt(read: Read, path: string): string | null {
   try {
     return read(path);
-  } catch {
+  } catch (error) {
+    // Such a file there is: without it there would seem to be no limit.
+    if (['EMFILE', 'ENFILE', 'ENOMEM'].includes((error as NodeJS.ErrnoException).code ?? '')) throw error;
     return null;
   }
 }

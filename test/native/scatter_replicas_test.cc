@@ -1,6 +1,7 @@
 // Two copies of every page at servers, and who knows where they are, while servers are cut, full or fail.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <map>
 #include <set>
 #include <thread>
@@ -169,6 +170,36 @@ TEST_F(ReplicasTest, WithoutRoomForTwoCopiesAndWithoutADestinationOneCopyDoes) {
   stages[1]->room = 700;
   stages[2]->room = 900;
   sender->start_push();
+  events.expect(kEvicted);
+  expect_evicted();
+  EXPECT_GT(sender->stats().pages_single, 0u);
+}
+
+// One that is there again and again, and takes nothing, is no place for what is left either.
+TEST_F(ReplicasTest, ADestinationThatOnlyComesBackHoldsUpNothing) {
+  make({6000}, 3);
+  acquaint();
+  std::atomic<bool> takes{true};
+  peer->on_frame = [&](const SeenFrame& frame) {
+    return takes || frame.type() == FrameType::kSwitch || frame.channel == kChannels;
+  };
+  SenderConfig with = config();
+  with.replicas = 2;
+  into_postcopy(std::move(with));
+  takes = false;
+  stages[1]->room = 700;
+  stages[2]->room = 900;
+  sender->start_push();
+  for (int i = 0; i < 20'000 && !has(1, 600); ++i) std::this_thread::sleep_for(1ms);
+  for (std::uint32_t epoch = 1; epoch <= 3; ++epoch) {
+    std::this_thread::sleep_for(100ms);
+    EXPECT_TRUE(events.empty()) << epoch;
+    peer->cut();
+    events.expect(kPaused);
+    peer->stop();
+    peer->accept_epoch(epoch);
+    events.expect(kRecovered);
+  }
   events.expect(kEvicted);
   expect_evicted();
   EXPECT_GT(sender->stats().pages_single, 0u);

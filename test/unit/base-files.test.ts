@@ -7,10 +7,12 @@ import {
   readdirSync,
   readFileSync,
   realpathSync,
+  renameSync,
   rmSync,
   statSync,
   symlinkSync,
   truncateSync,
+  utimesSync,
   writeFileSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -273,6 +275,19 @@ test('two at once of one name: one of them is there, whole', async () => {
   expect(readdirSync(directory)).toHaveLength(2);
 });
 
+test('a folder where the link is to be makes room for it', async () => {
+  const of = guest('one');
+  await saveBase(of, options());
+  const folder = readdirSync(directory).find((each) => !each.includes('.')) ?? '';
+  const own = realpathSync(join(directory, folder));
+  rmSync(join(directory, folder));
+  renameSync(own, join(directory, folder));
+  expect(await readBase(directory, offerOf(of))).not.toBeNull();
+  await saveBase(of, options());
+  expect(await readBase(directory, offerOf(of))).not.toBeNull();
+  expect(readdirSync(directory)).toHaveLength(2);
+});
+
 test('what a writer has left that was killed goes with the next one', async () => {
   const of = guest('one');
   await saveBase(of, options());
@@ -283,11 +298,17 @@ test('what a writer has left that was killed goes with the next one', async () =
     mkdirSync(join(directory, name));
     writeFileSync(join(directory, name, '0.image'), 'what a guest had in memory');
   }
-  symlinkSync('nowhere', join(directory, `${folder}.${pid}.${randomUUID()}.link`));
+  const longAgo = Date.now() / 1000 - 2 * 3600;
+  for (const name of readdirSync(directory).filter((each) => each.includes('.'))) {
+    utimesSync(join(directory, name), longAgo, longAgo);
+  }
+  // Of a process that has ended, as far as can be seen from here: it may be another host's.
+  mkdirSync(join(directory, `${folder}.${pid}.${randomUUID()}`));
+  symlinkSync('nowhere', join(directory, `${folder}.${process.pid}.${randomUUID()}.link`));
   writeFileSync(join(directory, 'a file of somebody else'), '');
   expect(await readBase(directory, offerOf(of))).not.toBeNull();
   await saveBase(of, options());
   expect(await readBase(directory, offerOf(of))).not.toBeNull();
-  // The link and its folder, what the other process may still be writing, and what is none of ours.
-  expect(readdirSync(directory)).toHaveLength(4);
+  // The link and its folder, what others may still be writing, and what is none of ours.
+  expect(readdirSync(directory)).toHaveLength(5);
 });

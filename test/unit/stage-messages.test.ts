@@ -364,7 +364,7 @@ describe('on the command line', () => {
   it('the status is a table, whatever names are in it', () => {
     const text = describeStatus(status);
     expect(text).not.toContain('\u001b');
-    expect(text).toContain('16.0 of 64.0 MiB used, 48.0 free');
+    expect(text).toContain('48.0 of 64.0 MiB free');
     expect(text).toContain('4 pages shared');
     expect(text.split('\n').at(-1)).toMatch(
       new RegExp(`^${image}  gu\\?\\[2Jest  park  parked +1/2 +40 +4 +24 +64 +1\\.00 +2h$`),

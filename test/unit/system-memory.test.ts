@@ -31,6 +31,14 @@ describe('the memory that there is', () => {
     expect(system({})).toMatchObject({ mostBytes: Number.POSITIVE_INFINITY, group: null });
   });
 
+  it('is not taken for endless where nothing can be opened', () => {
+    const failing = (code: string) => () => {
+      throw Object.assign(new Error(code), { code });
+    };
+    expect(() => systemMemory(failing('EMFILE'))).toThrow('EMFILE');
+    expect(systemMemory(failing('EACCES')).availableBytes).toBe(Number.POSITIVE_INFINITY);
+  });
+
   it('is what the tightest group above the process has left, its file pages counted as free', () => {
     const group = '/sys/fs/cgroup/a/b';
     const files = {
