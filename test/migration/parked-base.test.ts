@@ -68,13 +68,13 @@ class PlainGuest implements Guest {
   release(): void {}
 }
 
-/** A parked guest, as `PlainGuest` makes it. */
+/** A parked guest, as `PlainGuest` makes it. So slowly that each server has a part, however late its thread begins. */
 async function parked(
   all: readonly Staging[],
   guest = new PlainGuest(),
   replicas: 1 | 2 = 1,
 ): Promise<ParkTicket> {
-  const { ticket } = await park(guest, { secret: SECRET, via: via(all), replicas });
+  const { ticket } = await park(guest, { secret: SECRET, via: via(all), replicas, bandwidth: 32 * MIB });
   return ticket;
 }
 

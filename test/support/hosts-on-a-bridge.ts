@@ -12,6 +12,9 @@ import { createInterface } from 'node:readline';
 import { bounded } from './host.js';
 import type { Line } from './command-line.js';
 
+/** First in PATH. Users that a guide makes find their commands there, whoever may enter the directory for temporary files. */
+const PROGRAMS = '/mnt';
+
 const BOUND_MS = 60_000;
 /** What a host has of its own: nothing that is done there may change this machine. */
 const OWN = { etc: '/etc', srv: '/srv', log: '/var/log' } as const;
@@ -199,18 +202,24 @@ const ip = (lab: readonly string[], command: string) => {
 };
 
 export class HostsOnABridge<Name extends string> {
-  /** `bin` in it comes first in every terminal's PATH. */
+  /** `bin` in it is `PROGRAMS` of every host. */
   readonly directory = mkdtempSync(join(tmpdir(), 'memferry-hosts-'));
   readonly #first: ChildProcess;
   #hosts = {} as Record<Name, BridgedHost>;
 
   private constructor() {
-    // Users that a guide makes find their commands there.
-    chmodSync(this.directory, 0o755);
     mkdirSync(join(this.directory, 'bin'));
+    chmodSync(join(this.directory, 'bin'), 0o755);
     // Says its number as this process sees it, before it sees only its own kind.
-    const first = 'read -r pid _ < /proc/self/stat; echo "$pid"; mount -t proc proc /proc; exec cat';
-    this.#first = spawn('unshare', [...'--mount --net --pid --fork --kill-child sh -c'.split(' '), first], {
+    const first = [
+      'read -r pid _ < /proc/self/stat',
+      `mount --bind "$1" ${PROGRAMS}`,
+      'echo "$pid"',
+      'mount -t proc proc /proc',
+      'exec cat',
+    ].join('; ');
+    const apart = '--mount --net --pid --fork --kill-child sh -c'.split(' ');
+    this.#first = spawn('unshare', [...apart, first, 'sh', join(this.directory, 'bin')], {
       stdio: ['pipe', 'pipe', 'inherit'],
     });
   }
@@ -236,7 +245,7 @@ export class HostsOnABridge<Name extends string> {
     const lab = ['nsenter', '--target', pid, '--mount', '--net', '--pid'];
     ip(lab, 'link add bridge type bridge');
     ip(lab, 'link set bridge up');
-    const env = { ...process.env, PATH: `${join(this.directory, 'bin')}:${process.env['PATH']}` };
+    const env = { ...process.env, PATH: `${PROGRAMS}:${process.env['PATH']}` };
     for (const [name, address] of Object.entries<string>(addresses)) {
       const host = await BridgedHost.start(join(this.directory, name), lab, env);
       await host.join('bridge', name, address);
