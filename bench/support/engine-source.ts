@@ -116,6 +116,7 @@ answerCalls(
         destinationEncodings: allEncodings,
         serverEncodings: compressions,
         regions: [must(region)],
+        toldPages: [must(region).pages()],
         trackers: [tracked ? trackerOf(must(region)) : null],
         bandwidth: parameters.bandwidth ?? 0,
         dedupKey: parameters.dedupKey ?? null,

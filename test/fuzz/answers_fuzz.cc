@@ -212,16 +212,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Input input(data, size);
   switch (input.byte() % 5) {
     case 0:
-      hashes(input, CompareDepth::kAll);
+      hashes(input, memferry::CompareDepth::kAll);
       break;
     case 1:
-      hashes(input, CompareDepth::kSample);
+      hashes(input, memferry::CompareDepth::kSample);
       break;
     case 2:
       references(input);
       break;
     case 4:
-      hashes(input, CompareDepth::kEstimate);
+      hashes(input, memferry::CompareDepth::kEstimate);
       break;
     default:
       names(input);
